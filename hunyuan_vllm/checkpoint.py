@@ -1,0 +1,64 @@
+"""Check a checkpoint folder from its files' headers, before minutes are spent on reading it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from hunyuan_vllm.layout import CheckpointError, Layout
+
+__all__ = ["INDEX_FILE", "check_headers", "shard_files"]
+
+INDEX_FILE = "model.safetensors.index.json"
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: those its index names, or all there are. Empty for other formats.
+
+    Raises:
+        CheckpointError: the index is not readable, or names a file that is not there.
+    """
+    index = folder / INDEX_FILE
+    if not index.exists():
+        return sorted(folder.glob("*.safetensors"))
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is not a safetensors index ({error!r}): download it again") from None
+    absent = [name for name in names if not (folder / name).exists()]
+    if absent:
+        raise CheckpointError(f"{index} names {_some(absent)}, not in {folder}: download the missing files")
+    return [folder / name for name in names]
+
+
+def check_headers(folder: Path, layout: Layout) -> int:
+    """Compare every tensor's name and shape with the network's, without reading tensor data.
+
+    Returns the number of tensors the network uses, 0 where the folder has no safetensors files.
+
+    Raises:
+        CheckpointError: a file is cut short or unreadable, or a tensor is unknown, misshapen, missing or there twice.
+    """
+    shards = shard_files(folder)
+    found: dict[str, Path] = {}
+    for shard in shards:
+        try:
+            with safe_open(shard, framework="np") as tensors:
+                shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{shard} is cut short or not a safetensors file ({error}): download it again") from None
+        for name, shape in shapes.items():
+            for part in layout.names(name, shape):
+                if part in found:
+                    raise CheckpointError(f"checkpoint tensor {part!r} is in {found[part]} and again in {shard}")
+                found[part] = shard
+    if shards and (missing := layout.missing(found)):
+        raise CheckpointError(f"{folder} lacks checkpoint tensor {_some(missing)}")
+    return len(found)
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    shown = ", ".join(repr(name) for name in names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -1,0 +1,30 @@
+"""Every environment variable the package reads, in one typed table.
+
+Read them through these functions, at the edge, once.
+"""
+
+from __future__ import annotations
+
+import os
+
+__all__ = ["cla_sharing"]
+
+_TRUE = {"1", "true", "on", "yes"}
+_FALSE = {"0", "false", "off", "no"}
+
+
+def _flag(name: str, default: bool) -> bool:
+    raw = os.environ.get(name)
+    if raw is None or not raw.strip():
+        return default
+    value = raw.strip().lower()
+    if value in _TRUE:
+        return True
+    if value in _FALSE:
+        return False
+    raise ValueError(f"{name}={raw!r} is not a switch: use 1 (on) or 0 (off)")
+
+
+def cla_sharing() -> bool:
+    """HUNYUAN_VLLM_CLA_SHARING (default 1): 0 gives each cross layer a KV cache of its own, for comparison only."""
+    return _flag("HUNYUAN_VLLM_CLA_SHARING", default=True)

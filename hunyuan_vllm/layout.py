@@ -1,0 +1,153 @@
+"""What a Hunyuan checkpoint holds: every tensor's name and shape, derived from the config.
+
+Knows the spellings that occur in published files (fused projections, stray biases, rotary buffers) and names whatever
+does not fit. No torch: shapes are enough, so whole checkpoints are checked from their headers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from hunyuan_vllm.config import HunYuanConfig
+
+__all__ = ["CheckpointError", "Layout", "expected_tensors"]
+
+Shape = tuple[int, ...]
+
+_FUSED_QKV = re.compile(r"^(.*\.self_attn\.)qkv_proj\.(weight|bias)$")
+_FUSED_GATE_UP = re.compile(r"^(.*\.)gate_and_up_proj\.(weight|bias)$")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint does not hold what its config promises; the message names the tensor or the file."""
+
+
+def expected_tensors(config: HunYuanConfig) -> dict[str, Shape]:
+    """Canonical name → shape of every tensor the network uses. Shapes are `[out, in]`, as torch keeps them."""
+    return dict(_tensors(config))
+
+
+def _tensors(config: HunYuanConfig) -> Iterator[tuple[str, Shape]]:
+    hidden = config.hidden_size
+    yield "model.embed_tokens.weight", (config.vocab_size, hidden)
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        yield f"{prefix}input_layernorm.weight", (hidden,)
+        yield f"{prefix}post_attention_layernorm.weight", (hidden,)
+        yield from _attention(config, layer, f"{prefix}self_attn.")
+        yield from _feed_forward(config, layer, f"{prefix}mlp.")
+    yield "model.norm.weight", (hidden,)
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", (config.vocab_size, hidden)
+
+
+def _attention(config: HunYuanConfig, layer: int, prefix: str) -> Iterator[tuple[str, Shape]]:
+    hidden, head_dim = config.hidden_size, config.head_dim
+    q_size, kv_size = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    yield from _linear(f"{prefix}q_proj", q_size, hidden, config.attention_bias)
+    if not config.is_cross(layer):
+        yield from _linear(f"{prefix}k_proj", kv_size, hidden, config.attention_bias)
+        yield from _linear(f"{prefix}v_proj", kv_size, hidden, config.attention_bias)
+    yield from _linear(f"{prefix}o_proj", hidden, q_size, config.attention_bias)
+    if config.use_qk_norm:
+        yield f"{prefix}query_layernorm.weight", (head_dim,)
+        yield f"{prefix}key_layernorm.weight", (head_dim,)
+
+
+def _feed_forward(config: HunYuanConfig, layer: int, prefix: str) -> Iterator[tuple[str, Shape]]:
+    experts, width = config.experts_at(layer), config.intermediate_at(layer)
+    if experts == 1:
+        yield from _mlp(config, prefix, width)
+        return
+    yield f"{prefix}gate.wg.weight", (experts, config.hidden_size)
+    if shared := config.shared_experts_at(layer):
+        yield from _mlp(config, f"{prefix}shared_mlp.", width * shared)
+    for expert in range(experts):
+        yield from _mlp(config, f"{prefix}experts.{expert}.", width)
+
+
+def _mlp(config: HunYuanConfig, prefix: str, width: int) -> Iterator[tuple[str, Shape]]:
+    yield from _linear(f"{prefix}gate_proj", width, config.hidden_size, config.mlp_bias)
+    yield from _linear(f"{prefix}up_proj", width, config.hidden_size, config.mlp_bias)
+    yield from _linear(f"{prefix}down_proj", config.hidden_size, width, config.mlp_bias)
+
+
+def _linear(name: str, outputs: int, inputs: int, bias: bool) -> Iterator[tuple[str, Shape]]:
+    yield f"{name}.weight", (outputs, inputs)
+    if bias:
+        yield f"{name}.bias", (outputs,)
+
+
+class Layout:
+    """Decides, tensor by tensor, what a checkpoint's tensor is; use one instance a checkpoint."""
+
+    def __init__(self, config: HunYuanConfig) -> None:
+        self.config = config
+        self.expected = expected_tensors(config)
+
+    def names(self, name: str, shape: Iterable[int]) -> tuple[str, ...]:
+        """Canonical names of the tensors that the checkpoint's tensor `name` holds: several if it is fused, none if
+        the network has no use for it.
+
+        Raises:
+            CheckpointError: `name` is not part of this network, or `shape` does not fit it.
+        """
+        parts = self._parts(name)
+        if not parts:
+            return ()
+        shapes = [self.expected[part] for part in parts]
+        whole = (sum(part[0] for part in shapes), *shapes[0][1:])
+        if tuple(shape) != whole:
+            raise CheckpointError(f"checkpoint tensor {name!r} has shape {list(shape)}; this config needs {list(whole)}")
+        return parts
+
+    def split(self, name: str, tensor: Any) -> list[tuple[str, Any]]:
+        """(canonical name, tensor) pairs of a checkpoint's tensor; anything with `shape`, `reshape` and slicing.
+
+        Raises:
+            CheckpointError: as `names`.
+        """
+        parts = self.names(name, tensor.shape)
+        if len(parts) == 3:
+            return list(zip(parts, self._split_qkv(tensor), strict=True))
+        if len(parts) == 2:
+            width = self.expected[parts[0]][0]
+            return [(parts[0], tensor[:width]), (parts[1], tensor[width:])]
+        return [(part, tensor) for part in parts]
+
+    def missing(self, seen: Iterable[str]) -> list[str]:
+        """Canonical names not in `seen`, in the order of the network."""
+        present = set(seen)
+        return [name for name in self.expected if name not in present]
+
+    def _parts(self, name: str) -> tuple[str, ...]:
+        if name in self.expected:
+            return (name,)
+        if match := _FUSED_QKV.match(name):
+            parts = tuple(f"{match[1]}{part}_proj.{match[2]}" for part in "qkv")
+        elif match := _FUSED_GATE_UP.match(name):
+            parts = tuple(f"{match[1]}{part}_proj.{match[2]}" for part in ("up", "gate"))
+        else:
+            parts = (name,)
+        if all(part in self.expected for part in parts):
+            return parts
+        if self._is_unused(name, parts):
+            return ()
+        raise CheckpointError(f"checkpoint tensor {name!r} is not part of this network (see config.json)")
+
+    def _is_unused(self, name: str, parts: tuple[str, ...]) -> bool:
+        """Rotary buffers, a tied head's copy, and biases beside weights of a network without biases."""
+        if ".rotary_emb." in name or name == "lm_head.weight":
+            return True
+        weights = (f"{part.removesuffix('.bias')}.weight" for part in parts)
+        return name.endswith(".bias") and all(weight in self.expected for weight in weights)
+
+    def _split_qkv(self, tensor: Any) -> tuple[Any, Any, Any]:
+        """Rows lie KV head by KV head, each as [its query heads, k, v] × head_dim."""
+        kv_heads, head_dim, rest = self.config.num_key_value_heads, self.config.head_dim, tuple(tensor.shape[1:])
+        group = self.config.num_attention_heads // kv_heads
+        heads = tensor.reshape(kv_heads, group + 2, head_dim, *rest)
+        q, k, v = heads[:, :group], heads[:, group], heads[:, group + 1]
+        return tuple(part.reshape(-1, *rest) for part in (q, k, v))  # type: ignore[return-value]

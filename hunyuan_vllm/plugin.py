@@ -1,0 +1,41 @@
+"""Registration of the config, the tokenizer and the model with transformers and vLLM.
+
+Runs in every vLLM process (front end, engine core, workers, the registry's inspection subprocess), so it only hands
+over names; the classes behind them are imported when a Hunyuan checkpoint is opened.
+"""
+
+from __future__ import annotations
+
+__all__ = ["ARCHITECTURE", "register"]
+
+ARCHITECTURE = "HunYuanForCausalLM"
+
+_registered = False
+
+
+def register() -> None:
+    """Register everything once a process.
+
+    Raises:
+        RuntimeError: the installed vLLM is not one this package supports.
+    """
+    global _registered
+    if _registered:
+        return
+    from hunyuan_vllm.compat import check_vllm_version
+
+    check_vllm_version()
+
+    from transformers import AutoConfig
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from hunyuan_vllm.config import HunYuanConfig
+    from hunyuan_vllm.preflight import HunYuanPreflight
+    from hunyuan_vllm.tokenizer import register_tokenizer
+
+    AutoConfig.register(HunYuanConfig.model_type, HunYuanConfig, exist_ok=True)
+    register_tokenizer()
+    ModelRegistry.register_model(ARCHITECTURE, "hunyuan_vllm.model:HunYuanForCausalLM")
+    MODELS_CONFIG_MAP[ARCHITECTURE] = HunYuanPreflight
+    _registered = True

@@ -1,0 +1,88 @@
+"""What can be known to fail before an engine starts: parallel sizes, pipeline cuts, options and checkpoint files.
+
+vLLM calls the hook in the user's own process, so an error arrives there, as one message, before any worker exists.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hunyuan_vllm.checkpoint import check_headers
+from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.layout import Layout
+from hunyuan_vllm.pipeline import check_pipeline
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+__all__ = ["HunYuanPreflight", "check_tensor_parallel"]
+
+
+class HunYuanPreflight:
+    """vLLM's per-architecture config hook (`vllm.model_executor.models.config.VerifyAndUpdateConfig`)."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        """Nothing to change: a Hunyuan config is complete when read."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            ValueError: the message names the option and what to use instead.
+            CheckpointError: a checkpoint file or tensor is wrong.
+        """
+        config = vllm_config.model_config.hf_config
+        if not isinstance(config, HunYuanConfig):
+            raise ValueError(f"model_type {config.model_type!r} is not a Hunyuan-Large checkpoint ('hunyuan')")
+        parallel = vllm_config.parallel_config
+        check_tensor_parallel(config, parallel.tensor_parallel_size)
+        check_pipeline(config, parallel.pipeline_parallel_size)
+        _check_options(vllm_config)
+        _check_files(vllm_config, config)
+
+
+def check_tensor_parallel(config: HunYuanConfig, size: int) -> None:
+    """Query heads and every MLP width must divide by the tensor-parallel size; KV heads may also be replicated.
+
+    Raises:
+        ValueError: names the widths and the sizes that would work.
+    """
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    widths = sorted({config.intermediate_at(layer) for layer in range(config.num_hidden_layers)})
+
+    def fits(ranks: int) -> bool:
+        kv_fits = kv_heads % ranks == 0 or ranks % kv_heads == 0
+        return kv_fits and heads % ranks == 0 and all(width % ranks == 0 for width in widths)
+
+    if not fits(size):
+        raise ValueError(
+            f"tensor_parallel_size={size} does not divide this network (num_attention_heads {heads}, "
+            f"num_key_value_heads {kv_heads}, intermediate_size {widths}): "
+            f"use one of {[ranks for ranks in range(1, heads + 1) if fits(ranks)]}"
+        )
+
+
+def _check_options(vllm_config: VllmConfig) -> None:
+    from vllm.platforms import current_platform
+
+    if vllm_config.cache_config.kv_sharing_fast_prefill:
+        raise ValueError(
+            "kv_sharing_fast_prefill skips the reading layers' prefill, which is right only where all of them come last; "
+            "in a CLA network owners and cross layers alternate: leave it off"
+        )
+    if vllm_config.parallel_config.enable_expert_parallel and current_platform.is_cpu():
+        raise ValueError(
+            "enable_expert_parallel does not work on CPUs (vLLM's CPU expert kernel ignores the expert map): "
+            "use tensor parallelism"
+        )
+
+
+def _check_files(vllm_config: VllmConfig, config: HunYuanConfig) -> None:
+    folder = Path(vllm_config.model_config.model)
+    load_format = vllm_config.load_config.load_format
+    quantised = vllm_config.model_config.quantization is not None
+    if folder.is_dir() and load_format in ("auto", "hf", "safetensors") and not quantised:
+        check_headers(folder, Layout(config))

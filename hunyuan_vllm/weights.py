@@ -1,0 +1,104 @@
+"""Stream a checkpoint into the vLLM model: check each tensor, split what is fused, let vLLM's loaders place it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
+
+from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.layout import CheckpointError, Layout
+from hunyuan_vllm.qk_norm import FoldedQueryNorm
+
+if TYPE_CHECKING:
+    from hunyuan_vllm.model import HunYuanForCausalLM
+
+__all__ = ["CHECKPOINT_NAMES", "load_checkpoint"]
+
+# Checkpoint name → this package's module name. An owner's q_proj is added by `_names_for`.
+CHECKPOINT_NAMES = WeightsMapper(
+    orig_to_new_substr={
+        ".mlp.gate.wg.": ".mlp.gate.",
+        ".query_layernorm.weight": ".qk_norm.query_weight",
+        ".key_layernorm.weight": ".qk_norm.key_weight",
+    },
+    orig_to_new_stacked={
+        ".k_proj": (".qkv_proj", "k"),
+        ".v_proj": (".qkv_proj", "v"),
+        ".shared_mlp.gate_proj": (".shared_mlp.gate_up_proj", 0),
+        ".shared_mlp.up_proj": (".shared_mlp.gate_up_proj", 1),
+        ".mlp.gate_proj": (".mlp.gate_up_proj", 0),
+        ".mlp.up_proj": (".mlp.gate_up_proj", 1),
+    },
+)
+
+
+def load_checkpoint(model: HunYuanForCausalLM, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+    """Load (name, tensor) pairs in any order; returns the names of the parameters that were filled.
+
+    The first load must be complete, except into a model that began with dummy weights (weights then arrive in parts);
+    later ones may hold any part of the network.
+
+    Raises:
+        CheckpointError: a tensor is unknown, misshapen, not finite, there twice, or missing; the message names it.
+    """
+    layout = Layout(model.config)
+    seen: set[str] = set()
+    loader = AutoWeightsLoader(model)
+    loaded = loader.load_weights(_checked(model, layout, weights, seen), mapper=_names_for(model.config))
+    if model.expects_whole_checkpoint:
+        _require_all(model, layout, seen)
+        model.expects_whole_checkpoint = False
+    for module in model.modules():
+        if isinstance(module, FoldedQueryNorm):
+            module.fold()
+    return loaded
+
+
+def _names_for(config: HunYuanConfig) -> WeightsMapper:
+    """An owner's q_proj is a shard of its fused projection; a cross layer's stands alone."""
+    owners = [layer for layer in range(config.num_hidden_layers) if not config.is_cross(layer)]
+    q_proj: dict = {f".layers.{layer}.self_attn.q_proj": (f".layers.{layer}.self_attn.qkv_proj", "q") for layer in owners}
+    return replace(CHECKPOINT_NAMES, orig_to_new_stacked={**CHECKPOINT_NAMES.orig_to_new_stacked, **q_proj})
+
+
+def _checked(
+    model: HunYuanForCausalLM, layout: Layout, weights: Iterable[tuple[str, torch.Tensor]], seen: set[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    for name, tensor in weights:
+        if model.quant_config is not None and name.endswith("_scale"):
+            yield name, tensor  # the quantisation method's own
+            continue
+        parts = layout.split(name, tensor)
+        if parts:
+            _check_finite(name, tensor, rank, ranks)
+        for part, value in parts:
+            if part in seen:
+                raise CheckpointError(f"checkpoint tensor {part!r} is there twice (again as {name!r})")
+            seen.add(part)
+            yield part, value
+
+
+def _check_finite(name: str, tensor: torch.Tensor, rank: int, ranks: int) -> None:
+    """Each rank sums its share of the elements: NaN and infinity survive a sum, and the file is read once in all."""
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return
+    share = tensor.flatten().tensor_split(ranks)[rank]
+    if not math.isfinite(share.sum(dtype=torch.float32).item()):
+        raise CheckpointError(f"checkpoint tensor {name!r} holds NaN or infinite values")
+
+
+def _require_all(model: HunYuanForCausalLM, layout: Layout, seen: set[str]) -> None:
+    missing = layout.missing(seen)
+    parallel = model.vllm_config.parallel_config
+    if parallel.enable_expert_parallel:  # vLLM may skip the experts of other ranks while reading
+        missing = [name for name in missing if ".experts." not in name]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(f"the checkpoint lacks tensor {missing[0]!r}{more}")

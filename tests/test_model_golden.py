@@ -1,0 +1,90 @@
+"""The engine against the original model code's recorded log-probabilities, in every mode this machine runs."""
+
+from __future__ import annotations
+
+import pytest
+from engine import MIB, counter, engine, greatest_difference, mean_difference, score
+from golden_data import FLOAT32_TOLERANCE, GOLDEN_NAMES, load_golden
+
+pytestmark = pytest.mark.engine
+
+
+def check(name: str, **options) -> None:
+    golden = load_golden(name)
+    with engine(golden.path, **options) as llm:
+        results = score(llm, [item.prompt for item in golden.items], max_tokens=24)
+    assert greatest_difference(results, golden) <= FLOAT32_TOLERANCE
+
+
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
+def test_float32(name: str) -> None:
+    check(name)
+
+
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
+def test_bfloat16(name: str) -> None:
+    golden = load_golden(name)
+    with engine(golden.path, dtype="bfloat16") as llm:
+        results = score(llm, [item.prompt for item in golden.items])
+    assert mean_difference(results, golden) <= golden.bfloat16_tolerance
+
+
+@pytest.mark.parametrize("name", ["cla2_top1", "cla4_top1"])
+def test_compiled(name: str) -> None:
+    check(name, enforce_eager=False)
+
+
+@pytest.mark.parametrize("name", ["cla2_top1", "cla4_top1"])
+def test_without_sharing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HUNYUAN_VLLM_CLA_SHARING", "0")
+    check(name)
+
+
+def test_chunked_prefill_prefix_caching_and_preemption() -> None:
+    """One engine, three pressures: 48 tokens a step, prompts met again, and a cache too small for all at once."""
+    golden = load_golden("cla2_top1")
+    prompts = [item.prompt for item in golden.items]
+    block_bytes = 32 * 1024  # 32 tokens of 1 KiB
+    with engine(
+        golden.path,
+        block_size=32,
+        max_num_batched_tokens=48,
+        max_num_seqs=16,
+        max_model_len=192,
+        enable_prefix_caching=True,
+        kv_cache_memory_bytes=14 * block_bytes,
+    ) as llm:
+        chunked = score(llm, prompts, max_tokens=24)
+        assert greatest_difference(chunked, golden) <= FLOAT32_TOLERANCE
+
+        for prompt, item in zip(prompts, golden.items, strict=True):
+            if len(prompt) < 64:
+                continue
+            score(llm, [prompt], prompt_logprobs=False)
+            (again,) = score(llm, [prompt], max_tokens=24, prompt_logprobs=False)
+            assert again.cached_tokens >= 32
+            assert again.tokens == item.greedy
+            assert max(abs(a - b) for a, b in zip(again.logprobs, item.greedy_logprobs, strict=True)) <= 2e-4
+
+        before = counter(llm, "vllm:num_preemptions")
+        crowd = score(llm, prompts * 2, max_tokens=24, prompt_logprobs=False)
+        assert counter(llm, "vllm:num_preemptions") > before
+        for half in (crowd[: len(prompts)], crowd[len(prompts) :]):
+            assert greatest_difference(half, golden) <= FLOAT32_TOLERANCE
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_tensor_parallel(size: int) -> None:
+    """Two KV heads: at size 4 each is held twice."""
+    check("cla2_top1", tensor_parallel_size=size, enforce_eager=True)
+
+
+def test_pipeline_parallel() -> None:
+    """vLLM's CPU runner needs a compile mode for a pipeline; the backend "eager" compiles nothing."""
+    check(
+        "cla4_top1",
+        pipeline_parallel_size=2,
+        enforce_eager=False,
+        compilation_config={"mode": 2, "backend": "eager"},
+        kv_cache_memory_bytes=32 * MIB,
+    )

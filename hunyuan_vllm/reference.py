@@ -430,10 +430,12 @@ class HunYuanForCausalLM(HunYuanPreTrainedModel, GenerationMixin):
             config, kwargs = HunYuanConfig.from_pretrained(config or folder, return_unused_kwargs=True, **kwargs)
         if "generation_config" not in kwargs and (folder / "generation_config.json").exists():
             kwargs["generation_config"] = GenerationConfig.from_pretrained(folder)
-        model = super().from_pretrained(
+        loaded = super().from_pretrained(
             None, *model_args, config=config, state_dict=read_weights(folder, config), **kwargs
         )
-        return model
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
+        model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
+        return loaded
 
 
 def read_weights(folder: Path, config: HunYuanConfig) -> dict[str, Tensor]:

@@ -67,6 +67,28 @@ def mid_config(**overrides: Any) -> HunYuanConfig:
     return tiny_config(**(fields | overrides))
 
 
+# What to change in `tiny_config` to reach the branches that the golden checkpoints leave out.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "rope_plain": dict(rope_scaling=None),
+    "rope_linear": dict(rope_scaling={"type": "linear", "factor": 2.0}),
+    "rope_dynamic_factor": dict(rope_scaling={"type": "dynamic", "factor": 2.0}),
+    "head_dim_80": dict(head_dim=80),
+    "head_dim_128": dict(head_dim=128),
+    "biases": dict(attention_bias=True, mlp_bias=True),
+    "no_qk_norm": dict(use_qk_norm=False),
+    "no_shared_expert": dict(use_mixed_mlp_moe=False),
+    "two_shared_experts": dict(num_shared_expert=2),
+    "cla_factor_3": dict(num_hidden_layers=5, cla_share_factor=3),
+    "one_kv_head": dict(num_key_value_heads=1),
+    "per_layer_fields": dict(
+        num_experts=[4, 1, 8, 2],
+        moe_topk=[1, 1, 3, 2],
+        intermediate_size=[96, 160, 64, 96],
+        num_shared_expert=[1, 1, 2, 1],
+    ),
+    "tied": dict(tie_word_embeddings=True),
+}
+
 CONFIGS: dict[str, Callable[..., HunYuanConfig]] = {"tiny": tiny_config, "mid": mid_config}
 
 
@@ -152,9 +174,10 @@ def _random(name: str, shape: torch.Size, config: HunYuanConfig, generator: torc
     if name.endswith("norm.weight"):
         weight = torch.rand(shape, generator=generator) + 0.5
         if "query_layernorm" in name or "key_layernorm" in name:
-            # A quarter small or negative: dividing by them, or losing their sign, is then a visible mistake.
+            # Doubled: attention is then sharp enough for its mistakes to show. And a quarter small or negative:
+            # dividing by them, or losing their sign, is then such a mistake.
             odd = torch.rand(shape, generator=generator) < 0.25
-            weight = torch.where(odd, torch.rand(shape, generator=generator) * 0.6 - 0.4, weight)
+            weight = torch.where(odd, torch.rand(shape, generator=generator) - 0.7, 2 * weight)
         return weight.bfloat16()
     noise = torch.randn(shape, generator=generator)
     if name.endswith(".bias"):

@@ -1,10 +1,16 @@
-"""The golden checkpoints: folders to load, what they must answer, and how close."""
+"""The golden checkpoints: folders to load, what they must answer, and how close. And the like for any checkpoint,
+answered by the reference model."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+
+from hunyuan_vllm.reference import HunYuanForCausalLM
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_NAMES = ("cla2_top1", "cla2_top2", "cla4_top1", "nocla_tied", "cla2_dense")
@@ -38,3 +44,21 @@ def load_golden(name: str) -> Golden:
     record = json.loads((GOLDEN / name / "reference.json").read_text())
     items = [GoldenItem(**item) for item in record["items"]]
     return Golden(GOLDEN / name, items, max(0.03, 1.5 * record["bfloat16_mean_distance"]))
+
+
+@torch.inference_mode()
+def prompt_logprobs(model: HunYuanForCausalLM, prompt: Sequence[int]) -> list[float]:
+    """log p of prompt[i + 1] given prompt[: i + 1]."""
+    ids = torch.tensor([prompt])
+    logprobs = model(ids).logits[0, :-1].float().log_softmax(-1)
+    return logprobs.gather(1, ids[0, 1:, None])[:, 0].tolist()
+
+
+def reference_answers(path: Path, prompts: Sequence[list[int]], max_new_tokens: int = 24) -> Golden:
+    """What the reference model in float32 answers on a checkpoint, in the form of a golden record."""
+    model = HunYuanForCausalLM.from_pretrained(path, dtype=torch.float32)
+    items = []
+    for prompt in prompts:
+        tokens, logprobs = model.greedy(torch.tensor([prompt]), max_new_tokens)
+        items.append(GoldenItem(prompt, prompt_logprobs(model, prompt), tokens[0].tolist(), logprobs[0].tolist()))
+    return Golden(path, items, bfloat16_tolerance=float("nan"))

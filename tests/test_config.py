@@ -1,0 +1,202 @@
+"""HunYuanConfig: what it reads from config.json, what it refuses, and what vLLM then sees."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import ALPHA_ROPE, published_json, tiny_config
+from golden_data import GOLDEN, GOLDEN_NAMES
+from transformers import AutoConfig
+
+from hunyuan_vllm.config import HunYuanConfig
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registered() -> None:
+    AutoConfig.register("hunyuan", HunYuanConfig, exist_ok=True)
+
+
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
+def test_published_file_loads_without_remote_code(name: str) -> None:
+    published = json.loads((GOLDEN / name / "config.json").read_text())
+    assert "auto_map" in published
+    config = AutoConfig.from_pretrained(GOLDEN / name)
+    assert type(config) is HunYuanConfig
+    assert config.architectures == ["HunYuanForCausalLM"]
+    assert (config.head_dim, config.num_key_value_heads) == (32, 2)
+    assert config.rope_parameters == {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1e3, "factor": 1.0}
+    for field in ("use_cla", "cla_share_factor", "num_experts", "moe_topk", "tie_word_embeddings", "capacity_factor"):
+        assert getattr(config, field) == published[field]
+    assert not hasattr(config, "auto_map")
+
+
+def test_a_saved_config_is_read_back_equal(tmp_path: Path) -> None:
+    config = HunYuanConfig.from_pretrained(GOLDEN / "cla4_top1")
+    config.save_pretrained(tmp_path)
+    again = HunYuanConfig.from_pretrained(tmp_path)
+    assert again.to_diff_dict() == config.to_diff_dict()
+    assert again.capacity_factor == 1.0
+
+
+def test_absent_fields_mean_what_the_published_code_means() -> None:
+    config = HunYuanConfig(hidden_size=512, num_attention_heads=8, num_hidden_layers=4)
+    assert not (config.use_qk_norm or config.use_cla or config.use_mixed_mlp_moe or config.tie_word_embeddings)
+    assert not (config.attention_bias or config.mlp_bias)
+    assert (config.cla_share_factor, config.num_experts, config.num_shared_expert, config.moe_topk) == (1, 1, 1, 1)
+    assert (config.num_key_value_heads, config.head_dim) == (8, 64)
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"rope_scaling": None}, {"rope_type": "default"}),
+        ({"rope_theta": 5e5}, {"rope_type": "default", "rope_theta": 5e5}),
+        ({"rope_theta": None}, {"rope_type": "default"}),
+        ({"rope_scaling": ALPHA_ROPE}, {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0}),
+        ({"rope_scaling": {"type": "dynamic", "alpha": 50}}, {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0}),
+        (
+            {"rope_scaling": {"type": "dynamic", "alpha": 50.0, "factor": None}},
+            {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0},
+        ),
+        # With alpha, factor counts for nothing; left at 4 it would quadruple the maximum length in other readers.
+        (
+            {"rope_scaling": {"type": "dynamic", "alpha": 50.0, "factor": 4.0}},
+            {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0},
+        ),
+        (
+            {"rope_scaling": {"type": "dynamic", "alpha": None, "factor": 2}},
+            {"rope_type": "dynamic", "factor": 2.0},
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "alpha": None}}, {"rope_type": "linear", "factor": 2.0}),
+        (
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 7.0, "factor": 2.0}},
+            {"rope_type": "linear", "rope_theta": 7.0, "factor": 2.0},
+        ),
+    ],
+)
+def test_rope_is_brought_to_one_form(given: dict[str, Any], expected: dict[str, Any]) -> None:
+    before = json.dumps(given)
+    assert HunYuanConfig(**given).rope_parameters == {"rope_theta": 10000.0} | expected
+    assert json.dumps(given) == before, "the caller's dictionary was written to"
+
+
+def test_owners_and_cross_layers() -> None:
+    three = tiny_config(num_hidden_layers=8, cla_share_factor=3)
+    assert [three.kv_owner(layer) for layer in range(8)] == [0, 0, 0, 3, 3, 3, 6, 6]
+    assert [three.is_cross(layer) for layer in range(8)] == [False, True, True, False, True, True, False, True]
+    off = tiny_config(use_cla=False, cla_share_factor=2)
+    assert [off.kv_owner(layer) for layer in range(4)] == [0, 1, 2, 3]
+    assert not any(off.is_cross(layer) for layer in range(4))
+
+
+def test_per_layer_fields() -> None:
+    config = tiny_config(
+        num_experts=[1, 4, 4, 8],
+        moe_topk=[1, 1, 2, 2],
+        intermediate_size=[64, 32, 32, 16],
+        num_shared_expert=[1, 1, 2, 0],
+    )
+    layers = range(4)
+    assert [config.experts_at(layer) for layer in layers] == [1, 4, 4, 8]
+    assert [config.topk_at(layer) for layer in layers] == [1, 1, 2, 2]
+    assert [config.intermediate_at(layer) for layer in layers] == [64, 32, 32, 16]
+    assert [config.shared_experts_at(layer) for layer in layers] == [0, 1, 2, 0], "a dense layer has none"
+    assert [tiny_config(use_mixed_mlp_moe=False).shared_experts_at(layer) for layer in layers] == [0, 0, 0, 0]
+    uniform = tiny_config(num_experts=[4, 4, 4, 4], moe_topk=[2, 2, 2, 2])
+    assert (uniform.num_experts, uniform.moe_topk, uniform.topk_at(3)) == (4, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"hidden_size": 130}, ["hidden_size is 130", "num_attention_heads (4)", "head_dim"]),
+        ({"hidden_size": "128"}, ["hidden_size is '128'", "integer"]),
+        ({"num_hidden_layers": 0}, ["num_hidden_layers is 0", "at least 1"]),
+        ({"num_attention_heads": None}, ["num_attention_heads is None"]),
+        ({"num_key_value_heads": 3}, ["num_key_value_heads is 3", "divisor of num_attention_heads (4)"]),
+        ({"head_dim": 33}, ["head_dim is 33", "even"]),
+        ({"cla_share_factor": 0}, ["cla_share_factor is 0", "at least 1"]),
+        ({"use_cla": "yes"}, ["use_cla is 'yes'", "true or false"]),
+        ({"hidden_act": "gelu"}, ["hidden_act is 'gelu'", "'silu'"]),
+        ({"rms_norm_eps": 0}, ["rms_norm_eps is 0", "positive"]),
+        ({"num_experts": 0}, ["num_experts is 0", "at least 1"]),
+        ({"num_experts": [4, 4]}, ["num_experts is [4, 4]", "4 of them", "has 2"]),
+        ({"num_experts": []}, ["num_experts is []", "has 0"]),
+        ({"moe_topk": 5}, ["moe_topk is 5", "num_experts (4)", "layer 0"]),
+        ({"moe_topk": [1, 1, 1, 9]}, ["moe_topk is 9", "layer 3"]),
+        ({"num_shared_expert": -1}, ["num_shared_expert is -1", "at least 0"]),
+        ({"intermediate_size": [96, 96, 96, 0]}, ["intermediate_size is [96, 96, 96, 0]", "at least 1"]),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, ["type is 'yarn'", "default, linear, dynamic"]),
+        ({"rope_scaling": {"type": "dynamic", "alpha": None}}, ["factor is None", "alpha"]),
+        ({"rope_scaling": {"type": "dynamic", "alpha": -1}}, ["alpha is -1", "positive"]),
+        ({"rope_scaling": {"type": "linear"}}, ["factor is None", "at least 1", "'linear'"]),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, ["factor is 0.5"]),
+        ({"rope_scaling": [1000]}, ["rope_scaling is [1000]"]),
+        ({"rope_theta": 0}, ["rope_theta"]),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_named(fields: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ValueError) as raised:
+        tiny_config(**fields)
+    for word in words:
+        assert word in str(raised.value)
+
+
+def test_saving_checks_again(tmp_path: Path) -> None:
+    config = tiny_config()
+    config.moe_topk = 5
+    with pytest.raises(ValueError, match="moe_topk is 5"):
+        config.save_pretrained(tmp_path)
+
+
+class TestAsVllmReadsIt:
+    @pytest.fixture
+    def read(self, tmp_path: Path) -> Any:
+        config_module = pytest.importorskip("vllm.transformers_utils.config")
+
+        def read(config: HunYuanConfig, **options: Any) -> HunYuanConfig:
+            (tmp_path / "config.json").write_text(json.dumps(published_json(config)))
+            return config_module.get_config(str(tmp_path), trust_remote_code=False, **options)
+
+        return read
+
+    @staticmethod
+    def architecture(config: HunYuanConfig) -> Any:
+        from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
+
+        return ModelArchConfigConvertorBase(config, config).convert()
+
+    @classmethod
+    def max_model_len(cls, config: HunYuanConfig) -> int:
+        from vllm.config.model import _get_and_verify_max_len
+
+        return _get_and_verify_max_len(config, cls.architecture(config), None, None, False, None)
+
+    def test_shape(self, read: Any) -> None:
+        config = read(tiny_config(head_dim=48, moe_topk=2))
+        assert isinstance(config, HunYuanConfig)
+        seen = self.architecture(config)
+        assert (seen.head_size, seen.total_num_kv_heads, seen.total_num_attention_heads) == (48, 2, 4)
+        assert (seen.num_experts, seen.num_experts_per_token, seen.total_num_hidden_layers) == (4, 2, 4)
+
+    def test_uniform_lists_read_as_their_value(self, read: Any) -> None:
+        seen = self.architecture(read(tiny_config(num_experts=[4] * 4, moe_topk=[2] * 4)))
+        assert (seen.num_experts, seen.num_experts_per_token) == (4, 2)
+
+    @pytest.mark.parametrize("rope", [None, ALPHA_ROPE, {"type": "dynamic", "alpha": 1000.0, "factor": 4.0}])
+    def test_maximum_length_is_the_files(self, read: Any, rope: dict[str, Any] | None) -> None:
+        assert self.max_model_len(read(tiny_config(rope_scaling=rope))) == 512
+
+    def test_overrides_are_normalised_and_checked_too(self, read: Any) -> None:
+        config = read(tiny_config(), hf_overrides_kw={"rope_theta": 5e5})
+        assert config.rope_parameters == {"rope_type": "dynamic", "rope_theta": 5e5, "alpha": 1000.0, "factor": 1.0}
+        config = read(
+            tiny_config(), hf_overrides_kw={"rope_scaling": {"type": "dynamic", "alpha": 9.0, "factor": None}}
+        )
+        assert config.rope_parameters == {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 9.0, "factor": 1.0}
+        with pytest.raises(ValueError, match="type is 'yarn'"):
+            read(tiny_config(), hf_overrides_kw={"rope_scaling": {"type": "yarn", "factor": 2.0}})

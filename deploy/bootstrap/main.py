@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--test", action="store_true", help="with the tools that tests/run.sh needs")
     with_tests = parser.parse_args(argv).test
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     root = Path(__file__).resolve().parents[2]
     try:
         plan = Plan.make(root, os.environ, with_tests)

@@ -30,8 +30,11 @@ class Progress:
         self._title = ""
         self._started = 0.0
         self._live = stream.isatty()
+        self._open = False  # the last line has no newline yet
 
     def say(self, line: str) -> None:
+        """Print a line of its own."""
+        self._end_line()
         print(line, file=self.stream, flush=True)
 
     @contextmanager
@@ -44,10 +47,10 @@ class Progress:
         try:
             yield
         except BaseException:
-            if self._live:
-                self.say("")
+            self._end_line()
             raise
-        self._show(f"{time.monotonic() - self._started:.0f} s", last=True)
+        self._show(f"{time.monotonic() - self._started:.0f} s")
+        self._end_line()
 
     def run(self, argv: Sequence[str | Path], doing: str, env: Mapping[str, str] | None = None) -> str:
         """Run a command of the current step to its end and return what it wrote.
@@ -95,18 +98,30 @@ class Progress:
                 latest = line.strip()
             if self._live or time.monotonic() - beat >= HEARTBEAT:
                 beat = time.monotonic()
-                self._show(f"{beat - self._started:.0f} s  {latest}")
+                self._beat(f"{beat - self._started:.0f} s  {latest}")
         child.wait()
         return "".join(output)
 
-    def _show(self, status: str, last: bool = False) -> None:
-        text = f"{self._title}  {status}"
+    def _beat(self, status: str) -> None:
+        if self._live:
+            self._show(status)
+        else:
+            self.say(f"      {status}")
+
+    def _show(self, status: str) -> None:
         if self._live:
             width = os.get_terminal_size(self.stream.fileno()).columns - 1
-            self.stream.write(f"\r\x1b[K{text[:width]}" + ("\n" if last else ""))
-            self.stream.flush()
+            self.stream.write("\r\x1b[K" + f"{self._title}  {status}"[:width])
         else:
-            self.say(text)
+            self.stream.write(f" {status}" if self._open else f"{self._title}  {status}")
+        self._open = True
+        self.stream.flush()
+
+    def _end_line(self) -> None:
+        if self._open:
+            self.stream.write("\n")
+            self.stream.flush()
+        self._open = False
 
 
 def _pump(pipe: TextIO, lines: queue.Queue[str | None]) -> None:

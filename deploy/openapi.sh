@@ -1,0 +1,50 @@
+#!/bin/sh
+# Ask the running server a question with curl: sh deploy/openapi.sh ["a question"]
+# Reads the variables that run_server.sh does: HOST or LOCAL_IP, PORT, VLLM_API_KEY or HUNYUAN_VLLM_API_KEY_FILE.
+set -eu
+
+question=${1:-Why is sea water salty?}
+host=${HOST:-${LOCAL_IP:-127.0.0.1}}
+case $host in
+    0.0.0.0) host=127.0.0.1 ;;
+    *:*) host="[$host]" ;;
+esac
+server="http://$host:${PORT:-8020}"
+
+key=${VLLM_API_KEY:-}
+key_file=${HUNYUAN_VLLM_API_KEY_FILE:-${XDG_CONFIG_HOME:-$HOME/.config}/hunyuan-vllm/api-key}
+if [ -z "$key" ] && [ -r "$key_file" ]; then
+    key=$(cat "$key_file")
+fi
+
+# post PATH JSON: the answer's body. The key goes through standard input, where `ps` does not see it.
+post() {
+    printf 'header = "Authorization: Bearer %s"\n' "$key" |
+        curl -sS --fail-with-body --noproxy '*' -K - -H 'Content-Type: application/json' -d "$2" "$server$1"
+}
+
+if ! command -v curl >/dev/null; then
+    echo "curl is not installed (Debian, Ubuntu: apt-get install curl)" >&2
+    exit 1
+fi
+if ! answer=$(post /tokenize '{"prompt": "<|eos|>", "add_special_tokens": false}'); then
+    echo "${answer:-no server answers at $server: start one with sh deploy/run_server.sh}" >&2
+    exit 1
+fi
+# 127960 for the published vocabulary; the demo model's is smaller.
+stop=$(printf '%s' "$answer" | sed -n 's/.*"tokens": *\[\([0-9]*\)].*/\1/p')
+
+content=$(printf '%s' "$question" | tr '\000-\037' ' ' | sed 's/\\/\\\\/g; s/"/\\"/g')
+post /v1/chat/completions '{
+  "messages": [
+    {"role": "system", "content": "You are a helpful assistant."},
+    {"role": "user", "content": "'"$content"'"}
+  ],
+  "max_tokens": 256,
+  "temperature": 0.7,
+  "top_p": 0.6,
+  "top_k": 20,
+  "repetition_penalty": 1.05,
+  "stop_token_ids": ['"${stop:-127960}"']
+}'
+echo

@@ -1,0 +1,48 @@
+"""The command `hunyuan-vllm`: one module a subcommand, imported when that subcommand runs."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from hunyuan_vllm import __version__
+from hunyuan_vllm.cli.serve import serve
+from hunyuan_vllm.errors import UserError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="hunyuan-vllm",
+    help="Tencent Hunyuan-Large on vLLM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"hunyuan-vllm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Show the version."),
+) -> None:
+    """Serve the model with an OpenAI-compatible API, or run it over files."""
+
+
+# vLLM's own flags pass through: this command knows only its few.
+PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command(context_settings=PASS_THROUGH)(serve)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line on stderr and exit status 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"hunyuan-vllm: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,76 @@
+"""`hunyuan-vllm serve`: decide what to start, show it or start it."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+__all__ = ["serve"]
+
+
+def serve(
+    context: typer.Context,
+    dry_run: bool = typer.Option(False, "--dry-run", help="Print the exact command and environment, start nothing."),
+    insecure: bool = typer.Option(
+        False, "--insecure", help="Listen beyond this machine without an API key: anyone who can connect can use it."
+    ),
+) -> None:
+    """Serve a Hunyuan model with an OpenAI-compatible API.
+
+    vLLM's own flags may follow and win over ours (vllm serve --help=all).
+
+    \b
+    Examples:
+      hunyuan-vllm serve
+          the demo model on 127.0.0.1:8020
+      MODEL_PATH=/models/hunyuan-large hunyuan-vllm serve
+          a checkpoint, on all GPUs of this machine
+      MODEL_PATH=/models/hunyuan-large LOCAL_IP=10.0.0.5 hunyuan-vllm serve
+          the same, on all GPUs of the Ray cluster this node belongs to
+      hunyuan-vllm serve --dry-run --max-num-batched-tokens 8192
+          what would be started
+
+    \b
+    Environment variables:
+      MODEL_PATH     checkpoint folder or hub name; default: the demo model
+      TP_SIZE        tensor-parallel ranks; default: all GPUs of the Ray
+                     cluster or of the machine, 1 on a CPU
+      PORT           port; default: 8020
+      HOST           address to listen on; default: LOCAL_IP, else 127.0.0.1
+      LOCAL_IP       this node's address among several nodes
+      SOCKET_IFNAME  network interface between nodes; default: bond1 where
+                     it exists, else the one that carries LOCAL_IP
+      VLLM_API_KEY   the key that every request must carry, or
+      HUNYUAN_VLLM_API_KEY_FILE
+                     a file (chmod 600) that holds it. Beyond loopback a key
+                     is always asked for; where none is set, one is made and
+                     kept in ~/.config/hunyuan-vllm/api-key
+    """
+    from hunyuan_vllm.server import auth, child, ready
+    from hunyuan_vllm.server.flags import Flags
+    from hunyuan_vllm.server.launch import decide
+    from hunyuan_vllm.server.machine import probe
+    from hunyuan_vllm.server.model_source import demo_model, open_model
+    from hunyuan_vllm.server.settings import Settings
+
+    environ = dict(os.environ)
+    settings = Settings.read(environ)
+    flags = Flags(context.args)
+    model = open_model(settings.model) if settings.model else demo_model()
+    launch = decide(settings, flags, probe(environ, sys.executable), model, environ, insecure)
+    for note in launch.notes:
+        print(f"hunyuan-vllm: {note}", file=sys.stderr)
+    if dry_run:
+        print(launch.shell())
+        return
+    if "uds" not in flags and "headless" not in flags:
+        ready.check_port(launch.host, launch.port)
+    if launch.key_file is not None:
+        if settings.api_key_file is None and not launch.key_file.exists():
+            auth.create_key_file(launch.key_file)
+            print(f"hunyuan-vllm: a new API key is in {launch.key_file}", file=sys.stderr)
+        auth.read_key_file(launch.key_file)
+    print(f"hunyuan-vllm: starting {model.given} on {launch.host} port {launch.port}", file=sys.stderr, flush=True)
+    raise typer.Exit(child.run(launch, environ, ready.answers))

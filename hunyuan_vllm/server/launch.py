@@ -1,0 +1,186 @@
+"""The decision: settings, the user's vLLM flags, the machine and the model → one command line and environment.
+
+Pure, so that every case is a row in a test. Whatever the user gave wins; ours fills in the rest.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.server.flags import Flags
+from hunyuan_vllm.server.machine import Machine
+from hunyuan_vllm.server.model_source import ModelSource
+from hunyuan_vllm.server.network import interface_env
+from hunyuan_vllm.server.parallel import Ranks, choose_ranks
+from hunyuan_vllm.server.settings import KEY_FILE_VARIABLE, Settings, is_loopback
+
+__all__ = ["Launch", "decide"]
+
+MIB = 2**20
+GIB = 2**30
+DEMO_KV_CACHE = 256 * MIB
+LEAST_KV_CACHE = 256 * MIB
+MOST_KV_CACHE = 16 * GIB
+PROCESS_MEMORY = 2 * GIB  # a CPU server's own: front end, engine core and worker processes, activations
+MIDDLEWARE = "hunyuan_vllm.server.auth.RequireApiKey"
+# Options that may name something on the hub even where the model itself is a folder.
+HUB_OPTIONS = ("tokenizer", "speculative-config", "lora-modules", "hf-config-path", "generation-config")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A server to start.
+
+    Attributes:
+        argv: the command, complete.
+        env: variables to set beside the inherited ones; never a secret.
+        host, port: where it will listen.
+        model_name: a name that requests may call the model by.
+        key_file: the file with the API key; None if the key is in the environment or none is asked for.
+        needs_key: requests must carry the key.
+        notes: what the user should know about the choices made.
+    """
+
+    argv: list[str]
+    env: dict[str, str]
+    host: str
+    port: int
+    model_name: str
+    key_file: Path | None = None
+    needs_key: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    def shell(self) -> str:
+        """The command and its environment as a line to paste into a shell."""
+        variables = [f"{name}={shlex.quote(value)}" for name, value in self.env.items()]
+        command = " ".join(map(shlex.quote, self.argv))
+        return " \\\n  ".join([" ".join(["env", *variables]), command])
+
+
+def decide(
+    settings: Settings,
+    flags: Flags,
+    machine: Machine,
+    model: ModelSource,
+    environ: Mapping[str, str],
+    insecure: bool = False,
+) -> Launch:
+    """Decide on the server to start.
+
+    Args:
+        environ: the environment it will inherit; a variable set there is not set again.
+        insecure: the user accepts a server that others can reach without a key.
+
+    Raises:
+        UserError: what the user asked for cannot work, or not safely.
+    """
+    if "api-key" in flags:
+        raise UserError(
+            f"--api-key would show the key to every user of this machine: put it into a file and name that with "
+            f"{KEY_FILE_VARIABLE}=, or set VLLM_API_KEY"
+        )
+    host = flags.get("host") or settings.host
+    port = flags.integer("port", settings.port)
+    ranks = choose_ranks(settings, flags, machine, model)
+    key_file = _key_file(settings, host, ranks, insecure or "uds" in flags)
+    needs_key = key_file is not None or settings.api_key
+
+    names = ["hunyuan", model.given]
+    ours: dict[str, list[str]] = {"host": [host], "port": [str(port)], "served-model-name": names}
+    if ranks.tensor > 1:
+        ours["tensor-parallel-size"] = [str(ranks.tensor)]
+    if ranks.executor:
+        ours["distributed-executor-backend"] = [ranks.executor]
+    # The model's full length where its KV cache fits, else what does.
+    ours["max-model-len"] = ["auto"]
+    ours["disable-access-log-for-endpoints"] = ["/health,/metrics"]
+    notes = list(ranks.notes)
+    if not machine.cuda:
+        ours |= _cpu_options(flags, machine, model, ranks, environ, notes)
+    if needs_key:
+        ours["middleware"] = [MIDDLEWARE]
+
+    argv = [*machine.vllm_command, model.name]
+    for name, values in ours.items():
+        if name not in flags or name == "middleware":
+            argv += [f"--{name}", *values]
+    env = _environment(settings, flags, machine, model, ranks)
+    if key_file is not None:
+        env[KEY_FILE_VARIABLE] = str(key_file)
+    return Launch(
+        argv=argv + flags.argv,
+        env={name: value for name, value in env.items() if name not in environ or name == KEY_FILE_VARIABLE},
+        host=host,
+        port=port,
+        model_name=flags.get("served-model-name") or names[0],
+        key_file=key_file,
+        needs_key=needs_key,
+        notes=notes,
+    )
+
+
+def _key_file(settings: Settings, host: str, ranks: Ranks, open_allowed: bool) -> Path | None:
+    """The file with the key to require, if the key is to come from a file."""
+    if settings.api_key_file and settings.api_key:
+        raise UserError(f"VLLM_API_KEY and {KEY_FILE_VARIABLE} are both set: unset one")
+    if settings.api_key_file:
+        return settings.api_key_file
+    if settings.api_key:
+        if ranks.executor == "ray":
+            raise UserError(
+                "vLLM would copy VLLM_API_KEY to every Ray worker: put the key into a file (chmod 600), name it with "
+                f"{KEY_FILE_VARIABLE}=, and unset VLLM_API_KEY"
+            )
+        return None
+    if open_allowed or is_loopback(host):
+        return None
+    return settings.config_home / "hunyuan-vllm" / "api-key"
+
+
+def _cpu_options(
+    flags: Flags, machine: Machine, model: ModelSource, ranks: Ranks, environ: Mapping[str, str], notes: list[str]
+) -> dict[str, list[str]]:
+    options: dict[str, list[str]] = {}
+    sized = any(name in flags for name in ("kv-cache-memory-bytes", "gpu-memory-utilization"))
+    if not sized and not environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        options["kv-cache-memory-bytes"] = [str(_cpu_kv_cache(machine, model, ranks))]
+    compile_options = ("compilation-config", "optimization-level", "enforce-eager")
+    if not machine.compiles and not any(name in flags for name in compile_options):
+        options["compilation-config"] = ['{"mode": 0}']
+        notes.append(
+            "no C++ compiler or no Python headers here, so the model runs uncompiled, about a third slower: install "
+            "g++ and python3-dev (Debian, Ubuntu) to have it compiled"
+        )
+    return options
+
+
+def _cpu_kv_cache(machine: Machine, model: ModelSource, ranks: Ranks) -> int:
+    """Bytes of KV cache for each rank: half of what the weights and the processes leave free, in whole MiB."""
+    if model.demo:
+        return DEMO_KV_CACHE
+    needed = model.weight_bytes + PROCESS_MEMORY
+    share = (machine.memory - needed) // 2 // ranks.world
+    if share < LEAST_KV_CACHE:
+        raise UserError(
+            f"{model.given} needs {(needed + 2 * ranks.world * LEAST_KV_CACHE) / GIB:.1f} GiB of memory and "
+            f"{machine.memory / GIB:.1f} GiB is free: free some, use a larger machine, or give "
+            "--kv-cache-memory-bytes to try all the same"
+        )
+    return min(share, MOST_KV_CACHE) // MIB * MIB
+
+
+def _environment(
+    settings: Settings, flags: Flags, machine: Machine, model: ModelSource, ranks: Ranks
+) -> dict[str, str]:
+    env = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    if model.local and not any(name in flags for name in HUB_OPTIONS):
+        env["HF_HUB_OFFLINE"] = "1"
+    if not machine.cuda and ranks.world > 1:
+        # By itself vLLM binds each rank to a NUMA node of its own and refuses more ranks than nodes.
+        env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        env["OMP_NUM_THREADS"] = str(max(machine.cores // ranks.world, 1))
+    return env | interface_env(settings, machine)

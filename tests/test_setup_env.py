@@ -1,0 +1,281 @@
+"""The set-up script: one clear line for each thing that stops it, and never a half-made environment that passes.
+
+The steps that would download gigabytes are not taken here: the real script runs on copies of the checkout's set-up
+files, with a package index that is out of reach.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from bootstrap.environment import Environment
+from bootstrap.errors import SetupError, explain
+from bootstrap.pip_config import parse_pip_config
+from bootstrap.plan import Plan, choose_device
+
+ROOT = Path(__file__).parents[1]
+NO_NETWORK = {
+    "PIP_INDEX_URL": "http://127.0.0.1:9/simple",  # the discard port: nothing listens there
+    "PIP_EXTRA_INDEX_URL": "",
+    "PIP_FIND_LINKS": "",
+    "PIP_CONFIG_FILE": os.devnull,
+}
+
+
+def copy_checkout(folder: Path) -> Path:
+    """The files the set-up reads, in a folder of their own."""
+    shutil.copytree(ROOT / "deploy", folder / "deploy", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "requirements", folder / "requirements")
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    return copy_checkout(tmp_path / "checkout")
+
+
+def set_up(checkout: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess:
+    # A virtual environment's own Python would be at home in another environment; PYTHON= names the real one.
+    variables = {"PYTHON": sys.executable, "HUNYUAN_DEVICE": "cpu", **NO_NETWORK, **environ}
+    return subprocess.run(
+        ["sh", checkout / "deploy" / "setup_env.sh", *arguments],
+        env={**os.environ, **variables}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def stopped(run: subprocess.CompletedProcess) -> str:
+    """The one line that a failed run ends with."""
+    assert run.returncode == 1, run.stderr
+    assert "Traceback" not in run.stderr
+    return run.stderr.splitlines()[-1]
+
+
+def pretend_complete(checkout: Path, *arguments: str) -> Environment:
+    """An environment whose state says that all is there, as the script itself would compute it."""
+    environment = Environment(checkout / ".venv")
+    (environment.path / "bin").mkdir(parents=True)
+    environment.python.symlink_to(sys.executable)
+    code = (
+        "import os, sys; from pathlib import Path; from bootstrap.plan import Plan; import json;"
+        "plan = Plan.make(Path(sys.argv[1]), os.environ, len(sys.argv) > 2); print(json.dumps(plan.wanted()))"
+    )
+    wanted = subprocess.run(
+        [sys.executable, "-c", code, checkout, *arguments], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": str(checkout / "deploy"), "HUNYUAN_DEVICE": "cpu"},
+    ).stdout  # fmt: skip
+    environment.state_file.write_text(wanted)
+    return environment
+
+
+@pytest.fixture(scope="session")
+def old_python() -> Path:
+    """A Python older than 3.11, where the machine has one."""
+    homes = [Path.home().glob(".pyenv/versions/*/bin/python"), Path("/usr/bin").glob("python[23].*")]
+    for python in sorted(python for home in homes for python in home):
+        probe = subprocess.run([python, "-c", "import sys; print(sys.version_info < (3, 11))"], capture_output=True)
+        if probe.stdout.strip() == b"True":
+            return python
+    pytest.skip("no Python older than 3.11 on this machine")
+
+
+def test_an_old_python_is_refused(checkout, old_python):
+    line = stopped(set_up(checkout, PYTHON=str(old_python)))
+    assert line.startswith("hunyuan-vllm needs Python 3.11 or newer, and this is Python ")
+    assert not (checkout / ".venv").exists()
+
+
+def test_without_any_python_the_needed_one_is_named(checkout, tmp_path):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("sh", "dirname"):
+        (tools / name).symlink_to(shutil.which(name))
+    run = subprocess.run(
+        [tools / "sh", checkout / "deploy" / "setup_env.sh"], env={"PATH": str(tools)}, capture_output=True, text=True
+    )
+    assert "needs Python 3.11 or newer, and none is on the PATH: install one" in stopped(run)
+
+
+def test_a_named_python_that_does_not_run(checkout):
+    assert "PYTHON=/no/python does not run" in stopped(set_up(checkout, PYTHON="/no/python"))
+
+
+def test_an_unknown_device(checkout):
+    assert "HUNYUAN_DEVICE=tpu is not known: use cpu or cuda" in stopped(set_up(checkout, HUNYUAN_DEVICE="tpu"))
+
+
+def test_no_network_leaves_nothing(checkout):
+    line = stopped(set_up(checkout))
+    assert line.startswith("set-up stopped: no connection to the package index while fetching the installer (uv)")
+    assert not (checkout / ".venv").exists()
+    assert not (checkout / ".venv.old").exists()
+
+
+def test_no_network_keeps_the_environment_that_was_there(checkout):
+    environment = pretend_complete(checkout)
+    (environment.path / "kept").touch()
+    (checkout / "requirements" / "cpu.txt").write_text("changed==1\n")
+    assert "no connection" in stopped(set_up(checkout))
+    assert (environment.path / "kept").exists()
+    assert environment.state()["engine"]
+
+
+def test_a_complete_environment_is_found_at_once(checkout):
+    pretend_complete(checkout)
+    started = time.monotonic()
+    run = set_up(checkout)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert time.monotonic() - started < 5  # nothing was installed: that alone takes longer
+
+
+@pytest.mark.parametrize("spoil", ["lock", "python", "state"])
+def test_an_environment_that_is_not_whole_is_made_again(checkout, spoil):
+    environment = pretend_complete(checkout)
+    if spoil == "lock":
+        (checkout / "requirements" / "torch-cpu.txt").write_text("torch==1\n")
+    elif spoil == "python":
+        environment.python.unlink()
+    else:
+        environment.state_file.write_text('{"package": ')
+    assert "no connection" in stopped(set_up(checkout))  # it tried
+
+
+def test_an_environment_is_for_one_device_and_one_place(checkout):
+    variants = [
+        {"HUNYUAN_DEVICE": "cpu"},
+        {"HUNYUAN_DEVICE": "cuda"},
+        {"HUNYUAN_DEVICE": "cpu", "HUNYUAN_VENV": "/elsewhere"},
+    ]
+    keys = {Plan.make(checkout, environ, with_tests=False).wanted()["engine"] for environ in variants}
+    assert len(keys) == len(variants)
+
+
+def test_only_the_test_tools_are_missing(checkout):
+    environment = pretend_complete(checkout)
+    assert "installing the test tools" in stopped(set_up(checkout, "--test", PATH="/usr/bin:/bin"))
+    assert set(environment.state()) == {"engine", "package"}  # what was whole still is
+
+
+def test_a_foreign_environment_is_not_touched(checkout):
+    (checkout / ".venv").mkdir()
+    (checkout / ".venv" / "theirs").touch()
+    assert "this set-up did not make it: move it away" in stopped(set_up(checkout))
+    assert (checkout / ".venv" / "theirs").exists()
+
+
+def test_an_interrupt_leaves_nothing(checkout):
+    # A pip that hangs: the index accepts connections and never answers.
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        index = f"http://127.0.0.1:{silent.getsockname()[1]}/simple"
+        variables = {**NO_NETWORK, "PIP_INDEX_URL": index, "PYTHON": sys.executable, "HUNYUAN_DEVICE": "cpu"}
+        run = subprocess.Popen(
+            ["sh", checkout / "deploy" / "setup_env.sh"], env={**os.environ, **variables}, stderr=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+        silent.settimeout(60)
+        connection, _ = silent.accept()
+        assert (checkout / ".venv").exists()
+        run.send_signal(signal.SIGINT)
+        _, errors = run.communicate(timeout=30)
+        connection.close()
+    assert run.returncode == 130
+    assert errors.splitlines()[-1] == "set-up interrupted: nothing half-installed was left"
+    assert not (checkout / ".venv").exists()
+
+
+def test_a_killed_set_up_is_recovered_from(tmp_path):
+    whole = {"engine": "1"}
+    environment = Environment(tmp_path / ".venv")
+    for path, state in ((environment.old, '{"engine": "1"}'), (environment.path, "{}")):
+        (path / "bin").mkdir(parents=True)
+        (path / "bin" / "python").symlink_to(sys.executable)
+        (path / environment.state_file.name).write_text(state)
+    assert environment.missing(whole) == ["engine"]
+    with pytest.raises(SetupError), environment.rebuild():
+        raise SetupError("the network is gone")
+    assert environment.missing(whole) == []  # the one from before the kill is back
+    assert not environment.old.exists()
+
+
+def test_two_set_ups_do_not_meet(checkout):
+    environment = Environment(checkout / ".venv")
+    with environment.lock(on_wait=lambda: None):
+        second = subprocess.Popen(
+            ["sh", checkout / "deploy" / "setup_env.sh"], stderr=subprocess.PIPE, text=True,
+            env={**os.environ, **NO_NETWORK, "PYTHON": sys.executable, "HUNYUAN_DEVICE": "cpu"},
+        )  # fmt: skip
+        assert second.stderr.readline().startswith("waiting for another set-up")
+        pretend_complete(checkout)
+    _, errors = second.communicate(timeout=60)
+    assert (second.returncode, errors) == (0, "")  # it found what the first one had made
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system takes root")
+@pytest.mark.parametrize(
+    ("options", "environ", "message"),
+    [
+        ("size=64m", {}, "free and the environment needs"),
+        ("ro", {}, "Read-only file system): make it writable, or choose another place"),
+    ],
+)
+def test_a_full_or_read_only_disk(checkout, tmp_path, options, environ, message):
+    target = tmp_path / "mounted"
+    target.mkdir()
+    script = f'mount -t tmpfs -o {options} none "$1" && HUNYUAN_VENV="$1/venv" sh "$2/deploy/setup_env.sh"'
+    run = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script, "sh", target, checkout], capture_output=True, text=True,
+        env={**os.environ, **NO_NETWORK, "PYTHON": sys.executable, "HUNYUAN_DEVICE": "cpu"},
+    )  # fmt: skip
+    assert message in stopped(run)
+
+
+@pytest.mark.parametrize(
+    ("output", "line"),
+    [
+        ("error: Failed to write\n  cause: No space left on device (os error 28)", "the disk filled up while install"),
+        ("error: Request failed after 3 retries in 8.7s", "no connection to the package index while installing"),
+        ("Collecting x\nERROR: No matching distribution found for x==9\n", "installing failed: ERROR: No matching"),
+        ("", "installing failed: no output"),
+    ],
+)
+def test_an_installers_failure_in_plain_words(output, line):
+    assert explain(output, "installing").startswith(line)
+
+
+def test_pips_configuration_is_handed_to_uv():
+    listing = "\n".join(
+        [
+            "global.index-url='https://mirror/simple'",
+            "global.extra-index-url='file:///a/simple file:///b/simple'",
+            "global.find-links='/wheels'",
+            "install.find-links='/other'",
+            "global.trusted-host='mirror'",
+            ":env:.index-url='https://env/simple'",
+            ":env:.cert='/etc/ca.pem'",
+        ]
+    )
+    sources = parse_pip_config(listing)
+    assert sources.uv_args() == [
+        "--index-url", "https://env/simple", "--index-strategy", "unsafe-best-match",
+        "--extra-index-url", "file:///a/simple", "--extra-index-url", "file:///b/simple",
+        "--find-links", "/other", "--allow-insecure-host", "mirror",
+    ]  # fmt: skip
+    assert sources.env == {"SSL_CERT_FILE": "/etc/ca.pem"}
+    assert parse_pip_config("global.no-index='true'\nglobal.find-links='/w'").uv_args() == [
+        "--no-index", "--find-links", "/w",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("listing", "device"), [("GPU 0: NVIDIA H20 (UUID: GPU-1)", "cuda"), ("", "cpu")])
+def test_the_device_is_what_nvidia_smi_lists(tmp_path, listing, device):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\necho '{listing}'\n")
+    tool.chmod(0o755)
+    assert choose_device({"PATH": str(tmp_path)}) == device
+    assert choose_device({"PATH": str(tmp_path), "HUNYUAN_DEVICE": "cpu"}) == "cpu"

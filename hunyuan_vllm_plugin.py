@@ -8,6 +8,20 @@ module imports nothing that can fail, and everything else happens inside `regist
 
 def register() -> None:
     """Make Hunyuan-Large known to vLLM in this process. Idempotent; raises if the installation cannot work."""
-    from hunyuan_vllm.plugin import register as register_all
+    try:
+        from hunyuan_vllm.plugin import register as register_all
 
-    register_all()
+        register_all()
+    except BaseException:
+        _let_vllm_load_plugins_again()
+        raise
+
+
+def _let_vllm_load_plugins_again() -> None:
+    """vLLM notes that it has loaded plugins before it does; a second engine in the same process would go on without
+    us."""
+    import sys
+
+    plugins = sys.modules.get("vllm.plugins")
+    if plugins is not None:
+        plugins.plugins_loaded = False

@@ -40,6 +40,12 @@ USED: tuple[Symbol, ...] = (
         "VerifyAndUpdateConfig",
         members=("verify_and_update_config", "verify_and_update_model_config"),
     ),
+    Symbol("vllm.transformers_utils.model_arch_config_convertor", "MODEL_ARCH_CONFIG_CONVERTORS"),
+    Symbol(
+        "vllm.transformers_utils.model_arch_config_convertor",
+        "ModelArchConfigConvertorBase",
+        members=("get_num_experts",),
+    ),
     Symbol("vllm.compilation.decorators", "support_torch_compile"),
     Symbol(
         "vllm.config",
@@ -49,9 +55,16 @@ USED: tuple[Symbol, ...] = (
     Symbol("vllm.config", "CacheConfig", members=("kv_sharing_fast_prefill",)),
     Symbol("vllm.config", "get_current_vllm_config"),
     Symbol(
-        "vllm.config.model",
+        "vllm.config",
         "ModelConfig",
-        members=("hf_config", "model", "max_model_len", "quantization", "get_layers_start_end_indices"),
+        members=(
+            "hf_config",
+            "model",
+            "max_model_len",
+            "quantization",
+            "get_layers_start_end_indices",
+            "word_embeddings_untied_by_checkpoint",
+        ),
     ),
     Symbol(
         "vllm.config.parallel",
@@ -111,7 +124,7 @@ USED: tuple[Symbol, ...] = (
     Symbol(f"{_LAYERS}.linear", "ColumnParallelLinear", keywords=_LINEAR),
     Symbol(f"{_LAYERS}.linear", "MergedColumnParallelLinear", keywords=("bias", "quant_config", "prefix")),
     Symbol(f"{_LAYERS}.linear", "QKVParallelLinear", keywords=("bias", "quant_config", "prefix")),
-    Symbol(f"{_LAYERS}.linear", "RowParallelLinear", keywords=(*_LINEAR, "reduce_results")),
+    Symbol(f"{_LAYERS}.linear", "RowParallelLinear", keywords=(*_LINEAR, "reduce_results", "skip_bias_add")),
     Symbol(f"{_LAYERS}.logits_processor", "LogitsProcessor"),
     Symbol(f"{_LAYERS}.quantization", "QuantizationConfig"),
     Symbol(

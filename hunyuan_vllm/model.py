@@ -11,7 +11,12 @@ import torch
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CacheConfig, VllmConfig, get_current_vllm_config
-from vllm.distributed import get_ep_group, get_pp_group, get_tensor_model_parallel_world_size
+from vllm.distributed import (
+    get_ep_group,
+    get_pp_group,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear, fused_moe_make_expert_params_mapping
@@ -68,15 +73,19 @@ class HunYuanMLP(nn.Module):
             intermediate_size,
             hidden_size,
             bias=bias,
+            skip_bias_add=not reduce_results,
             quant_config=quant_config,
             reduce_results=reduce_results,
             prefix=f"{prefix}.down_proj",
         )
+        self.adds_skipped_bias = get_tensor_model_parallel_rank() == 0
         self.act_fn = SiluAndMul()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate_up, _ = self.gate_up_proj(x)
-        x, _ = self.down_proj(self.act_fn(gate_up))
+        x, skipped_bias = self.down_proj(self.act_fn(gate_up))
+        if skipped_bias is not None and self.adds_skipped_bias:  # once among the partial sums
+            x = x + skipped_bias
         return x
 
 
@@ -333,6 +342,10 @@ class HunYuanForCausalLM(nn.Module, SupportsPP, SupportsLoRA, MixtureOfExperts):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config: HunYuanConfig = vllm_config.model_config.hf_config
+        if vllm_config.model_config.word_embeddings_untied_by_checkpoint:
+            # vLLM unties where a checkpoint brings a head of its own; in a tied Hunyuan network that copy is not used.
+            config.tie_word_embeddings = True
+            vllm_config.model_config.word_embeddings_untied_by_checkpoint = False
         self.config = config
         self.vllm_config = vllm_config
         self.quant_config = vllm_config.quant_config

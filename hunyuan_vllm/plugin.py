@@ -29,7 +29,9 @@ def register() -> None:
     from transformers import AutoConfig
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
 
+    from hunyuan_vllm.arch_config import HunYuanArchConfigConvertor
     from hunyuan_vllm.config import HunYuanConfig
     from hunyuan_vllm.preflight import HunYuanPreflight
     from hunyuan_vllm.tokenizer import register_tokenizer
@@ -38,4 +40,5 @@ def register() -> None:
     register_tokenizer()
     ModelRegistry.register_model(ARCHITECTURE, "hunyuan_vllm.model:HunYuanForCausalLM")
     MODELS_CONFIG_MAP[ARCHITECTURE] = HunYuanPreflight
+    MODEL_ARCH_CONFIG_CONVERTORS[HunYuanConfig.model_type] = HunYuanArchConfigConvertor
     _registered = True

@@ -39,9 +39,13 @@ def make_rotary(config: HunYuanConfig) -> RotaryEmbedding:
             is_neox_style=True,
             dtype=torch.get_default_dtype(),
         )
+    length = config.max_position_embeddings
+    if rope["rope_type"] == "dynamic" and "alpha" not in rope:  # vLLM wants the extended length beside the trained one
+        rope = rope | {"max_trained_positions": length}
+        length = int(length * rope["factor"])
     return get_rope(
         head_size=config.head_dim,
-        max_position=config.max_position_embeddings,
+        max_position=length,
         is_neox_style=True,
         rope_parameters=rope,
     )

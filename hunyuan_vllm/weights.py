@@ -63,7 +63,9 @@ def load_checkpoint(model: HunYuanForCausalLM, weights: Iterable[tuple[str, torc
 def _names_for(config: HunYuanConfig) -> WeightsMapper:
     """An owner's q_proj is a shard of its fused projection; a cross layer's stands alone."""
     owners = [layer for layer in range(config.num_hidden_layers) if not config.is_cross(layer)]
-    q_proj: dict = {f".layers.{layer}.self_attn.q_proj": (f".layers.{layer}.self_attn.qkv_proj", "q") for layer in owners}
+    q_proj: dict = {
+        f".layers.{layer}.self_attn.q_proj": (f".layers.{layer}.self_attn.qkv_proj", "q") for layer in owners
+    }
     return replace(CHECKPOINT_NAMES, orig_to_new_stacked={**CHECKPOINT_NAMES.orig_to_new_stacked, **q_proj})
 
 
@@ -82,7 +84,14 @@ def _checked(
             if part in seen:
                 raise CheckpointError(f"checkpoint tensor {part!r} is there twice (again as {name!r})")
             seen.add(part)
-            yield part, value
+            yield part, _once_among_ranks(model, part, value, rank)
+
+
+def _once_among_ranks(model: HunYuanForCausalLM, name: str, tensor: torch.Tensor, rank: int) -> torch.Tensor:
+    """Tensor-parallel ranks add up their parts of an expert's output, its bias included: only the first brings it."""
+    if name.endswith(".down_proj.bias") and ".experts." in name and rank > 0:
+        return tensor if model.vllm_config.parallel_config.enable_expert_parallel else torch.zeros_like(tensor)
+    return tensor
 
 
 def _check_finite(name: str, tensor: torch.Tensor, rank: int, ranks: int) -> None:

@@ -1,0 +1,55 @@
+"""Every vLLM symbol and keyword we use exists in the installed vLLM; and the check would notice if not."""
+
+from __future__ import annotations
+
+import ast
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from hunyuan_vllm.compat import USED, Symbol, check_symbols
+
+PACKAGE = Path(__file__).parents[1] / "hunyuan_vllm"
+
+
+@pytest.fixture(scope="module")
+def root() -> Path:
+    spec = find_spec("vllm")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parents[1]
+
+
+def test_the_installed_vllm_has_all_we_use(root: Path) -> None:
+    assert check_symbols(root) == []
+
+
+@pytest.mark.parametrize(
+    ("symbol", "problem"),
+    [
+        (Symbol("vllm.no_such_module", "Thing"), "vllm.no_such_module.Thing: not found"),
+        (Symbol("vllm.config", "NoSuchConfig"), "vllm.config.NoSuchConfig: not found"),
+        (
+            Symbol("vllm.model_executor.layers.attention", "Attention", keywords=("prefix", "no_such_keyword")),
+            "vllm.model_executor.layers.attention.Attention: takes no keyword 'no_such_keyword'",
+        ),
+        (
+            Symbol("vllm.config", "VllmConfig", members=("model_config", "no_such_field")),
+            "vllm.config.VllmConfig: has no member 'no_such_field'",
+        ),
+    ],
+)
+def test_what_is_not_there_is_named(symbol: Symbol, problem: str, root: Path) -> None:
+    assert check_symbols(root, (symbol,)) == [problem]
+
+
+def test_every_import_from_vllm_is_listed() -> None:
+    listed = {(symbol.module, symbol.name) for symbol in USED}
+    imported = {
+        (node.module, alias.name)
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm"
+        for alias in node.names
+    }
+    assert imported - listed == set()

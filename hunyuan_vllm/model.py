@@ -42,6 +42,7 @@ from vllm.sequence import IntermediateTensors
 
 from hunyuan_vllm.cla_cache import OwnerAttention, SharedKV, hand_scales_to_readers, kv_sharing_target, passes_kv
 from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.patches import apply_patches
 from hunyuan_vllm.qk_norm import FoldedQueryNorm
 from hunyuan_vllm.rope import make_rotary
 from hunyuan_vllm.weights import CHECKPOINT_NAMES, load_checkpoint
@@ -341,6 +342,7 @@ class HunYuanForCausalLM(nn.Module, SupportsPP, SupportsLoRA, MixtureOfExperts):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
+        apply_patches()
         config: HunYuanConfig = vllm_config.model_config.hf_config
         if vllm_config.model_config.word_embeddings_untied_by_checkpoint:
             # vLLM unties where a checkpoint brings a head of its own; in a tied Hunyuan network that copy is not used.

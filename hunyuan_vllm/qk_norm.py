@@ -40,7 +40,7 @@ class FoldedQueryNorm(RMSNorm):
         super().__init__(head_dim, eps)
         weight = self.weight.data
         del self.weight
-        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("weight", weight)  # persistent: vLLM's layer-wise reload carries no others over
         self.query_weight = nn.Parameter(torch.ones_like(weight), requires_grad=False)
         self.key_weight = nn.Parameter(torch.ones_like(weight), requires_grad=False)
         self.quant_method = _FoldAfterLoading()

@@ -1,0 +1,121 @@
+"""Names and shapes of a checkpoint: what is accepted, what is skipped, and how a misfit is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import VARIANTS, rewrite, tiny_config, write_checkpoint
+from golden_data import GOLDEN, GOLDEN_NAMES
+from safetensors.torch import save_file
+
+from hunyuan_vllm.checkpoint import INDEX_FILE, check_headers
+from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.layout import CheckpointError, Layout, expected_tensors
+from hunyuan_vllm.reference import HunYuanForCausalLM
+
+EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A sound checkpoint in several shards."""
+    return write_checkpoint(tmp_path / "model", tiny_config(), shard_bytes=500_000)
+
+
+def refused(folder: Path) -> str:
+    config = HunYuanConfig.from_pretrained(folder)
+    with pytest.raises(CheckpointError) as raised:
+        check_headers(folder, Layout(config))
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_expected_tensors_are_the_reference_models(variant: str) -> None:
+    config = tiny_config(**VARIANTS[variant])
+    with torch.device("meta"):
+        state = {name: tuple(tensor.shape) for name, tensor in HunYuanForCausalLM(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    assert expected_tensors(config) == state
+
+
+def test_the_published_model_has_388_7_billion_parameters() -> None:
+    """The arithmetic of two independent sources: 388.7B in all, 51.3B of them active a token with one expert."""
+    config = HunYuanConfig(
+        use_cla=True, cla_share_factor=2, use_qk_norm=True, num_experts=16, use_mixed_mlp_moe=True,
+        num_key_value_heads=8, tie_word_embeddings=True,
+    )  # fmt: skip
+    sizes = {name: torch.Size(shape).numel() for name, shape in expected_tensors(config).items()}
+    assert round(sum(sizes.values()) / 1e9, 1) == 388.7
+    active = sum(size for name, size in sizes.items() if ".experts." not in name or ".experts.0." in name)
+    assert round(active / 1e9, 1) == 51.3
+
+
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
+def test_golden_checkpoints_pass(name: str) -> None:
+    config = HunYuanConfig.from_pretrained(GOLDEN / name)
+    assert check_headers(GOLDEN / name, Layout(config)) == len(expected_tensors(config))
+
+
+def test_shards_pass(folder: Path) -> None:
+    config = HunYuanConfig.from_pretrained(folder)
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    assert check_headers(folder, Layout(config)) == len(expected_tensors(config))
+
+
+def test_missing_tensor(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.pop(EXPERT))
+    assert f"lacks checkpoint tensor {EXPERT!r}" in refused(folder)
+
+
+def test_unknown_tensor(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.update({"model.layers.1.self_attn.k_proj.weight": torch.ones(64, 128)}))
+    assert "'model.layers.1.self_attn.k_proj.weight' is not part of this network" in refused(folder)
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(95, 128), torch.ones(0), torch.ones(128, 96)], ids=["short", "empty", "T"])
+def test_misshapen_tensor(tensor: torch.Tensor, folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.update({EXPERT: tensor}))
+    assert f"{EXPERT!r} has shape {list(tensor.shape)}; this config needs [96, 128]" in refused(folder)
+
+
+def test_tensor_in_two_files(folder: Path) -> None:
+    rewrite(folder, lambda tensors: None)
+    save_file({EXPERT: torch.ones(96, 128)}, folder / "more.safetensors")
+    message = refused(folder)
+    assert EXPERT in message and "model.safetensors" in message and "more.safetensors" in message
+
+
+def test_both_fused_and_separate(folder: Path) -> None:
+    name = "model.layers.0.self_attn.qkv_proj.weight"
+    rewrite(folder, lambda tensors: tensors.update({name: torch.ones(256, 128)}))
+    assert "self_attn.q_proj.weight' is in" in refused(folder)
+
+
+def test_truncated_shard(folder: Path) -> None:
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    assert f"{shard} is cut short" in refused(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x10", b"not a safetensors file at all, but long enough to look like one"])
+def test_not_a_shard(content: bytes, folder: Path) -> None:
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    shard.write_bytes(content)
+    assert str(shard) in refused(folder)
+
+
+def test_index_names_a_missing_file(folder: Path) -> None:
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.unlink()
+    message = refused(folder)
+    assert shard.name in message and INDEX_FILE in message and "download" in message
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"weight_map": 3}', json.dumps({"metadata": {}})])
+def test_broken_index(content: str, folder: Path) -> None:
+    (folder / INDEX_FILE).write_text(content)
+    assert INDEX_FILE in refused(folder)

@@ -76,7 +76,9 @@ def test_unknown_tensor(folder: Path) -> None:
     assert "'model.layers.1.self_attn.k_proj.weight' is not part of this network" in refused(folder)
 
 
-@pytest.mark.parametrize("tensor", [torch.ones(95, 128), torch.ones(0), torch.ones(128, 96)], ids=["short", "empty", "T"])
+@pytest.mark.parametrize(
+    "tensor", [torch.ones(95, 128), torch.ones(0), torch.ones(128, 96)], ids=["short", "empty", "T"]
+)
 def test_misshapen_tensor(tensor: torch.Tensor, folder: Path) -> None:
     rewrite(folder, lambda tensors: tensors.update({EXPERT: tensor}))
     assert f"{EXPERT!r} has shape {list(tensor.shape)}; this config needs [96, 128]" in refused(folder)

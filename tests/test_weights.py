@@ -31,7 +31,9 @@ def refused(folder: Path, **options) -> str:
 def test_preflight_speaks_before_any_worker(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the user's process, from the headers: no engine is made."""
     rewrite(folder, lambda tensors: tensors.pop(NAME))
-    monkeypatch.setattr("vllm.v1.engine.llm_engine.EngineCoreClient.make_client", lambda *_, **__: pytest.fail("started"))
+    monkeypatch.setattr(
+        "vllm.v1.engine.llm_engine.EngineCoreClient.make_client", lambda *_, **__: pytest.fail("started")
+    )
     assert f"lacks checkpoint tensor {NAME!r}" in refused(folder)
 
 

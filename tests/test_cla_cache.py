@@ -1,0 +1,139 @@
+"""The shared cache itself: who owns what, who writes, what it costs, and that the arithmetic is the engine's."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import tiny_config, write_checkpoint
+from engine import MIB, engine, score
+from golden_data import load_golden
+from vllm import _custom_ops as ops
+
+from hunyuan_vllm.cla_cache import CacheShape, kv_sharing_target
+from hunyuan_vllm.config import HunYuanConfig
+
+PUBLISHED = HunYuanConfig(
+    use_cla=True, cla_share_factor=2, use_qk_norm=True, num_experts=16, use_mixed_mlp_moe=True, num_key_value_heads=8
+)
+
+
+def test_kib_a_token_of_the_published_model() -> None:
+    """2 (K, V) · 64 layers · 8 heads · 80 · 2 bytes = 160 KiB, halved by CLA factor 2, and again by FP8."""
+    assert CacheShape.of(PUBLISHED, sharing=False).bytes_per_token == 160 * 1024
+    assert CacheShape.of(PUBLISHED).bytes_per_token == 80 * 1024
+    assert CacheShape.of(PUBLISHED, itemsize=1).bytes_per_token == 40 * 1024
+    assert CacheShape.of(PUBLISHED, tensor_parallel=8).bytes_per_token == 10 * 1024
+    # Sixteen ranks hold each of eight heads twice, unless decode context parallelism spreads the tokens.
+    assert CacheShape.of(PUBLISHED, tensor_parallel=16).bytes_per_token == 10 * 1024
+    plain = CacheShape.of(PUBLISHED, tensor_parallel=16).tokens(1 << 30, 16)
+    assert CacheShape.of(PUBLISHED, tensor_parallel=16, dcp=2).tokens(1 << 30, 16) == 2 * plain
+
+
+def test_a_pipeline_stage_counts_its_own_owners() -> None:
+    stage = CacheShape.of(PUBLISHED, stage=range(16, 32))
+    assert (stage.layers, stage.owners) == (16, 8)
+
+
+@pytest.mark.parametrize(("layer", "owner"), [(0, None), (1, 0), (2, 0), (3, None), (5, 3), (10, 9)])
+def test_sharing_targets(layer: int, owner: int | None) -> None:
+    config = tiny_config(num_hidden_layers=12, cla_share_factor=3)
+    target = kv_sharing_target(config, layer, f"model.layers.{layer}.self_attn.attn")
+    assert target == (None if owner is None else f"model.layers.{owner}.self_attn.attn")
+
+
+def test_the_switch_must_be_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HUNYUAN_VLLM_CLA_SHARING", "maybe")
+    with pytest.raises(ValueError, match="HUNYUAN_VLLM_CLA_SHARING='maybe' is not a switch: use 1 .* or 0"):
+        kv_sharing_target(tiny_config(), 1, "model.layers.1.self_attn.attn")
+
+
+def allocated_blocks(folder: Path, **options) -> int:
+    with engine(folder, **options) as llm:
+        blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+    assert blocks is not None
+    return blocks
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("factor", "kv_dtype", "ranks"),
+    [(factor, dtype, 1) for factor in (1, 2, 4) for dtype in ("bfloat16", "fp8")] + [(2, "bfloat16", 2), (4, "fp8", 2)],
+)
+def test_predicted_blocks_are_allocated_blocks(factor: int, kv_dtype: str, ranks: int, tmp_path: Path) -> None:
+    config = tiny_config(num_hidden_layers=8, cla_share_factor=factor)
+    folder = write_checkpoint(tmp_path / "model", config)
+    memory, block_size = 7 * MIB + 12345, 64
+    shape = CacheShape.of(config, tensor_parallel=ranks, itemsize={"bfloat16": 2, "fp8": 1}[kv_dtype])
+    blocks = allocated_blocks(
+        folder,
+        dtype="bfloat16",
+        kv_cache_dtype="fp8" if kv_dtype == "fp8" else "auto",
+        kv_cache_memory_bytes=memory,
+        block_size=block_size,
+        tensor_parallel_size=ranks,
+    )
+    assert blocks == shape.blocks(memory, block_size)
+
+
+@pytest.mark.engine
+def test_without_sharing_the_same_memory_holds_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    golden = load_golden("cla2_top1")
+    shared = allocated_blocks(golden.path)
+    monkeypatch.setenv("HUNYUAN_VLLM_CLA_SHARING", "0")
+    assert allocated_blocks(golden.path) * 2 == shared
+
+
+@pytest.mark.engine
+def test_one_storage_a_group_written_by_its_owner_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CLA factor 4, eight layers: two caches, and two writes a step."""
+    golden = load_golden("cla4_top1")
+    written: list[int] = []
+    write = ops.cpu_attn_reshape_and_cache
+
+    def recorded(key: torch.Tensor, value: torch.Tensor, key_cache: torch.Tensor, *args, **kwargs) -> None:
+        written.append(key_cache.data_ptr())
+        write(key, value, key_cache, *args, **kwargs)
+
+    with engine(golden.path) as llm:
+        monkeypatch.setattr(ops, "cpu_attn_reshape_and_cache", recorded)
+        score(llm, [golden.items[0].prompt], max_tokens=3)
+        (caches,) = llm.apply_model(
+            lambda model: [layer.self_attn.attn.kv_cache.data_ptr() for layer in model.model.layers]
+        )
+    assert len(set(caches)) == 2
+    assert caches == [caches[0]] * 4 + [caches[4]] * 4
+    assert written == [caches[0], caches[4]] * 3
+
+
+@pytest.mark.engine
+def test_readers_get_their_owners_scales() -> None:
+    golden = load_golden("cla4_top1")
+
+    def scales(model) -> list[tuple[float, ...]]:
+        attentions = [layer.self_attn.attn for layer in model.model.layers]
+        for owner, k_scale, v_scale in ((0, 0.5, 0.25), (4, 2.0, 4.0)):
+            attentions[owner]._k_scale.fill_(k_scale)
+            attentions[owner]._v_scale.fill_(v_scale)
+            attentions[owner]._k_scale_float, attentions[owner]._v_scale_float = k_scale, v_scale
+        model.process_weights_after_loading()
+        return [(a._k_scale.item(), a._v_scale.item(), a._k_scale_float, a._v_scale_float) for a in attentions]
+
+    with engine(golden.path, kv_cache_dtype="fp8", dtype="bfloat16") as llm:
+        (result,) = llm.apply_model(scales)
+    assert result == [(0.5, 0.25, 0.5, 0.25)] * 4 + [(2.0, 4.0, 2.0, 4.0)] * 4
+
+
+@pytest.mark.engine
+def test_the_start_says_what_fits(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    golden = load_golden("cla4_top1")
+    with caplog.at_level(logging.INFO), engine(golden.path, dtype="bfloat16", kv_cache_memory_bytes=32 * MIB):
+        pass
+    (line,) = {record.getMessage() for record in caplog.records if record.getMessage().startswith("CLA cache")}
+    assert line == (
+        "CLA cache: 2 owner layers of 8 keep K and V; 0.5 KiB a token on each rank (2 without sharing); "
+        "65536 tokens fit"
+    )

@@ -22,6 +22,5 @@ def _let_vllm_load_plugins_again() -> None:
     us."""
     import sys
 
-    plugins = sys.modules.get("vllm.plugins")
-    if plugins is not None:
-        plugins.plugins_loaded = False
+    if plugins := sys.modules.get("vllm.plugins"):
+        plugins.__dict__["plugins_loaded"] = False

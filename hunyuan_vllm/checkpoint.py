@@ -48,7 +48,9 @@ def check_headers(folder: Path, layout: Layout) -> int:
             with safe_open(shard, framework="np") as tensors:
                 shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{shard} is cut short or not a safetensors file ({error}): download it again") from None
+            raise CheckpointError(
+                f"{shard} is cut short or not a safetensors file ({error}): download it again"
+            ) from None
         for name, shape in shapes.items():
             for part in layout.names(name, shape):
                 if part in found:

@@ -6,7 +6,6 @@ cross layers only read. vLLM's KV sharing does the plumbing; this module decides
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -55,13 +54,13 @@ def passes_kv() -> bool:
     return dcp_size > 1 or not envs.cla_sharing()
 
 
-def hand_scales_to_readers(layers: Iterable[nn.Module]) -> None:
+def hand_scales_to_readers(model: nn.Module) -> None:
     """Give every cross layer the K and V cache scales of its owner.
 
     Attention backends dequantise with the reading layer's scales, while the cache was written with the owner's. Called
     after loading; copies in place, so that captured graphs see it.
     """
-    attentions = {layer.self_attn.attn.layer_name: layer.self_attn.attn for layer in layers if hasattr(layer, "mlp")}
+    attentions = {module.layer_name: module for module in model.modules() if isinstance(module, Attention)}
     for reader in attentions.values():
         if (target := reader.kv_sharing_target_layer_name) is None:
             continue

@@ -100,7 +100,9 @@ class Layout:
         shapes = [self.expected[part] for part in parts]
         whole = (sum(part[0] for part in shapes), *shapes[0][1:])
         if tuple(shape) != whole:
-            raise CheckpointError(f"checkpoint tensor {name!r} has shape {list(shape)}; this config needs {list(whole)}")
+            raise CheckpointError(
+                f"checkpoint tensor {name!r} has shape {list(shape)}; this config needs {list(whole)}"
+            )
         return parts
 
     def split(self, name: str, tensor: Any) -> list[tuple[str, Any]]:
@@ -150,4 +152,4 @@ class Layout:
         group = self.config.num_attention_heads // kv_heads
         heads = tensor.reshape(kv_heads, group + 2, head_dim, *rest)
         q, k, v = heads[:, :group], heads[:, group], heads[:, group + 1]
-        return tuple(part.reshape(-1, *rest) for part in (q, k, v))  # type: ignore[return-value]
+        return q.reshape(-1, *rest), k.reshape(-1, *rest), v.reshape(-1, *rest)

@@ -250,6 +250,7 @@ class HunYuanDecoderLayer(nn.Module):
         self.self_attn = HunYuanAttention(
             config, layer, rotary_emb, vllm_config.cache_config, quant_config, prefix=f"{prefix}.self_attn"
         )
+        self.mlp: HunYuanMoE | HunYuanMLP
         if config.experts_at(layer) > 1:
             enable_eplb = vllm_config.parallel_config.enable_eplb
             self.mlp = HunYuanMoE(config, layer, quant_config, enable_eplb, prefix=f"{prefix}.mlp")
@@ -316,8 +317,10 @@ class HunYuanModel(nn.Module):
     ) -> torch.Tensor | IntermediateTensors:
         """Hidden states `[tokens, hidden_size]` of the tokens at `positions` (`[tokens]`)."""
         if get_pp_group().is_first_rank:
-            hidden_states = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
-            residual = None
+            if inputs_embeds is None:
+                assert input_ids is not None
+                inputs_embeds = self.embed_input_ids(input_ids)
+            hidden_states, residual = inputs_embeds, None
         else:
             assert intermediate_tensors is not None
             hidden_states = intermediate_tensors["hidden_states"]
@@ -374,14 +377,14 @@ class HunYuanForCausalLM(nn.Module, SupportsPP, SupportsLoRA, MixtureOfExperts):
         blocks = [layer.mlp for layer in self.model.layers if isinstance(getattr(layer, "mlp", None), HunYuanMoE)]
         self.moe_blocks = blocks
         self.moe_layers = [block.experts for block in blocks]
-        self.expert_weights = []
+        self.expert_weights: list[list[torch.Tensor]] = []
         self.num_moe_layers = len(blocks)
         self.num_expert_groups = 1
         self.num_shared_experts = int(bool(blocks) and blocks[0].shared_mlp is not None)
-        for name in ("logical", "physical", "local_physical", "redundant"):
-            attribute = f"num_{name}_experts"
-            setattr(self, attribute, getattr(blocks[0], attribute) if blocks else 0)
-        self.num_routed_experts = self.num_logical_experts
+        self.num_logical_experts = self.num_routed_experts = blocks[0].num_logical_experts if blocks else 0
+        self.num_physical_experts = blocks[0].num_physical_experts if blocks else 0
+        self.num_local_physical_experts = blocks[0].num_local_physical_experts if blocks else 0
+        self.num_redundant_experts = blocks[0].num_redundant_experts if blocks else 0
 
     def update_physical_experts_metadata(self, num_physical_experts: int, num_local_physical_experts: int) -> None:
         """Follow a change of the number of expert replicas."""
@@ -430,4 +433,4 @@ class HunYuanForCausalLM(nn.Module, SupportsPP, SupportsLoRA, MixtureOfExperts):
 
     def process_weights_after_loading(self) -> None:
         """vLLM's model-level post-load hook, after every layer's own."""
-        hand_scales_to_readers(self.model.layers)
+        hand_scales_to_readers(self.model)

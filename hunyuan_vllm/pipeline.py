@@ -42,9 +42,10 @@ def check_pipeline(config: HunYuanConfig, stages: int) -> None:
         return
     given = os.environ.get("VLLM_PP_LAYER_PARTITION")
     try:
-        partition = [int(part) for part in given.split(",")] if given else even_partition(config.num_hidden_layers, stages)
+        partition = [int(part) for part in given.split(",")] if given else []
     except ValueError:
         return  # vLLM says so itself
+    partition = partition or even_partition(config.num_hidden_layers, stages)
     legal = legal_partition(config, stages)
     for start in accumulate(partition[:-1]):
         if not config.is_cross(start):

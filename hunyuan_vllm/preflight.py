@@ -70,8 +70,8 @@ def _check_options(vllm_config: VllmConfig) -> None:
 
     if vllm_config.cache_config.kv_sharing_fast_prefill:
         raise ValueError(
-            "kv_sharing_fast_prefill skips the reading layers' prefill, which is right only where all of them come last; "
-            "in a CLA network owners and cross layers alternate: leave it off"
+            "kv_sharing_fast_prefill skips the prefill of layers that read another's cache, which is right only where "
+            "they all come last; in a CLA network owners and cross layers alternate: leave it off"
         )
     if vllm_config.parallel_config.enable_expert_parallel and current_platform.is_cpu():
         raise ValueError(

@@ -127,11 +127,13 @@ def test_readers_get_their_owners_scales() -> None:
 
 
 @pytest.mark.engine
-def test_the_start_says_what_fits(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+def test_the_start_says_what_fits(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("vllm.hunyuan_vllm.cla_cache")
+    logger.addHandler(caplog.handler)
     golden = load_golden("cla4_top1")
-    with caplog.at_level(logging.INFO), engine(golden.path, dtype="bfloat16", kv_cache_memory_bytes=32 * MIB):
+    with engine(golden.path, dtype="bfloat16", kv_cache_memory_bytes=32 * MIB):
         pass
+    logger.removeHandler(caplog.handler)
     (line,) = {record.getMessage() for record in caplog.records if record.getMessage().startswith("CLA cache")}
     assert line == (
         "CLA cache: 2 owner layers of 8 keep K and V; 0.5 KiB a token on each rank (2 without sharing); "

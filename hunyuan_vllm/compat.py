@@ -50,8 +50,9 @@ USED: tuple[Symbol, ...] = (
     Symbol(
         "vllm.config",
         "VllmConfig",
-        members=("model_config", "cache_config", "parallel_config", "load_config", "quant_config"),
+        members=("model_config", "cache_config", "parallel_config", "load_config", "quant_config", "lora_config"),
     ),
+    Symbol("vllm.config.lora", "LoRAConfig", members=("target_modules",)),
     Symbol("vllm.config", "CacheConfig", members=("kv_sharing_fast_prefill",)),
     Symbol("vllm.config", "get_current_vllm_config"),
     Symbol(

@@ -42,6 +42,7 @@ from vllm.sequence import IntermediateTensors
 
 from hunyuan_vllm.cla_cache import OwnerAttention, SharedKV, hand_scales_to_readers, kv_sharing_target, passes_kv
 from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.lora import experts_without_lora_on_cpu
 from hunyuan_vllm.patches import apply_patches
 from hunyuan_vllm.qk_norm import FoldedQueryNorm
 from hunyuan_vllm.rope import make_rotary
@@ -129,19 +130,20 @@ class HunYuanMoE(nn.Module):
             if shared_experts
             else None
         )
-        self.experts = FusedMoEFactory(
-            num_experts=self.num_logical_experts,
-            top_k=top_k,
-            hidden_size=config.hidden_size,
-            intermediate_size=intermediate_size,
-            renormalize=top_k > 1,
-            quant_config=quant_config,
-            prefix=f"{prefix}.experts",
-            enable_eplb=enable_eplb,
-            num_redundant_experts=self.num_redundant_experts,
-            has_bias=config.mlp_bias,
-            shared_experts=self.shared_mlp,
-        )
+        with experts_without_lora_on_cpu():
+            self.experts = FusedMoEFactory(
+                num_experts=self.num_logical_experts,
+                top_k=top_k,
+                hidden_size=config.hidden_size,
+                intermediate_size=intermediate_size,
+                renormalize=top_k > 1,
+                quant_config=quant_config,
+                prefix=f"{prefix}.experts",
+                enable_eplb=enable_eplb,
+                num_redundant_experts=self.num_redundant_experts,
+                has_bias=config.mlp_bias,
+                shared_experts=self.shared_mlp,
+            )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         router_logits, _ = self.gate(hidden_states)

@@ -118,6 +118,7 @@ def test_the_server_ends_with_a_killed_parent():
         (["ValueError: a", "KeyError: 'b'"], "KeyError: 'b'"),
         (["(Worker_TP0 pid=3) ERROR 11-24 [x.py:9] torch.OutOfMemoryError: CUDA out of memory"],
          "torch.OutOfMemoryError: CUDA out of memory"),
+        (["ValueError: no memory", "RuntimeError: Worker failed with error 'no memory'"], "ValueError: no memory"),
         (["OSError: disk", "RuntimeError: Engine core initialization failed. See root cause above."], "OSError: disk"),
     ],
 )  # fmt: skip

@@ -28,7 +28,7 @@ NETWORK = {"lo": ("127.0.0.1", "::1"), "eth0": ("192.168.7.2",), "ib0": ("10.0.0
 CPU = Machine(cuda=False, cores=8, memory=32 * GIB, interfaces=NETWORK)
 GPU8 = Machine(cuda=True, gpus=8, cores=64, memory=900 * GIB, interfaces=NETWORK)
 NODE1 = Machine(cuda=True, gpus=8, ray=RayCluster(nodes=2, gpus=16, free_gpus=16), interfaces=NETWORK)
-BONDED = Machine(cuda=True, gpus=8, interfaces={**NETWORK, "bond1": ("10.1.0.5",)})
+BONDED = Machine(cuda=True, gpus=8, ray=NODE1.ray, interfaces={**NETWORK, "bond1": ("10.1.0.5",)})
 
 
 def launch(machine, model, *flags, insecure=False, **environ) -> Launch:
@@ -53,8 +53,8 @@ def parsed(made: Launch) -> Namespace:
         (CPU, DEMO, [], {}, {"kv_cache_memory_bytes": 256 * 2**20, "max_model_len": -1}),
         (CPU, DEMO, [], {"TP_SIZE": "2"}, {"tensor_parallel_size": 2}),
         # A checkpoint on a CPU: half of what is left after the weights.
-        (CPU, SMALL, [], {}, {"kv_cache_memory_bytes": 13 * GIB}),
-        (CPU, SMALL, [], {"TP_SIZE": "2"}, {"kv_cache_memory_bytes": 13 * GIB // 2}),
+        (CPU, SMALL, [], {}, {"kv_cache_memory_bytes": 4 * GIB}),
+        (CPU, SMALL, [], {"TP_SIZE": "8"}, {"kv_cache_memory_bytes": 13 * GIB // 8}),
         (CPU, MODEL, ["--kv-cache-memory-bytes", "1g"], {}, {"kv_cache_memory_bytes": 10**9}),
         (CPU, SMALL, ["--gpu-memory-utilization", "0.5"], {}, {"kv_cache_memory_bytes": None}),
         (CPU, SMALL, [], {"VLLM_CPU_KVCACHE_SPACE": "3"}, {"kv_cache_memory_bytes": None}),
@@ -111,12 +111,18 @@ def test_options_in_a_config_file_count_as_given(tmp_path):
 @pytest.mark.parametrize(
     ("machine", "environ", "expected"),
     [
+        # Over several nodes: LOCAL_IP's interface; bond1 before it, SOCKET_IFNAME before both.
         (NODE1, {"LOCAL_IP": "10.0.0.5"}, {"VLLM_HOST_IP": "10.0.0.5", "NCCL_SOCKET_IFNAME": "ib0"}),
         (BONDED, {"LOCAL_IP": "10.0.0.5"}, {"GLOO_SOCKET_IFNAME": "bond1", "NCCL_SOCKET_IFNAME": "bond1"}),
         (BONDED, {"LOCAL_IP": "10.0.0.5", "SOCKET_IFNAME": "eth0"}, {"NCCL_SOCKET_IFNAME": "eth0"}),
-        (BONDED, {}, {"NCCL_SOCKET_IFNAME": None, "VLLM_HOST_IP": None}),
-        (GPU8, {"LOCAL_IP": "10.0.0.5", "NCCL_SOCKET_IFNAME": "eth0"}, {"GLOO_SOCKET_IFNAME": "ib0"}),
-        (GPU8, {"LOCAL_IP": "10.0.0.5", "NCCL_SOCKET_IFNAME": "eth0"}, {"NCCL_SOCKET_IFNAME": None}),
+        (NODE1, {"LOCAL_IP": "10.0.0.5", "NCCL_SOCKET_IFNAME": "eth0"}, {"GLOO_SOCKET_IFNAME": "ib0"}),
+        (NODE1, {"LOCAL_IP": "10.0.0.5", "NCCL_SOCKET_IFNAME": "eth0"}, {"NCCL_SOCKET_IFNAME": None}),
+        (NODE1, {}, {"NCCL_SOCKET_IFNAME": None, "VLLM_HOST_IP": None}),
+        # On one machine: nothing beyond loopback, whatever address the server itself listens on.
+        (GPU8, {}, {"NCCL_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}),
+        (GPU8, {"LOCAL_IP": "10.0.0.5"}, {"GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}),
+        (GPU8, {"SOCKET_IFNAME": "eth0"}, {"GLOO_SOCKET_IFNAME": "eth0", "VLLM_HOST_IP": None}),
+        (CPU, {"TP_SIZE": "2"}, {"GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}),
         (GPU8, {}, {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}),
         (CPU, {}, {"VLLM_CPU_OMP_THREADS_BIND": None, "OMP_NUM_THREADS": None}),
         (CPU, {"TP_SIZE": "4"}, {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "2"}),

@@ -20,10 +20,16 @@ from hunyuan_vllm.server.launch import Launch
 __all__ = ["cause_of_death", "run"]
 
 TAIL_LINES = 400
+GRACE = 5.0  # seconds
 PR_SET_PDEATHSIG = 1
 ERROR_LINE = re.compile(r"(?:^|[\s\]])((?:[A-Za-z_]\w*\.)*[A-Za-z_]*(?:Error|Exception|Interrupt): \S.*)")
 # Lines that only say that some other process failed.
-SECOND_HAND = ("See root cause above", "Engine core initialization failed", "EngineCore encountered an issue")
+SECOND_HAND = (
+    "See root cause above",
+    "Engine core initialization failed",
+    "EngineCore encountered an issue",
+    "Worker failed with error",
+)
 
 
 def run(launch: Launch, environ: Mapping[str, str], wait_until_ready: Callable[[Launch], bool]) -> int:
@@ -124,8 +130,15 @@ def _end_with_parent() -> None:
 
 
 def _end_leftovers(group: int) -> None:
-    """Kill what the server may have left in its session: a worker without its engine keeps memory for ever."""
+    """Kill what the server left in its session: a worker without its engine keeps its memory for ever.
+
+    Not at once: the last helper to go frees the shared memory of the others.
+    """
+    deadline = time.monotonic() + GRACE
     try:
+        while time.monotonic() < deadline:
+            os.killpg(group, 0)
+            time.sleep(0.05)
         os.killpg(group, signal.SIGKILL)
     except ProcessLookupError:
         pass

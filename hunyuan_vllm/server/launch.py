@@ -24,7 +24,7 @@ MIB = 2**20
 GIB = 2**30
 DEMO_KV_CACHE = 256 * MIB
 LEAST_KV_CACHE = 256 * MIB
-MOST_KV_CACHE = 16 * GIB
+MOST_KV_CACHE = 4 * GIB
 PROCESS_MEMORY = 2 * GIB  # a CPU server's own: front end, engine core and worker processes, activations
 MIDDLEWARE = "hunyuan_vllm.server.auth.RequireApiKey"
 # Options that may name something on the hub even where the model itself is a folder.
@@ -154,14 +154,17 @@ def _cpu_options(
     if not machine.compiles and not any(name in flags for name in compile_options):
         options["compilation-config"] = ['{"mode": 0}']
         notes.append(
-            "no C++ compiler or no Python headers here, so the model runs uncompiled, about a third slower: install "
+            "no C++ compiler or no Python headers here, so the model runs uncompiled and slower: install "
             "g++ and python3-dev (Debian, Ubuntu) to have it compiled"
         )
     return options
 
 
 def _cpu_kv_cache(machine: Machine, model: ModelSource, ranks: Ranks) -> int:
-    """Bytes of KV cache for each rank: half of what the weights and the processes leave free, in whole MiB."""
+    """Bytes of KV cache for each rank: half of what the weights and the processes leave free, in whole MiB.
+
+    Not all of it: vLLM refuses to start if less is free by the time it has compiled than it was told to take.
+    """
     if model.demo:
         return DEMO_KV_CACHE
     needed = model.weight_bytes + PROCESS_MEMORY
@@ -185,4 +188,4 @@ def _environment(
         # By itself vLLM binds each rank to a NUMA node of its own and refuses more ranks than nodes.
         env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         env["OMP_NUM_THREADS"] = str(max(machine.cores // ranks.world, 1))
-    return env | interface_env(settings, machine)
+    return env | interface_env(settings, machine, ranks.several_nodes)

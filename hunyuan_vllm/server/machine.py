@@ -28,7 +28,7 @@ class Machine:
         ray: the Ray cluster found, if any.
         interfaces: network interface → its IP addresses.
         cores: CPU cores this process may use.
-        memory: bytes of memory free for a server.
+        memory: bytes of memory free for a server; on a NUMA machine, of the node its first rank is bound to.
         compiles: a C++ compiler and Python's headers are there, which compiled kernels on the CPU need.
         vllm_command: the start of the server's command line, up to the model.
     """
@@ -101,14 +101,20 @@ def _interfaces() -> dict[str, tuple[str, ...]]:
     }
 
 
-def _free_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Available bytes, or what a container's limit leaves of them."""
-    free = psutil.virtual_memory().available
+def _free_memory(system: Path = Path("/sys")) -> int:
+    """Available bytes: of the machine, a container's limit and the first core's NUMA node, whichever has least."""
+    free = [psutil.virtual_memory().available]
     try:
-        limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
+        group = system / "fs/cgroup"
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        free.append(max(limit - used, 0))
     except (OSError, ValueError):
-        return free
-    return min(free, max(limit - used, 0))
+        pass
+    for node in (system / "devices/system/cpu" / f"cpu{min(os.sched_getaffinity(0))}").glob("node*/meminfo"):
+        lines = [line.replace(":", "").split() for line in node.read_text().splitlines()]
+        kilobytes = {words[2]: int(words[3]) for words in lines}
+        free.append(1024 * sum(kilobytes[name] for name in ("MemFree", "Active(file)", "Inactive(file)")))
+    return min(free)
 
 
 def _compiles(environ: Mapping[str, str]) -> bool:

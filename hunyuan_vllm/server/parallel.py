@@ -21,11 +21,13 @@ class Ranks:
         tensor: tensor-parallel ranks.
         world: all ranks: tensor × pipeline × data parallel.
         executor: vLLM's --distributed-executor-backend, or None for its default on one machine.
+        several_nodes: some ranks are on other machines.
     """
 
     tensor: int
     world: int
     executor: str | None = None
+    several_nodes: bool = False
     notes: list[str] = field(default_factory=list)
 
 
@@ -37,11 +39,12 @@ def choose_ranks(settings: Settings, flags: Flags, machine: Machine, model: Mode
     """
     others = flags.integer("pipeline-parallel-size", 1) * flags.integer("data-parallel-size", 1)
     asked = flags.integer("tensor-parallel-size", 0) or settings.tp_size
-    several_nodes = any(name in flags for name in ("nnodes", "headless", "data-parallel-size-local"))
-    if not machine.cuda or model.demo or several_nodes:
+    executor = flags.get("distributed-executor-backend")
+    by_hand = any(name in flags for name in ("nnodes", "headless", "data-parallel-address"))
+    if not machine.cuda or model.demo or by_hand:
         tensor = asked or 1
         _check_cut(model, tensor)
-        return Ranks(tensor, tensor * others, flags.get("distributed-executor-backend"))
+        return Ranks(tensor, tensor * others, executor, several_nodes=by_hand or executor == "ray")
     total = max(machine.ray.gpus if machine.ray else 0, machine.gpus)
     if total == 0:
         raise UserError("no GPU is visible (nvidia-smi -L, CUDA_VISIBLE_DEVICES) and no Ray cluster offers one")
@@ -52,7 +55,6 @@ def choose_ranks(settings: Settings, flags: Flags, machine: Machine, model: Mode
     if world > total:
         most = max(total // others, 1)
         raise UserError(f"{world} GPUs are asked for and {total} are here: set TP_SIZE={most} or less")
-    executor = flags.get("distributed-executor-backend")
     if executor is None and world > machine.gpus:
         executor = "ray"
     if executor == "ray" and machine.ray and world > machine.ray.free_gpus:
@@ -60,7 +62,7 @@ def choose_ranks(settings: Settings, flags: Flags, machine: Machine, model: Mode
             f"{world} GPUs are needed and the Ray cluster has {machine.ray.free_gpus} of {machine.ray.gpus} free: stop "
             "what holds them, or set TP_SIZE"
         )
-    return Ranks(tensor, world, executor, notes)
+    return Ranks(tensor, world, executor, executor == "ray", notes)
 
 
 def _largest_cut(model: ModelSource, gpus: int, notes: list[str]) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hunyuan_vllm.errors import UserError
 
-__all__ = ["KEY_FILE_VARIABLE", "Settings", "is_loopback"]
+__all__ = ["KEY_FILE_VARIABLE", "LOOPBACK", "Settings", "is_loopback"]
 
 KEY_FILE_VARIABLE = "HUNYUAN_VLLM_API_KEY_FILE"
 DEFAULT_PORT = 8020

@@ -1,0 +1,78 @@
+"""A real server for tests: `hunyuan-vllm serve` in a process of its own, until it says that it is ready."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["COMMAND", "Server", "free_port", "running_server"]
+
+COMMAND = Path(sys.executable).with_name("hunyuan-vllm")
+# What conftest.py sets for engines inside the test process, and what would make it another server.
+NOT_INHERITED = {"VLLM_ENABLE_V1_MULTIPROCESSING", "MODEL_PATH", "LOCAL_IP", "HOST", "TP_SIZE", "VLLM_API_KEY"}
+START_TIMEOUT = 420.0  # seconds; half a minute on an idle machine
+
+
+@dataclass
+class Server:
+    """A running server; `output` grows with what it prints."""
+
+    process: subprocess.Popen[str]
+    port: int
+    output: list[str]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def stop(self) -> int:
+        """End it as Ctrl-C would, and return its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+        return self.process.wait(timeout=60)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def running_server(*flags: str, **environ: str) -> Iterator[Server]:
+    """Serve MODEL_PATH, or the demo model without it, with a small fixed KV cache."""
+    port = free_port()
+    inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
+    process = subprocess.Popen(
+        [COMMAND, "serve", "--kv-cache-memory-bytes", str(64 * 2**20), *flags],
+        env={**inherited, "PORT": str(port), **environ},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    server = Server(process, port, [])
+    ready = threading.Event()
+
+    def read() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            server.output.append(line)
+            if "hunyuan-vllm: ready after" in line:
+                ready.set()
+        ready.set()
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        assert ready.wait(START_TIMEOUT) and process.poll() is None, "".join(server.output[-80:])
+        yield server
+    finally:
+        server.stop()
+        reader.join(timeout=10)

@@ -1,0 +1,103 @@
+"""hy.tiktoken: its tokens, the special tokens behind them, and the `tokenizers` pipeline built from it.
+
+Byte-level BPE with explicit ranks: of two neighbouring pairs, the one whose joined bytes have the lower rank merges.
+"""
+
+import binascii
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+
+__all__ = [
+    "END_OF_TEXT", "EOS", "PAD", "SPECIAL_TOKENS", "START_OF_TEXT", "TOKEN_START", "build_tokenizer", "byte_alphabet",
+    "read_tokens",
+]  # fmt: skip
+
+END_OF_TEXT = "<|endoftext|>"
+START_OF_TEXT = "<|startoftext|>"
+EOS = "<|eos|>"
+PAD = "<|pad|>"
+SPECIAL_TOKENS = (END_OF_TEXT, START_OF_TEXT, "<|bos|>", EOS, PAD, *(f"<|extra_{i}|>" for i in range(204)))
+"""In the order of their ids, which follow the last rank (in the published file: 127957 to 128165)."""
+
+TOKEN_START = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+"""The published pre-tokenisation pattern up to its whitespace rules, which are \\s*[\\r\\n]+|\\s+(?!\\S)|\\s+."""
+
+# The same matches as the published rules. Oniguruma gives up (by a panic) after ten million steps back in one match;
+# possessive loops take whitespace up to its last line break without stepping back through the rest.
+_PATTERN = rf"{TOKEN_START}|(?:[^\S\r\n]*+[\r\n]++)++|\s+(?!\S)|\s+"
+
+
+def read_tokens(path: str | Path) -> list[bytes]:
+    """The tokens of a tiktoken file ("base64(token) rank" a line), each at the index of its rank.
+
+    Raises:
+        ValueError: the file is not a complete vocabulary; the message names the file and the line.
+    """
+    lines = Path(path).read_bytes().split(b"\n")
+    tokens: dict[bytes, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            encoded, digits = line.split()
+            token, rank = binascii.a2b_base64(encoded, strict_mode=True), int(digits)
+        except ValueError:
+            raise _damaged(path, number, f"{line[:60]!r} is not a base64 token, a space and its rank") from None
+        if rank != len(tokens):
+            raise _damaged(path, number, f"the rank is {rank} and should be {len(tokens)}; no gap, no repetition")
+        if token in tokens:
+            raise _damaged(path, number, f"{token!r} has rank {tokens[token]} already")
+        tokens[token] = rank
+    for byte in range(256):
+        if bytes([byte]) not in tokens:
+            raise _damaged(path, len(lines), f"the file ends and has no token for byte 0x{byte:02x}")
+    for special in SPECIAL_TOKENS:
+        if special.encode() in tokens:
+            raise _damaged(path, tokens[special.encode()] + 1, f"{special} is special and must not have a rank")
+    return list(tokens)
+
+
+def build_tokenizer(tokens: list[bytes]) -> Tokenizer:
+    """A `tokenizers` pipeline that encodes as tiktoken does with these ranks, after NFC.
+
+    `tokens` is what `read_tokens` returns. Every split of a token into two tokens becomes a merge at the token's rank.
+    That is exact: whatever pair the ranks choose first is the pair chosen here, because a token's bytes, merged on
+    their own or inside a longer piece, always meet in the same last two parts, so no two of its merges compete.
+    Tokens that no merge reaches are found as whole pieces (`ignore_merges`), as tiktoken finds them.
+    """
+    alphabet = str.maketrans(byte_alphabet())
+    vocab = {token.decode("latin-1").translate(alphabet): rank for rank, token in enumerate(tokens)}
+    merges = [
+        (token[:cut], token[cut:])
+        for token in vocab
+        for cut in range(1, len(token))
+        if token[:cut] in vocab and token[cut:] in vocab
+    ]
+    tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges, ignore_merges=True))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    # normalized=True: special tokens are looked for after NFC. "<|eos|>" and U+0338 become "<|eos|≯", no special token.
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=True) for token in SPECIAL_TOKENS])
+    return tokenizer
+
+
+def byte_alphabet() -> dict[str, str]:
+    """How a byte-level vocabulary writes bytes as text: Latin-1 to the character that stands for it.
+
+    Printable Latin-1 stands for itself; the rest, in order, is written as U+0100 and on.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    stand_ins = iter(range(0x100, 0x200))
+    return {chr(byte): chr(byte if byte in printable else next(stand_ins)) for byte in range(256)}
+
+
+def _damaged(path: str | Path, line: int, what: str) -> ValueError:
+    return ValueError(f"{path}, line {line}: {what}. The file is damaged; copy it from the checkpoint again")

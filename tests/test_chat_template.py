@@ -1,0 +1,148 @@
+"""The built-in chat template, against strings written by hand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jinja2 import TemplateError
+from tokenizer_texts import SMALL_VOCAB
+from transformers import AutoConfig
+from vllm.config import ModelConfig, VllmConfig
+from vllm.exceptions import VLLMValidationError
+from vllm.plugins import load_general_plugins
+from vllm.renderers import renderer_from_config
+from vllm.renderers.hf import HfRenderer
+from vllm.renderers.params import ChatParams
+from vllm.tokenizers import get_tokenizer
+
+from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.tokenizer import HYTokenizer, register_tokenizer
+
+CONFIG = Path(__file__).parent / "golden" / "cla2_top1" / "config.json"
+
+
+def system(content: Any) -> dict[str, Any]:
+    return {"role": "system", "content": content}
+
+
+def user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content}
+
+
+def parts(*texts: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> HYTokenizer:
+    return HYTokenizer(vocab_file=str(SMALL_VOCAB))
+
+
+CONVERSATIONS = {
+    "user": ([user("Hi")], "<|startoftext|>Hi<|extra_0|>"),
+    "system, user": ([system("Be kind."), user("Hi")], "<|startoftext|>Be kind.<|extra_4|>Hi<|extra_0|>"),
+    "empty system": ([system(""), user("Hi")], "<|startoftext|>Hi<|extra_0|>"),
+    "absent system": ([system(None), user("Hi")], "<|startoftext|>Hi<|extra_0|>"),
+    "two turns": (
+        [user("海水为什么咸？"), assistant("因为有盐。"), user("谢谢")],
+        "<|startoftext|>海水为什么咸？<|extra_0|>因为有盐。<|eos|><|startoftext|>谢谢<|extra_0|>",
+    ),
+    "system, three turns": (
+        [system("S"), user("1"), assistant("a"), user("2"), assistant("b"), user("3")],
+        "<|startoftext|>S<|extra_4|>1<|extra_0|>a<|eos|><|startoftext|>2<|extra_0|>b<|eos|><|startoftext|>3<|extra_0|>",
+    ),
+    "empty system, two turns": (
+        [system(""), user("1"), assistant("a"), user("2")],
+        "<|startoftext|>1<|extra_0|>a<|eos|><|startoftext|>2<|extra_0|>",
+    ),
+    "answer at the end": ([user("1"), assistant("a")], "<|startoftext|>1<|extra_0|>a<|eos|>"),
+    "user twice": ([user("1"), user("2")], "<|startoftext|>1<|extra_0|><|startoftext|>2<|extra_0|>"),
+    "parts": (
+        [system(parts("Be", "kind.")), user(parts("Hi")), assistant(parts("a", "b"))],
+        "<|startoftext|>Be\nkind.<|extra_4|>Hi<|extra_0|>a\nb<|eos|>",
+    ),
+    "empty parts": ([system(parts("")), user(parts("", "Hi"))], "<|startoftext|>Hi<|extra_0|>"),
+    "whitespace is kept": ([user("  a\n\n"), assistant("\n b ")], "<|startoftext|>  a\n\n<|extra_0|>\n b <|eos|>"),
+    "nothing is escaped": ([user("<b> & {{ x }} 'é'")], "<|startoftext|><b> & {{ x }} 'é'<|extra_0|>"),
+}
+
+
+@pytest.mark.parametrize("generation", [True, False])
+@pytest.mark.parametrize(("messages", "expected"), CONVERSATIONS.values(), ids=CONVERSATIONS.keys())
+def test_conversation(tokenizer: HYTokenizer, messages: list[Any], expected: str, generation: bool) -> None:
+    """The generation prompt is the trailing <|extra_0|>, so asking for one changes nothing."""
+    assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation) == expected
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=generation, return_dict=False)
+    assert ids == tokenizer.encode(expected, add_special_tokens=False)
+    assert ids.count(tokenizer.bos_token_id) == expected.count("<|startoftext|>")
+
+
+def test_an_answer_can_be_continued(tokenizer: HYTokenizer) -> None:
+    messages = [user("Count."), assistant("one, two,")]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    assert text == "<|startoftext|>Count.<|extra_0|>one, two,"
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([user("Hi"), system("late")], "A system message must be the first message, and the only one"),
+        ([system("a"), system("b"), user("Hi")], "A system message must be the first message, and the only one"),
+        ([user("Hi"), {"role": "tool", "content": "42"}], 'Unknown role "tool"; use system, user or assistant'),
+        ([user([{"type": "image_url", "image_url": {"url": "x"}}])], "This model reads text only"),
+    ],
+)
+def test_what_it_refuses(tokenizer: HYTokenizer, messages: list[Any], reason: str) -> None:
+    with pytest.raises(TemplateError, match=reason):
+        tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_the_checkpoints_own_template_wins(tmp_path: Path, as_file: bool) -> None:
+    AutoConfig.register(HunYuanConfig.model_type, HunYuanConfig, exist_ok=True)
+    register_tokenizer()
+    own = "{{ messages[0]['content'] }}!"
+    shutil.copy(CONFIG, tmp_path / "config.json")
+    shutil.copy(SMALL_VOCAB, tmp_path / "hy.tiktoken")
+    if as_file:
+        (tmp_path / "chat_template.jinja").write_text(own)
+    else:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": own}))
+    assert get_tokenizer(tmp_path).apply_chat_template([user("Hi")], tokenize=False) == "Hi!"
+
+
+@pytest.fixture(scope="module")
+def renderer(tmp_path_factory: pytest.TempPathFactory) -> HfRenderer:
+    """What turns requests into token ids in vLLM, for a checkpoint with nothing but config.json and hy.tiktoken."""
+    load_general_plugins()
+    folder = tmp_path_factory.mktemp("checkpoint")
+    shutil.copy(CONFIG, folder / "config.json")
+    shutil.copy(SMALL_VOCAB, folder / "hy.tiktoken")
+    return renderer_from_config(VllmConfig(model_config=ModelConfig(model=str(folder), dtype="float32")))
+
+
+@pytest.mark.parametrize(("messages", "expected"), CONVERSATIONS.values(), ids=CONVERSATIONS.keys())
+def test_vllm_renders_the_same(
+    renderer: HfRenderer, tokenizer: HYTokenizer, messages: list[Any], expected: str
+) -> None:
+    _, (prompt,) = renderer.render_chat([messages], ChatParams())
+    assert prompt["prompt_token_ids"] == tokenizer.encode(expected, add_special_tokens=False)
+
+
+def test_vllm_gives_a_plain_prompt_its_start_and_no_end(renderer: HfRenderer, tokenizer: HYTokenizer) -> None:
+    (prompt,) = renderer.render_cmpl([{"prompt": "sea water"}])
+    sea_water = tokenizer.encode("sea water", add_special_tokens=False)
+    assert prompt["prompt_token_ids"] == [tokenizer.convert_tokens_to_ids("<|startoftext|>"), *sea_water]
+
+
+def test_vllm_passes_on_what_the_template_says(renderer: HfRenderer) -> None:
+    with pytest.raises(VLLMValidationError, match='Unknown role "tool"; use system, user or assistant'):
+        renderer.render_chat([[{"role": "tool", "content": "42", "tool_call_id": "1"}]], ChatParams())

@@ -6,15 +6,35 @@
              `reload_weights` they stay unpacked and the kernel reads them in the wrong order: no error, wrong tokens.
    upstream  not reported yet (0.32.0 and 0.33.0 have it)
    until     tests/test_patches.py::test_cpu_experts_still_need_repacking fails
+
+2. Packed linear kernel without AMX.
+   where     vllm/model_executor/layers/utils.py, check_cpu_sgl_kernel
+   why       vLLM keeps `weight_packed_linear` to AMX machines. With AVX-512 BF16 alone it reads weights 1.2 to 2 times
+             as fast as oneDNN up to 16 rows, and is equal above (benchmarks/cpu_kernels.py).
+   upstream  not reported yet
+   until     tests/test_patches.py::test_stock_still_keeps_the_packed_linear_to_amx fails
+
+3. Packed experts without AMX.
+   where     vllm/model_executor/layers/fused_moe/oracle/unquantized.py, backend_to_kernel_cls
+   why       The same for experts: `fused_experts_cpu` is faster than the portable kernel at every batch size.
+   upstream  not reported yet
+   until     tests/test_patches.py::test_stock_still_has_no_packed_experts fails
 """
 
 from __future__ import annotations
 
 from functools import wraps
 
+import torch
 from torch import nn
+from vllm.model_executor.layers import utils as layer_utils
+from vllm.model_executor.layers.fused_moe import modular_kernel
+from vllm.model_executor.layers.fused_moe.oracle import unquantized
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.platforms import current_platform
+
+from hunyuan_vllm.cpu_kernels import PackedCPUExperts, packs
 
 __all__ = ["apply_patches"]
 
@@ -26,6 +46,9 @@ def apply_patches() -> None:
     global _applied
     if not _applied:
         _repack_cpu_experts_on_reload()
+        if current_platform.is_cpu():
+            _use_packed_linears()
+            _use_packed_experts()
         _applied = True
 
 
@@ -40,3 +63,24 @@ def _repack_cpu_experts_on_reload() -> None:
             self.moe_kernel.fused_experts.process_weights_after_loading(layer)
 
     UnquantizedFusedMoEMethod.process_weights_after_loading = process_weights_after_loading
+
+
+def _use_packed_linears() -> None:
+    stock = layer_utils.check_cpu_sgl_kernel
+
+    @wraps(stock)
+    def check_cpu_sgl_kernel(n: int, k: int, dtype: torch.dtype) -> bool:
+        return stock(n, k, dtype) or packs(n, k, dtype)
+
+    layer_utils.check_cpu_sgl_kernel = check_cpu_sgl_kernel
+
+
+def _use_packed_experts() -> None:
+    stock = unquantized.backend_to_kernel_cls
+
+    @wraps(stock)
+    def backend_to_kernel_cls(backend: UnquantizedMoeBackend) -> list[type[modular_kernel.FusedMoEExperts]]:
+        classes = stock(backend)
+        return [PackedCPUExperts, *classes] if backend == UnquantizedMoeBackend.CPU else classes
+
+    unquantized.backend_to_kernel_cls = backend_to_kernel_cls

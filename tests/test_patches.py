@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import tiny_config, write_checkpoint
 from engine import engine, greatest_difference, random_prompts, score
-from golden_data import FLOAT32_TOLERANCE, reference_answers
+from golden_data import FLOAT32_TOLERANCE, load_golden, reference_answers
+from vllm.model_executor.layers import utils as layer_utils
+from vllm.model_executor.layers.fused_moe.oracle import unquantized
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
 from hunyuan_vllm import model, patches
+from hunyuan_vllm.cpu_kernels import PackedCPUExperts, has_avx512_bf16_without_amx
+
+without_amx = pytest.mark.skipif(
+    not has_avx512_bf16_without_amx(), reason="needs a CPU with AVX-512 BF16 and without AMX, where the patch acts"
+)
 
 pytestmark = pytest.mark.engine
 
@@ -30,8 +39,43 @@ def test_cpu_experts_still_need_repacking(tmp_path: Path, monkeypatch: pytest.Mo
     assert greatest_difference(results, reference_answers(second, prompts, 1)) > FLOAT32_TOLERANCE
 
 
+def stock(function: Callable) -> Callable:
+    return getattr(function, "__wrapped__", function)
+
+
+@without_amx
+def test_stock_still_keeps_the_packed_linear_to_amx() -> None:
+    assert not stock(layer_utils.check_cpu_sgl_kernel)(4096, 1280, torch.bfloat16)
+
+
+@without_amx
+def test_stock_still_has_no_packed_experts() -> None:
+    """A class of vLLM's own that packs for AVX-512 BF16 would be in this list."""
+    classes = stock(unquantized.backend_to_kernel_cls)(unquantized.UnquantizedMoeBackend.CPU)
+    assert [cls.__name__ for cls in classes] == [
+        "X86CPUUnquantizedExperts",
+        "ArmCPUUnquantizedExperts",
+        "PowerCPUUnquantizedExperts",
+        "CPUUnquantizedExperts",
+    ]
+
+
+@without_amx
+def test_the_packed_kernels_are_used() -> None:
+    """By a bfloat16 engine; a float32 one keeps the portable kernels."""
+
+    def experts(model: torch.nn.Module) -> str:
+        kernel = model.model.layers[0].mlp.experts.routed_experts.quant_method.moe_kernel
+        return type(kernel.fused_experts).__name__
+
+    golden = load_golden("cla2_top1")
+    for dtype, expected in (("bfloat16", PackedCPUExperts.__name__), ("float32", "CPUUnquantizedExperts")):
+        with engine(golden.path, dtype=dtype) as llm:
+            assert llm.apply_model(experts) == [expected]
+
+
 def test_patches_apply_once() -> None:
     patches.apply_patches()
-    once = UnquantizedFusedMoEMethod.process_weights_after_loading
+    once = (UnquantizedFusedMoEMethod.process_weights_after_loading, unquantized.backend_to_kernel_cls)
     patches.apply_patches()
-    assert UnquantizedFusedMoEMethod.process_weights_after_loading is once
+    assert (UnquantizedFusedMoEMethod.process_weights_after_loading, unquantized.backend_to_kernel_cls) == once

@@ -75,6 +75,11 @@ def _check_options(vllm_config: VllmConfig) -> None:
             "kv_sharing_fast_prefill skips the prefill of layers that read another's cache, which is right only where "
             "they all come last; in a CLA network owners and cross layers alternate: leave it off"
         )
+    if vllm_config.parallel_config.decode_context_parallel_size > 1 and current_platform.is_cpu():
+        raise ValueError(
+            "decode_context_parallel_size needs attention that returns its softmax sums, which CPU attention does not: "
+            "leave it at 1"
+        )
     if vllm_config.parallel_config.enable_expert_parallel and current_platform.is_cpu():
         raise ValueError(
             "enable_expert_parallel does not work on CPUs (vLLM's CPU expert kernel ignores the expert map): "

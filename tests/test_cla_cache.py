@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import tiny_config, write_checkpoint
-from engine import MIB, engine, score
-from golden_data import load_golden
+from engine import MIB, engine, greatest_difference, score
+from golden_data import FLOAT32_TOLERANCE, load_golden
 from vllm import _custom_ops as ops
+from vllm.model_executor.layers.attention import Attention
 
+from hunyuan_vllm import model
 from hunyuan_vllm.cla_cache import CacheShape, kv_sharing_target
 from hunyuan_vllm.config import HunYuanConfig
 
@@ -106,6 +108,29 @@ def test_one_storage_a_group_written_by_its_owner_only(monkeypatch: pytest.Monke
     assert len(set(caches)) == 2
     assert caches == [caches[0]] * 4 + [caches[4]] * 4
     assert written == [caches[0], caches[4]] * 3
+
+
+@pytest.mark.engine
+def test_readers_can_be_handed_the_owners_k_and_v(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As decode context parallelism needs it: readers see their owner's k̂ and v of the step, and still write nothing."""
+    golden = load_golden("cla4_top1")
+    handed: list[tuple[str, int, int]] = []
+    forward = Attention.forward
+
+    def recorded(self: Attention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args) -> torch.Tensor:
+        handed.append((self.layer_name, key.data_ptr(), value.data_ptr()))
+        return forward(self, query, key, value, *args)
+
+    monkeypatch.setattr(model, "passes_kv", lambda: True)
+    with engine(golden.path) as llm:
+        results = score(llm, [item.prompt for item in golden.items], max_tokens=24)
+        assert greatest_difference(results, golden) <= FLOAT32_TOLERANCE
+        monkeypatch.setattr(Attention, "forward", recorded)
+        score(llm, [golden.items[0].prompt])
+    names = [f"model.layers.{layer}.self_attn.attn" for layer in range(8)]
+    assert [name for name, _, _ in handed] == names
+    pointers = [pointer[1:] for pointer in handed]
+    assert pointers[:4] == [pointers[0]] * 4 and pointers[4:] == [pointers[4]] * 4
 
 
 @pytest.mark.engine

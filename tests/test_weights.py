@@ -69,8 +69,9 @@ def test_the_stream_is_checked_too(change, message: str, folder: Path, monkeypat
         (dict(pipeline_parallel_size=4), "use at most 2 stages"),
         (dict(enable_expert_parallel=True, tensor_parallel_size=2), "enable_expert_parallel does not work on CPUs"),
         (dict(kv_sharing_fast_prefill=True), "kv_sharing_fast_prefill"),
+        (dict(tensor_parallel_size=4, decode_context_parallel_size=2), "decode_context_parallel_size needs"),
     ],
-    ids=["tp", "pp", "ep", "fast_prefill"],
+    ids=["tp", "pp", "ep", "fast_prefill", "dcp"],
 )
 def test_what_cannot_work_is_refused_at_once(options: dict, message: str, folder: Path) -> None:
     assert message in refused(folder, **options)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from bootstrap.environment import Environment
-from bootstrap.errors import SetupError, explain
+from bootstrap.errors import explain
 from bootstrap.pip_config import parse_pip_config
 from bootstrap.plan import Plan, choose_device
 
@@ -134,16 +134,19 @@ def test_a_complete_environment_is_found_at_once(checkout):
     assert time.monotonic() - started < 5  # nothing was installed: that alone takes longer
 
 
-@pytest.mark.parametrize("spoil", ["lock", "python", "state"])
-def test_an_environment_that_is_not_whole_is_made_again(checkout, spoil):
+def test_an_environment_that_is_not_whole_is_seen(checkout):
     environment = pretend_complete(checkout)
-    if spoil == "lock":
-        (checkout / "requirements" / "torch-cpu.txt").write_text("torch==1\n")
-    elif spoil == "python":
-        environment.python.unlink()
-    else:
-        environment.state_file.write_text('{"package": ')
-    assert "no connection" in stopped(set_up(checkout))  # it tried
+    whole = environment.state_file.read_text()
+    wanted = environment.state()
+    assert environment.missing(wanted) == []
+    environment.state_file.write_text('{"package": ')
+    assert environment.missing(wanted) == list(wanted)
+    environment.state_file.write_text(whole)
+    assert environment.missing({**wanted, "package": "of another checkout"}) == ["package"]
+    assert environment.missing({**wanted, "engine": "of another lock"}) == list(wanted)
+    environment.python.unlink()
+    environment.python.symlink_to("/no/python")  # the Python it was made from is gone
+    assert environment.missing(wanted) == list(wanted)
 
 
 def test_an_environment_is_for_one_device_and_one_place(checkout):
@@ -189,17 +192,25 @@ def test_an_interrupt_leaves_nothing(checkout):
     assert not (checkout / ".venv").exists()
 
 
-def test_a_killed_set_up_is_recovered_from(tmp_path):
-    whole = {"engine": "1"}
-    environment = Environment(tmp_path / ".venv")
-    for path, state in ((environment.old, '{"engine": "1"}'), (environment.path, "{}")):
-        (path / "bin").mkdir(parents=True)
-        (path / "bin" / "python").symlink_to(sys.executable)
-        (path / environment.state_file.name).write_text(state)
-    assert environment.missing(whole) == ["engine"]
-    with pytest.raises(SetupError), environment.rebuild():
-        raise SetupError("the network is gone")
-    assert environment.missing(whole) == []  # the one from before the kill is back
+def test_a_killed_set_up_is_recovered_from(checkout):
+    # Killed in the middle of a rebuilding: the old environment lies aside, a part of the new one in its place.
+    environment = pretend_complete(checkout)
+    (environment.path / "kept").touch()
+    environment.path.rename(environment.old)
+    (environment.path / "bin").mkdir(parents=True)
+    environment.python.symlink_to(sys.executable)
+    environment.state_file.write_text('{"package": "1"}')
+    run = set_up(checkout)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert (environment.path / "kept").exists()
+    assert not environment.old.exists()
+
+
+def test_a_kill_after_the_last_step_keeps_the_new_environment(checkout):
+    environment = pretend_complete(checkout)
+    environment.old.mkdir()
+    environment.recover()
+    assert environment.state()
     assert not environment.old.exists()
 
 

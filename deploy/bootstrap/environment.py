@@ -89,7 +89,6 @@ class Environment:
         Raises:
             SetupError: there is something at `path` that no set-up made.
         """
-        self._recover()
         if self.path.exists():
             if not self.state_file.exists():
                 raise SetupError(
@@ -108,11 +107,11 @@ class Environment:
             raise
         shutil.rmtree(self.old, ignore_errors=True)
 
-    def _recover(self) -> None:
+    def recover(self) -> None:
         """Finish what a set-up that was killed could not: keep the complete one of the two environments."""
         if not self.old.exists():
             return
-        if self.state():
+        if "engine" in self.state():
             shutil.rmtree(self.old)
             return
         shutil.rmtree(self.path, ignore_errors=True)

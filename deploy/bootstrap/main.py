@@ -32,7 +32,7 @@ environment variables:
 Packages come from the indexes and folders that pip is configured to use, and from nowhere else.
 """
 # Bytes, about: what the lock of each device downloads and takes on disk, without the CPU's torch.
-ENGINE_SIZE = {"cpu": (0.29e9, 1.0e9), "cuda": (5.0e9, 11.0e9)}
+ENGINE_SIZE = {"cpu": (0.24e9, 1.0e9), "cuda": (4.0e9, 10.0e9)}
 BASE_PYTHON = getattr(sys, "_base_executable", sys.executable)
 HEADROOM = 0.5e9  # bytecode, the installer's temporary files
 
@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _complete(plan: Plan, environment: Environment) -> None:
     """Install what is missing. Asks again what that is: another set-up may just have done it."""
+    environment.recover()
     wanted = plan.wanted()
     missing = environment.missing(wanted)
     if not missing:

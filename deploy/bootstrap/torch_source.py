@@ -51,7 +51,7 @@ def choose_torch(requirements: Path, installer: Installer, environ: Mapping[str,
         f"torch with its CUDA libraries (no CPU build in pip's sources; name a wheel folder or index with {VARIABLE}= "
         "to download a tenth of it)"
     )
-    return TorchSource(requirements / "torch-pypi.txt", (), description, 2.3e9, 4.6e9)
+    return TorchSource(requirements / "torch-pypi.txt", (), description, 2.3e9, 3.5e9)
 
 
 def _options(named: str) -> tuple[str, ...]:

@@ -50,7 +50,7 @@ def demo_model() -> ModelSource:
     from hunyuan_vllm import demo
 
     folder = demo.path()
-    if not (folder / "config.json").exists():
+    if not any(folder.glob("*.safetensors")):
         raise UserError(f"the demo model is missing from {folder}: install hunyuan-vllm again, or set MODEL_PATH")
     return _open_folder(folder, "hunyuan-demo", demo=True)
 

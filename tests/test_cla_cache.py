@@ -112,7 +112,7 @@ def test_one_storage_a_group_written_by_its_owner_only(monkeypatch: pytest.Monke
 
 @pytest.mark.engine
 def test_readers_can_be_handed_the_owners_k_and_v(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As decode context parallelism needs it: readers see their owner's k̂ and v of the step, and still write nothing."""
+    """As decode context parallelism needs it: readers see their owner's k̂ and v of the step and write nothing."""
     golden = load_golden("cla4_top1")
     handed: list[tuple[str, int, int]] = []
     forward = Attention.forward

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hunyuan_vllm.compat import USED, Symbol, check_symbols
+from hunyuan_vllm.compat import check_symbols
+from hunyuan_vllm.vllm_surface import USED, Symbol
 
 PACKAGE = Path(__file__).parents[1] / "hunyuan_vllm"
 

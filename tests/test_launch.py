@@ -5,7 +5,6 @@ from argparse import Namespace
 from functools import cache
 
 import pytest
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from hunyuan_vllm.config import HunYuanConfig
@@ -16,6 +15,11 @@ from hunyuan_vllm.server.machine import Machine
 from hunyuan_vllm.server.model_source import ModelSource
 from hunyuan_vllm.server.ray_cluster import RayCluster
 from hunyuan_vllm.server.settings import Settings
+
+try:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+except ImportError:  # vLLM 0.33
+    from vllm.entrypoints.common.cli_args import make_arg_parser
 
 GIB = 2**30
 LARGE = HunYuanConfig(use_cla=True, cla_share_factor=2, num_key_value_heads=8, num_experts=16, use_mixed_mlp_moe=True)

@@ -161,7 +161,7 @@ def test_an_environment_is_for_one_device_and_one_place(checkout):
 
 def test_only_the_test_tools_are_missing(checkout):
     environment = pretend_complete(checkout)
-    assert "installing the test tools" in stopped(set_up(checkout, "--test", PATH="/usr/bin:/bin"))
+    assert "installing the test tools" in stopped(set_up(checkout, "--test"))
     assert set(environment.state()) == {"engine", "package"}  # what was whole still is
 
 

@@ -23,11 +23,11 @@ _PATTERN = rf"(?:{TOKEN_START}|\s*[\r\n]+|\s+$)|\s+(?!\S)|\s+"
 _CHUNK = 1 << 16  # characters
 _MAX_THREADS = 8
 
-# Where every tokenisation has a boundary: after a line feed that something other than whitespace follows, and before
-# the last of several whitespace characters (no line break) that something else follows, unless that is a special
-# token. U+001C to U+001F are whitespace to `re` but not to Unicode.
+# Where every tokenisation has a boundary: after a line feed, and before a whitespace character other than a line break,
+# if what follows is neither whitespace nor, in the second case, a special token. U+001C to U+001F are whitespace to
+# `re` but not to Unicode.
 _BOUNDARY = re.compile(
-    r"(?<=\n)(?=[\S\x1c-\x1f])|(?<=[^\S\x1c-\x1f])(?=[^\S\r\n\x1c-\x1f](?!{})[\S\x1c-\x1f])".format(
+    r"(?<=\n)(?=[\S\x1c-\x1f])|(?=[^\S\r\n\x1c-\x1f](?!{})[\S\x1c-\x1f])".format(
         "|".join(map(re.escape, SPECIAL_TOKENS))
     )
 )

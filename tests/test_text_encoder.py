@@ -6,7 +6,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from tokenizer_texts import SMALL_VOCAB, VOCABS, random_texts, reference
+from tokenizer_texts import SMALL_VOCAB, VOCABS, random_texts, reference, reference_of, telling_texts, telling_tokens
 
 from hunyuan_vllm import text_encoder
 from hunyuan_vllm.text_encoder import TextEncoder
@@ -26,6 +26,16 @@ def test_chunks_change_no_id(vocab: Path, size: int, monkeypatch: pytest.MonkeyP
         assert encode(text, special_tokens=False) == encoding.encode_ordinary(text), ascii(text)
         cut += len(list(text_encoder._chunks(text))) > 1
     assert cut > 500
+
+
+@pytest.mark.parametrize("size", [1 << 16, 1, 2, 5])
+def test_text_is_split_as_the_published_pattern_splits_it(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_encoder, "_CHUNK", size)
+    monkeypatch.setattr(text_encoder, "_MAX_THREADS", 1)
+    tokens = telling_tokens()
+    encode, encoding = TextEncoder(tokens), reference_of(tokens)
+    for text in telling_texts(10_000, seed=size):
+        assert encode(text) == encoding.encode(text), ascii(text)
 
 
 def test_threads_keep_the_order() -> None:

@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 import tiktoken
-from tokenizer_texts import PATTERN, REAL_VOCAB, SMALL_VOCAB, SPECIALS
+from tokenizer_texts import (
+    PATTERN,
+    REAL_VOCAB,
+    SMALL_VOCAB,
+    SPECIALS,
+    expected_ids,
+    reference_of,
+    telling_texts,
+    telling_tokens,
+)
 from tokenizers import pre_tokenizers
 
 from hunyuan_vllm.vocab import SPECIAL_TOKENS, build_tokenizer, byte_alphabet, read_tokens
@@ -39,6 +48,14 @@ def test_any_ranks_merge_as_tiktoken_merges_them() -> None:
             assert tokenizer.encode(text, add_special_tokens=False).ids == encoding.encode(text), (text, tokens)
             compared += 1
     assert compared == 15_000
+
+
+def test_text_is_split_as_the_published_pattern_splits_it() -> None:
+    tokens = telling_tokens()
+    tokenizer, encoding = build_tokenizer(tokens), reference_of(tokens)
+    for text in telling_texts(10_000, seed=0):
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert ids == expected_ids(encoding, text), ascii(text)
 
 
 def test_special_tokens_follow_the_last_rank() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import random
 import unicodedata
 from pathlib import Path
@@ -43,12 +44,35 @@ EMOJI = "😀 👍🏽 👩‍🚀 👨‍👩‍👧‍👦 🇨🇳 🏴󠁧�
 MARKS = [chr(code) for code in range(0x20000) if unicodedata.combining(chr(code))]
 
 
+SPLIT_ALPHABET = " \n\r\t\xa0'sſLl1!a水\u0301\x1c"
+"""Characters that the pattern tells apart, and that it treats alike only in some places."""
+
+
+def telling_tokens() -> list[bytes]:
+    """A vocabulary in which a piece cut elsewhere shows: it merges almost any two or three neighbours of the above."""
+    runs = ("".join(run) for size in (2, 3) for run in itertools.product(SPLIT_ALPHABET, repeat=size))
+    characters = [character.encode() for character in SPLIT_ALPHABET if not character.isascii()]
+    prefixes = {character[:size] for character in characters for size in range(2, len(character) + 1)}
+    return list(
+        dict.fromkeys([*(bytes([byte]) for byte in range(256)), *sorted(prefixes), *(run.encode() for run in runs)])
+    )
+
+
+def telling_texts(count: int, seed: int) -> list[str]:
+    rng = random.Random(seed)
+    return ["".join(rng.choices(SPLIT_ALPHABET, k=rng.randint(2, 14))) for _ in range(count)]
+
+
+def reference_of(tokens: list[bytes]) -> tiktoken.Encoding:
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    special = {token: len(tokens) + index for index, token in enumerate(SPECIALS)}
+    return tiktoken.Encoding("reference", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+
+
 def reference(vocab: Path) -> tiktoken.Encoding:
     """tiktoken with the published pattern and special tokens, reading the file by itself."""
-    lines = [line.split() for line in vocab.read_text().splitlines()]
-    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-    special = {token: len(ranks) + index for index, token in enumerate(SPECIALS)}
-    return tiktoken.Encoding("reference", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, vocab.read_text().splitlines())}
+    return reference_of(sorted(ranks, key=ranks.__getitem__))
 
 
 def expected_ids(encoding: tiktoken.Encoding, text: str) -> list[int]:

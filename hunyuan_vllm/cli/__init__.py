@@ -7,6 +7,7 @@ import sys
 import typer
 
 from hunyuan_vllm import __version__
+from hunyuan_vllm.cli.batch import batch
 from hunyuan_vllm.cli.serve import serve
 from hunyuan_vllm.errors import UserError
 
@@ -34,9 +35,10 @@ def _options(
     """Serve the model with an OpenAI-compatible API, or run it over files."""
 
 
-# vLLM's own flags pass through: this command knows only its few.
+# vLLM's own flags pass through: these commands know only their few.
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command(context_settings=PASS_THROUGH)(serve)
+app.command(context_settings=PASS_THROUGH)(batch)
 
 
 def main() -> None:

@@ -1,0 +1,133 @@
+"""The engine behind a batch run: vLLM's, with the request handlers of its server, without HTTP."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+
+from hunyuan_vllm.batch.requests import BadLine, Request
+from hunyuan_vllm.server.bad_requests import explain
+from hunyuan_vllm.server.flags import Flags
+from hunyuan_vllm.server.launch import decide
+from hunyuan_vllm.server.machine import probe
+from hunyuan_vllm.server.model_source import ModelSource
+from hunyuan_vllm.server.settings import LOOPBACK, Settings
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from vllm.engine.protocol import EngineClient
+
+__all__ = ["Engine", "EngineStopped", "Plan", "open_engine", "plan"]
+
+LEAST_WINDOW = 1024
+
+
+class EngineStopped(Exception):
+    """The engine is dead; the lines in flight have no answer."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An engine to start.
+
+    Attributes:
+        argv: vLLM's options, model first.
+        env: variables to set before vLLM is imported.
+        notes: what the user should know about the choices made.
+    """
+
+    argv: list[str]
+    env: dict[str, str]
+    notes: list[str]
+
+
+def plan(model: ModelSource, flags: Sequence[str], environ: Mapping[str, str]) -> Plan:
+    """The engine that `hunyuan-vllm serve` would start, with the user's vLLM flags.
+
+    Raises:
+        UserError: it cannot work.
+    """
+    settings = replace(Settings.read(environ), host=LOOPBACK, api_key=False, api_key_file=None)
+    machine = probe(environ, sys.executable)
+    launch = decide(settings, Flags(flags), machine, model, environ)
+    return Plan(launch.argv[len(machine.vllm_command) :], launch.env, launch.notes)
+
+
+class Engine:
+    """A running engine that answers requests."""
+
+    def __init__(self, client: EngineClient, state: Any) -> None:
+        self._client = client
+        self._chat, self._completions = state.openai_serving_chat, state.openai_serving_completion
+
+    @property
+    def window(self) -> int:
+        """Requests that keep it full while answered ones wait to be written."""
+        config = self._client.vllm_config
+        return max(LEAST_WINDOW, 2 * config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size)
+
+    async def answer(self, request: Request) -> BaseModel:
+        """The response of vLLM's server.
+
+        Raises:
+            BadLine: the request cannot be answered; names the field.
+            EngineStopped: the engine is dead.
+        """
+        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+        from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+        from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+
+        try:
+            if isinstance(request.body, CompletionRequest):
+                response = await self._completions.create_completion(request.body)
+            else:
+                response = await self._chat.create_chat_completion(request.body)
+        except Exception as cause:
+            response = create_error_response(cause)
+        if not isinstance(response, ErrorResponse):
+            return response
+        error = response.error
+        if self._client.errored:
+            raise EngineStopped(error.message)
+        problem = explain(error.message, error.param, request.body.model_dump(exclude_unset=True))
+        raise BadLine(problem, error.type, error.code)
+
+
+@asynccontextmanager
+async def open_engine(plan: Plan) -> AsyncIterator[Engine]:
+    """Start the engine; it ends with the block. Exits with vLLM's own message if an option is none of vLLM's.
+
+    Raises:
+        Exception: what vLLM raises if it cannot start.
+    """
+    args = _parse(plan.argv)
+
+    from starlette.datastructures import State
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
+    from vllm.usage.usage_lib import UsageContext
+
+    # What the handlers log of a bad request is in its record.
+    logging.getLogger("vllm.entrypoints").setLevel(logging.CRITICAL)
+    async with build_async_engine_client(args, usage_context=UsageContext.OPENAI_BATCH_RUNNER) as client:
+        state = State()
+        await init_app_state(client, state, args, await client.get_supported_tasks())
+        yield Engine(client, state)
+
+
+def _parse(argv: list[str]) -> Namespace:
+    from vllm.entrypoints.cli.serve import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    args = make_arg_parser(FlexibleArgumentParser(prog="hunyuan-vllm batch")).parse_args(argv)
+    args.model = args.model_tag
+    # A server turns requests away when it is too busy. Here they wait.
+    args.max_num_queued_reqs = args.max_num_queued_tokens = None
+    return args

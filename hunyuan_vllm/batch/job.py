@@ -1,0 +1,128 @@
+"""A batch run from start to end: look at both files, run what is left, say how it went."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from hunyuan_vllm.batch.engine import plan
+from hunyuan_vllm.batch.generation import generate
+from hunyuan_vllm.batch.lines import Line, scan
+from hunyuan_vllm.batch.output import Output
+from hunyuan_vllm.batch.progress import Reporter
+from hunyuan_vllm.batch.records import Settings
+from hunyuan_vllm.batch.requests import BadLine, Requests, build
+from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.server.model_source import ModelSource
+
+__all__ = ["FAILED_LINES", "INTERRUPTED", "STOPPED", "Job"]
+
+FAILED_LINES, STOPPED, INTERRUPTED = 1, 3, 130  # exit statuses
+SHOWN_PROBLEMS = 10
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the user asked for.
+
+    Attributes:
+        source, target: the input and the output file.
+        model: the checkpoint.
+        defaults: request fields for the lines that leave them out.
+        flags: vLLM's own options.
+        strict: run nothing if any line is wrong.
+        retry_failed: run lines again that have an error in the output.
+    """
+
+    source: Path
+    target: Path
+    model: ModelSource
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    flags: Sequence[str] = ()
+    strict: bool = False
+    retry_failed: bool = False
+
+    def run(self, console: Console) -> int:
+        """Run what is left of it and return the exit status.
+
+        Raises:
+            UserError: nothing was run, for the reason given.
+        """
+        _check_files(self.source, self.target)
+        index = scan(self.source)
+        settings = Settings(self.model.given, self.defaults)
+        with closing(Output(self.target)) as output:
+            state = output.resume(index, settings, self.retry_failed)
+            reporter = Reporter(index.requests, state.pending.count(1), state.failed, console)
+            requests = Requests(self.source, index, self.defaults)
+            cause = None
+            if reporter.left:
+                engine_plan = plan(self.model, self.flags, os.environ)
+                os.environ.update(engine_plan.env)  # before vLLM is imported, which reads it
+                _check_defaults(self.defaults)
+                if self.strict:
+                    _check_lines(requests, state.pending)
+                for note in engine_plan.notes:
+                    reporter.say(note)
+                reporter.say(f"starting {self.model.given} for {_part(reporter)} lines")
+                cause = generate(engine_plan, requests.of(state.pending), settings, output.append, reporter)
+        return _conclude(reporter, self.target, cause)
+
+
+def _conclude(reporter: Reporter, target: Path, cause: str | None) -> int:
+    if cause:
+        reporter.say(cause)
+    reporter.say(reporter.summary())
+    if reporter.left:
+        reporter.say(f"{reporter.left} lines are left: run the same command again to go on")
+        return STOPPED if cause else INTERRUPTED
+    if reporter.failed:
+        reporter.say(f"each failed line is in {target} with its error; --retry-failed runs them again")
+        return FAILED_LINES
+    return 0
+
+
+def _part(reporter: Reporter) -> str:
+    return f"{reporter.left} of {reporter.total}" if reporter.left < reporter.total else str(reporter.total)
+
+
+def _check_files(source: Path, target: Path) -> None:
+    if not source.exists():
+        raise UserError(f"{source} does not exist")
+    if not source.is_file():
+        raise UserError(f"{source} is no file; it is read twice, so save what it would give to one")
+    if target.exists() and not target.is_file():
+        raise UserError(f"{target} is no file: name one, or a new one")
+    if not target.parent.is_dir():
+        raise UserError(f"{target.parent} does not exist: make that folder, or name another output file")
+    if target.exists() and source.samefile(target):
+        raise UserError(f"{source} is both input and output: name another output file")
+
+
+def _check_defaults(defaults: Mapping[str, Any]) -> None:
+    """Raise UserError if no line could have them, whichever form it has."""
+    problems = []
+    for form in ({"messages": [{"role": "user", "content": "?"}]}, {"prompt": "?"}):
+        try:
+            build(Line(0, form), defaults)
+        except BadLine as bad:
+            problems.append(str(bad))
+    if len(problems) == 2:
+        raise UserError(f"as a default for all lines, {problems[0]}")
+
+
+def _check_lines(requests: Requests, pending: bytearray) -> None:
+    problems = [
+        f"line {line.number}: {request}" for line, request in requests.of(pending) if isinstance(request, BadLine)
+    ]
+    if problems:
+        shown = problems[:SHOWN_PROBLEMS]
+        if len(problems) > len(shown):
+            shown.append(f"and {len(problems) - len(shown)} more")
+        raise UserError("\n  ".join([f"{len(problems)} lines are wrong, so none was run (--strict):", *shown]))

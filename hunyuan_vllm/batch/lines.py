@@ -1,0 +1,128 @@
+"""The input file, a line at a time: read once to know what is there, and once more to run it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import from_json
+
+from hunyuan_vllm.errors import UserError
+
+__all__ = ["Index", "Line", "read_lines", "scan"]
+
+BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line that is not blank.
+
+    Attributes:
+        number: counted from 1, blank lines included.
+        given: the JSON value it holds, or its text if it holds none.
+        broken: why it is not JSON; None if it is.
+    """
+
+    number: int
+    given: Any
+    broken: str | None = None
+
+    @property
+    def id(self) -> str | int | None:
+        """What the user calls it: its custom_id or id."""
+        if not isinstance(self.given, dict):
+            return None
+        found = self.given.get("custom_id", self.given.get("id"))
+        return found if isinstance(found, str | int) else None
+
+
+@dataclass(frozen=True)
+class Index:
+    """What an input file holds, in 8 bytes a line.
+
+    Attributes:
+        digests: at [number - 1] the digest of a line; 0 for a blank one.
+        requests: lines that are not blank.
+        repeated: line → the earlier line that has the same id.
+    """
+
+    digests: array[int]
+    requests: int
+    repeated: dict[int, int]
+
+
+def read_lines(path: Path) -> Iterator[Line]:
+    """The lines of an input file, in order.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, start=1):
+                raw = (raw.removeprefix(BOM) if number == 1 else raw).strip()
+                if raw:
+                    yield _parse(number, raw)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def scan(path: Path) -> Index:
+    """Read the whole file once.
+
+    Raises:
+        UserError: it cannot be read, or holds no line.
+    """
+    digests, ids = array("Q"), array("Q")
+    requests = 0
+    for line in read_lines(path):
+        blank = line.number - 1 - len(digests)
+        digests.extend([0] * blank)
+        ids.extend([0] * blank)
+        digests.append(digest(line.given))
+        ids.append(0 if line.id is None else digest(str(line.id)))
+        requests += 1
+    if not requests:
+        raise UserError(f"{path} is empty: it needs one request a line")
+    return Index(digests, requests, _repeated(ids))
+
+
+def digest(value: Any) -> int:
+    """64 bits of a JSON value, never 0; equal for a value and for what is read back after writing it."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) or 1
+
+
+def _parse(number: int, raw: bytes) -> Line:
+    try:
+        return Line(number, from_json(raw, allow_inf_nan=False))
+    except ValueError as error:
+        return Line(number, raw.decode(errors="replace"), _why(raw) or str(error))
+
+
+def _why(raw: bytes) -> str | None:
+    """The standard library's words for what is wrong, which are plainer; it is also more lenient."""
+    try:
+        json.loads(raw)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _repeated(ids: array[int]) -> dict[int, int]:
+    """Lines whose id an earlier line has."""
+    import numpy
+
+    if not ids:
+        return {}
+    values = numpy.frombuffer(ids, dtype=numpy.uint64)
+    first_at, inverse = numpy.unique(values, return_index=True, return_inverse=True)[1:]
+    earlier = first_at[inverse]
+    (later,) = numpy.nonzero((earlier != numpy.arange(len(values))) & (values != 0))
+    return {int(at) + 1: int(earlier[at]) + 1 for at in later}

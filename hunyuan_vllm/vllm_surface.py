@@ -185,4 +185,25 @@ USED: tuple[Symbol, ...] = (
     Symbol("vllm.v1.worker.gpu.attn_utils", "get_shared_kv_cache_layers"),
     Symbol("vllm.v1.worker.utils", "add_kv_sharing_layers_to_kv_cache_groups"),
     Symbol("vllm.model_executor.model_loader.utils", "process_weights_after_loading"),
+    # The batch runner: vLLM's server without HTTP.
+    Symbol("vllm.engine.protocol", "EngineClient", members=("vllm_config", "errored")),
+    Symbol("vllm.entrypoints.cli.serve", "make_arg_parser"),
+    Symbol("vllm.entrypoints.launchers.api_server.app_state", "init_app_state"),
+    Symbol("vllm.entrypoints.launchers.api_server.entry", "build_async_engine_client", keywords=("usage_context",)),
+    Symbol(
+        "vllm.entrypoints.openai.chat_completion.protocol",
+        "ChatCompletionRequest",
+        members=("max_tokens", "max_completion_tokens", "to_sampling_params"),
+    ),
+    Symbol("vllm.entrypoints.openai.chat_completion.serving", "OpenAIServingChat", members=("create_chat_completion",)),
+    Symbol(
+        "vllm.entrypoints.openai.completion.protocol",
+        "CompletionRequest",
+        members=("max_tokens", "to_sampling_params"),
+    ),
+    Symbol("vllm.entrypoints.openai.completion.serving", "OpenAIServingCompletion", members=("create_completion",)),
+    Symbol("vllm.entrypoints.serve.engine.protocol", "ErrorResponse", members=("error",)),
+    Symbol("vllm.entrypoints.serve.exception_handling.error_response", "create_error_response"),
+    Symbol("vllm.usage.usage_lib", "UsageContext", members=("OPENAI_BATCH_RUNNER",)),
+    Symbol("vllm.utils.argparse_utils", "FlexibleArgumentParser"),
 )

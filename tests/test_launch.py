@@ -6,9 +6,11 @@ from functools import cache
 
 import pytest
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.server.auth import RequireApiKey
 from hunyuan_vllm.server.flags import Flags
 from hunyuan_vllm.server.launch import Launch, decide
 from hunyuan_vllm.server.machine import Machine
@@ -22,6 +24,7 @@ except ImportError:  # vLLM 0.33
     from vllm.entrypoints.common.cli_args import make_arg_parser
 
 GIB = 2**30
+OPEN, KEYED = "hunyuan_vllm.server.name_fields.NameFields", "hunyuan_vllm.server.name_fields.NameFieldsBehindKey"
 LARGE = HunYuanConfig(use_cla=True, cla_share_factor=2, num_key_value_heads=8, num_experts=16, use_mixed_mlp_moe=True)
 MODEL = ModelSource("/models/large", "/models/large", LARGE, weight_bytes=777 * GIB)
 SMALL = ModelSource("/models/small", "/models/small", LARGE, weight_bytes=4 * GIB)
@@ -79,7 +82,7 @@ def parsed(made: Launch) -> Namespace:
         (GPU8, MODEL, ["--served-model-name", "a", "b"], {}, {"served_model_name": ["a", "b"]}),
         (GPU8, MODEL, [], {}, {"served_model_name": ["hunyuan", "/models/large"]}),
         (GPU8, MODEL, [], {"LOCAL_IP": "10.0.0.5"}, {"host": "10.0.0.5"}),
-        (GPU8, MODEL, [], {"LOCAL_IP": "10.0.0.5", "HOST": "127.0.0.1"}, {"host": "127.0.0.1", "middleware": []}),
+        (GPU8, MODEL, [], {"LOCAL_IP": "10.0.0.5", "HOST": "127.0.0.1"}, {"host": "127.0.0.1", "middleware": [OPEN]}),
     ],
 )
 def test_decision(machine, model, flags, environ, expected):
@@ -204,14 +207,20 @@ def test_without_a_compiler_the_cpu_model_runs_uncompiled():
 def test_a_key_is_asked_for_beyond_loopback(environ, insecure, key_file, needs_key):
     made = launch(GPU8, MODEL, insecure=insecure, XDG_CONFIG_HOME="/home/me/.config", **environ)
     assert (str(made.key_file) if made.key_file else None, made.needs_key) == (key_file, needs_key)
-    assert parsed(made).middleware == (["hunyuan_vllm.server.auth.RequireApiKey"] if needs_key else [])
+    assert parsed(made).middleware == [KEYED if needs_key else OPEN]
     assert made.env.get("HUNYUAN_VLLM_API_KEY_FILE") == key_file
     assert "secret" not in made.shell()
 
 
 def test_a_users_middleware_stays_beside_ours():
     made = launch(GPU8, MODEL, "--middleware", "mine.Class", VLLM_API_KEY="k")
-    assert parsed(made).middleware == ["hunyuan_vllm.server.auth.RequireApiKey", "mine.Class"]
+    assert parsed(made).middleware == [KEYED, "mine.Class"]
+
+
+def test_our_middleware_is_what_vllm_takes():
+    for name, asks_for_key in ((OPEN, False), (KEYED, True)):
+        middleware = resolve_obj_by_qualname(name)
+        assert isinstance(middleware, type) and issubclass(middleware, RequireApiKey) is asks_for_key
 
 
 def test_the_shown_command_reads_back_as_what_is_run():

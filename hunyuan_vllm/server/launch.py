@@ -26,7 +26,8 @@ DEMO_KV_CACHE = 256 * MIB
 LEAST_KV_CACHE = 256 * MIB
 MOST_KV_CACHE = 4 * GIB
 PROCESS_MEMORY = 2 * GIB  # a CPU server's own: front end, engine core and worker processes, activations
-MIDDLEWARE = "hunyuan_vllm.server.auth.RequireApiKey"
+NAME_FIELDS = "hunyuan_vllm.server.name_fields.NameFields"
+NAME_FIELDS_BEHIND_KEY = "hunyuan_vllm.server.name_fields.NameFieldsBehindKey"
 # Options that may name something on the hub even where the model itself is a folder.
 HUB_OPTIONS = ("tokenizer", "speculative-config", "lora-modules", "hf-config-path", "generation-config")
 
@@ -103,13 +104,12 @@ def decide(
     notes = list(ranks.notes)
     if not machine.cuda:
         ours |= _cpu_options(flags, machine, model, ranks, environ, notes)
-    if needs_key:
-        ours["middleware"] = [MIDDLEWARE]
 
     argv = [*machine.vllm_command, model.name]
     for name, values in ours.items():
-        if name not in flags or name == "middleware":
+        if name not in flags:
             argv += [f"--{name}", *values]
+    argv += ["--middleware", NAME_FIELDS_BEHIND_KEY if needs_key else NAME_FIELDS]  # a user's own stay beside it
     env = _environment(settings, flags, machine, model, ranks)
     if key_file is not None:
         env[KEY_FILE_VARIABLE] = str(key_file)

@@ -6,22 +6,16 @@ A good request passes untouched; its body is kept only until the answer starts.
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
 from http import HTTPStatus
-from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from hunyuan_vllm.server.auth import App, Receive, RequireApiKey, Scope, Send
 from hunyuan_vllm.server.bad_requests import Problem, explain, explain_validation
 
-__all__ = ["NameFields"]
+__all__ = ["NameFields", "NameFieldsBehindKey"]
 
-Message = MutableMapping[str, Any]
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
+Message = Scope  # both are plain mappings
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 
@@ -37,6 +31,13 @@ class NameFields:
             return
         exchange = _Exchange(scope["path"], receive, send)
         await self._app(scope, exchange.receive, exchange.send)
+
+
+class NameFieldsBehindKey(RequireApiKey):
+    """The same for those with the key; one class, because vLLM warns of a second --middleware."""
+
+    def __init__(self, app: App) -> None:
+        super().__init__(NameFields(app))
 
 
 class _Exchange:

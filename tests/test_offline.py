@@ -1,0 +1,46 @@
+"""A user's own script: vLLM finds the plugin by its entry point in the script, the engine core and the workers."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hunyuan_vllm import demo
+
+pytestmark = pytest.mark.engine
+ROOT = Path(__file__).parents[1]
+OWN = {"VLLM_ENABLE_V1_MULTIPROCESSING", "PYTHONPATH"}  # of this test process
+
+
+def run_example(folder: Path, *options: str) -> tuple[str, str]:
+    """Its answers, and what vLLM logged."""
+    ran = subprocess.run(
+        [sys.executable, ROOT / "examples" / "offline_batch.py", "--enforce-eager", *options],
+        cwd=folder,
+        env={**{name: value for name, value in os.environ.items() if name not in OWN}, "MODEL_PATH": str(demo.path())},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    answers = "\n".join(line for line in ran.stdout.splitlines() if not re.match(r"\(\w+ pid=|INFO|WARNING", line))
+    return answers, ran.stdout + ran.stderr
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_example_answers(tmp_path: Path, ranks: int) -> None:
+    answers, log = run_example(
+        tmp_path, "--tensor-parallel-size", str(ranks), "--kv-cache-memory-bytes", str(64 * 2**20)
+    )
+    assert "(EngineCore pid=" in log
+    assert len(set(re.findall(r"Worker\w* pid=(\d+)", log))) >= ranks
+    english, chinese, oceans, capital, water = re.split(r"\n(?=> |.*\[…\])", answers)[-5:]
+    assert "salt" in english and "sea" in english
+    assert "盐" in chinese and "�" not in chinese
+    assert re.search("Pacific.*Atlantic.*Indian.*Arctic", oceans)
+    assert capital.split("[…]")[1].strip()
+    assert water.split("[…]")[1].strip()
+    assert list(tmp_path.iterdir()) == []

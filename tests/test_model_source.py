@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from checkpoints import rewrite, tiny_config, write_checkpoint
 from golden_data import GOLDEN
 
 from hunyuan_vllm.errors import UserError
@@ -57,3 +58,10 @@ def test_a_file_is_not_a_folder(tmp_path):
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(UserError, match="name the folder"):
         open_model(str(tmp_path / "model.safetensors"))
+
+
+def test_a_missing_tensor_is_named_before_a_server_is_started(tmp_path):
+    folder = write_checkpoint(tmp_path / "model", tiny_config())
+    rewrite(folder, lambda tensors: tensors.pop("model.norm.weight"))
+    with pytest.raises(UserError, match="lacks checkpoint tensor 'model.norm.weight'"):
+        open_model(str(folder))

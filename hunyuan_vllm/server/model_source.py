@@ -72,7 +72,7 @@ def open_model(given: str) -> ModelSource:
 
 
 def _open_folder(folder: Path, given: str, demo: bool = False) -> ModelSource:
-    from hunyuan_vllm.checkpoint import shard_files
+    from hunyuan_vllm.checkpoint import check_headers, shard_files
 
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -84,10 +84,13 @@ def _open_folder(folder: Path, given: str, demo: bool = False) -> ModelSource:
         kind = config.get("model_type") if isinstance(config, dict) else None
         raise UserError(f"MODEL_PATH={given} has model_type {kind!r}; this server serves 'hunyuan' (Hunyuan-Large)")
     from hunyuan_vllm.config import HunYuanConfig
+    from hunyuan_vllm.layout import Layout
 
     try:
         parsed = HunYuanConfig.from_pretrained(folder)
         shards = shard_files(folder)
+        if "quantization_config" not in config:
+            check_headers(folder, Layout(parsed))
     except ValueError as error:
         raise UserError(str(error)) from None
     return ModelSource(str(folder), given, parsed, sum(shard.stat().st_size for shard in shards), demo)

@@ -3,7 +3,10 @@
 Run with the environment's own Python. Without bytecode every start takes about twice as long.
 """
 
+import compileall
 import importlib
+import importlib.util
+import os
 import sys
 
 MODULES = [
@@ -17,9 +20,22 @@ MODULES = [
     "vllm.v1.executor.multiproc_executor",
     "vllm.model_executor.models.transformers",
     "torch._inductor.compile_fx",
+    "uvicorn.protocols.http.auto",
     "hunyuan_vllm.cli",
+    "hunyuan_vllm.server.ready",
 ]
 WORKERS = {"cpu": "vllm.v1.worker.cpu_worker", "cuda": "vllm.v1.worker.gpu_worker"}
+# Packages that a server imports piecemeal, as its model and its compiler ask for them.
+PIECEMEAL = [
+    "compressed_tensors",
+    "hunyuan_vllm",
+    "model_hosting_container_standards",
+    "torch._dynamo",
+    "torch._inductor",
+    "vllm.compilation",
+    "vllm.entrypoints",
+    "vllm.v1",
+]
 
 
 def main() -> None:
@@ -29,6 +45,11 @@ def main() -> None:
     import hunyuan_vllm_plugin
 
     hunyuan_vllm_plugin.register()
+    for name in PIECEMEAL:
+        print(f"compile {name}", flush=True)
+        spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.origin is not None, name
+        compileall.compile_dir(os.path.dirname(spec.origin), quiet=2)
 
 
 main()

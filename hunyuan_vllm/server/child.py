@@ -119,7 +119,7 @@ def _hand_on_signals(child: subprocess.Popen[bytes], stopping: threading.Event) 
             os.killpg(child.pid, signal.SIGKILL)
         elif child.poll() is None:
             print("\nhunyuan-vllm: stopping the server (once more to kill it)", file=sys.stderr, flush=True)
-            child.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+            child.terminate()  # not SIGINT, which a server that was started in the background ignores
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, forward)

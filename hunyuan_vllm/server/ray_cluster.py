@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -17,8 +18,8 @@ __all__ = ["RayCluster", "find_ray_cluster"]
 
 # Ray's client keeps threads and sockets, and hangs on a dead address: ask from a process that can be ended.
 PROBE = """
-import json, ray
-ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+import json, ray, sys
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
 nodes = [node for node in ray.nodes() if node["Alive"]]
 print("RAY", json.dumps({
     "nodes": len(nodes),
@@ -26,6 +27,7 @@ print("RAY", json.dumps({
     "free_gpus": int(ray.available_resources().get("GPU", 0)),
 }))
 """
+CONNECT_TIMEOUT = 5.0  # seconds
 TIMEOUT = 60.0
 
 
@@ -39,29 +41,43 @@ class RayCluster:
 
 
 def find_ray_cluster(environ: Mapping[str, str] = os.environ) -> RayCluster | None:
-    """The cluster at RAY_ADDRESS, or the one `ray start` noted on this machine; None where there is none.
+    """The cluster at RAY_ADDRESS, or the one `ray start` noted on this machine; None where neither is there.
 
     Raises:
-        UserError: RAY_ADDRESS is set and no cluster answers there.
+        UserError: no cluster answers at that address. Serving on this machine alone would be a surprise.
     """
-    address = environ.get("RAY_ADDRESS")
     noted = Path(environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+    address, remedy = environ.get("RAY_ADDRESS", "").strip(), "unset RAY_ADDRESS"
     if importlib.util.find_spec("ray") is None:
         if address:
             raise UserError(f"RAY_ADDRESS={address} is set, but Ray is not installed: pip install ray, or unset it")
         return None
-    if not address and not noted.exists():
-        return None
+    if address in ("", "auto"):
+        if not noted.exists():
+            return None
+        address, remedy = noted.read_text().strip(), f"delete {noted}, which names it"
+    cluster, cause = _ask(address, environ)
+    if cluster is None:
+        raise UserError(f"no Ray cluster answers at {address} ({cause}): start it, or {remedy}")
+    return cluster
+
+
+def _ask(address: str, environ: Mapping[str, str]) -> tuple[RayCluster | None, str]:
+    """The cluster, or None and why."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
     try:
+        # Ray's client would try for minutes.
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT).close()
         probe = subprocess.run(
-            [sys.executable, "-c", PROBE], env=dict(environ), capture_output=True, text=True, timeout=TIMEOUT
+            [sys.executable, "-c", PROBE, address], env=dict(environ), capture_output=True, text=True, timeout=TIMEOUT
         )
-        answers = [line.removeprefix("RAY ") for line in probe.stdout.splitlines() if line.startswith("RAY ")]
-        cause = (probe.stderr.strip().splitlines() or ["no answer"])[-1]
+    except ValueError:
+        return None, "an address is host:port"
+    except OSError as error:
+        return None, error.strerror or "no answer"
     except subprocess.TimeoutExpired:
-        answers, cause = [], f"no answer in {TIMEOUT:.0f} s"
-    if answers:
-        return RayCluster(**json.loads(answers[0]))
-    if address:
-        raise UserError(f"no Ray cluster answers at RAY_ADDRESS={address} ({cause}): start it, or unset RAY_ADDRESS")
-    return None
+        return None, f"no answer in {TIMEOUT:.0f} s"
+    for line in probe.stdout.splitlines():
+        if line.startswith("RAY "):
+            return RayCluster(**json.loads(line.removeprefix("RAY "))), ""
+    return None, (probe.stderr.strip().splitlines() or ["no answer"])[-1]

@@ -9,14 +9,17 @@ import math
 import os
 import sys
 
-from openai import OpenAI
+from openai import APIConnectionError, OpenAI
 
 question = sys.argv[1] if len(sys.argv) > 1 else "Why is sea water salty?"
 client = OpenAI(
     base_url=os.environ.get("OPENAI_BASE_URL", f"http://127.0.0.1:{os.environ.get('PORT', '8020')}/v1"),
     api_key=os.environ.get("VLLM_API_KEY", "none"),  # asked for only by a server that others can reach
 )
-model = client.models.list().data[0].id
+try:
+    model = client.models.list().data[0].id
+except APIConnectionError:
+    sys.exit(f"no server answers at {client.base_url}: start one with sh deploy/run_server.sh")
 messages = [{"role": "user", "content": question}]
 
 # Temperature, top_p and the like come from the checkpoint's generation_config.json unless given.

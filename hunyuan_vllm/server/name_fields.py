@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from http import HTTPStatus
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
@@ -16,6 +17,7 @@ from hunyuan_vllm.server.bad_requests import Problem, explain, explain_validatio
 __all__ = ["NameFields", "NameFieldsBehindKey"]
 
 Message = Scope  # both are plain mappings
+STREAMED_ERROR = b'data: {"error"'
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 
@@ -41,13 +43,14 @@ class NameFieldsBehindKey(RequireApiKey):
 
 
 class _Exchange:
-    """One request and its answer; an answer with an error is held back until it is complete."""
+    """One request and its answer. The start of an answer is held back until it is known to be no error."""
 
     def __init__(self, path: str, receive: Receive, send: Send) -> None:
         self._path, self._receive, self._send = path, receive, send
         self._request: list[bytes] = []
         self._answer: list[bytes] = []
         self._start: Message | None = None
+        self._ended = False
 
     async def receive(self) -> Message:
         message = await self._receive()
@@ -56,40 +59,53 @@ class _Exchange:
         return message
 
     async def send(self, message: Message) -> None:
+        if self._ended:
+            return
         if message["type"] == "http.response.start":
-            if HTTPStatus.BAD_REQUEST <= message["status"] < HTTPStatus.INTERNAL_SERVER_ERROR:
-                self._start = message
-                return
-            self._request.clear()
+            self._start = message
+            return
+        body = message.get("body", b"")
         if self._start is None:
             await self._send(message)
-            return
-        self._answer.append(message.get("body", b""))
-        if not message.get("more_body", False):
-            await self._send_error(self._start)
+        elif body.startswith(STREAMED_ERROR):
+            # vLLM begins a stream before the engine has looked at the request. Nothing has been sent of it yet.
+            await self._refuse(self._start, body.split(b"\n", 1)[0].removeprefix(b"data: "))
+        elif HTTPStatus.BAD_REQUEST <= self._start["status"] < HTTPStatus.INTERNAL_SERVER_ERROR:
+            self._answer.append(body)
+            if not message.get("more_body", False):
+                await self._refuse(self._start, b"".join(self._answer))
+        else:
+            await self._send(self._start)
+            await self._send(message)
+            self._start = None
+            self._request.clear()
 
-    async def _send_error(self, start: Message) -> None:
-        body = _rewritten(self._path, start["status"], b"".join(self._request), b"".join(self._answer))
-        headers = [header for header in start["headers"] if header[0] != b"content-length"]
-        await self._send({**start, "headers": [*headers, (b"content-length", str(len(body)).encode())]})
+    async def _refuse(self, start: Message, body: bytes) -> None:
+        self._ended = True
+        if error := _error_of(body, start["status"]):
+            if error["code"] == HTTPStatus.BAD_REQUEST and self._path in (CHAT, COMPLETIONS):
+                problem = _problem(self._path, b"".join(self._request), str(error.get("message")), error.get("param"))
+                error |= {"message": problem.message, "param": problem.field}
+            body = json.dumps({"error": error}, ensure_ascii=False).encode()
+            own = {b"content-length": str(len(body)).encode(), b"content-type": b"application/json"}
+            headers = [header for header in start["headers"] if header[0].lower() not in own]
+            start = {**start, "status": error["code"], "headers": headers + list(own.items())}
+        await self._send(start)
         await self._send({"type": "http.response.body", "body": body})
 
 
-def _rewritten(path: str, status: int, request: bytes, answer: bytes) -> bytes:
+def _error_of(answer: bytes, status: int) -> dict[str, Any] | None:
+    """The error in an answer, in OpenAI's form; None if the answer is not JSON."""
     try:
         content = json.loads(answer)
     except ValueError:
-        return answer
-    if not isinstance(content, dict):
-        return answer
-    error = content.get("error")
-    if not isinstance(error, dict):
-        phrase = HTTPStatus(status).phrase
-        error = {"message": str(content.get("detail", phrase)), "type": phrase, "param": None, "code": status}
-    if status == HTTPStatus.BAD_REQUEST and path in (CHAT, COMPLETIONS):
-        problem = _problem(path, request, str(error.get("message")), error.get("param"))
-        error |= {"message": problem.message, "param": problem.field}
-    return json.dumps({"error": error}, ensure_ascii=False).encode()
+        return None
+    error = content.get("error") if isinstance(content, dict) else None
+    if isinstance(error, dict) and isinstance(error.get("code"), int):
+        return error
+    phrase = HTTPStatus(status).phrase
+    detail = content.get("detail", phrase) if isinstance(content, dict) else phrase
+    return {"message": str(detail), "type": phrase, "param": None, "code": status}
 
 
 def _problem(path: str, request: bytes, message: str, param: str | None) -> Problem:

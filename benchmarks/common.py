@@ -1,0 +1,228 @@
+"""What the benchmarks share: their options, interleaved measuring, medians with spread, the machine, tables and JSON.
+
+A figure is a median over rounds; the range behind it is the least and the greatest round. Whatever is compared takes
+turns within one run, A B B A, and ratios are taken within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import runpy
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.table import Table
+
+__all__ = [
+    "Report",
+    "Spread",
+    "checkpoint_option",
+    "cores",
+    "interleaved",
+    "mid_checkpoint",
+    "note",
+    "options",
+    "random_checkpoint",
+    "ratios",
+]
+
+T = TypeVar("T")
+REPOSITORY = Path(__file__).resolve().parent.parent
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hunyuan-vllm"
+# Variables that change what is measured; the report shows those that are set.
+TELLING = ("HUNYUAN_VLLM_", "VLLM_CPU_", "OMP_", "GOMP_", "KMP_", "THP_", "MALLOC_", "LD_PRELOAD", "ONEDNN_")
+
+console = Console(highlight=False, soft_wrap=True)
+if not console.is_terminal:
+    console.width = 160  # a table in a file or a pipe need not fit the reader's window
+_begin = time.perf_counter()
+
+
+def note(message: str) -> None:
+    """Say what is going on, with the seconds since the start."""
+    console.print(f"[dim]{time.perf_counter() - _begin:5.0f} s  {message}[/dim]")
+
+
+def cores() -> list[int]:
+    """One CPU of each physical core that this process may use, as vLLM picks them."""
+    first: dict[str, int] = {}
+    for cpu in sorted(os.sched_getaffinity(0)):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        first.setdefault(siblings.read_text() if siblings.exists() else str(cpu), cpu)
+    return list(first.values())
+
+
+def options(doc: str | None, rounds: int | None, threads: bool = True) -> argparse.ArgumentParser:
+    """A parser with what most benchmarks take; `rounds` is the default of --rounds, None for no such option."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if rounds is not None:
+        parser.add_argument("--rounds", type=_positive, default=rounds, help="even is fair (default: %(default)s)")
+    if threads:
+        most = len(cores())
+        parser.add_argument(
+            "--threads", type=_positive, default=most, help="OpenMP threads (default: all cores, %(default)s)"
+        )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def interleaved(contestants: dict[str, Callable[[], T]], rounds: int, notes: bool = True) -> dict[str, list[T]]:
+    """Run every contestant once a round, in an order that turns round each time; its results, by round."""
+    results: dict[str, list[T]] = {name: [] for name in contestants}
+    order = list(contestants)
+    for number in range(rounds):
+        for name in order:
+            if notes:
+                note(f"round {number + 1} of {rounds}: {name}")
+            results[name].append(contestants[name]())
+        order.reverse()
+    return results
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median and the range it comes from."""
+
+    median: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        known = list(values)
+        return cls(statistics.median(known), min(known), max(known))
+
+    def __str__(self) -> str:
+        return f"{figure(self.median)} ({figure(self.least)}–{figure(self.most)})"
+
+
+def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
+    """Spread of the ratios taken round by round."""
+    return Spread.of(above / below for above, below in zip(numerators, denominators, strict=True))
+
+
+def figure(value: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+class Report:
+    """Rows of one or more tables, with the machine they come from; printed, and written as JSON where asked.
+
+    A cell is a `Spread`, a number or text; numbers stay numbers in the JSON.
+    """
+
+    def __init__(self, benchmark: str, arguments: argparse.Namespace, **facts: Any) -> None:
+        given = {name: str(v) if isinstance(v, Path) else v for name, v in vars(arguments).items() if name != "json"}
+        self._file: Path | None = arguments.json
+        if self._file is not None and not self._file.parent.is_dir():
+            raise SystemExit(f"--json {self._file}: there is no folder {self._file.parent}")
+        self._record: dict[str, Any] = {"benchmark": benchmark, "settings": given, "machine": machine(), **facts}
+        self._tables: dict[str, list[dict[str, Any]]] = {}
+
+    def add(self, table: str, **cells: Any) -> None:
+        self._tables.setdefault(table, []).append(cells)
+
+    def fact(self, **facts: Any) -> None:
+        """Add to what the JSON says beside the tables."""
+        self._record |= facts
+
+    def show(self) -> None:
+        """Print the tables and write the file."""
+        described, settings = self._record["machine"], self._record["settings"]
+        console.print(
+            f"\n{described['cpu']}, {described['cores']} cores, "
+            + (f"--threads {settings['threads']}, " if "threads" in settings else "")
+            + f"{described['memory_gib']:.0f} GiB; vLLM {described['vllm']}, torch {described['torch']}, "
+            f"Python {described['python']}"
+            + (f"; median (least–most) of {settings['rounds']} rounds" if "rounds" in settings else "")
+        )
+        if described["environment"]:
+            console.print(" ".join(f"{name}={value}" for name, value in described["environment"].items()))
+        for title, rows in self._tables.items():
+            table = Table(title=title, title_justify="left")
+            for position, name in enumerate(rows[0]):
+                table.add_column(name.replace("_", " "), justify="right" if position else "left", no_wrap=True)
+            for row in rows:
+                table.add_row(*(figure(cell) if isinstance(cell, float) else str(cell) for cell in row.values()))
+            console.print(table)
+        if self._file is not None:
+            self._write(self._file)
+
+    def _write(self, file: Path) -> None:
+        text = json.dumps(self._record | {"tables": self._tables}, indent=1, default=asdict)
+        partial = file.with_name(f"{file.name}.partial")
+        partial.write_text(text + "\n")
+        partial.replace(file)
+        note(f"written to {file}")
+
+
+def machine() -> dict[str, Any]:
+    """What a reader needs to know of this machine and its software."""
+    info = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+    fields = {name.strip(): value.strip() for name, value in info.items()}
+    flags = set(fields.get("flags", "").split())
+    return {
+        "cpu": fields.get("model name", platform.machine()),
+        "cores": len(cores()),
+        "instructions": sorted(flags & {"avx2", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8"}),
+        "memory_gib": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30,
+        "load_at_start": os.getloadavg()[0],
+        "vllm": _version("vllm-cpu") or _version("vllm"),
+        "torch": _version("torch"),
+        "python": platform.python_version(),
+        "environment": {name: value for name, value in os.environ.items() if name.startswith(TELLING)},
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def checkpoint_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        default=CACHE / "bench-mid",
+        help="1.1 billion random parameters, 2.2 GB, written on first use (default: %(default)s)",
+    )
+
+
+def mid_checkpoint(folder: Path) -> Path:
+    """The benchmarks' checkpoint in `folder`, written there if it is not there yet."""
+    if (folder / "config.json").exists():
+        return folder
+    if folder.exists():
+        raise SystemExit(f"{folder} is there and holds no checkpoint: name another folder with --checkpoint")
+    note(f"writing 2.2 GB of random weights to {folder}")
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    random_checkpoint(partial, "mid_config")
+    partial.rename(folder)
+    return folder
+
+
+def random_checkpoint(folder: Path, shape: str, **overrides: Any) -> Path:
+    """Write a random checkpoint with one of the configurations that tests/checkpoints.py has."""
+    maker = runpy.run_path(str(REPOSITORY / "tests" / "checkpoints.py"))
+    maker["write_checkpoint"](folder, maker[shape](**overrides))
+    return folder

@@ -1,0 +1,238 @@
+"""Prefill and decode speed of the engine, against this machine's limits, the reference model and mlx-lm.
+
+    python benchmarks/decode.py
+    python benchmarks/decode.py --profile        # instead: where the time of a decode step goes
+
+A random checkpoint of 1.1 billion parameters in bfloat16. Decode is the time of the steps after the prompts are read.
+Its bound is the time in which this machine can read, at best, the weights of a step: attention, shared MLP, the
+distinct experts that the batch hits (counted) and the head; cache and activations are left out. Prefill is set against
+the machine's own bfloat16 matrix product. Both limits are measured in each round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from common import Report, Spread, checkpoint_option, interleaved, mid_checkpoint, note, options, ratios
+from decode_peers import MlxPeer, Reference
+from decode_profile import ENVIRON, EXPERTS, LINEARS, ProfiledEngine
+from probe import Probe
+from processes import Child, Engine, engine_environ, random_prompts
+
+BATCHES = (1, 8)
+REFERENCE_TOKENS = 24  # it is slow, and its steps are all alike
+MLX_LENGTHS = (8, 9)  # prompt and new tokens: it reads a few tokens a second
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Tokens a second, and the tokens made, [batch][new tokens]."""
+
+    prefill: float
+    decode: float
+    tokens: list[list[int]]
+
+    @classmethod
+    def of(cls, prompts: Sequence[list[int]], seconds: Sequence[float], tokens: list[list[int]]) -> Rates:
+        """From the seconds of each step, the first of which reads the prompts."""
+        read, made = sum(map(len, prompts)), len(prompts) * (len(seconds) - 1)
+        return cls(read / seconds[0], made / sum(seconds[1:]), tokens)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of the checkpoint by how often a step reads them."""
+
+    always: float
+    """Attention, norms, routers, shared MLPs and the head (the embedding, where they are tied)."""
+    expert: float
+    """One expert in every layer."""
+    head: float
+
+    @classmethod
+    def of(cls, model: Path) -> Weights:
+        from safetensors import safe_open
+
+        sizes: dict[str, int] = {}
+        for file in model.glob("*.safetensors"):
+            with safe_open(file, framework="pt") as tensors:
+                sizes |= {name: tensors.get_tensor(name).nbytes for name in tensors.keys()}
+        embedding = sizes.pop("model.embed_tokens.weight")
+        head = sizes.setdefault("lm_head.weight", embedding)
+        routed = {name: size for name, size in sizes.items() if ".experts." in name}
+        experts = {name.split(".experts.")[1].split(".")[0] for name in routed}
+        routed_bytes = sum(routed.values())
+        return cls(sum(sizes.values()) - routed_bytes, routed_bytes / max(len(experts), 1), head)
+
+    def of_step(self, distinct_experts: float) -> float:
+        """Bytes a decode step reads when it hits that many experts a layer."""
+        return self.always + distinct_experts * self.expert
+
+    def prompt_flops(self, topk: int) -> float:
+        """Multiplications and additions for one token of a prompt: two for each bfloat16 weight but the head's."""
+        return self.always + topk * self.expert - self.head
+
+
+def main() -> None:
+    parser = options(__doc__, rounds=4)
+    checkpoint_option(parser)
+    parser.add_argument("--prompt-tokens", type=int, default=256, help="default: %(default)s")
+    parser.add_argument("--new-tokens", type=int, default=64, help="default: %(default)s")
+    parser.add_argument("--mlx-python", type=Path, metavar="PATH", help="an interpreter that has mlx-lm")
+    parser.add_argument("--profile", action="store_true", help="break a decode step down instead")
+    arguments = parser.parse_args()
+    report = Report("decode", arguments)
+    model = mid_checkpoint(arguments.checkpoint)
+    (profile if arguments.profile else compare)(arguments, model, report)
+    report.show()
+
+
+def compare(arguments: argparse.Namespace, model: Path, report: Report) -> None:
+    environ, settings = engine_environ(arguments.threads), _engine_options(arguments)
+    config = json.loads((model / "config.json").read_text())
+    with ExitStack() as stack:
+        children = {
+            "engine, compiled": Child("compiled", Engine, model, settings, environ=environ),
+            "engine, eager": Child("eager", Engine, model, settings | {"enforce_eager": True}, environ=environ),
+            "reference": Child("reference", Reference, model, environ=environ),
+        }
+        probe = Child("probe", Probe, environ=environ)
+        for child in (*children.values(), probe):
+            stack.enter_context(child)
+        peer = stack.enter_context(MlxPeer(arguments.mlx_python, model)) if arguments.mlx_python else None
+        for child in (*children.values(), probe):
+            child.ready()
+        turns: dict[str, Callable[[], Any]] = {"machine": lambda: (probe.call("read"), probe.call("multiply"))}
+        for name, child in children.items():
+            new_tokens = min(arguments.new_tokens, REFERENCE_TOKENS) if name == "reference" else arguments.new_tokens
+            turns[name] = _turns(child, config["vocab_size"], arguments.prompt_tokens, new_tokens)
+        if peer is not None:
+            report.fact(mlx_lm=peer.ready())
+            turns["mlx-lm"] = partial(_mlx_turn, peer, config["vocab_size"])
+        for child in children.values():
+            for batch in BATCHES:
+                child.call("steps", random_prompts(config["vocab_size"], [arguments.prompt_tokens] * batch, -batch), 4)
+        results = interleaved(turns, arguments.rounds)
+        note("counting the experts that the batches hit")
+        distinct = {
+            batch: children["reference"].call("distinct_experts", *_sequences(results, batch, config, arguments))
+            for batch in BATCHES
+        }
+    machine = results.pop("machine")
+    read = [max(ways.values()) for ways, _ in machine]
+    multiply = [flops for _, flops in machine]
+    _tabulate(report, results, Weights.of(model), distinct, config["moe_topk"], read, multiply)
+    for way in machine[0][0]:
+        report.add("This machine", what=f"reading: {way}, GB/s", rate=Spread.of(ways[way] / 1e9 for ways, _ in machine))
+    report.add("This machine", what="bfloat16 product, GFLOP/s", rate=Spread.of(flops / 1e9 for flops in multiply))
+    if not arguments.mlx_python:
+        note('mlx-lm: not measured; name an interpreter that has "mlx[cpu]" and mlx-lm with --mlx-python')
+
+
+def _engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    longest = arguments.prompt_tokens + arguments.new_tokens
+    # All prompts of a batch fit into one step, so that the first step is the prefill.
+    step = max(BATCHES) * longest
+    return dict(dtype="bfloat16", max_model_len=longest, max_num_batched_tokens=step, kv_cache_memory_bytes=256 * MIB)
+
+
+def _turns(child: Child, vocab_size: int, prompt_tokens: int, new_tokens: int) -> Callable[[], dict[int, Rates]]:
+    """A callable whose n-th call runs every batch on the n-th round's prompts."""
+    rounds = itertools.count()
+
+    def turn() -> dict[int, Rates]:
+        number, rates = next(rounds), {}
+        for batch in BATCHES:
+            prompts = random_prompts(vocab_size, [prompt_tokens] * batch, 100 * number + batch)
+            rates[batch] = Rates.of(prompts, *child.call("steps", prompts, new_tokens))
+        return rates
+
+    return turn
+
+
+def _mlx_turn(peer: MlxPeer, vocab_size: int) -> dict[int, Rates]:
+    prompts = random_prompts(vocab_size, [MLX_LENGTHS[0]], 0)
+    return {1: Rates.of(prompts, *peer.steps(prompts[0], MLX_LENGTHS[1]))}
+
+
+def _sequences(
+    results: dict[str, list[Any]], batch: int, config: dict[str, Any], arguments: argparse.Namespace
+) -> tuple[list[list[int]], int]:
+    """The first round's prompts with what the compiled engine made of them, and the prompts' length."""
+    prompts = random_prompts(config["vocab_size"], [arguments.prompt_tokens] * batch, batch)
+    made = results["engine, compiled"][0][batch].tokens
+    return [prompt + tokens for prompt, tokens in zip(prompts, made, strict=True)], arguments.prompt_tokens
+
+
+def _tabulate(
+    report: Report,
+    results: dict[str, list[dict[int, Rates]]],
+    weights: Weights,
+    distinct: dict[int, float],
+    topk: int,
+    read: list[float],
+    multiply: list[float],
+) -> None:
+    for batch in BATCHES:
+        bytes_read = weights.of_step(distinct[batch])
+        report.add(
+            "Weights a decode step reads",
+            batch=batch,
+            experts_a_layer=distinct[batch],
+            MB=bytes_read / 1e6,
+            bound_in_tokens_a_second=Spread.of(batch * rate / bytes_read for rate in read),
+        )
+        for name, rounds in results.items():
+            if batch not in rounds[0]:
+                continue
+            for phase, limit in (
+                ("decode", [batch * rate / bytes_read for rate in read]),
+                ("prefill", [rate / weights.prompt_flops(topk) for rate in multiply]),
+            ):
+                speed = [getattr(rates[batch], phase) for rates in rounds]
+                cells: dict[str, Any] = {"tokens_a_second": Spread.of(speed), "share_of_limit": ratios(speed, limit)}
+                for peer in ("reference", "mlx-lm"):
+                    theirs = [getattr(rates[batch], phase) for rates in results.get(peer, []) if batch in rates]
+                    cells[f"against_{peer}"] = ratios(speed, theirs) if theirs else "–"
+                report.add(phase.capitalize(), what=name, batch=batch, **cells)
+
+
+def profile(arguments: argparse.Namespace, model: Path, report: Report) -> None:
+    weights, lengths = Weights.of(model), arguments.prompt_tokens
+    vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
+    environ = engine_environ(arguments.threads)
+    with Child("compiled", ProfiledEngine, model, _engine_options(arguments), environ=environ | ENVIRON) as engine:
+        engine.ready()
+        for batch in BATCHES:
+            title = f"A decode step at batch {batch}"
+            note(f"profiling batch {batch}")
+            engine.call("steps", random_prompts(vocab_size, [lengths] * batch, 0), 4)
+            seconds, _ = engine.call("steps", random_prompts(vocab_size, [lengths] * batch, 1), arguments.new_tokens)
+            parts = engine.call("breakdown", random_prompts(vocab_size, [lengths] * batch, 2), arguments.new_tokens)
+            total = sum(part.milliseconds for part in parts)
+            for part in parts:
+                rate = "–"
+                if part.name == LINEARS:
+                    rate = weights.always / part.milliseconds / 1e6
+                elif part.name == EXPERTS and batch == 1:
+                    rate = weights.expert / part.milliseconds / 1e6
+                share = f"{part.milliseconds / total:.1%}"
+                report.add(
+                    title, part=part.name, ms=part.milliseconds, share=share, events=part.calls, GB_a_second=rate
+                )
+            unprofiled = 1e3 * sum(seconds[1:]) / (len(seconds) - 1)
+            report.add(title, part="all, profiled", ms=total, share="", events="", GB_a_second="")
+            report.add(title, part="all, not profiled", ms=unprofiled, share="", events="", GB_a_second="")
+
+
+if __name__ == "__main__":
+    main()

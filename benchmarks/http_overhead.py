@@ -1,0 +1,190 @@
+"""The HTTP server against the offline engine on the same requests: what HTTP costs.
+
+    python benchmarks/http_overhead.py
+
+`hunyuan-vllm serve` on loopback and an `LLM` as in a script of one's own, each with its engine processes as they come,
+take turns, on the demo model and on the 1.1-billion-parameter benchmark model. Requests are greedy completions of
+random token ids, of fixed lengths, a number at a time: the client sends the next when one is answered, and the offline
+engine has that many slots. The client runs on the same cores.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from common import Report, Spread, checkpoint_option, interleaved, mid_checkpoint, note, options, ratios
+from processes import Child, random_prompts
+
+from hunyuan_vllm import demo
+
+MIB = 2**20
+CONCURRENCY = (1, 8)
+REQUESTS = {"demo": {1: 16, 8: 64}, "mid": {1: 3, 8: 8}}
+VOCABULARY = 1800  # ordinary tokens of the demo model, whose tokenizer the benchmark model borrows
+START_TIMEOUT = 600.0
+COMMON = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": ""}
+
+
+class Offline:
+    """`LLM` with its engine in processes of its own, to be built in a `Child`."""
+
+    def __init__(self, model: Path, settings: dict[str, Any]) -> None:
+        from vllm import LLM
+
+        self.llm = LLM(model=str(model), max_num_seqs=max(CONCURRENCY), seed=0, **settings)
+
+    def serve(self, prompts: Sequence[list[int]], new_tokens: int, concurrency: int) -> float:
+        """Seconds for all prompts."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+        given: list[Any] = [{"prompt_token_ids": prompt} for prompt in prompts]
+        groups = [given] if concurrency > 1 else [[one] for one in given]
+        begin = time.perf_counter()
+        for group in groups:
+            self.llm.generate(group, params, use_tqdm=False)
+        return time.perf_counter() - begin
+
+
+class Server:
+    """`hunyuan-vllm serve` on a free loopback port."""
+
+    def __init__(self, model: Path, settings: dict[str, Any], environ: dict[str, str]) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = Path(tempfile.gettempdir()) / f"hunyuan-vllm-bench-{os.getpid()}-server.log"
+        flags = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+        program = Path(sys.executable).with_name("hunyuan-vllm")
+        command: list[str | Path] = [program, "serve", "--generation-config", "vllm", *flags]
+        ours = {"MODEL_PATH": str(model), "PORT": str(port)}
+        with self.log.open("w") as output:
+            self._process = subprocess.Popen(command, env=os.environ | environ | ours, stdout=output, stderr=output)
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._process.send_signal(signal.SIGINT)
+        self._process.wait(timeout=60)
+        if kind is None:
+            self.log.unlink()
+
+    def ready(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT
+        while self._process.poll() is None and time.monotonic() < deadline:
+            try:
+                with urllib.request.urlopen(f"{self.url}/health"):
+                    note("server is ready")
+                    return
+            except OSError:
+                time.sleep(0.5)
+        raise SystemExit(f"the server did not start (its output: {self.log})")
+
+    def serve(self, prompts: Sequence[list[int]], new_tokens: int, concurrency: int, stream: bool) -> float:
+        """Seconds for all prompts."""
+        return asyncio.run(_ask_all(self.url, prompts, new_tokens, concurrency, stream))
+
+
+async def _ask_all(url: str, prompts: Sequence[list[int]], new_tokens: int, concurrency: int, stream: bool) -> float:
+    waiting = iter(prompts)
+    async with aiohttp.ClientSession(url) as client:
+
+        async def ask_in_turn() -> None:
+            for prompt in waiting:
+                await _ask(client, prompt, new_tokens, stream)
+
+        begin = time.perf_counter()
+        await asyncio.gather(*(ask_in_turn() for _ in range(concurrency)))
+        return time.perf_counter() - begin
+
+
+async def _ask(client: aiohttp.ClientSession, prompt: list[int], new_tokens: int, stream: bool) -> None:
+    body: dict[str, Any] = {"model": "hunyuan", "prompt": prompt, "max_tokens": new_tokens, "stream": stream}
+    async with client.post("/v1/completions", json=body | {"temperature": 0, "ignore_eos": True}) as answer:
+        last = b""
+        async for line in answer.content:
+            last = line.strip() or last
+    complete = last == b"data: [DONE]" if stream else json.loads(last)["usage"]["completion_tokens"] == new_tokens
+    if not (answer.ok and complete):
+        raise SystemExit(f"the server answered {answer.status}: {last.decode()[:500]}")
+
+
+def main() -> None:
+    parser = options(__doc__, rounds=4, threads=False)
+    checkpoint_option(parser)
+    parser.add_argument("--models", nargs="+", choices=REQUESTS, default=list(REQUESTS))
+    parser.add_argument("--prompt-tokens", type=int, default=32, help="default: %(default)s")
+    parser.add_argument("--new-tokens", type=int, default=32, help="default: %(default)s")
+    parser.add_argument(
+        "--bind", help="VLLM_CPU_OMP_THREADS_BIND of both, such as 0-1 (default: as the environment has it)"
+    )
+    arguments = parser.parse_args()
+    report = Report("http_overhead", arguments)
+    paths = {"demo": demo.path(), "mid": arguments.checkpoint}
+    if "demo" in arguments.models and not (demo.path() / "model.safetensors").exists():
+        note("the demo model has no weights here: left out")
+        arguments.models.remove("demo")
+    if "mid" in arguments.models:
+        mid_checkpoint(arguments.checkpoint)
+    for name in arguments.models:
+        _compare(name, paths[name], report, arguments)
+    report.show()
+
+
+def _compare(name: str, model: Path, report: Report, arguments: Any) -> None:
+    settings: dict[str, Any] = dict(
+        dtype="bfloat16",
+        max_model_len=arguments.prompt_tokens + arguments.new_tokens,
+        kv_cache_memory_bytes=64 * MIB,
+        tokenizer=str(demo.path()),
+    )
+    environ = COMMON | ({"VLLM_CPU_OMP_THREADS_BIND": arguments.bind} if arguments.bind else {})
+    new_tokens = arguments.new_tokens
+    with ExitStack() as stack:
+        server = stack.enter_context(Server(model, settings, environ))
+        offline = stack.enter_context(Child(f"offline {name}", Offline, model, settings, environ=environ))
+        offline.ready()
+        server.ready()
+        for concurrency in CONCURRENCY:
+            count = REQUESTS[name][concurrency]
+            prompts = random_prompts(VOCABULARY, [arguments.prompt_tokens] * count, concurrency)
+            work = (prompts, new_tokens, concurrency)
+            ways: dict[str, Callable[[], float]] = {
+                "offline": partial(offline.call, "serve", *work),
+                "HTTP": partial(server.serve, *work, stream=False),
+                "HTTP, streamed": partial(server.serve, *work, stream=True),
+            }
+            note(f"{name}, {concurrency} at a time")
+            for run in ways.values():
+                run()  # warms up
+            seconds = interleaved(ways, arguments.rounds, notes=False)
+            for way, times in seconds.items():
+                report.add(
+                    "Completions, as a share of the offline engine's speed",
+                    model=name,
+                    at_a_time=concurrency,
+                    way=way,
+                    requests_a_second=Spread.of(count / spent for spent in times),
+                    tokens_a_second=Spread.of(count * new_tokens / spent for spent in times),
+                    of_offline=ratios(seconds["offline"], times),
+                )
+
+
+if __name__ == "__main__":
+    main()

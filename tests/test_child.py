@@ -59,7 +59,7 @@ def test_a_fatal_signal_becomes_the_shells_status():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_reaches_the_server_and_leaves_nothing(tmp_path, number):
     # A server with a worker of its own that would outlive it.
-    program = f"""
+    program = """
         import os, signal, subprocess, sys, time
         worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         def stop(number, frame):

@@ -1,0 +1,103 @@
+"""A whole run as far as it goes without an engine: what is refused before any work, and when there is none left."""
+
+import io
+import json
+import time
+
+import pytest
+from rich.console import Console
+
+from hunyuan_vllm.batch.job import FAILED_LINES, Job
+from hunyuan_vllm.batch.lines import read_lines
+from hunyuan_vllm.batch.output import Output
+from hunyuan_vllm.batch.progress import LINE_EVERY, Reporter
+from hunyuan_vllm.batch.records import Record, Settings, failed
+from hunyuan_vllm.batch.requests import BadLine
+from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.server.bad_requests import Problem
+from hunyuan_vllm.server.model_source import demo_model
+
+
+def console() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def said(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "in.jsonl"
+    lines = [{"prompt": "a"}, {"prompt": "b", "top_p": 2}, {"messages": [], "temprature": 1}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def job(source, target, **options) -> Job:
+    return Job(source, target, demo_model(), **options)
+
+
+def test_files_are_looked_at_first(tmp_path, source):
+    for wrong, says in [
+        (job(tmp_path / "none", tmp_path / "out"), "none does not exist"),
+        (job(tmp_path, tmp_path / "out"), "is no file"),
+        (job(source, tmp_path), "is no file"),
+        (job(source, tmp_path / "none" / "out"), "none does not exist: make that folder"),
+        (job(source, source), "both input and output"),
+    ]:
+        with pytest.raises(UserError, match=says):
+            wrong.run(console())
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_strict_lists_the_wrong_lines_and_runs_none(tmp_path, source):
+    with pytest.raises(UserError) as caught:
+        job(source, tmp_path / "out", strict=True).run(console())
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "2 lines are wrong, so none was run (--strict):"
+    assert lines[1].strip().startswith("line 2: top_p must be in (0, 1]")
+    assert lines[2].strip().startswith("line 3: temprature is not a field of /v1/chat/completions; temperature is")
+    assert (tmp_path / "out").read_text() == ""
+
+
+def test_a_default_that_no_line_can_have(tmp_path, source):
+    with pytest.raises(UserError, match="as a default for all lines, temperature must be"):
+        job(source, tmp_path / "out", defaults={"temperature": -1}).run(console())
+
+
+def test_nothing_is_left_to_do(tmp_path, source):
+    first, second, third = read_lines(source)
+    settings = Settings(demo_model().given)
+    error = failed(second, settings, BadLine(Problem("top_p", "top_p: no")))
+    answers = [
+        Record(line.number, failed(line, settings, BadLine(Problem(None, ""))).text, False) for line in (first, third)
+    ]
+    output = Output(tmp_path / "out")
+    output.append([*answers, error])
+    output.close()
+    screen = console()
+    started = time.monotonic()
+    assert job(source, tmp_path / "out").run(screen) == FAILED_LINES
+    assert time.monotonic() - started < 5  # no engine
+    assert "0 of 3 lines answered, 3 failed" in said(screen)
+    assert "--retry-failed" in said(screen)
+
+
+def test_progress_away_from_a_terminal(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    screen = console()
+    reporter = Reporter(total=1000, left=900, failed=1, console=screen)
+    with reporter:
+        now += LINE_EVERY - 1
+        reporter.advance([Record(number, b"", number < 2, 50) for number in range(99)])
+        assert said(screen) == ""
+        now += 1
+        reporter.advance([Record(99, b"", False, 50)])
+    assert said(screen) == "hunyuan-vllm: 200/1000 lines, 3 failed, 167 tokens/s, 4:00 left\n"
+    assert (
+        reporter.summary()
+        == "197 of 1000 lines answered, 3 failed; 100 in this run: 5,000 tokens in 0:30, 167 tokens/s"
+    )

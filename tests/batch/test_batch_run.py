@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -86,11 +87,11 @@ def runs(tmp_path_factory) -> Runs:
     command = [COMMAND, "batch", source, target, "--max-tokens", "60", "--seed", "11", *FLAGS]
     environ = {name: value for name, value in os.environ.items() if name != "MODEL_PATH"}
 
-    first = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 400
-    while not (target.exists() and target.stat().st_size):
-        assert first.poll() is None and time.monotonic() < deadline, first.stderr.read()
-        time.sleep(0.02)
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    first = start()
+    wait_for_growth(first, target, 0)
     worker = psutil.Process(first.pid).children()[0]
     processes = worker.children(recursive=True)
     worker.send_signal(signal.SIGKILL)
@@ -98,12 +99,21 @@ def runs(tmp_path_factory) -> Runs:
     orphans = psutil.wait_procs(processes, timeout=30)[1]
     killed = target.read_bytes()
 
-    def run() -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=400)
-
-    resumed = run()
+    second = start()
+    wait_for_growth(second, target, len(killed))
+    os.killpg(second.pid, signal.SIGINT)  # Ctrl-C, by which time all lines are in flight
+    stderr = second.communicate(timeout=120)[1]
+    resumed = subprocess.CompletedProcess(command, second.returncode, stderr=stderr)
     resumed_output = target.read_bytes()
-    return Runs(source, target, killed, status, orphans, resumed, resumed_output, run())
+    again = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+    return Runs(source, target, killed, status, orphans, resumed, resumed_output, again)
+
+
+def wait_for_growth(run: subprocess.Popen[str], target: Path, size: int) -> None:
+    deadline = time.monotonic() + 400
+    while not (target.exists() and target.stat().st_size > size):
+        assert run.poll() is None and time.monotonic() < deadline, run.stderr and run.stderr.read()
+        time.sleep(0.02)
 
 
 def test_a_kill_takes_all_processes_with_it(runs):
@@ -117,6 +127,10 @@ def test_a_killed_run_goes_on_where_it_was(runs):
     assert 0 < lines < len(LINES)
     assert runs.resumed_output.startswith(written)
     assert f"for {len(LINES) - lines} of {len(LINES)} lines" in runs.resumed.stderr
+
+
+def test_ctrl_c_lets_the_lines_in_flight_finish(runs):
+    assert re.search(r"finishing the \d+ lines in flight; Ctrl-C again gives them up", runs.resumed.stderr)
 
 
 def test_every_line_is_written_once(runs):

@@ -1,0 +1,127 @@
+"""The middleware beside a server: what it leaves alone, and what it makes of any kind of refusal."""
+
+import asyncio
+import json
+
+import httpx
+import pytest
+
+from hunyuan_vllm.server.auth import KEY_FILE_VARIABLE
+from hunyuan_vllm.server.bad_requests import explain
+from hunyuan_vllm.server.name_fields import NameFields, NameFieldsBehindKey
+
+JSON = (b"content-type", b"application/json")
+STREAM = (b"content-type", b"text/event-stream")
+
+
+def answering(status: int, headers: list[tuple[bytes, bytes]], *chunks: bytes):
+    """An application that reads the whole request and answers with these chunks."""
+
+    async def app(scope, receive, send):
+        while (await receive()).get("more_body"):
+            pass
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        for chunk in chunks:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    return app
+
+
+async def ask(app, path="/v1/completions", **request) -> httpx.Response:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        return await client.post(path, **request)
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "chunks"),
+    [
+        (200, [JSON], [b'{"id": ', b"1}"]),
+        (200, [STREAM], [b'data: {"id": 1}\n\n', b'data: {"error": "later"}\n\n', b"data: [DONE]\n\n"]),
+        (200, [STREAM], [b": keep-alive\n\n", b'data: {"error": {"code": 400}}\n\n']),
+        (400, [(b"content-type", b"text/plain")], [b"no ", b"json"]),
+        (404, [], []),
+        (500, [JSON], [b'{"error": {"message": "boom", "code": 500}}']),
+    ],
+)
+async def test_what_it_leaves_alone(status, headers, chunks):
+    app = answering(status, headers, *chunks)
+    bare, wrapped = await ask(app, json={"prompt": 5}), await ask(NameFields(app), json={"prompt": 5})
+    assert (wrapped.status_code, wrapped.content) == (bare.status_code, bare.content)
+    assert dict(wrapped.headers) == dict(bare.headers)
+
+
+async def test_a_stream_is_not_held_up():
+    """The first part is sent on before there is a second one."""
+    sent: list[dict] = []
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": [STREAM]})
+        await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
+        assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+
+    async def send(message):
+        sent.append(message)
+
+    await NameFields(app)({"type": "http", "path": "/v1/completions"}, asyncio.Event().wait, send)
+    assert sent[1]["body"] == b"data: 1\n\n"
+
+
+async def test_a_refused_stream_is_a_refusal():
+    message = "n must be at least 1, got 0."
+    error = {"error": {"message": message, "type": "BadRequestError", "param": None, "code": 400}}
+    app = answering(200, [STREAM], f"data: {json.dumps(error)}\n\n".encode(), b"data: [DONE]\n\n")
+    answer = await ask(NameFields(app), json={"prompt": "a", "n": 0, "stream": True})
+    assert answer.status_code == 400
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.json()["error"] == error["error"] | {"param": "n"}
+
+
+async def test_the_request_may_come_in_parts():
+    async def parts():
+        for part in (b'{"pro', b'mpt": ', b"5}"):
+            yield part
+
+    app = answering(400, [JSON], b'{"error": {"message": "dump", "param": "body.prompt", "code": 400}}')
+    answer = await ask(NameFields(app), content=parts())
+    assert answer.json()["error"]["param"] == "prompt"
+    assert "prompt should be" in answer.json()["error"]["message"]
+
+
+async def test_one_class_for_both(tmp_path, monkeypatch):
+    key = tmp_path / "key"
+    key.write_text("secret\n")
+    key.chmod(0o600)
+    monkeypatch.setenv(KEY_FILE_VARIABLE, str(key))
+    app = NameFieldsBehindKey(answering(404, [JSON], b'{"detail": "Not Found"}'))
+    assert (await ask(app, "/v1/x")).status_code == 401
+    answer = await ask(app, "/v1/x", headers={"Authorization": "Bearer secret"})
+    assert answer.json()["error"] == {"message": "Not Found", "type": "Not Found", "param": None, "code": 404}
+
+
+@pytest.mark.parametrize(
+    ("message", "field", "body", "expected", "says"),
+    [
+        ("top_k must be 0, got -5.", None, {"top_k": -5}, "top_k", "top_k must be 0, got -5."),
+        ("`n` is odd. (parameter=n, value=3)", "n", {"n": 3}, "n", "`n` is odd."),
+        (
+            "maximum context length is 8",
+            "input_tokens",
+            {"prompt": "a"},
+            "prompt",
+            "prompt: maximum context length is 8",
+        ),
+        ("Requested sample logprobs of 9", "logprobs", {"logprobs": 9}, "logprobs", "Requested sample logprobs of 9"),
+        (
+            "Token id 9 is\nout of vocabulary",
+            None,
+            {"prompt": [9]},
+            "prompt",
+            "prompt: Token id 9 is out of vocabulary",
+        ),
+        ("something else", None, {"prompt": "a"}, None, "something else"),
+    ],
+)
+def test_explain(message, field, body, expected, says):
+    problem = explain(message, field, body)
+    assert (problem.field, problem.message) == (expected, says)

@@ -1,7 +1,7 @@
-"""Train the demo model from scratch and write its checkpoint: `python train/demo/train.py`, 20 minutes on 2 cores.
+"""Train the demo model from scratch and write its checkpoint: `python train/demo/train.py`.
 
-The same seed, thread count, processor type and torch build give the same loss curve; with another of these the sums
-round differently and the curves drift apart, to a model of the same quality.
+A seed fixes the text and the initial weights. With another thread count, processor type or torch build the sums round
+differently, and the loss curves drift apart.
 """
 
 from __future__ import annotations

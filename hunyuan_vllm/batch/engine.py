@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from hunyuan_vllm.batch.requests import BadLine, Request
+from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.server.bad_requests import explain
 from hunyuan_vllm.server.flags import Flags
 from hunyuan_vllm.server.launch import decide
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from vllm.engine.protocol import EngineClient
 
-__all__ = ["Engine", "EngineStopped", "Plan", "open_engine", "plan"]
+__all__ = ["Engine", "EngineStopped", "Plan", "open_engine", "parse_options", "plan"]
 
 LEAST_WINDOW = 1024
 
@@ -100,15 +101,33 @@ class Engine:
         raise BadLine(problem, error.type, error.code)
 
 
-@asynccontextmanager
-async def open_engine(plan: Plan) -> AsyncIterator[Engine]:
-    """Start the engine; it ends with the block. Exits with vLLM's own message if an option is none of vLLM's.
+def parse_options(argv: Sequence[str]) -> Namespace:
+    """Read a plan's `argv` with the parser of vLLM's server. Its environment variables must be set.
 
     Raises:
-        Exception: what vLLM raises if it cannot start.
+        UserError: an option is none of vLLM's, or has no such value.
     """
-    args = _parse(plan.argv)
+    from vllm.entrypoints.cli.serve import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    class Parser(FlexibleArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UserError(f"{message} (vllm serve --help=all lists vLLM's flags)")
+
+    args = make_arg_parser(Parser()).parse_args(argv)
+    args.model = args.model_tag
+    # A server turns requests away when it is too busy. Here they wait.
+    args.max_num_queued_reqs = args.max_num_queued_tokens = None
+    return args
+
+
+@asynccontextmanager
+async def open_engine(args: Namespace) -> AsyncIterator[Engine]:
+    """Start the engine; it ends with the block.
+
+    Raises:
+        UserError: it does not start; says why.
+    """
     from starlette.datastructures import State
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
@@ -116,18 +135,21 @@ async def open_engine(plan: Plan) -> AsyncIterator[Engine]:
 
     # What the handlers log of a bad request is in its record.
     logging.getLogger("vllm.entrypoints").setLevel(logging.CRITICAL)
-    async with build_async_engine_client(args, usage_context=UsageContext.OPENAI_BATCH_RUNNER) as client:
-        state = State()
-        await init_app_state(client, state, args, await client.get_supported_tasks())
+    async with AsyncExitStack() as stack:
+        try:
+            starting = build_async_engine_client(args, usage_context=UsageContext.OPENAI_BATCH_RUNNER)
+            client = await stack.enter_async_context(starting)
+            state = State()
+            await init_app_state(client, state, args, await client.get_supported_tasks())
+        except Exception as error:
+            raise UserError(f"the engine did not start: {_one_line(error)}") from error
         yield Engine(client, state)
 
 
-def _parse(argv: list[str]) -> Namespace:
-    from vllm.entrypoints.cli.serve import make_arg_parser
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    args = make_arg_parser(FlexibleArgumentParser(prog="hunyuan-vllm batch")).parse_args(argv)
-    args.model = args.model_tag
-    # A server turns requests away when it is too busy. Here they wait.
-    args.max_num_queued_reqs = args.max_num_queued_tokens = None
-    return args
+def _one_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):  # vLLM's configuration, which wraps what our checks raise
+        first = error.errors()[0]
+        if first["type"] == "value_error":
+            return str(first["msg"]).removeprefix("Value error, ")
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return " ".join(str(error).split()) or type(error).__name__

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
 from types import FrameType
 
-from pydantic import ValidationError
-
-from hunyuan_vllm.batch.engine import EngineStopped, Plan, open_engine
+from hunyuan_vllm.batch.engine import EngineStopped, open_engine
 from hunyuan_vllm.batch.lines import Line
 from hunyuan_vllm.batch.progress import Reporter
 from hunyuan_vllm.batch.records import Record, Settings
@@ -21,7 +20,7 @@ __all__ = ["generate"]
 
 
 def generate(
-    plan: Plan,
+    args: Namespace,
     requests: Iterable[tuple[Line, Request | BadLine]],
     settings: Settings,
     append: Callable[[Sequence[Record]], None],
@@ -30,13 +29,17 @@ def generate(
     """Start the engine and run the requests, until all are written or the user stops it.
 
     Args:
+        args: vLLM's options.
         append: puts records into the output.
 
     Returns why it stopped of itself, or None.
+
+    Raises:
+        UserError: the engine does not start.
     """
     signal.signal(signal.SIGINT, _interrupt)  # at once: asyncio's own would wait until the engine is there
     try:
-        asyncio.run(_generate(plan, requests, settings, append, reporter))
+        asyncio.run(_generate(args, requests, settings, append, reporter))
     except KeyboardInterrupt:  # while the engine was being started
         return None
     except EngineStopped as error:
@@ -47,7 +50,7 @@ def generate(
 
 
 async def _generate(
-    plan: Plan,
+    args: Namespace,
     requests: Iterable[tuple[Line, Request | BadLine]],
     settings: Settings,
     append: Callable[[Sequence[Record]], None],
@@ -58,11 +61,8 @@ async def _generate(
         reporter.advance(records)
 
     async with AsyncExitStack() as stack:
-        try:
-            with reporter.loading():
-                engine = await stack.enter_async_context(open_engine(plan))
-        except Exception as error:
-            raise EngineStopped(f"the engine did not start: {_one_line(error)}") from error
+        with reporter.loading():
+            engine = await stack.enter_async_context(open_engine(args))
         runner = Runner(engine.answer, settings, write, engine.window)
         _obey_signals(runner, reporter)
         with reporter:
@@ -84,9 +84,3 @@ def _obey_signals(runner: Runner, reporter: Reporter) -> None:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, ValidationError):  # vLLM's configuration, which wraps what our checks raise
-        return str(error.errors()[0]["msg"]).removeprefix("Value error, ")
-    return " ".join(str(error).split()) or type(error).__name__

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from hunyuan_vllm.batch.engine import plan
+from hunyuan_vllm.batch.engine import parse_options, plan
 from hunyuan_vllm.batch.generation import generate
 from hunyuan_vllm.batch.lines import Line, scan
 from hunyuan_vllm.batch.output import Output
@@ -55,7 +55,8 @@ class Job:
             UserError: nothing was run, for the reason given.
         """
         _check_files(self.source, self.target)
-        index = scan(self.source)
+        with console.status(f"reading {self.source}"):
+            index = scan(self.source)
         settings = Settings(self.model.given, self.defaults)
         with closing(Output(self.target)) as output:
             state = output.resume(index, settings, self.retry_failed)
@@ -65,13 +66,14 @@ class Job:
             if reporter.left:
                 engine_plan = plan(self.model, self.flags, os.environ)
                 os.environ.update(engine_plan.env)  # before vLLM is imported, which reads it
+                args = parse_options(engine_plan.argv)
                 _check_defaults(self.defaults)
                 if self.strict:
                     _check_lines(requests, state.pending)
                 for note in engine_plan.notes:
                     reporter.say(note)
                 reporter.say(f"starting {self.model.given} for {_part(reporter)} lines")
-                cause = generate(engine_plan, requests.of(state.pending), settings, output.append, reporter)
+                cause = generate(args, requests.of(state.pending), settings, output.append, reporter)
         return _conclude(reporter, self.target, cause)
 
 

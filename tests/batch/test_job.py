@@ -2,11 +2,15 @@
 
 import io
 import json
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from hunyuan_vllm.batch.engine import parse_options, plan
 from hunyuan_vllm.batch.job import FAILED_LINES, Job
 from hunyuan_vllm.batch.lines import read_lines
 from hunyuan_vllm.batch.output import Output
@@ -65,6 +69,35 @@ def test_strict_lists_the_wrong_lines_and_runs_none(tmp_path, source):
 def test_a_default_that_no_line_can_have(tmp_path, source):
     with pytest.raises(UserError, match="as a default for all lines, temperature must be"):
         job(source, tmp_path / "out", defaults={"temperature": -1}).run(console())
+
+
+@pytest.mark.parametrize(("flags", "says"), [(["--bogus", "1"], "--bogus 1"), (["--dtype", "x"], "--dtype.*'x'")])
+def test_a_flag_that_vllm_does_not_know(flags, says):
+    with pytest.raises(UserError, match=f"{says}.*vllm serve --help=all"):
+        parse_options(["model", *flags])
+
+
+def test_options_are_those_of_the_server():
+    made = plan(demo_model(), ["--max-model-len", "64"], {"HOST": "0.0.0.0", "VLLM_API_KEY": "k", "TP_SIZE": "2"})
+    args = parse_options(made.argv)
+    assert (args.model, args.max_model_len, args.tensor_parallel_size) == (demo_model().name, 64, 2)
+    assert args.kv_cache_memory_bytes == 256 * 2**20
+    assert made.env["HF_HUB_OFFLINE"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--enforce-eager", "in.jsonl", "out.jsonl"], "IN.jsonl and OUT.jsonl come first"),
+        (["in.jsonl", "out.jsonl", "--params", "[1]"], "--params [1] is not a JSON object"),
+        (["in.jsonl", "out.jsonl", "--model", "/none/such"], "/none/such does not exist"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(arguments, says, tmp_path):
+    command = [Path(sys.executable).with_name("hunyuan-vllm"), "batch", *arguments]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 2
+    assert says in ran.stderr and ran.stderr.count("\n") == 1
 
 
 def test_nothing_is_left_to_do(tmp_path, source):

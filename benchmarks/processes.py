@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -41,8 +42,9 @@ class Child:
     def __exit__(self, kind: object, *_: object) -> None:
         self._connection.close()
         self._process.join(timeout=20)
-        if self._process.is_alive():
-            self._process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # an engine's own processes outlive theirs
+        self._process.join()
         if kind is None:
             self.log.unlink(missing_ok=True)
 
@@ -67,6 +69,7 @@ class Child:
 
 
 def _serve(connection: Connection, log: Path, build: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    os.setsid()
     with log.open("w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)

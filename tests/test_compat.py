@@ -7,7 +7,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from hunyuan_vllm.cli import app
 from hunyuan_vllm.compat import check_symbols
 from hunyuan_vllm.vllm_surface import USED, Symbol
 
@@ -42,6 +44,16 @@ def test_the_installed_vllm_has_all_we_use(root: Path) -> None:
 )
 def test_what_is_not_there_is_named(symbol: Symbol, problem: str, root: Path) -> None:
     assert check_symbols(root, (symbol,)) == [problem]
+
+
+def test_the_command(tmp_path: Path) -> None:
+    runner = CliRunner()
+    result = runner.invoke(app, ["compat"])
+    assert result.exit_code == 0 and ": 0 problems" in result.stdout
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").touch()
+    result = runner.invoke(app, ["compat", str(tmp_path)])
+    assert result.exit_code == 1 and "vllm.ModelRegistry: not found" in result.stdout
 
 
 def test_every_import_from_vllm_is_listed() -> None:

@@ -23,11 +23,13 @@ from typing import Any
 
 from common import Report, Spread, checkpoint_option, interleaved, mid_checkpoint, note, options, ratios
 from decode_peers import MlxPeer, Reference
-from decode_profile import ENVIRON, EXPERTS, LINEARS, ProfiledEngine
+from decode_profile import profile
 from probe import Probe
 from processes import Child, Engine, engine_environ, random_prompts
+from weights import Weights
 
 BATCHES = (1, 8)
+WARM_UP_IDS = 256  # any vocabulary has these
 REFERENCE_TOKENS = 24  # it is slow, and its steps are all alike
 MLX_LENGTHS = (8, 9)  # prompt and new tokens: it reads a few tokens a second
 MIB = 2**20
@@ -48,40 +50,6 @@ class Rates:
         return cls(read / seconds[0], made / sum(seconds[1:]), tokens)
 
 
-@dataclass(frozen=True)
-class Weights:
-    """Bytes of the checkpoint by how often a step reads them."""
-
-    always: float
-    """Attention, norms, routers, shared MLPs and the head (the embedding, where they are tied)."""
-    expert: float
-    """One expert in every layer."""
-    head: float
-
-    @classmethod
-    def of(cls, model: Path) -> Weights:
-        from safetensors import safe_open
-
-        sizes: dict[str, int] = {}
-        for file in model.glob("*.safetensors"):
-            with safe_open(file, framework="pt") as tensors:
-                sizes |= {name: tensors.get_tensor(name).nbytes for name in tensors.keys()}
-        embedding = sizes.pop("model.embed_tokens.weight")
-        head = sizes.setdefault("lm_head.weight", embedding)
-        routed = {name: size for name, size in sizes.items() if ".experts." in name}
-        experts = {name.split(".experts.")[1].split(".")[0] for name in routed}
-        routed_bytes = sum(routed.values())
-        return cls(sum(sizes.values()) - routed_bytes, routed_bytes / max(len(experts), 1), head)
-
-    def of_step(self, distinct_experts: float) -> float:
-        """Bytes a decode step reads when it hits that many experts a layer."""
-        return self.always + distinct_experts * self.expert
-
-    def prompt_flops(self, topk: int) -> float:
-        """Multiplications and additions for one token of a prompt: two for each bfloat16 weight but the head's."""
-        return self.always + topk * self.expert - self.head
-
-
 def main() -> None:
     parser = options(__doc__, rounds=4)
     checkpoint_option(parser)
@@ -92,35 +60,28 @@ def main() -> None:
     arguments = parser.parse_args()
     report = Report("decode", arguments)
     model = mid_checkpoint(arguments.checkpoint)
-    (profile if arguments.profile else compare)(arguments, model, report)
+    settings = _engine_options(arguments)
+    if arguments.profile:
+        profile(model, settings, BATCHES, arguments, report)
+    else:
+        compare(model, settings, arguments, report)
     report.show()
 
 
-def compare(arguments: argparse.Namespace, model: Path, report: Report) -> None:
-    environ, settings = engine_environ(arguments.threads), _engine_options(arguments)
+def compare(model: Path, settings: dict[str, Any], arguments: argparse.Namespace, report: Report) -> None:
     config = json.loads((model / "config.json").read_text())
     with ExitStack() as stack:
-        children = {
-            "engine, compiled": Child("compiled", Engine, model, settings, environ=environ),
-            "engine, eager": Child("eager", Engine, model, settings | {"enforce_eager": True}, environ=environ),
-            "reference": Child("reference", Reference, model, environ=environ),
-        }
-        probe = Child("probe", Probe, environ=environ)
-        for child in (*children.values(), probe):
-            stack.enter_context(child)
-        peer = stack.enter_context(MlxPeer(arguments.mlx_python, model)) if arguments.mlx_python else None
-        for child in (*children.values(), probe):
-            child.ready()
-        turns: dict[str, Callable[[], Any]] = {"machine": lambda: (probe.call("read"), probe.call("multiply"))}
+        children = _children(stack, model, settings, arguments)
+        turns: dict[str, Callable[[], Any]] = {"machine": partial(_machine_turn, children.pop("probe"))}
         for name, child in children.items():
             new_tokens = min(arguments.new_tokens, REFERENCE_TOKENS) if name == "reference" else arguments.new_tokens
             turns[name] = _turns(child, config["vocab_size"], arguments.prompt_tokens, new_tokens)
-        if peer is not None:
+        if arguments.mlx_python:
+            peer = stack.enter_context(MlxPeer(arguments.mlx_python, model))
             report.fact(mlx_lm=peer.ready())
             turns["mlx-lm"] = partial(_mlx_turn, peer, config["vocab_size"])
-        for child in children.values():
-            for batch in BATCHES:
-                child.call("steps", random_prompts(config["vocab_size"], [arguments.prompt_tokens] * batch, -batch), 4)
+        else:
+            note('mlx-lm: not installed; name an interpreter that has "mlx[cpu]" and mlx-lm with --mlx-python')
         results = interleaved(turns, arguments.rounds)
         note("counting the experts that the batches hit")
         distinct = {
@@ -134,8 +95,32 @@ def compare(arguments: argparse.Namespace, model: Path, report: Report) -> None:
     for way in machine[0][0]:
         report.add("This machine", what=f"reading: {way}, GB/s", rate=Spread.of(ways[way] / 1e9 for ways, _ in machine))
     report.add("This machine", what="bfloat16 product, GFLOP/s", rate=Spread.of(flops / 1e9 for flops in multiply))
-    if not arguments.mlx_python:
-        note('mlx-lm: not measured; name an interpreter that has "mlx[cpu]" and mlx-lm with --mlx-python')
+
+
+def _children(
+    stack: ExitStack, model: Path, settings: dict[str, Any], arguments: argparse.Namespace
+) -> dict[str, Child]:
+    """The contestants and the probe, started side by side, ready and warm."""
+    environ = engine_environ(arguments.threads)
+    children = {
+        "engine, compiled": Child("compiled", Engine, model, settings, environ=environ),
+        "engine, eager": Child("eager", Engine, model, settings | {"enforce_eager": True}, environ=environ),
+        "reference": Child("reference", Reference, model, environ=environ),
+        "probe": Child("probe", Probe, environ=environ),
+    }
+    for child in children.values():
+        stack.enter_context(child)
+    for name, child in children.items():
+        child.ready()
+        if name != "probe":
+            for batch in BATCHES:
+                child.call("steps", random_prompts(WARM_UP_IDS, [arguments.prompt_tokens] * batch, 0), 2)
+    return children
+
+
+def _machine_turn(probe: Child) -> tuple[dict[str, float], float]:
+    """Bytes a second of each way of reading, and operations a second."""
+    return probe.call("read"), probe.call("multiply")
 
 
 def _engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -204,34 +189,6 @@ def _tabulate(
                     theirs = [getattr(rates[batch], phase) for rates in results.get(peer, []) if batch in rates]
                     cells[f"against_{peer}"] = ratios(speed, theirs) if theirs else "–"
                 report.add(phase.capitalize(), what=name, batch=batch, **cells)
-
-
-def profile(arguments: argparse.Namespace, model: Path, report: Report) -> None:
-    weights, lengths = Weights.of(model), arguments.prompt_tokens
-    vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
-    environ = engine_environ(arguments.threads)
-    with Child("compiled", ProfiledEngine, model, _engine_options(arguments), environ=environ | ENVIRON) as engine:
-        engine.ready()
-        for batch in BATCHES:
-            title = f"A decode step at batch {batch}"
-            note(f"profiling batch {batch}")
-            engine.call("steps", random_prompts(vocab_size, [lengths] * batch, 0), 4)
-            seconds, _ = engine.call("steps", random_prompts(vocab_size, [lengths] * batch, 1), arguments.new_tokens)
-            parts = engine.call("breakdown", random_prompts(vocab_size, [lengths] * batch, 2), arguments.new_tokens)
-            total = sum(part.milliseconds for part in parts)
-            for part in parts:
-                rate = "–"
-                if part.name == LINEARS:
-                    rate = weights.always / part.milliseconds / 1e6
-                elif part.name == EXPERTS and batch == 1:
-                    rate = weights.expert / part.milliseconds / 1e6
-                share = f"{part.milliseconds / total:.1%}"
-                report.add(
-                    title, part=part.name, ms=part.milliseconds, share=share, events=part.calls, GB_a_second=rate
-                )
-            unprofiled = 1e3 * sum(seconds[1:]) / (len(seconds) - 1)
-            report.add(title, part="all, profiled", ms=total, share="", events="", GB_a_second="")
-            report.add(title, part="all, not profiled", ms=unprofiled, share="", events="", GB_a_second="")
 
 
 if __name__ == "__main__":

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from processes import Engine
+from common import Report, Spread, interleaved, note, ratios
+from probe import Probe
+from processes import Child, Engine, engine_environ, random_prompts
+from weights import Weights
 
-__all__ = ["Part", "ProfiledEngine"]
+__all__ = ["profile"]
 
 LINEARS, EXPERTS, ATTENTION = "linears", "experts", "attention"
 GLUE = "norms, RoPE, activations, routing: the compiled graph and what it calls"
@@ -37,35 +43,21 @@ KERNELS = {
 ENVIRON = {"VLLM_CUSTOM_SCOPES_FOR_PROFILING": "1"}
 
 
-@dataclass(frozen=True)
-class Part:
-    """One line of the breakdown."""
-
-    name: str
-    milliseconds: float
-    """A step."""
-    calls: float
-    """Events a step."""
-
-
 class ProfiledEngine(Engine):
     """An engine that also breaks its decode steps down. Build it with `ENVIRON`."""
 
-    def breakdown(self, prompts: Sequence[list[int]], new_tokens: int) -> list[Part]:
-        """Parts of a decode step, the largest first."""
-        from torch.profiler import ProfilerActivity, profile
+    def breakdown(self, prompts: Sequence[list[int]], new_tokens: int) -> dict[str, float]:
+        """Milliseconds of a decode step by part."""
+        from torch import profiler
 
         stepping = self.stepping(prompts, new_tokens)
         next(stepping)  # reads the prompts
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        with profiler.profile(activities=[profiler.ProfilerActivity.CPU]) as recorded:
             steps = sum(1 for _ in stepping)
-        seconds: Counter[str] = Counter()
-        calls: Counter[str] = Counter()
-        for event in profiler.events():
-            name = _part(event)
-            seconds[name] += event.self_cpu_time_total / 1e6
-            calls[name] += 1
-        return [Part(name, 1e3 * total / steps, calls[name] / steps) for name, total in seconds.most_common()]
+        milliseconds: Counter[str] = Counter()
+        for event in recorded.events():
+            milliseconds[_part(event)] += event.self_cpu_time_total / 1e3 / steps
+        return dict(milliseconds)
 
 
 def _part(event: Any) -> str:
@@ -75,3 +67,50 @@ def _part(event: Any) -> str:
                 return part
         event = event.cpu_parent
     return ENGINE
+
+
+def profile(
+    model: Path, settings: dict[str, Any], batches: Sequence[int], arguments: argparse.Namespace, report: Report
+) -> None:
+    """Add a table for each batch size to the report; `settings` are the engine's."""
+    vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
+    environ = engine_environ(arguments.threads)
+    with (
+        Child("compiled", ProfiledEngine, model, settings, environ=environ | ENVIRON) as engine,
+        Child("probe", Probe, environ=environ) as probe,
+    ):
+        engine.ready()
+        probe.ready()
+        for batch in batches:
+            note(f"profiling batch {batch}")
+            work = (random_prompts(vocab_size, [arguments.prompt_tokens] * batch, batch), arguments.new_tokens)
+            turns: dict[str, Callable[[], Any]] = {
+                "probe": partial(probe.call, "read"),
+                "plain": partial(engine.call, "steps", *work),
+                "profiled": partial(engine.call, "breakdown", *work),
+            }
+            turns["plain"]()
+            _tabulate(report, batch, Weights.of(model), **interleaved(turns, arguments.rounds, notes=False))
+
+
+def _tabulate(
+    report: Report,
+    batch: int,
+    weights: Weights,
+    probe: list[dict[str, float]],
+    plain: list[tuple[list[float], Any]],
+    profiled: list[dict[str, float]],
+) -> None:
+    """By round: bytes a second, seconds of each step and its tokens, milliseconds of a step by part."""
+    title = f"A decode step at batch {batch}"
+    read = {LINEARS: weights.always} | ({EXPERTS: weights.expert} if batch == 1 else {})
+    totals = [sum(parts.values()) for parts in profiled]
+    for part in sorted(profiled[0], key=profiled[0].__getitem__, reverse=True):
+        times = [parts[part] for parts in profiled]
+        speed = Spread.of(read[part] / time / 1e6 for time in times) if part in read else ""
+        report.add(title, part=part, ms=Spread.of(times), share=ratios(times, totals), GB_a_second=speed)
+    report.add(title, part="all", ms=Spread.of(totals), share="", GB_a_second="")
+    means = Spread.of(1e3 * sum(seconds[1:]) / (len(seconds) - 1) for seconds, _ in plain)
+    report.add(title, part="all, without the profiler", ms=means, share="", GB_a_second="")
+    best = Spread.of(max(ways.values()) / 1e9 for ways in probe)
+    report.add(title, part="this machine, reading at its best", ms="", share="", GB_a_second=best)

@@ -60,6 +60,9 @@ class Offline:
             self.llm.generate(group, params, use_tqdm=False)
         return time.perf_counter() - begin
 
+    def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+
 
 class Server:
     """`hunyuan-vllm serve` on a free loopback port."""

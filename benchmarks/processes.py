@@ -24,7 +24,8 @@ __all__ = ["Child", "Engine", "engine_environ", "random_prompts"]
 
 
 class Child:
-    """An object in a process of its own. Its methods are called with `call`; what it prints goes to a log file."""
+    """An object in a process of its own. Its methods are called with `call`, in the end its `close` if it has one;
+    what it prints goes to a log file."""
 
     def __init__(self, name: str, build: Callable[..., Any], *arguments: Any, environ: dict[str, str]) -> None:
         context = multiprocessing.get_context("spawn")
@@ -35,15 +36,17 @@ class Child:
         with _variables(environ):
             self._process.start()
         theirs.close()
+        assert self._process.pid is not None
+        self._group = self._process.pid
 
     def __enter__(self) -> Child:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         self._connection.close()
-        self._process.join(timeout=20)
+        self._process.join(timeout=60)
         with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # an engine's own processes outlive theirs
+            os.killpg(self._group, signal.SIGKILL)  # an engine's own processes would outlive it
         self._process.join()
         if kind is None:
             self.log.unlink(missing_ok=True)
@@ -69,18 +72,23 @@ class Child:
 
 
 def _serve(connection: Connection, log: Path, build: Callable[..., Any], arguments: Sequence[Any]) -> None:
-    os.setsid()
+    os.setsid()  # a process group for it and what it starts
     with log.open("w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     try:
         built = build(*arguments)
-        connection.send((False, None))
-        while True:
-            method, given = connection.recv()
-            connection.send((False, getattr(built, method)(*given)))
-    except EOFError:  # the parent has closed its end: done
-        pass
+        try:
+            connection.send((False, None))
+            while True:
+                method, given = connection.recv()
+                connection.send((False, getattr(built, method)(*given)))
+        except EOFError:  # the parent has closed its end: done
+            pass
+        finally:
+            # A multiprocessing child ends without the exit handlers that would end an engine's own processes.
+            if hasattr(built, "close"):
+                built.close()
     except BaseException as error:
         traceback.print_exc()
         reason = " ".join(str(error).split("\n")[:2])

@@ -42,7 +42,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huny
 # Variables that change what is measured; the report shows those that are set.
 TELLING = ("HUNYUAN_VLLM_", "VLLM_CPU_", "OMP_", "GOMP_", "KMP_", "THP_", "MALLOC_", "LD_PRELOAD", "ONEDNN_")
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, markup=False)
 if not console.is_terminal:
     console.width = 160  # a table in a file or a pipe need not fit the reader's window
 _begin = time.perf_counter()
@@ -50,7 +50,7 @@ _begin = time.perf_counter()
 
 def note(message: str) -> None:
     """Say what is going on, with the seconds since the start."""
-    console.print(f"[dim]{time.perf_counter() - _begin:5.0f} s  {message}[/dim]")
+    console.print(f"{time.perf_counter() - _begin:5.0f} s  {message}", style="dim")
 
 
 def cores() -> list[int]:

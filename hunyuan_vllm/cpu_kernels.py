@@ -1,7 +1,7 @@
 """Faster bfloat16 kernels for x86 CPUs without AMX, from vLLM's own operators.
 
-vLLM ships two families for packed weights and keeps one of them to AMX machines. It also runs with AVX-512 BF16 alone,
-and there reads weights faster in decoding, and computes experts faster in prefill (benchmarks/cpu_kernels.py).
+vLLM ships two families for packed weights and keeps one of them to AMX machines. It also runs with AVX-512 BF16 alone:
+a little faster in decoding, and experts much faster in prefill (benchmarks/cpu_kernels.py).
 """
 
 from __future__ import annotations

@@ -9,14 +9,15 @@
 
 2. Packed linear kernel without AMX.
    where     vllm/model_executor/layers/utils.py, check_cpu_sgl_kernel
-   why       vLLM keeps `weight_packed_linear` to AMX machines. With AVX-512 BF16 alone it reads weights 1.2 to 2 times
-             as fast as oneDNN up to 16 rows, and is equal above (benchmarks/cpu_kernels.py).
+   why       vLLM keeps `weight_packed_linear` to AMX machines. With AVX-512 BF16 alone it is 1.05 to 1.2 times as fast
+             as oneDNN up to 8 rows, where decoding is, and 0.92 to 1.02 times from 64 (benchmarks/cpu_kernels.py).
    upstream  not reported yet
    until     tests/test_patches.py::test_stock_still_keeps_the_packed_linear_to_amx fails
 
 3. Packed experts without AMX.
    where     vllm/model_executor/layers/fused_moe/oracle/unquantized.py, backend_to_kernel_cls
-   why       The same for experts: `fused_experts_cpu` is faster than the portable kernel at every batch size.
+   why       The same for experts: `fused_experts_cpu` is 1.1 times as fast as the portable kernel in decoding, 1.4 to
+             1.8 times from 64 rows (benchmarks/cpu_kernels.py).
    upstream  not reported yet
    until     tests/test_patches.py::test_stock_still_has_no_packed_experts fails
 """

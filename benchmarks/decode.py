@@ -5,8 +5,9 @@
 
 A random checkpoint of 1.1 billion parameters in bfloat16. Decode is the time of the steps after the prompts are read.
 Its bound is the time in which this machine can read, at best, the weights of a step: attention, shared MLP, the
-distinct experts that the batch hits (counted) and the head; cache and activations are left out. Prefill is set against
-the machine's own bfloat16 matrix product. Both limits are measured in each round.
+distinct experts that the batch hits (counted) and the head; cache and activations are left out. How much the machine
+can read is measured right before and right after each run, since a shared host's memory may be fast now and slow a
+second later. Prefill is set against the machine's own bfloat16 matrix product, measured once a round.
 """
 
 from __future__ import annotations
@@ -37,21 +38,29 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Rates:
-    """Tokens a second, and the tokens made, [batch][new tokens]."""
+    """One batch of one contestant."""
 
     prefill: float
+    """Tokens a second, as is `decode`."""
     decode: float
     tokens: list[list[int]]
+    """What it made, [batch][new tokens]."""
+    memory: float
+    """Bytes a second that the machine could read at the time: the mean of just before and just after."""
 
     @classmethod
-    def of(cls, prompts: Sequence[list[int]], seconds: Sequence[float], tokens: list[list[int]]) -> Rates:
-        """From the seconds of each step, the first of which reads the prompts."""
+    def of(cls, steps: Callable[..., Any], prompts: list[list[int]], new_tokens: int, probe: Child) -> Rates:
+        """From a contestant's `steps`: the seconds of each, the first of which reads the prompts, and the tokens."""
+        before = probe.call("read")
+        seconds, tokens = steps(prompts, new_tokens)
+        after = probe.call("read")
         read, made = sum(map(len, prompts)), len(prompts) * (len(seconds) - 1)
-        return cls(read / seconds[0], made / sum(seconds[1:]), tokens)
+        memory = (max(before.values()) + max(after.values())) / 2
+        return cls(read / seconds[0], made / sum(seconds[1:]), tokens, memory)
 
 
 def main() -> None:
-    parser = options(__doc__, rounds=4)
+    parser = options(__doc__, rounds=6)
     checkpoint_option(parser)
     parser.add_argument("--prompt-tokens", type=int, default=256, help="default: %(default)s")
     parser.add_argument("--new-tokens", type=int, default=64, help="default: %(default)s")
@@ -72,14 +81,16 @@ def compare(model: Path, settings: dict[str, Any], arguments: argparse.Namespace
     config = json.loads((model / "config.json").read_text())
     with ExitStack() as stack:
         children = _children(stack, model, settings, arguments)
-        turns: dict[str, Callable[[], Any]] = {"machine": partial(_machine_turn, children.pop("probe"))}
+        probe = children.pop("probe")
+        turns: dict[str, Callable[[], Any]] = {"machine": partial(_machine_turn, probe)}
         for name, child in children.items():
             new_tokens = min(arguments.new_tokens, REFERENCE_TOKENS) if name == "reference" else arguments.new_tokens
-            turns[name] = _turns(child, config["vocab_size"], arguments.prompt_tokens, new_tokens)
+            lengths = (arguments.prompt_tokens, new_tokens)
+            turns[name] = _turns(partial(child.call, "steps"), BATCHES, lengths, config["vocab_size"], probe)
         if arguments.mlx_python:
             peer = stack.enter_context(MlxPeer(arguments.mlx_python, model))
             report.fact(mlx_lm=peer.ready())
-            turns["mlx-lm"] = partial(_mlx_turn, peer, config["vocab_size"])
+            turns["mlx-lm"] = _turns(peer.steps, (1,), MLX_LENGTHS, config["vocab_size"], probe)
         else:
             note('mlx-lm: not installed; name an interpreter that has "mlx[cpu]" and mlx-lm with --mlx-python')
         results = interleaved(turns, arguments.rounds)
@@ -89,9 +100,8 @@ def compare(model: Path, settings: dict[str, Any], arguments: argparse.Namespace
             for batch in BATCHES
         }
     machine = results.pop("machine")
-    read = [max(ways.values()) for ways, _ in machine]
     multiply = [flops for _, flops in machine]
-    _tabulate(report, results, Weights.of(model), distinct, config["moe_topk"], read, multiply)
+    _tabulate(report, results, Weights.of(model), distinct, config["moe_topk"], multiply)
     for way in machine[0][0]:
         report.add("This machine", what=f"reading: {way}, GB/s", rate=Spread.of(ways[way] / 1e9 for ways, _ in machine))
     report.add("This machine", what="bfloat16 product, GFLOP/s", rate=Spread.of(flops / 1e9 for flops in multiply))
@@ -130,23 +140,21 @@ def _engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return dict(dtype="bfloat16", max_model_len=longest, max_num_batched_tokens=step, kv_cache_memory_bytes=256 * MIB)
 
 
-def _turns(child: Child, vocab_size: int, prompt_tokens: int, new_tokens: int) -> Callable[[], dict[int, Rates]]:
-    """A callable whose n-th call runs every batch on the n-th round's prompts."""
+def _turns(
+    steps: Callable[..., Any], batches: Sequence[int], lengths: tuple[int, int], vocab_size: int, probe: Child
+) -> Callable[[], dict[int, Rates]]:
+    """A callable whose n-th call runs every batch on the n-th round's prompts; `lengths` of prompts and answers."""
     rounds = itertools.count()
+    prompt_tokens, new_tokens = lengths
 
     def turn() -> dict[int, Rates]:
         number, rates = next(rounds), {}
-        for batch in BATCHES:
+        for batch in batches:
             prompts = random_prompts(vocab_size, [prompt_tokens] * batch, 100 * number + batch)
-            rates[batch] = Rates.of(prompts, *child.call("steps", prompts, new_tokens))
+            rates[batch] = Rates.of(steps, prompts, new_tokens, probe)
         return rates
 
     return turn
-
-
-def _mlx_turn(peer: MlxPeer, vocab_size: int) -> dict[int, Rates]:
-    prompts = random_prompts(vocab_size, [MLX_LENGTHS[0]], 0)
-    return {1: Rates.of(prompts, *peer.steps(prompts[0], MLX_LENGTHS[1]))}
 
 
 def _sequences(
@@ -164,31 +172,34 @@ def _tabulate(
     weights: Weights,
     distinct: dict[int, float],
     topk: int,
-    read: list[float],
     multiply: list[float],
 ) -> None:
     for batch in BATCHES:
-        bytes_read = weights.of_step(distinct[batch])
-        report.add(
-            "Weights a decode step reads",
-            batch=batch,
-            experts_a_layer=distinct[batch],
-            MB=bytes_read / 1e6,
-            bound_in_tokens_a_second=Spread.of(batch * rate / bytes_read for rate in read),
-        )
+        size = weights.of_step(distinct[batch])
+        report.add("Weights a decode step reads", batch=batch, experts_a_layer=distinct[batch], MB=size / 1e6)
         for name, rounds in results.items():
             if batch not in rounds[0]:
                 continue
+            memory = [rates[batch].memory for rates in rounds]
             for phase, limit in (
-                ("decode", [batch * rate / bytes_read for rate in read]),
+                ("decode", [batch * rate / size for rate in memory]),
                 ("prefill", [rate / weights.prompt_flops(topk) for rate in multiply]),
             ):
                 speed = [getattr(rates[batch], phase) for rates in rounds]
-                cells: dict[str, Any] = {"tokens_a_second": Spread.of(speed), "share_of_limit": ratios(speed, limit)}
+                cells: dict[str, Any] = {"tokens_a_second": Spread.of(speed)}
+                if phase == "decode":
+                    cells["GB_a_second_readable"] = Spread.of(rate / 1e9 for rate in memory)
+                cells["share_of_limit"] = ratios(speed, limit)
                 for peer in ("reference", "mlx-lm"):
                     theirs = [getattr(rates[batch], phase) for rates in results.get(peer, []) if batch in rates]
                     cells[f"against_{peer}"] = ratios(speed, theirs) if theirs else "–"
                 report.add(phase.capitalize(), what=name, batch=batch, **cells)
+    report.fact(rounds={name: [_figures(rates) for rates in rounds] for name, rounds in results.items()})
+
+
+def _figures(rates: dict[int, Rates]) -> dict[int, dict[str, float]]:
+    """One round of one contestant by batch, without its tokens."""
+    return {batch: dict(prefill=run.prefill, decode=run.decode, memory=run.memory) for batch, run in rates.items()}
 
 
 if __name__ == "__main__":

@@ -85,9 +85,10 @@ class MlxPeer:
         note(f"mlx-lm {version} is ready")
         return version
 
-    def steps(self, prompt: list[int], new_tokens: int) -> tuple[list[float], list[list[int]]]:
+    def steps(self, prompts: Sequence[list[int]], new_tokens: int) -> tuple[list[float], list[list[int]]]:
         """As `Reference.steps`, of one prompt."""
         assert self._process.stdin is not None
+        (prompt,) = prompts
         print(json.dumps({"prompt": prompt, "new_tokens": new_tokens}), file=self._process.stdin, flush=True)
         answer = self._receive()
         return answer["seconds"], [answer["tokens"]]

@@ -12,7 +12,7 @@ from typing import Any
 
 from hunyuan_vllm.config import HunYuanConfig
 
-__all__ = ["CheckpointError", "Layout", "expected_tensors"]
+__all__ = ["CheckpointError", "Layout", "Shape", "expected_tensors"]
 
 Shape = tuple[int, ...]
 
@@ -81,11 +81,19 @@ def _linear(name: str, outputs: int, inputs: int, bias: bool) -> Iterator[tuple[
 
 
 class Layout:
-    """Decides, tensor by tensor, what a checkpoint's tensor is; use one instance a checkpoint."""
+    """Decides, tensor by tensor, what a checkpoint's tensor is; use one instance a checkpoint.
 
-    def __init__(self, config: HunYuanConfig) -> None:
+    Args:
+        expected: canonical name → shape of what must be there; default: the tensors of an unquantised checkpoint.
+        optional: the same for what may be.
+    """
+
+    def __init__(
+        self, config: HunYuanConfig, expected: dict[str, Shape] | None = None, optional: dict[str, Shape] | None = None
+    ) -> None:
         self.config = config
-        self.expected = expected_tensors(config)
+        self.expected = expected_tensors(config) if expected is None else expected
+        self.known = self.expected | (optional or {})
 
     def names(self, name: str, shape: Iterable[int]) -> tuple[str, ...]:
         """Canonical names of the tensors that the checkpoint's tensor `name` holds: several if it is fused, none if
@@ -97,7 +105,7 @@ class Layout:
         parts = self._parts(name)
         if not parts:
             return ()
-        shapes = [self.expected[part] for part in parts]
+        shapes = [self.known[part] for part in parts]
         whole = (sum(part[0] for part in shapes), *shapes[0][1:])
         if tuple(shape) != whole:
             raise CheckpointError(
@@ -115,7 +123,7 @@ class Layout:
         if len(parts) == 3:
             return list(zip(parts, self._split_qkv(tensor), strict=True))
         if len(parts) == 2:
-            width = self.expected[parts[0]][0]
+            width = self.known[parts[0]][0]
             return [(parts[0], tensor[:width]), (parts[1], tensor[width:])]
         return [(part, tensor) for part in parts]
 
@@ -125,7 +133,7 @@ class Layout:
         return [name for name in self.expected if name not in present]
 
     def _parts(self, name: str) -> tuple[str, ...]:
-        if name in self.expected:
+        if name in self.known:
             return (name,)
         if match := _FUSED_QKV.match(name):
             parts = tuple(f"{match[1]}{part}_proj.{match[2]}" for part in "qkv")
@@ -133,7 +141,7 @@ class Layout:
             parts = tuple(f"{match[1]}{part}_proj.{match[2]}" for part in ("up", "gate"))
         else:
             parts = (name,)
-        if all(part in self.expected for part in parts):
+        if all(part in self.known for part in parts):
             return parts
         if self._is_unused(name, parts):
             return ()

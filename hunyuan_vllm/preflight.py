@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from hunyuan_vllm.checkpoint import check_headers
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.layout import Layout
 from hunyuan_vllm.lora import limit_targets_on_cpu
 from hunyuan_vllm.pipeline import check_pipeline
+from hunyuan_vllm.quant.scheme import layout_of
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -43,7 +43,7 @@ class HunYuanPreflight:
         check_pipeline(config, parallel.pipeline_parallel_size)
         _check_options(vllm_config)
         limit_targets_on_cpu(vllm_config)
-        _check_files(vllm_config, config)
+        _check_files(vllm_config)
 
 
 def check_tensor_parallel(config: HunYuanConfig, size: int) -> None:
@@ -87,9 +87,9 @@ def _check_options(vllm_config: VllmConfig) -> None:
         )
 
 
-def _check_files(vllm_config: VllmConfig, config: HunYuanConfig) -> None:
+def _check_files(vllm_config: VllmConfig) -> None:
     folder = Path(vllm_config.model_config.model)
     load_format = vllm_config.load_config.load_format
-    quantised = vllm_config.model_config.quantization is not None
-    if folder.is_dir() and load_format in ("auto", "hf", "safetensors") and not quantised:
-        check_headers(folder, Layout(config))
+    layout = layout_of(vllm_config)
+    if folder.is_dir() and load_format in ("auto", "hf", "safetensors") and layout is not None:
+        check_headers(folder, layout)

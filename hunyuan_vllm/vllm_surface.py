@@ -185,6 +185,7 @@ USED: tuple[Symbol, ...] = (
     Symbol("vllm.v1.worker.gpu.attn_utils", "get_shared_kv_cache_layers"),
     Symbol("vllm.v1.worker.utils", "add_kv_sharing_layers_to_kv_cache_groups"),
     Symbol("vllm.model_executor.model_loader.utils", "process_weights_after_loading"),
+    Symbol("vllm.model_executor.model_loader.weight_utils", "get_quant_config"),
     # The batch runner: vLLM's server without HTTP.
     Symbol("vllm.engine.protocol", "EngineClient", members=("vllm_config", "errored")),
     Symbol("vllm.entrypoints.cli.serve", "make_arg_parser"),

@@ -14,6 +14,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import CheckpointError, Layout
 from hunyuan_vllm.qk_norm import FoldedQueryNorm
+from hunyuan_vllm.quant.scheme import CheckpointScheme
 
 if TYPE_CHECKING:
     from hunyuan_vllm.model import HunYuanForCausalLM
@@ -47,10 +48,14 @@ def load_checkpoint(model: HunYuanForCausalLM, weights: Iterable[tuple[str, torc
     Raises:
         CheckpointError: a tensor is unknown, misshapen, not finite, there twice, or missing; the message names it.
     """
-    layout = Layout(model.config)
+    scheme = model.quant_config if isinstance(model.quant_config, CheckpointScheme) else None
+    layout = scheme.layout(model.config) if scheme else Layout(model.config)
     seen: set[str] = set()
+    tensors = _checked(model, layout, weights, seen)
+    if scheme:
+        tensors = (loaded for name, tensor in tensors for loaded in scheme.load(name, tensor))
     loader = AutoWeightsLoader(model)
-    loaded = loader.load_weights(_checked(model, layout, weights, seen), mapper=_names_for(model.config))
+    loaded = loader.load_weights(tensors, mapper=_names_for(model.config))
     if model.expects_whole_checkpoint:
         _require_all(model, layout, seen)
         model.expects_whole_checkpoint = False
@@ -74,8 +79,12 @@ def _checked(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     for name, tensor in weights:
-        if model.quant_config is not None and name.endswith("_scale"):
-            yield name, tensor  # the quantisation method's own
+        if (
+            model.quant_config is not None
+            and name.endswith("_scale")
+            and not isinstance(model.quant_config, CheckpointScheme)
+        ):
+            yield name, tensor  # a quantisation of vLLM's own
             continue
         parts = layout.split(name, tensor)
         if parts:

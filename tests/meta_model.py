@@ -1,0 +1,98 @@
+"""The real model class, built on the meta device as one rank of a larger group would build it.
+
+Tensors have shapes and no memory, so the published 389B network takes seconds. Nothing can be computed with it.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from checkpoints import published_json
+from torch import nn
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import (
+    cleanup_dist_env_and_memory,
+    get_pp_group,
+    get_tp_group,
+    init_distributed_environment,
+    initialize_model_parallel,
+)
+from vllm.engine.arg_utils import EngineArgs
+
+from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.model import HunYuanForCausalLM
+
+__all__ = ["meta_model", "parameter_bytes"]
+
+
+@contextmanager
+def meta_model(
+    config: HunYuanConfig,
+    *,
+    tensor_parallel: int = 1,
+    rank: int = 0,
+    pipeline_parallel: int = 1,
+    stage: int = 0,
+    quantization: str | None = None,
+    quantization_config: dict[str, Any] | None = None,
+    **options: Any,
+) -> Iterator[HunYuanForCausalLM]:
+    """The model of tensor-parallel rank `rank` in pipeline stage `stage`, before weights are loaded.
+
+    Args:
+        quantization: vLLM's name of a method that quantises while loading.
+        quantization_config: the entry of that name in the checkpoint's config.json.
+        options: further arguments of vLLM's `EngineArgs`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        fields = published_json(config)
+        if quantization_config:
+            fields["quantization_config"] = quantization_config
+        (Path(folder) / "config.json").write_text(json.dumps(fields))
+        defaults: dict[str, Any] = dict(
+            dtype="bfloat16", skip_tokenizer_init=True, load_format="dummy", enforce_eager=True
+        )
+        args = EngineArgs(model=folder, quantization=quantization, **(defaults | options))
+        vllm_config = args.create_engine_config()
+        dtype = torch.get_default_dtype()
+        with _faked_ranks(vllm_config, Path(folder) / "ranks", tensor_parallel, rank, pipeline_parallel, stage):
+            torch.set_default_dtype(vllm_config.model_config.dtype)
+            try:
+                with torch.device("meta"):
+                    model = HunYuanForCausalLM(vllm_config=vllm_config)
+                yield model
+            finally:
+                torch.set_default_dtype(dtype)
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters; one that is used twice (a tied head) counts once."""
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+@contextmanager
+def _faked_ranks(
+    vllm_config: VllmConfig, rendezvous: Path, tensor: int, rank: int, pipeline: int, stage: int
+) -> Iterator[None]:
+    """One process, whose groups claim to be larger: layers only ask for their size and their rank in it."""
+    parallel = vllm_config.parallel_config
+    with set_current_vllm_config(vllm_config):
+        init_distributed_environment(1, 0, f"file://{rendezvous}", 0, "gloo")
+        try:
+            initialize_model_parallel(1, 1)
+            pp_group = dict(world_size=pipeline, rank_in_group=stage, rank=stage, ranks=[*range(pipeline)])
+            with (
+                patch.multiple(get_tp_group(), world_size=tensor, rank_in_group=rank),
+                patch.multiple(get_pp_group(), **pp_group),
+                patch.multiple(parallel, tensor_parallel_size=tensor, pipeline_parallel_size=pipeline),
+            ):
+                yield
+        finally:
+            cleanup_dist_env_and_memory()

@@ -1,12 +1,10 @@
-"""Which layer owns which KV cache, and the arithmetic of what the cache costs.
+"""Which layer owns which KV cache.
 
 A CLA group of `cla_share_factor` layers keeps one K (normalised, without weight) and one V: its owner writes them, its
-cross layers only read. vLLM's KV sharing does the plumbing; this module decides, checks and accounts.
+cross layers only read. vLLM's KV sharing does the plumbing; this module decides and checks.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -16,10 +14,10 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 
 from hunyuan_vllm import envs
+from hunyuan_vllm.cache_shape import CacheShape
 from hunyuan_vllm.config import HunYuanConfig
 
 __all__ = [
-    "CacheShape",
     "OwnerAttention",
     "SharedKV",
     "hand_scales_to_readers",
@@ -69,57 +67,6 @@ def hand_scales_to_readers(model: nn.Module) -> None:
             getattr(reader, f"_{which}_scale").copy_(getattr(owner, f"_{which}_scale"))
             getattr(reader, f"_{which}_scale_cpu").copy_(getattr(owner, f"_{which}_scale_cpu"))
             setattr(reader, f"_{which}_scale_float", getattr(owner, f"_{which}_scale_float"))
-
-
-@dataclass(frozen=True)
-class CacheShape:
-    """What one token costs in the KV cache of one rank.
-
-    Attributes:
-        layers: attention layers on the rank (its pipeline stage).
-        owners: those that keep K and V.
-        kv_heads: KV heads on the rank; `max(1, total / tensor_parallel)`.
-        head_dim: elements of K, and of V, a head.
-        itemsize: bytes an element (2 for bfloat16, 1 for FP8).
-        dcp: decode-context-parallel ranks among which a sequence's tokens are spread.
-    """
-
-    layers: int
-    owners: int
-    kv_heads: int
-    head_dim: int
-    itemsize: int
-    dcp: int = 1
-
-    @classmethod
-    def of(
-        cls,
-        config: HunYuanConfig,
-        *,
-        tensor_parallel: int = 1,
-        stage: range | None = None,
-        itemsize: int = 2,
-        sharing: bool = True,
-        dcp: int = 1,
-    ) -> CacheShape:
-        """The shape for a config; `stage` is the rank's pipeline stage (default: all layers)."""
-        layers = stage if stage is not None else range(config.num_hidden_layers)
-        owners = sum(not (sharing and config.is_cross(layer)) for layer in layers)
-        kv_heads = max(1, config.num_key_value_heads // tensor_parallel)
-        return cls(len(layers), owners, kv_heads, config.head_dim, itemsize, dcp)
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes of K and V that one token takes on this rank (where it is held, with dcp > 1)."""
-        return 2 * self.owners * self.kv_heads * self.head_dim * self.itemsize
-
-    def blocks(self, memory: int, block_size: int) -> int:
-        """KV blocks of `block_size` tokens that fit into `memory` bytes on this rank."""
-        return memory // (self.bytes_per_token * block_size)
-
-    def tokens(self, memory: int, block_size: int) -> int:
-        """Tokens of context that `memory` bytes a rank can hold."""
-        return self.blocks(memory, block_size) * block_size * self.dcp
 
 
 class OwnerAttention(Attention):

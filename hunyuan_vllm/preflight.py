@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from hunyuan_vllm.checkpoint import check_headers
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.lora import limit_targets_on_cpu
 from hunyuan_vllm.pipeline import check_pipeline
 from hunyuan_vllm.quant.scheme import layout_of
 
@@ -35,6 +34,8 @@ class HunYuanPreflight:
             ValueError: the message names the option and what to use instead.
             CheckpointError: a checkpoint file or tensor is wrong.
         """
+        from hunyuan_vllm.lora import limit_targets_on_cpu  # brings vLLM, which the checks below do without
+
         config = vllm_config.model_config.hf_config
         if not isinstance(config, HunYuanConfig):
             raise ValueError(f"model_type {config.model_type!r} is not a Hunyuan-Large checkpoint ('hunyuan')")

@@ -14,7 +14,8 @@ from vllm import _custom_ops as ops
 from vllm.model_executor.layers.attention import Attention
 
 from hunyuan_vllm import model
-from hunyuan_vllm.cla_cache import CacheShape, kv_sharing_target
+from hunyuan_vllm.cache_shape import CacheShape
+from hunyuan_vllm.cla_cache import kv_sharing_target
 from hunyuan_vllm.config import HunYuanConfig
 
 PUBLISHED = HunYuanConfig(

@@ -4,14 +4,32 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from hunyuan_vllm.layout import CheckpointError, Layout
 
-__all__ = ["INDEX_FILE", "check_headers", "shard_files"]
+__all__ = ["INDEX_FILE", "check_headers", "read_index", "shard_files"]
 
 INDEX_FILE = "model.safetensors.index.json"
+
+
+def read_index(folder: Path) -> dict[str, Any] | None:
+    """The index of a sharded checkpoint: "weight_map" (tensor → file name) and perhaps "metadata". None without one.
+
+    Raises:
+        CheckpointError: it is not readable.
+    """
+    index = folder / INDEX_FILE
+    if not index.exists():
+        return None
+    try:
+        content = json.loads(index.read_text())
+        sorted(content["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is not a safetensors index ({error!r}): download it again") from None
+    return content
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -20,16 +38,15 @@ def shard_files(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: the index is not readable, or names a file that is not there.
     """
-    index = folder / INDEX_FILE
-    if not index.exists():
+    index = read_index(folder)
+    if index is None:
         return sorted(folder.glob("*.safetensors"))
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is not a safetensors index ({error!r}): download it again") from None
+    names = sorted(set(index["weight_map"].values()))
     absent = [name for name in names if not (folder / name).exists()]
     if absent:
-        raise CheckpointError(f"{index} names {_some(absent)}, not in {folder}: download the missing files")
+        raise CheckpointError(
+            f"{folder / INDEX_FILE} names {_some(absent)}, not in {folder}: download the missing files"
+        )
     return [folder / name for name in names]
 
 

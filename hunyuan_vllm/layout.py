@@ -102,11 +102,10 @@ class Layout:
         Raises:
             CheckpointError: `name` is not part of this network, or `shape` does not fit it.
         """
-        parts = self._parts(name)
+        parts = self.parts(name)
         if not parts:
             return ()
-        shapes = [self.known[part] for part in parts]
-        whole = (sum(part[0] for part in shapes), *shapes[0][1:])
+        whole = self.shape(parts)
         if tuple(shape) != whole:
             raise CheckpointError(
                 f"checkpoint tensor {name!r} has shape {list(shape)}; this config needs {list(whole)}"
@@ -132,7 +131,17 @@ class Layout:
         present = set(seen)
         return [name for name in self.expected if name not in present]
 
-    def _parts(self, name: str) -> tuple[str, ...]:
+    def shape(self, parts: tuple[str, ...]) -> Shape:
+        """The shape of the tensor that holds these canonical tensors."""
+        first, *others = (self.known[part] for part in parts)
+        return (first[0] + sum(other[0] for other in others), *first[1:]) if others else first
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        """`names`, whatever the shape.
+
+        Raises:
+            CheckpointError: `name` is not part of this network.
+        """
         if name in self.known:
             return (name,)
         if match := _FUSED_QKV.match(name):

@@ -1,4 +1,4 @@
-"""Registration of the config, the tokenizer and the model with transformers and vLLM.
+"""Registration of the config, the tokenizer, the model and its quantisations with transformers and vLLM.
 
 Runs in every vLLM process (front end, engine core, workers, the registry's inspection subprocess), so it only hands
 over names; the classes behind them are imported when a Hunyuan checkpoint is opened.
@@ -34,10 +34,12 @@ def register() -> None:
     from hunyuan_vllm.arch_config import HunYuanArchConfigConvertor
     from hunyuan_vllm.config import HunYuanConfig
     from hunyuan_vllm.preflight import HunYuanPreflight
+    from hunyuan_vllm.quant import register_quantization
     from hunyuan_vllm.tokenizer import register_tokenizer
 
     AutoConfig.register(HunYuanConfig.model_type, HunYuanConfig, exist_ok=True)
     register_tokenizer()
+    register_quantization()
     ModelRegistry.register_model(ARCHITECTURE, "hunyuan_vllm.model:HunYuanForCausalLM")
     MODELS_CONFIG_MAP[ARCHITECTURE] = HunYuanPreflight
     MODEL_ARCH_CONFIG_CONVERTORS[HunYuanConfig.model_type] = HunYuanArchConfigConvertor

@@ -1,0 +1,186 @@
+"""`hunyuan_int8` and `hunyuan_int8_w8a8`: the quantisations as vLLM knows them, and what their loading does.
+
+The checkpoint is BF16, quantised tensor by tensor as it streams in, or already int8 (see `int8_format.py`). On CUDA
+the layers are vLLM's own for compressed-tensors; on CPUs they are `int8_linear.py` and `int8_experts.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.quantization import QuantizationConfig
+from vllm.platforms import current_platform
+
+from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.layout import CheckpointError, Layout, expected_tensors
+from hunyuan_vllm.quant.int8 import pack_int8, quantize_per_channel, unpack_int8
+from hunyuan_vllm.quant.int8_format import PACKED, PLAIN, describe, recognise, stored_tensors
+from hunyuan_vllm.quant.scheme import CheckpointScheme, is_quantised
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
+__all__ = ["Int8Config", "Int8W8A8Config"]
+
+
+class Int8Config(QuantizationConfig, CheckpointScheme):
+    """Weights in int8, activations as they are.
+
+    Args:
+        stored: how the checkpoint holds its weights: `PACKED`, `PLAIN`, or None for BF16 (or another float type).
+        ignore: the linears that a quantised checkpoint left alone, by name or as "re:" and a pattern.
+    """
+
+    name: ClassVar[str] = "hunyuan_int8"
+    form: ClassVar[str] = PACKED
+    """The format of quantised checkpoints that ask for this method, and of vLLM's parameters for it on CUDA."""
+
+    def __init__(self, stored: str | None = None, ignore: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.stored = stored
+        self.ignore = list(ignore)
+
+    # What vLLM asks of a quantisation.
+
+    def get_name(self) -> str:
+        return self.name
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, *([torch.float32] if current_platform.is_cpu() else [])]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 75
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Int8Config:
+        return cls(recognise(config), config.get("ignore") or [])
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Takes over a Hunyuan checkpoint in this method's format; and one in the other's, if the user names this."""
+        stored = recognise(hf_quant_cfg)
+        if stored is None or getattr(hf_config, "model_type", None) != HunYuanConfig.model_type:
+            return None
+        wanted = cls.name if user_quant is None and stored == cls.form else user_quant
+        return cls.name if wanted == cls.name else None
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Raises ValueError for a model of another kind, whose loader would not quantise."""
+        if getattr(hf_config, "model_type", None) != HunYuanConfig.model_type:
+            raise ValueError(
+                f"quantization={self.name!r} is for Hunyuan-Large checkpoints; {model_name} is another model"
+            )
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+        if not isinstance(layer, LinearBase | RoutedExperts):
+            return None
+        if not current_platform.is_cpu():
+            self._stock.packed_modules_mapping = self.packed_modules_mapping
+            return self._stock.get_quant_method(layer, prefix)
+        if isinstance(layer, LinearBase):
+            from hunyuan_vllm.quant.int8_linear import Int8LinearMethod
+
+            return UnquantizedLinearMethod() if self._is_ignored(prefix) else Int8LinearMethod(self._kernels)
+        from hunyuan_vllm.quant.int8_experts import Int8ExpertsMethod
+
+        ignored = self._is_ignored(f"{prefix}.0.gate_proj")
+        return None if ignored else Int8ExpertsMethod(layer.moe_config, self._kernels)
+
+    # What the loader asks of a scheme.
+
+    def layout(self, config: HunYuanConfig) -> Layout:
+        if self.stored is None:
+            return Layout(config)
+        expected: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, shape in expected_tensors(config).items():
+            projection = name.removesuffix(".weight")
+            if not is_quantised(name) or self._is_ignored(projection):
+                expected[name] = shape
+                continue
+            expected |= stored_tensors(self.stored, projection, shape)
+            if self.stored == PACKED:
+                shapes[f"{projection}.weight_shape"] = (2,)
+        return Layout(config, expected, shapes)
+
+    def load(self, name: str, tensor: Tensor) -> Iterable[tuple[str, Tensor]]:
+        projection, _, kind = name.rpartition(".")
+        if not is_quantised(f"{projection}.weight") or kind == "bias" or self._is_ignored(projection):
+            yield name, tensor
+        elif kind == "weight_scale":
+            yield name, _checked_scale(name, tensor)
+        elif kind == "weight_packed":
+            yield from self._weight(projection, unpack_int8(tensor, 4 * tensor.shape[1]))
+        elif kind == "weight" and self.stored == PLAIN:
+            yield from self._weight(projection, tensor)
+        elif kind == "weight":
+            levels, scale = quantize_per_channel(tensor.to(current_platform.device_type))
+            yield from self._weight(projection, levels)
+            yield f"{projection}.weight_scale", scale
+
+    def _weight(self, projection: str, levels: Tensor) -> Iterable[tuple[str, Tensor]]:
+        """int8 `[out, in]` as the layers' parameters hold it."""
+        if self.form == PLAIN or current_platform.is_cpu():
+            yield f"{projection}.weight", levels
+        else:
+            yield f"{projection}.weight_packed", pack_int8(levels)
+            yield f"{projection}.weight_shape", torch.tensor(levels.shape)
+
+    # Between the two.
+
+    @property
+    def _kernels(self) -> ModuleType:
+        from hunyuan_vllm.quant.cpu import w8a16
+
+        return w8a16
+
+    @cached_property
+    def _stock(self) -> QuantizationConfig:
+        """vLLM's own config for the same quantisation."""
+        from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+            CompressedTensorsConfig,
+        )
+
+        return CompressedTensorsConfig.from_config(describe(self.form, self.ignore))
+
+    def _is_ignored(self, prefix: str) -> bool:
+        if not self.ignore:
+            return False
+        from vllm.model_executor.layers.quantization.compressed_tensors.utils import should_ignore_layer
+
+        return should_ignore_layer(prefix, self.ignore, self.packed_modules_mapping)
+
+
+class Int8W8A8Config(Int8Config):
+    """Weights in int8, and activations too: rounded while computing, with one scale a token."""
+
+    name = "hunyuan_int8_w8a8"
+    form = PLAIN
+
+    @property
+    def _kernels(self) -> ModuleType:
+        from hunyuan_vllm.quant.cpu import w8a8
+
+        return w8a8
+
+
+def _checked_scale(name: str, scale: Tensor) -> Tensor:
+    if not bool((scale.isfinite() & (scale > 0)).all()):
+        raise CheckpointError(f"checkpoint tensor {name!r} holds scales that are not positive numbers")
+    return scale

@@ -51,24 +51,27 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def check_headers(folder: Path, layout: Layout) -> int:
-    """Compare every tensor's name and shape with the network's, without reading tensor data.
+    """Compare every tensor's name, shape and type with the network's, without reading tensor data.
 
     Returns the number of tensors the network uses, 0 where the folder has no safetensors files.
 
     Raises:
-        CheckpointError: a file is cut short or unreadable, or a tensor is unknown, misshapen, missing or there twice.
+        CheckpointError: a file is cut short or unreadable, or a tensor is unknown, misshapen, of a wrong
+            type, missing or there twice.
     """
     shards = shard_files(folder)
     found: dict[str, Path] = {}
     for shard in shards:
         try:
             with safe_open(shard, framework="np") as tensors:
-                shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
+                slices = {name: tensors.get_slice(name) for name in tensors.keys()}
+                headers = {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{shard} is cut short or not a safetensors file ({error}): download it again"
             ) from None
-        for name, shape in shapes.items():
+        for name, (shape, dtype) in headers.items():
+            layout.check_type(name, dtype)
             for part in layout.names(name, shape):
                 if part in found:
                     raise CheckpointError(f"checkpoint tensor {part!r} is in {found[part]} and again in {shard}")

@@ -1,4 +1,4 @@
-"""Which layer owns which KV cache.
+"""Which layer owns which KV cache, and with which scales it is written and read where it is FP8.
 
 A CLA group of `cla_share_factor` layers keeps one K (normalised, without weight) and one V: its owner writes them, its
 cross layers only read. vLLM's KV sharing does the plumbing; this module decides and checks.
@@ -6,21 +6,30 @@ cross layers only read. vLLM's KV sharing does the plumbing; this module decides
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import torch
-from torch import nn
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
+from vllm.platforms import current_platform
 
 from hunyuan_vllm import envs
 from hunyuan_vllm.cache_shape import CacheShape
 from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.quant.cpu import fp8 as cpu_fp8
+from hunyuan_vllm.quant.fp8 import E4M3_MAX
+from hunyuan_vllm.quant.kv_scales import normalised_key_scale
+
+if TYPE_CHECKING:
+    from hunyuan_vllm.quant.kv_scales import CacheScales
 
 __all__ = [
+    "CLAAttention",
     "OwnerAttention",
     "SharedKV",
-    "hand_scales_to_readers",
     "kv_sharing_target",
     "passes_kv",
 ]
@@ -52,24 +61,85 @@ def passes_kv() -> bool:
     return dcp_size > 1 or not envs.cla_sharing()
 
 
-def hand_scales_to_readers(model: nn.Module) -> None:
-    """Give every cross layer the K and V cache scales of its owner.
+class CLAAttention(Attention):
+    """Attention of one layer of a CLA group, with the right scales for an FP8 cache.
 
-    Attention backends dequantise with the reading layer's scales, while the cache was written with the owner's. Called
-    after loading; copies in place, so that captured graphs see it.
+    Attention backends dequantise with the reading layer's scales, while the cache was written with the owner's: readers
+    take theirs from their owner. K's follows from the norm where there is one, whatever the checkpoint says; V's is the
+    checkpoint's, of the owner layer.
+
+    Args:
+        config, layer: the network's, and this layer's number.
+        greatest_query: the bound of |q| after the norm, where there is one; else None.
+        args, kwargs: vLLM's.
     """
-    attentions = {module.layer_name: module for module in model.modules() if isinstance(module, Attention)}
-    for reader in attentions.values():
-        if (target := reader.kv_sharing_target_layer_name) is None:
-            continue
-        owner = attentions[target]
-        for which in ("k", "v"):
-            getattr(reader, f"_{which}_scale").copy_(getattr(owner, f"_{which}_scale"))
-            getattr(reader, f"_{which}_scale_cpu").copy_(getattr(owner, f"_{which}_scale_cpu"))
-            setattr(reader, f"_{which}_scale_float", getattr(owner, f"_{which}_scale_float"))
+
+    def __init__(
+        self,
+        *args: Any,
+        config: HunYuanConfig,
+        layer: int,
+        greatest_query: Callable[[], float] | None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.config, self.group_owner, self.greatest_query = config, config.kv_owner(layer), greatest_query
+        target = self.kv_sharing_target_layer_name
+        attentions = get_current_vllm_config().compilation_config.static_forward_context
+        self.__dict__["_owner"] = attentions[target] if target else None  # not as a submodule
+
+    @property
+    def is_e4m3(self) -> bool:
+        """Whether the cache is FP8 with one static scale for K and one for V."""
+        return self.kv_cache_dtype in ("fp8", "fp8_e4m3")
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor | None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """vLLM's; on CPUs, what goes into an FP8 cache is rounded to nearest first, which the kernel does not."""
+        if self.is_e4m3 and current_platform.is_cpu() and key is not None and value is not None:
+            key = cpu_fp8.to_be_truncated(key, self._k_scale)
+            value = cpu_fp8.to_be_truncated(value, self._v_scale)
+        return super().forward(query, key, value, *args, **kwargs)
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """vLLM's post-load hook of attention layers, owners first; also runs when weights are reloaded."""
+        super().process_weights_after_loading(act_dtype)
+        if owner := self.__dict__["_owner"]:
+            _set_scale(self, "k", owner._k_scale_float)
+            _set_scale(self, "v", owner._v_scale_float)
+        elif self.is_e4m3:
+            self._set_own_scales()
+        if self.is_e4m3 and self.greatest_query is not None:
+            # For backends that quantise queries too: 1, unless the norms' weights are so great that one could saturate.
+            _set_scale(self, "q", max(1.0, self.greatest_query() / E4M3_MAX))
+
+    def _set_own_scales(self) -> None:
+        given: CacheScales | None = getattr(self.quant_config, "cache_scales", None)
+        k, v = (given.k(self.group_owner), given.v(self.group_owner)) if given else (None, None)
+        # What vLLM has set is 1, or a scale that a quantisation of its own has loaded.
+        k = normalised_key_scale(self.head_size) if self.config.use_qk_norm else k or self._k_scale_float
+        v = v or self._v_scale_float
+        _set_scale(self, "k", k)
+        _set_scale(self, "v", v)
+        if unscaled := [which for which, scale in (("k", k), ("v", v)) if scale == 1.0]:
+            names = " and ".join(f"{which}_scale" for which in unscaled)
+            logger.warning_once(
+                "FP8 KV cache: the checkpoint has no %s, so the scale is 1: values beyond 448 saturate, and those "
+                "below 2^-10 vanish. hunyuan-vllm quantize measures the scales",
+                names,
+            )
 
 
-class OwnerAttention(Attention):
+def _set_scale(attention: Attention, which: str, scale: float) -> None:
+    """Set the scale of "q", "k" or "v" in each form that a backend reads; in place, so that captured graphs see it."""
+    setattr(attention, f"_{which}_scale_float", scale)
+    for name in (f"_{which}_scale", f"_{which}_scale_cpu"):
+        if hasattr(attention, name):
+            getattr(attention, name).fill_(scale)
+
+
+class OwnerAttention(CLAAttention):
     """Attention of an owner layer. The first of an engine says what its cache holds, once vLLM has bound it."""
 
     @property

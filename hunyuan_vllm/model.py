@@ -18,7 +18,6 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
 )
 from vllm.model_executor.layers.activation import SiluAndMul
-from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear, fused_moe_make_expert_params_mapping
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
@@ -40,7 +39,7 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.sequence import IntermediateTensors
 
-from hunyuan_vllm.cla_cache import OwnerAttention, SharedKV, hand_scales_to_readers, kv_sharing_target, passes_kv
+from hunyuan_vllm.cla_cache import CLAAttention, OwnerAttention, SharedKV, kv_sharing_target, passes_kv
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.lora import experts_without_lora_on_cpu
 from hunyuan_vllm.patches import apply_patches
@@ -205,7 +204,7 @@ class HunYuanAttention(nn.Module):
         if self.use_qk_norm:
             self.qk_norm = FoldedQueryNorm(self.head_dim, config.rms_norm_eps)
             self.unit_norm = RMSNorm(self.head_dim, config.rms_norm_eps, has_weight=False)
-        attention = Attention if self.is_cross else OwnerAttention
+        attention = CLAAttention if self.is_cross else OwnerAttention
         self.attn = attention(
             self.num_heads,
             self.head_dim,
@@ -215,6 +214,9 @@ class HunYuanAttention(nn.Module):
             quant_config=quant_config,
             prefix=f"{prefix}.attn",
             kv_sharing_target_layer_name=kv_sharing_target(config, layer, f"{prefix}.attn"),
+            config=config,
+            layer=layer,
+            greatest_query=self.qk_norm.bound if self.use_qk_norm else None,
         )
 
     def forward(
@@ -432,7 +434,3 @@ class HunYuanForCausalLM(nn.Module, SupportsPP, SupportsLoRA, MixtureOfExperts):
             CheckpointError: a tensor is unknown, missing, misshapen or not finite; the message names it.
         """
         return load_checkpoint(self, weights)
-
-    def process_weights_after_loading(self) -> None:
-        """vLLM's model-level post-load hook, after every layer's own."""
-        hand_scales_to_readers(self.model)

@@ -7,6 +7,8 @@ with w_q ⊙ w_k. Exact in real arithmetic, for owner and cross layers alike.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -49,3 +51,7 @@ class FoldedQueryNorm(RMSNorm):
     def fold(self) -> None:
         """Recompute `weight` in place, so that captured graphs keep seeing it."""
         self.weight.copy_(self.query_weight.float() * self.key_weight.float())
+
+    def bound(self) -> float:
+        """The most that |q| can be after this norm: every element of q / rms(q) is within ± sqrt(head_dim)."""
+        return math.sqrt(self.hidden_size) * self.weight.abs().max().item()

@@ -130,6 +130,19 @@ USED: tuple[Symbol, ...] = (
         members=("_pad_moe_intermediate", "reduction_alignment", "is_supported_config", "apply"),
     ),
     Symbol(f"{_LAYERS}.quantization.utils.quant_utils", "QuantKey"),
+    # FP8: vLLM's own methods, with other scales.
+    Symbol(f"{_LAYERS}.quantization.fp8", "Fp8Config", keywords=("activation_scheme",)),
+    Symbol(
+        f"{_LAYERS}.quantization.fp8", "Fp8LinearMethod", members=("create_weights", "process_weights_after_loading")
+    ),
+    Symbol(f"{_LAYERS}.quantization.fp8", "Fp8MoEMethod", members=("create_weights", "_setup_kernel")),
+    Symbol(f"{_LAYERS}.quantization.utils.fp8_utils", "create_fp8_input_scale"),
+    Symbol(f"{_LAYERS}.quantization.utils.fp8_utils", "create_fp8_scale_parameter"),
+    Symbol(f"{_LAYERS}.quantization.utils.fp8_utils", "create_fp8_weight_parameter"),
+    Symbol(f"{_LAYERS}.quantization.utils.fp8_utils", "process_fp8_input_tensor_strategy_moe"),
+    Symbol(f"{_LAYERS}.quantization.utils.quant_utils", "kFp8StaticChannelSym"),
+    Symbol("vllm.model_executor.parameter", "PerTensorScaleParameter"),
+    Symbol("vllm._custom_ops", "weight_packed_linear_cpu"),
     Symbol("vllm.model_executor.utils", "replace_parameter"),
     Symbol(
         "vllm._custom_ops",

@@ -135,24 +135,6 @@ def test_readers_can_be_handed_the_owners_k_and_v(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.engine
-def test_readers_get_their_owners_scales() -> None:
-    golden = load_golden("cla4_top1")
-
-    def scales(model) -> list[tuple[float, ...]]:
-        attentions = [layer.self_attn.attn for layer in model.model.layers]
-        for owner, k_scale, v_scale in ((0, 0.5, 0.25), (4, 2.0, 4.0)):
-            attentions[owner]._k_scale.fill_(k_scale)
-            attentions[owner]._v_scale.fill_(v_scale)
-            attentions[owner]._k_scale_float, attentions[owner]._v_scale_float = k_scale, v_scale
-        model.process_weights_after_loading()
-        return [(a._k_scale.item(), a._v_scale.item(), a._k_scale_float, a._v_scale_float) for a in attentions]
-
-    with engine(golden.path, kv_cache_dtype="fp8", dtype="bfloat16") as llm:
-        (result,) = llm.apply_model(scales)
-    assert result == [(0.5, 0.25, 0.5, 0.25)] * 4 + [(2.0, 4.0, 2.0, 4.0)] * 4
-
-
-@pytest.mark.engine
 def test_the_start_says_what_fits(caplog: pytest.LogCaptureFixture) -> None:
     logger = logging.getLogger("vllm.hunyuan_vllm.cla_cache")
     logger.addHandler(caplog.handler)

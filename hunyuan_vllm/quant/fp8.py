@@ -19,13 +19,13 @@ def quantize_per_tensor(x: Tensor, scale: Tensor | float | None = None) -> tuple
     """E4M3 values in the shape of `x`, and their scale, float32 `[]`.
 
     Without `scale` it is max |x| / 448, which uses the whole range, or 1 for a tensor of zeros. Values beyond
-    448 * scale saturate. The division is in float32, whatever `x` is.
+    448 * scale saturate. As vLLM's kernels do, `x` is multiplied by the scale's reciprocal, in float32.
     """
     if scale is None:
         amax = x.abs().amax().float() if x.numel() else torch.zeros((), device=x.device)
         scale = torch.where(amax > 0, (amax / E4M3_MAX).clamp(min=_SMALLEST_SCALE), torch.ones_like(amax))
     scale = torch.as_tensor(scale, dtype=torch.float32, device=x.device).reshape(())
-    return (x.float() / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3), scale
+    return (x.float() * scale.reciprocal()).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3), scale
 
 
 def round_through_fp8(x: Tensor, scale: Tensor | float) -> Tensor:

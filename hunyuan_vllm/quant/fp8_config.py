@@ -1,0 +1,181 @@
+"""`hunyuan_fp8`: W8A8 in FP8 with static scales, as vLLM knows it, and what loading such a checkpoint does.
+
+On CUDA the layers are vLLM's own FP8 methods, with exact scales for fused weights; on CPUs they are ours. Both are in
+`fp8_linear.py` and `fp8_experts.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from vllm.logger import init_logger
+from vllm.model_executor.layers.quantization import QuantizationConfig
+from vllm.platforms import current_platform
+
+from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.layout import CheckpointError
+from hunyuan_vllm.quant.fp8 import E4M3
+from hunyuan_vllm.quant.fp8_format import E4M3_NAME, Fp8Layout, IgnoredLayers, is_static_per_tensor
+from hunyuan_vllm.quant.kv_scales import CacheScales, is_cache_scale
+from hunyuan_vllm.quant.scheme import CheckpointScheme, is_quantised
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+    from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+
+__all__ = ["HunYuanFp8Config"]
+
+logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
+
+
+_EXPERT_INPUT_SCALE = re.compile(r"^(.*\.experts\.\d+)\.(?:gate|up)_proj\.input_scale$")
+
+
+class HunYuanFp8Config(QuantizationConfig, CheckpointScheme):
+    """Weights and activations in E4M3 with one static scale a tensor.
+
+    Args:
+        ignored_layers: the linears that the checkpoint left unquantised; see `IgnoredLayers`.
+    """
+
+    name: ClassVar[str] = "hunyuan_fp8"
+
+    def __init__(self, ignored_layers: Iterable[str] = ()) -> None:
+        super().__init__()
+        self.ignored = IgnoredLayers(ignored_layers)
+        self.cache_scales = CacheScales()
+        self._input_scales: dict[str, Tensor] = {}
+
+    # What vLLM asks of a quantisation.
+
+    def get_name(self) -> str:
+        return self.name
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, *([torch.float32] if current_platform.is_cpu() else [])]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 75
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> HunYuanFp8Config:
+        if not is_static_per_tensor(config):
+            raise ValueError(
+                f"quantization={cls.name!r} reads FP8 checkpoints with one static scale a tensor, and in config.json "
+                f"quantization_config is {config}: make one with hunyuan-vllm quantize --scheme fp8-w8a8c8"
+            )
+        return cls(config.get("ignored_layers") or config.get("modules_to_not_convert") or [])
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Takes over static per-tensor FP8 checkpoints of Hunyuan networks from vLLM's own "fp8"."""
+        ours = is_static_per_tensor(hf_quant_cfg) and getattr(hf_config, "model_type", None) == HunYuanConfig.model_type
+        return cls.name if ours and user_quant in (None, "fp8", cls.name) else None
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Raises ValueError for a model of another kind, or a GPU with another kind of FP8."""
+        if getattr(hf_config, "model_type", None) != HunYuanConfig.model_type:
+            raise ValueError(
+                f"quantization={self.name!r} is for Hunyuan-Large checkpoints, and {model_name} is another model"
+            )
+        if current_platform.is_fp8_fnuz():
+            raise ValueError(f"quantization={self.name!r} needs E4M3 as NVIDIA GPUs and CPUs have it, not E4M3 FNUZ")
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+        # One linear stands for a fused module: `layout` has refused checkpoints that ignore a part of one.
+        if isinstance(layer, LinearBase):
+            if _first_part(prefix) in self.ignored:
+                return UnquantizedLinearMethod()
+            from hunyuan_vllm.quant import fp8_linear
+
+            self._say_how_cpus_compute()
+            return fp8_linear.method(self.stock)
+        if isinstance(layer, RoutedExperts) and f"{prefix}.0.gate_proj" not in self.ignored:
+            from hunyuan_vllm.quant import fp8_experts
+
+            return fp8_experts.method(self.stock, layer)
+        return None
+
+    # What the loader asks of a scheme.
+
+    def layout(self, config: HunYuanConfig) -> Fp8Layout:
+        if getattr(config, "quantization_config", None) is None:
+            raise CheckpointError(
+                f"quantization={self.name!r} needs an FP8 checkpoint, and this one is not quantised: make one with "
+                "hunyuan-vllm quantize SOURCE DESTINATION --scheme fp8-w8a8c8"
+            )
+        return Fp8Layout(config, self.ignored)
+
+    def load(self, name: str, tensor: Tensor) -> Iterable[tuple[str, Tensor]]:
+        if name.endswith("_scale"):
+            tensor = _checked_scale(name, tensor)
+        elif is_quantised(name):
+            self._check_weight(name, tensor)
+        if is_cache_scale(name):
+            self.cache_scales.keep(name, tensor.item())  # `cla_cache.py` takes it from there
+        elif match := _EXPERT_INPUT_SCALE.match(name):
+            yield from self._greater_input_scale(match[1], tensor)
+        else:
+            yield name, tensor
+
+    def _greater_input_scale(self, expert: str, scale: Tensor) -> Iterable[tuple[str, Tensor]]:
+        """The greater of an expert's gate's and up's, once both are there: they have one input, and vLLM has one place
+        for both scales, where the last one read would stay."""
+        if expert not in self._input_scales:
+            self._input_scales[expert] = scale
+        else:
+            yield f"{expert}.gate_proj.input_scale", torch.maximum(scale, self._input_scales.pop(expert))
+
+    def _check_weight(self, name: str, weight: Tensor) -> None:
+        promised = name.removesuffix(".weight") not in self.ignored
+        if promised != (weight.dtype == E4M3):
+            raise CheckpointError(
+                f"tensor {name!r} is {str(weight.dtype).removeprefix('torch.')}, and config.json says that it is "
+                f"{E4M3_NAME if promised else 'unquantised'}: correct quantization_config's ignored_layers"
+            )
+
+    # Between the two.
+
+    @cached_property
+    def stock(self) -> Fp8Config:
+        """vLLM's own config for the same quantisation, which its methods ask."""
+        from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+
+        return Fp8Config(activation_scheme="static")
+
+    def _say_how_cpus_compute(self) -> None:
+        if current_platform.is_cpu():
+            logger.info_once(
+                "FP8 on a CPU: weights are expanded to the model's type once, and activations are rounded as GPUs "
+                "round them. This shows a GPU's numbers; it saves no memory (int8 does: hunyuan_int8)"
+            )
+
+
+def _first_part(prefix: str) -> str:
+    """The first linear of a module that vLLM may have fused."""
+    module, _, projection = prefix.rpartition(".")
+    return f"{module}.{ {'qkv_proj': 'q_proj', 'gate_up_proj': 'gate_proj'}.get(projection, projection) }"
+
+
+def _checked_scale(name: str, scale: Tensor) -> Tensor:
+    """float32 `[]`."""
+    value = scale.item()
+    if not math.isfinite(value) or value <= 0:
+        raise CheckpointError(f"checkpoint tensor {name!r} is {value:g}: a scale is a positive number")
+    return scale.float()

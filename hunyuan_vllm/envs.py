@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["cla_sharing"]
+__all__ = ["cla_sharing", "take_ssh_password"]
 
 _TRUE = {"1", "true", "on", "yes"}
 _FALSE = {"0", "false", "off", "no"}
@@ -28,3 +28,8 @@ def _flag(name: str, default: bool) -> bool:
 def cla_sharing() -> bool:
     """HUNYUAN_VLLM_CLA_SHARING (default 1): 0 gives each cross layer a KV cache of its own, for comparison only."""
     return _flag("HUNYUAN_VLLM_CLA_SHARING", default=True)
+
+
+def take_ssh_password() -> str | None:
+    """HUNYUAN_SSH_PASSWORD, taken out of the environment so that no program started later inherits it."""
+    return os.environ.pop("HUNYUAN_SSH_PASSWORD", None) or None

@@ -1,0 +1,152 @@
+"""The options, questions and exit status of `deploy/login_ssh.py`."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import pwd
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from hunyuan_vllm.cluster.connection import Credentials
+from hunyuan_vllm.cluster.credentials import default_keys, read_identity, read_password_file
+from hunyuan_vllm.cluster.hosts import Host, parse_hosts
+from hunyuan_vllm.cluster.mutual_login import MutualLogin
+from hunyuan_vllm.cluster.public_key import PublicKey
+from hunyuan_vllm.cluster.report_text import show
+from hunyuan_vllm.cluster.steps import Steps
+from hunyuan_vllm.cluster.trust import Fingerprints
+from hunyuan_vllm.envs import take_ssh_password
+from hunyuan_vllm.errors import UserError
+
+__all__ = ["main"]
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+messages = Console(stderr=True)
+
+
+class Terminal:
+    """Asks at the terminal, or nobody where there is none or --yes was given."""
+
+    def __init__(self, silent: bool) -> None:
+        self.present = not silent and sys.stdin.isatty() and sys.stderr.isatty()
+
+    def confirm_host_keys(self, keys: Sequence[tuple[Host, PublicKey]]) -> bool:
+        if not self.present:
+            return False
+        table = Table(title="Host keys not known yet", title_justify="left")
+        for title in ("host", "kind", "fingerprint"):
+            table.add_column(title, overflow="fold")
+        for host, key in keys:
+            table.add_row(host.address, key.kind, key.fingerprint)
+        messages.print(table)
+        _say("compare them with what each host's console shows: ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub")
+        _say("do all of them agree? Type yes to pin them, anything else leaves these hosts out:")
+        try:
+            return input().strip().lower() == "yes"
+        except EOFError:
+            return False
+
+    def ask_password(self, hosts: Sequence[Host]) -> str | None:
+        if not self.present:
+            return None
+        user = hosts[0].user
+        return getpass.getpass(f"password of {user} on {', '.join(host.address for host in hosts)}: ") or None
+
+    def ask_passphrase(self, prompt: str) -> str:
+        return getpass.getpass(prompt)
+
+
+@app.command()
+def login_ssh(
+    ips: str = typer.Option(..., "--ips", help="The hosts, with commas between: IPv4, IPv6 or names."),
+    port: int = typer.Option(22, "--port", min=1, max=65535, help="Port of their SSH servers."),
+    user: str = typer.Option(None, "--user", help="Account on every host.  [default: who runs this]"),
+    password: str = typer.Option(
+        None, "--password", help="Password of that account. Others can see it while this starts: prefer the next."
+    ),
+    password_file: Path = typer.Option(None, "--password-file", help="File (chmod 600) with the password."),
+    identity: Path = typer.Option(None, "--identity", help="Private key to log in with the first time."),
+    fingerprints: str = typer.Option(
+        None, "--fingerprints", help="Host keys to accept: HOST=SHA256:…,… or a file with HOST SHA256:… lines."
+    ),
+    yes: bool = typer.Option(
+        False, "--yes", "-y", help="Ask nothing. Host keys are still never accepted unseen: unknown ones are refused."
+    ),
+    as_json: bool = typer.Option(False, "--json", help="Print the result as JSON."),
+    jobs: int = typer.Option(8, "--jobs", min=1, max=64, help="Hosts worked on at a time."),
+    timeout: float = typer.Option(15.0, "--timeout", min=1.0, help="Seconds for each connection and command."),
+) -> None:
+    """Let hosts log in to each other, and this machine to them, by SSH key.
+
+    Makes an ed25519 key where an account has none, pins every host key, distributes both, and proves every pair with
+    ssh itself. A second run changes nothing.
+
+    \b
+    Examples:
+      python3 deploy/login_ssh.py --ips 10.0.0.1,10.0.0.2 --port 36000
+          shows host keys to confirm, asks for the password
+      python3 deploy/login_ssh.py --ips node1,node2 --password-file pw \\
+          --fingerprints node1=SHA256:…,node2=SHA256:…
+          asks nothing
+      python3 deploy/login_ssh.py --ips 10.0.0.1,fd00::2 --user ubuntu \\
+          --identity cloud.pem --json
+
+    \b
+    The password comes from one of: --password-file, the environment variable
+    HUNYUAN_SSH_PASSWORD, a prompt, --password. It is one for all hosts, and
+    needed only until a key of this machine is accepted.
+
+    \b
+    Exit status: 0 every pair was proved; 1 something is left to do, and was
+    named; 2 a mistake in the options; 130 interrupted.
+    """
+    terminal = Terminal(silent=yes)
+    me = _me()
+    hosts = parse_hosts(ips, port, user if user is not None else me.pw_name)
+    vouched = Fingerprints.parse(fingerprints, hosts)
+    keys = [read_identity(identity, terminal.ask_passphrase if terminal.present else None)] if identity else []
+    credentials = Credentials([*keys, *default_keys(Path(me.pw_dir))], _password(password, password_file))
+    report = MutualLogin(hosts, vouched, credentials, terminal, Steps(jobs, messages), timeout).run()
+    if as_json:
+        print(report.to_json())
+    else:
+        show(report, Console())
+    raise typer.Exit(0 if report.ok else 1)
+
+
+def _me() -> pwd.struct_passwd:
+    try:
+        return pwd.getpwuid(os.geteuid())
+    except KeyError:
+        raise UserError(f"user id {os.geteuid()} is not in /etc/passwd, so it has no home for SSH keys") from None
+
+
+def _password(given: str | None, file: Path | None) -> str | None:
+    # deploy/login_ssh.py takes --password off the command line and hands it on as a file, before this is imported.
+    from_environment = take_ssh_password()
+    if given is not None:
+        return given
+    return read_password_file(file) if file else from_environment
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line on stderr and exit status 2."""
+    try:
+        app(prog_name="login_ssh.py")
+    except UserError as error:
+        _say(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _say("interrupted: files are whole, old or new; run it again to complete them")
+        sys.stderr.flush()
+        os._exit(130)  # threads may still wait for hosts that do not answer
+
+
+def _say(text: str) -> None:
+    messages.print(f"login_ssh: {text}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""Several machines as one: their accounts' SSH access to each other."""

@@ -1,0 +1,85 @@
+"""The report for people: the hosts, who may log in where, and what is left to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hunyuan_vllm.cluster.problems import Problem
+from hunyuan_vllm.cluster.report import HostReport, Pair, Report
+
+__all__ = ["show"]
+
+
+def show(report: Report, console: Console) -> None:
+    """Print the report."""
+    console.print(_hosts(report.hosts))
+    console.print("Logins by key, from the row's host to the column's:", soft_wrap=True)
+    console.print(_matrix(report))
+    for host in report.hosts:
+        for problem in host.problems:
+            _say(console, host.name, problem.what, problem.remedy)
+    for (target, problem), sources in _unexplained(report).items():
+        _say(console, f"{', '.join(sources)} → {target}", problem.what, problem.remedy)
+    console.print(Text(_verdict(report), style="bold"), soft_wrap=True)
+
+
+def _unexplained(report: Report) -> dict[tuple[str, Problem], list[str]]:
+    """Failed logins between hosts without a problem of their own: (target, problem) → sources."""
+    ill = {host.name for host in report.hosts if host.problems}
+    found: dict[tuple[str, Problem], list[str]] = {}
+    for pair in report.pairs:
+        if pair.problem is not None and pair.source not in ill and pair.target not in ill:
+            found.setdefault((pair.target, pair.problem), []).append(pair.source)
+    return found
+
+
+def _hosts(hosts: Iterable[HostReport]) -> Table:
+    table = Table()
+    for title in ("#", "host", "host key", "its own key", "changed", "state"):
+        table.add_column(title, overflow="fold")
+    for number, host in enumerate(hosts, 1):
+        host_key = f"{host.host_key.kind} {host.host_key.fingerprint}\n" if host.host_key else ""
+        user_key = "" if host.user_key is None else "made" if host.key_made else "there before"
+        changed = "\n".join(host.changed) or "nothing"
+        state = Text("ok", style="green") if not host.problems else Text("failed", style="red")
+        name = host.name if host.hostname in (None, host.name) else f"{host.name}\n({host.hostname})"
+        table.add_row(str(number), *map(Text, (name, host_key + (host.trust or ""), user_key, changed)), state)
+    return table
+
+
+def _matrix(report: Report) -> Table:
+    numbers = {host.name: str(number) for number, host in enumerate(report.hosts, 1)}
+    targets = list(dict.fromkeys(pair.target for pair in report.pairs))
+    pairs = {(pair.source, pair.target): pair for pair in report.pairs}
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("from", overflow="fold")
+    for target in targets:
+        table.add_column(numbers[target], justify="center", no_wrap=True)
+    for source in dict.fromkeys(pair.source for pair in report.pairs):
+        cells = [_cell(pairs[source, target]) for target in targets]
+        table.add_row(Text(f"{numbers[source]} {source}"), *cells)
+    return table
+
+
+def _cell(pair: Pair) -> Text:
+    if pair.ok:
+        return Text("yes", style="green")
+    return Text("no", style="red") if pair.tried else Text("-", style="dim")
+
+
+def _say(console: Console, where: str, what: str, remedy: str) -> None:
+    # Text, not markup: some of it is what a host sent.
+    console.print(Text.assemble((f"{where}: ", "bold red"), what), soft_wrap=True)
+    console.print(Text(f"    {remedy}"), soft_wrap=True)
+
+
+def _verdict(report: Report) -> str:
+    proved = sum(pair.ok for pair in report.pairs)
+    changed = "files were changed" if report.changed else "nothing was changed"
+    text = f"{proved} of {len(report.pairs)} logins proved, {changed}."
+    return text if report.ok else f"{text} Mend the above and run it again."

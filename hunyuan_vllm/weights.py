@@ -105,10 +105,16 @@ def _once_among_ranks(model: HunYuanForCausalLM, name: str, tensor: torch.Tensor
 
 def _check_finite(name: str, tensor: torch.Tensor, rank: int, ranks: int) -> None:
     """Each rank looks at its share of the elements: in all, the file is read once."""
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return
     share = tensor.flatten().tensor_split(ranks)[rank]
-    if share.numel() and not all(map(math.isfinite, share.aminmax())):  # NaN is the least and the greatest
+    if not share.numel():
+        return
+    if tensor.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        finite = all(map(math.isfinite, share.aminmax()))  # NaN is the least and the greatest
+    elif tensor.dtype == torch.float8_e4m3fn:
+        finite = share.view(torch.int8).bitwise_and(0x7F).amax() < 0x7F  # that is its NaN; it has no infinity
+    else:
+        return
+    if not finite:
         raise CheckpointError(f"checkpoint tensor {name!r} holds NaN or infinite values")
 
 

@@ -1,0 +1,153 @@
+"""`check --deep`: all files read once, several at a time, hashed and scanned, with progress; and what that found."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from hunyuan_vllm.check.content import CHUNK, Content, Interrupted, read_through
+from hunyuan_vllm.check.digests import SUMS_FILE, Digest, known_digests, plain_files, write_sums
+from hunyuan_vllm.check.shards import Shard, StoredTensor
+from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.findings import Section, some
+
+__all__ = ["Deep"]
+
+AGAIN = "download their shards again"
+EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")  # rows of padding may be zeros
+
+
+@dataclass
+class Deep:
+    """What to read.
+
+    Args:
+        shards: with sound headers.
+        used: the tensors that the network uses; only their values are judged.
+        write_sums: write SHA256SUMS if nothing is wrong.
+        jobs: files read at a time.
+
+    Raises:
+        UserError: SHA256SUMS cannot be read or written.
+    """
+
+    folder: Path
+    shards: Sequence[Shard]
+    used: Mapping[StoredTensor, object]
+    write_sums: bool
+    jobs: int
+
+    def __post_init__(self) -> None:
+        try:
+            self.known = known_digests(self.folder)
+        except OSError as error:
+            raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
+        scanned = {shard.file: tuple(filter(self.used.__contains__, shard.tensors)) for shard in self.shards}
+        files = [path for path in plain_files(self.folder) if self.write_sums or path.name in self.known]
+        # The largest first, so that no thread is left alone with one at the end.
+        self.files = sorted({*scanned, *files}, key=lambda path: (-path.stat().st_size, path.name))
+        self._scanned = scanned
+
+    @property
+    def total(self) -> int:
+        """Bytes to be read."""
+        return sum(path.stat().st_size for path in self.files)
+
+    def run(self, advance: Callable[[int], None], section: Section) -> None:
+        """Read everything; `advance` is told of bytes, from several threads."""
+        stop = threading.Event()
+        contents: list[Content] = []
+        pool = ThreadPoolExecutor(self.jobs)
+        try:
+            for content in pool.map(lambda path: self._read(path, advance, stop), self.files):
+                if isinstance(content, Content):
+                    contents.append(content)
+                else:
+                    path, error = content
+                    text = f"it cannot be read to its end: {error.strerror or error}"
+                    section.problem(path.name, text, "look at the disk (dmesg), then download the file again")
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+        self._report_digests(contents, section)
+        self._report_values(contents, section)
+        if self.write_sums:
+            self._write(contents, section)
+
+    def _read(
+        self, path: Path, advance: Callable[[int], None], stop: threading.Event
+    ) -> Content | tuple[Path, OSError]:
+        def advance_unless_stopped(size: int) -> None:
+            if stop.is_set():
+                raise Interrupted
+            advance(size)
+
+        known = self.known.get(path.name)
+        hashers = [known.hasher(path.stat().st_size)] if known else []
+        if self.write_sums:
+            hashers.append(hashlib.sha256())
+        try:
+            return read_through(path, self._scanned.get(path, ()), hashers, advance_unless_stopped)
+        except OSError as error:
+            return path, error
+
+    def _report_digests(self, contents: Sequence[Content], section: Section) -> None:
+        compared: list[tuple[str, Digest]] = []
+        wrong: list[str] = []
+        for content in contents:
+            if known := self.known.get(content.file.name):
+                compared.append((content.file.name, known))
+                if content.digests[0] != known.value:
+                    wrong.append(content.file.name)
+        listed = [name for name, known in self.known.items() if known.source == SUMS_FILE]
+        absent = [name for name in listed if not (self.folder / name).exists()]
+        if wrong:
+            text = (
+                f"{len(wrong)} of {len(compared)} files are not what {self.known[wrong[0]].source} has: {some(wrong)}"
+            )
+            section.problem("hashes", text, "download them again", wrong)
+        if absent:
+            section.problem("hashes", f"{SUMS_FILE} lists what is not here: {some(absent)}", "download it", absent)
+        if compared and not wrong:
+            sources = sorted({known.source for _, known in compared})
+            section.ok("hashes", f"{len(compared)} files are as {' and '.join(sources)} has them")
+        if unlisted := [path.name for path in plain_files(self.folder) if path.name not in self.known]:
+            if compared:
+                section.ok("hashes", f"nothing to compare {len(unlisted)} with: {some(unlisted)}")
+            elif not self.write_sums:
+                why = f"nothing to compare with: neither {SUMS_FILE} nor the notes of the hub's client are here"
+                section.skipped("hashes", why, "--write-sums writes it, for the next time or for a copy elsewhere")
+
+    def _report_values(self, contents: Sequence[Content], section: Section) -> None:
+        not_finite = {tensor: count for content in contents for tensor, count in content.not_finite.items()}
+        zero = {tensor: size for content in contents for tensor, size in content.zero.items()}
+        if not_finite:
+            listed = [f"{tensor.name} ({count:,} of {tensor.elements:,})" for tensor, count in not_finite.items()]
+            text = f"{len(listed):,} tensors hold NaN or infinity"
+            section.problem("values", text, f"{AGAIN}; if they stay, the checkpoint is broken", listed)
+        all_zero = [tensor.name for tensor, size in zero.items() if size == tensor.nbytes]
+        if empty := [name for name in all_zero if not name.endswith(".bias")]:
+            text = f"{len(empty):,} tensors are all zeros"
+            section.problem("values", text, f"{AGAIN}: their space was reserved and not filled", empty)
+        holes = [
+            f"{tensor.name} ({size >> 20} MiB)"
+            for tensor, size in zero.items()
+            if CHUNK <= size < tensor.nbytes and tensor.name not in EMBEDDINGS
+        ]
+        if holes:
+            text = f"{len(holes):,} tensors have stretches of nothing but zeros, as an unfinished download leaves them"
+            section.problem("values", text, AGAIN, holes)
+        if not (not_finite or empty or holes):
+            section.ok("values", f"no NaN, no infinity, no hole in {len(self.used):,} tensors")
+
+    def _write(self, contents: Sequence[Content], section: Section) -> None:
+        if not section.sound:
+            why = f"{SUMS_FILE} is not written: it would vouch for what is wrong above"
+            section.skipped("hashes", why, "mend that, then run this again")
+            return
+        path = write_sums(self.folder, {content.file.name: content.digests[-1] for content in contents})
+        section.ok("hashes", f"written to {path}; sha256sum --check {SUMS_FILE} reads it too")

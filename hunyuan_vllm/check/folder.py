@@ -1,0 +1,164 @@
+"""What PATH names, and which files are there: shards, what the index says of them, and downloads that never ended."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hunyuan_vllm.check.shards import LFS_POINTER, Shard, StoredTensor
+from hunyuan_vllm.checkpoint import INDEX_FILE, read_index
+from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.findings import Section, some
+from hunyuan_vllm.layout import CheckpointError
+from hunyuan_vllm.server.model_source import HUB_NAME
+
+__all__ = ["Contents", "check_index", "check_shards", "look_at", "open_folder"]
+
+SHARD_NUMBER = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
+AGAIN = "download them again; an interrupted download goes on with the same command"
+
+
+@dataclass
+class Contents:
+    """A checkpoint's files.
+
+    Attributes:
+        shards: the safetensors files that vLLM will read.
+        extra: those that the index leaves out, which it will not.
+        index: model.safetensors.index.json; None without one, or without a readable one.
+    """
+
+    folder: Path
+    shards: list[Path] = field(default_factory=list)
+    extra: list[Path] = field(default_factory=list)
+    index: dict[str, Any] | None = None
+
+
+def open_folder(given: str) -> Path:
+    """The folder of a checkpoint, or of a hub name that has been downloaded.
+
+    Raises:
+        UserError: there is none; a missing or empty checkpoint is a wrong argument, not an unsound checkpoint.
+    """
+    folder = Path(given).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").exists() and not any(folder.glob("*.safetensors*")):
+            raise UserError(f"{given} holds neither config.json nor *.safetensors: name a checkpoint's folder")
+        return folder.resolve()
+    if folder.exists():
+        raise UserError(f"{given} is a file: name the folder that holds config.json")
+    if HUB_NAME.fullmatch(given):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(given, local_files_only=True))
+        except LocalEntryNotFoundError:
+            raise UserError(f"{given} is neither a folder nor in the hub's cache: download it first") from None
+    raise UserError(f"{given} does not exist: name a checkpoint's folder")
+
+
+def look_at(folder: Path, section: Section) -> Contents:
+    """List the folder's shards; `section` gets what is absent, unfinished or not a file's real content."""
+    contents = Contents(folder)
+    there = sorted(path for path in folder.glob("*.safetensors") if path.exists())
+    _check_links(folder, section)
+    try:
+        contents.index = read_index(folder)
+    except CheckpointError:
+        section.problem(INDEX_FILE, "it is not a safetensors index", "download it again")
+    if contents.index is None:
+        contents.shards = there
+        _check_numbers(there, section)
+    else:
+        named = sorted(set(contents.index["weight_map"].values()))
+        contents.shards = [folder / name for name in named if (folder / name).exists()]
+        contents.extra = [path for path in there if path not in contents.shards]
+        if absent := [name for name in named if not (folder / name).exists()]:
+            text = f"{len(absent)} of {len(named)} that the index names are not here: {some(absent)}"
+            section.problem("shards", text, AGAIN, absent)
+        if contents.extra:
+            names = [path.name for path in contents.extra]
+            text = f"not in the index, so not read by vLLM: {some(names)}"
+            section.warning("shards", text, f"delete them, or download {INDEX_FILE} again if they belong to it", names)
+    if not contents.shards:
+        pickled = [path.name for path in sorted(folder.glob("*.bin"))]
+        text = f"none; {some(pickled)} would have to be unpickled" if pickled else "there is no *.safetensors file"
+        section.problem("shards", text, "download the checkpoint in the safetensors format")
+    return contents
+
+
+def check_shards(shards: Sequence[Shard], section: Section) -> None:
+    """Report damaged files, or the number and size of sound ones."""
+    damaged = [shard for shard in shards if shard.fault]
+    for shard in damaged:
+        section.problem(shard.file.name, f"it {shard.fault}", f"download {shard.file.name} again")
+    if shards and not damaged:
+        stored = sum(shard.size for shard in shards)
+        size = f"{stored / 1e9:,.1f} GB" if stored >= 1e9 else f"{stored / 1e6:,.1f} MB"
+        section.ok("shards", f"{len(shards)} complete, {size}")
+
+
+def check_index(index: dict[str, Any], tensors: Sequence[StoredTensor], absent: bool, section: Section) -> None:
+    """Compare the index with what the shards' headers hold.
+
+    Args:
+        absent: some shard is not here or damaged, so that what it should hold and the total cannot be compared.
+    """
+    weight_map: dict[str, str] = index["weight_map"]
+    held = {(tensor.name, tensor.file.name) for tensor in tensors}
+    files = {tensor.file.name for tensor in tensors}
+    wrong = [f"{name} (in {file}?)" for name, file in weight_map.items() if (name, file) not in held and file in files]
+    unlisted = [tensor.name for tensor in tensors if tensor.name not in weight_map]
+    remedy = f"{INDEX_FILE} is from another version of the checkpoint: download it and the shards again"
+    before = len(section.findings)
+    if wrong:
+        text = f"{len(wrong):,} tensors are not in the shard that the index names"
+        section.problem("index", text, remedy, wrong)
+    if unlisted:
+        section.warning("index", f"{len(unlisted):,} tensors of the shards are not in it", remedy, unlisted)
+    metadata = index.get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    stored = sum(tensor.nbytes for tensor in tensors)
+    if not absent and total is not None and total != stored:
+        text = f"total_size is {total}, the shards' tensors have {stored} bytes"
+        section.warning("index", text, f"{remedy}, unless it was written by a tool that counts otherwise")
+    if len(section.findings) == before:
+        section.ok("index", f"{len(weight_map):,} tensors, each where it says")
+
+
+def _check_links(folder: Path, section: Section) -> None:
+    files = [path for path in sorted(folder.iterdir()) if not path.is_dir()]
+    if dangling := [path.name for path in files if not path.exists()]:
+        section.problem("links", f"lead nowhere: {some(dangling)}", AGAIN, dangling)
+    if pointers := [path.name for path in files if path.suffix != ".safetensors" and _is_pointer(path)]:
+        text = f"Git LFS pointers instead of the files: {some(pointers)}"
+        section.problem("files", text, "run `git lfs pull` in the folder", pointers)
+    unfinished = [path.name for cache in (".cache", ".huggingface") for path in (folder / cache).rglob("*.incomplete")]
+    if unfinished:
+        text = f"{len(unfinished)} unfinished in the hub's download folder"
+        section.warning("download", text, "run the download again; it goes on where it stopped", unfinished)
+
+
+def _is_pointer(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return False
+
+
+def _check_numbers(files: Sequence[Path], section: Section) -> None:
+    """Shards without an index still say how many there should be."""
+    numbered = [match for path in files if (match := SHARD_NUMBER.fullmatch(path.name))]
+    for stem, count in sorted({(match[1], match[3]) for match in numbered}):
+        present = {int(match[2]) for match in numbered if (match[1], match[3]) == (stem, count)}
+        wanted = range(1, int(count) + 1)
+        if absent := [f"{stem}-{n:05}-of-{count}.safetensors" for n in wanted if n not in present]:
+            section.problem("shards", f"{len(absent)} of {int(count)} are not here: {some(absent)}", AGAIN, absent)
+    if numbered:
+        text = f"there is none, and the shards are numbered: vLLM reads whatever lies here (no {INDEX_FILE})"
+        section.warning("index", text, f"download {INDEX_FILE}")

@@ -1,0 +1,100 @@
+"""The whole check, in the order in which one thing rests on another; and the lines it ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hunyuan_vllm.check.config_file import ConfigFile, check_config, parameters
+from hunyuan_vllm.check.deep import Deep
+from hunyuan_vllm.check.folder import check_index, check_shards, look_at
+from hunyuan_vllm.check.generation import check_generation, read_generation
+from hunyuan_vllm.check.scales import check_scales
+from hunyuan_vllm.check.shards import Shard, read_shards
+from hunyuan_vllm.check.template import check_template
+from hunyuan_vllm.check.tensors import Used, check_tensors
+from hunyuan_vllm.check.tokenizer_files import check_tokenizer, stop_ids
+from hunyuan_vllm.findings import Section, exit_status
+
+__all__ = ["Report", "check_folder"]
+
+Progress = Callable[[Deep, Section], None]
+
+
+@dataclass
+class Report:
+    """All that was found.
+
+    Attributes:
+        stored_bytes: size of the shards.
+        parameters: of the network, and those a token uses; None where config.json does not say.
+    """
+
+    folder: Path
+    sections: list[Section] = field(default_factory=list)
+    stored_bytes: int = 0
+    parameters: tuple[int, int] | None = None
+
+    @property
+    def sound(self) -> bool:
+        return exit_status(self.sections) == 0
+
+    def section(self, title: str) -> Section:
+        self.sections.append(Section(title))
+        return self.sections[-1]
+
+
+def check_folder(folder: Path, run_deep: Progress | None = None, write_sums: bool = False, jobs: int = 1) -> Report:
+    """Check everything in `folder` that can be.
+
+    Args:
+        run_deep: runs a `Deep` and shows how far it is; None: the tensors' data are not read.
+
+    Raises:
+        UserError: SHA256SUMS cannot be read.
+    """
+    report = Report(folder)
+    files = report.section("Files")
+    contents = look_at(folder, files)
+    shards = read_shards(contents.shards)
+    check_shards(shards, files)
+    report.stored_bytes = sum(shard.size for shard in shards)
+    tensors = [tensor for shard in shards for tensor in shard.tensors]
+    sound_files = files.sound and bool(shards)
+    if contents.index is not None:
+        check_index(contents.index, tensors, not sound_files, files)
+
+    config = check_config(folder, report.section("Config"))
+    if config.network is not None:
+        report.parameters = parameters(config.network)
+    used = _check_weights(shards, config, sound_files, report)
+    _check_text(folder, config, report)
+    if run_deep is not None:
+        sound_shards = [shard for shard in shards if not shard.fault]
+        run_deep(Deep(folder, sound_shards, used, write_sums, jobs), report.section("Data"))
+    return report
+
+
+def _check_weights(shards: list[Shard], config: ConfigFile, complete: bool, report: Report) -> Used:
+    section = report.section("Tensors")
+    tensors = [tensor for shard in shards for tensor in shard.tensors]
+    if config.network is None or config.format is None:
+        section.skipped("tensors", "not compared: config.json does not say what there should be")
+        return {tensor: () for tensor in tensors}
+    used = check_tensors(tensors, config, complete, section)
+    if config.format.kind is not None:
+        whole = {shard.file for shard in shards if not shard.fault}
+        check_scales({tensor: parts for tensor, parts in used.items() if tensor.file in whole}, config, section)
+    return used
+
+
+def _check_text(folder: Path, config: ConfigFile, report: Report) -> None:
+    generation = read_generation(folder)
+    tokenizer = check_tokenizer(folder, config, generation, report.section("Tokenizer"))
+    template = report.section("Chat template")
+    if tokenizer is None:
+        template.skipped("template", "not rendered: there is no tokenizer to read its tokens")
+    else:
+        check_template(tokenizer, stop_ids(config, generation), template)
+    check_generation(folder, config, report.section("Generation"))

@@ -1,0 +1,174 @@
+"""The tensors of a checkpoint against the network its config describes: names, shapes and types, all that is wrong."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+
+from hunyuan_vllm.check.config_file import ConfigFile
+from hunyuan_vllm.check.formats import FLOATS, Format, is_scale, types_of
+from hunyuan_vllm.check.shards import StoredTensor
+from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.findings import Section
+from hunyuan_vllm.layout import CheckpointError, Layout, Shape
+
+__all__ = ["check_tensors"]
+
+TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+Used = dict[StoredTensor, tuple[str, ...]]  # stored tensor → the canonical tensors it holds
+
+
+def check_tensors(tensors: Sequence[StoredTensor], config: ConfigFile, complete: bool, section: Section) -> Used:
+    """Compare; returns the tensors that the network uses.
+
+    Args:
+        complete: every shard could be read, so that a tensor not found is missing.
+    """
+    assert config.network is not None and config.format is not None
+    try:
+        layout = config.format.layout(config.network)
+    except CheckpointError as error:
+        section.problem("config.json", str(error), "download config.json again, or correct that list")
+        return {}
+    used: Used = {}
+    unknown: list[str] = []
+    misshapen: list[str] = []
+    unused: list[StoredTensor] = []
+    for tensor in tensors:
+        try:
+            parts = layout.parts(tensor.name)
+        except CheckpointError:
+            unknown.append(tensor.name)
+            continue
+        if not parts:
+            unused.append(tensor)
+            continue
+        used[tensor] = parts
+        if _shape(tensor) != layout.shape(parts):
+            misshapen.append(f"{tensor.name} is {list(tensor.shape)}, not {list(layout.shape(parts))}")
+    contradictions = _contradictions(tensors, config.network, complete)
+    remedy = "config.json is from another checkpoint: download both again" if contradictions else ""
+    if contradictions:
+        text = f"the tensors have {'; '.join(contradictions)}"
+        section.problem("config.json", text, remedy)
+    _report_names(layout, used, unknown, misshapen, complete, remedy, section)
+    _report_types(used, config.format, layout, section)
+    _report_precision(used, config, section)
+    if unused:
+        size = sum(tensor.nbytes for tensor in unused)
+        section.ok("unused", f"{len(unused):,} that the network does not use ({size / 1e6:,.1f} MB), which vLLM skips")
+    if section.sound:
+        section.ok("tensors", f"{len(used):,}, each of the name, shape and type that config.json asks for")
+    return used
+
+
+def _shape(tensor: StoredTensor) -> Shape:
+    """A single scale may be stored as `[]` or as `[1]`."""
+    return () if is_scale(tensor.name) and tensor.shape == (1,) else tensor.shape
+
+
+def _report_names(
+    layout: Layout,
+    used: Used,
+    unknown: Sequence[str],
+    misshapen: Sequence[str],
+    complete: bool,
+    remedy: str,
+    section: Section,
+) -> None:
+    places = defaultdict(list)
+    for tensor, parts in used.items():
+        for part in parts:
+            places[part].append(tensor)
+    missing = layout.missing(places)
+    if missing and complete:
+        weights = [name for name in missing if not is_scale(name)]
+        again = remedy or "download the checkpoint again, or copy the config.json that belongs to it"
+        if weights:
+            section.problem("missing", f"{len(weights):,} tensors that config.json asks for", again, weights)
+        if scales := [name for name in missing if is_scale(name)]:
+            again = remedy or "convert again with hunyuan-vllm quantize, or set quantization_config to what is stored"
+            section.problem("scales", f"{len(scales):,} are missing; their weights mean nothing", again, scales)
+    elif missing:
+        section.skipped("missing", f"{len(missing):,} tensors are absent, as is a shard they may be in")
+    if unknown:
+        again = remedy or "if the network was changed, it is another model; else download config.json again"
+        section.problem("unknown", f"{len(unknown):,} tensors that are not part of this network", again, unknown)
+    if misshapen:
+        again = remedy or "download config.json and the shards again"
+        section.problem("shapes", f"{len(misshapen):,} do not fit config.json", again, misshapen)
+    if twice := [
+        f"{part} (in {' and '.join(sorted({tensor.file.name for tensor in holders}))})"
+        for part, holders in places.items()
+        if len(holders) > 1
+    ]:
+        text = f"{len(twice):,} tensors are stored twice"
+        section.problem("twice", text, "delete the shard that does not belong to the checkpoint", twice)
+
+
+def _report_types(used: Used, format: Format, layout: Layout, section: Section) -> None:
+    surprising = defaultdict(list)
+    for tensor, parts in used.items():
+        allowed = types_of(parts[0], format, layout)
+        if tensor.dtype not in allowed:
+            surprising[tensor.dtype, allowed].append(tensor.name)
+    for (dtype, allowed), names in surprising.items():
+        text = f"{len(names):,} are {dtype} where {format.name} has {' or '.join(allowed)}"
+        remedy = "vLLM would cast them to nonsense: make quantization_config in config.json say what is stored"
+        if dtype in FLOATS:
+            remedy = "name these projections in quantization_config's list of ignored layers, or convert again"
+        section.problem("types", text, remedy, names)
+
+
+def _report_precision(used: Used, config: ConfigFile, section: Section) -> None:
+    """Weights that are legal and yet not what config.json announces, or not all alike."""
+    # The router is kept in float32 by design; scales are too.
+    kinds = Counter(
+        tensor.dtype
+        for tensor, parts in used.items()
+        if tensor.dtype in FLOATS and not is_scale(tensor.name) and not parts[0].endswith(".gate.wg.weight")
+    )
+    if not kinds:
+        return
+    (usual, _), *others = kinds.most_common()
+    if others:
+        odd = [
+            tensor.name
+            for tensor, parts in used.items()
+            if tensor.dtype in dict(others) and not is_scale(tensor.name) and not parts[0].endswith(".gate.wg.weight")
+        ]
+        text = f"{len(odd):,} are {' or '.join(dict(others))}, the others {usual}"
+        section.warning("types", text, "harmless, as vLLM casts them; a sign of a mixed or edited checkpoint", odd)
+    announced = config.fields.get("torch_dtype", config.fields.get("dtype"))
+    if announced is not None and announced != TORCH_NAMES[usual]:
+        text = f"weights are stored as {TORCH_NAMES[usual]}, config.json says {announced}, which vLLM casts them to"
+        section.warning("types", text, f"set torch_dtype to {TORCH_NAMES[usual]} unless the cast is meant")
+
+
+def _contradictions(tensors: Iterable[StoredTensor], config: HunYuanConfig, complete: bool) -> list[str]:
+    """Fields of the config that the tensors' own names and shapes contradict, so that one line explains thousands."""
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    seen: dict[str, int] = {}
+    embedding = shapes.get("model.embed_tokens.weight", ())
+    if len(embedding) == 2:
+        seen["vocab_size"], seen["hidden_size"] = embedding
+    if norm := shapes.get("model.layers.0.self_attn.query_layernorm.weight"):
+        seen["head_dim"] = norm[0]
+    head_dim = seen.get("head_dim", config.head_dim)
+    for field, part in (("num_attention_heads", "q"), ("num_key_value_heads", "k")):
+        projection = shapes.get(f"model.layers.0.self_attn.{part}_proj.weight", ())
+        if len(projection) == 2:
+            seen[field] = projection[0] // head_dim
+    if complete:
+        seen["num_hidden_layers"] = _count(r"^model\.layers\.(\d+)\.", shapes)
+        seen["num_experts"] = max(_count(r"\.experts\.(\d+)\.", shapes), 1)
+    if isinstance(config.num_experts, list):
+        seen.pop("num_experts", None)
+    stated = [(field, value, getattr(config, field)) for field, value in seen.items()]
+    return [f"{field} {value}, config.json says {says}" for field, value, says in stated if value != says]
+
+
+def _count(numbered: str, names: Iterable[str]) -> int:
+    """One more than the largest number that the pattern finds."""
+    return max((int(match[1]) + 1 for name in names if (match := re.search(numbered, name))), default=0)

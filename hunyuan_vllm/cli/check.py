@@ -1,0 +1,149 @@
+"""`hunyuan-vllm check`: whether a checkpoint is whole and fits together, before GPU hours are spent on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from hunyuan_vllm.cli.show_findings import show_sections, tally
+from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.findings import Section, exit_status, sections_json
+
+if TYPE_CHECKING:
+    from hunyuan_vllm.check.deep import Deep
+    from hunyuan_vllm.check.run import Report
+
+__all__ = ["check"]
+
+INTERRUPTED = 130
+LINE_EVERY = 30.0  # seconds
+
+
+def check(
+    path: str = typer.Argument(metavar="PATH", help="Checkpoint folder, or a hub name that has been downloaded."),
+    deep: bool = typer.Option(
+        False, "--deep", help="Read every byte: compare hashes, look for NaN, infinity and holes."
+    ),
+    write_sums: bool = typer.Option(
+        False, "--write-sums", help="With --deep: write SHA256SUMS into the folder if nothing is wrong."
+    ),
+    jobs: int = typer.Option(
+        min(os.cpu_count() or 1, 8), "--jobs", min=1, help="With --deep: files read at a time.", show_default=True
+    ),
+    as_json: bool = typer.Option(False, "--json", help="Print the report as JSON, with every tensor by name."),
+) -> None:
+    """Check a checkpoint without loading it.
+
+    Reads the config, the index, the header of every shard, all quantisation
+    scales, the tokenizer, the chat template and generation_config.json, and
+    lists everything that is wrong, each with its remedy. Takes seconds
+    whatever the checkpoint's size; --deep takes as long as reading it does.
+
+    \b
+    Examples:
+      hunyuan-vllm check /models/Hunyuan-A52B-Instruct
+      hunyuan-vllm check /models/Hunyuan-A52B-Instruct --deep
+          also every byte: damaged, unfinished or changed files
+      hunyuan-vllm check /models/mine --deep --write-sums
+          keep hashes, for the next check or for a copy on another node
+      hunyuan-vllm check /models/mine --json | jq '.sections[].findings[]'
+
+    Hashes are compared with SHA256SUMS in the folder, or with what the hub's
+    client noted when it downloaded the files.
+
+    \b
+    Exit status: 0 sound (there may be warnings), 1 problems were found, 2 the
+    command was wrong or PATH holds no checkpoint, 130 interrupted.
+    """
+    from hunyuan_vllm.check.folder import open_folder
+    from hunyuan_vllm.check.run import check_folder
+
+    if write_sums and not deep:
+        raise UserError("--write-sums needs --deep, which reads the files")
+    folder = open_folder(path)
+    if write_sums and not os.access(folder, os.W_OK):
+        raise UserError(f"--write-sums: {folder} is not writable")
+    console = Console(stderr=True)
+    try:
+        with console.status("reading headers and tokenizer") as status:
+
+            def run_deep(work: Deep, section: Section) -> None:
+                status.stop()
+                _with_progress(work, section, console)
+
+            report = check_folder(folder, run_deep if deep else None, write_sums, jobs)
+    except KeyboardInterrupt:
+        print("hunyuan-vllm: interrupted; nothing was written", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    if as_json:
+        print(json.dumps(_json(report), indent=1, ensure_ascii=False))
+    else:
+        _show(report)
+    raise typer.Exit(exit_status(report.sections))
+
+
+def _with_progress(work: Deep, section: Section, console: Console) -> None:
+    total = work.total
+    if not console.is_terminal:
+        work.run(_Lines(total), section)
+        return
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn(), TimeRemainingColumn(), "left")
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=total)
+        work.run(lambda size: progress.advance(task, size), section)
+
+
+class _Lines:
+    """Progress where there is no terminal: a line every half minute."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done = total, 0
+        self._started = self._said = time.monotonic()
+
+    def __call__(self, size: int) -> None:
+        self._done += size  # from several threads: at worst a line is a chunk behind
+        now = time.monotonic()
+        if now - self._said >= LINE_EVERY:
+            self._said = now
+            rate = self._done / (now - self._started)
+            left = (self._total - self._done) / rate
+            done = f"{self._done / 1e9:,.1f} of {self._total / 1e9:,.1f} GB"
+            print(f"hunyuan-vllm: {done}, {rate / 1e9:.2f} GB/s, {left:,.0f} s left", file=sys.stderr, flush=True)
+
+
+def _show(report: Report) -> None:
+    console = Console(highlight=False)
+    console.print(str(report.folder), style="bold", soft_wrap=True, markup=False)
+    show_sections(report.sections, console)
+    verdict = "sound" if report.sound else "NOT sound"
+    console.print(f"{verdict}: {tally(report.sections)}", style="green" if report.sound else "bold red", soft_wrap=True)
+    if report.parameters is not None:
+        console.print(
+            f"What it needs to be served: hunyuan-vllm plan --model {report.folder}", soft_wrap=True, markup=False
+        )
+
+
+def _json(report: Report) -> dict[str, object]:
+    total, active = report.parameters or (None, None)
+    return {
+        "path": str(report.folder),
+        "sound": report.sound,
+        "stored_bytes": report.stored_bytes,
+        "parameters": total,
+        "parameters_used_a_token": active,
+        "sections": sections_json(report.sections),
+    }

@@ -1,0 +1,62 @@
+"""Findings on a terminal: a word for the status, what was seen, and under what is wrong its things and its remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.text import Text
+
+from hunyuan_vllm.findings import Finding, Section, Status, some_alike
+
+__all__ = ["show_sections", "tally"]
+
+STYLES = {Status.OK: "green", Status.WARNING: "yellow", Status.PROBLEM: "bold red", Status.SKIPPED: "cyan"}
+WORDS = {Status.OK: "ok", Status.WARNING: "warning", Status.PROBLEM: "PROBLEM", Status.SKIPPED: "skipped"}
+WIDTH = 9  # of the column of words
+LEAST_WIDTH = 60
+
+
+def show_sections(sections: Iterable[Section], console: Console) -> None:
+    """Print them; lines wrap to the terminal, or not at all where there is none."""
+    for section in sections:
+        if section.findings:
+            console.print(Text(section.title, style="bold"))
+            for finding in section.findings:
+                _show(finding, console)
+
+
+def tally(sections: Iterable[Section]) -> str:
+    """How many problems and warnings, in words."""
+    found = [finding.status for section in sections for finding in section.findings]
+    counts = {name: found.count(Status(name)) for name in ("problem", "warning")}
+    words = [f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items() if count]
+    if skipped := found.count(Status.SKIPPED):
+        words.append(f"{skipped} not looked at")
+    return ", ".join(words) or "nothing wrong"
+
+
+def _show(finding: Finding, console: Console) -> None:
+    line = Text.assemble(
+        (WORDS[finding.status].ljust(WIDTH), STYLES[finding.status]), (finding.subject, "bold"), ": ", finding.text
+    )
+    # What is wrapped goes on under the text.
+    _print(line, console, hang=WIDTH)
+    for item in some_alike(finding.items):
+        _print(Text(f"- {item}"), console, indent=WIDTH + 2, hang=2)
+    if finding.remedy:
+        _print(Text(f"→ {finding.remedy}" if _has_arrows(console) else f"-> {finding.remedy}"), console, WIDTH + 2, 2)
+
+
+def _print(text: Text, console: Console, indent: int = 0, hang: int = 0) -> None:
+    indent += 2
+    if not console.is_terminal or console.width < LEAST_WIDTH:
+        console.print(Text(" " * indent) + text, soft_wrap=True)
+        return
+    lines = text.wrap(console, console.width - indent - hang)
+    for number, line in enumerate(lines):
+        console.print(Text(" " * (indent + (hang if number else 0))) + line, soft_wrap=True)
+
+
+def _has_arrows(console: Console) -> bool:
+    return console.encoding.lower().startswith("utf")

@@ -1,0 +1,150 @@
+"""`hunyuan-vllm quantize`: a BF16 checkpoint in, an FP8 or int8 checkpoint out."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+
+from hunyuan_vllm.errors import UserError
+
+if TYPE_CHECKING:
+    from hunyuan_vllm.quantize.options import Options
+
+__all__ = ["quantize"]
+
+CALIBRATION = "Calibration (fp8-w8a8c8, and --smooth)"
+OUTLIERS = "Outliers"
+
+
+def quantize(
+    source: Path = typer.Argument(metavar="SRC", help="Folder of the BF16 checkpoint.", show_default=False),
+    target: Path = typer.Argument(None, metavar="DST", help="Folder to write, which must not exist."),
+    scheme: str = typer.Option(..., help="fp8-w8a8c8, int8 or int8-w8a8; see below.", show_default=False),
+    calibration: Path = typer.Option(
+        None,
+        metavar="FILE",
+        help="UTF-8 text, or .jsonl with one chat a line; default: a short Chinese and English text of ours.",
+        rich_help_panel=CALIBRATION,
+    ),
+    calibration_tokens: int = typer.Option(8192, help="Most tokens of it to read.", rich_help_panel=CALIBRATION),
+    clip: str = typer.Option(
+        "max",
+        help="How far a weight scale reaches: max, mse (least squared error) or percentile:99.99.",
+        rich_help_panel=OUTLIERS,
+    ),
+    smooth: float = typer.Option(
+        None,
+        metavar="ALPHA",
+        help="Move outlying input channels into the weights before, as SmoothQuant does; 0 to 1, usually 0.5.",
+        rich_help_panel=OUTLIERS,
+    ),
+    shard_size: str = typer.Option("5GB", help="Most bytes of a file."),
+    device: str = typer.Option("auto", help="cpu, cuda or cuda:N; auto takes a GPU where there is one."),
+    plan: bool = typer.Option(False, "--plan", help="Say what the run needs, from config.json alone; run nothing."),
+) -> None:
+    """Convert a checkpoint to FP8 or int8.
+
+    \b
+    Schemes:
+      fp8-w8a8c8  FP8 weights, inputs and cache, one scale a tensor, in the layout
+                  of vLLM's fp8 method (AutoFP8); input scales come from running
+                  the network over a calibration text, layer by layer
+      int8        int8 weights, one scale an output channel, in the layout of
+                  compressed-tensors (pack-quantized)
+      int8-w8a8   the same with int8 inputs, scaled while serving (int-quantized)
+    Attention, MLPs and experts are quantised; router, norms, embeddings and head stay.
+
+    \b
+    Examples:
+      hunyuan-vllm quantize /models/hunyuan-large /models/hunyuan-int8 --scheme int8
+      hunyuan-vllm quantize /models/hunyuan-large /models/hunyuan-fp8
+          --scheme fp8-w8a8c8 --calibration chats.jsonl --calibration-tokens 65536
+      hunyuan-vllm quantize /models/hunyuan-large --scheme fp8-w8a8c8 --plan
+
+    \b
+    A line of a .jsonl file is one of
+      {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", ...}]}
+      {"text": "..."}
+
+    One tensor is in memory at a time. Everything written is read back and compared with its source; the errors are in
+    DST/quantize_report.json and .png. Work goes on in DST.partial: stopped at any moment, by Ctrl-C or by a power cut,
+    the same command goes on where it was.
+
+    \b
+    Exit status: 0 DST is complete, 2 something given is of no use, 3 the disk
+    gave out, 130 interrupted.
+    """
+    from hunyuan_vllm.quantize.options import Clip, Options, parse_size
+
+    console = Console(stderr=True)
+    options = Options(scheme, Clip.parse(clip), smooth, calibration_tokens, parse_size(shard_size), _device(device))
+    if plan:
+        _show_plan(source, options)
+        return
+    if target is None:
+        raise UserError("name DST, the folder to write, after SRC; or add --plan to see what the run needs")
+    try:
+        _convert(source, target, options, calibration, console)
+    except KeyboardInterrupt:
+        print("hunyuan-vllm: stopped; the same command goes on where it was", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        print(
+            f"hunyuan-vllm: {error.strerror} while writing {target}: the same command goes on where it was",
+            file=sys.stderr,
+        )
+        raise typer.Exit(3) from None
+
+
+def _convert(source: Path, target: Path, options: Options, calibration: Path | None, console: Console) -> None:
+    from hunyuan_vllm.quantize.convert import Conversion
+    from hunyuan_vllm.quantize.progress import Progress, gigabytes
+    from hunyuan_vllm.quantize.report import show
+    from hunyuan_vllm.quantize.source import Source
+
+    progress = Progress(console)
+    report = Conversion(Source(source), target.absolute(), options, calibration, progress).run()
+    show(report, console)
+    if (calibrated := report["calibration"]) and (idle := calibrated["idle_experts"]):
+        progress.say(
+            f"{len(idle)} experts were routed few of the {calibrated['tokens']:,} calibration tokens, "
+            f"{sum(not one['routed'] for one in idle)} of them none: they were shown the likeliest others "
+            "(a longer --calibration text reaches more)"
+        )
+    progress.say(
+        f"{target} holds {gigabytes(report['written_bytes'])}, from {gigabytes(report['source_bytes'])}; "
+        "every tensor was read back; errors by projection are in quantize_report.json"
+    )
+
+
+def _show_plan(source: Path, options: Options) -> None:
+    from hunyuan_vllm.quantize.plan import Plan, measure_rates
+    from hunyuan_vllm.quantize.source import read_config
+
+    _, config = read_config(source)
+    rates = measure_rates(options)
+    print(f"{options.scheme}, {config.num_hidden_layers} layers, clip {options.clip}, smooth {options.smooth}")
+    print("\n".join(Plan.of(config, options, rates).lines(rates, options.device)))
+
+
+def _device(given: str) -> str:
+    import torch
+
+    if given == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(given)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {given}: it is auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {given}: torch sees {torch.cuda.device_count()} GPUs here")
+    return given

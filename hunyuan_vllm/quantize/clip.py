@@ -1,0 +1,89 @@
+"""Where a weight scale's range ends: at the largest weight, where the squared error is least, or at a percentile.
+
+A per-tensor choice looks at every weight through a histogram: bfloat16 has only 32,768 magnitudes, so it is exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from hunyuan_vllm.quant.fp8 import E4M3_MAX, round_through_fp8
+from hunyuan_vllm.quant.int8 import LEVELS
+from hunyuan_vllm.quantize.blocks import ELEMENTS, row_blocks
+from hunyuan_vllm.quantize.options import Clip
+
+__all__ = ["row_scales", "tensor_scale"]
+
+MAGNITUDES = 1 << 15
+# An FP8 grid repeats itself at every power of two: fine steps within one, then as many powers as outliers may need.
+FP8_STEPS, FP8_POWERS = 16, 12
+INT8_SHRINKS = [1 - 0.025 * step for step in range(29)]  # of the largest weight of a row, down to 0.3
+
+
+def tensor_scale(weights: Iterable[Tensor], clip: Clip) -> float:
+    """One E4M3 scale for all of `weights` together, any shapes; 1 where all are zero."""
+    if clip.kind == "max":
+        return (max(float(_amax(weight)) for weight in weights) / E4M3_MAX) or 1.0
+    counts = torch.stack([_histogram(weight) for weight in weights]).sum(0)
+    magnitudes = torch.arange(MAGNITUDES, dtype=torch.int16).view(torch.bfloat16).float()
+    used = counts.nonzero()[:, 0]
+    counts, magnitudes = counts[used], magnitudes[used]
+    if not magnitudes[-1]:
+        return 1.0
+    if clip.kind == "percentile":
+        enough = counts.cumsum(0) >= math.ceil(counts.sum().item() * clip.percentile / 100)
+        largest = magnitudes[enough.nonzero()[0, 0] :]
+        return float(largest[largest > 0][0]) / E4M3_MAX
+    return _least_error(magnitudes, counts.double())
+
+
+def row_scales(weight: Tensor, clip: Clip) -> Tensor:
+    """An int8 scale for each row of `weight [out, in]`, float32 `[out, 1]`; 1 for a row of zeros."""
+    chosen = torch.cat([_largest(weight[rows].float(), clip) for rows in row_blocks(weight)])
+    scale = chosen / LEVELS
+    return torch.where(scale == 0, 1.0, scale)
+
+
+def _largest(rows: Tensor, clip: Clip) -> Tensor:
+    """The largest magnitude of each row that is still to be represented, `[rows, 1]`."""
+    magnitudes = rows.abs()
+    amax = magnitudes.amax(dim=1, keepdim=True)
+    if clip.kind == "max":
+        return amax
+    if clip.kind == "percentile":
+        rank = math.ceil(rows.shape[1] * clip.percentile / 100)
+        found = magnitudes.kthvalue(rank, dim=1, keepdim=True).values
+        return torch.where(found == 0, amax, found)
+    best, least = amax, torch.full_like(amax, math.inf)
+    for shrink in INT8_SHRINKS:
+        scale = torch.where(amax == 0, 1.0, amax * shrink / LEVELS)
+        levels = (magnitudes / scale).round_().clamp_(max=LEVELS)
+        error = levels.mul_(scale).sub_(magnitudes).square_().sum(dim=1, keepdim=True)
+        best = torch.where(error < least, amax * shrink, best)
+        least = torch.minimum(error, least)
+    return best
+
+
+def _least_error(magnitudes: Tensor, counts: Tensor) -> float:
+    widest = float(magnitudes[-1]) / E4M3_MAX
+    scales = [widest * 2.0 ** (-step / FP8_STEPS) for step in range(FP8_STEPS * FP8_POWERS)]
+    errors = [((round_through_fp8(magnitudes, s) - magnitudes).double().square() * counts).sum().item() for s in scales]
+    return scales[errors.index(min(errors))]
+
+
+def _amax(weight: Tensor) -> Tensor:
+    least, most = weight.aminmax()
+    return torch.maximum(-least, most)
+
+
+def _histogram(weight: Tensor) -> Tensor:
+    """How often each bfloat16 magnitude occurs, int64 `[32768]`, on the CPU."""
+    counts = torch.zeros(MAGNITUDES, dtype=torch.int64)
+    for part in weight.flatten().split(ELEMENTS):
+        bits = part.bfloat16().view(torch.int16).bitwise_and(MAGNITUDES - 1)
+        counts += bits.bincount(minlength=MAGNITUDES).cpu()
+    return counts

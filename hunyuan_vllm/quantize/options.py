@@ -1,0 +1,93 @@
+"""What a conversion is asked to do, read from the command's words and checked."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from hunyuan_vllm.errors import UserError
+
+__all__ = ["SCHEMES", "Clip", "Options", "parse_size"]
+
+SCHEMES = ("fp8-w8a8c8", "int8", "int8-w8a8")
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Which weight is the largest that a scale still represents: the largest there is, the one that makes the mean
+    squared error least, or a percentile of the magnitudes."""
+
+    kind: Literal["max", "mse", "percentile"] = "max"
+    percentile: float = 100.0
+
+    @classmethod
+    def parse(cls, text: str) -> Clip:
+        """From "max", "mse" or "percentile:99.99".
+
+        Raises:
+            UserError: `text` is none of these.
+        """
+        if text == "max":
+            return cls("max")
+        if text == "mse":
+            return cls("mse")
+        if match := re.fullmatch(r"percentile:(\d+(?:\.\d+)?)", text):
+            percentile = float(match[1])
+            if 50 <= percentile <= 100:
+                return cls("percentile", percentile)
+        raise UserError(f"--clip {text}: it is max, mse, or percentile:P with P from 50 to 100, as percentile:99.99")
+
+    def __str__(self) -> str:
+        return f"percentile:{self.percentile:g}" if self.kind == "percentile" else self.kind
+
+
+@dataclass(frozen=True)
+class Options:
+    """A conversion's options, beside its source and target.
+
+    Attributes:
+        scheme: one of `SCHEMES`.
+        clip: how weight scales are chosen.
+        smooth: SmoothQuant's α, from 0 (all difficulty stays in the activations) to 1; None for no migration.
+        calibration_tokens: most tokens that calibration reads.
+        shard_bytes: most bytes of a file, unless a tensor is larger.
+        device: "cpu", "cuda" or "cuda:N": where the arithmetic runs.
+
+    Raises:
+        UserError: one is out of range.
+    """
+
+    scheme: str
+    clip: Clip = Clip()
+    smooth: float | None = None
+    calibration_tokens: int = 8192
+    shard_bytes: int = 5 * 10**9
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.scheme not in SCHEMES:
+            raise UserError(f"--scheme {self.scheme}: it is one of {', '.join(SCHEMES)}")
+        if self.smooth is not None and not 0 <= self.smooth <= 1:
+            raise UserError(f"--smooth {self.smooth:g}: it is a number from 0 to 1; 0.5 is usual")
+        if self.calibration_tokens < 1:
+            raise UserError(f"--calibration-tokens {self.calibration_tokens}: it is at least 1")
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether activations have to be seen before a weight can be written."""
+        return self.scheme == "fp8-w8a8c8" or self.smooth is not None
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB", "500MB", "2GiB" or "1000000".
+
+    Raises:
+        UserError: `text` is no size of at least a kilobyte.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
+    size = int(float(match[1]) * UNITS[match[2]]) if match and match[2] in UNITS else 0
+    if size < 1000:
+        raise UserError(f"--shard-size {text}: it is a size such as 5GB or 500MB")
+    return size

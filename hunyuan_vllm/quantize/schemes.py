@@ -1,0 +1,227 @@
+"""The three formats on disk: which tensors stand for a weight, how they are made, and what they stand for.
+
+`fp8-w8a8c8` is AutoFP8's layout, which vLLM's `fp8` method reads; the int8 schemes are compressed-tensors'.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.layout import Shape
+from hunyuan_vllm.quant.fp8 import E4M3, quantize_per_tensor, round_through_fp8
+from hunyuan_vllm.quant.int8 import LEVELS, pack_int8, unpack_int8
+from hunyuan_vllm.quant.int8_format import PACKED, PLAIN, describe, stored_tensors
+from hunyuan_vllm.quantize.blocks import row_blocks
+from hunyuan_vllm.quantize.clip import row_scales, tensor_scale
+from hunyuan_vllm.quantize.options import Clip
+
+__all__ = ["Fp8", "Int8", "Int8W8A8", "Scheme", "Spec", "scheme_named"]
+
+INT8_DTYPES = {"weight": torch.int8, "weight_packed": torch.int32, "weight_scale": torch.float32}
+Stored = Mapping[str, Tensor]
+"""The tensors that stand for one weight, or for some rows of it, by the last part of their names."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A tensor of the written checkpoint."""
+
+    name: str
+    dtype: torch.dtype
+    shape: Shape
+
+
+class Scheme(ABC):
+    """A format. What it stores with two dimensions has the weight's rows.
+
+    Attributes:
+        name: what --scheme calls it.
+        static_inputs: whether a projection has an `input_scale`, which calibration gives.
+    """
+
+    name: ClassVar[str]
+    static_inputs: ClassVar[bool] = False
+
+    @abstractmethod
+    def specs(self, projection: str, shape: Shape) -> list[Spec]:
+        """The tensors that stand for the weight `[out, in]` of a projection, under their whole names."""
+
+    @abstractmethod
+    def encode(self, weights: Sequence[Tensor], clip: Clip) -> list[dict[str, Tensor]]:
+        """The tensors that stand for each weight of a fused projection, without the input scale."""
+
+    @abstractmethod
+    def decode(self, stored: Stored) -> Tensor:
+        """The weight that is stood for, float32 `[out, in]`."""
+
+    @abstractmethod
+    def at_limit(self, stored: Stored) -> Tensor:
+        """Which weights lie at the end of the range, boolean `[out, in]`."""
+
+    @abstractmethod
+    def half_step(self, weight: Tensor, stored: Stored) -> Tensor:
+        """Most that rounding may move a weight within the range; broadcasts against `[out, in]`."""
+
+    @abstractmethod
+    def as_served(self, inputs: Tensor, stored: Stored) -> Tensor:
+        """Inputs `[tokens, in]` as the engine's kernels see them."""
+
+    @abstractmethod
+    def config(self, kept: Sequence[str]) -> dict[str, Any]:
+        """config.json's quantization_config; `kept` names the linear layers that are not quantised."""
+
+    @abstractmethod
+    def check(self, config: HunYuanConfig) -> None:
+        """Refuse a network that the format has no room for.
+
+        Raises:
+            UserError: names the field.
+        """
+
+
+class Fp8(Scheme):
+    """E4M3 weights and inputs, one scale a tensor; the weights of a fused projection share theirs."""
+
+    name = "fp8-w8a8c8"
+    static_inputs = True
+
+    def specs(self, projection: str, shape: Shape) -> list[Spec]:
+        return [
+            Spec(f"{projection}.weight", E4M3, shape),
+            Spec(f"{projection}.weight_scale", torch.float32, ()),
+            Spec(f"{projection}.input_scale", torch.float32, ()),
+        ]
+
+    def encode(self, weights: Sequence[Tensor], clip: Clip) -> list[dict[str, Tensor]]:
+        scale = torch.tensor(tensor_scale(weights, clip))
+        return [
+            {"weight": _by_rows(weight, lambda w, rows: quantize_per_tensor(w, scale)[0]), "weight_scale": scale}
+            for weight in weights
+        ]
+
+    def decode(self, stored: Stored) -> Tensor:
+        return stored["weight"].float() * stored["weight_scale"]
+
+    def at_limit(self, stored: Stored) -> Tensor:
+        return stored["weight"].view(torch.int8).bitwise_and(0x7F) == 0x7E  # ±448
+
+    def half_step(self, weight: Tensor, stored: Stored) -> Tensor:
+        # 3 bits of mantissa: at most 1/16 of the value, or of the least normal one, 2⁻⁶.
+        return torch.maximum(weight.abs() / 16, stored["weight_scale"] * 2.0**-10)
+
+    def as_served(self, inputs: Tensor, stored: Stored) -> Tensor:
+        return round_through_fp8(inputs, stored["input_scale"])
+
+    def config(self, kept: Sequence[str]) -> dict[str, Any]:
+        return {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": list(kept)}
+
+    def check(self, config: HunYuanConfig) -> None:
+        """Any network fits."""
+
+
+class _CompressedInt8(Scheme):
+    """int8 weights, one scale an output channel."""
+
+    form: ClassVar[str]
+
+    def specs(self, projection: str, shape: Shape) -> list[Spec]:
+        stored = stored_tensors(self.form, projection, shape)
+        return [Spec(name, INT8_DTYPES[name.rpartition(".")[2]], held) for name, held in stored.items()]
+
+    def encode(self, weights: Sequence[Tensor], clip: Clip) -> list[dict[str, Tensor]]:
+        return [self._encode(weight, clip) for weight in weights]
+
+    def _encode(self, weight: Tensor, clip: Clip) -> dict[str, Tensor]:
+        scale = row_scales(weight, clip)
+        levels = _by_rows(weight, lambda w, rows: (w / scale[rows]).round_().clamp_(-LEVELS, LEVELS).to(torch.int8))
+        return self._pack(levels) | {"weight_scale": scale}
+
+    def decode(self, stored: Stored) -> Tensor:
+        return self._levels(stored).float() * stored["weight_scale"]
+
+    def at_limit(self, stored: Stored) -> Tensor:
+        return self._levels(stored).abs() == LEVELS
+
+    def half_step(self, weight: Tensor, stored: Stored) -> Tensor:
+        return stored["weight_scale"] / 2
+
+    def config(self, kept: Sequence[str]) -> dict[str, Any]:
+        return describe(self.form, kept)
+
+    @abstractmethod
+    def _pack(self, levels: Tensor) -> dict[str, Tensor]:
+        """What is stored for int8 `[out, in]`."""
+
+    @abstractmethod
+    def _levels(self, stored: Stored) -> Tensor:
+        """The inverse of `_pack`."""
+
+
+class Int8(_CompressedInt8):
+    """Weight-only, four weights in an int32."""
+
+    name, form = "int8", PACKED
+
+    def specs(self, projection: str, shape: Shape) -> list[Spec]:
+        # Readers other than ours need the shape: rows may have been padded to whole int32.
+        return [*super().specs(projection, shape), Spec(f"{projection}.weight_shape", torch.int64, (2,))]
+
+    def as_served(self, inputs: Tensor, stored: Stored) -> Tensor:
+        return inputs
+
+    def check(self, config: HunYuanConfig) -> None:
+        widths = {
+            "hidden_size": config.hidden_size,
+            "num_attention_heads * head_dim": config.num_attention_heads * config.head_dim,
+        }
+        for layer in range(config.num_hidden_layers):
+            widths[f"intermediate_size of layer {layer}"] = config.intermediate_at(layer)
+        for field, width in widths.items():
+            if width % 4:
+                raise UserError(
+                    f"--scheme int8 packs four inputs into a word, and {field} is {width}, no multiple of 4: "
+                    "use --scheme int8-w8a8"
+                )
+
+    def _pack(self, levels: Tensor) -> dict[str, Tensor]:
+        return {"weight_packed": pack_int8(levels), "weight_shape": torch.tensor(levels.shape)}
+
+    def _levels(self, stored: Stored) -> Tensor:
+        return unpack_int8(stored["weight_packed"], int(stored["weight_shape"][1]))
+
+
+class Int8W8A8(_CompressedInt8):
+    """Inputs are int8 too: one scale a token, taken while serving."""
+
+    name, form = "int8-w8a8", PLAIN
+
+    def as_served(self, inputs: Tensor, stored: Stored) -> Tensor:
+        scale = row_scales(inputs, Clip())
+        return (inputs / scale).round_().clamp_(-LEVELS, LEVELS).mul_(scale)
+
+    def check(self, config: HunYuanConfig) -> None:
+        """Any network fits."""
+
+    def _pack(self, levels: Tensor) -> dict[str, Tensor]:
+        return {"weight": levels}
+
+    def _levels(self, stored: Stored) -> Tensor:
+        return stored["weight"]
+
+
+def scheme_named(name: str) -> Scheme:
+    """The scheme that --scheme names, one of `options.SCHEMES`."""
+    schemes: tuple[Scheme, ...] = (Fp8(), Int8(), Int8W8A8())
+    return {scheme.name: scheme for scheme in schemes}[name]
+
+
+def _by_rows(weight: Tensor, encode: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    return torch.cat([encode(weight[rows], rows) for rows in row_blocks(weight)])

@@ -1,0 +1,124 @@
+"""SmoothQuant-style migration: input channels with outliers are divided by a factor that the layer before takes on.
+
+Factors are powers of two, so that multiplying and dividing bfloat16 weights by them is exact: the network computes the
+same to the bit. (Xiao et al. 2023, arXiv:2211.10438, eq. 4, rounded to a power of two.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.quantize.observe import LayerStats
+from hunyuan_vllm.quantize.units import layer_of, place
+
+__all__ = ["Migration", "factors"]
+
+MOST_POWERS = 10  # a factor is from 2⁻¹⁰ to 2¹⁰, so that no weight leaves bfloat16's range
+
+
+def factors(inputs: Tensor, columns: Tensor, alpha: float) -> Tensor:
+    """What to divide each input channel by, and multiply its weight column by: a power of two near
+    max|x|^α / max|w|^(1−α), over all channels 1 in the geometric mean; 1 for a channel without inputs or weights.
+
+    Args:
+        inputs: largest magnitude of each input channel, `[in]`.
+        columns: largest magnitude of each weight column, `[in]`.
+    """
+    alive = (inputs > 0) & (columns > 0)
+    power = alpha * inputs.log2() - (1 - alpha) * columns.log2()
+    power = torch.where(alive, power, 0.0)
+    power = torch.where(alive, power - power.sum() / alive.sum().clamp(min=1), 0.0)
+    return power.round().clamp(-MOST_POWERS, MOST_POWERS).exp2()
+
+
+class Migration:
+    """Applies the factors to a checkpoint's tensors, name by name.
+
+    Where the layer before is linear in each channel, it takes them on: a norm for q, k, v; a norm for gate, up, and the
+    router that reads the same; up for down (silu(gate) · up is linear in up); an owner's v for the o of all its group.
+
+    Args:
+        stats: what calibration learnt of a layer.
+    """
+
+    def __init__(self, config: HunYuanConfig, alpha: float, stats: Callable[[int], LayerStats]) -> None:
+        self._config, self._alpha, self._stats = config, alpha, stats
+        self._attention_norm, self._mlp_norm = cache(self._attention_norm_factors), cache(self._mlp_norm_factors)
+        self._value, self._up = cache(self._value_factors), cache(self._up_factors)
+
+    def apply(self, name: str, tensor: Tensor) -> Tensor:
+        """The canonical tensor `name` after migration, in its own dtype."""
+        if layer_of(name) is None:
+            return tensor
+        layer, inner = place(name)
+        inner, part = inner.rsplit(".", 1)
+        if (before := self._outputs(layer, inner)) is not None:
+            shape = (-1, 1) if tensor.dim() == 2 else (-1,)
+            tensor = tensor * before.reciprocal().to(tensor.dtype).view(shape)
+        if part == "weight" and (after := self.inputs(layer, inner)) is not None:
+            tensor = tensor * after.to(tensor.dtype)
+        return tensor
+
+    def inputs(self, layer: int, projection: str) -> Tensor | None:
+        """What the inputs of a layer's linear are divided by, float32 `[in]`; None for what is no linear."""
+        stem, kind = projection.rsplit(".", 1) if "." in projection else ("", projection)
+        if kind in ("q_proj", "k_proj", "v_proj"):
+            return self._attention_norm(layer)
+        if kind == "o_proj":
+            kv_heads, head_dim = self._config.num_key_value_heads, self._config.head_dim
+            group = self._config.num_attention_heads // kv_heads
+            value = self._value(self._config.kv_owner(layer)).view(kv_heads, 1, head_dim)
+            return value.expand(-1, group, -1).flatten()
+        if kind in ("gate_proj", "up_proj", "wg"):
+            return self._mlp_norm(layer)
+        return self._up(layer, stem) if kind == "down_proj" else None
+
+    def value(self, owner: int) -> Tensor:
+        """What an owner's V is divided by, float32 `[kv_heads * head_dim]`."""
+        return self._value(owner)
+
+    def _outputs(self, layer: int, name: str) -> Tensor | None:
+        """What the outputs of a layer's norm or linear are divided by."""
+        if name == "input_layernorm":
+            return self._attention_norm(layer)
+        if name == "post_attention_layernorm":
+            return self._mlp_norm(layer)
+        if name == "self_attn.v_proj":
+            return self._value(layer)
+        return self._up(layer, name.removesuffix(".up_proj")) if name.endswith(".up_proj") else None
+
+    def _attention_norm_factors(self, layer: int) -> Tensor:
+        stats = self._stats(layer)
+        columns = [stats.columns[name] for name in stats.columns if name.endswith(("q_proj", "k_proj", "v_proj"))]
+        return factors(stats.inputs["self_attn.q_proj"], _most(columns), self._alpha)
+
+    def _mlp_norm_factors(self, layer: int) -> Tensor:
+        stats = self._stats(layer)
+        inputs = [stats.inputs[name] for name in stats.inputs if name.endswith("gate_proj")]
+        columns = [stats.columns[name] for name in stats.columns if name.endswith(("gate_proj", "up_proj"))]
+        return factors(_most(inputs), _most(columns), self._alpha)
+
+    def _value_factors(self, owner: int) -> Tensor:
+        config = self._config
+        group = [n for n in range(config.num_hidden_layers) if config.kv_owner(n) == owner]
+        heads = (config.num_key_value_heads, -1, config.head_dim)
+
+        def most(kind: str) -> Tensor:
+            found = [getattr(self._stats(layer), kind)["self_attn.o_proj"].view(heads).amax(1) for layer in group]
+            return _most(found).flatten()
+
+        return factors(most("inputs"), most("columns"), self._alpha)
+
+    def _up_factors(self, layer: int, module: str) -> Tensor:
+        stats = self._stats(layer)
+        name = f"{module}.down_proj"
+        return factors(stats.inputs[name], stats.columns[name], self._alpha)
+
+
+def _most(tensors: list[Tensor]) -> Tensor:
+    return torch.stack(tensors).amax(0)

@@ -1,0 +1,140 @@
+"""The BF16 checkpoint that is read: what it holds, and one tensor of it at a time under its canonical name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from hunyuan_vllm.checkpoint import INDEX_FILE, check_headers, shard_files
+from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.layout import CheckpointError, Layout, expected_tensors
+
+__all__ = ["Source", "read_config"]
+
+DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a canonical tensor lies: in a file, under the file's own name, as one part of it."""
+
+    file: Path
+    stored: str
+    dtype: torch.dtype
+
+
+class Source:
+    """A checkpoint folder, checked from its headers.
+
+    Raises:
+        UserError: it is no folder with an unquantised Hunyuan checkpoint in safetensors files; the message names the
+            file or the tensor.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.json, self.config = read_config(folder)
+        self.shapes = expected_tensors(self.config)
+        try:
+            found = check_headers(folder, Layout(self.config))
+            if not found:
+                raise UserError(f"{folder} holds no *.safetensors file: the converter reads no other format")
+            self._layout = Layout(self.config)
+            self._places = self._find()
+        except CheckpointError as error:
+            raise UserError(str(error)) from None
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._places[name].dtype
+
+    def nbytes(self, name: str) -> int:
+        return math.prod(self.shapes[name]) * self.dtype(name).itemsize
+
+    def read(self, name: str) -> Tensor:
+        """A canonical tensor, mapped from its file where it is stored alone.
+
+        Raises:
+            UserError: it holds NaN or infinite values, or its file cannot be read.
+        """
+        place = self._places[name]
+        try:
+            with safe_open(place.file, framework="pt") as tensors:
+                parts = dict(self._layout.split(place.stored, tensors.get_tensor(place.stored)))
+        except Exception as error:  # the library has an exception of its own for each thing wrong with a file
+            raise UserError(f"{place.file} cannot be read any more: {error}") from None
+        tensor = parts[name]
+        # Infinity and NaN survive a sum; float32 holds the sum of any finite bfloat16 tensor of a sane size.
+        if not math.isfinite(tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float32 else torch.float32)):
+            raise UserError(f"checkpoint tensor {name!r} in {place.file} holds NaN or infinite values")
+        return tensor
+
+    def fingerprint(self) -> str:
+        """Changes when the config or a weight file does (by size and time of change)."""
+        digest = hashlib.sha256(json.dumps(self.json, sort_keys=True).encode())
+        for file in shard_files(self.folder):
+            state = file.stat()
+            digest.update(f"{file.name}\0{state.st_size}\0{state.st_mtime_ns}\0".encode())
+        return digest.hexdigest()
+
+    def other_files(self) -> list[Path]:
+        """What is copied as it is: everything at the top of the folder but the weights, their index and the config."""
+        skipped = {"config.json", INDEX_FILE}
+        return sorted(
+            file
+            for file in self.folder.iterdir()
+            if file.is_file()
+            and file.name not in skipped
+            and not file.name.startswith(".")
+            and not file.name.endswith((*WEIGHT_FILES, ".index.json", ".py"))
+        )
+
+    def _find(self) -> dict[str, Place]:
+        places: dict[str, Place] = {}
+        for file in shard_files(self.folder):
+            with safe_open(file, framework="pt") as tensors:
+                for stored in tensors.keys():
+                    part = tensors.get_slice(stored)
+                    names = self._layout.names(stored, part.get_shape())
+                    kind = part.get_dtype()
+                    if names and kind not in DTYPES:
+                        raise UserError(
+                            f"checkpoint tensor {stored!r} in {file} is {kind}: {self.folder} is already quantised; "
+                            "give the BF16 checkpoint"
+                        )
+                    places.update(dict.fromkeys(names, Place(file, stored, DTYPES.get(kind, torch.float32))))
+        return places
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], HunYuanConfig]:
+    """config.json as it is, and what it says; `path` is its folder or the file.
+
+    Raises:
+        UserError: there is none, it is not a Hunyuan config, or it is that of a quantised checkpoint.
+    """
+    file = path if path.is_file() else path / "config.json"
+    if not path.exists():
+        raise UserError(f"{path} does not exist: SRC is a folder; a checkpoint on the hub is downloaded first")
+    try:
+        fields = json.loads(file.read_text())
+        kind = fields.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{file} is not the config of a checkpoint: {error}") from None
+    if kind != HunYuanConfig.model_type:
+        raise UserError(f"{file} has model_type {kind!r}: the converter knows {HunYuanConfig.model_type!r} only")
+    if method := fields.get("quantization_config"):
+        name = method.get("quant_method", "") if isinstance(method, dict) else method
+        raise UserError(f"{path} is already quantised ({name}): give the BF16 checkpoint")
+    try:
+        return fields, HunYuanConfig(**{name: value for name, value in fields.items() if name != "model_type"})
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from None

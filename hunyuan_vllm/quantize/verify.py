@@ -1,0 +1,152 @@
+"""Reading back a written file: every weight is compared with its source, and the difference is measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.quant.scheme import is_quantised
+from hunyuan_vllm.quantize.blocks import row_blocks
+from hunyuan_vllm.quantize.scales import ActivationScales
+from hunyuan_vllm.quantize.schemes import Scheme
+from hunyuan_vllm.quantize.shards import Shard
+from hunyuan_vllm.quantize.units import place
+
+__all__ = ["Measured", "Verifier"]
+
+OUTLIER = 10  # times the median channel's largest input
+REMEDY = "the disk or the memory is at fault; run the same command again"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What quantising did to one projection.
+
+    Attributes:
+        projection: its name in the checkpoint, without ".weight".
+        relative_error: ‖Ŵ − W‖ / ‖W‖, Frobenius.
+        saturated: share of the weights beyond what the scale represents.
+        input_scale: the static one, where the scheme has it.
+        output_error: ‖x̂Ŵᵀ − xWᵀ‖ / ‖xWᵀ‖ over calibration inputs, rounded as the engine rounds them.
+        outliers: input channels whose largest input is more than ten times the median channel's → how many times.
+    """
+
+    projection: str
+    relative_error: float
+    saturated: float
+    input_scale: float | None = None
+    output_error: float | None = None
+    outliers: dict[int, float] = field(default_factory=dict)
+
+
+class Verifier:
+    """Compares written files with what they were made from.
+
+    Args:
+        read: a canonical tensor as it is to be represented: the checkpoint's, after migration.
+        activations: what calibration saw, where there was one.
+    """
+
+    def __init__(
+        self, scheme: Scheme, read: Callable[[str], Tensor], activations: ActivationScales | None, device: str
+    ) -> None:
+        self._scheme, self._read, self._activations, self._device = scheme, read, activations, device
+
+    def check(self, file: Path, shard: Shard, advance: Callable[[str], None]) -> list[Measured]:
+        """Measure every projection in `file`; `advance` is told of each canonical tensor.
+
+        Raises:
+            UserError: what is read differs from its source by more than rounding.
+        """
+        measured = []
+        parts: dict[str, list[str]] = {}
+        for spec in shard.specs:
+            parts.setdefault(spec.name.rpartition(".")[0], []).append(spec.name)
+        try:
+            with safe_open(file, framework="pt", device=self._device) as tensors:
+                if set(tensors.keys()) != {spec.name for spec in shard.specs}:
+                    raise UserError(f"{file} reads back with other tensors than were written: {REMEDY}")
+                for name in (name for unit in shard.units for name in unit.names):
+                    if is_quantised(name):
+                        projection = name.removesuffix(".weight")
+                        stored = {part.rpartition(".")[2]: tensors.get_tensor(part) for part in parts[projection]}
+                        measured.append(self._measure(file, projection, stored))
+                    elif not torch.equal(tensors.get_tensor(name).cpu(), self._read(name)):
+                        raise UserError(f"{file}: {name} reads back differently: {REMEDY}")
+                    advance(name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} cannot be read back ({error}): {REMEDY}") from None
+        return measured
+
+    def _measure(self, file: Path, projection: str, stored: dict[str, Tensor]) -> Measured:
+        weight = self._read(f"{projection}.weight")
+        totals = dict.fromkeys(("weight", "weight error", "output", "output error"), 0.0)
+        clipped = 0
+        inputs = served = None
+        if self._activations is not None:
+            inputs = self._activations.sample(*place(projection)).to(self._device)
+            served = self._scheme.as_served(inputs, stored)
+        for rows in row_blocks(weight):
+            exact = weight[rows].to(self._device).float()
+            part = {key: tensor[rows] if tensor.dim() == 2 else tensor for key, tensor in stored.items()}
+            decoded = self._scheme.decode(part)
+            difference = decoded - exact
+            clipped += self._clipped(file, projection, exact, decoded, difference, part)
+            totals["weight"] += _square(exact)
+            totals["weight error"] += _square(difference)
+            if inputs is not None and served is not None:
+                output = inputs @ exact.T
+                totals["output"] += _square(output)
+                totals["output error"] += _square(served @ decoded.T - output)
+        error, saturated = _ratio(totals["weight error"], totals["weight"]), clipped / weight.numel()
+        if self._activations is None:
+            return Measured(projection, error, saturated)
+        return Measured(
+            projection,
+            error,
+            saturated,
+            float(stored["input_scale"]) if self._scheme.static_inputs else None,
+            _ratio(totals["output error"], totals["output"]),
+            _outliers(self._activations.amax(*place(projection))),
+        )
+
+    def _clipped(
+        self,
+        file: Path,
+        projection: str,
+        weight: Tensor,
+        decoded: Tensor,
+        difference: Tensor,
+        stored: dict[str, Tensor],
+    ) -> int:
+        """How many weights saturate. Those move towards zero, by any amount; all others by half a step at most."""
+        allowed = self._scheme.half_step(weight, stored) * (1 + 1e-5)  # float32 rounds too
+        far = difference.abs() > allowed
+        if not far.any():
+            return 0
+        clipped = far & self._scheme.at_limit(stored) & (decoded * weight > 0) & (decoded.abs() < weight.abs())
+        if wrong := int((far & ~clipped).sum()):
+            raise UserError(f"{file}: {wrong} weights of {projection} read back wrong: {REMEDY}")
+        return int(clipped.sum())
+
+
+def _square(matrix: Tensor) -> float:
+    """Sum of squares."""
+    return float(torch.linalg.vector_norm(matrix)) ** 2
+
+
+def _outliers(amax: Tensor) -> dict[int, float]:
+    times = amax / amax.median().clamp(min=torch.finfo(torch.float32).tiny)
+    return {int(channel): round(float(times[channel]), 1) for channel in (times > OUTLIER).nonzero()[:, 0]}
+
+
+def _ratio(error: float, whole: float) -> float:
+    """Of two sums of squares, as norms; a tensor of zeros has no error."""
+    return math.sqrt(error / whole) if whole else 0.0

@@ -1,0 +1,138 @@
+"""The folder a conversion works in, beside its target: what is finished in it survives any end of the run.
+
+DST.partial/checkpoint/   becomes DST by one rename
+DST.partial/state/        options, lock, calibration, report of each file
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hunyuan_vllm.errors import UserError
+
+__all__ = ["Workspace", "sync_folder"]
+
+RUN = "run.json"
+
+
+class Workspace:
+    """A context manager that makes or takes up DST.partial, locked against other runs.
+
+    Args:
+        target: DST.
+        record: what the run does; a run that takes up the folder must have the same.
+
+    Raises:
+        UserError: DST exists, another run is writing it, or DST.partial was begun with other options.
+    """
+
+    def __init__(self, target: Path, record: Mapping[str, Any]) -> None:
+        if target.exists() or target.is_symlink():
+            raise UserError(f"{target} exists: name a folder that does not, or remove it first")
+        if not target.parent.is_dir():
+            raise UserError(f"{target.parent} does not exist: make the folder that {target.name} is to be in")
+        self.target = target
+        self.folder = target.with_name(f"{target.name}.partial")
+        self.checkpoint, self.state = self.folder / "checkpoint", self.folder / "state"
+        self.resumed = (self.state / RUN).exists()
+        if self.folder.exists() and not self.state.exists() and any(self.folder.iterdir()):
+            raise UserError(f"{self.folder} exists and holds no unfinished conversion: remove it first")
+        try:
+            self.checkpoint.mkdir(parents=True, exist_ok=True)
+            self.state.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be written: {error.strerror}") from None
+        self._lock = os.open(self.state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._same_run(dict(record))
+        except BlockingIOError:
+            os.close(self._lock)
+            raise UserError(f"another run is writing {target}: wait for it, or name another folder") from None
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def __enter__(self) -> Workspace:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._lock)
+
+    def write_json(self, file: Path, value: Any) -> None:
+        """Write beside, then rename: the file is never there in part."""
+        partial = _beside(file)
+        partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        self.put(partial, file)
+
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor], **metadata: str) -> None:
+        """Keep tensors under `name` in the state folder; contiguous copies, since a file holds no views."""
+        file = self.state / f"{name}.safetensors"
+        partial = _beside(file)
+        save_file({key: tensor.contiguous().clone() for key, tensor in tensors.items()}, partial, metadata or None)
+        self.put(partial, file)
+
+    def tensors(self, name: str) -> dict[str, Tensor] | None:
+        """What `write_tensors` kept; None if nothing."""
+        file = self.state / f"{name}.safetensors"
+        return load_file(file) if file.exists() else None
+
+    def state_bytes(self) -> int:
+        """Bytes of calibration that are on the disk."""
+        return sum(file.stat().st_size for file in self.state.glob("*.safetensors"))
+
+    def put(self, partial: Path, file: Path) -> None:
+        """Rename a whole file to its name once its bytes are on the disk."""
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(partial, file)
+        sync_folder(file.parent)
+
+    def finish(self) -> None:
+        """Make the checkpoint the target, and remove the rest."""
+        if self.target.exists():
+            raise UserError(f"{self.target} has appeared meanwhile: the finished checkpoint is in {self.checkpoint}")
+        for leftover in self.checkpoint.glob(".*.partial"):
+            leftover.unlink()
+        sync_folder(self.checkpoint)
+        os.replace(self.checkpoint, self.target)
+        sync_folder(self.target.parent)
+        shutil.rmtree(self.folder)
+
+    def _same_run(self, record: dict[str, Any]) -> None:
+        file = self.state / RUN
+        if not file.exists():
+            self.write_json(file, record)
+            return
+        begun = json.loads(file.read_text())
+        for name, value in record.items():
+            if begun.get(name) != value:
+                raise UserError(
+                    f"{self.folder} was begun with {name} {begun.get(name)}, this run has {value}: "
+                    "use the same, or remove the folder to begin again"
+                )
+
+
+def _beside(file: Path) -> Path:
+    return file.with_name(f".{file.name}.partial")
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

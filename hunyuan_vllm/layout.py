@@ -166,7 +166,8 @@ class Layout:
             return parts
         if self._is_unused(name, parts):
             return ()
-        raise CheckpointError(f"checkpoint tensor {name!r} is not part of this network (see config.json)")
+        where = "config.json, whose quantization_config has no such scale" if name.endswith("_scale") else "config.json"
+        raise CheckpointError(f"checkpoint tensor {name!r} is not part of this network (see {where})")
 
     def _is_unused(self, name: str, parts: tuple[str, ...]) -> bool:
         """Rotary buffers, a tied head's copy, and biases beside weights of a network without biases."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -128,26 +128,25 @@ def _up_to_gate(tensors: dict[str, Tensor], down_proj: str) -> Tensor:
     return tensors[f"{expert}.up_proj.weight_scale"] / tensors[f"{expert}.gate_proj.weight_scale"]
 
 
-def round_cache(
-    model: HunYuanForCausalLM, k_scale: float | None = None, v_scales: dict[int, float] | None = None
-) -> None:
-    """Round what a cache holds: k̂ (or K, where keys are not normalised) and V, before any layer uses them.
+def round_cache(model: HunYuanForCausalLM, scales: Mapping[str, Tensor]) -> None:
+    """Round what a cache holds, K and V, before any layer uses them.
 
     Args:
-        k_scale: of all layers; None is the bound of k̂.
-        v_scales: by owner layer; 1 where there is none.
+        scales: by the names they have in a checkpoint; of owners alone, of V alone where keys are normalised. Else 1.
     """
-    config = model.config
+    one = torch.tensor(1.0)
     for number, layer in enumerate(model.model.layers):
-        attn = layer.self_attn
-        attn.key_layernorm = _RoundedKey(attn.key_layernorm, k_scale or config.head_dim**0.5 / 448)
+        attn, owner = layer.self_attn, f"model.layers.{model.config.kv_owner(number)}.self_attn."
+        bound = torch.tensor(model.config.head_dim**0.5 / 448)
+        scale = bound if model.config.use_qk_norm else scales.get(f"{owner}k_scale", one)
+        attn.key_layernorm = _RoundedKey(attn.key_layernorm, scale)
         if not attn.is_cross:
-            scale = (v_scales or {}).get(number, 1.0)
+            scale = scales.get(f"{owner}v_scale", one)
             attn.v_proj.register_forward_hook(lambda _, __, v, scale=scale: rounded(v, scale))
 
 
 class _RoundedKey(nn.Module):
-    def __init__(self, norm: nn.Module, scale: float) -> None:
+    def __init__(self, norm: nn.Module, scale: Tensor) -> None:
         super().__init__()
         self.norm, self.scale = norm, scale
 
@@ -164,5 +163,5 @@ def fp8_answers(
     """The answers of `fp8_model`; with `cache`, of its FP8 cache too."""
     model = fp8_model(source, folder)
     if cache:
-        round_cache(model)
+        round_cache(model, load_file(folder / "model.safetensors"))
     return answers_of(model, folder, prompts, max_new_tokens)

@@ -6,19 +6,21 @@ Ids come from tiktoken (text_encoder.py); decoding, streaming, offsets and savin
 import unicodedata
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenizers import Encoding, Tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, BatchEncoding, TokenizersBackend
+from transformers import AutoConfig, AutoTokenizer, BatchEncoding, TokenizersBackend
 from transformers.models.auto import tokenization_auto
 
 from hunyuan_vllm.chat_template import CHAT_TEMPLATE
 from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.text_encoder import TextEncoder
 from hunyuan_vllm.vocab import END_OF_TEXT, EOS, PAD, SPECIAL_TOKENS, START_OF_TEXT, build_tokenizer, read_tokens
 
-__all__ = ["HYTokenizer", "register_tokenizer"]
+__all__ = ["HYTokenizer", "load_tokenizer", "register_tokenizer"]
 
 # Arguments of `_encode_plus` that one text, neither padded nor made a tensor, can be encoded with by tiktoken.
 _PLAIN = {
@@ -155,6 +157,21 @@ def register_tokenizer() -> None:
     # checkpoints name the wrong one, and loads those with the class that the model type maps to.
     tokenization_auto.TOKENIZER_MAPPING_NAMES[model_type] = HYTokenizer.__name__
     tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(model_type)
+
+
+def load_tokenizer(name: str | Path) -> HYTokenizer:
+    """The tokenizer in a checkpoint's folder, or of a hub name; without vLLM.
+
+    Raises:
+        UserError: there is none that can be read.
+    """
+    AutoConfig.register(HunYuanConfig.model_type, HunYuanConfig, exist_ok=True)
+    register_tokenizer()
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=Path(name).is_dir())
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the tokenizer of {name} does not load: {reason}") from None
 
 
 def _with_defaults(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -44,6 +44,7 @@ USED: tuple[Symbol, ...] = (
         "VllmConfig",
         members=("model_config", "cache_config", "parallel_config", "load_config", "quant_config", "lora_config"),
     ),
+    Symbol("vllm.config.load", "LoadConfig", members=("use_tqdm_on_load", "load_format")),
     Symbol("vllm.config.lora", "LoRAConfig", members=("target_modules",)),
     Symbol("vllm.config", "CacheConfig", members=("kv_sharing_fast_prefill",)),
     Symbol("vllm.config", "get_current_vllm_config"),
@@ -76,6 +77,7 @@ USED: tuple[Symbol, ...] = (
     Symbol("vllm.distributed", "get_pp_group"),
     Symbol("vllm.distributed", "get_tensor_model_parallel_rank"),
     Symbol("vllm.distributed", "get_tensor_model_parallel_world_size"),
+    Symbol("vllm.distributed", "get_world_group"),
     Symbol("vllm.logger", "init_logger"),
     Symbol("vllm.platforms", "current_platform"),
     Symbol(f"{_LAYERS}.activation", "SiluAndMul"),
@@ -256,4 +258,10 @@ USED: tuple[Symbol, ...] = (
     Symbol("vllm.entrypoints.serve.exception_handling.error_response", "create_error_response"),
     Symbol("vllm.usage.usage_lib", "UsageContext", members=("OPENAI_BATCH_RUNNER",)),
     Symbol("vllm.utils.argparse_utils", "FlexibleArgumentParser"),
+    # Evaluation: an offline engine with a worker extension.
+    Symbol("vllm.engine.arg_utils", "EngineArgs", members=("from_cli_args", "worker_extension_cls")),
+    Symbol("vllm.entrypoints.llm", "LLM", members=("from_engine_args", "collective_rpc", "generate", "llm_engine")),
+    Symbol("vllm.inputs", "TokensPrompt"),
+    Symbol("vllm.sampling_params", "SamplingParams", members=("temperature", "max_tokens", "detokenize")),
+    Symbol("vllm.v1.worker.gpu_worker", "Worker", members=("get_model",)),
 )

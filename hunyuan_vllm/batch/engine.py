@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from vllm.engine.protocol import EngineClient
 
-__all__ = ["Engine", "EngineStopped", "Plan", "open_engine", "parse_options", "plan"]
+__all__ = ["Engine", "EngineStopped", "Plan", "one_line", "open_engine", "parse_options", "plan"]
 
 LEAST_WINDOW = 1024
 
@@ -142,11 +142,12 @@ async def open_engine(args: Namespace) -> AsyncIterator[Engine]:
             state = State()
             await init_app_state(client, state, args, await client.get_supported_tasks())
         except Exception as error:
-            raise UserError(f"the engine did not start: {_one_line(error)}") from error
+            raise UserError(f"the engine did not start: {one_line(error)}") from error
         yield Engine(client, state)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What an engine that did not start says of it, as one line."""
     if isinstance(error, ValidationError):  # vLLM's configuration, which wraps what our checks raise
         first = error.errors()[0]
         if first["type"] == "value_error":

@@ -10,6 +10,7 @@ from hunyuan_vllm import __version__
 from hunyuan_vllm.cli.batch import batch
 from hunyuan_vllm.cli.check import check
 from hunyuan_vllm.cli.compat import compat
+from hunyuan_vllm.cli.eval import app as evaluation
 from hunyuan_vllm.cli.quantize import quantize
 from hunyuan_vllm.cli.serve import serve
 from hunyuan_vllm.errors import UserError
@@ -43,6 +44,7 @@ PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command(context_settings=PASS_THROUGH)(serve)
 app.command(context_settings=PASS_THROUGH)(batch)
 app.command()(compat)
+app.add_typer(evaluation, name="eval")
 app.command()(quantize)
 app.command()(check)
 

@@ -1,0 +1,192 @@
+"""`hunyuan-vllm eval`: how far a quantised model is from the BF16 one, and how well a server does on benchmarks."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from hunyuan_vllm.cli.batch import QUIET
+from hunyuan_vllm.errors import UserError
+
+__all__ = ["app"]
+
+BROKEN_LIMIT, STOPPED, INTERRUPTED = 1, 3, 130  # exit statuses
+LIMITS = "Limits (exit status 1 where one is broken)"
+PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+app = typer.Typer(help="Measure quality: against BF16, or on benchmark tasks.", no_args_is_help=True)
+
+
+@app.command(context_settings=PASS_THROUGH)
+def compare(
+    context: typer.Context,
+    model: str = typer.Argument(None, help="Checkpoint folder or hub name; default: the demo model."),
+    a: str = typer.Option("bf16", "--a", metavar="SCHEME", help="What the others are measured against."),
+    b: list[str] = typer.Option(
+        ..., "--b", metavar="SCHEME", help="What is measured; may be repeated.", show_default=False
+    ),
+    text: Path = typer.Option(
+        None,
+        help="UTF-8 text, or .jsonl with one chat or text a line; default: ours, Chinese and English, and for the "
+        "demo model its held-out questions.",
+    ),
+    window: int = typer.Option(512, "--context", min=2, help="Most tokens that are read in one piece."),
+    limit: int = typer.Option(None, min=1, help="Score that many tokens at most."),
+    work: Path = typer.Option(None, help="Folder for A's logits meanwhile; default: the temporary folder."),
+    as_json: bool = typer.Option(False, "--json", help="Print every figure as JSON instead of the table."),
+    min_agreement: float = typer.Option(None, min=0, max=1, help="Share, as in 0.98.", rich_help_panel=LIMITS),
+    max_kl: float = typer.Option(None, min=0, help="Mean KL in nats.", rich_help_panel=LIMITS),
+    max_perplexity_ratio: float = typer.Option(None, min=0, help="As in 1.01.", rich_help_panel=LIMITS),
+) -> None:
+    """Compare ways to hold a model, by what they predict.
+
+    Both run through the engine, one after the other. At every token of the text their whole distributions are
+    compared: perplexity, share of tokens at which both find the same token likeliest, and KL(A‖B) in nats, with its
+    quantiles, so that a broken tail shows. vLLM's own flags may follow (vllm serve --help=all).
+
+    \b
+    Schemes:
+      bf16       the checkpoint as it is
+      int8       int8 weights, quantised while loading
+      int8-w8a8  int8 weights and inputs, quantised while loading
+      fp8        FP8 weights, inputs and cache; from an FP8 checkpoint, or from a
+                 BF16 one that is converted once, into ~/.cache/hunyuan-vllm
+      kv-fp8     bf16 with an FP8 KV cache
+    +kv-fp8 or +kv-bf16 behind a name sets its KV cache, :PATH a checkpoint of its own.
+
+    \b
+    Examples:
+      hunyuan-vllm eval compare --b int8 --b int8-w8a8 --b kv-fp8
+          the demo model
+      hunyuan-vllm eval compare /models/hunyuan-large --b int8+kv-fp8
+          --text chats.jsonl --context 2048 --tensor-parallel-size 16
+      hunyuan-vllm eval compare /models/hunyuan-large --b fp8:/models/hunyuan-fp8
+          --min-agreement 0.96 --json
+
+    \b
+    A line of a .jsonl file is one of
+      {"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}
+          of which the assistant's tokens count
+      {"text": "..."}
+          of which all tokens count
+
+    A's logits are kept on disk until the end, 2 bytes a token and vocabulary entry: 258 kB a token for Hunyuan-Large.
+
+    \b
+    Exit status: 0 done, 1 a limit is broken, 2 nothing was run, 3 an engine
+    gave out, 130 interrupted.
+    """
+    from hunyuan_vllm.evaluation.report import Limits
+    from hunyuan_vllm.evaluation.schemes import Scheme
+
+    _only_flags(context.args)
+    first, others = Scheme.parse(a), [Scheme.parse(one) for one in b]
+    limits = Limits(min_agreement, max_kl, max_perplexity_ratio)
+
+    def run() -> int:
+        from hunyuan_vllm.evaluation.compare import default_passages, measure
+        from hunyuan_vllm.evaluation.passages import limited, read_passages
+        from hunyuan_vllm.evaluation.report import distance_table, distances_json
+        from hunyuan_vllm.evaluation.runs import Work
+        from hunyuan_vllm.tokenizer import load_tokenizer
+
+        source = _model(model)
+        tokenizer = load_tokenizer(source.name)
+        passages = read_passages(text, tokenizer, window) if text else default_passages(source, tokenizer, window)
+        console = Console(stderr=True)
+        settings = Work(limited(passages, limit))
+        _, _, compared = measure(source, first, others, settings, context.args, work, console)
+        if as_json:
+            print(json.dumps(distances_json(source.given, first.name, compared), indent=1, ensure_ascii=False))
+        else:
+            _show(distance_table(first.name, compared))
+        broken = [problem for one in compared for problem in limits.broken(one.contestant.scheme.name, one.distance)]
+        for problem in broken:
+            print(f"hunyuan-vllm: {problem}", file=sys.stderr)
+        return BROKEN_LIMIT if broken else 0
+
+    _guarded(run)
+
+
+@app.command(context_settings=PASS_THROUGH)
+def demo(
+    context: typer.Context,
+    scheme: list[str] = typer.Option(
+        ["int8", "int8-w8a8", "fp8"], "--scheme", help="Schemes, as of `compare`; may be repeated."
+    ),
+    each: int = typer.Option(None, min=1, help="Questions of each kind and language, of 60; default: all."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON instead of the table."),
+) -> None:
+    """Measure the schemes on the demo model's 1,680 held-out questions.
+
+    Each scheme answers at temperature 0 and scores the right answers, through the engine; takes a minute or two.
+
+    \b
+    Examples:
+      hunyuan-vllm eval demo
+      hunyuan-vllm eval demo --scheme int8+kv-fp8 --scheme kv-fp8 --each 10
+
+    Exit status: 0 done, 2 nothing was run, 3 an engine gave out, 130 interrupted.
+    """
+    _only_flags(context.args)
+
+    def run() -> int:
+        from hunyuan_vllm.evaluation.demo import demo_rows, demo_table, rows_json
+        from hunyuan_vllm.server.model_source import demo_model
+
+        rows = demo_rows(demo_model(), scheme, each, context.args, Console(stderr=True))
+        if as_json:
+            print(json.dumps(rows_json(rows), indent=1))
+        else:
+            _show(demo_table(rows))
+        return 0
+
+    _guarded(run)
+
+
+def _only_flags(arguments: list[str]) -> None:
+    if arguments and not arguments[0].startswith("-"):
+        raise UserError(f"{arguments[0]!r} is one argument too many: vLLM's flags begin with --")
+
+
+def _model(given: str | None) -> Any:
+    from hunyuan_vllm.server.model_source import demo_model, open_model
+
+    return open_model(given) if given else demo_model()
+
+
+def _show(table: Table) -> None:
+    """On standard output; as wide as it has to be where that is a file."""
+    console = Console()
+    console.print(table) if console.is_terminal else Console(width=200).print(table)
+
+
+def _guarded(run: Callable[[], int]) -> None:
+    """Run it in a process of its own, which no engine outlives, and exit with its status."""
+    from hunyuan_vllm.batch.guard import guarded
+
+    def quietly() -> int:
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
+        warnings.simplefilter("ignore")
+        from hunyuan_vllm.evaluation.runs import EngineFailed
+
+        try:
+            return run()
+        except EngineFailed as error:
+            print(f"hunyuan-vllm: {error}", file=sys.stderr)
+            return STOPPED
+        except KeyboardInterrupt:
+            print("hunyuan-vllm: interrupted", file=sys.stderr)
+            return INTERRUPTED
+
+    raise typer.Exit(guarded(quietly))

@@ -1,0 +1,108 @@
+"""What is scored: token ids, and which of them count. From a text file, a JSONL file, or the built-in text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.quantize.texts import read_documents
+
+__all__ = ["BUILT_IN_TEXT", "Passage", "chat_passage", "limited", "read_passages", "text_passages"]
+
+BUILT_IN_TEXT = Path(__file__).with_name("bilingual.txt")
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Tokens that the engine reads at once.
+
+    Attributes:
+        ids: token ids.
+        scored: indices into `ids`, each at least 1, of the tokens whose prediction counts.
+    """
+
+    ids: list[int]
+    scored: list[int]
+
+
+def read_passages(file: Path, tokenizer: Any, context: int) -> list[Passage]:
+    """The passages of a file: of a *.jsonl file one a line, of any other the text in windows of `context` tokens.
+
+    A line of JSONL is {"messages": [...]}, of which what the assistant says counts, or {"text": "..."}, which is cut
+    into windows as a text file is.
+
+    Args:
+        tokenizer: the checkpoint's, as transformers gives it.
+        context: most tokens of a passage.
+
+    Raises:
+        UserError: the file cannot be read, or a line is neither.
+    """
+    passages: list[Passage] = []
+    for number, document in enumerate(read_documents(file, option="--text"), start=1):
+        if isinstance(document, str):
+            passages += text_passages(document, tokenizer, context)
+            continue
+        try:
+            passages.append(chat_passage(document, tokenizer, context))
+        except ValueError as error:
+            raise UserError(f"chat {number} of --text {file}: {error}") from None
+    if not any(passage.scored for passage in passages):
+        raise UserError(f"--text {file} has no token to score within a context of {context}: raise --context")
+    return [passage for passage in passages if passage.scored]
+
+
+def text_passages(text: str, tokenizer: Any, context: int) -> list[Passage]:
+    """`text` in windows that each begin with the document's start token; every other token counts."""
+    head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    step = context - len(head)
+    windows = [head + ids[start : start + step] for start in range(0, len(ids), step)]
+    return [Passage(window, list(range(1, len(window)))) for window in windows if len(window) > 1]
+
+
+def chat_passage(messages: Sequence[Mapping[str, str]], tokenizer: Any, context: int) -> Passage:
+    """A conversation in the model's own format; the assistant's tokens count, each turn's end included.
+
+    What lies beyond `context` tokens is cut off.
+
+    Raises:
+        ValueError: the chat template cannot render the messages, or no assistant speaks in them.
+    """
+    ids: list[int] = []
+    scored: list[int] = []
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        asked = _render(tokenizer, messages[:turn], add_generation_prompt=True)
+        ids = _render(tokenizer, messages[: turn + 1])
+        if ids[: len(asked)] != asked:
+            raise ValueError("the chat template does not put an answer behind its generation prompt")
+        scored += range(len(asked), len(ids))
+    if not scored:
+        raise ValueError("no message has the role 'assistant', whose words are what is scored")
+    return Passage(ids[:context], [index for index in scored if index < context])
+
+
+def limited(passages: Sequence[Passage], tokens: int | None) -> list[Passage]:
+    """The first passages, as far as `tokens` scored tokens go."""
+    kept: list[Passage] = []
+    for passage in passages:
+        part = passage.scored if tokens is None else passage.scored[:tokens]
+        if part:
+            kept.append(Passage(passage.ids[: part[-1] + 1], part))
+        if tokens is not None:
+            tokens -= len(part)
+    return kept
+
+
+def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> list[int]:
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
+        )
+    except Exception as error:  # whatever a template's own code raises
+        raise ValueError(f"the chat template refuses the messages: {error}") from None

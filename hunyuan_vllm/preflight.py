@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from hunyuan_vllm.checkpoint import check_headers
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.pipeline import check_pipeline
+from hunyuan_vllm.quant.preflight import check_quantisation
 from hunyuan_vllm.quant.scheme import layout_of
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class HunYuanPreflight:
         check_tensor_parallel(config, parallel.tensor_parallel_size)
         check_pipeline(config, parallel.pipeline_parallel_size)
         _check_options(vllm_config)
+        check_quantisation(vllm_config)
         limit_targets_on_cpu(vllm_config)
         _check_files(vllm_config)
 

@@ -1,0 +1,66 @@
+"""What can be known, before an engine starts, not to work with a quantised checkpoint or cache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hunyuan_vllm.config import HunYuanConfig
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+__all__ = ["check_quantisation"]
+
+CPU_CACHE_ALIGNMENT = 32  # elements of a head that vLLM's CPU attention takes at a time from an FP8 cache
+
+
+def check_quantisation(vllm_config: VllmConfig) -> None:
+    """Refuse what cannot work.
+
+    Raises:
+        ValueError: the message names the option, or the checkpoint's property, and what to use instead.
+    """
+    _check_foreign_fp8(vllm_config)
+    if vllm_config.cache_config.cache_dtype.startswith("fp8"):
+        _check_fp8_cache(vllm_config)
+
+
+def _check_foreign_fp8(vllm_config: VllmConfig) -> None:
+    """FP8 checkpoints of other kinds than ours are vLLM's to load, where it can."""
+    from vllm.platforms import current_platform
+
+    if vllm_config.model_config.quantization != "fp8":
+        return
+    described = getattr(vllm_config.model_config.hf_config, "quantization_config", None) or {}
+    remedy = "convert the BF16 checkpoint with hunyuan-vllm quantize SOURCE DESTINATION --scheme fp8-w8a8c8"
+    if block := described.get("weight_block_size"):
+        raise ValueError(
+            f"the checkpoint has FP8 weights with a scale for each block of {block}, which is not supported: ranks of "
+            f"the published network cut through such blocks (18304 / 8 columns are 17.875 × 128); {remedy}"
+        )
+    if current_platform.is_cpu():
+        raise ValueError(f"vLLM runs FP8 with dynamic activation scales on GPUs only; for a CPU, {remedy}")
+
+
+def _check_fp8_cache(vllm_config: VllmConfig) -> None:
+    import torch
+    from vllm.platforms import current_platform
+
+    config: HunYuanConfig = vllm_config.model_config.hf_config
+    option = f"kv_cache_dtype={vllm_config.cache_config.cache_dtype!r}"
+    if current_platform.is_cpu():
+        if config.head_dim % CPU_CACHE_ALIGNMENT:
+            raise ValueError(
+                f"{option}: vLLM's CPU attention has FP8 caches for head sizes that {CPU_CACHE_ALIGNMENT} divides, and "
+                f"this network's is {config.head_dim}: use kv_cache_dtype='auto' on CPUs (GPUs take either)"
+            )
+        if not torch.cpu._is_avx512_supported() and not torch.cpu._is_amx_tile_supported():
+            raise ValueError(f"{option} needs a CPU with AVX-512, and this one has none: use kv_cache_dtype='auto'")
+    if skipped := vllm_config.cache_config.kv_cache_dtype_skip_layers:
+        for layer in range(config.num_hidden_layers):
+            owner = config.kv_owner(layer)
+            if (str(layer) in skipped) != (str(owner) in skipped):
+                raise ValueError(
+                    f"kv_cache_dtype_skip_layers={skipped} gives layer {layer} another cache type than layer {owner}, "
+                    "whose cache it reads: name all layers of a CLA group, or none"
+                )

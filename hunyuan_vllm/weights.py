@@ -8,13 +8,18 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    get_world_group,
+)
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import CheckpointError, Layout
+from hunyuan_vllm.load_progress import LoadProgress
 from hunyuan_vllm.qk_norm import FoldedQueryNorm
-from hunyuan_vllm.quant.scheme import CheckpointScheme
+from hunyuan_vllm.quant.scheme import CheckpointScheme, is_quantised
 
 if TYPE_CHECKING:
     from hunyuan_vllm.model import HunYuanForCausalLM
@@ -51,9 +56,11 @@ def load_checkpoint(model: HunYuanForCausalLM, weights: Iterable[tuple[str, torc
     scheme = model.quant_config if isinstance(model.quant_config, CheckpointScheme) else None
     layout = scheme.layout(model.config) if scheme else Layout(model.config)
     seen: set[str] = set()
-    tensors = _checked(model, layout, weights, seen)
+    use_bar = model.vllm_config.load_config.use_tqdm_on_load
+    progress = LoadProgress(layout, shown=get_world_group().rank_in_group == 0, bar=use_bar)
+    tensors = progress.reading(_checked(model, layout, weights, seen))
     if scheme:
-        tensors = (loaded for name, tensor in tensors for loaded in scheme.load(name, tensor))
+        tensors = _converted(scheme, tensors, progress)
     loader = AutoWeightsLoader(model)
     loaded = loader.load_weights(tensors, mapper=_names_for(model.config))
     if model.expects_whole_checkpoint:
@@ -96,6 +103,15 @@ def _checked(
             yield part, _once_among_ranks(model, part, value, rank)
 
 
+def _converted(
+    scheme: CheckpointScheme, tensors: Iterable[tuple[str, torch.Tensor]], progress: LoadProgress
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in tensors:
+        converted = scheme.load(name, tensor)
+        quantises = is_quantised(name) and tensor.itemsize > 1
+        yield from progress.quantised(converted) if quantises else converted
+
+
 def _once_among_ranks(model: HunYuanForCausalLM, name: str, tensor: torch.Tensor, rank: int) -> torch.Tensor:
     """Tensor-parallel ranks add up their parts of an expert's output, its bias included: only the first brings it."""
     if name.endswith(".down_proj.bias") and ".experts." in name and rank > 0:
@@ -111,7 +127,7 @@ def _check_finite(name: str, tensor: torch.Tensor, rank: int, ranks: int) -> Non
     if tensor.dtype in (torch.float32, torch.bfloat16, torch.float16):
         finite = all(map(math.isfinite, share.aminmax()))  # NaN is the least and the greatest
     elif tensor.dtype == torch.float8_e4m3fn:
-        finite = share.view(torch.int8).bitwise_and(0x7F).amax() < 0x7F  # that is its NaN; it has no infinity
+        finite = bool(share.view(torch.int8).bitwise_and(0x7F).amax() < 0x7F)  # that is its NaN; it has no infinity
     else:
         return
     if not finite:

@@ -56,7 +56,11 @@ def prompt_logprobs(model: HunYuanForCausalLM, prompt: Sequence[int]) -> list[fl
 
 def reference_answers(path: Path, prompts: Sequence[list[int]], max_new_tokens: int = 24) -> Golden:
     """What the reference model in float32 answers on a checkpoint, in the form of a golden record."""
-    model = HunYuanForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return answers_of(HunYuanForCausalLM.from_pretrained(path, dtype=torch.float32), path, prompts, max_new_tokens)
+
+
+def answers_of(model: HunYuanForCausalLM, path: Path, prompts: Sequence[list[int]], max_new_tokens: int) -> Golden:
+    """The same, of a reference model at hand."""
     items = []
     for prompt in prompts:
         tokens, logprobs = model.greedy(torch.tensor([prompt]), max_new_tokens)

@@ -19,8 +19,9 @@ from hunyuan_vllm.quantize.options import Clip
 __all__ = ["row_scales", "tensor_scale"]
 
 MAGNITUDES = 1 << 15
-# An FP8 grid repeats itself at every power of two: fine steps within one, then as many powers as outliers may need.
-FP8_STEPS, FP8_POWERS = 16, 12
+# An FP8 grid repeats itself at every power of two: one above the plain scale, where all weights may fall on a finer
+# part of it, and below as many as an outlier may be worth giving up for.
+FP8_STEPS, FP8_POWERS = 32, range(-12, 2)
 INT8_SHRINKS = [1 - 0.025 * step for step in range(29)]  # of the largest weight of a row, down to 0.3
 
 
@@ -70,7 +71,8 @@ def _largest(rows: Tensor, clip: Clip) -> Tensor:
 
 def _least_error(magnitudes: Tensor, counts: Tensor) -> float:
     widest = float(magnitudes[-1]) / E4M3_MAX
-    scales = [widest * 2.0 ** (-step / FP8_STEPS) for step in range(FP8_STEPS * FP8_POWERS)]
+    steps = range(FP8_STEPS * FP8_POWERS.start, FP8_STEPS * (FP8_POWERS.stop - 1))
+    scales = [widest * 2.0 ** (step / FP8_STEPS) for step in steps]
     errors = [((round_through_fp8(magnitudes, s) - magnitudes).double().square() * counts).sum().item() for s in scales]
     return scales[errors.index(min(errors))]
 

@@ -1,0 +1,48 @@
+"""The command's words, read and refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.quantize.options import Clip, Options, parse_size
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("5GB", 5 * 10**9), ("500mb", 5 * 10**8), ("2 GiB", 2 << 30), ("1.5k", 1500), ("4096", 4096), ("1TB", 10**12)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "5", "GB", "-1GB", "5 apples", "1I", "0GB"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(UserError, match="--shard-size"):
+        parse_size(text)
+
+
+def test_clips() -> None:
+    assert Clip.parse("max").kind == "max" and Clip.parse("mse").kind == "mse"
+    assert Clip.parse("percentile:99.99").percentile == 99.99
+    assert [str(Clip.parse(text)) for text in ("max", "mse", "percentile:99.9")] == ["max", "mse", "percentile:99.9"]
+
+
+@pytest.mark.parametrize("text", ["", "min", "percentile", "percentile:101", "percentile:1", "percentile:99.9x"])
+def test_what_is_no_clip(text: str) -> None:
+    with pytest.raises(UserError, match="--clip"):
+        Clip.parse(text)
+
+
+def test_options_out_of_range() -> None:
+    with pytest.raises(UserError, match=r"--scheme int4: it is one of fp8-w8a8c8, int8, int8-w8a8"):
+        Options("int4")
+    with pytest.raises(UserError, match="--smooth 1.5"):
+        Options("int8", smooth=1.5)
+    with pytest.raises(UserError, match="--calibration-tokens 0"):
+        Options("int8", calibration_tokens=0)
+
+
+def test_only_what_needs_activations_calibrates() -> None:
+    assert Options("fp8-w8a8c8").calibrates and Options("int8", smooth=0.5).calibrates
+    assert not Options("int8").calibrates and not Options("int8-w8a8").calibrates

@@ -85,6 +85,6 @@ def some_alike(items: Sequence[str], limit: int = 6) -> list[str]:
         return list(items)
     alike = defaultdict(list)
     for item in items:
-        alike[re.sub(r"\d+", "*", item)].append(item)
+        alike[re.sub(r"\d+(?:[.,]\d+)*(?:e[-+]?\d+)?", "*", item)].append(item)
     lines = [group[0] if len(group) == 1 else f"{pattern} ({len(group):,})" for pattern, group in alike.items()]
     return lines if len(lines) <= limit else [*lines[: limit - 1], f"and {len(lines) - limit + 1:,} more kinds"]

@@ -15,7 +15,7 @@ import psutil
 
 from hunyuan_vllm.server.ray_cluster import RayCluster, find_ray_cluster
 
-__all__ = ["Machine", "probe"]
+__all__ = ["Machine", "can_compile", "free_memory", "probe"]
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ def probe(environ: Mapping[str, str], python: str) -> Machine:
         ray=find_ray_cluster(environ) if cuda else None,
         interfaces=_interfaces(),
         cores=len(os.sched_getaffinity(0)),
-        memory=_free_memory(),
-        compiles=_compiles(environ),
+        memory=free_memory(),
+        compiles=can_compile(environ),
         vllm_command=_vllm_command(python),
     )
 
@@ -101,7 +101,7 @@ def _interfaces() -> dict[str, tuple[str, ...]]:
     }
 
 
-def _free_memory(system: Path = Path("/sys")) -> int:
+def free_memory(system: Path = Path("/sys")) -> int:
     """Available bytes: of the machine, a container's limit and the first core's NUMA node, whichever has least."""
     free = [psutil.virtual_memory().available]
     try:
@@ -117,7 +117,8 @@ def _free_memory(system: Path = Path("/sys")) -> int:
     return min(free)
 
 
-def _compiles(environ: Mapping[str, str]) -> bool:
+def can_compile(environ: Mapping[str, str]) -> bool:
+    """Whether a C++ compiler and Python's headers are there."""
     compilers = [environ["CXX"]] if environ.get("CXX") else ["g++", "clang++"]
     has_compiler = any(shutil.which(name, path=environ.get("PATH")) for name in compilers)
     return has_compiler and Path(sysconfig.get_paths()["include"], "Python.h").exists()

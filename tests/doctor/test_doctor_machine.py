@@ -1,0 +1,222 @@
+"""The machine's checks on machines made of files."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from fakes import look, machine, statuses
+
+from hunyuan_vllm.doctor import cpus, limits, network, variables
+from hunyuan_vllm.server.settings import Settings
+
+CPUINFO = "processor\t: 0\nmodel name\t: Imaginary 9000\nflags\t\t: fpu {flags}\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "kernels"),
+    [
+        ("avx2 avx512f avx512_bf16 avx512_vnni amx_bf16", "AMX"),
+        ("avx2 avx512f avx512_bf16 avx512_vnni", "with BF16 and VNNI"),
+        ("avx2 avx512f avx512_bf16", "without VNNI"),
+        ("avx2 avx512f", "without BF16"),
+        ("avx2", "AVX2 only"),
+    ],
+)
+def test_the_processor_says_which_kernels(tmp_path: Path, flags: str, kernels: str) -> None:
+    system = machine(tmp_path, {"proc/cpuinfo": CPUINFO.format(flags=flags)})
+    found = look(cpus.check_cpu, system, False)
+    assert statuses(found) == {"CPU": "ok"}
+    assert kernels in found["CPU"].text and "Imaginary 9000" in found["CPU"].text
+
+
+def test_a_processor_that_is_too_old_and_a_containers_quota(tmp_path: Path) -> None:
+    files = {"proc/cpuinfo": CPUINFO.format(flags="sse2"), "sys/fs/cgroup/cpu.max": "50000 100000\n"}
+    found = look(cpus.check_cpu, machine(tmp_path, files), False)
+    assert statuses(found) == {"CPU": "problem", "CPU quota": "warning"}
+    assert "0.5 cores" in found["CPU quota"].text
+    assert statuses(look(cpus.check_cpu, machine(tmp_path / "none"), False)) == {"CPU": "skipped"}
+
+
+def test_numa(tmp_path: Path) -> None:
+    one = machine(tmp_path / "1", {"sys/devices/system/node/node0/x": "", "proc/sys/kernel/numa_balancing": "1"})
+    two = {"sys/devices/system/node/node0/x": "", "sys/devices/system/node/node1/x": ""}
+    assert statuses(look(cpus.check_numa, one, True)) == {"NUMA": "ok"}
+    found = look(cpus.check_numa, machine(tmp_path / "2", two | {"proc/sys/kernel/numa_balancing": "1"}), True)
+    assert statuses(found) == {"NUMA": "warning"}
+    quiet = machine(tmp_path / "3", two | {"proc/sys/kernel/numa_balancing": "0"})
+    assert statuses(look(cpus.check_numa, quiet, True)) == {"NUMA": "ok"}
+
+
+def test_no_compiler(tmp_path: Path) -> None:
+    assert statuses(look(cpus.check_compiler, machine(tmp_path), False)) == {"compiler": "warning"}
+    assert statuses(look(cpus.check_compiler, machine(tmp_path), True)) == {"compiler": "problem"}
+
+
+@pytest.mark.parametrize(
+    ("total", "free", "cuda", "status"),
+    [
+        (64, 63, False, "problem"),
+        (2048, 100, False, "problem"),
+        (2048, 2000, False, "ok"),
+        (2048, 2000, True, "warning"),
+    ],
+)
+def test_shared_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, total: int, free: int, cuda: bool, status: str
+) -> None:
+    system = machine(tmp_path, {"dev/shm/.keep": ""})
+    fake = type("Usage", (), {"total": total << 20, "used": 0, "free": free << 20})
+    monkeypatch.setattr(limits.shutil, "disk_usage", lambda folder: fake)
+    found = look(limits.check_shared_memory, system, cuda)
+    assert statuses(found) == {"/dev/shm": status}
+    assert status == "ok" or "--ipc=host" in found["/dev/shm"].remedy
+    assert statuses(look(limits.check_shared_memory, machine(tmp_path / "none"), cuda)) == {"/dev/shm": "problem"}
+
+
+def test_limits(tmp_path: Path) -> None:
+    def limit(files: int, locked: int, processes: int = -1) -> Callable[[int], tuple[int, int]]:
+        values = {resource.RLIMIT_NOFILE: files, resource.RLIMIT_MEMLOCK: locked, resource.RLIMIT_NPROC: processes}
+        return lambda which: (values[which], values[which])
+
+    plain = machine(tmp_path / "plain")
+    rdma = machine(tmp_path / "rdma", {"sys/class/infiniband/mlx5_0/x": "", "sys/fs/cgroup/pids.max": "100"})
+    infinite = resource.RLIM_INFINITY
+    good = {"open files": "ok", "locked memory": "ok"}
+    assert statuses(look(limits.check_limits, plain, limit(1 << 20, 8 << 20))) == good
+    assert statuses(look(limits.check_limits, plain, limit(1024, 8 << 20)))["open files"] == "problem"
+    assert statuses(look(limits.check_limits, plain, limit(20000, 8 << 20)))["open files"] == "warning"
+    found = look(limits.check_limits, rdma, limit(infinite, 8 << 20, 500))
+    assert statuses(found) == {"open files": "ok", "locked memory": "problem", "processes": "warning"}
+    assert "mlx5_0" in found["locked memory"].text
+    assert look(limits.check_limits, rdma, limit(infinite, infinite))["locked memory"].status == "ok"
+
+
+def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    system = machine(tmp_path, TMPDIR=str(tmp_path), HF_HOME=str(tmp_path / "not" / "yet" / "there"))
+    fake = type("Usage", (), {"free": 50 * 10**9})
+    monkeypatch.setattr(limits.shutil, "disk_usage", lambda folder: fake)
+    assert statuses(look(limits.check_disk, system)) == {"disk": "ok"}
+    fake.free = 5 * 10**9
+    assert statuses(look(limits.check_disk, system)) == {"disk": "warning"}
+    fake.free = 10**9
+    found = look(limits.check_disk, system)
+    assert statuses(found) == {"disk": "problem"}
+    monkeypatch.setattr(limits.os, "access", lambda folder, mode: False)
+    assert "is not writable" in look(limits.check_disk, system)["disk"].text
+
+
+def test_clock(tmp_path: Path) -> None:
+    found = look(limits.check_clock, machine(tmp_path), lambda: 1e9)
+    assert statuses(found) == {"clock": "problem"} and "2001-09-09" in found["clock"].text
+    # What this kernel says is not ours to choose; alone, a machine needs no synchronised clock.
+    assert look(limits.check_clock, machine(tmp_path))["clock"].status in ("ok", "skipped")
+
+
+def test_a_taken_port_names_its_owner() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        found = look(network.check_ports, "127.0.0.1", port)
+        assert statuses(found) == {"port": "problem"}
+        assert f"port {port} on 127.0.0.1 is taken by process {os.getpid()}" in found["port"].text
+    assert statuses(look(network.check_ports, "127.0.0.1", port)) == {"port": "ok"}
+
+
+def test_settings_that_mean_nothing(tmp_path: Path) -> None:
+    found = look(network.check_settings, machine(tmp_path, PORT="eighty"))
+    assert statuses(found) == {"settings": "problem"} and "PORT=eighty" in found["settings"].text
+
+
+def test_ray(tmp_path: Path) -> None:
+    def absent(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    def present(name: str) -> str:
+        return "2.60.0"
+
+    alone = machine(tmp_path, RAY_TMPDIR=str(tmp_path))
+    assert statuses(look(network.check_ray, alone, absent)) == {"Ray": "skipped"}
+    assert look(network.check_ray, alone, present)["Ray"].status in ("ok", "warning")  # by who uses its ports here
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        cluster = machine(tmp_path, RAY_ADDRESS=address, RAY_TMPDIR=str(tmp_path))
+        assert statuses(look(network.check_ray, cluster, absent)) == {"Ray": "problem"}
+        assert f"a cluster answers at {address}" in look(network.check_ray, cluster, present)["Ray"].text
+    found = look(network.check_ray, cluster, present)
+    assert statuses(found) == {"Ray": "problem"} and "no cluster answers" in found["Ray"].text
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text(address)
+    assert "no cluster answers" in look(network.check_ray, alone, present)["Ray"].text
+
+
+@pytest.mark.parametrize(
+    ("address", "environ", "status"),
+    [
+        ("10.0.0.5", {}, "ok"),
+        ("127.0.1.1", {}, "ok"),
+        ("127.0.1.1", {"RAY_ADDRESS": "10.0.0.1:6379"}, "warning"),
+        ("127.0.1.1", {"RAY_ADDRESS": "10.0.0.1:6379", "LOCAL_IP": "10.0.0.5"}, "ok"),
+    ],
+)
+def test_the_machines_own_name(tmp_path: Path, address: str, environ: dict[str, str], status: str) -> None:
+    found = look(network.check_name, machine(tmp_path, **environ), lambda name: address)
+    assert statuses(found) == {"host name": status}
+
+
+@pytest.mark.parametrize(
+    ("environ", "status"),
+    [
+        ({}, "ok"),
+        ({"NCCL_SOCKET_IFNAME": "lo"}, "ok"),
+        ({"NCCL_SOCKET_IFNAME": "^docker"}, "ok"),
+        ({"NCCL_SOCKET_IFNAME": "=lo,nothing0"}, "ok"),
+        ({"GLOO_SOCKET_IFNAME": "nothing0"}, "problem"),
+        ({"LOCAL_IP": "192.0.2.77"}, "problem"),
+    ],
+)
+def test_interfaces(tmp_path: Path, environ: dict[str, str], status: str) -> None:
+    system = machine(tmp_path, **environ)
+    found = look(network.check_interfaces, system, Settings.read(system.environ))
+    assert statuses(found) == {"interfaces": status}
+
+
+@pytest.mark.parametrize(
+    ("environ", "cuda", "subject"),
+    [
+        ({"PYTHONDONTWRITEBYTECODE": "1"}, False, "PYTHONDONTWRITEBYTECODE"),
+        ({"HF_HUB_OFFLINE": "1"}, False, "HF_HUB_OFFLINE"),
+        ({"HUNYUAN_VLLM_CLA_SHARING": "0"}, False, "HUNYUAN_VLLM_CLA_SHARING"),
+        ({"VLLM_WORKER_MULTIPROC_METHOD": "fork"}, True, "VLLM_WORKER_MULTIPROC_METHOD"),
+        ({"VLLM_ATENTION_BACKEND": "x"}, True, "VLLM_*"),
+        ({"http_proxy": "http://proxy:3128"}, False, "proxy"),
+    ],
+)
+def test_variables_that_hurt(tmp_path: Path, environ: dict[str, str], cuda: bool, subject: str) -> None:
+    found = look(variables.check_variables, machine(tmp_path, **environ), cuda, variables.known_to_vllm())
+    assert statuses(found) == {subject: "warning"}
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        {"HF_HUB_OFFLINE": "0", "HUNYUAN_VLLM_CLA_SHARING": "1", "VLLM_CACHE_ROOT": "/x"},
+        {"http_proxy": "http://proxy:3128", "no_proxy": "localhost,.internal"},
+        {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "PYTHONDONTWRITEBYTECODE": ""},
+    ],
+)
+def test_variables_that_do_not(tmp_path: Path, environ: dict[str, str]) -> None:
+    found = look(variables.check_variables, machine(tmp_path, **environ), True, variables.known_to_vllm())
+    assert statuses(found) == {"variables": "ok"}
+
+
+def test_a_misspelt_variable_gets_a_suggestion_and_no_value_is_shown(tmp_path: Path) -> None:
+    system = machine(tmp_path, VLLM_LOGING_LEVEL="secret")
+    found = look(variables.check_variables, system, True, variables.known_to_vllm())["VLLM_*"]
+    assert found.items == ("VLLM_LOGING_LEVEL (is VLLM_LOGGING_LEVEL meant?)",)
+    assert "secret" not in repr(found)

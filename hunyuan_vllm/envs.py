@@ -6,8 +6,9 @@ Read them through these functions, at the edge, once.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
-__all__ = ["cla_sharing", "take_ssh_password"]
+__all__ = ["cache_folder", "cla_sharing", "native_kernels", "take_ssh_password"]
 
 _TRUE = {"1", "true", "on", "yes"}
 _FALSE = {"0", "false", "off", "no"}
@@ -28,6 +29,17 @@ def _flag(name: str, default: bool) -> bool:
 def cla_sharing() -> bool:
     """HUNYUAN_VLLM_CLA_SHARING (default 1): 0 gives each cross layer a KV cache of its own, for comparison only."""
     return _flag("HUNYUAN_VLLM_CLA_SHARING", default=True)
+
+
+def native_kernels() -> bool:
+    """HUNYUAN_VLLM_NATIVE_KERNELS (default 1): 0 keeps int8 products on CPUs to plain torch and vLLM's operators."""
+    return _flag("HUNYUAN_VLLM_NATIVE_KERNELS", default=True)
+
+
+def cache_folder() -> Path:
+    """Our folder in vLLM's cache: below VLLM_CACHE_ROOT, by default XDG_CACHE_HOME/vllm, by default ~/.cache/vllm."""
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("VLLM_CACHE_ROOT") or Path(caches) / "vllm").expanduser() / "hunyuan-vllm"
 
 
 def take_ssh_password() -> str | None:

@@ -80,6 +80,8 @@ USED: tuple[Symbol, ...] = (
     Symbol("vllm.distributed", "get_world_group"),
     Symbol("vllm.logger", "init_logger"),
     Symbol("vllm.platforms", "current_platform"),
+    Symbol("vllm.platforms.interface", "Platform", members=("device_type", "import_kernels")),
+    Symbol("vllm.plugins", "load_general_plugins"),
     Symbol(f"{_LAYERS}.activation", "SiluAndMul"),
     Symbol(
         f"{_LAYERS}.attention",
@@ -151,7 +153,7 @@ USED: tuple[Symbol, ...] = (
         "fused_experts_cpu",
         keywords=("w1_scale", "w2_scale", "w1_zero", "w2_zero", "block_size"),
     ),
-    Symbol("vllm._custom_ops", "CPUQuantMethod", members=("UNQUANT",)),
+    Symbol("vllm._custom_ops", "CPUQuantMethod", members=("UNQUANT", "INT8_W8A8")),
     Symbol(f"{_LAYERS}.layernorm", "RMSNorm", keywords=("hidden_size", "eps", "has_weight")),
     Symbol(f"{_LAYERS}.linear", "ColumnParallelLinear", keywords=_LINEAR),
     Symbol(f"{_LAYERS}.linear", "MergedColumnParallelLinear", keywords=("bias", "quant_config", "prefix")),
@@ -178,7 +180,6 @@ USED: tuple[Symbol, ...] = (
         "CompressedTensorsConfig",
         members=("from_config", "get_quant_method"),
     ),
-    Symbol(f"{_LAYERS}.quantization.compressed_tensors.utils", "should_ignore_layer"),
     Symbol(f"{_LAYERS}.logits_processor", "LogitsProcessor"),
     Symbol(
         f"{_LAYERS}.quantization",

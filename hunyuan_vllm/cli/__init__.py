@@ -10,6 +10,7 @@ from hunyuan_vllm import __version__
 from hunyuan_vllm.cli.batch import batch
 from hunyuan_vllm.cli.check import check
 from hunyuan_vllm.cli.compat import compat
+from hunyuan_vllm.cli.doctor import doctor
 from hunyuan_vllm.cli.eval import app as evaluation
 from hunyuan_vllm.cli.quantize import quantize
 from hunyuan_vllm.cli.serve import serve
@@ -47,6 +48,7 @@ app.command()(compat)
 app.add_typer(evaluation, name="eval")
 app.command()(quantize)
 app.command()(check)
+app.command()(doctor)
 
 
 def main() -> None:

@@ -94,6 +94,7 @@ class Layout:
         self.config = config
         self.expected = expected_tensors(config) if expected is None else expected
         self.known = self.expected | (optional or {})
+        self._modules = {name.rpartition(".")[0] for name in self.expected}
 
     def names(self, name: str, shape: Iterable[int]) -> tuple[str, ...]:
         """Canonical names of the tensors that the checkpoint's tensor `name` holds: several if it is fused, none if
@@ -173,8 +174,7 @@ class Layout:
         """Rotary buffers, a tied head's copy, and biases beside weights of a network without biases."""
         if ".rotary_emb." in name or name == "lm_head.weight":
             return True
-        weights = (f"{part.removesuffix('.bias')}.weight" for part in parts)
-        return name.endswith(".bias") and all(weight in self.expected for weight in weights)
+        return name.endswith(".bias") and all(part.removesuffix(".bias") in self._modules for part in parts)
 
     def _split_qkv(self, tensor: Any) -> tuple[Any, Any, Any]:
         """Rows lie KV head by KV head, each as [its query heads, k, v] × head_dim."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.layout import Layout, Shape, expected_tensors
+from hunyuan_vllm.layout import Layout
 from hunyuan_vllm.quant import fp8_format, int8_format
-from hunyuan_vllm.quant.scheme import is_quantised
+from hunyuan_vllm.quant.ignored import IgnoredLayers
 
 __all__ = ["FLOATS", "Format", "is_scale", "stored_format", "types_of"]
 
@@ -50,28 +49,12 @@ class Format:
         if self.kind is None:
             return Layout(config)
         if self.kind == FP8:
-            return fp8_format.Fp8Layout(config, fp8_format.IgnoredLayers(self.ignored))
-        expected: dict[str, Shape] = {}
-        optional: dict[str, Shape] = {}
-        for name, shape in expected_tensors(config).items():
-            projection = name.removesuffix(".weight")
-            if not is_quantised(name) or self._ignores(projection):
-                expected[name] = shape
-                continue
-            expected |= int8_format.stored_tensors(self.kind, projection, shape)
-            if self.kind == int8_format.PACKED:
-                optional[f"{projection}.weight_shape"] = (2,)
-        return Layout(config, expected, optional)
+            return fp8_format.Fp8Layout(config, IgnoredLayers(self.ignored))
+        return int8_format.Int8Layout(config, self.kind, IgnoredLayers(self.ignored))
 
     def quantised_type(self) -> str:
         """The type of a quantised weight that keeps its name."""
         return fp8_format.E4M3_NAME if self.kind == FP8 else "I8"
-
-    def _ignores(self, projection: str) -> bool:
-        return any(
-            re.match(entry.removeprefix("re:"), projection) if entry.startswith("re:") else entry == projection
-            for entry in self.ignored
-        )
 
 
 def types_of(name: str, format: Format, layout: Layout) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from vllm.platforms import current_platform
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import CheckpointError
 from hunyuan_vllm.quant.fp8 import E4M3
-from hunyuan_vllm.quant.fp8_format import E4M3_NAME, Fp8Layout, IgnoredLayers, is_static_per_tensor
+from hunyuan_vllm.quant.fp8_format import E4M3_NAME, Fp8Layout, IgnoredLayers, ignored_layers, is_static_per_tensor
 from hunyuan_vllm.quant.kv_scales import CacheScales, is_cache_scale
 from hunyuan_vllm.quant.scheme import CheckpointScheme, is_quantised
 
@@ -41,14 +41,14 @@ class HunYuanFp8Config(QuantizationConfig, CheckpointScheme):
     """Weights and activations in E4M3 with one static scale a tensor.
 
     Args:
-        ignored_layers: the linears that the checkpoint left unquantised; see `IgnoredLayers`.
+        ignored: the linears that the checkpoint left unquantised.
     """
 
     name: ClassVar[str] = "hunyuan_fp8"
 
-    def __init__(self, ignored_layers: Iterable[str] = ()) -> None:
+    def __init__(self, ignored: IgnoredLayers | None = None) -> None:
         super().__init__()
-        self.ignored = IgnoredLayers(ignored_layers)
+        self.ignored = ignored or IgnoredLayers()
         self.cache_scales = CacheScales()
         self._input_scales: dict[str, Tensor] = {}
 
@@ -75,7 +75,7 @@ class HunYuanFp8Config(QuantizationConfig, CheckpointScheme):
                 f"quantization={cls.name!r} reads FP8 checkpoints with one static scale a tensor, and in config.json "
                 f"quantization_config is {config}: make one with hunyuan-vllm quantize --scheme fp8-w8a8c8"
             )
-        return cls(config.get("ignored_layers") or config.get("modules_to_not_convert") or [])
+        return cls(ignored_layers(config))
 
     @classmethod
     def override_quantization_method(
@@ -98,15 +98,14 @@ class HunYuanFp8Config(QuantizationConfig, CheckpointScheme):
         from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
-        # One linear stands for a fused module: `layout` has refused checkpoints that ignore a part of one.
         if isinstance(layer, LinearBase):
-            if _first_part(prefix) in self.ignored:
+            if self.ignored.covers(prefix):
                 return UnquantizedLinearMethod()
             from hunyuan_vllm.quant import fp8_linear
 
             self._say_how_cpus_compute()
             return fp8_linear.method(self.stock)
-        if isinstance(layer, RoutedExperts) and f"{prefix}.0.gate_proj" not in self.ignored:
+        if isinstance(layer, RoutedExperts) and not self.ignored.covers(prefix):
             from hunyuan_vllm.quant import fp8_experts
 
             return fp8_experts.method(self.stock, layer)
@@ -165,12 +164,6 @@ class HunYuanFp8Config(QuantizationConfig, CheckpointScheme):
                 "FP8 on a CPU: weights are expanded to the model's type once, and activations are rounded as GPUs "
                 "round them. This shows a GPU's numbers; it saves no memory (int8 does: hunyuan_int8)"
             )
-
-
-def _first_part(prefix: str) -> str:
-    """The first linear of a module that vLLM may have fused."""
-    module, _, projection = prefix.rpartition(".")
-    return f"{module}.{ {'qkv_proj': 'q_proj', 'gate_up_proj': 'gate_proj'}.get(projection, projection) }"
 
 
 def _checked_scale(name: str, scale: Tensor) -> Tensor:

@@ -7,25 +7,20 @@ scales may be there too, in any of several spellings. No vLLM is imported.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import CheckpointError, Layout, Shape, expected_tensors
-from hunyuan_vllm.quant.scheme import is_quantised
+from hunyuan_vllm.quant.ignored import IgnoredLayers, quantised_linears
 
-__all__ = ["E4M3_NAME", "Fp8Layout", "IgnoredLayers", "is_static_per_tensor"]
+__all__ = ["E4M3_NAME", "Fp8Layout", "IgnoredLayers", "ignored_layers", "is_static_per_tensor"]
 
 E4M3_NAME = "F8_E4M3"  # as safetensors' headers spell it
 SCALAR: Shape = ()
 
 _FUSED_SCALE = re.compile(r"^(.*\.)(qkv_proj|gate_and_up_proj)\.(weight_scale|input_scale)$")
 _FUSED_PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_and_up_proj": ("up_proj", "gate_proj")}
-_FUSED_NAMES = {  # the last is vLLM's own spelling
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), ("qkv_proj",)),
-    **dict.fromkeys(("gate_proj", "up_proj"), ("gate_and_up_proj", "gate_up_proj")),
-}
 _CACHE_SCALE = re.compile(r"^(.*\.self_attn\.)(?:attn\.)?(kv|k|v)_scale$")
 _OUTPUT_SCALE = re.compile(r"^(.*\.self_attn\.)(k|v)_proj\.output_scale$")
 
@@ -39,29 +34,9 @@ def is_static_per_tensor(quantization: Mapping[str, Any]) -> bool:
     )
 
 
-class IgnoredLayers:
-    """The linears that a checkpoint leaves unquantised, as its config lists them.
-
-    An entry is one or more whole components of a linear's name ("model.layers.3", "mlp.shared_mlp", "o_proj"), in which
-    a fused projection may stand for its parts; or it is "re:" and a pattern for the start of the name.
-    """
-
-    def __init__(self, entries: Iterable[str] = ()) -> None:
-        entries = list(entries)
-        self.names = [f".{entry}." for entry in entries if not entry.startswith("re:")]
-        self.patterns = [re.compile(entry.removeprefix("re:")) for entry in entries if entry.startswith("re:")]
-
-    def __contains__(self, linear: str) -> bool:
-        spellings = [f".{spelling}." for spelling in _spellings(linear)]
-        return any(name in spelling for name in self.names for spelling in spellings) or any(
-            pattern.match(spelling[1:-1]) for pattern in self.patterns for spelling in spellings
-        )
-
-
-def _spellings(linear: str) -> list[str]:
-    """A linear's name, and those of the fused projections it may be part of."""
-    module, _, projection = linear.rpartition(".")
-    return [linear, *(f"{module}.{name}" for name in _FUSED_NAMES.get(projection, ()))]
+def ignored_layers(quantization: Mapping[str, Any]) -> IgnoredLayers:
+    """What a quantization_config leaves unquantised, in either of the fields that say so."""
+    return IgnoredLayers(quantization.get("ignored_layers") or quantization.get("modules_to_not_convert") or [])
 
 
 class Fp8Layout(Layout):
@@ -74,20 +49,14 @@ class Fp8Layout(Layout):
     """
 
     def __init__(self, config: HunYuanConfig, ignored: IgnoredLayers) -> None:
+        linears = quantised_linears(config, ignored)
+        self.quantised = {f"{linear}.weight" for linear in linears}
         expected: dict[str, Shape] = {}
-        self.quantised: set[str] = set()
-        products: dict[str, list[str]] = defaultdict(list)
         for name, shape in expected_tensors(config).items():
             expected[name] = shape
-            if not is_quantised(name):
-                continue
-            linear = name.removesuffix(".weight")
-            products[_product(linear)].append(linear)
-            if linear not in ignored:
-                self.quantised.add(name)
+            if name in self.quantised:
+                linear = name.removesuffix(".weight")
                 expected |= {f"{linear}.weight_scale": SCALAR, f"{linear}.input_scale": SCALAR}
-        for linears in products.values():
-            _refuse_partly_ignored(linears, ignored)
         attentions = [f"model.layers.{layer}.self_attn." for layer in range(config.num_hidden_layers)]
         kinds = ("kv_scale", "k_scale", "v_scale")
         super().__init__(config, expected, {f"{attn}{kind}": SCALAR for attn in attentions for kind in kinds})
@@ -133,21 +102,3 @@ class Fp8Layout(Layout):
                     f"checkpoint tensor {name!r} is {dtype}, which the network needs unquantised, or which "
                     "ignored_layers in config.json says is unquantised"
                 )
-
-
-def _product(linear: str) -> str:
-    """What the engine computes this linear with: its fused projection, all experts of its layer, or itself."""
-    module, _, projection = linear.rpartition(".")
-    if ".experts." in module:
-        return module.rpartition(".")[0]
-    return f"{module}.{_FUSED_NAMES.get(projection, (projection,))[0]}"
-
-
-def _refuse_partly_ignored(linears: list[str], ignored: IgnoredLayers) -> None:
-    left = [linear for linear in linears if linear in ignored]
-    if left and len(left) < len(linears):
-        other = next(linear for linear in linears if linear not in ignored)
-        raise CheckpointError(
-            f"quantization_config leaves {left[0]!r} unquantised and not {other!r}, which are computed in one product: "
-            "ignored_layers must name both or neither"
-        )

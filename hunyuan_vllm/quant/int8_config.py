@@ -6,7 +6,7 @@ the layers are vLLM's own for compressed-tensors; on CPUs they are `int8_linear.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,9 +16,10 @@ from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.platforms import current_platform
 
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.layout import CheckpointError, Layout, expected_tensors
+from hunyuan_vllm.layout import CheckpointError, Layout
+from hunyuan_vllm.quant.ignored import IgnoredLayers
 from hunyuan_vllm.quant.int8 import pack_int8, quantize_per_channel, unpack_int8
-from hunyuan_vllm.quant.int8_format import PACKED, PLAIN, describe, recognise, stored_tensors
+from hunyuan_vllm.quant.int8_format import PACKED, PLAIN, Int8Layout, describe, recognise
 from hunyuan_vllm.quant.scheme import CheckpointScheme, is_quantised
 
 if TYPE_CHECKING:
@@ -34,17 +35,17 @@ class Int8Config(QuantizationConfig, CheckpointScheme):
 
     Args:
         stored: how the checkpoint holds its weights: `PACKED`, `PLAIN`, or None for BF16 (or another float type).
-        ignore: the linears that a quantised checkpoint left alone, by name or as "re:" and a pattern.
+        ignored: the linears that a quantised checkpoint left as they were; see `IgnoredLayers`.
     """
 
     name: ClassVar[str] = "hunyuan_int8"
     form: ClassVar[str] = PACKED
     """The format of quantised checkpoints that ask for this method, and of vLLM's parameters for it on CUDA."""
 
-    def __init__(self, stored: str | None = None, ignore: Sequence[str] = ()) -> None:
+    def __init__(self, stored: str | None = None, ignored: Iterable[str] = ()) -> None:
         super().__init__()
         self.stored = stored
-        self.ignore = list(ignore)
+        self.ignored = IgnoredLayers(ignored)
 
     # What vLLM asks of a quantisation.
 
@@ -90,49 +91,37 @@ class Int8Config(QuantizationConfig, CheckpointScheme):
 
         if not isinstance(layer, LinearBase | RoutedExperts):
             return None
+        if self.ignored.covers(prefix):
+            return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
         if not current_platform.is_cpu():
-            self._stock.packed_modules_mapping = self.packed_modules_mapping
             return self._stock.get_quant_method(layer, prefix)
         if isinstance(layer, LinearBase):
             from hunyuan_vllm.quant.int8_linear import Int8LinearMethod
 
-            return UnquantizedLinearMethod() if self._is_ignored(prefix) else Int8LinearMethod(self._kernels)
+            return Int8LinearMethod(self._kernels)
         from hunyuan_vllm.quant.int8_experts import Int8ExpertsMethod
 
-        ignored = self._is_ignored(f"{prefix}.0.gate_proj")
-        return None if ignored else Int8ExpertsMethod(layer.moe_config, self._kernels)
+        return Int8ExpertsMethod(layer.moe_config, self._kernels)
 
     # What the loader asks of a scheme.
 
     def layout(self, config: HunYuanConfig) -> Layout:
-        if self.stored is None:
-            return Layout(config)
-        expected: dict[str, tuple[int, ...]] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name, shape in expected_tensors(config).items():
-            projection = name.removesuffix(".weight")
-            if not is_quantised(name) or self._is_ignored(projection):
-                expected[name] = shape
-                continue
-            expected |= stored_tensors(self.stored, projection, shape)
-            if self.stored == PACKED:
-                shapes[f"{projection}.weight_shape"] = (2,)
-        return Layout(config, expected, shapes)
+        return Layout(config) if self.stored is None else Int8Layout(config, self.stored, self.ignored)
 
     def load(self, name: str, tensor: Tensor) -> Iterable[tuple[str, Tensor]]:
-        projection, _, kind = name.rpartition(".")
-        if not is_quantised(f"{projection}.weight") or kind == "bias" or self._is_ignored(projection):
+        linear, _, kind = name.rpartition(".")
+        if not is_quantised(f"{linear}.weight") or kind == "bias" or linear in self.ignored:
             yield name, tensor
         elif kind == "weight_scale":
             yield name, _checked_scale(name, tensor)
         elif kind == "weight_packed":
-            yield from self._weight(projection, unpack_int8(tensor, 4 * tensor.shape[1]))
+            yield from self._weight(linear, unpack_int8(tensor, 4 * tensor.shape[1]))
         elif kind == "weight" and self.stored == PLAIN:
-            yield from self._weight(projection, tensor)
+            yield from self._weight(linear, tensor)
         elif kind == "weight":
             levels, scale = quantize_per_channel(tensor.to(current_platform.device_type))
-            yield from self._weight(projection, levels)
-            yield f"{projection}.weight_scale", scale
+            yield from self._weight(linear, levels)
+            yield f"{linear}.weight_scale", scale
 
     def _weight(self, projection: str, levels: Tensor) -> Iterable[tuple[str, Tensor]]:
         """int8 `[out, in]` as the layers' parameters hold it."""
@@ -157,14 +146,7 @@ class Int8Config(QuantizationConfig, CheckpointScheme):
             CompressedTensorsConfig,
         )
 
-        return CompressedTensorsConfig.from_config(describe(self.form, self.ignore))
-
-    def _is_ignored(self, prefix: str) -> bool:
-        if not self.ignore:
-            return False
-        from vllm.model_executor.layers.quantization.compressed_tensors.utils import should_ignore_layer
-
-        return should_ignore_layer(prefix, self.ignore, self.packed_modules_mapping)
+        return CompressedTensorsConfig.from_config(describe(self.form))
 
 
 class Int8W8A8Config(Int8Config):

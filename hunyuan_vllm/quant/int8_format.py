@@ -8,12 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hunyuan_vllm.layout import Shape
+from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.layout import CheckpointError, Layout, Shape, expected_tensors
+from hunyuan_vllm.quant.ignored import IgnoredLayers, quantised_linears
 
-__all__ = ["PACKED", "PLAIN", "describe", "recognise", "stored_tensors"]
+__all__ = ["PACKED", "PLAIN", "Int8Layout", "describe", "recognise", "stored_tensors"]
 
 PACKED = "pack-quantized"
 PLAIN = "int-quantized"
+
+# As safetensors' headers spell them.
+_FLOATS = ("BF16", "F16", "F32")
+_TYPES = {"weight": ("I8",), "weight_packed": ("I32",), "weight_scale": _FLOATS, "weight_shape": ("I32", "I64")}
 
 
 def describe(form: str, ignore: Sequence[str] = ()) -> dict[str, Any]:
@@ -61,6 +67,33 @@ def stored_tensors(form: str, projection: str, shape: Shape) -> dict[str, Shape]
     if form == PLAIN:
         return {f"{projection}.weight": shape, f"{projection}.weight_scale": (outputs, 1)}
     return {f"{projection}.weight_packed": (outputs, inputs // 4), f"{projection}.weight_scale": (outputs, 1)}
+
+
+class Int8Layout(Layout):
+    """The tensors of an int8 checkpoint in `form`; a packed one may also say its weights' shapes.
+
+    Raises:
+        CheckpointError: only a part of what the engine computes in one product is ignored.
+    """
+
+    def __init__(self, config: HunYuanConfig, form: str, ignored: IgnoredLayers) -> None:
+        self.quantised = quantised_linears(config, ignored)
+        expected: dict[str, Shape] = {}
+        for name, shape in expected_tensors(config).items():
+            linear = name.removesuffix(".weight")
+            expected |= stored_tensors(form, linear, shape) if linear in self.quantised else {name: shape}
+        packed = self.quantised if form == PACKED else ()
+        super().__init__(config, expected, {f"{linear}.weight_shape": (2,) for linear in packed})
+
+    def check_type(self, name: str, dtype: str) -> None:
+        for part in self.parts(name):
+            linear, _, kind = part.rpartition(".")
+            types = _TYPES[kind] if linear in self.quantised and kind != "bias" else _FLOATS
+            if dtype not in types:
+                raise CheckpointError(
+                    f"checkpoint tensor {name!r} is {dtype} where config.json's quantization_config promises "
+                    f"{' or '.join(types)}: copy the config.json that belongs to the checkpoint"
+                )
 
 
 def _arguments(strategy: str, dynamic: bool) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import CheckpointError, Layout, expected_tensors
 from hunyuan_vllm.quant.fp8 import E4M3, quantize_per_tensor
 from hunyuan_vllm.quant.fp8_config import HunYuanFp8Config
-from hunyuan_vllm.quant.fp8_format import Fp8Layout, IgnoredLayers
+from hunyuan_vllm.quant.fp8_format import Fp8Layout
+from hunyuan_vllm.quant.ignored import IgnoredLayers
 from hunyuan_vllm.quant.kv_scales import normalised_key_scale
 from hunyuan_vllm.quant.scheme import is_quantised
 
@@ -161,7 +162,7 @@ def test_scales_that_are_no_positive_numbers(name: str, value: float) -> None:
 
 
 def test_types_are_checked_in_the_stream_too() -> None:
-    scheme, name = HunYuanFp8Config(["o_proj"]), f"{LAYER}q_proj.weight"
+    scheme, name = HunYuanFp8Config(IgnoredLayers(["o_proj"])), f"{LAYER}q_proj.weight"
     with pytest.raises(CheckpointError, match=f"'{name}' is bfloat16, and config.json says that it is F8_E4M3"):
         list(scheme.load(name, torch.ones(2, 2).bfloat16()))
     with pytest.raises(CheckpointError, match="is float8_e4m3fn, and config.json says that it is unquantised"):

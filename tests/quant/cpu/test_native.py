@@ -1,4 +1,4 @@
-"""The C++ kernels' way into a process: compiled once, safely, with one OpenMP runtime; done without where that fails."""
+"""The C++ kernels' way into a process: compiled once, safely, with one OpenMP runtime; done without if that fails."""
 
 from __future__ import annotations
 

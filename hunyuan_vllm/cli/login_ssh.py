@@ -110,9 +110,14 @@ def login_ssh(
     me = _me()
     hosts = parse_hosts(ips, port, user if user is not None else me.pw_name)
     vouched = Fingerprints.parse(fingerprints, hosts)
-    keys = [read_identity(identity, terminal.ask_passphrase if terminal.present else None)] if identity else []
-    credentials = Credentials([*keys, *default_keys(Path(me.pw_dir))], _password(password, password_file))
-    report = MutualLogin(hosts, vouched, credentials, terminal, Steps(jobs, messages), timeout).run()
+    secret = _password(password, password_file)
+    try:
+        keys = [read_identity(identity, terminal.ask_passphrase if terminal.present else None)] if identity else []
+        credentials = Credentials([*keys, *default_keys(Path(me.pw_dir))], secret)
+        report = MutualLogin(hosts, vouched, credentials, terminal, Steps(jobs, messages), timeout).run()
+    except KeyboardInterrupt:
+        _say("interrupted: files are whole, old or new; run it again to complete them")
+        os._exit(130)  # an ordinary exit would wait for threads that wait for hosts
     if as_json:
         print(report.to_json())
     else:
@@ -142,10 +147,6 @@ def main() -> None:
     except UserError as error:
         _say(str(error))
         sys.exit(2)
-    except KeyboardInterrupt:
-        _say("interrupted: files are whole, old or new; run it again to complete them")
-        sys.stderr.flush()
-        os._exit(130)  # threads may still wait for hosts that do not answer
 
 
 def _say(text: str) -> None:

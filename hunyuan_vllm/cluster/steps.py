@@ -38,7 +38,8 @@ class Steps:
                     future.result()
                     bar.advance(task)
         finally:
-            pool.shutdown(cancel_futures=True)
+            # All are done, or this was interrupted: who waits for a host that says nothing is not waited for.
+            pool.shutdown(wait=False, cancel_futures=True)
         if not self._console.is_terminal:
             self.say(f"{title}: {len(items)} done in {time.monotonic() - started:.1f} s")
 

@@ -50,8 +50,11 @@ class Host:
         return self._anchor.poll() is None
 
     def command(self, *argv: str | Path) -> list[str]:
-        """The command that runs `argv` inside the host, for whoever starts it."""
-        return ["nsenter", "-t", str(self.pid), "-a", "-r", "-w", "--", *map(str, argv)]
+        """The command that runs `argv` inside the host, for whoever starts it.
+
+        What runs is a child of that command: it dies when the command is killed, but gets no other signal sent to it.
+        """
+        return ["nsenter", "-t", str(self.pid), "-a", "-r", "-w", "--", *BOUND_TO_US, *map(str, argv)]
 
     def run(self, *argv: str | Path, check: bool = True, timeout: float = 60, **options: Any) -> Any:
         """Run inside the host to its end: a CompletedProcess with text output, raising where `check` and it failed."""
@@ -99,7 +102,7 @@ class Network:
     def __init__(self, shared: Sequence[Path] = ()) -> None:
         self.hosts: list[Host] = []
         self._shared = _outermost([CHECKOUT, Path(sys.prefix), Path(sys.base_prefix), *shared])
-        self._count = 0
+        self._count = self._boots = 0
 
     def __enter__(self) -> Network:
         bridge = "ip link add br0 type bridge; ip link set br0 up; echo up; cat"
@@ -131,8 +134,11 @@ class Network:
             self._count += 1
         host = Host(name, old.number if old else self._count, self._shared)
         self.hosts = [other for other in self.hosts if other is not old] + [host]
-        port = f"port{host.number}"
-        plug = f"ip link add {port} type veth peer name eth0 netns {host.pid}; ip link set {port} master br0 up"
+        self._boots += 1
+        port = f"port{self._boots}"  # the kernel may take a moment to remove that of a host that is off
+        mac = f"02:00:00:00:00:{host.number:02x}"  # the same after a power-off, as a machine's is
+        plug = f"ip link add {port} type veth peer name eth0 address {mac} netns {host.pid}"
+        plug += f"; ip link set {port} master br0 up"
         subprocess.run(["nsenter", "-t", str(self._switch.pid), "-n", "sh", "-euc", plug], check=True)
         host.sh(
             f"ip link set lo up; ip address add {host.address}/24 dev eth0; ip link set eth0 up;"

@@ -7,6 +7,7 @@ from hosts.network import Host
 __all__ = ["Sshd"]
 
 CONFIG = """\
+{more}
 Port {port}
 HostKey /etc/ssh/ssh_host_ed25519_key
 PermitRootLogin yes
@@ -17,12 +18,11 @@ UseDNS no
 StrictModes yes
 PidFile /run/sshd.pid
 LogLevel VERBOSE
-{more}
 """
 
 
 class Sshd:
-    """Started when made; `more` is added to its configuration."""
+    """Started when made; `more` stands before the rest of its configuration, so that it wins."""
 
     def __init__(self, host: Host, port: int, password: str, more: str = "") -> None:
         self.host, self.port = host, port
@@ -40,7 +40,8 @@ class Sshd:
         self.host.run("chpasswd", "-c", "SHA512", input=f"{user}:{password}\n")
 
     def add_user(self, user: str, password: str) -> None:
-        self.host.run("useradd", "--create-home", "--shell", "/bin/bash", user)
+        """An account with a home, if it is not there yet."""
+        self.host.sh(f"id {user} >/dev/null 2>&1 || useradd --create-home --shell /bin/bash {user}")
         self.set_password(user, password)
 
     def start(self) -> None:

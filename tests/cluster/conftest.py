@@ -1,0 +1,40 @@
+"""Three hosts with SSH servers, made once a module and clean before each test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+from hosts import Host, Network, Sshd, need_hosts
+from operator_at_host import PASSWORD, PORT
+
+
+@dataclass(frozen=True)
+class Trio:
+    """Hosts a, b, c, and their SSH servers."""
+
+    network: Network
+    servers: list[Sshd]
+
+    @property
+    def hosts(self) -> list[Host]:
+        return [server.host for server in self.servers]
+
+    @property
+    def ips(self) -> str:
+        return ",".join(host.address for host in self.hosts)
+
+
+@pytest.fixture(scope="module")
+def trio_of_module() -> Iterator[Trio]:
+    need_hosts()
+    with Network() as network:
+        yield Trio(network, [Sshd(network.add(name), PORT, PASSWORD) for name in ("hosta", "hostb", "hostc")])
+
+
+@pytest.fixture
+def trio(trio_of_module: Trio) -> Trio:
+    for host in trio_of_module.hosts:
+        host.sh("rm -rf /root/.ssh; umask 077; cat >/root/password", input=PASSWORD + "\n")
+    return trio_of_module

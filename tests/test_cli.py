@@ -1,0 +1,43 @@
+"""The command as a whole: versions, a mistyped name, completion."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from hunyuan_vllm import __version__
+
+SCRIPT = Path(sys.executable).with_name("hunyuan-vllm")
+
+
+def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"TERM": "dumb", "COLUMNS": "120"} | environ
+    return subprocess.run([SCRIPT, *arguments], capture_output=True, text=True, env=environment, timeout=60)
+
+
+def test_the_versions_that_matter() -> None:
+    assert run("--version").stdout.startswith(f"hunyuan-vllm {__version__} (vllm")
+    assert f"torch {metadata.version('torch')}, Python 3." in run("--version").stdout
+
+
+def test_a_mistyped_command_gets_a_suggestion() -> None:
+    result = run("servee")
+    assert result.returncode == 2
+    assert "Did you mean 'serve'?" in result.stderr
+
+
+@pytest.mark.parametrize(("typed", "completed"), [("doct", "doctor"), ("check --wr", "--write-sums")])
+def test_completion(typed: str, completed: str) -> None:
+    words = f"hunyuan-vllm {typed}"
+    count = str(len(words.split()) - 1)
+    result = run(COMP_WORDS=words, COMP_CWORD=count, _HUNYUAN_VLLM_COMPLETE="complete_bash")
+    assert result.stdout.split() == [completed], result.stderr
+    assert (
+        "_hunyuan_vllm_completion"
+        in run("--show-completion", "bash").stdout + run(_HUNYUAN_VLLM_COMPLETE="source_bash").stdout
+    )

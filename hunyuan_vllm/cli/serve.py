@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import typer
 
@@ -13,6 +14,9 @@ __all__ = ["serve"]
 def serve(
     context: typer.Context,
     dry_run: bool = typer.Option(False, "--dry-run", help="Print the exact command and environment, start nothing."),
+    scheme_name: str = typer.Option(
+        None, "--scheme", metavar="SCHEME", help="Serve quantised: fp8-w8a8c8, from an FP8 checkpoint."
+    ),
     insecure: bool = typer.Option(
         False, "--insecure", help="Listen beyond this machine without an API key: anyone who can connect can use it."
     ),
@@ -29,6 +33,8 @@ def serve(
           a checkpoint, on all GPUs of this machine
       MODEL_PATH=/models/hunyuan-large LOCAL_IP=10.0.0.5 hunyuan-vllm serve
           the same, on all GPUs of the Ray cluster this node belongs to
+      MODEL_PATH=/models/hunyuan-large-fp8 hunyuan-vllm serve --scheme fp8-w8a8c8
+          an FP8 checkpoint with an FP8 cache, on up to 8 GPUs
       hunyuan-vllm serve --dry-run --max-num-batched-tokens 8192
           what would be started
 
@@ -53,18 +59,24 @@ def serve(
     from hunyuan_vllm.server.launch import decide
     from hunyuan_vllm.server.machine import probe
     from hunyuan_vllm.server.model_source import demo_model, open_model
+    from hunyuan_vllm.server.scheme import scheme_named
     from hunyuan_vllm.server.settings import Settings
 
     environ = dict(os.environ)
     settings = Settings.read(environ)
     flags = Flags(context.args)
-    model = open_model(settings.model) if settings.model else demo_model()
-    launch = decide(settings, flags, probe(environ, sys.executable), model, environ, insecure)
+    scheme = scheme_named(scheme_name)
+    source = model = open_model(settings.model) if settings.model else demo_model()
+    if scheme and model.demo:
+        model = scheme.with_demo(source, settings.cache_home)
+    launch = decide(settings, flags, probe(environ, sys.executable), model, environ, insecure, scheme)
     for note in launch.notes:
         print(f"hunyuan-vllm: {note}", file=sys.stderr)
     if dry_run:
         print(launch.shell())
         return
+    if scheme and model != source:
+        scheme.convert_demo(Path(source.name), Path(model.name))
     if "uds" not in flags and "headless" not in flags:
         ready.check_port(launch.host, launch.port)
     if launch.key_file is not None:

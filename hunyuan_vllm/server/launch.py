@@ -16,6 +16,7 @@ from hunyuan_vllm.server.machine import Machine
 from hunyuan_vllm.server.model_source import ModelSource
 from hunyuan_vllm.server.network import interface_env
 from hunyuan_vllm.server.parallel import Ranks, choose_ranks
+from hunyuan_vllm.server.scheme import Scheme
 from hunyuan_vllm.server.settings import KEY_FILE_VARIABLE, Settings, is_loopback
 
 __all__ = ["Launch", "decide"]
@@ -69,12 +70,14 @@ def decide(
     model: ModelSource,
     environ: Mapping[str, str],
     insecure: bool = False,
+    scheme: Scheme | None = None,
 ) -> Launch:
     """Decide on the server to start.
 
     Args:
         environ: the environment it will inherit; a variable set there is not set again.
         insecure: the user accepts a server that others can reach without a key.
+        scheme: how the network is quantised, where it is to be.
 
     Raises:
         UserError: what the user asked for cannot work, or not safely.
@@ -88,7 +91,9 @@ def decide(
         raise UserError(f"MODEL_PATH={model.given} has no *.safetensors: name the folder of a complete checkpoint")
     host = flags.get("host") or settings.host
     port = flags.integer("port", settings.port)
-    ranks = choose_ranks(settings, flags, machine, model)
+    if scheme and not model.demo:
+        scheme.check(model)
+    ranks = choose_ranks(settings, flags, machine, model, scheme.ranks if scheme else None)
     key_file = _key_file(settings, host, ranks, insecure or "uds" in flags)
     needs_key = key_file is not None or settings.api_key
 
@@ -101,6 +106,8 @@ def decide(
     # The model's full length where its KV cache fits, else what does.
     ours["max-model-len"] = ["auto"]
     ours["disable-access-log-for-endpoints"] = ["/health,/metrics"]
+    if scheme:
+        ours |= {name: [value] for name, value in scheme.options.items()}
     notes = list(ranks.notes)
     if not machine.cuda:
         ours |= _cpu_options(flags, machine, model, ranks, environ, notes)
@@ -167,7 +174,9 @@ def _cpu_kv_cache(machine: Machine, model: ModelSource, ranks: Ranks) -> int:
     """
     if model.demo:
         return DEMO_KV_CACHE
-    needed = model.weight_bytes + PROCESS_MEMORY
+    described = getattr(model.config, "quantization_config", None) or {}
+    expansion = 2 if described.get("quant_method") == "fp8" else 1  # CPUs expand FP8 weights to bfloat16
+    needed = model.weight_bytes * expansion + PROCESS_MEMORY
     share = (machine.memory - needed) // 2 // ranks.world
     if share < LEAST_KV_CACHE:
         raise UserError(

@@ -12,6 +12,7 @@ from hunyuan_vllm.errors import UserError
 
 if TYPE_CHECKING:
     from hunyuan_vllm.config import HunYuanConfig
+    from hunyuan_vllm.layout import Layout
 
 __all__ = ["ModelSource", "demo_model", "open_model"]
 
@@ -84,13 +85,23 @@ def _open_folder(folder: Path, given: str, demo: bool = False) -> ModelSource:
         kind = config.get("model_type") if isinstance(config, dict) else None
         raise UserError(f"MODEL_PATH={given} has model_type {kind!r}; this server serves 'hunyuan' (Hunyuan-Large)")
     from hunyuan_vllm.config import HunYuanConfig
-    from hunyuan_vllm.layout import Layout
 
     try:
         parsed = HunYuanConfig.from_pretrained(folder)
         shards = shard_files(folder)
-        if "quantization_config" not in config:
-            check_headers(folder, Layout(parsed))
+        if layout := _layout(parsed):
+            check_headers(folder, layout)
     except ValueError as error:
         raise UserError(str(error)) from None
     return ModelSource(str(folder), given, parsed, sum(shard.stat().st_size for shard in shards), demo)
+
+
+def _layout(config: HunYuanConfig) -> Layout | None:
+    """What the folder should hold; None where only vLLM knows."""
+    from hunyuan_vllm.layout import Layout
+    from hunyuan_vllm.quant.fp8_format import Fp8Layout, ignored_layers, is_static_per_tensor
+
+    described = getattr(config, "quantization_config", None)
+    if described is None:
+        return Layout(config)
+    return Fp8Layout(config, ignored_layers(described)) if is_static_per_tensor(described) else None

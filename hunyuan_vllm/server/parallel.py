@@ -31,8 +31,13 @@ class Ranks:
     notes: list[str] = field(default_factory=list)
 
 
-def choose_ranks(settings: Settings, flags: Flags, machine: Machine, model: ModelSource) -> Ranks:
+def choose_ranks(
+    settings: Settings, flags: Flags, machine: Machine, model: ModelSource, most: int | None = None
+) -> Ranks:
     """Decide on the ranks.
+
+    Args:
+        most: GPUs to use at most, unless told.
 
     Raises:
         UserError: there are not as many free GPUs as were asked for, none at all, or the network cannot be cut so.
@@ -49,7 +54,11 @@ def choose_ranks(settings: Settings, flags: Flags, machine: Machine, model: Mode
     if total == 0:
         raise UserError("no GPU is visible (nvidia-smi -L, CUDA_VISIBLE_DEVICES) and no Ray cluster offers one")
     notes: list[str] = []
-    tensor = asked or _largest_cut(model, total // others, notes)
+    usable = total // others
+    if most and not asked and usable > most:
+        notes.append(f"using {most} of {usable} GPUs: set TP_SIZE for more")
+        usable = most
+    tensor = asked or _largest_cut(model, usable, notes)
     _check_cut(model, tensor)
     world = tensor * others
     if world > total:

@@ -30,6 +30,7 @@ class Settings:
         api_key: whether VLLM_API_KEY is set; the key itself stays in the environment.
         api_key_file: HUNYUAN_VLLM_API_KEY_FILE.
         config_home: where a generated key is kept.
+        cache_home: where a converted demo model is kept.
     """
 
     model: str | None = None
@@ -41,6 +42,7 @@ class Settings:
     api_key: bool = False
     api_key_file: Path | None = None
     config_home: Path = Path("~/.config").expanduser()
+    cache_home: Path = Path("~/.cache").expanduser()
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Settings:
@@ -58,6 +60,7 @@ class Settings:
             raise UserError(f"LOCAL_IP={local_ip} is not an IP address: use this machine's, as in LOCAL_IP=10.0.0.5")
         key_file = text(KEY_FILE_VARIABLE)
         config_home = text("XDG_CONFIG_HOME") or "~/.config"
+        cache_home = text("XDG_CACHE_HOME") or "~/.cache"
         return cls(
             model=text("MODEL_PATH"),
             local_ip=local_ip,
@@ -68,6 +71,7 @@ class Settings:
             api_key=text("VLLM_API_KEY") is not None,
             api_key_file=Path(key_file).expanduser() if key_file else None,
             config_home=Path(config_home).expanduser(),
+            cache_home=Path(cache_home).expanduser(),
         )
 
 

@@ -1,0 +1,97 @@
+"""Serving quantised: which checkpoint, which options, how many GPUs; and the demo model, converted and asked."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from serving import running_server
+from test_launch import CPU, DEMO, GIB, GPU8, HUB, LARGE, MODEL, NODE1, SMALL, parsed
+
+from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.server.flags import Flags
+from hunyuan_vllm.server.launch import Launch, decide
+from hunyuan_vllm.server.machine import Machine
+from hunyuan_vllm.server.model_source import ModelSource, demo_model, open_model
+from hunyuan_vllm.server.scheme import FP8, scheme_named
+from hunyuan_vllm.server.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+STATIC = {"quant_method": "fp8", "activation_scheme": "static"}
+FP8_LARGE = replace(MODEL, config=HunYuanConfig(**LARGE.to_diff_dict() | {"quantization_config": STATIC}))
+FP8_SMALL = replace(FP8_LARGE, weight_bytes=4 * GIB)
+
+
+def launch(machine: Machine, model: ModelSource, *flags: str, **environ: str) -> Launch:
+    return decide(Settings.read(environ), Flags(flags), machine, model, environ, scheme=FP8)
+
+
+@pytest.mark.parametrize(
+    ("machine", "model", "flags", "environ", "expected"),
+    [
+        (GPU8, FP8_LARGE, [], {}, {"tensor_parallel_size": 8, "kv_cache_dtype": "fp8", "quantization": None}),
+        (NODE1, FP8_LARGE, [], {}, {"tensor_parallel_size": 8, "distributed_executor_backend": None}),
+        (NODE1, FP8_LARGE, [], {"TP_SIZE": "16"}, {"tensor_parallel_size": 16}),
+        (NODE1, FP8_LARGE, ["-tp", "16"], {}, {"tensor_parallel_size": 16}),
+        (NODE1, HUB, [], {}, {"tensor_parallel_size": 8, "kv_cache_dtype": "fp8"}),
+        (GPU8, FP8_LARGE, ["--kv-cache-dtype", "auto"], {}, {"kv_cache_dtype": "auto"}),
+        (CPU, DEMO, [], {}, {"tensor_parallel_size": 1, "kv_cache_dtype": "fp8", "kv_cache_memory_bytes": 256 * 2**20}),
+        # Expanded weights take twice the file's size.
+        (CPU, FP8_SMALL, ["--kv-cache-dtype", "auto"], {}, {"kv_cache_memory_bytes": 4 * GIB}),
+        (replace(CPU, memory=16 * GIB), FP8_SMALL, [], {}, {"kv_cache_memory_bytes": 3 * GIB}),
+    ],
+)
+def test_decision(machine: Machine, model: ModelSource, flags: list, environ: dict, expected: dict) -> None:
+    arguments = vars(parsed(launch(machine, model, *flags, **environ)))
+    assert {name: arguments[name] for name in expected} == expected
+
+
+def test_idle_gpus_are_mentioned() -> None:
+    assert launch(NODE1, FP8_LARGE).notes == ["using 8 of 16 GPUs: set TP_SIZE for more"]
+
+
+@pytest.mark.parametrize(
+    ("described", "message"),
+    [
+        (
+            None,
+            "MODEL_PATH=/models/small is not quantised: make an FP8 checkpoint of it with hunyuan-vllm quantize /mo",
+        ),
+        (STATIC | {"activation_scheme": "dynamic"}, "is no FP8 checkpoint with static scales .* says 'fp8'"),
+        ({"quant_method": "compressed-tensors"}, "is no FP8 checkpoint .* says 'compressed-tensors'"),
+    ],
+)
+def test_checkpoints_of_another_kind(described: dict | None, message: str) -> None:
+    config = HunYuanConfig(**LARGE.to_diff_dict() | ({"quantization_config": described} if described else {}))
+    with pytest.raises(UserError, match=message):
+        launch(GPU8, replace(SMALL, config=config))
+
+
+def test_schemes_by_name() -> None:
+    assert scheme_named("fp8-w8a8c8") is FP8 and scheme_named(None) is None
+    with pytest.raises(UserError, match="--scheme fp8 is none of fp8-w8a8c8"):
+        scheme_named("fp8")
+
+
+@pytest.mark.server
+def test_the_demo_model_is_converted_once_and_answers(tmp_path: Path) -> None:
+    source = demo_model()
+    made = FP8.with_demo(source, tmp_path)
+    with running_server("--scheme", "fp8-w8a8c8", "--enforce-eager", XDG_CACHE_HOME=str(tmp_path)) as server:
+        asked = subprocess.run(
+            ["sh", ROOT / "deploy" / "openapi.sh"], capture_output=True, text=True, timeout=120,
+            env={**os.environ, "PORT": str(server.port)},
+        )  # fmt: skip
+        assert asked.returncode == 0 and '"finish_reason":"stop"' in asked.stdout, asked.stderr
+        said = "".join(server.output)
+    assert f"converting the demo model to fp8-w8a8c8, once: {made.name}" in said
+    assert "quantization=hunyuan_fp8" in said and "kv_cache_dtype=fp8" in said
+    assert "FP8 on a CPU: weights are expanded" in said
+    assert open_model(made.name).config.quantization_config["quant_method"] == "fp8"
+    before = (Path(made.name) / "config.json").stat().st_mtime_ns
+    FP8.convert_demo(Path(source.name), Path(made.name))
+    assert (Path(made.name) / "config.json").stat().st_mtime_ns == before

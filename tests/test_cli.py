@@ -37,7 +37,3 @@ def test_completion(typed: str, completed: str) -> None:
     count = str(len(words.split()) - 1)
     result = run(COMP_WORDS=words, COMP_CWORD=count, _HUNYUAN_VLLM_COMPLETE="complete_bash")
     assert result.stdout.split() == [completed], result.stderr
-    assert (
-        "_hunyuan_vllm_completion"
-        in run("--show-completion", "bash").stdout + run(_HUNYUAN_VLLM_COMPLETE="source_bash").stdout
-    )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import platform
 import sys
+from importlib import metadata
 
 import typer
 
@@ -14,6 +17,7 @@ from hunyuan_vllm.cli.doctor import doctor
 from hunyuan_vllm.cli.eval import app as evaluation
 from hunyuan_vllm.cli.quantize import quantize
 from hunyuan_vllm.cli.serve import serve
+from hunyuan_vllm.compat import installed_version
 from hunyuan_vllm.errors import UserError
 
 __all__ = ["app", "main"]
@@ -22,20 +26,26 @@ app = typer.Typer(
     name="hunyuan-vllm",
     help="Tencent Hunyuan-Large on vLLM.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
 )
 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"hunyuan-vllm {__version__}")
+        engine = installed_version()
+        versions = [" ".join(engine) if engine else "no vLLM"]
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions.append(f"torch {metadata.version('torch')}")
+        print(f"hunyuan-vllm {__version__} ({', '.join(versions)}, Python {platform.python_version()})")
         raise typer.Exit
 
 
 @app.callback()
 def _options(
-    version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Show the version."),
+    version: bool = typer.Option(
+        False, "--version", callback=_show_version, is_eager=True, help="Show the versions: ours, vLLM's, torch's."
+    ),
 ) -> None:
     """Serve the model with an OpenAI-compatible API, or run it over files."""
 
@@ -46,9 +56,9 @@ app.command(context_settings=PASS_THROUGH)(serve)
 app.command(context_settings=PASS_THROUGH)(batch)
 app.command()(compat)
 app.add_typer(evaluation, name="eval")
-app.command()(quantize)
 app.command()(check)
 app.command()(doctor)
+app.command()(quantize)
 
 
 def main() -> None:

@@ -18,7 +18,8 @@ from checkpoints import published_json
 from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import (
-    cleanup_dist_env_and_memory,
+    destroy_distributed_environment,
+    destroy_model_parallel,
     get_pp_group,
     get_tp_group,
     init_distributed_environment,
@@ -42,6 +43,7 @@ def meta_model(
     stage: int = 0,
     quantization: str | None = None,
     quantization_config: dict[str, Any] | None = None,
+    device: str = "meta",
     **options: Any,
 ) -> Iterator[HunYuanForCausalLM]:
     """The model of tensor-parallel rank `rank` in pipeline stage `stage`, before weights are loaded.
@@ -49,6 +51,7 @@ def meta_model(
     Args:
         quantization: vLLM's name of a method that quantises while loading.
         quantization_config: the entry of that name in the checkpoint's config.json.
+        device: where the parameters are; on "cpu" a small model can be loaded.
         options: further arguments of vLLM's `EngineArgs`.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -65,16 +68,16 @@ def meta_model(
         with _faked_ranks(vllm_config, Path(folder) / "ranks", tensor_parallel, rank, pipeline_parallel, stage):
             torch.set_default_dtype(vllm_config.model_config.dtype)
             try:
-                with torch.device("meta"):
+                with torch.device(device):
                     model = HunYuanForCausalLM(vllm_config=vllm_config)
                 yield model
             finally:
                 torch.set_default_dtype(dtype)
 
 
-def parameter_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters; one that is used twice (a tied head) counts once."""
-    return sum(parameter.nbytes for parameter in model.parameters())
+def parameter_bytes(model: nn.Module, part: str = "") -> int:
+    """Bytes of the parameters with `part` in their names; one that is used twice (a tied head) counts once."""
+    return sum(parameter.nbytes for name, parameter in model.named_parameters() if part in name)
 
 
 @contextmanager
@@ -95,4 +98,5 @@ def _faked_ranks(
             ):
                 yield
         finally:
-            cleanup_dist_env_and_memory()
+            destroy_model_parallel()
+            destroy_distributed_environment()

@@ -15,6 +15,7 @@ from hunyuan_vllm.cli.check import check
 from hunyuan_vllm.cli.compat import compat
 from hunyuan_vllm.cli.doctor import doctor
 from hunyuan_vllm.cli.eval import app as evaluation
+from hunyuan_vllm.cli.plan import plan
 from hunyuan_vllm.cli.quantize import quantize
 from hunyuan_vllm.cli.serve import serve
 from hunyuan_vllm.compat import installed_version
@@ -54,6 +55,7 @@ def _options(
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command(context_settings=PASS_THROUGH)(serve)
 app.command(context_settings=PASS_THROUGH)(batch)
+app.command()(plan)
 app.command()(compat)
 app.add_typer(evaluation, name="eval")
 app.command()(check)

@@ -1,0 +1,117 @@
+"""`hunyuan-vllm plan`: does it fit, what does one get, what to change; before GPUs are rented."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from hunyuan_vllm.errors import UserError
+
+__all__ = ["plan"]
+
+LIMITS = "vLLM's limits"
+WORKLOAD = "The requests that rates are given for"
+MACHINE = "The machines"
+OUTPUT = "Output"
+
+
+def plan(
+    model: str = typer.Option("hunyuan-large", help="Checkpoint folder, config.json, hunyuan-large or demo."),
+    gpu: str = typer.Option("H20", metavar="NAME|FILE.json", help="Kind of GPU (--list-gpus)."),
+    gpus: int | None = typer.Option(None, min=1, help="GPUs in all; default: the fewest that fit."),
+    tp: int | None = typer.Option(None, "--tp", "--tensor-parallel-size", min=1, help="Default: all GPUs a stage."),
+    pp: int = typer.Option(1, "--pp", "--pipeline-parallel-size", min=1, help="Pipeline stages."),
+    dcp: int = typer.Option(
+        1, "--dcp", "--decode-context-parallel-size", min=1, help="Ranks that share a sequence's cache."
+    ),
+    scheme: str | None = typer.Option(
+        None, metavar="bf16|int8|int8-w8a8|fp8", help="Default: the checkpoint's, else bf16."
+    ),
+    kv: str = typer.Option("auto", "--kv", "--kv-cache-dtype", metavar="auto|fp8", help="Type of the KV cache."),
+    max_model_len: int | None = typer.Option(None, min=1, help="Longest sequence; default: the model's."),
+    gpu_memory_utilization: float = typer.Option(0.92, min=0.1, max=1, rich_help_panel=LIMITS, help="vLLM's share."),
+    max_num_batched_tokens: int | None = typer.Option(
+        None, min=1, rich_help_panel=LIMITS, help="Tokens of a step; default: vLLM's for this GPU."
+    ),
+    max_num_seqs: int | None = typer.Option(
+        None, min=1, rich_help_panel=LIMITS, help="Sequences of a step; default: vLLM's for this GPU."
+    ),
+    enforce_eager: bool = typer.Option(False, "--enforce-eager", rich_help_panel=LIMITS, help="No CUDA graphs."),
+    input_len: int = typer.Option(2048, min=1, rich_help_panel=WORKLOAD, help="Tokens in."),
+    output_len: int = typer.Option(256, min=1, rich_help_panel=WORKLOAD, help="Tokens out."),
+    gpus_per_node: int = typer.Option(8, min=1, rich_help_panel=MACHINE, help="GPUs that one machine has."),
+    network: float = typer.Option(400, min=1, rich_help_panel=MACHINE, help="Gbit/s of each GPU to other machines."),
+    assume: list[str] = typer.Option([], metavar="NAME=VALUE", help="Replace an assumption; may be repeated."),
+    as_json: bool = typer.Option(False, "--json", rich_help_panel=OUTPUT, help="The numbers, for a script."),
+    chart: bool = typer.Option(False, "--chart", rich_help_panel=OUTPUT, help="Bars of both curves."),
+    png: Path | None = typer.Option(None, rich_help_panel=OUTPUT, help="Both curves as a picture."),
+    assumptions: bool = typer.Option(
+        False, "--assumptions", rich_help_panel=OUTPUT, help="Show what is assumed, and why."
+    ),
+    list_gpus: bool = typer.Option(False, "--list-gpus", rich_help_panel=OUTPUT, help="Show the known GPUs."),
+) -> None:
+    """Say whether a model fits on some GPUs, what it can do there, and what to change if not.
+
+    Needs no GPU, and of the checkpoint only its config.json.
+
+    \b
+    Examples:
+      hunyuan-vllm plan --gpu H20
+          the published 389B model in BF16: how many H20 does it need?
+      hunyuan-vllm plan --gpu H20 --gpus 16 --tp 16 --dcp 2 --max-model-len 131072
+          two machines, and each KV head held once
+      hunyuan-vllm plan --gpu H100 --gpus 8 --scheme int8 --kv fp8 --chart
+          one machine, weights quantised while they load
+      hunyuan-vllm plan --model /models/my-hunyuan --gpu A100-80G --gpus 16 --pp 2
+      hunyuan-vllm plan --gpu H200 --gpus 8 --json | jq .kv_cache.tokens
+
+    \b
+    Exit status: 0 it fits, 1 it does not fit or cannot work, 2 bad input.
+    """
+    from hunyuan_vllm.plan.assumptions import Assumptions
+    from hunyuan_vllm.plan.charts import save_png
+    from hunyuan_vllm.plan.document import to_json
+    from hunyuan_vllm.plan.plan import make_plan
+    from hunyuan_vllm.plan.report import show_assumptions, show_gpus, show_plan
+    from hunyuan_vllm.plan.request import Request, make_scenario
+
+    console = Console(highlight=False)
+    assumed = Assumptions().changed(assume)
+    if list_gpus:
+        return show_gpus(console)
+    if assumptions:
+        return show_assumptions(assumed, console)
+    if kv not in ("auto", "fp8"):
+        raise UserError(f"--kv {kv} is not known: use auto or fp8")
+    request = Request(
+        model=model,
+        gpu=gpu,
+        gpus=gpus,
+        tensor=tp,
+        pipeline=pp,
+        dcp=dcp,
+        scheme=scheme,
+        kv=kv,
+        max_model_len=max_model_len,
+        utilization=gpu_memory_utilization,
+        batched_tokens=max_num_batched_tokens,
+        sequences=max_num_seqs,
+        eager=enforce_eager,
+        input_len=input_len,
+        output_len=output_len,
+        per_node=gpus_per_node,
+        node_link=network * 1e9 / 8,
+        assumptions=assumed,
+    )
+    scenario, quantised = make_scenario(request)
+    made = make_plan(scenario, quantised)
+    if png is not None:
+        save_png(made, png)
+    if as_json:
+        print(json.dumps(to_json(made), indent=1))
+    else:
+        show_plan(made, console, chart)
+    raise typer.Exit(0 if made.verdict.fits else 1)

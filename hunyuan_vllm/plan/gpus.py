@@ -1,0 +1,93 @@
+"""GPUs the planner knows: memory, bandwidth, rates and links, with where each number is from (`data/gpus.json`)."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
+
+from hunyuan_vllm.errors import UserError
+
+__all__ = ["Gpu", "find_gpu", "known_gpus"]
+
+DATA = Path(__file__).parent / "data" / "gpus.json"
+GIB = 2**30
+
+
+class Gpu(BaseModel):
+    """One kind of GPU. Rates are dense peaks, in units of 10¹² operations a second; None where it has no such units.
+
+    Attributes:
+        capability: CUDA compute capability, such as (9, 0).
+        memory_gib: total memory as CUDA reports it: what vLLM takes its share of.
+        memory_gb: the memory it is sold with.
+        bandwidth_gbs: GB/s between it and its memory.
+        link_gbs: GB/s to the other GPUs of its node, both directions together.
+        link: what those links are.
+        sources: where the numbers are from.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    capability: tuple[int, int]
+    memory_gib: PositiveFloat
+    memory_gb: PositiveFloat
+    bandwidth_gbs: PositiveFloat
+    bf16_tflops: PositiveFloat | None
+    fp8_tflops: PositiveFloat | None = None
+    int8_tops: PositiveFloat | None = None
+    link_gbs: PositiveFloat
+    link: str = "custom"
+    aliases: tuple[str, ...] = ()
+    sources: tuple[str, ...] = Field(min_length=1)
+
+    @property
+    def memory(self) -> int:
+        """Bytes."""
+        return int(self.memory_gib * GIB)
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second."""
+        return self.bandwidth_gbs * 1e9
+
+    @property
+    def link_one_way(self) -> float:
+        """Bytes a second that it can send to its node while it receives as many."""
+        return self.link_gbs * 1e9 / 2
+
+
+@cache
+def known_gpus() -> tuple[Gpu, ...]:
+    return tuple(Gpu.model_validate(entry) for entry in json.loads(DATA.read_text())["gpus"])
+
+
+def find_gpu(name: str) -> Gpu:
+    """The GPU of this name or alias in any case, or of a JSON file in the form of an entry of `data/gpus.json`.
+
+    Raises:
+        UserError: there is none; names those there are, or the field of the file that is wrong.
+    """
+    if name.endswith(".json"):
+        return _read(Path(name).expanduser())
+    for gpu in known_gpus():
+        if name.upper() in (known.upper() for known in (gpu.name, *gpu.aliases)):
+            return gpu
+    raise UserError(
+        f"--gpu {name} is not in the table: use one of {', '.join(gpu.name for gpu in known_gpus())}, or a JSON file "
+        "(--list-gpus shows the table and the fields)"
+    )
+
+
+def _read(path: Path) -> Gpu:
+    try:
+        return Gpu.model_validate_json(path.read_text())
+    except OSError as error:
+        raise UserError(f"--gpu {path} cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(f"--gpu {path}: {where}: {first['msg']} (--list-gpus shows the fields)") from None

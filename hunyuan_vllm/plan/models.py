@@ -1,0 +1,63 @@
+"""The network to plan for: a checkpoint's config.json, or the published model's, which comes with the package."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.errors import UserError
+
+__all__ = ["PUBLISHED", "PlannedModel", "open_planned"]
+
+PUBLISHED = "hunyuan-large"
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A network, of which only the config need exist.
+
+    Attributes:
+        name: what the user called it.
+        quantization: its config's `quantization_config`, None for an unquantised checkpoint.
+    """
+
+    name: str
+    config: HunYuanConfig
+    quantization: dict[str, Any] | None = None
+
+
+def open_planned(given: str) -> PlannedModel:
+    """`hunyuan-large`, `demo`, a checkpoint's folder, or a config.json alone: weights need not be there yet.
+
+    Raises:
+        UserError: there is no such config, or it is not a Hunyuan network's.
+    """
+    if given == PUBLISHED:
+        path = Path(__file__).parent / "data" / PUBLISHED / "config.json"
+    elif given == "demo":
+        from hunyuan_vllm import demo
+
+        path = demo.path() / "config.json"
+    else:
+        path = Path(given).expanduser()
+        path = path / "config.json" if path.is_dir() else path
+    try:
+        fields = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(
+            f"--model {given}: {path} cannot be read ({error.strerror}): name a folder with a config.json, that file, "
+            f"or {PUBLISHED}"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"--model {given}: {path} is not JSON ({error}): download it again") from None
+    if not isinstance(fields, dict) or fields.get("model_type") != HunYuanConfig.model_type:
+        kind = fields.get("model_type") if isinstance(fields, dict) else None
+        raise UserError(f"--model {given} has model_type {kind!r}; this planner knows 'hunyuan' (Hunyuan-Large)")
+    try:
+        config = HunYuanConfig.from_dict(fields)
+    except ValueError as error:
+        raise UserError(f"--model {given}: {error}") from None
+    return PlannedModel(given, config, fields.get("quantization_config"))

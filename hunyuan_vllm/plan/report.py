@@ -1,0 +1,201 @@
+"""A plan on a terminal: first whether it fits, what one gets and what to change; then what that rests on."""
+
+from __future__ import annotations
+
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from hunyuan_vllm.plan.assumptions import Assumptions, explain
+from hunyuan_vllm.plan.charts import bars
+from hunyuan_vllm.plan.gpus import known_gpus
+from hunyuan_vllm.plan.improvements import BATCH
+from hunyuan_vllm.plan.memory import Budget
+from hunyuan_vllm.plan.plan import Plan
+from hunyuan_vllm.plan.scenario import GIB, Scenario
+
+__all__ = ["show_assumptions", "show_gpus", "show_plan"]
+
+KIB, MIB = 2**10, 2**20
+
+
+def show_plan(plan: Plan, console: Console, chart: bool) -> None:
+    verdict = plan.verdict
+    console.print(_headline(plan))
+    if verdict.budgets:
+        console.print(_memory(plan))
+    if verdict.fits:
+        console.print(_context(plan))
+        console.print(_decoding(plan))
+    console.print(_changes(plan))
+    for note in plan.notes:
+        console.print(Text.assemble(("Note: ", "yellow"), note))
+    if verdict.fits:
+        console.print(_start(plan), soft_wrap=True)
+    if verdict.fits and chart:
+        console.print(bars(plan))
+    exact = "Weights and the cache's bytes a token are exact; the rest rests on --assumptions."
+    console.print(Text(f"\n{exact}", style="dim"))
+
+
+def _headline(plan: Plan) -> Panel:
+    scenario, verdict = plan.scenario, plan.verdict
+    if verdict.fits:
+        shared, longest = verdict.shared, scenario.max_model_len
+        each = "Each engine's cache" if scenario.replicas > 1 else "The cache"
+        holds = f"{each} holds {shared.tokens:,} tokens: {shared.sequences(longest):,} sequences of {longest:,}."
+        body = Text.assemble(("It fits. ", "bold green"), holds)
+    else:
+        say = "It cannot work: " if verdict.problems else "It does not fit: "
+        body = Text("\n").join(Text.assemble((say, "bold red"), why) for why in verdict.problems or verdict.reasons)
+    return Panel(body, title=Text(_title(scenario), style="bold"), title_align="left")
+
+
+def _title(scenario: Scenario) -> str:
+    ranks = [f"tensor {scenario.tensor}"]
+    ranks += [f"pipeline {scenario.pipeline}"] if scenario.pipeline > 1 else []
+    ranks += [f"context {scenario.dcp}"] if scenario.dcp > 1 else []
+    ranks += [f"{scenario.nodes} nodes"] if scenario.nodes > 1 else []
+    weights = scenario.scheme.name + (", FP8 cache" if scenario.kv == "fp8" else "")
+    return f"{scenario.name} · {weights} · {scenario.gpus} × {scenario.gpu.name} ({', '.join(ranks)})"
+
+
+def _start(plan: Plan) -> Text:
+    where = ""
+    if plan.scenario.nodes > 1:
+        where = f" (on the head node of a Ray cluster of {plan.scenario.nodes}; LOCAL_IP is its address)"
+    return Text.assemble(("\nStart it with", "bold"), (where, "dim"), f"\n  {plan.command}")
+
+
+def _memory(plan: Plan) -> RenderableType:
+    budget, scenario = plan.verdict.tightest, plan.scenario
+    which = "A GPU" if scenario.pipeline == 1 else f"A GPU of the stage with layers {_span(budget)}"
+    table = _table(f"{which}: {budget.total / GIB:.1f} GiB")
+    table.show_header = False
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(style="dim")
+    peak = f"a step of {scenario.batched_tokens:,} tokens, or {scenario.sequences:,} sequences sampled"
+    weights = ", ".join(f"{part} {size / GIB:.1f}" for part, size in budget.weights.parts.items() if size > GIB / 20)
+    token = f"{plan.verdict.shared.bytes_per_token / KIB:.4g} KiB a token on a rank"
+    rest = f"CUDA and NCCL {budget.outside / GIB:.1f}, beside vLLM's share of {scenario.utilization:g}"
+    for name, size, remark in (
+        ("weights", budget.weights.total, weights),
+        ("activations", budget.activations, peak),
+        ("CUDA graphs", budget.graphs, ""),
+        ("workspaces", budget.workspace, ""),
+        ("KV cache", budget.cache, token if budget.cache > 0 else "missing"),
+        ("left alone", budget.total - budget.taken, rest),
+    ):
+        table.add_row(name, Text(f"{size / GIB:.2f}", style="red" if size < 0 else ""), remark)
+    return table
+
+
+def _span(budget: Budget) -> str:
+    return f"{budget.stage.layers.start} to {budget.stage.layers.stop - 1}"
+
+
+def _context(plan: Plan) -> RenderableType:
+    table = _table("\nSequences at once, by length")
+    table.add_column("", no_wrap=True)
+    for point in plan.concurrency:
+        table.add_column(f"{point.length:,}", justify="right")
+    table.add_column("tokens", justify="right")
+    shared, unshared = plan.verdict.shared, plan.verdict.unshared
+    table.add_row("with CLA's shared cache", *(f"{p.shared:,}" for p in plan.concurrency), f"{shared.tokens:,}")
+    table.add_row("without", *(f"{p.unshared:,}" for p in plan.concurrency), f"{unshared.tokens:,}", style="dim")
+    return table
+
+
+def _decoding(plan: Plan) -> RenderableType:
+    scenario, prefill = plan.scenario, plan.prefill
+    table = _table(f"\nDecoding, {scenario.input_len:,} tokens in and {scenario.output_len:,} out: tokens a second")
+    for name in ("batch", "bound", "estimate", "a user", "served", "experts", "weights", "cache", "reduce"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("limit", no_wrap=True)
+    for rate in plan.rates[::2]:
+        decode, step = rate.decode, rate.decode.step
+        table.add_row(
+            str(decode.batch),
+            f"{decode.bound:,.0f}",
+            Text(f"{decode.estimate:,.0f}", style="bold"),
+            f"{decode.per_sequence:,.1f}",
+            f"{rate.served:,.0f}",
+            f"{step.experts:.1f}",
+            f"{step.weight_bytes / GIB:.1f}",
+            f"{step.cache_bytes / GIB:.1f}",
+            f"{step.reduced_bytes / MIB:.2f}",
+            step.limited_by,
+        )
+    legend = (
+        "bound: at the datasheet's rates; served: with each request's prefill; experts:\n"
+        "distinct ones a layer reads; weights, cache: GiB that a GPU reads in a step;\n"
+        "reduce: MiB of an all-reduce; limit: what takes most of the estimated step"
+    )
+    if plan.published:
+        reached = " and ".join(f"{rate.rate:g} at batch {rate.batch} ({rate.share:.1%})" for rate in plan.published)
+        legend += f"\npublished for this set-up: {reached} of the bound"
+    reading = (
+        f"{prefill.bound:,.0f} bound, {prefill.estimate:,.0f} estimated; the first token after "
+        f"{prefill.first_token:.2f} s on an idle server"
+    )
+    return Group(table, Text(legend, style="dim"), Text.assemble(("Prefill: ", "bold"), reading))
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
+
+
+def _changes(plan: Plan) -> RenderableType:
+    fits = plan.verdict.fits
+    title = "\nWhat would be better" if fits else "\nWhat to change, cheapest first"
+    table = _table(title)
+    table.show_header = False
+    table.add_column(style="cyan")
+    table.add_column()
+    for remedy in plan.remedies:
+        length = remedy.verdict.scenario.max_model_len
+        count = remedy.verdict.shared.sequences(length)
+        table.add_row(
+            remedy.flags, f"{remedy.price}; holds {remedy.verdict.shared.tokens:,} tokens, {count} × {length:,}"
+        )
+    for better in plan.improvements:
+        gain = f"tokens ×{better.tokens:.2f}, speed at batch {BATCH} ×{better.rate:.2f}"
+        table.add_row(better.remedy.flags, f"{gain} ({better.remedy.price})")
+    if not table.row_count:
+        table.add_row("", "nothing the planner knows" if fits else "nothing: no pair of changes makes it fit")
+    return table
+
+
+def show_gpus(console: Console) -> None:
+    """The table, and how to add to it."""
+    table = Table(box=None)
+    columns = ("GPU", "memory GiB", "GB/s", "BF16", "FP8", "INT8", "link GB/s", "capability", "sources")
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("GPU", "sources") else "right", no_wrap=name != "sources")
+    for gpu in known_gpus():
+        rates = (gpu.bf16_tflops, gpu.fp8_tflops, gpu.int8_tops)
+        table.add_row(
+            gpu.name,
+            f"{gpu.memory_gib:g}",
+            f"{gpu.bandwidth_gbs:g}",
+            *("–" if rate is None else f"{rate:g}" for rate in rates),
+            f"{gpu.link_gbs:g}",
+            ".".join(map(str, gpu.capability)),
+            Text("; ".join(gpu.sources), style="dim"),
+        )
+    console.print(table)
+    console.print("Rates: 10¹² dense operations a second. Another GPU: --gpu FILE.json, for instance", style="dim")
+    console.print(known_gpus()[0].model_dump_json(exclude={"aliases"}), highlight=False, soft_wrap=True)
+
+
+def show_assumptions(assumptions: Assumptions, console: Console) -> None:
+    table = Table(box=None)
+    table.add_column("assumption", style="cyan", no_wrap=True)
+    table.add_column("value", justify="right")
+    table.add_column("what it is")
+    for name, value, meaning in explain(assumptions):
+        table.add_row(name, f"{value:g}", meaning)
+    console.print(table)
+    console.print("Change one with --assume NAME=VALUE; docs/plan.md has the formulae.", style="dim")

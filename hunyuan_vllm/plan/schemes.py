@@ -1,0 +1,178 @@
+"""What a quantisation scheme does to a matrix: its bytes on a GPU, the units that multiply it, the GPUs that can."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import inf
+from typing import Any, Literal
+
+from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.plan.gpus import Gpu
+from hunyuan_vllm.plan.network import Matrix
+
+__all__ = ["SCHEMES", "Scheme", "find_scheme", "scheme_of_checkpoint"]
+
+BF16, FLOAT32 = 2, 4
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A way to hold and multiply the quantised matrices.
+
+    Attributes:
+        title: what it is, in a few words.
+        flags: what a server is started with, where the checkpoint is BF16.
+        itemsize: bytes of a quantised element.
+        channel_scales: bytes of a scale an output channel, on GPUs and on CPUs.
+        tensor_scales: one float32 scale a tensor, and one for its input.
+        operands: what its products are computed in, on GPUs that have the units.
+        capability: least compute capability of its kernels, and the first that they are not made for.
+        marlin_below: below this compute capability its kernels are Marlin's, which compute in BF16 and pad to tiles.
+    """
+
+    name: str
+    title: str
+    flags: tuple[str, ...] = ()
+    itemsize: int = BF16
+    channel_scales: tuple[int, int] = (0, 0)
+    tensor_scales: bool = False
+    operands: Literal["bf16", "fp8", "int8"] = "bf16"
+    capability: tuple[tuple[int, int], tuple[float, int]] = ((8, 0), (inf, 0))
+    marlin_below: tuple[float, int] = (0, 0)
+
+    @property
+    def quantises(self) -> bool:
+        return self.itemsize < BF16
+
+    def parameter_bytes(self, matrix: Matrix, on_cpu: bool = False) -> int:
+        """Bytes of the parameters that vLLM makes for a matrix: weight, scales and bias."""
+        if matrix.part == "router":
+            return FLOAT32 * matrix.elements
+        bias = BF16 * matrix.copies * matrix.bias
+        if not self.quantises or not matrix.quantised:
+            return BF16 * matrix.elements + bias
+        scales = matrix.copies * matrix.outputs * self.channel_scales[on_cpu]
+        if self.tensor_scales:  # an expert's fused tensors have one input scale together
+            inputs = matrix.copies if matrix.part == "experts" else matrix.shards
+            scales += FLOAT32 * (matrix.copies * matrix.shards + inputs)
+        return self.itemsize * matrix.elements + scales + bias
+
+    def uses_marlin(self, gpu: Gpu) -> bool:
+        return gpu.capability < self.marlin_below
+
+    def padding(self, matrix: Matrix, gpu: Gpu) -> int:
+        """Bytes that the GPU's kernel adds to a matrix while packing it."""
+        if not (self.quantises and matrix.quantised):
+            return 0
+        padded = _marlin_shape(matrix) if self.uses_marlin(gpu) else self._cutlass_shape(matrix)
+        more = padded[0] * padded[1] - matrix.outputs * matrix.inputs
+        return matrix.copies * (self.itemsize * more + self.channel_scales[0] * (padded[0] - matrix.outputs))
+
+    def _cutlass_shape(self, matrix: Matrix) -> tuple[int, int]:
+        """CUTLASS' FP8 products of linears take multiples of 16; its int8 ones leave other shapes to Triton."""
+        if self.operands != "fp8" or matrix.part == "experts":
+            return matrix.outputs, matrix.inputs
+        return _up(matrix.outputs, 16), _up(matrix.inputs, 16)
+
+    def rate(self, gpu: Gpu) -> float:
+        """Operations a second in its products, dense."""
+        operands = "bf16" if self.uses_marlin(gpu) else self.operands
+        tera = {"bf16": gpu.bf16_tflops, "fp8": gpu.fp8_tflops, "int8": gpu.int8_tops}[operands]
+        return 1e12 * (tera or 0)
+
+    def problem(self, gpu: Gpu) -> str | None:
+        """Why this GPU cannot run it; None if it can."""
+        least, beyond = self.capability
+        if least <= gpu.capability < beyond:
+            return None
+        here = f"{gpu.name} has compute capability {_dotted(gpu.capability)}"
+        if gpu.capability < (8, 0):
+            return f"{here}, and bfloat16 needs 8.0: use a newer GPU"
+        if gpu.capability < least:
+            return f"{self.name} needs kernels of compute capability {_dotted(least)}, and {here}"
+        return f"vLLM has {self.name} kernels below compute capability {_dotted(beyond)} only, and {here}"
+
+
+SCHEMES = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme("bf16", "BF16 as published"),
+        Scheme(
+            "int8",
+            "int8 weights, BF16 activations (W8A16)",
+            ("--quantization", "hunyuan_int8"),
+            itemsize=1,
+            channel_scales=(BF16, FLOAT32),
+            marlin_below=(inf, 0),
+        ),
+        Scheme(
+            "int8-w8a8",
+            "int8 weights and activations (W8A8)",
+            ("--quantization", "hunyuan_int8_w8a8"),
+            itemsize=1,
+            channel_scales=(FLOAT32, FLOAT32),
+            operands="int8",
+            capability=((8, 0), (10, 0)),  # vLLM's CUTLASS int8 products end before Blackwell
+        ),
+        Scheme(
+            "fp8",
+            "FP8 weights and activations (W8A8)",
+            itemsize=1,
+            tensor_scales=True,
+            operands="fp8",
+            marlin_below=(8, 9),
+        ),
+    )
+}
+
+
+def find_scheme(name: str) -> Scheme:
+    """The scheme of this name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in SCHEMES:
+        raise UserError(f"--scheme {name} is not known: use one of {', '.join(SCHEMES)}")
+    return SCHEMES[name]
+
+
+def scheme_of_checkpoint(quantization: Mapping[str, Any] | None) -> Scheme:
+    """The scheme that a checkpoint's `quantization_config` names.
+
+    Raises:
+        UserError: it is a quantisation the planner does not know.
+    """
+    from hunyuan_vllm.quant.int8_format import PACKED, PLAIN, recognise
+
+    if quantization is None:
+        return SCHEMES["bf16"]
+    if quantization.get("quant_method") == "fp8":
+        return SCHEMES["fp8"]
+    form = recognise(quantization)
+    if form is None:
+        method = quantization.get("quant_method")
+        raise UserError(
+            f"the checkpoint's quantization_config ({method!r}) is none of {', '.join(SCHEMES)}: give --scheme"
+        )
+    return SCHEMES[{PACKED: "int8", PLAIN: "int8-w8a8"}[form]]
+
+
+def _marlin_shape(matrix: Matrix) -> tuple[int, int]:
+    """Marlin's tiles: vLLM's `marlin_padded_nk`, and for experts `marlin_moe_padded_intermediate`."""
+    outputs, inputs = matrix.outputs, matrix.inputs
+    if matrix.part != "experts":
+        families = (_up(outputs, 64), _up(inputs, 128)), (_up(outputs, 128), _up(inputs, 64))
+        return min(families, key=lambda shape: (shape[0] * shape[1], sum(shape)))
+    if matrix.cut == "inputs":
+        return outputs, _up(inputs, 64)
+    return matrix.shards * _up(outputs // matrix.shards, 64), inputs
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _dotted(capability: tuple[float, int]) -> str:
+    return f"{capability[0]:.0f}.{capability[1]}"

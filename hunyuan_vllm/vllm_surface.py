@@ -133,6 +133,8 @@ USED: tuple[Symbol, ...] = (
         "CPUUnquantizedExperts",
         members=("_pad_moe_intermediate", "reduction_alignment", "is_supported_config", "apply"),
     ),
+    Symbol(f"{_LAYERS}.fused_moe.experts.cpu_moe", "is_zentorch_moe_supported"),
+    Symbol(f"{_LAYERS}.fused_moe.experts.cpu_moe", "is_zentorch_moe_config_supported"),
     Symbol(f"{_LAYERS}.quantization.utils.quant_utils", "QuantKey"),
     # FP8: vLLM's own methods, with other scales.
     Symbol(f"{_LAYERS}.quantization.fp8", "Fp8Config", keywords=("activation_scheme",)),

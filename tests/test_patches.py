@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from checkpoints import tiny_config, write_checkpoint
 from engine import engine, greatest_difference, random_prompts, score
 from golden_data import FLOAT32_TOLERANCE, load_golden, reference_answers
 from vllm.model_executor.layers import utils as layer_utils
+from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 from vllm.model_executor.layers.fused_moe.oracle import unquantized
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.platforms import current_platform
 
 from hunyuan_vllm import model, patches
 from hunyuan_vllm.cpu_kernels import PackedCPUExperts, has_avx512_bf16_without_amx
@@ -72,6 +75,36 @@ def test_the_packed_kernels_are_used() -> None:
     for dtype, expected in (("bfloat16", PackedCPUExperts.__name__), ("float32", "CPUUnquantizedExperts")):
         with engine(golden.path, dtype=dtype) as llm:
             assert llm.apply_model(experts) == [expected]
+
+
+@pytest.fixture
+def zentorch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An AMD CPU with a zentorch whose experts fail, as they do where one gets all tokens."""
+
+    def fused_moe(*_: object) -> None:
+        raise RuntimeError("only 1 expert(s) received tokens")
+
+    library = torch.library.Library("zentorch", "FRAGMENT")
+    weights = "Tensor w1, Tensor w2, Tensor? w1_bias, Tensor? w2_bias, Tensor topk_weights, Tensor topk_ids"
+    library.define(f"zentorch_fused_moe(Tensor(a!) output, Tensor x, {weights}, bool on_input, str activation) -> ()")
+    library.impl("zentorch_fused_moe", fused_moe, "CPU")
+    monkeypatch.setattr(type(current_platform), "is_zen_cpu", lambda self: True)
+    yield
+    library._destroy()
+
+
+def test_stock_still_prefers_zentorch(zentorch: None) -> None:
+    patches.apply_patches()
+    layer = SimpleNamespace(activation="silu", moe_config=None)
+    assert stock(cpu_moe.is_zentorch_moe_supported)(layer)
+    assert not cpu_moe.is_zentorch_moe_supported(layer)
+
+
+def test_experts_do_without_zentorch(zentorch: None) -> None:
+    golden = load_golden("cla2_top1")
+    with engine(golden.path) as llm:
+        results = score(llm, [item.prompt for item in golden.items], max_tokens=2)
+    assert greatest_difference(results, golden) <= FLOAT32_TOLERANCE
 
 
 def test_patches_apply_once() -> None:

@@ -16,6 +16,7 @@ from hunyuan_vllm.layout import expected_tensors
 __all__ = ["ConfigFile", "check_config", "parameters", "read_object"]
 
 AGAIN = "download config.json again"
+OTHERS_DEPEND_ON = {"hidden_size", "num_attention_heads", "num_hidden_layers"}
 
 
 @dataclass
@@ -57,17 +58,34 @@ def check_config(folder: Path, section: Section) -> ConfigFile:
         text = f"model_type is {kind!r}; a Hunyuan-Large checkpoint has {HunYuanConfig.model_type!r}"
         section.problem("config.json", text, "name the folder of a Hunyuan-Large checkpoint")
         return found
-    try:
-        fields = {name: value for name, value in found.fields.items() if name != "model_type"}
-        found.network = HunYuanConfig(**fields)
-    except (ValueError, TypeError) as error:
-        section.problem("config.json", str(error).removeprefix("HunYuanConfig: "), AGAIN)
+    found.network = _network(found.fields, section)
+    if found.network is None:
         return found
     section.ok("network", _describe(found.network))
     _check_architecture(found.fields, section)
     _check_ids(found.network, section)
     _check_format(found, section)
     return found
+
+
+def _network(fields: dict[str, Any], section: Section) -> HunYuanConfig | None:
+    """The network, or None where a field is wrong; then the others are judged as if it were absent."""
+    fields = {name: value for name, value in fields.items() if name != "model_type"}
+    wrong: set[str] = set()
+    while True:
+        try:
+            network = HunYuanConfig(**fields)
+            return None if wrong else network
+        except (ValueError, TypeError) as error:
+            text = str(error).removeprefix("HunYuanConfig: ")
+            name = text.partition(" ")[0]
+            if name in wrong:  # an absent field's default does not fit the rest
+                return None
+            section.problem("config.json", text, AGAIN)
+            wrong.add(name)
+            if name not in fields or name in OTHERS_DEPEND_ON:
+                return None
+            del fields[name]
 
 
 def parameters(config: HunYuanConfig) -> tuple[int, int]:

@@ -73,7 +73,7 @@ def check_torch_cuda(section: Section, system: System, probe: Probe, gpus: list[
     if not values.get("cuda"):
         return  # a CPU build, or torch does not import, which is said elsewhere
     built = str(values["cuda"])
-    driver = _driver_cuda(system)
+    driver = _driver_cuda(system) if gpus else None
     if driver is not None and int(driver.partition(".")[0]) < int(built.partition(".")[0]):
         text = f"the driver supports CUDA up to {driver}, torch was built for {built}"
         section.problem("driver", text, "update the NVIDIA driver, or install the cuda-compat package for that version")

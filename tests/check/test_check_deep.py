@@ -191,3 +191,23 @@ def test_sums_are_refused_before_the_work_where_they_cannot_be_written(
     copy_demo(tmp_path)
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # as for a user who is not root
     assert "is not writable" in str(command(str(tmp_path), "--deep", "--write-sums").exception)
+
+
+def test_ctrl_c_ends_the_run_at_once_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy_sharded(tmp_path)
+    shards = read_shards(sorted(tmp_path.glob("*.safetensors")))
+    read: list[int] = []
+
+    def press(size: int) -> None:
+        read.append(size)
+        raise KeyboardInterrupt
+
+    work = Deep(tmp_path, shards, {}, write_sums=True, jobs=2)
+    with pytest.raises(KeyboardInterrupt):
+        work.run(press, Section("Data"))
+    assert sum(read) < work.total  # a chunk of each file at most
+    assert not (tmp_path / "SHA256SUMS").exists()
+
+    monkeypatch.setattr(Deep, "run", lambda self, advance, section: press(0))
+    result = command(str(tmp_path), "--deep", "--write-sums")
+    assert result.exit_code == 130 and "interrupted" in result.stderr

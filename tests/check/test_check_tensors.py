@@ -119,6 +119,12 @@ def test_a_wrong_config(tmp_path: Path, fields: dict, text: str) -> None:
     assert any(text in problem.text for problem in findings(check_folder(tmp_path)))
 
 
+def test_all_wrong_fields_of_a_config_are_listed(tmp_path: Path) -> None:
+    edit_json(copy_demo(tmp_path) / "config.json", hidden_act="gelu", rms_norm_eps=-1, moe_topk=9)
+    texts = [problem.text for problem in findings(check_folder(tmp_path))]
+    assert [text.split(" ")[0] for text in texts] == ["hidden_act", "rms_norm_eps", "moe_topk"]
+
+
 def test_no_config_leaves_the_rest_checked(tmp_path: Path) -> None:
     (copy_demo(tmp_path) / "config.json").unlink()
     report = check_folder(tmp_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from test_calibrate import calibrated
 from torch import Tensor
 
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.quantize.convert import quantize_checkpoint
 from hunyuan_vllm.quantize.smooth import Migration, factors
 from hunyuan_vllm.quantize.source import Source
 from hunyuan_vllm.quantize.texts import pack
@@ -94,37 +92,3 @@ def test_factors_are_powers_of_two_around_one() -> None:
     assert found.tolist() == [0.25, 4.0, 1.0, 1.0]
     assert factors(inputs, columns, 0.0).tolist() == [1.0, 1.0, 1.0, 1.0]
     assert factors(torch.tensor([1e-30, 1e30]), torch.ones(2), 1.0).tolist() == [2.0**-10, 2.0**10]
-
-
-@pytest.fixture(scope="module")
-def spiky(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_checkpoint(tmp_path_factory.mktemp("spiky") / "bf16", tiny_config(num_hidden_layers=2), seed=5)
-    plant_outliers(folder)
-    return folder
-
-
-Convert = Callable[..., dict]
-
-
-@pytest.fixture
-def convert(spiky: Path, tmp_path: Path, documents: Documents) -> Convert:
-    def run(scheme: str, **options: object) -> dict:
-        target = tmp_path / f"{len(list(tmp_path.iterdir()))}"
-        return quantize_checkpoint(spiky, target, scheme, calibration=documents, **options)
-
-    return run
-
-
-def mean(report: dict, key: str) -> float:
-    values = [one[key] for one in report["projections"]]
-    return sum(values) / len(values)
-
-
-def test_it_helps_int8_activations(convert: Convert) -> None:
-    # The plain scheme has no calibration: alpha so small that every factor is 1 measures it.
-    smooth = convert("int8-w8a8", smooth=0.5)
-    plain = convert("int8-w8a8", smooth=0.0)
-    assert mean(smooth, "output_error") < 0.5 * mean(plain, "output_error")
-    assert sum(len(one["outliers"]) for one in smooth["projections"]) < sum(
-        len(one["outliers"]) for one in plain["projections"]
-    )

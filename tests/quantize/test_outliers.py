@@ -1,0 +1,111 @@
+"""Outliers, planted in a checkpoint: what the plain scales make of them, and what each option does about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import rewrite, tiny_config, write_checkpoint
+from served import served
+from torch import Tensor
+
+from hunyuan_vllm.quantize.convert import quantize_checkpoint
+from hunyuan_vllm.reference import HunYuanForCausalLM
+
+Documents = list[list[int]]
+CHANNELS = [3, 40]
+
+
+def plant(folder: Path, times: float) -> None:
+    """Make two channels of the norms' outputs `times` as large as the others (or as small, below 1), and the columns of
+    all weights that read them the inverse: the network stays as it was."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name.endswith(("input_layernorm.weight", "post_attention_layernorm.weight")):
+                tensor[CHANNELS] *= times
+            elif name.split(".")[-2] in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "wg"):
+                tensor[:, CHANNELS] /= times
+
+    rewrite(folder, change)
+
+
+@torch.inference_mode()
+def divergence(model: HunYuanForCausalLM, exact: HunYuanForCausalLM, documents: Documents) -> float:
+    """Mean KL of the next token's distributions, in nats."""
+    found = []
+    for document in documents:
+        ids = torch.tensor([document])
+        ours, wanted = (each(ids).logits.log_softmax(-1) for each in (model, exact))
+        found.append(torch.nn.functional.kl_div(ours, wanted, log_target=True, reduction="none").sum(-1).mean())
+    return float(torch.stack(found).mean())
+
+
+Loss = Callable[..., float]
+
+
+@pytest.fixture
+def loss(tmp_path: Path, documents: Documents) -> Loss:
+    """What converting a checkpoint with planted outliers costs, by scheme and options."""
+    sources: dict[float, tuple[Path, HunYuanForCausalLM]] = {}
+
+    def measure(times: float, scheme: str, **options: object) -> float:
+        if times not in sources:
+            folder = write_checkpoint(tmp_path / f"src-{times}", tiny_config(num_hidden_layers=2), seed=5)
+            plant(folder, times)
+            sources[times] = folder, HunYuanForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        source, exact = sources[times]
+        target = tmp_path / f"{scheme}-{len(list(tmp_path.iterdir()))}"
+        quantize_checkpoint(source, target, scheme, calibration=documents[:2], **options)
+        return divergence(served(target), exact, documents[2:])
+
+    return measure
+
+
+def test_large_activations_in_int8(loss: Loss) -> None:
+    """A token's scale has to reach the outliers, which leaves few levels for the other channels."""
+    clean, plain, smooth = loss(1.0, "int8-w8a8"), loss(200.0, "int8-w8a8"), loss(200.0, "int8-w8a8", smooth=0.5)
+    assert plain > 20 * clean
+    assert smooth < 0.1 * plain and smooth < 3 * clean
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-w8a8"])
+def test_large_weights_in_int8(loss: Loss, scheme: str) -> None:
+    """Columns of large weights, which small inputs meet, decide each row's scale."""
+    clean, plain = loss(1.0, scheme), loss(1 / 512, scheme)
+    clipped, smooth = loss(1 / 512, scheme, clip="percentile:98"), loss(1 / 512, scheme, smooth=0.5)
+    assert plain > 20 * clean
+    assert clipped < 0.5 * plain
+    assert smooth < 0.05 * plain and smooth < 8 * clean
+
+
+@pytest.mark.parametrize("times", [2.0**17, 2.0**-17])
+def test_fp8_needs_help_only_beyond_its_wide_range(loss: Loss, times: float) -> None:
+    clean, moderate, plain = (loss(each, "fp8-w8a8c8") for each in (1.0, 256.0 if times > 1 else 1 / 256, times))
+    smooth = loss(times, "fp8-w8a8c8", smooth=0.5)
+    assert moderate < 2 * clean
+    assert plain > 5 * clean and smooth < 2 * clean
+
+
+def test_least_squares_scales_lower_the_error_of_wide_rows(tmp_path: Path) -> None:
+    """The more weights share a scale, the less its reach is worth: rows as wide as the real network's, with a heavy
+    tail."""
+    config = tiny_config(num_hidden_layers=2, hidden_size=64, intermediate_size=16384, num_experts=1)
+    source = write_checkpoint(tmp_path / "src", config)
+    generator = torch.Generator().manual_seed(0)
+
+    def with_tails(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name.endswith("down_proj.weight"):
+                far = torch.rand(tensor.shape, generator=generator) < 1e-4
+                tensor[far] *= 3
+
+    rewrite(source, with_tails)
+    errors = {}
+    for clip in ("max", "mse"):
+        report = quantize_checkpoint(source, tmp_path / clip, "int8", clip=clip)
+        errors[clip] = [one["relative_error"] for one in report["projections"]]
+    assert all(mse <= plain * 1.0001 for mse, plain in zip(errors["mse"], errors["max"], strict=True))
+    assert max(errors["mse"]) < 0.97 * max(errors["max"])

@@ -1,0 +1,105 @@
+"""The report: for people on the terminal, as a picture, and by layer."""
+
+from __future__ import annotations
+
+import io
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from hunyuan_vllm.quantize import plot
+from hunyuan_vllm.quantize.convert import quantize_checkpoint
+from hunyuan_vllm.quantize.report import assemble, show
+
+CAN_DRAW = plot.can_draw
+
+
+def one(projection: str, error: float, output: float | None = None, outliers: dict[int, float] | None = None) -> dict:
+    return {
+        "projection": projection, "relative_error": error, "saturated": 0.001, "input_scale": None,
+        "output_error": output, "outliers": outliers or {},
+    }  # fmt: skip
+
+
+MEASURED = [
+    one("model.layers.10.self_attn.o_proj", 0.01, 0.02),
+    one("model.layers.2.self_attn.o_proj", 0.03, 0.05, {7: 31.5}),
+    one("model.layers.2.mlp.gate_proj", 0.02, 0.01),
+    one("model.layers.10.mlp.experts.0.up_proj", 0.01, 0.02),
+    one("model.layers.10.mlp.experts.1.up_proj", 0.03, 0.04, {1: 11.0, 2: 12.0}),
+]
+
+
+def test_layers_are_summarised_in_order() -> None:
+    report = assemble({"scheme": "int8"}, MEASURED)
+    first, second = report["layers"]
+    assert (first["layer"], second["layer"]) == (2, 10)
+    assert first["weight_error"] == {"attention": 0.03, "dense MLP": 0.02}
+    assert second["weight_error"] == {"attention": 0.01, "experts": pytest.approx(0.02)}
+    assert first["output_error"] == pytest.approx(0.03)
+    assert (first["outlier_channels"], second["outlier_channels"]) == (1, 2)
+    assert len(report["projections"]) == 5 and report["projections"][0]["projection"].startswith("model.layers.2.")
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_the_table(calibrated: bool) -> None:
+    measured = [dict(each, output_error=each["output_error"] if calibrated else None) for each in MEASURED]
+    out = io.StringIO()
+    show(assemble({"scheme": "int8"}, measured), Console(file=out, width=100))
+    text = out.getvalue()
+    assert text.startswith("int8: relative errors")
+    largest = "5%, model.layers.2.self_attn.o_proj" if calibrated else "3%, model.layers.2.self_attn.o_proj"
+    assert f"largest: {largest}" in text
+    assert ("outlier" in text) == calibrated
+    row = next(line for line in text.splitlines() if line.startswith("│    10"))
+    assert [cell.strip() for cell in row.split("│")[2:6]] == ["1%", "", "2%", "0.1%"]
+
+
+@pytest.mark.parametrize("measured", [MEASURED, [dict(each, outliers={}) for each in MEASURED]], ids=["some", "none"])
+def test_the_picture(tmp_path: Path, measured: list[dict]) -> None:
+    plot.draw(assemble({"scheme": "int8", "source": "x"}, measured), tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    width, height = struct.unpack(">II", data[16:24])
+    assert data.startswith(b"\x89PNG") and width > 600 and height > 800
+
+
+def test_a_conversion_draws_where_it_can_and_says_so_where_not(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=200)
+    quantize_checkpoint(tiny, tmp_path / "without", "int8", console=console)  # conftest.py takes matplotlib away
+    assert not (tmp_path / "without" / "quantize_report.png").exists()
+    assert (tmp_path / "without" / "quantize_report.json").exists()
+    assert "no quantize_report.png: it needs matplotlib (pip install 'hunyuan-vllm[quantize]')" in out.getvalue()
+    monkeypatch.setattr(plot, "can_draw", CAN_DRAW)
+    quantize_checkpoint(tiny, tmp_path / "with", "int8")
+    assert (tmp_path / "with" / "quantize_report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_progress_off_a_terminal_is_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hunyuan_vllm.quantize import progress
+
+    now = iter([0.0, *(10.0 * step for step in range(1, 100))])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    out = io.StringIO()
+    shown = progress.Progress(Console(file=out, width=200))
+    with shown.stage("quantising", 10 * 10**9, 2 * 10**9):
+        for number in range(1, 9):
+            shown.advance(10**9, f"{number} of 8 tensors")
+    lines = out.getvalue().splitlines()
+    assert 1 <= len(lines) <= 4 and all(line.startswith("hunyuan-vllm: quantising: ") for line in lines)
+    assert "of 10.0 GB" in lines[0] and "tensors" in lines[0] and lines[0].endswith("left")
+
+
+def test_progress_on_a_terminal_is_a_bar() -> None:
+    from hunyuan_vllm.quantize.progress import Progress
+
+    out = io.StringIO()
+    shown: Any = Progress(Console(file=out, width=160, force_terminal=True))
+    with shown.stage("calibrating", 4, 1, unit="layers"):
+        shown.advance(1)
+    assert "calibrating" in out.getvalue() and "2 of 4 layers" in out.getvalue() and "left" in out.getvalue()

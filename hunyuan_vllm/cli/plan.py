@@ -40,8 +40,12 @@ def plan(
         None, min=1, rich_help_panel=LIMITS, help="Sequences of a step; default: vLLM's for this GPU."
     ),
     enforce_eager: bool = typer.Option(False, "--enforce-eager", rich_help_panel=LIMITS, help="No CUDA graphs."),
-    input_len: int = typer.Option(2048, min=1, rich_help_panel=WORKLOAD, help="Tokens in."),
-    output_len: int = typer.Option(256, min=1, rich_help_panel=WORKLOAD, help="Tokens out."),
+    input_len: int | None = typer.Option(
+        None, min=1, rich_help_panel=WORKLOAD, help="Tokens in; default: 2048, or what the length allows."
+    ),
+    output_len: int | None = typer.Option(
+        None, min=1, rich_help_panel=WORKLOAD, help="Tokens out; default: 256, or an eighth of the length."
+    ),
     gpus_per_node: int = typer.Option(8, min=1, rich_help_panel=MACHINE, help="GPUs that one machine has."),
     network: float = typer.Option(400, min=1, rich_help_panel=MACHINE, help="Gbit/s of each GPU to other machines."),
     assume: list[str] = typer.Option([], metavar="NAME=VALUE", help="Replace an assumption; may be repeated."),

@@ -124,8 +124,9 @@ def _hardware(scenario: Scenario) -> Iterator[Change]:
     for gpus in COUNTS:
         for tensor, stages in arrangements(scenario.network, gpus) if gpus > scenario.gpus else ():
             if tensor <= scenario.per_node:
-                price = f"{gpus - scenario.gpus} GPUs more"
-                yield _engine(scenario, tensor, stages, {"gpus": gpus}, f"--gpus {gpus}", price, 100 + gpus, "gpus")
+                more = gpus - scenario.gpus
+                price, cost = f"{more} GPUs more", 100 + 10 * more
+                yield _engine(scenario, tensor, stages, {"gpus": gpus}, f"--gpus {gpus}", price, cost, "gpus")
                 break
     for gpu in sorted(known_gpus(), key=lambda gpu: (gpu.memory, -(gpu.bf16_tflops or 0))):
         if gpu.memory > 1.1 * scenario.gpu.memory or gpu.capability > scenario.gpu.capability:

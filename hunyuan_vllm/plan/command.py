@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shlex
 
-from hunyuan_vllm.plan.models import PUBLISHED
+from hunyuan_vllm.plan.models import DEMO, PUBLISHED
 from hunyuan_vllm.plan.scenario import Scenario, vllm_limits
 
-__all__ = ["serve_command", "serve_flags"]
+__all__ = ["preparation", "serve_command", "serve_flags"]
 
-PLACEHOLDER = "/models/Hunyuan-A52B-Instruct"
+PLACEHOLDER = "/models/Hunyuan-A52B-Instruct"  # as published; its FP8 checkpoint has "-FP8" behind it
 
 
 def serve_flags(scenario: Scenario, quantised_checkpoint: bool = False) -> list[str]:
@@ -33,13 +33,26 @@ def serve_flags(scenario: Scenario, quantised_checkpoint: bool = False) -> list[
 
 def serve_command(scenario: Scenario, quantised_checkpoint: bool = False) -> str:
     """A line to paste into a shell, on the machine with the GPUs or on the head node of their Ray cluster."""
-    model = PLACEHOLDER if scenario.name == PUBLISHED else scenario.name
-    if scenario.scheme.name == "fp8" and scenario.name == PUBLISHED:
-        model += "-FP8"
-    variables = {"MODEL_PATH": model, "TP_SIZE": str(scenario.tensor)}
+    variables = {"TP_SIZE": str(scenario.tensor)}
+    if scenario.name != DEMO:  # which is what a server without a path serves
+        variables = {"MODEL_PATH": _checkpoint(scenario, quantised_checkpoint)} | variables
     if scenario.nodes > 1:
         variables["LOCAL_IP"] = "10.0.0.5"
     if scenario.needs_partition:
         variables["VLLM_PP_LAYER_PARTITION"] = ",".join(map(str, scenario.partition))
     words = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
     return " ".join([*words, "hunyuan-vllm serve", *serve_flags(scenario, quantised_checkpoint)])
+
+
+def preparation(scenario: Scenario, quantised_checkpoint: bool = False) -> str | None:
+    """What must be done before, where the checkpoint is not yet what the scheme loads; None where nothing."""
+    if scenario.scheme.name != "fp8" or quantised_checkpoint or scenario.name == PUBLISHED:
+        return None
+    target = shlex.quote(_checkpoint(scenario, quantised_checkpoint))
+    source = shlex.quote(scenario.name)
+    return f"fp8 needs an FP8 checkpoint; make it with hunyuan-vllm quantize {source} {target} --scheme fp8-w8a8c8"
+
+
+def _checkpoint(scenario: Scenario, quantised: bool) -> str:
+    name = PLACEHOLDER if scenario.name == PUBLISHED else scenario.name.rstrip("/")
+    return name if quantised or scenario.scheme.name != "fp8" else f"{name}-FP8"

@@ -10,9 +10,9 @@ from typing import Any
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.errors import UserError
 
-__all__ = ["PUBLISHED", "PlannedModel", "open_planned"]
+__all__ = ["DEMO", "PUBLISHED", "PlannedModel", "open_planned"]
 
-PUBLISHED = "hunyuan-large"
+PUBLISHED, DEMO = "hunyuan-large", "demo"
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def open_planned(given: str) -> PlannedModel:
     """
     if given == PUBLISHED:
         path = Path(__file__).parent / "data" / PUBLISHED / "config.json"
-    elif given == "demo":
+    elif given == DEMO:
         from hunyuan_vllm import demo
 
         path = demo.path() / "config.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hunyuan_vllm.plan.checks import notes
-from hunyuan_vllm.plan.command import serve_command
+from hunyuan_vllm.plan.command import preparation, serve_command
 from hunyuan_vllm.plan.curves import Concurrency, Rate, concurrency, rates
 from hunyuan_vllm.plan.improvements import Improvement, improvements
 from hunyuan_vllm.plan.published import PublishedRate, published_rates
@@ -59,7 +59,7 @@ def make_plan(scenario: Scenario, quantised_checkpoint: bool = False) -> Plan:
         return Plan(verdict, found, remedies(verdict, not quantised_checkpoint))
     return Plan(
         verdict,
-        notes(scenario),
+        notes(scenario) + [step for step in [preparation(scenario, quantised_checkpoint)] if step],
         improvements=improvements(verdict, not quantised_checkpoint),
         concurrency=concurrency(verdict),
         rates=rates(verdict),

@@ -35,7 +35,7 @@ def show_plan(plan: Plan, console: Console, chart: bool) -> None:
         console.print(_start(plan), soft_wrap=True)
     if verdict.fits and chart:
         console.print(bars(plan))
-    exact = "Weights and the cache's bytes a token are exact; the rest rests on --assumptions."
+    exact = "Weights and bytes a token are exact; what is assumed for the rest: --assumptions"
     console.print(Text(f"\n{exact}", style="dim"))
 
 
@@ -62,9 +62,11 @@ def _title(scenario: Scenario) -> str:
 
 
 def _start(plan: Plan) -> Text:
-    where = ""
-    if plan.scenario.nodes > 1:
-        where = f" (on the head node of a Ray cluster of {plan.scenario.nodes}; LOCAL_IP is its address)"
+    scenario, where = plan.scenario, ""
+    if scenario.nodes > 1:
+        where = f" (on the head node of a Ray cluster of {scenario.nodes}; LOCAL_IP is its address)"
+    elif scenario.replicas > 1:
+        where = f" ({scenario.replicas} times, each with CUDA_VISIBLE_DEVICES and a PORT of its own)"
     return Text.assemble(("\nStart it with", "bold"), (where, "dim"), f"\n  {plan.command}")
 
 
@@ -169,11 +171,10 @@ def _changes(plan: Plan) -> RenderableType:
 
 
 def show_gpus(console: Console) -> None:
-    """The table, and how to add to it."""
-    table = Table(box=None)
-    columns = ("GPU", "memory GiB", "GB/s", "BF16", "FP8", "INT8", "link GB/s", "capability", "sources")
-    for name in columns:
-        table.add_column(name, justify="left" if name in ("GPU", "sources") else "right", no_wrap=name != "sources")
+    """The table, where it is from, and how to add to it."""
+    table = _table("Rates are 10¹² dense operations a second")
+    for name in ("GPU", "GiB", "GB/s", "BF16", "FP8", "INT8", "link GB/s", "capability"):
+        table.add_column(name, justify="left" if name == "GPU" else "right", no_wrap=True)
     for gpu in known_gpus():
         rates = (gpu.bf16_tflops, gpu.fp8_tflops, gpu.int8_tops)
         table.add_row(
@@ -181,13 +182,14 @@ def show_gpus(console: Console) -> None:
             f"{gpu.memory_gib:g}",
             f"{gpu.bandwidth_gbs:g}",
             *("–" if rate is None else f"{rate:g}" for rate in rates),
-            f"{gpu.link_gbs:g}",
+            f"{gpu.link_gbs:g} {gpu.link}",
             ".".join(map(str, gpu.capability)),
-            Text("; ".join(gpu.sources), style="dim"),
         )
     console.print(table)
-    console.print("Rates: 10¹² dense operations a second. Another GPU: --gpu FILE.json, for instance", style="dim")
-    console.print(known_gpus()[0].model_dump_json(exclude={"aliases"}), highlight=False, soft_wrap=True)
+    for gpu in known_gpus():
+        console.print(Text(f"{gpu.name}: {'; '.join(gpu.sources)}", style="dim"))
+    console.print("\nAnother GPU: --gpu FILE.json, with such fields:")
+    console.print(known_gpus()[0].model_dump_json(exclude={"aliases"}), soft_wrap=True)
 
 
 def show_assumptions(assumptions: Assumptions, console: Console) -> None:

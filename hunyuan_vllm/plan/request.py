@@ -34,8 +34,8 @@ class Request:
     batched_tokens: int | None
     sequences: int | None
     eager: bool
-    input_len: int
-    output_len: int
+    input_len: int | None
+    output_len: int | None
     per_node: int
     node_link: float
     assumptions: Assumptions
@@ -51,6 +51,8 @@ def make_scenario(request: Request) -> tuple[Scenario, bool]:
     """
     model, gpu = open_planned(request.model), find_gpu(request.gpu)
     tokens, sequences = vllm_limits(gpu)
+    longest = request.max_model_len or model.config.max_position_embeddings
+    written = request.output_len or max(1, min(256, longest // 8))
     scenario = Scenario(
         name=model.name,
         network=Network(model.config),
@@ -61,13 +63,13 @@ def make_scenario(request: Request) -> tuple[Scenario, bool]:
         dcp=request.dcp,
         scheme=_scheme(request, model),
         kv=request.kv,
-        max_model_len=request.max_model_len or model.config.max_position_embeddings,
+        max_model_len=longest,
         utilization=request.utilization,
         batched_tokens=request.batched_tokens or tokens,
         sequences=request.sequences or min(sequences, request.batched_tokens or sequences),
         eager=request.eager,
-        input_len=request.input_len,
-        output_len=request.output_len,
+        input_len=request.input_len or max(1, min(2048, longest - written)),
+        output_len=written,
         per_node=request.per_node,
         node_link=request.node_link,
         assumptions=request.assumptions,

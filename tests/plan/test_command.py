@@ -100,7 +100,7 @@ def test_a_checkpoint_names_its_scheme(tmp_path: Path) -> None:
     for quantization, scheme in ((None, "bf16"), (FP8_CONFIG, "fp8"), (describe(PACKED), "int8")):
         (tmp_path / "config.json").write_text(json.dumps(fields | {"quantization_config": quantization}))
         for given in (tmp_path, tmp_path / "config.json"):
-            document = plan("--model", str(given), "--gpus", "1", "--output-len", "8", "--input-len", "8")
+            document = plan("--model", str(given), "--gpus", "1")
             assert document["scenario"]["scheme"] == scheme
     assert "is quantised already, as int8: leave --scheme out" in refusal("--model", str(tmp_path), "--scheme", "fp8")
 
@@ -117,7 +117,10 @@ def test_a_checkpoint_names_its_scheme(tmp_path: Path) -> None:
         (["--assume", "memory_efficiency=2"], "above 0 and at most 1 is possible"),
         (["--assume", "nccl_gib=much"], "give a number, as in --assume nccl_gib=0.5"),
         (["--max-num-batched-tokens", "64", "--max-num-seqs", "128"], "64 is below --max-num-seqs 128"),
-        (["--max-model-len", "2100"], "--input-len 2048 and --output-len 256 are together longer than .* 2100"),
+        (
+            ["--input-len", "2048", "--output-len", "256", "--max-model-len", "2100"],
+            "--input-len 2048 and --output-len 256 are together longer than .* 2100",
+        ),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], message: str) -> None:
@@ -151,6 +154,13 @@ def test_the_tables_are_shown() -> None:
     assert result.exit_code == 0 and all(gpu.name in result.stdout for gpu in known_gpus())
     result = run("--assumptions", "--assume", "nccl_gib=1.5")
     assert result.exit_code == 0 and "nccl_gib" in result.stdout and "1.5" in result.stdout
+
+
+def test_requests_are_as_long_as_the_model_takes_unless_told() -> None:
+    """The published workload where it fits."""
+    sizes = ("input_len", "output_len")
+    assert [plan("--gpus", "16")["scenario"][name] for name in sizes] == [2048, 256]
+    assert [plan("--gpus", "16", "--max-model-len", "1024")["scenario"][name] for name in sizes] == [896, 128]
 
 
 def test_an_assumption_counts() -> None:
@@ -191,6 +201,17 @@ def test_the_command_names_what_the_cut_needs() -> None:
     words = shlex.split(serve_command(planned(gpus=24, tensor=8, pipeline=3)))
     assert "VLLM_PP_LAYER_PARTITION=22,22,20" in words and "TP_SIZE=8" in words
     assert not any("PARTITION" in word for word in shlex.split(serve_command(planned(tensor=8, pipeline=2))))
+
+
+def test_the_command_names_a_checkpoint_that_is_there(tmp_path: Path) -> None:
+    assert serve_command(planned(scheme="fp8")).startswith("MODEL_PATH=/models/Hunyuan-A52B-Instruct-FP8 ")
+    assert "MODEL_PATH" not in plan("--model", "demo", "--gpu", "L40S", "--gpus", "1")["command"]
+    (tmp_path / "config.json").write_text(json.dumps(published_json(tiny_config())))
+    document = plan("--model", f"{tmp_path}/", "--gpus", "1", "--scheme", "fp8")
+    make = f"hunyuan-vllm quantize {tmp_path}/ {tmp_path}-FP8 --scheme fp8-w8a8c8"
+    assert any(note.endswith(make) for note in document["notes"])
+    assert document["command"].startswith(f"MODEL_PATH={tmp_path}-FP8 ")
+    assert plan("--model", str(tmp_path), "--gpus", "1")["command"].startswith(f"MODEL_PATH={tmp_path} ")
 
 
 def test_it_runs_without_loading_vllm() -> None:

@@ -32,6 +32,11 @@ def quantize(
         rich_help_panel=CALIBRATION,
     ),
     calibration_tokens: int = typer.Option(8192, help="Most tokens of it to read.", rich_help_panel=CALIBRATION),
+    headroom: float = typer.Option(
+        2.0,
+        help="Static FP8 scales of inputs and V reach this many times what was seen.",
+        rich_help_panel=CALIBRATION,
+    ),
     clip: str = typer.Option(
         "max",
         help="How far a weight scale reaches: max, mse (least squared error) or percentile:99.99.",
@@ -82,7 +87,9 @@ def quantize(
     from hunyuan_vllm.quantize.options import Clip, Options, parse_size
 
     console = Console(stderr=True)
-    options = Options(scheme, Clip.parse(clip), smooth, calibration_tokens, parse_size(shard_size), _device(device))
+    options = Options(
+        scheme, Clip.parse(clip), smooth, calibration_tokens, headroom, parse_size(shard_size), _device(device)
+    )
     if plan:
         _show_plan(source, options)
         return

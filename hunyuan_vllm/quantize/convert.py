@@ -44,6 +44,7 @@ def quantize_checkpoint(
     *,
     calibration: Path | Sequence[Sequence[int]] | None = None,
     calibration_tokens: int = 8192,
+    headroom: float = 2.0,
     clip: str = "max",
     smooth: float | None = None,
     shard_bytes: int = 5 * 10**9,
@@ -58,6 +59,7 @@ def quantize_checkpoint(
         scheme: "fp8-w8a8c8", "int8" or "int8-w8a8".
         calibration: a text file or a JSONL file of chats, or documents as token ids; None for the built-in text.
         calibration_tokens: most tokens that calibration reads.
+        headroom: how many times what calibration saw at most the static input and V scales reach.
         clip: "max", "mse" or "percentile:P", for weight scales.
         smooth: SmoothQuant's α; None for no migration of outliers.
         shard_bytes: most bytes of a file.
@@ -67,7 +69,7 @@ def quantize_checkpoint(
     Raises:
         UserError: something given is of no use, or the disk is; one line that names it.
     """
-    options = Options(scheme, Clip.parse(clip), smooth, calibration_tokens, shard_bytes, device)
+    options = Options(scheme, Clip.parse(clip), smooth, calibration_tokens, headroom, shard_bytes, device)
     progress = Progress(console or Console(quiet=True))
     return Conversion(Source(src), dst.absolute(), options, calibration, progress).run()
 
@@ -125,6 +127,7 @@ class Conversion:
             "--scheme": options.scheme,
             "--clip": str(options.clip),
             "--smooth": options.smooth,
+            "--headroom": options.headroom,
             "--shard-size": options.shard_bytes,
             "calibration tokens": tokens and f"{tokens.ids.numel()} (contents {tokens.digest()[:12]})",
         }
@@ -147,7 +150,7 @@ class Conversion:
         calibration.run(tokens, self._options.device, self._progress)
         if self._options.smooth is not None:
             self._migration = Migration(config, self._options.smooth, calibration.layer)
-        self._activations = ActivationScales(config, calibration.layer, self._migration)
+        self._activations = ActivationScales(config, calibration.layer, self._migration, self._options.headroom)
         self._idle = calibration.idle_experts()
 
     def _read(self, name: str) -> Tensor:
@@ -195,6 +198,7 @@ class Conversion:
             "source": source.folder.resolve().name,
             "clip": str(options.clip),
             "smooth": options.smooth,
+            "headroom": options.headroom if self._scheme.static_inputs else None,
             "source_bytes": sum(map(source.nbytes, source.shapes)),
             "written_bytes": sum(shard.nbytes for shard in self._shards),
             "calibration": None,

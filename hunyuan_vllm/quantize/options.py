@@ -52,6 +52,8 @@ class Options:
         clip: how weight scales are chosen.
         smooth: SmoothQuant's α, from 0 (all difficulty stays in the activations) to 1; None for no migration.
         calibration_tokens: most tokens that calibration reads.
+        headroom: how many times what calibration saw at most the static input and V scales reach. E4M3 rounds large and
+            small numbers alike, so room costs nothing, whereas what lies beyond the range is cut off.
         shard_bytes: most bytes of a file, unless a tensor is larger.
         device: "cpu", "cuda" or "cuda:N": where the arithmetic runs.
 
@@ -63,6 +65,7 @@ class Options:
     clip: Clip = Clip()
     smooth: float | None = None
     calibration_tokens: int = 8192
+    headroom: float = 2.0
     shard_bytes: int = 5 * 10**9
     device: str = "cpu"
 
@@ -73,6 +76,8 @@ class Options:
             raise UserError(f"--smooth {self.smooth:g}: it is a number from 0 to 1; 0.5 is usual")
         if self.calibration_tokens < 1:
             raise UserError(f"--calibration-tokens {self.calibration_tokens}: it is at least 1")
+        if not 1 <= self.headroom <= 64:
+            raise UserError(f"--headroom {self.headroom:g}: it is a number from 1 to 64; 2 is usual")
 
     @property
     def calibrates(self) -> bool:

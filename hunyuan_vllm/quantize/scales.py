@@ -18,14 +18,20 @@ __all__ = ["ActivationScales"]
 
 
 class ActivationScales:
-    """Static E4M3 scales: what calibration saw at most, after migration, becomes 448.
+    """Static E4M3 scales: `headroom` times what calibration saw at most, after migration, becomes 448.
 
     All experts of a layer share the scale of their gate and up inputs, and that of their down inputs, as the engine's
     fused experts need it: loading then rescales nothing.
     """
 
-    def __init__(self, config: HunYuanConfig, stats: Callable[[int], LayerStats], migration: Migration | None) -> None:
-        self._config, self._stats, self._migration = config, stats, migration
+    def __init__(
+        self,
+        config: HunYuanConfig,
+        stats: Callable[[int], LayerStats],
+        migration: Migration | None = None,
+        headroom: float = 1.0,
+    ) -> None:
+        self._config, self._stats, self._migration, self._headroom = config, stats, migration, headroom
 
     def amax(self, layer: int, projection: str) -> Tensor:
         """Largest magnitude of each input channel of a layer's projection, float32 `[in]`."""
@@ -43,16 +49,21 @@ class ActivationScales:
         """float32 `[]`."""
         shared = input_of(projection)
         sharing = [name for name in self._stats(layer).inputs if input_of(name) == shared]
-        return _scale(max(float(self.amax(layer, name).max()) for name in sharing))
+        return self._scale(max(float(self.amax(layer, name).max()) for name in sharing))
 
     def cache_scales(self, owner: int) -> tuple[Tensor, Tensor]:
         """An owner's K and V scale, float32 `[]`. With qk-norm the cache holds K / rms(K), which no channel can exceed
         sqrt(head_dim) of: that scale needs no calibration."""
         stats = self._stats(owner)
         assert stats.k_amax is not None and stats.v_amax is not None
-        k_amax = math.sqrt(self._config.head_dim) if self._config.use_qk_norm else float(stats.k_amax)
         v_amax = stats.v_amax if self._migration is None else stats.v_amax / self._migration.value(owner)
-        return _scale(k_amax), _scale(float(v_amax.max()))
+        v_scale = self._scale(float(v_amax.max()))
+        if self._config.use_qk_norm:
+            return torch.tensor(math.sqrt(self._config.head_dim) / E4M3_MAX), v_scale
+        return self._scale(float(stats.k_amax)), v_scale
+
+    def _scale(self, amax: float) -> Tensor:
+        return torch.tensor(self._headroom * amax / E4M3_MAX if amax > 0 else 1.0)
 
 
 def _keeper(projection: str) -> str:
@@ -62,6 +73,3 @@ def _keeper(projection: str) -> str:
             return projection.removesuffix(part) + first
     return projection
 
-
-def _scale(amax: float) -> Tensor:
-    return torch.tensor(amax / E4M3_MAX if amax > 0 else 1.0)

@@ -143,7 +143,7 @@ def test_it_goes_on_after_the_last_finished_layer(
 def test_scales_of_inputs_and_cache(tiny: Path, tmp_path: Path, documents: list[list[int]]) -> None:
     calibration = calibrated(tiny, tmp_path / "out", pack(documents, 1000, 320))
     config = Source(tiny).config
-    scales = ActivationScales(config, calibration.layer, None)
+    scales = ActivationScales(config, calibration.layer)
     stats = calibration.layer(1)
     for kind in ("gate", "down"):
         largest = max(float(stats.inputs[f"mlp.experts.{e}.{kind}_proj"].max()) for e in range(4))
@@ -154,12 +154,15 @@ def test_scales_of_inputs_and_cache(tiny: Path, tmp_path: Path, documents: list[
     k_scale, v_scale = scales.cache_scales(2)
     assert float(k_scale) == pytest.approx(config.head_dim**0.5 / 448)
     assert float(v_scale) == pytest.approx(float(calibration.layer(2).v_amax.max()) / 448)
+    roomy = ActivationScales(config, calibration.layer, headroom=2.0)
+    assert roomy.input_scale(0, "self_attn.o_proj") == 2 * scales.input_scale(0, "self_attn.o_proj")
+    assert roomy.cache_scales(2) == (k_scale, 2 * v_scale)  # k cannot exceed its bound
 
 
 def test_without_key_norms_the_cache_scale_is_calibrated(tmp_path: Path, documents: list[list[int]]) -> None:
     folder = write_checkpoint(tmp_path / "src", tiny_config(**VARIANTS["no_qk_norm"]))
     calibration = calibrated(folder, tmp_path / "out", pack(documents, 1000, 320))
-    k_scale, _ = ActivationScales(Source(folder).config, calibration.layer, None).cache_scales(0)
+    k_scale, _ = ActivationScales(Source(folder).config, calibration.layer).cache_scales(0)
     assert float(k_scale) == pytest.approx(float(calibration.layer(0).k_amax) / 448)
     assert float(k_scale) > 1e-3
 

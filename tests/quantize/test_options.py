@@ -39,6 +39,8 @@ def test_options_out_of_range() -> None:
         Options("int4")
     with pytest.raises(UserError, match="--smooth 1.5"):
         Options("int8", smooth=1.5)
+    with pytest.raises(UserError, match="--headroom 0.5"):
+        Options("fp8-w8a8c8", headroom=0.5)
     with pytest.raises(UserError, match="--calibration-tokens 0"):
         Options("int8", calibration_tokens=0)
 

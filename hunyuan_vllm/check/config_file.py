@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,7 @@ def _check_format(found: ConfigFile, section: Section) -> None:
     quantization = found.fields.get("quantization_config")
     try:
         found.format = stored_format(quantization)
-    except (AttributeError, TypeError):
+    except (AttributeError, TypeError, re.error):
         section.problem("quantization_config", f"it has a form nobody reads: {quantization!r:.100}", AGAIN)
         return
     if found.format is None:

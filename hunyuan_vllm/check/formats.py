@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hunyuan_vllm.config import HunYuanConfig
@@ -34,7 +34,7 @@ class Format:
     """
 
     kind: str | None = None
-    ignored: tuple[str, ...] = ()
+    ignored: IgnoredLayers = field(default_factory=IgnoredLayers)
 
     @property
     def name(self) -> str:
@@ -49,8 +49,8 @@ class Format:
         if self.kind is None:
             return Layout(config)
         if self.kind == FP8:
-            return fp8_format.Fp8Layout(config, IgnoredLayers(self.ignored))
-        return int8_format.Int8Layout(config, self.kind, IgnoredLayers(self.ignored))
+            return fp8_format.Fp8Layout(config, self.ignored)
+        return int8_format.Int8Layout(config, self.kind, self.ignored)
 
     def quantised_type(self) -> str:
         """The type of a quantised weight that keeps its name."""
@@ -75,7 +75,6 @@ def stored_format(quantization: Mapping[str, Any] | None) -> Format | None:
     if not quantization:
         return Format()
     if fp8_format.is_static_per_tensor(quantization):
-        ignored = quantization.get("ignored_layers") or quantization.get("modules_to_not_convert")
-        return Format(FP8, tuple(ignored or ()))
+        return Format(FP8, fp8_format.ignored_layers(quantization))
     form = int8_format.recognise(quantization)
-    return Format(form, tuple(quantization.get("ignore") or ())) if form else None
+    return Format(form, IgnoredLayers(quantization.get("ignore") or ())) if form else None

@@ -20,7 +20,7 @@ from hunyuan_vllm.layout import expected_tensors
 __all__ = ["check_scales", "read_values"]
 
 READERS = 8
-ODD_FACTOR = 100  # a scale this many times its likes' median is hardly a scale of the same kind of weight
+ODD_FACTOR = 1000  # a scale this many times its likes' median is hardly a scale of the same kind of weight
 AGAIN = "convert the BF16 checkpoint again with hunyuan-vllm quantize, or download the checkpoint again"
 
 
@@ -37,7 +37,9 @@ def check_scales(used: Used, config: ConfigFile, section: Section) -> None:
         if not _wrong(tensor.name, value):
             kinds[re.sub(r"\d+", "*", tensor.name)][tensor.name] = float(np.median(value))
     if odd := [text for group in kinds.values() for text in _odd(group)]:
-        text = f"{len(odd):,} are {ODD_FACTOR} times larger or smaller than the same scale of other layers and experts"
+        text = (
+            f"{len(odd):,} are {ODD_FACTOR:,} times larger or smaller than the same scale of other layers and experts"
+        )
         section.warning("scales", text, f"compare their weights with the BF16 checkpoint's; or {AGAIN}", odd)
     _check_shapes(used, config, section)
     if values and not wrong:

@@ -173,7 +173,7 @@ def test_fp8_scales_missing_misshapen_or_odd(tmp_path: Path) -> None:
     def change(tensors: dict[str, Tensor]) -> None:
         del tensors[f"{WEIGHT}input_scale"]
         tensors[f"{WEIGHT}weight_scale"] = torch.ones(128, 1)
-        tensors["model.layers.1.mlp.experts.0.up_proj.weight_scale"] *= 1000
+        tensors["model.layers.1.mlp.experts.0.up_proj.weight_scale"] *= 1e5
         tensors["model.layers.1.mlp.experts.0.down_proj.weight_scale"] = torch.tensor([0.001])  # [1] is a scalar too
         tensors["model.layers.0.self_attn.attn.k_scale"] = torch.tensor(0.02)
 
@@ -202,6 +202,12 @@ def test_ignored_layers_of_which_half_is_named(tmp_path: Path) -> None:
     quantise(tmp_path, "fp8")
     edit_json(tmp_path / "config.json", quantization_config=FP8 | {"ignored_layers": [WEIGHT[:-1]]})
     assert "computed in one product" in only_problem(tmp_path).text
+
+
+@pytest.mark.parametrize("quantization", ["fp8", FP8 | {"ignored_layers": ["re:("]}, FP8 | {"ignored_layers": [1]}])
+def test_a_quantisation_that_makes_no_sense(tmp_path: Path, quantization: object) -> None:
+    edit_json(quantise(tmp_path, "fp8") / "config.json", quantization_config=quantization)
+    assert only_problem(tmp_path).subject == "quantization_config"
 
 
 def test_int8_scales_and_shapes(tmp_path: Path) -> None:

@@ -53,8 +53,9 @@ def pin(text: str, keys: Mapping[str, PublicKey], replace: Iterable[str] = ()) -
 
 
 def _is_outdated(line: str, name: str, key: PublicKey) -> bool:
+    """Whether a line pins another key for `name`; one with wildcards stays, for it speaks of other hosts too."""
     old = keys_of(line, name)
-    return bool(old) and key not in old
+    return bool(old) and key not in old and not set("*?") & set(line.split()[0])
 
 
 def _names(field: str, name: str) -> bool:

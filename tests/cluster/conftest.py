@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 from hosts import Host, Network, Sshd, need_hosts
-from operator_at_host import PASSWORD, PORT
+from operator_at_host import PASSWORD, PORT, log_in, options
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,25 @@ def trio_of_module() -> Iterator[Trio]:
     need_hosts()
     with Network() as network:
         yield Trio(network, [Sshd(network.add(name), PORT, PASSWORD) for name in ("hosta", "hostb", "hostc")])
+
+
+@pytest.fixture(scope="module")
+def archives() -> dict[str, bytes]:
+    """Host name → its /root/.ssh after a first run."""
+    return {}
+
+
+@pytest.fixture
+def joined(trio: Trio, archives: dict[str, bytes]) -> Trio:
+    """The three hosts after a first run: each may log in to each."""
+    for host in trio.hosts:
+        if host.name in archives:
+            host.run("tar", "-C", "/root", "-x", input=archives[host.name], text=False)
+    if not archives:
+        done = log_in(trio.hosts[0], trio.ips, "--password-file", "/root/password", *options(*trio.servers))
+        assert done.status == 0, done
+        archives |= {host.name: host.run("tar", "-C", "/root", "-c", ".ssh", text=False).stdout for host in trio.hosts}
+    return trio
 
 
 @pytest.fixture

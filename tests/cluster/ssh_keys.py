@@ -26,7 +26,8 @@ def keygen(*arguments: object, check: bool = True) -> str:
 
 def make_key(file: Path, kind: str = "ed25519", passphrase: str = "") -> str:
     """Write a key pair; its public line."""
-    keygen("-q", "-t", kind, "-N", passphrase, "-C", "test", "-f", file)
+    size = ["-b", 2048] if kind == "rsa" else []
+    keygen("-q", "-t", kind, *size, "-N", passphrase, "-C", "test", "-f", file)
     return file.with_name(file.name + ".pub").read_text().strip()
 
 

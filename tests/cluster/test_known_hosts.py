@@ -62,6 +62,11 @@ def test_only_the_replaced_name_loses_its_old_keys():
     assert pin(text, keys, replace=["node1"]) == (f"# top\n{others}node1 {public_key(0)}\nnode2 {public_key(0)}\n")
 
 
+def test_a_line_for_many_hosts_is_not_removed_for_one():
+    text = f"node* {public_key(1)}\n"
+    assert pin(text, {"node1": public_key(0)}, replace=["node1"]) == f"{text}node1 {public_key(0)}\n"
+
+
 def test_markers():
     text = f"@revoked * {public_key(0)}\n@cert-authority * {public_key(1)}\n"
     assert keys_of(text, "node1") == []

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 from hosts import Network, Sshd, need_hosts
 from operator_at_host import PASSWORD, PORT, command, log_in, options, ssh_state
@@ -165,7 +167,8 @@ def test_an_interrupted_run_says_so_and_leaves_no_one_waiting(ward):
         *command("mute", *arguments(), "--timeout", "300"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     ward["head"].sh("while ! ss -tn | grep -q ESTAB.*:36000; do sleep 0.05; done", timeout=30)
-    ward["head"].sh("kill -INT $(pgrep -f '[d]eploy/login_ssh.py')")
+    (inside,) = psutil.Process(running.pid).children()  # nsenter hands no signal on
+    inside.send_signal(signal.SIGINT)
     out, errors = running.communicate(timeout=10)
     assert (running.returncode, out) == (130, "")
     assert (

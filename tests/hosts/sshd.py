@@ -6,6 +6,7 @@ from hosts.network import Host
 
 __all__ = ["Sshd"]
 
+# The key exchange is named because the default one, which resists quantum computers, takes longer than all else.
 CONFIG = """\
 {more}
 Port {port}
@@ -18,6 +19,7 @@ UseDNS no
 StrictModes yes
 PidFile /run/sshd.pid
 LogLevel VERBOSE
+KexAlgorithms curve25519-sha256,curve25519-sha256@libssh.org
 """
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from hunyuan_vllm.plan.gpus import Gpu
 
-__all__ = ["Backend", "choose_backend", "refusals"]
+__all__ = ["FLASHINFER_HEADS", "Backend", "choose_backend", "refusals"]
 
 
 FLASHINFER_HEADS = (64, 128, 256, 512)
@@ -36,18 +36,21 @@ class Backend:
             return None if head_dim in FLASHINFER_HEADS else f"has no head_dim {head_dim}"
         if dcp > 1:
             return "cannot share a sequence's cache between ranks"
+        if self.name == "FLEX_ATTENTION":
+            return "reads no FP8 cache" if fp8_cache else None
         if fp8_cache and gpu.capability < (8, 9):
             return "reads an FP8 cache from compute capability 8.9 on"
         return None if head_dim >= 32 else f"has no head_dim {head_dim}"
 
 
 FLASH_ATTN, FLASHINFER, TRITON = Backend("FLASH_ATTN"), Backend("FLASHINFER"), Backend("TRITON_ATTN")
+FLEX = Backend("FLEX_ATTENTION")
 
 
 def _order(gpu: Gpu) -> tuple[Backend, ...]:
     if gpu.capability[0] == 10:
-        return FLASHINFER, FLASH_ATTN, TRITON
-    return FLASH_ATTN, FLASHINFER, TRITON
+        return FLASHINFER, FLASH_ATTN, TRITON, FLEX
+    return FLASH_ATTN, FLASHINFER, TRITON, FLEX
 
 
 def choose_backend(gpu: Gpu, head_dim: int, fp8_cache: bool, dcp: int) -> Backend | None:

@@ -13,7 +13,7 @@ from hunyuan_vllm.plan.network import Matrix
 
 __all__ = ["SCHEMES", "Scheme", "find_scheme", "scheme_of_checkpoint"]
 
-BF16, FLOAT32 = 2, 4
+BF16, FLOAT32, INT64 = 2, 4, 8
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Scheme:
         itemsize: bytes of a quantised element.
         channel_scales: bytes of a scale an output channel, on GPUs and on CPUs.
         tensor_scales: one float32 scale a tensor, and one for its input.
+        packs: on GPUs the weight's shape is kept beside it: two int64, of an expert two BF16.
         operands: what its products are computed in, on GPUs that have the units.
         capability: least compute capability of its kernels, and the first that they are not made for.
         marlin_below: below this compute capability its kernels are Marlin's, which compute in BF16 and pad to tiles.
@@ -37,6 +38,7 @@ class Scheme:
     itemsize: int = BF16
     channel_scales: tuple[int, int] = (0, 0)
     tensor_scales: bool = False
+    packs: bool = False
     operands: Literal["bf16", "fp8", "int8"] = "bf16"
     capability: tuple[tuple[int, int], tuple[float, int]] = ((8, 0), (inf, 0))
     marlin_below: tuple[float, int] = (0, 0)
@@ -56,6 +58,8 @@ class Scheme:
         if self.tensor_scales:  # an expert's fused tensors have one input scale together
             inputs = matrix.copies if matrix.part == "experts" else matrix.shards
             scales += FLOAT32 * (matrix.copies * matrix.shards + inputs)
+        if self.packs and not on_cpu:
+            scales += 2 * BF16 * matrix.copies if matrix.part == "experts" else 2 * INT64
         return self.itemsize * matrix.elements + scales + bias
 
     def uses_marlin(self, gpu: Gpu) -> bool:
@@ -104,6 +108,7 @@ SCHEMES = {
             ("--quantization", "hunyuan_int8"),
             itemsize=1,
             channel_scales=(BF16, FLOAT32),
+            packs=True,
             marlin_below=(inf, 0),
         ),
         Scheme(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ from scenarios import planned, published
 from vllm.config import ModelConfig
 from vllm.config.parallel import ParallelConfig
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+from vllm.v1.attention.backends.flex_attention import FlexAttentionBackend
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 
-from hunyuan_vllm.plan.attention import Backend, choose_backend
+from hunyuan_vllm.plan.attention import FLASHINFER_HEADS, Backend, choose_backend
 from hunyuan_vllm.plan.checks import notes, problems
 from hunyuan_vllm.plan.gpus import find_gpu, known_gpus
 from hunyuan_vllm.plan.verdict import judge
@@ -82,6 +85,25 @@ def test_head_sizes_are_those_of_vllms_backends(head_dim: int) -> None:
     for name, backend in (("FLASH_ATTN", FlashAttentionBackend), ("TRITON_ATTN", TritonAttentionBackend)):
         ours = Backend(name).refusal(find_gpu("H100"), head_dim, False, 1)
         assert (ours is None) == backend.supports_head_size(head_dim)
+
+
+def test_flashinfers_head_sizes_are_vllms() -> None:
+    """Read from its source: it does not import without FlashInfer."""
+    spec = find_spec("vllm.v1.attention.backends.flashinfer")
+    assert spec is not None and spec.origin is not None
+    functions = [
+        node
+        for node in ast.walk(ast.parse(Path(spec.origin).read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name == "get_supported_head_sizes"
+    ]
+    (returned,) = [node for node in ast.walk(functions[0]) if isinstance(node, ast.Return)]
+    assert returned.value is not None and tuple(ast.literal_eval(returned.value)) == FLASHINFER_HEADS
+
+
+def test_who_shares_a_sequence_between_ranks() -> None:
+    for backend in (FlashAttentionBackend, TritonAttentionBackend, FlexAttentionBackend):
+        refused = Backend(backend.get_name()).refusal(find_gpu("H100"), 128, False, 2)
+        assert (refused is None) == backend.supports_dcp()
 
 
 @pytest.mark.parametrize(

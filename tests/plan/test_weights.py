@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 from math import prod
+from unittest.mock import patch
 
 import pytest
 from checkpoints import VARIANTS, tiny_config
+from fake_cuda import fake_cuda
 from meta_model import meta_model, parameter_bytes
 from scenarios import QUANTISED, network, published
+from vllm import _custom_ops
 from vllm.model_executor.layers.quantization.utils.marlin_utils import marlin_moe_padded_intermediate, marlin_padded_nk
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import expected_tensors
-from hunyuan_vllm.plan.gpus import find_gpu
+from hunyuan_vllm.plan.gpus import Gpu, find_gpu
 from hunyuan_vllm.plan.network import Network, layer_matrices
 from hunyuan_vllm.plan.schemes import SCHEMES
 from hunyuan_vllm.plan.weights import rank_weights, stages
 
 
-def check(config: HunYuanConfig, scheme: str, tensor: int, partition: str = "") -> None:
+def check(config: HunYuanConfig, scheme: str, tensor: int, partition: str = "", gpu: Gpu | None = None) -> None:
     """Every stage of a partition, which VLLM_PP_LAYER_PARTITION must name too."""
     pipeline = len(partition.split(",")) if partition else 1
     layers = [int(count) for count in partition.split(",")] if partition else [config.num_hidden_layers]
     for number, stage in enumerate(stages(config, layers)):
-        weights = rank_weights(Network(config), SCHEMES[scheme], tensor, stage)
+        weights = rank_weights(Network(config), SCHEMES[scheme], tensor, stage, gpu)
         ranks = dict(tensor_parallel=tensor, pipeline_parallel=pipeline, stage=number)
         with meta_model(config, **ranks, **QUANTISED[scheme]) as model:
             assert weights.parameters == parameter_bytes(model)
@@ -33,7 +36,10 @@ def check(config: HunYuanConfig, scheme: str, tensor: int, partition: str = "") 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("tensor", [8, 16])
 def test_the_published_model_on_a_rank(scheme: str, tensor: int) -> None:
+    """With the layers that vLLM makes on CPUs, and with those it makes on an H100."""
     check(published(), scheme, tensor)
+    with patch.object(_custom_ops, "cutlass_scaled_mm_supports_fp8", lambda capability: True), fake_cuda(9):
+        check(published(), scheme, tensor, gpu=find_gpu("H100"))
 
 
 @pytest.mark.parametrize(("scheme", "tensor", "partition"), [("bf16", 8, "32,32"), ("int8", 2, "22,22,20")])

@@ -14,6 +14,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 def main() -> int:
     """Hide the password, find a Python that has the libraries, and run the command."""
+    if sys.version_info < (3, 8):  # noqa: UP036 - whichever Python a host has may be asked
+        say("this needs Python 3.11 or newer: name it, as in python3.11 deploy/login_ssh.py")
+        return 2
     sys.path[0] = ROOT
     from hunyuan_vllm.cluster.process_title import take_option
 
@@ -25,11 +28,14 @@ def main() -> int:
 
         command()
         return 0
+    venv = os.environ.get("HUNYUAN_VENV") or os.path.join(ROOT, ".venv")
+    if os.path.realpath(sys.prefix) == os.path.realpath(venv):
+        say(f"the environment {venv} lacks paramiko: remove it and run sh deploy/setup_env.sh")
+        return 1
     say(f"this Python lacks paramiko or its like: using the environment of {ROOT}")
     status = subprocess.call(["sh", os.path.join(ROOT, "deploy", "setup_env.sh")])
     if status != 0:
         return status
-    venv = os.environ.get("HUNYUAN_VENV") or os.path.join(ROOT, ".venv")
     python = os.path.join(venv, "bin", "python")
     os.execv(python, [python] + sys.argv)
 

@@ -99,9 +99,10 @@ class Int8Config(QuantizationConfig, CheckpointScheme):
             from hunyuan_vllm.quant.int8_linear import Int8LinearMethod
 
             return Int8LinearMethod(self._kernels)
-        from hunyuan_vllm.quant.int8_experts import Int8ExpertsMethod
+        from hunyuan_vllm.quant.int8_experts import BiasedInt8ExpertsMethod, Int8ExpertsMethod
 
-        return Int8ExpertsMethod(layer.moe_config, self._kernels)
+        method = BiasedInt8ExpertsMethod if layer.moe_config.has_bias else Int8ExpertsMethod
+        return method(layer.moe_config, self._kernels)
 
     # What the loader asks of a scheme.
 
@@ -115,11 +116,13 @@ class Int8Config(QuantizationConfig, CheckpointScheme):
         elif kind == "weight_scale":
             yield name, _checked_scale(name, tensor)
         elif kind == "weight_packed":
-            yield from self._weight(linear, unpack_int8(tensor, 4 * tensor.shape[1]))
+            packed = _of_type(name, tensor, torch.int32)
+            yield from self._weight(linear, unpack_int8(packed, 4 * packed.shape[1]))
         elif kind == "weight" and self.stored == PLAIN:
-            yield from self._weight(linear, tensor)
+            yield from self._weight(linear, _of_type(name, tensor, torch.int8))
         elif kind == "weight":
-            levels, scale = quantize_per_channel(tensor.to(current_platform.device_type))
+            weight = _of_type(name, tensor, torch.bfloat16, torch.float16, torch.float32)
+            levels, scale = quantize_per_channel(weight.to(current_platform.device_type))
             yield from self._weight(linear, levels)
             yield f"{linear}.weight_scale", scale
 
@@ -160,6 +163,15 @@ class Int8W8A8Config(Int8Config):
         from hunyuan_vllm.quant.cpu import w8a8
 
         return w8a8
+
+
+def _of_type(name: str, tensor: Tensor, *types: torch.dtype) -> Tensor:
+    if tensor.dtype not in types:
+        raise CheckpointError(
+            f"checkpoint tensor {name!r} is {tensor.dtype} and should be {' or '.join(map(str, types))}: "
+            "copy the config.json that belongs to the checkpoint"
+        )
+    return tensor
 
 
 def _checked_scale(name: str, scale: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Experts with int8 weights on CPUs."""
+"""Experts with int8 weights on CPUs; those with biases, which no published checkpoint has, take a slower way."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, FusedMoeWeightScaleSupported
 from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
 
-__all__ = ["Int8ExpertsMethod"]
+__all__ = ["BiasedInt8ExpertsMethod", "Int8ExpertsMethod"]
 
 
 class Int8ExpertsMethod(FusedMoEMethodBase):
@@ -55,8 +56,12 @@ class Int8ExpertsMethod(FusedMoEMethodBase):
         for name in ("w13", "w2"):
             weight = layer.get_parameter(f"{name}_weight").data
             scale = layer.get_parameter(f"{name}_weight_scale").data
-            replace_parameter(layer, f"{name}_weight", self.kernels.pack_experts(weight))
+            replace_parameter(layer, f"{name}_weight", self.pack(weight))
             replace_parameter(layer, f"{name}_weight_scale", scale.squeeze(-1))
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """int8 `[experts, out, in]` → what `apply` reads."""
+        return self.kernels.pack_experts(weight)
 
     def get_fused_moe_quant_config(self, layer: nn.Module) -> FusedMoEQuantConfig | None:
         return None
@@ -80,3 +85,45 @@ class Int8ExpertsMethod(FusedMoEMethodBase):
             topk_weights,
             topk_ids,
         )
+
+
+class BiasedInt8ExpertsMethod(Int8ExpertsMethod):
+    """With biases: the experts' kernels take none, so every expert computes every token as two linears."""
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **attributes: object,
+    ) -> None:
+        super().create_weights(
+            layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, **attributes
+        )
+        for name, rows in (("w13", 2 * intermediate_size_per_partition), ("w2", hidden_size)):
+            self._register(layer, f"{name}_bias", torch.zeros(num_experts, rows, dtype=params_dtype), attributes)
+
+    def pack(self, weight: Tensor) -> Tensor:
+        return torch.stack([self.kernels.pack_linear(expert) for expert in weight])
+
+    def apply(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: object,
+        shared_experts_input: Tensor | None,
+    ) -> Tensor:
+        output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        for expert in range(self.moe.num_local_experts):
+            gate, up = self._linear(layer, "w13", expert, x).chunk(2, dim=-1)
+            down = self._linear(layer, "w2", expert, silu(gate) * up)
+            output += down * (topk_weights * (topk_ids == expert)).sum(dim=-1, keepdim=True)
+        return output.to(x.dtype)
+
+    def _linear(self, layer: nn.Module, name: str, expert: int, x: Tensor) -> Tensor:
+        weight, scale, bias = (getattr(layer, f"{name}_{part}")[expert] for part in ("weight", "weight_scale", "bias"))
+        return self.kernels.linear(x, weight, scale, bias)

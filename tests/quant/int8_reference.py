@@ -1,17 +1,22 @@
-"""What int8 quantisation should compute, in a few lines on the reference model, without the package's own code."""
+"""What int8 quantisation should compute, in a few lines on the reference model."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from shutil import copytree
 
 import torch
+from checkpoints import rewrite
+from compressed_tensors.compressors.pack_quantized import pack_to_int32
 from golden_data import Golden, answers_of
 from torch import Tensor, nn
 
+from hunyuan_vllm.quant.int8_format import describe
 from hunyuan_vllm.reference import HunYuanForCausalLM
 
-__all__ = ["int8_answers", "int8_model"]
+__all__ = ["int8_answers", "int8_model", "rounded", "write_int8"]
 
 
 def int8_model(folder: Path, *, activations: bool = False, ranks: int = 1) -> HunYuanForCausalLM:
@@ -35,5 +40,29 @@ def int8_answers(folder: Path, prompts: Sequence[list[int]], max_new_tokens: int
 
 
 def rounded(x: Tensor) -> Tensor:
-    step = x.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
-    return (x / step).round() * step
+    """To 127 levels a side, row by row."""
+    step = x.float().abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+    return ((x / step).round() * step).to(x.dtype)
+
+
+def write_int8(source: Path, folder: Path, form: str) -> Path:
+    """A copy of a checkpoint as compressed-tensors keeps it: "pack-quantized" or "int-quantized"; returns it."""
+    copytree(source, folder)
+
+    def quantise(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith("_proj.weight")]:
+            weight = tensors.pop(name).float()
+            scale = weight.abs().amax(1, keepdim=True) / 127
+            levels = (weight / scale).round().to(torch.int8)
+            tensors[f"{name}_scale"] = scale
+            if form == "pack-quantized":
+                tensors[f"{name}_packed"] = pack_to_int32(levels, 8)
+                tensors[f"{name}_shape"] = torch.tensor(levels.shape)
+            else:
+                tensors[name] = levels
+
+    rewrite(folder, quantise)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = describe(form, ["lm_head"])
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

@@ -76,7 +76,11 @@ def check_compiler(section: Section, system: System, cuda_build: bool) -> None:
     if cuda_build:
         section.problem("compiler", text, remedy)
     else:
-        section.warning("compiler", f"{text}: `serve` runs the model uncompiled and slower", remedy)
+        section.warning(
+            "compiler",
+            f"{text}: `serve` runs the model uncompiled, int8 weights on plain torch, and both slowly",
+            remedy,
+        )
 
 
 def _field(cpuinfo: str, name: str) -> str:
@@ -88,8 +92,9 @@ def _kernels(flags: set[str]) -> str:
     if "amx_bf16" in flags:
         return "AMX: vLLM's packed kernels"
     if "avx512_bf16" in flags:
-        integers = "and VNNI for int8" if "avx512_vnni" in flags else "without VNNI for int8"
-        return f"AVX-512 with BF16 {integers}: packed kernels"
+        vnni = "and VNNI" if "avx512_vnni" in flags else "without VNNI, which W8A8 wants"
+        weights = "our own kernel" if "avx512vbmi" in flags else "plain torch, slowly, as VBMI is missing"
+        return f"AVX-512 with BF16 {vnni}: packed kernels; int8 weights on {weights}"
     if "avx512f" in flags:
         return "AVX-512 without BF16: bfloat16 is computed through float32, slowly"
     if "avx2" in flags:

@@ -74,6 +74,7 @@ RULES = (
     Rule("NCCL_SHM_DISABLE", _on, "GPUs of one machine may talk through the network"),
     Rule("NCCL_IB_DISABLE", _on, "nodes talk over TCP: RDMA is not used"),
     Rule("HUNYUAN_VLLM_CLA_SHARING", _off, "each cross layer has a KV cache of its own: half as many tokens fit"),
+    Rule("HUNYUAN_VLLM_NATIVE_KERNELS", _off, "int8 weights on CPUs are multiplied by plain torch, slowly"),
     Rule("VLLM_ALLOW_RUNTIME_LORA_UPDATING", _on, "whoever can send requests can load adapters from this disk"),
     Rule("VLLM_SERVER_DEV_MODE", _on, "vLLM's administrative routes are open to whoever can connect"),
     Rule("VLLM_ALLOW_INSECURE_SERIALIZATION", _on, "data between processes is unpickled, which can run code"),

@@ -22,7 +22,8 @@ CPUINFO = "processor\t: 0\nmodel name\t: Imaginary 9000\nflags\t\t: fpu {flags}\
     ("flags", "kernels"),
     [
         ("avx2 avx512f avx512_bf16 avx512_vnni amx_bf16", "AMX"),
-        ("avx2 avx512f avx512_bf16 avx512_vnni", "with BF16 and VNNI"),
+        ("avx2 avx512f avx512_bf16 avx512_vnni", "with BF16 and VNNI: packed kernels; int8 weights on plain torch"),
+        ("avx2 avx512f avx512_bf16 avx512_vnni avx512vbmi", "int8 weights on our own kernel"),
         ("avx2 avx512f avx512_bf16", "without VNNI"),
         ("avx2 avx512f", "without BF16"),
         ("avx2", "AVX2 only"),

@@ -14,6 +14,8 @@ from hunyuan_vllm.cluster.report import HostReport, Pair, Report
 
 __all__ = ["show"]
 
+NAMED = 8  # up to so many hosts there is room for their names before the matrix
+
 
 def show(report: Report, console: Console) -> None:
     """Print the report."""
@@ -56,19 +58,20 @@ def _matrix(report: Report) -> Table:
     numbers = {host.name: str(number) for number, host in enumerate(report.hosts, 1)}
     targets = list(dict.fromkeys(pair.target for pair in report.pairs))
     pairs = {(pair.source, pair.target): pair for pair in report.pairs}
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("from", overflow="fold")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    table.add_column("from", no_wrap=True)
+    few = len(targets) <= NAMED
     for target in targets:
         table.add_column(numbers[target], justify="center", no_wrap=True)
     for source in dict.fromkeys(pair.source for pair in report.pairs):
         cells = [_cell(pairs[source, target]) for target in targets]
-        table.add_row(Text(f"{numbers[source]} {source}"), *cells)
+        table.add_row(Text(f"{numbers[source]} {source}" if few else numbers[source]), *cells)
     return table
 
 
 def _cell(pair: Pair) -> Text:
     if pair.ok:
-        return Text("yes", style="green")
+        return Text("ok", style="green")
     return Text("no", style="red") if pair.tried else Text("-", style="dim")
 
 

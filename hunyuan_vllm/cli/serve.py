@@ -15,7 +15,7 @@ def serve(
     context: typer.Context,
     dry_run: bool = typer.Option(False, "--dry-run", help="Print the exact command and environment, start nothing."),
     scheme_name: str = typer.Option(
-        None, "--scheme", metavar="SCHEME", help="Serve quantised: fp8-w8a8c8, from an FP8 checkpoint."
+        None, "--scheme", metavar="SCHEME", help="Serve quantised: int8, int8-w8a8 or fp8-w8a8c8; see the examples."
     ),
     insecure: bool = typer.Option(
         False, "--insecure", help="Listen beyond this machine without an API key: anyone who can connect can use it."
@@ -33,6 +33,9 @@ def serve(
           a checkpoint, on all GPUs of this machine
       MODEL_PATH=/models/hunyuan-large LOCAL_IP=10.0.0.5 hunyuan-vllm serve
           the same, on all GPUs of the Ray cluster this node belongs to
+      MODEL_PATH=/models/hunyuan-large hunyuan-vllm serve --scheme int8
+          the BF16 checkpoint, its weights quantised to int8 while they load,
+          on up to 8 GPUs; int8-w8a8 computes with int8 activations as well
       MODEL_PATH=/models/hunyuan-large-fp8 hunyuan-vllm serve --scheme fp8-w8a8c8
           an FP8 checkpoint with an FP8 cache, on up to 8 GPUs
       hunyuan-vllm serve --dry-run --max-num-batched-tokens 8192

@@ -18,6 +18,7 @@ ALIASES = {
     "dp": "data-parallel-size",
     "cc": "compilation-config",
     "O": "optimization-level",
+    "q": "quantization",
 }
 
 

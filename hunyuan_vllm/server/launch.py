@@ -16,7 +16,7 @@ from hunyuan_vllm.server.machine import Machine
 from hunyuan_vllm.server.model_source import ModelSource
 from hunyuan_vllm.server.network import interface_env
 from hunyuan_vllm.server.parallel import Ranks, choose_ranks
-from hunyuan_vllm.server.scheme import Scheme
+from hunyuan_vllm.server.scheme import Scheme, cpu_weight_bytes
 from hunyuan_vllm.server.settings import KEY_FILE_VARIABLE, Settings, is_loopback
 
 __all__ = ["Launch", "decide"]
@@ -110,7 +110,8 @@ def decide(
         ours |= {name: [value] for name, value in scheme.options.items()}
     notes = list(ranks.notes)
     if not machine.cuda:
-        ours |= _cpu_options(flags, machine, model, ranks, environ, notes)
+        quantization = flags.get("quantization") or (scheme.options.get("quantization") if scheme else None)
+        ours |= _cpu_options(flags, machine, model, ranks, quantization, environ, notes)
 
     argv = [*machine.vllm_command, model.name]
     for name, values in ours.items():
@@ -151,12 +152,18 @@ def _key_file(settings: Settings, host: str, ranks: Ranks, open_allowed: bool) -
 
 
 def _cpu_options(
-    flags: Flags, machine: Machine, model: ModelSource, ranks: Ranks, environ: Mapping[str, str], notes: list[str]
+    flags: Flags,
+    machine: Machine,
+    model: ModelSource,
+    ranks: Ranks,
+    quantization: str | None,
+    environ: Mapping[str, str],
+    notes: list[str],
 ) -> dict[str, list[str]]:
     options: dict[str, list[str]] = {}
     sized = any(name in flags for name in ("kv-cache-memory-bytes", "gpu-memory-utilization"))
     if not sized and not environ.get("VLLM_CPU_KVCACHE_SPACE"):
-        options["kv-cache-memory-bytes"] = [str(_cpu_kv_cache(machine, model, ranks))]
+        options["kv-cache-memory-bytes"] = [str(_cpu_kv_cache(machine, model, ranks, quantization))]
     compile_options = ("compilation-config", "optimization-level", "enforce-eager")
     if not machine.compiles and not any(name in flags for name in compile_options):
         options["compilation-config"] = ['{"mode": 0}']
@@ -167,16 +174,14 @@ def _cpu_options(
     return options
 
 
-def _cpu_kv_cache(machine: Machine, model: ModelSource, ranks: Ranks) -> int:
+def _cpu_kv_cache(machine: Machine, model: ModelSource, ranks: Ranks, quantization: str | None) -> int:
     """Bytes of KV cache for each rank: half of what the weights and the processes leave free, in whole MiB.
 
     Not all of it: vLLM refuses to start if less is free by the time it has compiled than it was told to take.
     """
     if model.demo:
         return DEMO_KV_CACHE
-    described = getattr(model.config, "quantization_config", None) or {}
-    expansion = 2 if described.get("quant_method") == "fp8" else 1  # CPUs expand FP8 weights to bfloat16
-    needed = model.weight_bytes * expansion + PROCESS_MEMORY
+    needed = cpu_weight_bytes(model, quantization) + PROCESS_MEMORY
     share = (machine.memory - needed) // 2 // ranks.world
     if share < LEAST_KV_CACHE:
         raise UserError(

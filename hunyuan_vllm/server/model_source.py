@@ -100,8 +100,12 @@ def _layout(config: HunYuanConfig) -> Layout | None:
     """What the folder should hold; None where only vLLM knows."""
     from hunyuan_vllm.layout import Layout
     from hunyuan_vllm.quant.fp8_format import Fp8Layout, ignored_layers, is_static_per_tensor
+    from hunyuan_vllm.quant.ignored import IgnoredLayers
+    from hunyuan_vllm.quant.int8_format import Int8Layout, recognise
 
     described = getattr(config, "quantization_config", None)
     if described is None:
         return Layout(config)
+    if form := recognise(described):
+        return Int8Layout(config, form, IgnoredLayers(described.get("ignore") or []))
     return Fp8Layout(config, ignored_layers(described)) if is_static_per_tensor(described) else None

@@ -6,13 +6,14 @@ import hashlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 
 from hunyuan_vllm import __version__
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.server.model_source import ModelSource
 
-__all__ = ["FP8", "SCHEMES", "Scheme", "scheme_named"]
+__all__ = ["FP8", "INT8", "INT8_W8A8", "SCHEMES", "Scheme", "cpu_weight_bytes", "scheme_named"]
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,22 @@ def _check_fp8(model: ModelSource) -> None:
         )
 
 
+def _check_int8(model: ModelSource) -> None:
+    from hunyuan_vllm.quant.int8_format import recognise
+
+    described = getattr(model.config, "quantization_config", None)
+    if described is not None and recognise(described) is None:
+        raise UserError(
+            f"MODEL_PATH={model.given} is quantised otherwise (its quantization_config says "
+            f"{described.get('quant_method')!r}): int8 is made of the BF16 checkpoint while it loads, or read from one "
+            "that hunyuan-vllm quantize wrote with --scheme int8 or int8-w8a8"
+        )
+
+
 FP8 = Scheme("fp8-w8a8c8", {"kv-cache-dtype": "fp8"}, check=_check_fp8, converts_demo=True)
-SCHEMES = {scheme.name: scheme for scheme in (FP8,)}
+INT8 = Scheme("int8", {"quantization": "hunyuan_int8"}, check=_check_int8)
+INT8_W8A8 = Scheme("int8-w8a8", {"quantization": "hunyuan_int8_w8a8"}, check=_check_int8)
+SCHEMES = {scheme.name: scheme for scheme in (INT8, INT8_W8A8, FP8)}
 
 
 def scheme_named(name: str | None) -> Scheme | None:
@@ -93,3 +108,21 @@ def scheme_named(name: str | None) -> Scheme | None:
     if name is None or name in SCHEMES:
         return SCHEMES[name] if name else None
     raise UserError(f"--scheme {name} is none of {', '.join(SCHEMES)}")
+
+
+def cpu_weight_bytes(model: ModelSource, quantization: str | None) -> int:
+    """Bytes of a checkpoint's weights in a CPU server's memory.
+
+    Args:
+        quantization: vLLM's option of that name.
+    """
+    described = getattr(model.config, "quantization_config", None)
+    if described is not None:
+        expanded = described.get("quant_method") == "fp8"  # to bfloat16
+        return model.weight_bytes * (2 if expanded else 1)
+    if model.config is None or quantization not in [scheme.options["quantization"] for scheme in (INT8, INT8_W8A8)]:
+        return model.weight_bytes
+    from hunyuan_vllm.quant.ignored import IgnoredLayers, quantised_linears
+
+    quantised = sum(map(prod, quantised_linears(model.config, IgnoredLayers()).values()))
+    return model.weight_bytes - quantised  # from two bytes each to one; the scales are less than a thousandth

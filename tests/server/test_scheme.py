@@ -73,7 +73,7 @@ def test_checkpoints_of_another_kind(described: dict | None, message: str) -> No
 
 def test_schemes_by_name() -> None:
     assert scheme_named("fp8-w8a8c8") is FP8 and scheme_named(None) is None
-    with pytest.raises(UserError, match="--scheme fp8 is none of fp8-w8a8c8"):
+    with pytest.raises(UserError, match="--scheme fp8 is none of int8, int8-w8a8, fp8-w8a8c8"):
         scheme_named("fp8")
 
 

@@ -148,5 +148,5 @@ def _drop(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> N
 
 
 def _amax_of_columns(matrix: Tensor) -> Tensor:
-    least, most = matrix.aminmax(dim=0)
-    return torch.maximum(-least, most).float().cpu()
+    # aminmax along the first dimension is ten times as slow on CPUs.
+    return torch.maximum(-matrix.amin(dim=0), matrix.amax(dim=0)).float().cpu()

@@ -25,7 +25,7 @@ from hunyuan_vllm.quantize.units import units
 __all__ = ["Plan", "Rates", "measure_rates", "state_bytes"]
 
 PROBE = 4096  # a square weight of this size stands for the others
-WORKSPACE = 400 * 10**6  # bytes: Python, PyTorch, float32 copies of a few rows
+WORKSPACE = 450 * 10**6  # bytes: Python, PyTorch, float32 copies of a few rows
 
 
 def state_bytes(config: HunYuanConfig, tokens: int) -> int:
@@ -166,7 +166,12 @@ def measure_rates(options: Options) -> Rates:
     inputs = torch.randn(tokens, PROBE, generator=generator).bfloat16().to(options.device)
     scheme = scheme_named(options.scheme)
 
+    def look() -> None:
+        weight.aminmax()
+        torch.maximum(-weight.amin(dim=0), weight.amax(dim=0)).cpu()
+
     def convert() -> None:
+        weight.clone()  # out of the file
         (stored,) = scheme.encode([weight], options.clip)
         for rows in row_blocks(weight):
             part = {key: tensor[rows] if tensor.dim() == 2 else tensor for key, tensor in stored.items()}
@@ -174,9 +179,10 @@ def measure_rates(options: Options) -> Rates:
             difference = scheme.decode(part) - exact
             (difference.abs() > scheme.half_step(exact, part)).any().item()
             (torch.linalg.vector_norm(difference) + torch.linalg.vector_norm(exact)).item()
+        weight.clone()  # into the file, and out of it again
 
     return Rates(
-        look=weight.nbytes / _seconds(lambda: (weight.sum(dtype=torch.float32), weight.aminmax(dim=0)), options.device),
+        look=weight.nbytes / _seconds(look, options.device),
         multiply=2 * weight.numel() * tokens / _seconds(lambda: F.linear(inputs, weight), options.device),
         convert=weight.nbytes / _seconds(convert, options.device),
     )

@@ -1,0 +1,142 @@
+"""What a conversion takes against what --plan says: time, peak memory, and both for the published 389B network.
+
+    python benchmarks/quantize_cost.py
+
+A random checkpoint with weights of 100 MB is converted to each scheme in a process of its own. Memory is the peak of
+anonymous memory (what is mapped from files can be dropped at any time), read from the kernel 50 times a second. The
+rates that a plan uses are measured right before each run. The run has this machine's disk in it, the plan has not.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from common import Report, Spread, interleaved, note, options, random_checkpoint
+from processes import Child
+
+from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.quantize.options import SCHEMES, Clip, Options
+from hunyuan_vllm.quantize.plan import Plan, Rates, measure_rates
+
+WIDE: dict[str, Any] = dict(
+    vocab_size=8192, hidden_size=4096, intermediate_size=12288, num_hidden_layers=2, num_attention_heads=32,
+    num_key_value_heads=8, max_position_embeddings=4096, num_experts=2, tie_word_embeddings=True,
+)  # fmt: skip
+PUBLISHED: dict[str, Any] = dict(
+    num_experts=16, num_key_value_heads=8, use_mixed_mlp_moe=True, use_cla=True, cla_share_factor=2, use_qk_norm=True,
+    rope_scaling={"type": "dynamic", "alpha": 1000.0, "factor": 1.0}, tie_word_embeddings=True,
+)  # fmt: skip
+RUNS = {scheme: dict(scheme=scheme) for scheme in SCHEMES} | {
+    "int8, mse": dict(scheme="int8", clip="mse"),
+    "int8-w8a8, smooth": dict(scheme="int8-w8a8", smooth=0.5),
+}
+
+
+class Converter:
+    """Converts a checkpoint once, and says what it took; to be built in a `Child`."""
+
+    def __init__(self, source: Path, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self._source = source
+
+    def rates(self, given: dict[str, Any]) -> Rates:
+        return measure_rates(_options(given))
+
+    def convert(self, given: dict[str, Any]) -> tuple[float, int]:
+        """Seconds, and bytes of anonymous memory at the peak."""
+        import torch
+
+        from hunyuan_vllm.quantize.convert import quantize_checkpoint
+
+        ids = torch.randint(3, WIDE["vocab_size"], (given["tokens"],)).tolist()
+        target = self._source.with_name("converted")
+        peak, done = [0], threading.Event()
+
+        def watch() -> None:
+            while not done.wait(0.02):
+                peak[0] = max(peak[0], _anonymous_bytes())
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        start = time.perf_counter()
+        try:
+            quantize_checkpoint(
+                self._source, target, given["scheme"], calibration=[ids], calibration_tokens=given["tokens"],
+                clip=given.get("clip", "max"), smooth=given.get("smooth"), shard_bytes=500_000_000,
+            )  # fmt: skip
+        finally:
+            done.set()
+            watcher.join()
+        seconds = time.perf_counter() - start
+        shutil.rmtree(target)
+        return seconds, peak[0]
+
+
+def _options(given: dict[str, Any]) -> Options:
+    clip = Clip.parse(given.get("clip", "max"))
+    return Options(given["scheme"], clip, given.get("smooth"), calibration_tokens=given["tokens"])
+
+
+def _anonymous_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+
+
+def main() -> None:
+    parser = options(__doc__, rounds=2)
+    parser.add_argument("--tokens", type=int, default=2048, help="calibration tokens (default: %(default)s)")
+    arguments = parser.parse_args()
+    report = Report("quantize_cost", arguments, shape=WIDE)
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
+        note("writing a random checkpoint of 1.9 GB")
+        source = random_checkpoint(Path(folder) / "bf16", "tiny_config", **WIDE)
+        config = HunYuanConfig.from_pretrained(source)
+        environ = {"OMP_NUM_THREADS": str(arguments.threads)}
+        rates: dict[str, Rates] = {}
+
+        def run(name: str) -> tuple[float, float, int]:
+            """Seconds of the plan, seconds it took, peak of memory."""
+            given = RUNS[name] | {"tokens": arguments.tokens}
+            with Child(name, Converter, source, arguments.threads, environ=environ).ready() as child:
+                rates[name] = child.call("rates", given)
+                planned = Plan.of(config, _options(given), rates[name])
+                return planned.seconds, *child.call("convert", given)
+
+        measured = interleaved({name: lambda name=name: run(name) for name in RUNS}, arguments.rounds)
+    size = Plan.of(config, _options(RUNS["int8"] | {"tokens": arguments.tokens}), rates["int8"]).source_bytes
+    for name, rounds in measured.items():
+        plan = Plan.of(config, _options(RUNS[name] | {"tokens": arguments.tokens}), rates[name])
+        report.add(
+            f"a checkpoint of {size / 1e9:.1f} GB",
+            scheme=name,
+            seconds=Spread.of(seconds for _, seconds, _ in rounds),
+            of_the_plan=Spread.of(seconds / planned for planned, seconds, _ in rounds),
+            MB_a_second=Spread.of(size / 1e6 / seconds for _, seconds, _ in rounds),
+            peak_GB=max(peak for *_, peak in rounds) / 1e9,
+            planned_GB=plan.memory / 1e9,
+        )
+    for name, given in RUNS.items():
+        plan = Plan.of(HunYuanConfig(**PUBLISHED), _options(given | {"tokens": 8192}), rates[name])
+        report.add(
+            "the published 389B network, on paper, at these rates",
+            scheme=name,
+            read_GB=plan.source_bytes / 1e9,
+            written_GB=plan.written_bytes / 1e9,
+            meanwhile_GB=plan.state_bytes / 1e9,
+            memory_GB=plan.memory / 1e9,
+            hours_calibrating=plan.seconds_calibrating / 3600,
+            hours_converting=plan.seconds_converting / 3600,
+        )
+    report.show()
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import typer
@@ -112,8 +113,10 @@ def plan(
     )
     scenario, quantised = make_scenario(request)
     made = make_plan(scenario, quantised)
-    if png is not None:
+    if png is not None and made.verdict.fits:
         save_png(made, png)
+    elif png is not None:
+        print(f"hunyuan-vllm: {png} is not drawn: there are no curves where nothing fits", file=sys.stderr)
     if as_json:
         print(json.dumps(to_json(made), indent=1))
     else:

@@ -70,10 +70,8 @@ def shorter(length: int) -> Change:
 
 
 def _limits(scenario: Scenario) -> Iterator[Change]:
-    for share in (0.95, 0.92):
-        if scenario.utilization < share == 0.95 or scenario.utilization > share == 0.92:
-            price = "less memory in reserve" if share > scenario.utilization else "less cache"
-            yield Change({"utilization": share}, f"--gpu-memory-utilization {share}", price, 10, "utilization")
+    share, price = (0.95, "less memory in reserve") if scenario.utilization < 0.95 else (0.92, "less cache")
+    yield Change({"utilization": share}, f"--gpu-memory-utilization {share}", price, 10, "utilization")
     for count in (256, 64):
         if count < scenario.sequences:
             price = f"at most {count} sequences at once"

@@ -85,7 +85,8 @@ class _Judged:
     def shortened(self, group: tuple[Change, ...]) -> Remedy | None:
         """With sequences as long as the cache then holds, in whole thousands; None where that is too little."""
         verdict = self.remedy(group).verdict
-        length = verdict.shared.tokens // LENGTH_STEP * LENGTH_STEP
-        if verdict.problems or not LEAST_LENGTH <= length < verdict.scenario.max_model_len:
+        scenario, length = verdict.scenario, verdict.shared.tokens // LENGTH_STEP * LENGTH_STEP
+        least = max(LEAST_LENGTH, scenario.input_len + scenario.output_len)
+        if verdict.problems or not least <= length < scenario.max_model_len:
             return None
         return self.remedy((*group, shorter(length)))

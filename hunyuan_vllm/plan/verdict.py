@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hunyuan_vllm.plan.checks import problems
 from hunyuan_vllm.plan.memory import Budget, Capacity, budgets, capacity
@@ -48,8 +48,7 @@ def judge(scenario: Scenario) -> Verdict:
     verdict = Verdict(
         scenario, budgets=rank_budgets, shared=shared, unshared=capacity(scenario, rank_budgets, sharing=False)
     )
-    verdict.reasons.extend(_reasons(verdict))
-    return verdict
+    return replace(verdict, reasons=_reasons(verdict))
 
 
 def _reasons(verdict: Verdict) -> list[str]:

@@ -182,6 +182,8 @@ def test_charts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     picture = tmp_path / "plan.png"
     assert run(*arguments, "--png", str(picture)).exit_code == 0
     assert picture.read_bytes().startswith(b"\x89PNG") and [*tmp_path.iterdir()] == [picture]
+    missed = run("--gpu", "H20", "--gpus", "8", "--png", str(tmp_path / "other.png"))
+    assert missed.exit_code == 1 and "other.png is not drawn" in missed.stderr and [*tmp_path.iterdir()] == [picture]
     assert "cannot be written" in refusal(*arguments, "--png", str(tmp_path / "no" / "plan.png"))
 
 

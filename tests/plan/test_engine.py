@@ -14,6 +14,7 @@ from engine import engine
 from meta_model import parameter_bytes
 from scenarios import QUANTISED, planned
 from torch import nn
+from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.model_executor.model_loader import base_loader
 
 from hunyuan_vllm.config import HunYuanConfig
@@ -47,10 +48,8 @@ def engine_options(folder: Path, config: HunYuanConfig, scheme: str = "bf16") ->
 @pytest.mark.parametrize(
     ("scheme", "kv", "overrides"),
     [
-        ("bf16", "auto", {"num_hidden_layers": 5, "cla_share_factor": 3, "tie_word_embeddings": True}),
-        ("int8", "fp8", {"num_experts": [4, 1, 4, 2], "intermediate_size": [96, 160, 64, 96]}),
-        ("int8-w8a8", "auto", {"num_hidden_layers": 8, "cla_share_factor": 4}),
-        ("fp8", "fp8", {"num_shared_expert": 2}),
+        ("int8", "fp8", {"cla_share_factor": 4, "num_experts": [4, 1, 4, 2], "intermediate_size": [96, 160, 64, 96]}),
+        ("fp8", "auto", {"num_hidden_layers": 5, "cla_share_factor": 3, "tie_word_embeddings": True}),
     ],
 )
 def test_bytes_blocks_and_length_of_an_engine(
@@ -78,14 +77,17 @@ def test_bytes_blocks_and_length_of_an_engine(
 def test_one_token_more_is_not_admitted(tmp_path: Path) -> None:
     held, cache = capacity_of(tiny_config(), tensor=1)
     options = engine_options(tmp_path, tiny_config()) | dict(max_model_len=held.tokens + 1)
-    with pytest.raises(ValueError, match="To serve at least one request"):
-        with engine(tmp_path, **options, kv_cache_memory_bytes=cache):
-            pass
+    try:
+        with pytest.raises(ValueError, match="To serve at least one request"):
+            with engine(tmp_path, **options, kv_cache_memory_bytes=cache):
+                pass
+    finally:
+        cleanup_dist_env_and_memory()  # of an engine that did not come so far as to be shut down
 
 
 @pytest.mark.engine
 def test_each_of_two_ranks(tmp_path: Path) -> None:
-    """Their experts, which CPU kernels repack without padding at this width; blocks of a KV head that both hold."""
+    """Unquantised. Their experts, which CPU kernels repack without padding at this width; blocks of the KV head that both hold."""
     config = tiny_config(num_key_value_heads=1, intermediate_size=128)
     held, cache = capacity_of(config, tensor=2)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from checkpoints import tiny_config, write_checkpoint
 from engine import MIB, engine, greatest_difference, score
 from golden_data import FLOAT32_TOLERANCE, load_golden
+from meta_model import parameter_bytes
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.attention import Attention
 
@@ -17,6 +19,9 @@ from hunyuan_vllm import model
 from hunyuan_vllm.cache_shape import CacheShape
 from hunyuan_vllm.cla_cache import kv_sharing_target
 from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.plan.network import Network
+from hunyuan_vllm.plan.schemes import SCHEMES
+from hunyuan_vllm.plan.weights import rank_weights
 
 PUBLISHED = HunYuanConfig(
     use_cla=True, cla_share_factor=2, use_qk_norm=True, num_experts=16, use_mixed_mlp_moe=True, num_key_value_heads=8
@@ -66,19 +71,23 @@ def allocated_blocks(folder: Path, **options) -> int:
     [(factor, dtype, 1) for factor in (1, 2, 4) for dtype in ("bfloat16", "fp8")] + [(2, "bfloat16", 2), (4, "fp8", 2)],
 )
 def test_predicted_blocks_are_allocated_blocks(factor: int, kv_dtype: str, ranks: int, tmp_path: Path) -> None:
-    config = tiny_config(num_hidden_layers=8, cla_share_factor=factor)
+    """And the planner's bytes of experts are those of each rank; this width needs no padding by the CPU's kernels."""
+    config = tiny_config(num_hidden_layers=8, cla_share_factor=factor, intermediate_size=128)
     folder = write_checkpoint(tmp_path / "model", config)
     memory, block_size = 7 * MIB + 12345, 64
     shape = CacheShape.of(config, tensor_parallel=ranks, itemsize={"bfloat16": 2, "fp8": 1}[kv_dtype])
-    blocks = allocated_blocks(
+    with engine(
         folder,
         dtype="bfloat16",
         kv_cache_dtype="fp8" if kv_dtype == "fp8" else "auto",
         kv_cache_memory_bytes=memory,
         block_size=block_size,
         tensor_parallel_size=ranks,
-    )
+    ) as llm:
+        blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+        experts = llm.apply_model(partial(parameter_bytes, part=".experts."))
     assert blocks == shape.blocks(memory, block_size)
+    assert experts == [rank_weights(Network(config), SCHEMES["bf16"], ranks).parts["experts"]] * ranks
 
 
 @pytest.mark.engine

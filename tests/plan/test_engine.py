@@ -1,10 +1,12 @@
-"""The memory model against running engines: bytes of weights, KV blocks, and the longest sequence vLLM admits."""
+"""The memory model against running engines: bytes of weights, KV blocks, and the longest sequence vLLM admits.
+
+`tests/test_cla_cache.py` does so with two ranks.
+"""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,17 +85,3 @@ def test_one_token_more_is_not_admitted(tmp_path: Path) -> None:
                 pass
     finally:
         cleanup_dist_env_and_memory()  # of an engine that did not come so far as to be shut down
-
-
-@pytest.mark.engine
-def test_each_of_two_ranks(tmp_path: Path) -> None:
-    """Unquantised. Their experts, which CPU kernels repack without padding at this width; blocks of the KV head that both hold."""
-    config = tiny_config(num_key_value_heads=1, intermediate_size=128)
-    held, cache = capacity_of(config, tensor=2)
-
-    options = engine_options(tmp_path, config) | dict(tensor_parallel_size=2, max_model_len=held.tokens)
-    with engine(tmp_path, **options, kv_cache_memory_bytes=cache) as llm:
-        blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
-        experts = llm.apply_model(partial(parameter_bytes, part=".experts."))
-    assert experts == [rank_weights(Network(config), SCHEMES["bf16"], 2).parts["experts"]] * 2
-    assert blocks == held.blocks == BLOCKS

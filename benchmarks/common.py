@@ -221,8 +221,8 @@ def mid_checkpoint(folder: Path) -> Path:
     return folder
 
 
-def random_checkpoint(folder: Path, shape: str, **overrides: Any) -> Path:
+def random_checkpoint(folder: Path, shape: str, seed: int = 0, **overrides: Any) -> Path:
     """Write a random checkpoint with one of the configurations that tests/checkpoints.py has."""
     maker = runpy.run_path(str(REPOSITORY / "tests" / "checkpoints.py"))
-    maker["write_checkpoint"](folder, maker[shape](**overrides))
+    maker["write_checkpoint"](folder, maker[shape](**overrides), seed=seed)
     return folder

@@ -102,11 +102,11 @@ def _cache(scenario: Scenario) -> Iterator[Change]:
     if copies > 1 and scenario.dcp < copies:
         yield Change({"dcp": copies}, f"--dcp {copies}", "two more collectives a layer", 30, "dcp")
     if scenario.dcp > 1:
-        yield Change({"dcp": 1}, "--dcp 1", "each copy of a KV head holds all tokens", 30, "dcp")
+        yield Change({"dcp": 1}, "--dcp 1", "each copy of a KV head holds all tokens", 30, "undo dcp")
     if scenario.kv == "auto":
         yield Change({"kv": "fp8"}, "--kv fp8", "cached keys and values are rounded to FP8", 40, "kv")
     else:
-        yield Change({"kv": "auto"}, "--kv auto", "twice the bytes a token", 40, "kv")
+        yield Change({"kv": "auto"}, "--kv auto", "twice the bytes a token", 40, "undo kv")
     longest = scenario.config.max_position_embeddings
     if scenario.max_model_len > longest:
         yield shorter(longest)

@@ -5,6 +5,9 @@ Everything here is also refused, sooner or later, by a server; this is sooner th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.pipeline import check_pipeline, legal_partition
 from hunyuan_vllm.plan.attention import choose_backend, refusals
 from hunyuan_vllm.plan.network import layer_matrices, padded_vocabulary
@@ -21,26 +24,26 @@ def problems(scenario: Scenario) -> list[str]:
     return [problem for problem in found if problem]
 
 
-def _tensor(scenario: Scenario) -> str | None:
+def _refusal(check: Callable[[HunYuanConfig, int], None], config: HunYuanConfig, size: int) -> str | None:
+    """What a check of the engine's own says; None if it lets this pass."""
     try:
-        check_tensor_parallel(scenario.config, scenario.tensor)
+        check(config, size)
     except ValueError as error:
         return str(error)
-    if padded_vocabulary(scenario.config) % scenario.tensor:
-        rows = padded_vocabulary(scenario.config)
-        return f"tensor_parallel_size={scenario.tensor} does not divide the {rows} rows of the embedding"
     return None
+
+
+def _tensor(scenario: Scenario) -> str | None:
+    rows = padded_vocabulary(scenario.config)
+    if rows % scenario.tensor:
+        return f"tensor_parallel_size={scenario.tensor} does not divide the {rows} rows of the embedding"
+    return _refusal(check_tensor_parallel, scenario.config, scenario.tensor)
 
 
 def _pipeline(scenario: Scenario) -> str | None:
     if legal_partition(scenario.config, scenario.pipeline) is not None:
-        return None
-    factor = scenario.config.cla_share_factor if scenario.config.use_cla else 1
-    groups = -(-scenario.config.num_hidden_layers // factor)
-    return (
-        f"pipeline_parallel_size={scenario.pipeline} is more than the {groups} groups of layers that share a KV cache: "
-        f"use at most {groups} stages"
-    )
+        return None  # where vLLM's own cut is another, `notes` says how to have this one
+    return _refusal(check_pipeline, scenario.config, scenario.pipeline)
 
 
 def _gpus(scenario: Scenario) -> str | None:
@@ -93,13 +96,10 @@ def _attention(scenario: Scenario) -> str | None:
 
 def notes(scenario: Scenario) -> list[str]:
     """What a user of this set-up should know."""
-    found = []
+    found = list(scenario.remarks)
     config = scenario.config
-    if scenario.needs_partition:
-        try:
-            check_pipeline(config, scenario.pipeline)
-        except ValueError as error:
-            found.append(str(error))
+    if scenario.needs_partition and (cut := _refusal(check_pipeline, config, scenario.pipeline)):
+        found.append(cut)
     if idle := scenario.gpus - scenario.ranks * scenario.replicas:
         found.append(f"{idle} of {scenario.gpus} GPUs stay idle: {scenario.ranks} ranks an engine do not divide them")
     if scenario.replicas > 1:

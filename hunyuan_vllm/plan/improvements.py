@@ -37,13 +37,7 @@ def improvements(verdict: Verdict, any_checkpoint: bool = True) -> list[Improvem
     best: dict[str, Improvement] = {}
     for change in possible_changes(verdict.scenario, any_checkpoint):
         kind = change.kind.split()[0]
-        if (
-            kind not in KINDS
-            or change.values.get("kv") == "auto"
-            or change.values.get("dcp") == 1 == len(change.values)
-        ):
-            continue
-        improvement = _against(verdict, change)
+        improvement = _against(verdict, change) if kind in KINDS else None
         if improvement is None or (improvement.tokens < WORTH_TOKENS and improvement.rate < WORTH_RATE):
             continue
         if kind not in best or improvement.tokens * improvement.rate > best[kind].tokens * best[kind].rate:

@@ -13,6 +13,7 @@ from hunyuan_vllm.errors import UserError
 __all__ = ["DEMO", "PUBLISHED", "PlannedModel", "open_planned"]
 
 PUBLISHED, DEMO = "hunyuan-large", "demo"
+UNQUANTISED = ("ignored_layers", "modules_to_not_convert", "ignore")  # fields of a quantization_config
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,17 @@ class PlannedModel:
     name: str
     config: HunYuanConfig
     quantization: dict[str, Any] | None = None
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a plan does not account for."""
+        described = self.quantization or {}
+        names = [name for key in UNQUANTISED for name in described.get(key) or []]
+        left = [name for name in names if name.rsplit(".", 1)[-1] not in ("lm_head", "embed_tokens", "wg")]
+        if not left:
+            return ()
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        return (f"the checkpoint leaves {left[0]}{more} unquantised; the weights here are counted as if it did not",)
 
 
 def open_planned(given: str) -> PlannedModel:

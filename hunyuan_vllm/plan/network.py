@@ -12,7 +12,7 @@ from hunyuan_vllm.preflight import check_tensor_parallel
 
 __all__ = ["Matrix", "Network", "Part", "layer_matrices", "padded_vocabulary", "vectors"]
 
-Part = Literal["attention", "experts", "shared mlp", "dense mlp", "router", "embedding", "head"]
+Part = Literal["attention", "experts", "shared mlp", "dense mlp", "router"]
 VOCABULARY_MULTIPLE = 64  # vLLM pads the vocabulary to it (`DEFAULT_VOCAB_PADDING_SIZE`)
 
 

@@ -73,6 +73,7 @@ def make_scenario(request: Request) -> tuple[Scenario, bool]:
         per_node=request.per_node,
         node_link=request.node_link,
         assumptions=request.assumptions,
+        remarks=model.remarks,
     )
     if scenario.batched_tokens < scenario.sequences:
         raise UserError(
@@ -111,13 +112,14 @@ def _largest(scenario: Scenario, ranks: int) -> int:
 
 
 def _fewest(scenario: Scenario, request: Request) -> Scenario:
-    """The first number of GPUs on which it fits; the largest number there is to try where it fits on none."""
-    tried = scenario
-    for gpus in COUNTS:
-        for tensor, stages in arrangements(scenario.network, gpus):
-            if request.pipeline not in (1, stages) or tensor > max(scenario.per_node, 1):
-                continue
-            tried = scenario.changed(gpus=gpus, tensor=tensor, pipeline=stages)
-            if judge(tried).fits:
-                return tried
-    return tried
+    """On the first number of GPUs that will do, within a node if no rank need share a cache; else on the most."""
+    widest = scenario.per_node if request.dcp == 1 else scenario.config.num_attention_heads
+    tried = [
+        scenario.changed(gpus=gpus, tensor=tensor, pipeline=stages)
+        for gpus in COUNTS
+        for tensor, stages in arrangements(scenario.network, gpus)
+        if tensor <= widest and request.pipeline in (1, stages)
+    ]
+    fitting = (candidate for candidate in tried if judge(candidate).fits)
+    most = (candidate for candidate in tried if candidate.gpus == COUNTS[-1])
+    return next(fitting, None) or next(most, scenario)

@@ -43,6 +43,7 @@ class Scenario:
         input_len, output_len: tokens of the requests that rates are given for.
         per_node: GPUs of a node.
         node_link: bytes a second that each GPU can send to another node.
+        remarks: what is special about the checkpoint.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Scenario:
     per_node: int = 8
     node_link: float = 400e9 / 8
     assumptions: Assumptions = field(default_factory=Assumptions)
+    remarks: tuple[str, ...] = ()
 
     def changed(self, **values: Any) -> Scenario:
         return replace(self, **values)

@@ -21,7 +21,6 @@ class Scheme:
     """A way to hold and multiply the quantised matrices.
 
     Attributes:
-        title: what it is, in a few words.
         flags: what a server is started with, where the checkpoint is BF16.
         itemsize: bytes of a quantised element.
         channel_scales: bytes of a scale an output channel, on GPUs and on CPUs.
@@ -33,7 +32,6 @@ class Scheme:
     """
 
     name: str
-    title: str
     flags: tuple[str, ...] = ()
     itemsize: int = BF16
     channel_scales: tuple[int, int] = (0, 0)
@@ -101,10 +99,9 @@ class Scheme:
 SCHEMES = {
     scheme.name: scheme
     for scheme in (
-        Scheme("bf16", "BF16 as published"),
+        Scheme("bf16"),
         Scheme(
             "int8",
-            "int8 weights, BF16 activations (W8A16)",
             ("--quantization", "hunyuan_int8"),
             itemsize=1,
             channel_scales=(BF16, FLOAT32),
@@ -113,7 +110,6 @@ SCHEMES = {
         ),
         Scheme(
             "int8-w8a8",
-            "int8 weights and activations (W8A8)",
             ("--quantization", "hunyuan_int8_w8a8"),
             itemsize=1,
             channel_scales=(FLOAT32, FLOAT32),
@@ -122,7 +118,6 @@ SCHEMES = {
         ),
         Scheme(
             "fp8",
-            "FP8 weights and activations (W8A8)",
             itemsize=1,
             tensor_scales=True,
             operands="fp8",
@@ -159,7 +154,8 @@ def scheme_of_checkpoint(quantization: Mapping[str, Any] | None) -> Scheme:
     if form is None:
         method = quantization.get("quant_method")
         raise UserError(
-            f"the checkpoint's quantization_config ({method!r}) is none of {', '.join(SCHEMES)}: give --scheme"
+            f"the checkpoint's quantization_config ({method!r}) is none that is served here ({', '.join(SCHEMES)}): "
+            "plan for the unquantised checkpoint"
         )
     return SCHEMES[{PACKED: "int8", PLAIN: "int8-w8a8"}[form]]
 

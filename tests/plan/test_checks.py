@@ -29,7 +29,7 @@ from hunyuan_vllm.plugin import register
     [
         (dict(gpus=3, tensor=3), "tensor_parallel_size=3 does not divide this network .* use one of [1, 2, 4, 8, 16]"),
         (dict(gpus=8, tensor=16), "16 ranks (tensor 16 × pipeline 1) need as many GPUs, and there are 8"),
-        (dict(tensor=1, pipeline=33, gpus=64), "pipeline_parallel_size=33 is more than the 32 groups"),
+        (dict(tensor=1, pipeline=33, gpus=64), "pipeline_parallel_size=33 would start .* use at most 32 stages"),
         (dict(gpus=8, tensor=8, dcp=2), "needs more tensor-parallel ranks than KV heads (8), and there are 8"),
         (dict(dcp=4), "decode_context_parallel_size=4 is not possible with 16 ranks and 8 KV heads: use one of [1, 2]"),
         (dict(max_model_len=262144), "--max-model-len 262144 is beyond .* use at most 131072"),

@@ -87,6 +87,10 @@ def test_the_fewest_gpus_are_found() -> None:
     assert document["fits"] and document["scenario"]["gpus"] == 16
     assert plan("--gpu", "H20", "--scheme", "int8")["scenario"]["gpus"] == 8
     assert plan("--gpu", "B200", "--scheme", "fp8")["scenario"]["gpus"] == 4
+    shared = plan("--gpu", "H20", "--dcp", "2")["scenario"]
+    assert (shared["gpus"], shared["tensor_parallel_size"]) == (16, 16)
+    nowhere = plan("--gpu", "V100")
+    assert not nowhere["fits"] and nowhere["scenario"]["gpus"] == 64
 
 
 def test_without_tp_all_gpus_share_a_layer() -> None:
@@ -134,7 +138,10 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
         ("{", "is not JSON"),
         ('{"model_type": "llama"}', "has model_type 'llama'; this planner knows 'hunyuan'"),
         ('{"model_type": "hunyuan", "num_experts": -1}', "num_experts is -1"),
-        ('{"model_type": "hunyuan", "quantization_config": {"quant_method": "awq"}}', "'awq'.* give --scheme"),
+        (
+            '{"model_type": "hunyuan", "quantization_config": {"quant_method": "awq"}}',
+            "'awq'.* plan for the unquantised checkpoint",
+        ),
     ):
         config.write_text(text)
         said = refusal("--model", str(tmp_path))
@@ -154,6 +161,14 @@ def test_the_tables_are_shown() -> None:
     assert result.exit_code == 0 and all(gpu.name in result.stdout for gpu in known_gpus())
     result = run("--assumptions", "--assume", "nccl_gib=1.5")
     assert result.exit_code == 0 and "nccl_gib" in result.stdout and "1.5" in result.stdout
+
+
+def test_layers_that_a_checkpoint_leaves_unquantised_are_noted(tmp_path: Path) -> None:
+    for ignored, noted in ((["lm_head"], False), (["lm_head", "model.layers.0.self_attn.q_proj"], True)):
+        fields = published_json(tiny_config()) | {"quantization_config": FP8_CONFIG | {"ignored_layers": ignored}}
+        (tmp_path / "config.json").write_text(json.dumps(fields))
+        notes = plan("--model", str(tmp_path), "--gpus", "1")["notes"]
+        assert any("leaves model.layers.0.self_attn.q_proj unquantised" in note for note in notes) == noted
 
 
 def test_requests_are_as_long_as_the_model_takes_unless_told() -> None:

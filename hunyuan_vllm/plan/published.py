@@ -32,7 +32,7 @@ class PublishedRate:
 
 
 def published_rates(scenario: Scenario) -> list[PublishedRate]:
-    """For a scenario that is one of the published set-ups (network, GPU, number, scheme); else none."""
+    """For a scenario that is one of the published set-ups (network, scheme, GPUs that share each layer); else none."""
     table: dict[str, Any] = json.loads(DATA.read_text())
     network = open_planned("hunyuan-large").config
     if any(getattr(network, name) != getattr(scenario.config, name) for name in SHAPE):
@@ -42,6 +42,6 @@ def published_rates(scenario: Scenario) -> list[PublishedRate]:
     return [
         PublishedRate(int(batch), rate, decode(scenario, int(batch)).bound)
         for row in table["rates"]
-        if (row["scheme"], row["gpus"]) == (scenario.scheme.name, scenario.ranks)
+        if (row["scheme"], row["gpus"], 1) == (scenario.scheme.name, scenario.tensor, scenario.pipeline)
         for batch, rate in row["tokens_per_second"].items()
     ]

@@ -83,7 +83,13 @@ def test_published_rates_lie_at_3_to_8_percent_of_the_bound() -> None:
 
 
 def test_no_published_rates_for_another_set_up() -> None:
-    for values in (dict(gpu="H100"), dict(gpus=8, tensor=8), dict(input_len=512), dict(config=tiny_config())):
+    for values in (
+        dict(gpu="H100"),
+        dict(gpus=8, tensor=8),
+        dict(tensor=8, pipeline=2),
+        dict(input_len=512),
+        dict(config=tiny_config()),
+    ):
         assert published_rates(planned(**values)) == []
 
 

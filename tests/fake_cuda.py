@@ -12,6 +12,7 @@ import torch
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability, Platform
+from vllm.v1.attention import selector
 
 from hunyuan_vllm import model as _model
 
@@ -53,3 +54,4 @@ def fake_cuda(major: int, minor: int = 0) -> Iterator[None]:
             yield
         finally:
             current_platform.__class__ = real
+            selector._cached_get_attn_backend.cache_clear()  # or the next engine would take a GPU's attention

@@ -62,11 +62,11 @@ def test_golden_checkpoints(name: str, cache: bool, tmp_path: Path) -> None:
     check(source, write_fp8(source, tmp_path / "fp8", PROMPTS), cache)
 
 
-def test_two_ranks_compiled(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{"tensor_parallel_size": 2}, {"enforce_eager": False}], ids=["ranks", "compiled"])
+def test_two_ranks_and_compiled(options: dict, tmp_path: Path) -> None:
     """Row-parallel ranks round their shares with the same scales, and the compiler rounds no less than we do."""
     source = load_golden("cla2_top2").path
-    folder = write_fp8(source, tmp_path / "fp8", PROMPTS)
-    check(source, folder, True, tensor_parallel_size=2, enforce_eager=False)
+    check(source, write_fp8(source, tmp_path / "fp8", PROMPTS), True, **options)
 
 
 def test_biases_ignored_layers_and_keys_without_a_norm(tmp_path: Path) -> None:

@@ -106,8 +106,9 @@ class CLAAttention(Attention):
         """vLLM's post-load hook of attention layers, owners first; also runs when weights are reloaded."""
         super().process_weights_after_loading(act_dtype)
         if owner := self.__dict__["_owner"]:
-            _set_scale(self, "k", owner._k_scale_float)
-            _set_scale(self, "v", owner._v_scale_float)
+            for name in ("_k_scale", "_v_scale", "_k_scale_cpu", "_v_scale_cpu"):
+                getattr(self, name).copy_(getattr(owner, name))
+            self._k_scale_float, self._v_scale_float = owner._k_scale_float, owner._v_scale_float
         elif self.is_e4m3:
             self._set_own_scales()
         if self.is_e4m3 and self.greatest_query is not None:
@@ -115,19 +116,22 @@ class CLAAttention(Attention):
             _set_scale(self, "q", max(1.0, self.greatest_query() / E4M3_MAX))
 
     def _set_own_scales(self) -> None:
+        """Where nothing is known, what vLLM has set stays: 1, or what a quantisation of its own has loaded."""
         given: CacheScales | None = getattr(self.quant_config, "cache_scales", None)
         k, v = (given.k(self.group_owner), given.v(self.group_owner)) if given else (None, None)
-        # What vLLM has set is 1, or a scale that a quantisation of its own has loaded.
-        k = normalised_key_scale(self.head_size) if self.config.use_qk_norm else k or self._k_scale_float
-        v = v or self._v_scale_float
-        _set_scale(self, "k", k)
-        _set_scale(self, "v", v)
-        if unscaled := [which for which, scale in (("k", k), ("v", v)) if scale == 1.0]:
-            names = " and ".join(f"{which}_scale" for which in unscaled)
+        if self.config.use_qk_norm:
+            k = normalised_key_scale(self.head_size)
+        unknown = []
+        for which, scale in (("k", k), ("v", v)):
+            if scale is not None:
+                _set_scale(self, which, scale)
+            elif getattr(self, f"_{which}_scale_float") == 1.0:
+                unknown.append(f"{which}_scale")
+        if unknown:
             logger.warning_once(
                 "FP8 KV cache: the checkpoint has no %s, so the scale is 1: values beyond 448 saturate, and those "
                 "below 2^-10 vanish. hunyuan-vllm quantize measures the scales",
-                names,
+                " and ".join(unknown),
             )
 
 

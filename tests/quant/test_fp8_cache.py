@@ -11,6 +11,8 @@ from engine import engine, random_prompts, score
 from fp8_reference import round_cache
 from golden_data import FLOAT32_TOLERANCE, answers_of
 from torch import nn
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
 
 from hunyuan_vllm import cla_cache
 from hunyuan_vllm.quant.kv_scales import CacheScales, is_cache_scale
@@ -54,6 +56,19 @@ def test_unquantised_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert llm.apply_model(scales) == [expected]
         llm.collective_rpc("reload_weights")
         assert llm.apply_model(scales) == [expected]
+
+        def own_scales(self: Attention, act_dtype: torch.dtype) -> None:
+            """As a quantisation of vLLM's own leaves them: each layer has what the checkpoint has for it."""
+            self._v_scale_float = 0.5 ** extract_layer_index(self.layer_name)
+            self._v_scale.fill_(self._v_scale_float)
+            self._v_scale_cpu.fill_(self._v_scale_float)
+
+        monkeypatch.setattr(Attention, "process_weights_after_loading", own_scales)
+        llm.collective_rpc("reload_weights")
+        (loaded,) = llm.apply_model(scales)
+        assert [row[:3] for row in loaded] == [(pytest.approx(bound),) * 3] * 6
+        assert [row[3:6] for row in loaded] == [(1.0,) * 3] * 3 + [(0.125,) * 3] * 3
+        monkeypatch.setattr(Attention, "process_weights_after_loading", lambda self, act_dtype: None)
 
         def enlarge(model: nn.Module) -> list[float]:
             layer = model.model.layers[4].self_attn

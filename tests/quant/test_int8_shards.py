@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
+
 import pytest
 import torch
 from checkpoints import random_tensors, tiny_config
@@ -86,3 +89,21 @@ def test_scales_of_a_ranks_own_part_are_seen(monkeypatch: pytest.MonkeyPatch) ->
             "1.mlp.down_proj.weight_scale",
         )
     }
+
+
+def test_one_tensor_is_in_flight() -> None:
+    """A tensor of the checkpoint is gone by the time that the second after it is read."""
+    tensors = dict(random_tensors(CONFIG, seed=0))
+    alive: list[weakref.ref[Tensor]] = []
+
+    def read() -> Iterator[tuple[str, Tensor]]:
+        for name in tensors:
+            assert sum(tensor() is not None for tensor in alive) <= 1
+            tensor = tensors[name].clone()
+            alive.append(weakref.ref(tensor))
+            yield name, tensor
+            del tensor
+
+    with meta_model(CONFIG, quantization="hunyuan_int8", device="cpu") as model:
+        model.load_weights(read())
+    assert len(alive) == len(tensors)

@@ -33,8 +33,7 @@ def pack_linear(weight: Tensor) -> Tensor:
     """int8 `[out, in]` → what `linear` takes: int8 `[out, in + 4]` with both aligned, or the weight if not packed."""
     if not _has_packed_kernels():
         return weight.contiguous()
-    outputs, inputs = weight.shape
-    return torch.ops._C.convert_weight_packed(pad(weight, (0, _missing(inputs), 0, _missing(outputs))).contiguous())
+    return torch.ops._C.convert_weight_packed(_aligned(weight).contiguous())
 
 
 def pack_experts(weight: Tensor) -> Tensor:
@@ -42,9 +41,8 @@ def pack_experts(weight: Tensor) -> Tensor:
     if not _has_packed_kernels():
         return weight.contiguous()
     experts, outputs, inputs = weight.shape
-    halves = weight.view(experts, 2, outputs // 2, inputs)
-    aligned = pad(halves, (0, _missing(inputs), 0, _missing(outputs // 2))).flatten(1, 2)
-    return torch.ops._C.convert_weight_packed(aligned.contiguous())
+    halves = _aligned(weight.view(experts, 2, outputs // 2, inputs))
+    return torch.ops._C.convert_weight_packed(halves.flatten(1, 2).contiguous())
 
 
 def linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -82,6 +80,12 @@ def experts(
     scales = dict(w1_scale=w13_scale, w2_scale=w2_scale, w1_zero=None, w2_zero=None, block_size=None)
     ops.fused_experts_cpu(output, hidden, w13, w2, topk_weights.float(), topk_ids.int(), kind, **scales)
     return output
+
+
+def _aligned(weight: Tensor) -> Tensor:
+    """`[..., out, in]` with both aligned; copied only if they were not."""
+    short_of = (0, _missing(weight.shape[-1]), 0, _missing(weight.shape[-2]))
+    return pad(weight, short_of) if any(short_of) else weight
 
 
 def _missing(size: int) -> int:

@@ -76,10 +76,10 @@ def serve(
     for note in launch.notes:
         print(f"hunyuan-vllm: {note}", file=sys.stderr)
     if dry_run:
+        if scheme and not Path(model.name).exists() and model.demo:
+            print(f"hunyuan-vllm: a start converts the demo model to {model.name} first", file=sys.stderr)
         print(launch.shell())
         return
-    if scheme and model != source:
-        scheme.convert_demo(Path(source.name), Path(model.name))
     if "uds" not in flags and "headless" not in flags:
         ready.check_port(launch.host, launch.port)
     if launch.key_file is not None:
@@ -87,5 +87,7 @@ def serve(
             auth.create_key_file(launch.key_file)
             print(f"hunyuan-vllm: a new API key is in {launch.key_file}", file=sys.stderr)
         auth.read_key_file(launch.key_file)
+    if scheme and model != source:
+        scheme.convert_demo(Path(source.name), Path(model.name))
     print(f"hunyuan-vllm: starting {model.given} on {launch.host} port {launch.port}", file=sys.stderr, flush=True)
     raise typer.Exit(child.run(launch, environ, ready.answers))

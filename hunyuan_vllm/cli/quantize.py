@@ -50,7 +50,11 @@ def quantize(
     ),
     shard_size: str = typer.Option("5GB", help="Most bytes of a file."),
     device: str = typer.Option("auto", help="cpu, cuda or cuda:N; auto takes a GPU where there is one."),
-    plan: bool = typer.Option(False, "--plan", help="Say what the run needs, from config.json alone; run nothing."),
+    plan: bool = typer.Option(
+        False,
+        "--plan",
+        help="Say what the run needs, and run nothing; SRC may be a config.json, or hunyuan-large for the published one.",
+    ),
 ) -> None:
     """Convert a checkpoint to FP8 or int8.
 
@@ -69,7 +73,7 @@ def quantize(
       hunyuan-vllm quantize /models/hunyuan-large /models/hunyuan-int8 --scheme int8
       hunyuan-vllm quantize /models/hunyuan-large /models/hunyuan-fp8
           --scheme fp8-w8a8c8 --calibration chats.jsonl --calibration-tokens 65536
-      hunyuan-vllm quantize /models/hunyuan-large --scheme fp8-w8a8c8 --plan
+      hunyuan-vllm quantize hunyuan-large --scheme fp8-w8a8c8 --plan
 
     \b
     A line of a .jsonl file is one of
@@ -132,10 +136,12 @@ def _convert(source: Path, target: Path, options: Options, calibration: Path | N
 
 
 def _show_plan(source: Path, options: Options) -> None:
+    from hunyuan_vllm.plan.models import PUBLISHED, open_planned
     from hunyuan_vllm.quantize.plan import Plan, measure_rates
     from hunyuan_vllm.quantize.source import read_config
 
-    _, config = read_config(source)
+    given = str(source)
+    config = open_planned(given).config if given == PUBLISHED else read_config(source)[1]
     rates = measure_rates(options)
     print(f"{options.scheme}, {config.num_hidden_layers} layers, clip {options.clip}, smooth {options.smooth}")
     print("\n".join(Plan.of(config, options, rates).lines(rates, options.device)))

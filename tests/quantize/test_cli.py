@@ -55,6 +55,8 @@ def test_the_plan_writes_nothing(run: Callable, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("hunyuan_vllm.quantize.plan.PROBE", 256)
     config = tmp_path / "config.json"
     config.write_text((demo.path() / "config.json").read_text())
+    code, out, _ = run("hunyuan-large", "--scheme", "int8", "--plan")
+    assert code == 0 and "777.4 GB (388.70 billion parameters)" in out
     for source in (tmp_path, config):
         code, out, err = run(source, "--scheme", "fp8-w8a8c8", "--plan")
         assert (code, err) == (0, "")

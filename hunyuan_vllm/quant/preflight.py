@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_quantisation"]
 
+PACKED = 4  # int8 weights in a word of vLLM's weight-only kernels on GPUs
 CPU_CACHE_ALIGNMENT = 32  # elements of a head that vLLM's CPU attention takes at a time from an FP8 cache
 
 
@@ -21,6 +22,8 @@ def check_quantisation(vllm_config: VllmConfig) -> None:
         ValueError: the message names the option, or the checkpoint's property, and what to use instead.
     """
     _check_foreign_fp8(vllm_config)
+    if vllm_config.model_config.quantization in ("hunyuan_int8", "hunyuan_int8_w8a8"):
+        _check_int8_on_gpus(vllm_config)
     if vllm_config.cache_config.cache_dtype.startswith("fp8"):
         _check_fp8_cache(vllm_config)
 
@@ -40,6 +43,28 @@ def _check_foreign_fp8(vllm_config: VllmConfig) -> None:
         )
     if current_platform.is_cpu():
         raise ValueError(f"vLLM runs FP8 with dynamic activation scales on GPUs only; for a CPU, {remedy}")
+
+
+def _check_int8_on_gpus(vllm_config: VllmConfig) -> None:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda():
+        return
+    model = vllm_config.model_config
+    if model.quantization == "hunyuan_int8_w8a8" and current_platform.has_device_capability(100):
+        raise ValueError(
+            "quantization='hunyuan_int8_w8a8': vLLM's int8 products end with compute capability 9.0, and this GPU is "
+            "newer: use 'hunyuan_int8', or an FP8 checkpoint"
+        )
+    config: HunYuanConfig = model.hf_config
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    widths = {config.intermediate_at(layer) // ranks for layer in range(config.num_hidden_layers)}
+    widths |= {config.hidden_size, config.num_attention_heads * config.head_dim // ranks}
+    if model.quantization == "hunyuan_int8" and any(width % PACKED for width in widths):
+        raise ValueError(
+            f"quantization='hunyuan_int8' packs {PACKED} inputs in a word, and on {ranks} ranks layers have "
+            f"{sorted(widths)}: use 'hunyuan_int8_w8a8', or another tensor_parallel_size"
+        )
 
 
 def _check_fp8_cache(vllm_config: VllmConfig) -> None:

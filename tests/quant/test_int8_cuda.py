@@ -5,6 +5,7 @@ None of the kernels has run here.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from vllm.scalar_type import scalar_types
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.plugin import register
+from hunyuan_vllm.quant.preflight import check_quantisation
 
 PUBLISHED: dict[str, Any] = dict(
     architectures=["HunYuanForCausalLM"],
@@ -96,6 +98,24 @@ def test_kernels_of_the_published_network(
     assert shapes[f"{mlp}experts.routed_experts.w13_{weight}"] == (16, 2 * width, 6400 // packed)
     assert shapes[f"{mlp}experts.routed_experts.w2_{weight}"] == (16, 6400, width // packed)
     assert shapes[f"{mlp}experts.routed_experts.w2_weight_scale"] == (16, 6400, 1)
+
+
+@pytest.mark.parametrize(
+    ("capability", "quantization", "changes", "ranks", "message"),
+    [
+        ((10, 0), "hunyuan_int8_w8a8", {}, 8, "int8 products end with compute capability 9.0"),
+        ((9, 0), "hunyuan_int8", dict(intermediate_size=264), 4, r"packs 4 inputs .* on 4 ranks .*\[66, 1600, 6400\]"),
+    ],
+)
+def test_what_no_kernel_can_do_is_refused_at_once(
+    capability: tuple[int, int], quantization: str, changes: dict[str, int], ranks: int, message: str
+) -> None:
+    config = HunYuanConfig(**PUBLISHED | changes, num_hidden_layers=2)
+    parallel = SimpleNamespace(tensor_parallel_size=ranks)
+    model = SimpleNamespace(hf_config=config, quantization=quantization)
+    vllm_config = SimpleNamespace(model_config=model, parallel_config=parallel)
+    with fake_cuda(*capability), pytest.raises(ValueError, match=message):
+        check_quantisation(vllm_config)
 
 
 def test_bytes_a_gpu() -> None:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 from vllm.logger import init_logger
-from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.platforms import current_platform
 
 from hunyuan_vllm.config import HunYuanConfig
@@ -23,7 +22,8 @@ from hunyuan_vllm.layout import CheckpointError
 from hunyuan_vllm.quant.fp8 import E4M3
 from hunyuan_vllm.quant.fp8_format import E4M3_NAME, Fp8Layout, IgnoredLayers, ignored_layers, is_static_per_tensor
 from hunyuan_vllm.quant.kv_scales import CacheScales, is_cache_scale
-from hunyuan_vllm.quant.scheme import CheckpointScheme, is_quantised
+from hunyuan_vllm.quant.registered import RegisteredQuantization, is_hunyuan
+from hunyuan_vllm.quant.scheme import is_quantised
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -37,7 +37,7 @@ logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below i
 _EXPERT_INPUT_SCALE = re.compile(r"^(.*\.experts\.\d+)\.(?:gate|up)_proj\.input_scale$")
 
 
-class HunYuanFp8Config(QuantizationConfig, CheckpointScheme):
+class HunYuanFp8Config(RegisteredQuantization):
     """Weights and activations in E4M3 with one static scale a tensor.
 
     Args:
@@ -54,20 +54,6 @@ class HunYuanFp8Config(QuantizationConfig, CheckpointScheme):
 
     # What vLLM asks of a quantisation.
 
-    def get_name(self) -> str:
-        return self.name
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.bfloat16, torch.float16, *([torch.float32] if current_platform.is_cpu() else [])]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 75
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []
-
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> HunYuanFp8Config:
         if not is_static_per_tensor(config):
@@ -82,15 +68,12 @@ class HunYuanFp8Config(QuantizationConfig, CheckpointScheme):
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
         """Takes over static per-tensor FP8 checkpoints of Hunyuan networks from vLLM's own "fp8"."""
-        ours = is_static_per_tensor(hf_quant_cfg) and getattr(hf_config, "model_type", None) == HunYuanConfig.model_type
+        ours = is_static_per_tensor(hf_quant_cfg) and is_hunyuan(hf_config)
         return cls.name if ours and user_quant in (None, "fp8", cls.name) else None
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Raises ValueError for a model of another kind, or a GPU with another kind of FP8."""
-        if getattr(hf_config, "model_type", None) != HunYuanConfig.model_type:
-            raise ValueError(
-                f"quantization={self.name!r} is for Hunyuan-Large checkpoints, and {model_name} is another model"
-            )
+        super().maybe_update_config(model_name, hf_config, revision)
         if current_platform.is_fp8_fnuz():
             raise ValueError(f"quantization={self.name!r} needs E4M3 as NVIDIA GPUs and CPUs have it, not E4M3 FNUZ")
 

@@ -20,7 +20,8 @@ from hunyuan_vllm.layout import CheckpointError, Layout
 from hunyuan_vllm.quant.ignored import IgnoredLayers
 from hunyuan_vllm.quant.int8 import pack_int8, quantize_per_channel, unpack_int8
 from hunyuan_vllm.quant.int8_format import PACKED, PLAIN, Int8Layout, describe, recognise
-from hunyuan_vllm.quant.scheme import CheckpointScheme, is_quantised
+from hunyuan_vllm.quant.registered import RegisteredQuantization, is_hunyuan
+from hunyuan_vllm.quant.scheme import is_quantised
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["Int8Config", "Int8W8A8Config"]
 
 
-class Int8Config(QuantizationConfig, CheckpointScheme):
+class Int8Config(RegisteredQuantization):
     """Weights in int8, activations as they are.
 
     Args:
@@ -49,20 +50,6 @@ class Int8Config(QuantizationConfig, CheckpointScheme):
 
     # What vLLM asks of a quantisation.
 
-    def get_name(self) -> str:
-        return self.name
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.bfloat16, torch.float16, *([torch.float32] if current_platform.is_cpu() else [])]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 75
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []
-
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Int8Config:
         return cls(recognise(config), config.get("ignore") or [])
@@ -73,17 +60,10 @@ class Int8Config(QuantizationConfig, CheckpointScheme):
     ) -> str | None:
         """Takes over a Hunyuan checkpoint in this method's format; and one in the other's, if the user names this."""
         stored = recognise(hf_quant_cfg)
-        if stored is None or getattr(hf_config, "model_type", None) != HunYuanConfig.model_type:
+        if stored is None or not is_hunyuan(hf_config):
             return None
         wanted = cls.name if user_quant is None and stored == cls.form else user_quant
         return cls.name if wanted == cls.name else None
-
-    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Raises ValueError for a model of another kind, whose loader would not quantise."""
-        if getattr(hf_config, "model_type", None) != HunYuanConfig.model_type:
-            raise ValueError(
-                f"quantization={self.name!r} is for Hunyuan-Large checkpoints; {model_name} is another model"
-            )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         from vllm.model_executor.layers.fused_moe import RoutedExperts

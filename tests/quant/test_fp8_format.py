@@ -252,7 +252,7 @@ def test_what_it_is_asked_for_by_mistake() -> None:
         CheckpointError, match="needs an FP8 checkpoint, and this one is not quantised: make one with hunyuan"
     ):
         HunYuanFp8Config().layout(tiny_config())
-    with pytest.raises(ValueError, match="is for Hunyuan-Large checkpoints, and a-llama is another model"):
+    with pytest.raises(ValueError, match="is for Hunyuan-Large checkpoints; a-llama is another model"):
         HunYuanFp8Config().maybe_update_config("a-llama", SimpleNamespace(model_type="llama"))
     assert HunYuanFp8Config.from_config({**STATIC, "modules_to_not_convert": ["o_proj"]}).ignored.names == [".o_proj."]
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from checkpoints import rewrite, tiny_config, write_checkpoint
+from checkpoints import fuse, rewrite, tiny_config, write_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -82,6 +82,21 @@ def cache_scales(*names: str, layers: range = range(4)) -> Change:
 )
 def test_layouts(change: Change, sound: Path, tmp_path: Path) -> None:
     check(sound, tmp_path / "changed", change)
+
+
+def test_fused_weights_are_taken_apart_with_their_scale(sound: Path) -> None:
+    config, tensors = tiny_config(), load_file(sound / "model.safetensors")
+    weights = {name: tensor for name, tensor in tensors.items() if is_quantised(name)}
+    layout, parts = Fp8Layout(config, IgnoredLayers()), {}
+    for name, tensor in fuse(weights, config).items():
+        parts |= dict(layout.split(name, tensor))
+        if "qkv_proj" in name or "gate_and_up_proj" in name:
+            scales = dict(layout.split(f"{name}_scale", torch.tensor([0.5])))
+            names = ("up", "gate") if "gate_and_up" in name else "qkv"
+            module = name.rpartition(".weight")[0].rpartition(".")[0]
+            assert scales == {f"{module}.{part}_proj.weight_scale": torch.tensor(0.5) for part in names}
+    assert parts.keys() == weights.keys()
+    assert all(torch.equal(parts[name].float(), weights[name].float()) for name in weights)
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,8 @@ class LoadProgress:
     """
 
     def __init__(self, layout: Layout, *, shown: bool, bar: bool = True) -> None:
+        self._expected = layout.expected
         self._elements = sum(map(prod, layout.expected.values()))
-        self._tensors = len(layout.expected)
         self._shown, self._bar_wanted = shown, bar and sys.stderr.isatty()
         self._done = self._count = self._bytes_read = self._bytes_quantised = 0
 
@@ -53,6 +53,8 @@ class LoadProgress:
         with bar:
             for name, tensor in tensors:
                 yield name, tensor
+                if name not in self._expected:
+                    continue
                 self._count += 1
                 self._done += tensor.numel()
                 self._bytes_read += tensor.nbytes
@@ -78,7 +80,7 @@ class LoadProgress:
 
     def _amounts(self) -> str:
         quantised = f", {self._bytes_quantised / 1e9:.1f} GB quantised" if self._bytes_quantised else ""
-        return f"{self._count:,} of {self._tensors:,} tensors, {self._bytes_read / 1e9:.1f} GB read{quantised}"
+        return f"{self._count:,} of {len(self._expected):,} tensors, {self._bytes_read / 1e9:.1f} GB read{quantised}"
 
     def _seconds(self) -> float:
         return time.monotonic() - self._started

@@ -230,6 +230,7 @@ USED: tuple[Symbol, ...] = (
         members=("orig_to_new_substr", "orig_to_new_stacked"),
     ),
     Symbol("vllm.model_executor.models.utils", "PPMissingLayer"),
+    Symbol("vllm.model_executor.models.utils", "is_pp_missing_parameter"),
     Symbol("vllm.model_executor.models.utils", "make_empty_intermediate_tensors_factory"),
     Symbol("vllm.model_executor.models.utils", "make_layers"),
     Symbol("vllm.model_executor.models.utils", "maybe_prefix"),

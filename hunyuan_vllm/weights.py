@@ -13,7 +13,7 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
     get_world_group,
 )
-from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, is_pp_missing_parameter
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import CheckpointError, Layout
@@ -60,7 +60,7 @@ def load_checkpoint(model: HunYuanForCausalLM, weights: Iterable[tuple[str, torc
     progress = LoadProgress(layout, shown=get_world_group().rank_in_group == 0, bar=use_bar)
     tensors = progress.reading(_checked(model, layout, weights, seen))
     if scheme:
-        tensors = _converted(scheme, tensors, progress)
+        tensors = _converted(model, scheme, tensors, progress)
     loader = AutoWeightsLoader(model)
     loaded = loader.load_weights(tensors, mapper=_names_for(model.config))
     if model.expects_whole_checkpoint:
@@ -104,9 +104,15 @@ def _checked(
 
 
 def _converted(
-    scheme: CheckpointScheme, tensors: Iterable[tuple[str, torch.Tensor]], progress: LoadProgress
+    model: HunYuanForCausalLM,
+    scheme: CheckpointScheme,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    progress: LoadProgress,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in tensors:
+        if is_pp_missing_parameter(name, model):  # another pipeline stage's: the loader drops it
+            yield name, tensor
+            continue
         converted = scheme.load(name, tensor)
         quantises = is_quantised(name) and tensor.itemsize > 1
         yield from progress.quantised(converted) if quantises else converted

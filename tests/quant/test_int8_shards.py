@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
@@ -107,3 +107,20 @@ def test_one_tensor_is_in_flight() -> None:
     with meta_model(CONFIG, quantization="hunyuan_int8", device="cpu") as model:
         model.load_weights(read())
     assert len(alive) == len(tensors)
+
+
+def test_a_pipeline_stage_quantises_its_own_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config()
+    quantised: list[str] = []
+    load = int8_config.Int8Config.load
+
+    def spy(self: int8_config.Int8Config, name: str, tensor: Tensor) -> Iterable[tuple[str, Tensor]]:
+        quantised.append(name)
+        return load(self, name, tensor)
+
+    monkeypatch.setattr(int8_config.Int8Config, "load", spy)
+    options = dict(quantization="hunyuan_int8", pipeline_parallel=2, stage=1, device="cpu")
+    with meta_model(config, **options) as model:
+        loaded = model.load_weights(random_tensors(config, seed=0))
+        assert loaded == {name for name, _ in model.named_parameters()}
+    assert {name.split(".")[2] for name in quantised if name.startswith("model.layers.")} == {"2", "3"}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hunyuan_vllm.quant.fp8 import E4M3_MAX, round_through_fp8
 from hunyuan_vllm.quant.int8 import LEVELS
-from hunyuan_vllm.quantize.blocks import ELEMENTS, row_blocks
+from hunyuan_vllm.quantize.blocks import in_blocks
 from hunyuan_vllm.quantize.options import Clip
 
 __all__ = ["row_scales", "tensor_scale"]
@@ -44,7 +44,7 @@ def tensor_scale(weights: Iterable[Tensor], clip: Clip) -> float:
 
 def row_scales(weight: Tensor, clip: Clip) -> Tensor:
     """An int8 scale for each row of `weight [out, in]`, float32 `[out, 1]`; 1 for a row of zeros."""
-    chosen = torch.cat([_largest(weight[rows].float(), clip) for rows in row_blocks(weight)])
+    chosen = torch.cat(in_blocks(weight, lambda rows: _largest(weight[rows].float(), clip)))
     scale = chosen / LEVELS
     return torch.where(scale == 0, 1.0, scale)
 
@@ -84,8 +84,9 @@ def _amax(weight: Tensor) -> Tensor:
 
 def _histogram(weight: Tensor) -> Tensor:
     """How often each bfloat16 magnitude occurs, int64 `[32768]`, on the CPU."""
-    counts = torch.zeros(MAGNITUDES, dtype=torch.int64)
-    for part in weight.flatten().split(ELEMENTS):
-        bits = part.bfloat16().view(torch.int16).bitwise_and(MAGNITUDES - 1)
-        counts += bits.bincount(minlength=MAGNITUDES).cpu()
-    return counts
+
+    def count(rows: slice) -> Tensor:
+        bits = weight[rows].bfloat16().view(torch.int16).bitwise_and(MAGNITUDES - 1)
+        return bits.flatten().bincount(minlength=MAGNITUDES)
+
+    return torch.stack(in_blocks(weight, count)).sum(0).cpu()

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import expected_tensors
-from hunyuan_vllm.quantize.blocks import row_blocks
 from hunyuan_vllm.quantize.encode import specs_of
 from hunyuan_vllm.quantize.observe import SAMPLE
 from hunyuan_vllm.quantize.options import Options
@@ -21,6 +20,7 @@ from hunyuan_vllm.quantize.progress import gigabytes
 from hunyuan_vllm.quantize.schemes import scheme_named
 from hunyuan_vllm.quantize.shards import plan_shards
 from hunyuan_vllm.quantize.units import units
+from hunyuan_vllm.quantize.verify import compare
 
 __all__ = ["Plan", "Rates", "measure_rates", "state_bytes"]
 
@@ -173,12 +173,7 @@ def measure_rates(options: Options) -> Rates:
     def convert() -> None:
         weight.clone()  # out of the file
         (stored,) = scheme.encode([weight], options.clip)
-        for rows in row_blocks(weight):
-            part = {key: tensor[rows] if tensor.dim() == 2 else tensor for key, tensor in stored.items()}
-            exact = weight[rows].float()
-            difference = scheme.decode(part) - exact
-            (difference.abs() > scheme.half_step(exact, part)).any().item()
-            (torch.linalg.vector_norm(difference) + torch.linalg.vector_norm(exact)).item()
+        compare(scheme, weight, stored)
         weight.clone()  # into the file, and out of it again
 
     return Rates(

@@ -19,7 +19,7 @@ from hunyuan_vllm.layout import Shape
 from hunyuan_vllm.quant.fp8 import E4M3, quantize_per_tensor, round_through_fp8
 from hunyuan_vllm.quant.int8 import LEVELS, pack_int8, unpack_int8
 from hunyuan_vllm.quant.int8_format import PACKED, PLAIN, describe, stored_tensors
-from hunyuan_vllm.quantize.blocks import row_blocks
+from hunyuan_vllm.quantize.blocks import in_blocks
 from hunyuan_vllm.quantize.clip import row_scales, tensor_scale
 from hunyuan_vllm.quantize.options import Clip
 
@@ -103,7 +103,7 @@ class Fp8(Scheme):
     def encode(self, weights: Sequence[Tensor], clip: Clip) -> list[dict[str, Tensor]]:
         scale = torch.tensor(tensor_scale(weights, clip))
         return [
-            {"weight": _by_rows(weight, lambda w, rows: quantize_per_tensor(w, scale)[0]), "weight_scale": scale}
+            {"weight": _by_rows(weight, E4M3, lambda w, rows: quantize_per_tensor(w, scale)[0]), "weight_scale": scale}
             for weight in weights
         ]
 
@@ -141,7 +141,7 @@ class _CompressedInt8(Scheme):
 
     def _encode(self, weight: Tensor, clip: Clip) -> dict[str, Tensor]:
         scale = row_scales(weight, clip)
-        levels = _by_rows(weight, lambda w, rows: (w / scale[rows]).round_().clamp_(-LEVELS, LEVELS).to(torch.int8))
+        levels = _by_rows(weight, torch.int8, lambda w, rows: (w / scale[rows]).round_().clamp_(-LEVELS, LEVELS))
         return self._pack(levels) | {"weight_scale": scale}
 
     def decode(self, stored: Stored) -> Tensor:
@@ -230,5 +230,7 @@ def _expand(values: Tensor) -> Tensor:
     return ((bits & 0x7F) << 20 | bits & -(1 << 31)).view(torch.float32) * 2.0**120
 
 
-def _by_rows(weight: Tensor, encode: Callable[[Tensor, slice], Tensor]) -> Tensor:
-    return torch.cat([encode(weight[rows], rows) for rows in row_blocks(weight)])
+def _by_rows(weight: Tensor, dtype: torch.dtype, encode: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    encoded = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    in_blocks(weight, lambda rows: encoded[rows].copy_(encode(weight[rows], rows)))
+    return encoded

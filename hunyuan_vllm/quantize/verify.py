@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,13 +14,13 @@ from torch import Tensor
 
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.quant.scheme import is_quantised
-from hunyuan_vllm.quantize.blocks import row_blocks
+from hunyuan_vllm.quantize.blocks import in_blocks
 from hunyuan_vllm.quantize.scales import ActivationScales
 from hunyuan_vllm.quantize.schemes import Scheme
 from hunyuan_vllm.quantize.shards import Shard
 from hunyuan_vllm.quantize.units import place
 
-__all__ = ["Measured", "Verifier"]
+__all__ = ["Comparison", "Measured", "Verifier", "compare"]
 
 OUTLIER = 10  # times the median channel's largest input
 REMEDY = "the disk or the memory is at fault; run the same command again"
@@ -86,26 +87,14 @@ class Verifier:
         return measured
 
     def _measure(self, file: Path, projection: str, stored: dict[str, Tensor]) -> Measured:
-        weight = self._read(f"{projection}.weight")
-        totals = dict.fromkeys(("weight", "weight error", "output", "output error"), 0.0)
-        clipped = 0
-        inputs = served = None
+        weight = self._read(f"{projection}.weight").to(self._device)
+        inputs = None
         if self._activations is not None:
             inputs = self._activations.sample(*place(projection)).to(self._device)
-            served = self._scheme.as_served(inputs, stored)
-        for rows in row_blocks(weight):
-            exact = weight[rows].to(self._device).float()
-            part = {key: tensor[rows] if tensor.dim() == 2 else tensor for key, tensor in stored.items()}
-            decoded = self._scheme.decode(part)
-            difference = decoded - exact
-            clipped += self._clipped(file, projection, exact, decoded, difference, part)
-            totals["weight"] += _square(exact)
-            totals["weight error"] += _square(difference)
-            if inputs is not None and served is not None:
-                output = inputs @ exact.T
-                totals["output"] += _square(output)
-                totals["output error"] += _square(served @ decoded.T - output)
-        error, saturated = _ratio(totals["weight error"], totals["weight"]), clipped / weight.numel()
+        found = compare(self._scheme, weight, stored, inputs)
+        if found.wrong:
+            raise UserError(f"{file}: {found.wrong} weights of {projection} read back wrong: {REMEDY}")
+        error, saturated = _ratio(found.weight_error, found.weight), found.clipped / weight.numel()
         if self._activations is None:
             return Measured(projection, error, saturated)
         return Measured(
@@ -113,28 +102,53 @@ class Verifier:
             error,
             saturated,
             float(stored["input_scale"]) if self._scheme.static_inputs else None,
-            _ratio(totals["output error"], totals["output"]),
+            _ratio(found.output_error, found.output),
             _outliers(self._activations.amax(*place(projection))),
         )
 
-    def _clipped(
-        self,
-        file: Path,
-        projection: str,
-        weight: Tensor,
-        decoded: Tensor,
-        difference: Tensor,
-        stored: dict[str, Tensor],
-    ) -> int:
-        """How many weights saturate. Those move towards zero, by any amount; all others by half a step at most."""
-        allowed = self._scheme.half_step(weight, stored) * (1 + 1e-5)  # float32 rounds too
-        far = difference.abs() > allowed
-        if not far.any():
-            return 0
-        clipped = far & self._scheme.at_limit(stored) & (decoded * weight > 0) & (decoded.abs() < weight.abs())
-        if wrong := int((far & ~clipped).sum()):
-            raise UserError(f"{file}: {wrong} weights of {projection} read back wrong: {REMEDY}")
-        return int(clipped.sum())
+
+class Comparison(NamedTuple):
+    """A weight and what is stored for it: how many weights are wrong, how many are cut off at the end of the range, and
+    sums of squares, of weights, of outputs and of the differences in both."""
+
+    wrong: int
+    clipped: int
+    weight: float
+    weight_error: float
+    output: float
+    output_error: float
+
+
+def compare(scheme: Scheme, weight: Tensor, stored: Mapping[str, Tensor], inputs: Tensor | None = None) -> Comparison:
+    """Compare `weight [out, in]` with the tensors that stand for it, and its outputs for `inputs [tokens, in]`."""
+    served = None if inputs is None else scheme.as_served(inputs, stored)
+
+    def block(rows: slice) -> Comparison:
+        exact = weight[rows].float()
+        part = {key: tensor[rows] if tensor.dim() == 2 else tensor for key, tensor in stored.items()}
+        decoded = scheme.decode(part)
+        difference = decoded - exact
+        wrong, clipped = _out_of_place(scheme, exact, decoded, difference, part)
+        output = output_error = 0.0
+        if inputs is not None and served is not None:
+            outputs = inputs @ exact.T
+            output, output_error = _square(outputs), _square(served @ decoded.T - outputs)
+        return Comparison(wrong, clipped, _square(exact), _square(difference), output, output_error)
+
+    return Comparison(*map(sum, zip(*in_blocks(weight, block), strict=True)))
+
+
+def _out_of_place(
+    scheme: Scheme, weight: Tensor, decoded: Tensor, difference: Tensor, stored: Mapping[str, Tensor]
+) -> tuple[int, int]:
+    """How many weights are wrong, and how many saturate. These move towards zero, by any amount; all others by half a
+    step at most."""
+    allowed = scheme.half_step(weight, stored) * (1 + 1e-5)  # float32 rounds too
+    far = difference.abs() > allowed
+    if not far.any():
+        return 0, 0
+    clipped = far & scheme.at_limit(stored) & (decoded * weight > 0) & (decoded.abs() < weight.abs())
+    return int((far & ~clipped).sum()), int(clipped.sum())
 
 
 def _square(matrix: Tensor) -> float:

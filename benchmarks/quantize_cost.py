@@ -56,7 +56,7 @@ class Converter:
 
         from hunyuan_vllm.quantize.convert import quantize_checkpoint
 
-        ids = torch.randint(3, WIDE["vocab_size"], (given["tokens"],)).tolist()
+        documents = torch.randint(3, WIDE["vocab_size"], (given["tokens"] // 512, 512)).tolist()
         target = self._source.with_name("converted")
         peak, done = [0], threading.Event()
 
@@ -69,7 +69,7 @@ class Converter:
         start = time.perf_counter()
         try:
             quantize_checkpoint(
-                self._source, target, given["scheme"], calibration=[ids], calibration_tokens=given["tokens"],
+                self._source, target, given["scheme"], calibration=documents, calibration_tokens=given["tokens"],
                 clip=given.get("clip", "max"), smooth=given.get("smooth"), shard_bytes=500_000_000,
             )  # fmt: skip
         finally:

@@ -25,7 +25,8 @@ from hunyuan_vllm.quantize.verify import compare
 __all__ = ["Plan", "Rates", "measure_rates", "state_bytes"]
 
 PROBE = 4096  # a square weight of this size stands for the others
-WORKSPACE = 450 * 10**6  # bytes: Python, PyTorch, float32 copies of a few rows
+WORKSPACE = 550 * 10**6  # bytes: Python and PyTorch
+THREAD = 25 * 10**6  # and for each thread: float32 copies of a few rows, and what the allocator keeps of them
 
 
 def state_bytes(config: HunYuanConfig, tokens: int) -> int:
@@ -83,15 +84,16 @@ class Plan:
         tokens = options.calibration_tokens if options.calibrates else 0
         # Read for ranges, multiplied, read for conversion. Migrated weights are copies; the others are mapped files.
         largest_unit, largest = max(quantised), max(sizes.values())
-        encoded = largest_unit // 2 if options.smooth is None else largest_unit * 3 // 2
+        encoded = largest_unit // 2 if options.smooth is None else largest_unit * 2
+        workspace = WORKSPACE + THREAD * torch.get_num_threads()
         return cls(
             parameters=sum(map(math.prod, shapes.values())),
             source_bytes=sum(sizes.values()),
             written_bytes=sum(shard.nbytes for shard in shards),
             state_bytes=state_bytes(config, tokens) if tokens else 0,
             files=len(shards),
-            memory_calibrating=WORKSPACE + largest + activation_bytes(config, tokens) if tokens else 0,
-            memory_converting=WORKSPACE + max(largest, largest_unit + encoded),
+            memory_calibrating=workspace + largest + activation_bytes(config, tokens) if tokens else 0,
+            memory_converting=workspace + max(largest, largest_unit + encoded),
             seconds_calibrating=tokens
             and 2 * tokens * active_parameters(config) / rates.multiply + sum(quantised) / rates.look,
             seconds_converting=sum(quantised) / rates.convert,
@@ -153,7 +155,7 @@ def activation_bytes(config: HunYuanConfig, tokens: int) -> int:
     layers = range(config.num_hidden_layers)
     width = max(config.intermediate_at(n) * max(1, config.shared_experts_at(n)) for n in layers)
     attention = 2 * hidden + 6 * queries + 4 * kv
-    mlp = 4 * hidden + 3 * width
+    mlp = 6 * hidden + 3 * width
     norm = 8 * hidden
     return 2 * tokens * (2 * kv + max(attention, mlp, norm))
 
@@ -164,6 +166,7 @@ def measure_rates(options: Options) -> Rates:
     weight = torch.randn(PROBE, PROBE, generator=generator).bfloat16().to(options.device)
     tokens = min(2048, options.calibration_tokens)
     inputs = torch.randn(tokens, PROBE, generator=generator).bfloat16().to(options.device)
+    factors = torch.ones_like(weight[0])
     scheme = scheme_named(options.scheme)
 
     def look() -> None:
@@ -172,6 +175,9 @@ def measure_rates(options: Options) -> Rates:
 
     def convert() -> None:
         weight.clone()  # out of the file
+        if options.smooth is not None:
+            for _ in range(2):  # to convert, and to compare
+                torch.mul(weight, factors)
         (stored,) = scheme.encode([weight], options.clip)
         compare(scheme, weight, stored)
         weight.clone()  # into the file, and out of it again

@@ -53,7 +53,7 @@ def quantize(
     plan: bool = typer.Option(
         False,
         "--plan",
-        help="Say what the run needs, and run nothing; SRC may be a config.json, or hunyuan-large for the published one.",
+        help="Say what a run needs, run nothing. SRC may be a config.json, or hunyuan-large for the published one.",
     ),
 ) -> None:
     """Convert a checkpoint to FP8 or int8.
@@ -141,7 +141,8 @@ def _show_plan(source: Path, options: Options) -> None:
     from hunyuan_vllm.quantize.source import read_config
 
     given = str(source)
-    config = open_planned(given).config if given == PUBLISHED else read_config(source)[1]
+    published = given == PUBLISHED and not source.exists()
+    config = open_planned(given).config if published else read_config(source)[1]
     rates = measure_rates(options)
     print(f"{options.scheme}, {config.num_hidden_layers} layers, clip {options.clip}, smooth {options.smooth}")
     print("\n".join(Plan.of(config, options, rates).lines(rates, options.device)))

@@ -28,7 +28,8 @@ class Calibration:
 
     def __init__(self, source: Source, workspace: Workspace) -> None:
         self._source, self._workspace = source, workspace
-        self.layer = lru_cache(maxsize=8)(self._layer)
+        # Its group is what migration of a layer's V asks for.
+        self.layer = lru_cache(maxsize=source.config.cla_share_factor + 1)(self._layer)
 
     def run(self, tokens: Tokens, device: str, progress: Progress) -> None:
         """Run the layers that no earlier run has.

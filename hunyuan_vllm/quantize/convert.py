@@ -96,6 +96,8 @@ class Conversion:
         self._calibration_given = calibration
         self._migration: Migration | None = None
         self._activations: ActivationScales | None = None
+        self._idle_experts: list[dict[str, int]] = []
+        self._tensors_done = 0
 
     def run(self) -> dict[str, Any]:
         """Convert; returns the report."""
@@ -108,9 +110,8 @@ class Conversion:
                 self._options.calibration_tokens,
             )
         with Workspace(self._target, self._record(tokens)) as workspace:
-            if workspace.resumed:
-                self._progress.say(f"going on with what is finished in {workspace.folder}")
             self._check_disk(workspace, tokens)
+            self._announce(workspace, tokens)
             if tokens is not None:
                 self._calibrate(workspace, tokens)
             self._write_shards(workspace)
@@ -123,7 +124,7 @@ class Conversion:
         """What a run that goes on with another's work must have in common with it."""
         options = self._options
         return {
-            "SRC": f"{self._source.folder.resolve()} (contents {self._source.fingerprint()[:12]})",
+            "an SRC of contents": self._source.fingerprint()[:12],
             "--scheme": options.scheme,
             "--clip": str(options.clip),
             "--smooth": options.smooth,
@@ -131,6 +132,13 @@ class Conversion:
             "--shard-size": options.shard_bytes,
             "calibration tokens": tokens and f"{tokens.ids.numel()} (contents {tokens.digest()[:12]})",
         }
+
+    def _announce(self, workspace: Workspace, tokens: Tokens | None) -> None:
+        if workspace.resumed:
+            self._progress.say(f"going on with what is finished in {workspace.folder}")
+        size = gigabytes(sum(map(self._source.nbytes, self._source.shapes)))
+        text = f", calibrated on {tokens.ids.numel():,} tokens" if tokens else ""
+        self._progress.say(f"{self._options.scheme}: {size} in {len(self._source.shapes):,} tensors{text}")
 
     def _check_disk(self, workspace: Workspace, tokens: Tokens | None) -> None:
         needed = sum(shard.nbytes for shard in self._shards if not (workspace.checkpoint / shard.file).exists())
@@ -151,7 +159,7 @@ class Conversion:
         if self._options.smooth is not None:
             self._migration = Migration(config, self._options.smooth, calibration.layer)
         self._activations = ActivationScales(config, calibration.layer, self._migration, self._options.headroom)
-        self._idle = calibration.idle_experts()
+        self._idle_experts = calibration.idle_experts()
 
     def _read(self, name: str) -> Tensor:
         tensor = self._source.read(name)
@@ -164,12 +172,12 @@ class Conversion:
         total = sum(map(self._source.nbytes, names))
         done = total - sum(map(self._source.nbytes, unfinished))
         with self._progress.stage("quantising", total, done):
-            self._tensors_done, self._tensors = len(names) - len(unfinished), len(names)
+            self._tensors_done = len(names) - len(unfinished)
             for shard in left:
                 self._write_shard(workspace, shard)
 
     def _write_shard(self, workspace: Workspace, shard: Shard) -> None:
-        partial_file = workspace.checkpoint / f".{shard.file}.partial"
+        partial_file = workspace.beside(workspace.checkpoint / shard.file)
         encoder = Encoder(self._scheme, self._options.clip, self._read, self._activations, self._options.device)
         with ShardWriter(partial_file, shard.specs) as writer:
             for unit in shard.units:
@@ -185,7 +193,7 @@ class Conversion:
     def _verified(self, name: str) -> None:
         self._tensors_done += 1
         whole = self._source.nbytes(name)
-        self._progress.advance(whole - whole // 2, f"{self._tensors_done:,} of {self._tensors:,} tensors")
+        self._progress.advance(whole - whole // 2, f"{self._tensors_done:,} of {len(self._source.shapes):,} tensors")
 
     def _measured(self, workspace: Workspace) -> Iterator[dict[str, Any]]:
         for shard in self._shards:
@@ -206,19 +214,21 @@ class Conversion:
         if tokens is not None:
             given = self._calibration_given
             text = "built-in text" if given is None else given.name if isinstance(given, Path) else "token ids"
-            facts["calibration"] = {"text": text, "tokens": tokens.ids.numel(), "idle_experts": self._idle}
+            facts["calibration"] = {"text": text, "tokens": tokens.ids.numel(), "idle_experts": self._idle_experts}
         return facts
 
     def _write_the_rest(self, workspace: Workspace, made: dict[str, Any]) -> None:
         folder, source = workspace.checkpoint, self._source
         for file in source.other_files():
-            shutil.copyfile(file, folder / file.name)
+            workspace.copy(file, folder / file.name)
         if len(self._shards) > 1:
             workspace.write_json(folder / INDEX_FILE, index_of(self._shards))
         scheme = self._scheme.config(kept_linears(source.config))
         workspace.write_json(folder / "config.json", {**source.json, "quantization_config": scheme})
         workspace.write_json(folder / REPORT, made)
         if plot.can_draw():
-            plot.draw(made, folder / PICTURE)
+            picture = workspace.beside(folder / PICTURE)
+            plot.draw(made, picture)
+            workspace.put(picture, folder / PICTURE)
         else:
             self._progress.say(f"no {PICTURE}: it needs matplotlib (pip install 'hunyuan-vllm[quantize]')")

@@ -13,7 +13,7 @@ from hunyuan_vllm.quantize.scales import ActivationScales
 from hunyuan_vllm.quantize.schemes import Scheme, Spec
 from hunyuan_vllm.quantize.units import Unit, place
 
-__all__ = ["Encoder", "specs_of"]
+__all__ = ["Encoder", "specs_of", "static_scales"]
 
 
 def specs_of(unit: Unit, scheme: Scheme, shapes: dict[str, Shape], dtype: Callable[[str], torch.dtype]) -> list[Spec]:
@@ -61,14 +61,20 @@ class Encoder:
             projection = name.removesuffix(".weight")
             for part, tensor in stored.items():
                 yield f"{projection}.{part}", tensor
-            if self._scheme.static_inputs:
-                assert self._activations is not None
-                yield f"{projection}.input_scale", self._activations.input_scale(*place(projection))
-        if self._scheme.static_inputs and (owner := _owned_cache(unit)):
+        if self._scheme.static_inputs:
             assert self._activations is not None
-            k_scale, v_scale = self._activations.cache_scales(place(owner)[0])
-            yield f"{owner}.k_scale", k_scale
-            yield f"{owner}.v_scale", v_scale
+            yield from static_scales(unit, self._activations)
+
+
+def static_scales(unit: Unit, activations: ActivationScales) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the scales of a quantised unit that come from calibration."""
+    for name in unit.names:
+        projection = name.removesuffix(".weight")
+        yield f"{projection}.input_scale", activations.input_scale(*place(projection))
+    if owner := _owned_cache(unit):
+        k_scale, v_scale = activations.cache_scales(place(owner)[0])
+        yield f"{owner}.k_scale", k_scale
+        yield f"{owner}.v_scale", v_scale
 
 
 def _owned_cache(unit: Unit) -> str | None:

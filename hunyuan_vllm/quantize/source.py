@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hunyuan_vllm.checkpoint import INDEX_FILE, check_headers, shard_files
@@ -70,7 +70,7 @@ class Source:
         try:
             with safe_open(place.file, framework="pt") as tensors:
                 parts = dict(self._layout.split(place.stored, tensors.get_tensor(place.stored)))
-        except Exception as error:  # the library has an exception of its own for each thing wrong with a file
+        except (SafetensorError, OSError) as error:
             raise UserError(f"{place.file} cannot be read any more: {error}") from None
         tensor = parts[name]
         if not all(map(math.isfinite, tensor.aminmax())):  # NaN is the least and the greatest

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -13,12 +13,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.quant.scheme import is_quantised
 from hunyuan_vllm.quantize.blocks import in_blocks
+from hunyuan_vllm.quantize.encode import static_scales
 from hunyuan_vllm.quantize.scales import ActivationScales
 from hunyuan_vllm.quantize.schemes import Scheme
 from hunyuan_vllm.quantize.shards import Shard
-from hunyuan_vllm.quantize.units import place
+from hunyuan_vllm.quantize.units import Unit, place
 
 __all__ = ["Comparison", "Measured", "Verifier", "compare"]
 
@@ -74,17 +74,28 @@ class Verifier:
             with safe_open(file, framework="pt", device=self._device) as tensors:
                 if set(tensors.keys()) != {spec.name for spec in shard.specs}:
                     raise UserError(f"{file} reads back with other tensors than were written: {REMEDY}")
-                for name in (name for unit in shard.units for name in unit.names):
-                    if is_quantised(name):
-                        projection = name.removesuffix(".weight")
-                        stored = {part.rpartition(".")[2]: tensors.get_tensor(part) for part in parts[projection]}
-                        measured.append(self._measure(file, projection, stored))
-                    elif not torch.equal(tensors.get_tensor(name).cpu(), self._read(name)):
-                        raise UserError(f"{file}: {name} reads back differently: {REMEDY}")
-                    advance(name)
+                for unit in shard.units:
+                    for name, wanted in self._kept(unit):
+                        if not torch.equal(tensors.get_tensor(name).cpu(), wanted):
+                            raise UserError(f"{file}: {name} reads back differently: {REMEDY}")
+                    for name in unit.names:
+                        if unit.quantised:
+                            projection = name.removesuffix(".weight")
+                            stored = {key.rpartition(".")[2]: tensors.get_tensor(key) for key in parts[projection]}
+                            measured.append(self._measure(file, projection, stored))
+                        advance(name)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} cannot be read back ({error}): {REMEDY}") from None
         return measured
+
+    def _kept(self, unit: Unit) -> Iterable[tuple[str, Tensor]]:
+        """What of a unit must read back to the bit."""
+        if not unit.quantised:
+            return [(name, self._read(name)) for name in unit.names]
+        if not self._scheme.static_inputs:
+            return []
+        assert self._activations is not None
+        return static_scales(unit, self._activations)
 
     def _measure(self, file: Path, projection: str, stored: dict[str, Tensor]) -> Measured:
         weight = self._read(f"{projection}.weight").to(self._device)

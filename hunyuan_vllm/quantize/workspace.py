@@ -6,6 +6,7 @@ DST.partial/state/        options, lock, calibration, report of each file
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -56,6 +58,8 @@ class Workspace:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._same_run(dict(record))
+            for unfinished in (*self.checkpoint.glob(".*.partial"), *self.state.glob(".*.partial")):
+                unfinished.unlink()
         except BlockingIOError:
             os.close(self._lock)
             raise UserError(f"another run is writing {target}: wait for it, or name another folder") from None
@@ -73,15 +77,18 @@ class Workspace:
 
     def write_json(self, file: Path, value: Any) -> None:
         """Write beside, then rename: the file is never there in part."""
-        partial = _beside(file)
+        partial = self.beside(file)
         partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         self.put(partial, file)
 
-    def write_tensors(self, name: str, tensors: Mapping[str, Tensor], **metadata: str) -> None:
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep tensors under `name` in the state folder; contiguous copies, since a file holds no views."""
         file = self.state / f"{name}.safetensors"
-        partial = _beside(file)
-        save_file({key: tensor.contiguous().clone() for key, tensor in tensors.items()}, partial, metadata or None)
+        partial = self.beside(file)
+        try:
+            save_file({key: tensor.contiguous().clone() for key, tensor in tensors.items()}, partial)
+        except SafetensorError as error:  # the library's word for what the disk did not take
+            raise OSError(errno.EIO, str(error)) from None
         self.put(partial, file)
 
     def tensors(self, name: str) -> dict[str, Tensor] | None:
@@ -92,6 +99,17 @@ class Workspace:
     def state_bytes(self) -> int:
         """Bytes of calibration that are on the disk."""
         return sum(file.stat().st_size for file in self.state.glob("*.safetensors"))
+
+    def copy(self, source: Path, file: Path) -> None:
+        """Copy a small file."""
+        partial = self.beside(file)
+        shutil.copyfile(source, partial)
+        self.put(partial, file)
+
+    @staticmethod
+    def beside(file: Path) -> Path:
+        """Where `file` is made, before `put` gives it its name."""
+        return file.with_name(f".{file.name}.partial")
 
     def put(self, partial: Path, file: Path) -> None:
         """Rename a whole file to its name once its bytes are on the disk."""
@@ -104,8 +122,6 @@ class Workspace:
         """Make the checkpoint the target, and remove the rest."""
         if self.target.exists():
             raise UserError(f"{self.target} has appeared meanwhile: the finished checkpoint is in {self.checkpoint}")
-        for leftover in self.checkpoint.glob(".*.partial"):
-            leftover.unlink()
         sync_folder(self.checkpoint)
         os.replace(self.checkpoint, self.target)
         sync_folder(self.target.parent)
@@ -123,10 +139,6 @@ class Workspace:
                     f"{self.folder} was begun with {name} {begun.get(name)}, this run has {value}: "
                     "use the same, or remove the folder to begin again"
                 )
-
-
-def _beside(file: Path) -> Path:
-    return file.with_name(f".{file.name}.partial")
 
 
 def sync_folder(folder: Path) -> None:

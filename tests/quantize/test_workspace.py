@@ -58,7 +58,7 @@ def test_kill_9_before_every_rename(tmp_path: Path, documents: Documents) -> Non
     source = write_checkpoint(tmp_path / "src", tiny_config(num_hidden_layers=2))
 
     def run(target: Path) -> None:
-        options = dict(calibration=documents[:1], smooth=0.5, shard_bytes=100_000)
+        options = dict(calibration=documents[:1], smooth=0.5, shard_bytes=250_000)
         quantize_checkpoint(source, target, "fp8-w8a8c8", **options)
 
     def killed_run(target: Path, count: int) -> None:
@@ -76,7 +76,7 @@ def test_kill_9_before_every_rename(tmp_path: Path, documents: Documents) -> Non
         run(target)
         assert digests(target) == wanted
         shutil.rmtree(target)
-    assert count > 15  # options, two layers, their activations, files and their reports, index, config, report, DST
+    assert count > 12  # options, two layers, their activations, files and their reports, index, config, report, DST
 
 
 def test_kill_9_within_a_file(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,9 +132,11 @@ def test_other_options_do_not_go_on(tiny: Path, unfinished: Path, options: dict,
 def test_a_changed_source_does_not_go_on(tiny: Path, unfinished: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(tiny, other)
-    with pytest.raises(UserError, match="dst.partial was begun with SRC .*bf16 .*, this run has .*other"):
+    (other / "model-00001-of-00002.safetensors").touch()
+    with pytest.raises(UserError, match="dst.partial was begun with an SRC of contents [0-9a-f]{12}, this run has "):
         quantize_checkpoint(other, unfinished, "int8")
-    quantize_checkpoint(tiny, unfinished, "int8")
+    moved = shutil.copytree(tiny, tmp_path / "moved")
+    quantize_checkpoint(moved, unfinished, "int8")
     assert unfinished.exists() and not unfinished.with_name("dst.partial").exists()
 
 

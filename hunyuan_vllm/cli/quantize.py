@@ -60,29 +60,33 @@ def quantize(
 
     \b
     Schemes:
-      fp8-w8a8c8  FP8 weights, inputs and cache, one scale a tensor, in the layout
-                  of vLLM's fp8 method (AutoFP8); input scales come from running
-                  the network over a calibration text, layer by layer
+      fp8-w8a8c8  FP8 weights, inputs and cache, one scale a tensor, in the
+                  layout of vLLM's fp8 method (AutoFP8); input scales come from
+                  running the network over a calibration text
       int8        int8 weights, one scale an output channel, in the layout of
                   compressed-tensors (pack-quantized)
-      int8-w8a8   the same with int8 inputs, scaled while serving (int-quantized)
-    Attention, MLPs and experts are quantised; router, norms, embeddings and head stay.
+      int8-w8a8   the same, and int8 inputs, scaled while serving
+                  (int-quantized)
+    Attention, MLPs and experts are quantised; router, norms, embeddings and
+    head stay.
 
     \b
     Examples:
-      hunyuan-vllm quantize /models/hunyuan-large /models/hunyuan-int8 --scheme int8
-      hunyuan-vllm quantize /models/hunyuan-large /models/hunyuan-fp8
+      hunyuan-vllm quantize /models/hunyuan-large /models/int8 --scheme int8
+      hunyuan-vllm quantize /models/hunyuan-large /models/fp8
           --scheme fp8-w8a8c8 --calibration chats.jsonl --calibration-tokens 65536
       hunyuan-vllm quantize hunyuan-large --scheme fp8-w8a8c8 --plan
 
     \b
     A line of a .jsonl file is one of
-      {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", ...}]}
+      {"messages": [{"role": "user", "content": "Hello"}, ...]}
       {"text": "..."}
 
-    One tensor is in memory at a time. Everything written is read back and compared with its source; the errors are in
-    DST/quantize_report.json and .png. Work goes on in DST.partial: stopped at any moment, by Ctrl-C or by a power cut,
-    the same command goes on where it was.
+    \b
+    One tensor is in memory at a time. Everything written is read back and
+    compared with its source; the errors are in DST/quantize_report.json and
+    .png. Work goes on in DST.partial: stopped at any moment, by Ctrl-C or by
+    a power cut, the same command goes on where it was.
 
     \b
     Exit status: 0 DST is complete, 2 something given is of no use, 3 the disk

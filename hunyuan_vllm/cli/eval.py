@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import typer
 from rich.console import Console
@@ -29,7 +28,9 @@ app = typer.Typer(help="Measure quality: against BF16, or on benchmark tasks.", 
 @app.command(context_settings=PASS_THROUGH)
 def compare(
     context: typer.Context,
-    model: str = typer.Argument(None, help="Checkpoint folder or hub name; default: the demo model."),
+    model: str = typer.Argument(
+        None, metavar="[MODEL]", help="Checkpoint folder or hub name; default: MODEL_PATH, else the demo model."
+    ),
     a: str = typer.Option("bf16", "--a", metavar="SCHEME", help="What the others are measured against."),
     b: list[str] = typer.Option(
         ..., "--b", metavar="SCHEME", help="What is measured; may be repeated.", show_default=False
@@ -59,7 +60,7 @@ def compare(
       int8       int8 weights, quantised while loading
       int8-w8a8  int8 weights and inputs, quantised while loading
       fp8        FP8 weights, inputs and cache; from an FP8 checkpoint, or from a
-                 BF16 one that is converted once, into ~/.cache/hunyuan-vllm
+                 BF16 one that is converted once, into ~/.cache
       kv-fp8     bf16 with an FP8 KV cache
     +kv-fp8 or +kv-bf16 behind a name sets its KV cache, :PATH a checkpoint of its own.
 
@@ -88,7 +89,7 @@ def compare(
     from hunyuan_vllm.evaluation.report import Limits
     from hunyuan_vllm.evaluation.schemes import Scheme
 
-    _only_flags(context.args)
+    path, flags = _model_first(model, context.args)
     first, others = Scheme.parse(a), [Scheme.parse(one) for one in b]
     limits = Limits(min_agreement, max_kl, max_perplexity_ratio)
 
@@ -97,19 +98,20 @@ def compare(
         from hunyuan_vllm.evaluation.passages import limited, read_passages
         from hunyuan_vllm.evaluation.report import distance_table, distances_json
         from hunyuan_vllm.evaluation.runs import Work
+        from hunyuan_vllm.server.model_source import demo_model, open_model
         from hunyuan_vllm.tokenizer import load_tokenizer
 
-        source = _model(model)
+        source = open_model(path) if path else demo_model()
         tokenizer = load_tokenizer(source.name)
         passages = read_passages(text, tokenizer, window) if text else default_passages(source, tokenizer, window)
         console = Console(stderr=True)
         settings = Work(limited(passages, limit))
-        _, _, compared = measure(source, first, others, settings, context.args, work, console)
+        _, _, compared = measure(source, first, others, settings, flags, work, console)
         if as_json:
-            print(json.dumps(distances_json(source.given, first.name, compared), indent=1, ensure_ascii=False))
+            print(json.dumps(distances_json(source.given, first.label, compared), indent=1, ensure_ascii=False))
         else:
-            _show(distance_table(first.name, compared))
-        broken = [problem for one in compared for problem in limits.broken(one.contestant.scheme.name, one.distance)]
+            _show(distance_table(first.label, compared))
+        broken = [problem for one in compared for problem in limits.broken(one.contestant.scheme.label, one.distance)]
         for problem in broken:
             print(f"hunyuan-vllm: {problem}", file=sys.stderr)
         return BROKEN_LIMIT if broken else 0
@@ -153,15 +155,82 @@ def demo(
     _guarded(run)
 
 
+@app.command()
+def tasks(
+    url: str = typer.Option("http://127.0.0.1:8020", help="The server."),
+    names: str = typer.Option(
+        "hunyuan_demo,hunyuan_demo_choice", "--tasks", metavar="A,B,...", help="Tasks or groups; `published` is below."
+    ),
+    num_fewshot: int = typer.Option(None, min=0, help="Solved examples before each question; default: as below."),
+    chat: bool = typer.Option(None, "--chat/--no-chat", help="Ask in the chat format; default: as below."),
+    limit: int = typer.Option(None, min=1, help="Questions of each task."),
+    concurrency: int = typer.Option(16, min=1, help="Requests in flight."),
+    model: str = typer.Option(None, help="Name of the model; default: the first that the server has."),
+    tokenizer: str = typer.Option(None, metavar="FOLDER", help="Default: the server's checkpoint, if it is here."),
+    api_key_file: Path = typer.Option(
+        None, help="File (chmod 600) with the server's API key; default: HUNYUAN_VLLM_API_KEY_FILE or VLLM_API_KEY."
+    ),
+    include: Path = typer.Option(None, metavar="FOLDER", help="More tasks, as YAML files of lm-evaluation-harness."),
+    output: Path = typer.Option(None, metavar="FILE", help="Write all that was found as JSON."),
+    samples: bool = typer.Option(False, "--samples", help="With every question and answer, in --output."),
+    as_json: bool = typer.Option(False, "--json", help="Print the scores as JSON instead of the table."),
+) -> None:
+    """Ask a running server benchmark questions, with lm-evaluation-harness (pip install 'hunyuan-vllm[eval]').
+
+    Tasks that compare likelihoods use /v1/completions, those that generate in chat format /v1/chat/completions.
+
+    \b
+    Tasks:
+      hunyuan_demo           the demo model's held-out questions
+      hunyuan_demo_choice    the same, right answer against near misses
+      published              arc_challenge_letters (25 shots), ceval-valid, cmmlu
+                             and mmlu (5 shots each), as plain text: what the
+                             published table of Hunyuan-Large has. It does not
+                             say how it asked; these settings are assumed.
+      any other              of lm-evaluation-harness, with its own settings
+                             (`lm_eval ls tasks`); data come from the Hugging
+                             Face hub
+
+    \b
+    Examples:
+      hunyuan-vllm eval tasks
+          the demo model, served on this machine by `hunyuan-vllm serve`
+      hunyuan-vllm eval tasks --url http://10.0.0.5:8020 --tasks published
+          --api-key-file ~/.config/hunyuan-vllm/api-key --output scores.json
+
+    \b
+    Exit status: 0 done, 2 nothing was run, 3 the server stopped answering,
+    130 interrupted.
+    """
+    from hunyuan_vllm.evaluation import tasks_run
+
+    wanted = tasks_run.Wanted(names, num_fewshot, chat, limit, samples, output)
+    where = tasks_run.Where(url, model, tokenizer, api_key_file, include, concurrency)
+    try:
+        results = tasks_run.run(wanted, where)
+    except tasks_run.ServerFailed as error:
+        print(f"hunyuan-vllm: {error}", file=sys.stderr)
+        raise typer.Exit(STOPPED) from None
+    except KeyboardInterrupt:
+        print("hunyuan-vllm: interrupted", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    if as_json:
+        print(json.dumps(tasks_run.scores_json(results), indent=1))
+    else:
+        _show(tasks_run.scores_table(results))
+
+
+def _model_first(model: str | None, rest: list[str]) -> tuple[str | None, list[str]]:
+    """The model, if it is given, and vLLM's flags, of which the parser may have taken one for the model."""
+    if model is not None and model.startswith("-"):
+        return os.environ.get("MODEL_PATH", "").strip() or None, [model, *rest]
+    _only_flags(rest)
+    return model or os.environ.get("MODEL_PATH", "").strip() or None, rest
+
+
 def _only_flags(arguments: list[str]) -> None:
     if arguments and not arguments[0].startswith("-"):
-        raise UserError(f"{arguments[0]!r} is one argument too many: vLLM's flags begin with --")
-
-
-def _model(given: str | None) -> Any:
-    from hunyuan_vllm.server.model_source import demo_model, open_model
-
-    return open_model(given) if given else demo_model()
+        raise UserError(f"{arguments[0]!r} is one argument too many: MODEL comes first, then flags that begin with --")
 
 
 def _show(table: Table) -> None:

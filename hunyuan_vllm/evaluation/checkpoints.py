@@ -4,54 +4,61 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.evaluation.schemes import Scheme
-from hunyuan_vllm.quantize.progress import Progress
+from hunyuan_vllm.quantize.progress import Progress, gigabytes
 from hunyuan_vllm.server.model_source import ModelSource, open_model
+from hunyuan_vllm.server.scheme import FP8
+from hunyuan_vllm.server.settings import Settings
 
-__all__ = ["checkpoint_of", "copies"]
+__all__ = ["checkpoint_of"]
 
-METHODS = {"fp8": {"fp8"}, "int8": {"compressed-tensors"}, "int8-w8a8": {"compressed-tensors"}, "bf16": set()}
+# What a scheme's weights may be on disk, as quantization_config calls it, beside BF16.
+METHODS = {"bf16": None, "int8": "compressed-tensors", "int8-w8a8": "compressed-tensors", "fp8": "fp8"}
+LARGEST_COPY = 32 * 10**9  # bytes of a checkpoint that is converted without having been asked to
 
 
 def checkpoint_of(scheme: Scheme, model: ModelSource, progress: Progress) -> ModelSource:
     """The checkpoint for `scheme`; `model` where it names none. An FP8 copy of a BF16 one is made on first use.
 
     Raises:
-        UserError: it is not there, or holds the model in another way.
+        UserError: it is not there, or holds the network in another way.
     """
     source = open_model(scheme.path) if scheme.path else model
     method = (getattr(source.config, "quantization_config", None) or {}).get("quant_method")
-    if method is not None and method not in METHODS[scheme.weights]:
+    if method not in (None, METHODS[scheme.weights]):
         raise UserError(
-            f"{source.given} is quantised ({method}), which {scheme.name} cannot start from: name another checkpoint "
-            f"with {scheme.name}:PATH"
+            f"{source.given} is quantised ({method}), which {scheme.name} cannot start from: name another checkpoint, "
+            f"as in {scheme.name}:PATH"
         )
-    if scheme.weights == "fp8" and method is None:
-        return _fp8_copy(source, progress)
-    return source
-
-
-def copies(environ: dict[str, str]) -> Path:
-    """Where quantised copies are kept."""
-    cache = environ.get("XDG_CACHE_HOME", "").strip() or "~/.cache"
-    return Path(cache).expanduser() / "hunyuan-vllm" / "quantized"
+    return _fp8_copy(source, progress) if scheme.weights == "fp8" and method is None else source
 
 
 def _fp8_copy(source: ModelSource, progress: Progress) -> ModelSource:
-    if not source.local:
-        raise UserError(f"fp8 needs an FP8 checkpoint: {source.given} is a hub name, so name one with fp8:PATH")
-    from hunyuan_vllm.quantize.convert import quantize_checkpoint
-
-    folder = Path(source.name)
-    target = copies(dict(os.environ)) / f"{folder.name}-{_fingerprint(folder)}-fp8-w8a8c8"
+    if not source.local or source.weight_bytes > LARGEST_COPY:
+        what = f"is BF16 and has {gigabytes(source.weight_bytes)}" if source.local else "is a hub name"
+        raise UserError(
+            f"fp8 needs an FP8 checkpoint, and {source.given} {what}: make one with hunyuan-vllm quantize "
+            f"{source.given} DESTINATION --scheme {FP8.name}, and name it with fp8:DESTINATION"
+        )
+    folder, cache = Path(source.name), Settings.read(os.environ).cache_home
+    if source.demo:  # the server's own copy
+        target = FP8.demo_folder(folder, cache)
+    else:
+        target = cache / "hunyuan-vllm" / f"{folder.name}-{FP8.name}-{_fingerprint(folder)}"
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        progress.say(f"fp8: quantising {source.given}, once, to {target}")
-        quantize_checkpoint(folder, target, scheme="fp8-w8a8c8", console=progress.console)
-    return open_model(str(target))
+        from hunyuan_vllm.quantize.convert import quantize_checkpoint
+
+        progress.say(f"fp8: converting {source.given}, once: {target}")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{target.parent} cannot be made ({error.strerror}): set XDG_CACHE_HOME") from None
+        quantize_checkpoint(folder, target, FP8.name, console=progress.console)
+    return replace(open_model(str(target)), given=source.given, demo=source.demo)
 
 
 def _fingerprint(folder: Path) -> str:

@@ -19,7 +19,7 @@ from hunyuan_vllm.evaluation.passages import BUILT_IN_TEXT, Passage, read_passag
 from hunyuan_vllm.evaluation.runs import Contestant, Outcome, Work, run
 from hunyuan_vllm.evaluation.schemes import Scheme
 from hunyuan_vllm.evaluation.statistics import Distance, distance
-from hunyuan_vllm.quantize.progress import Progress
+from hunyuan_vllm.quantize.progress import Progress, gigabytes
 from hunyuan_vllm.server.model_source import ModelSource
 
 __all__ = ["Compared", "default_passages", "measure"]
@@ -93,6 +93,6 @@ def _check_space(folder: Path, contestant: Contestant, work: Work) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"the logits of {tokens:,} tokens need {needed / 1e9:.1f} GB and {folder.parent} has {free / 1e9:.1f} GB "
-            "free: name another folder with --work, or fewer tokens with --limit"
+            f"the logits of {tokens:,} tokens need {gigabytes(needed)} and {folder.parent} has {gigabytes(free)} free: "
+            "name another folder with --work, or fewer tokens with --limit"
         )

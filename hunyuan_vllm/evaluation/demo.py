@@ -20,7 +20,7 @@ from hunyuan_vllm.evaluation.statistics import Distance
 from hunyuan_vllm.server.model_source import ModelSource
 from hunyuan_vllm.tokenizer import load_tokenizer
 
-__all__ = ["Row", "demo_rows", "demo_table", "held_out_work", "rows_json"]
+__all__ = ["Row", "demo_rows", "demo_table", "held_out_work", "row_of", "rows_json"]
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,15 @@ def demo_rows(
     folder: Path | None = None
     parsed = [Scheme.parse(scheme) for scheme in schemes]
     first, outcome, compared = measure(model, Scheme.parse("bf16"), parsed, work, flags, folder, console)
-    rows = [_row(first.scheme.name, outcome, questions, tokenizer)]
-    rows += [_row(one.contestant.scheme.name, one.outcome, questions, tokenizer, one.distance) for one in compared]
+    rows = [row_of(first.scheme.label, outcome, questions, tokenizer)]
+    rows += [row_of(one.contestant.scheme.label, one.outcome, questions, tokenizer, one.distance) for one in compared]
     return rows
 
 
-def _row(
+def row_of(
     scheme: str, outcome: Outcome, questions: Sequence[Question], tokenizer: Any, distance: Distance | None = None
 ) -> Row:
+    """The row of a contestant that has answered `questions`."""
     right: Counter[str] = Counter()
     for question, answer in zip(questions, outcome.answers, strict=True):
         said = tokenizer.decode(answer.ids, skip_special_tokens=True)

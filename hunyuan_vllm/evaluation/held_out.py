@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from hunyuan_vllm.evaluation.benchmarks import TASKS_FOLDER
 from hunyuan_vllm.evaluation.passages import Passage, chat_passage
 
-__all__ = ["MAX_ANSWER", "TASKS_FOLDER", "Question", "held_out_questions"]
+__all__ = ["MAX_ANSWER", "Question", "held_out_questions"]
 
-TASKS_FOLDER = Path(__file__).with_name("demo_tasks")
 MAX_ANSWER = 96  # tokens; the longest right answer has about 60
 
 

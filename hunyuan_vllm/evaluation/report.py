@@ -48,7 +48,7 @@ def distance_table(a: str, compared: Sequence[Compared]) -> Table:
         found = one.distance
         tail = (found.kl_mean, found.kl_median, found.kl_p99, found.kl_max)
         table.add_row(
-            one.contestant.scheme.name,
+            one.contestant.scheme.label,
             f"{found.perplexity_b:.4f}",
             f"{found.perplexity_ratio:.4f}",
             percent(found.agreement),
@@ -64,7 +64,7 @@ def distances_json(model: str, a: str, compared: Sequence[Compared]) -> dict[str
         "a": a,
         "compared": [
             {
-                "b": one.contestant.scheme.name,
+                "b": one.contestant.scheme.label,
                 "checkpoint": one.contestant.model.given,
                 **asdict(one.distance),
                 "perplexity_ratio": one.distance.perplexity_ratio,

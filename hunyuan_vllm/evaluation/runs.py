@@ -122,7 +122,7 @@ def run(
         UserError: vLLM's flags cannot work.
         EngineFailed: it could not.
     """
-    name = contestant.scheme.name
+    name = contestant.scheme.label
     argv, env = contestant.argv(work.longest, os.environ)
     job = {
         "argv": argv,

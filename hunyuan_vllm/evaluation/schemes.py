@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from hunyuan_vllm.errors import UserError
 
@@ -48,6 +49,11 @@ class Scheme:
             )
         default = "fp8" if weights == "fp8" else "bf16"
         return cls(name, weights, CACHES.get(cache, default), path or None)
+
+    @property
+    def label(self) -> str:
+        """The name, with the last part of its own checkpoint's path."""
+        return f"{self.name}:{Path(self.path).name}" if self.path else self.name
 
     def options(self, quantised: bool) -> list[str]:
         """vLLM's options for it on a checkpoint that is `quantised` on disk, or BF16."""

@@ -18,7 +18,7 @@ from questions import LANGUAGES, held_out_tasks
 
 __all__ = ["PER_LANGUAGE", "TARGET", "rows"]
 
-TARGET: Final = Path(__file__).parents[2] / "hunyuan_vllm" / "evaluation" / "demo_tasks" / "held_out.jsonl"
+TARGET: Final = Path(__file__).parents[2] / "hunyuan_vllm" / "evaluation" / "tasks" / "held_out.jsonl"
 PER_LANGUAGE: Final = 60
 CHOICES: Final = 4
 

@@ -1,0 +1,194 @@
+"""lm-evaluation-harness against a running server, through its OpenAI-compatible backends."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.evaluation.benchmarks import OURS, TASKS_FOLDER, Setting
+from hunyuan_vllm.evaluation.served import Served
+from hunyuan_vllm.tokenizer import load_tokenizer
+
+__all__ = ["Harness", "ServerFailed", "TaskResult"]
+
+SEED = 1234  # lm-evaluation-harness's own, for few-shot examples
+
+
+class ServerFailed(Exception):
+    """The server stopped answering, or answered with errors; says which."""
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What lm-evaluation-harness found for a task that was asked for.
+
+    Attributes:
+        setting: how it was asked; `shots` as they were.
+        metrics: for the task, and for the parts of a group, each metric's value and its standard error (None where
+            there is none).
+        raw: all that lm-evaluation-harness returned.
+    """
+
+    name: str
+    setting: Setting
+    metrics: Mapping[str, Mapping[str, tuple[float, float | None]]]
+    questions: int
+    raw: Mapping[str, Any]
+
+
+class Harness:
+    """Runs tasks on a server.
+
+    Args:
+        tokenizer: folder of the checkpoint's tokenizer; contexts are cut into tokens on this side.
+        concurrency: requests in flight.
+        include: a folder with more tasks.
+
+    Raises:
+        UserError: lm-evaluation-harness is not installed, or the tokenizer cannot be loaded.
+    """
+
+    def __init__(self, served: Served, tokenizer: str, concurrency: int, include: Path | None = None) -> None:
+        _quiet()
+        try:
+            import lm_eval.models.openai_completions  # noqa: F401  what the backends need is there too
+        except ImportError as error:
+            raise UserError(
+                f"lm-evaluation-harness is not installed ({error}): pip install 'hunyuan-vllm[eval]'"
+            ) from None
+        load_tokenizer(tokenizer)  # also lets transformers, and so lm-eval, find the class
+        self._served, self._tokenizer, self._concurrency = served, tokenizer, concurrency
+        self._include = [TASKS_FOLDER, *([include] if include else [])]
+        self._theirs = include is not None
+
+    def run(self, name: str, setting: Setting, limit: int | None, samples: bool) -> TaskResult:
+        """Ask one task's, or one group's, questions.
+
+        Args:
+            limit: questions a task; None for all.
+            samples: keep every question with its answer in `raw`.
+
+        Raises:
+            UserError: there is no such task, its data cannot be loaded, or it cannot be asked in this way.
+            ServerFailed: the server stopped answering.
+        """
+        import aiohttp
+        import requests
+        from lm_eval.evaluator import simple_evaluate
+
+        spec, tasks = self._load(name)
+        try:
+            raw = simple_evaluate(
+                model=self._backend(setting, tasks),
+                tasks=spec,
+                num_fewshot=setting.shots,
+                limit=limit,
+                log_samples=samples,
+                apply_chat_template=setting.chat,
+                fewshot_as_multiturn=setting.chat,
+                task_manager=self._manager(name),
+                random_seed=SEED,
+                numpy_random_seed=SEED,
+                torch_random_seed=SEED,
+                fewshot_random_seed=SEED,
+            )
+        except (aiohttp.ClientError, requests.RequestException, TimeoutError) as error:
+            raise ServerFailed(f"{self._served.url} stopped answering: {error}") from error
+        assert raw is not None  # this is the only rank
+        shots = next(iter(raw["n-shot"].values()))
+        questions = sum(raw["n-samples"][task]["effective"] for task in tasks)
+        return TaskResult(name, Setting(shots, setting.chat, setting.published), _metrics(raw), questions, raw)
+
+    def _manager(self, name: str) -> Any:
+        """Knows the tasks. Reading the harness's own thousands takes seconds, which ours need not wait for."""
+        return self._managers(whole=self._theirs or name not in OURS)
+
+    @cache  # noqa: B019  one harness a process
+    def _managers(self, whole: bool) -> Any:
+        from lm_eval.tasks import TaskManager
+
+        return TaskManager(include_path=[str(folder) for folder in self._include], include_defaults=whole)
+
+    def _load(self, name: str) -> tuple[list[Any], dict[str, Any]]:
+        """What `simple_evaluate` takes for the task or group, and its tasks by name, with their data."""
+        manager = self._manager(name)
+        if name not in manager.all_tasks:
+            similar = [task for task in manager.all_tasks if task.startswith(name[:5])][:8]
+            hint = f" (there are {', '.join(similar)})" if similar else ""
+            raise UserError(f"--tasks {name}: there is no such task{hint}; `lm_eval ls tasks` lists all")
+        try:
+            loaded = manager.load([name])
+        except Exception as error:  # the data sets' own code may raise anything
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"--tasks {name}: its data cannot be loaded ({type(error).__name__}: {reason}); lm-evaluation-harness "
+                "fetches it from the Hugging Face hub or finds it in HF_HOME, where an earlier run has put it"
+            ) from None
+        group = loaded["groups"].get(name)
+        return ([group] if group is not None else list(loaded["tasks"].values())), loaded["tasks"]
+
+    def _backend(self, setting: Setting, tasks: Mapping[str, Any]) -> Any:
+        """Questions put as a chat go to the chat endpoint. Likelihoods need the prompt's log-probabilities, which
+        only the completions endpoint gives; there the chat format is applied on this side."""
+        from lm_eval.models.openai_completions import LocalChatCompletion
+
+        authorization = {"Authorization": f"Bearer {self._served.key}"} if self._served.key else {}
+        common = {
+            "model": self._served.model,
+            "num_concurrent": self._concurrency,
+            "max_length": self._served.max_model_len,
+            "max_retries": 3,
+            "timeout": 600,  # seconds a request
+            # Without any, lm-eval would send the user's OPENAI_API_KEY.
+            "header": {"User-Agent": "hunyuan-vllm"} | authorization,
+        }
+        generates = all(task.OUTPUT_TYPE == "generate_until" for task in tasks.values())
+        if setting.chat and generates:
+            return LocalChatCompletion(base_url=f"{self._served.url}/v1/chat/completions", **common)
+        return _completions()(
+            base_url=f"{self._served.url}/v1/completions",
+            tokenizer_backend="huggingface",
+            tokenizer=self._tokenizer,
+            # The document's start belongs before a plain text; the chat template writes its own.
+            add_bos_token=not setting.chat,
+            **common,
+        )
+
+
+def _completions() -> Any:
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    class Completions(LocalCompletionsAPI):
+        def _create_payload(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            payload = super()._create_payload(*args, **kwargs)
+            if payload.get("echo"):
+                # Tokens that decode to the same text would share an entry among the likeliest tokens.
+                payload["return_tokens_as_token_ids"] = True
+            return payload
+
+    return Completions
+
+
+def _metrics(raw: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, float | None]]]:
+    """Of lm-eval's flat results, where "acc,none" stands beside "acc_stderr,none"."""
+    found: dict[str, dict[str, tuple[float, float | None]]] = {}
+    for task, values in raw["results"].items():
+        for key, value in values.items():
+            metric, _, chain = key.partition(",")
+            if not chain or metric.endswith("_stderr"):
+                continue
+            error = values.get(f"{metric}_stderr,{chain}")
+            name = metric if chain == "none" else f"{metric} ({chain})"
+            found.setdefault(task, {})[name] = (value, error if isinstance(error, float) else None)
+    return found
+
+
+def _quiet() -> None:
+    """Warnings and worse only: the rest is for developers of lm-evaluation-harness."""
+    for name in ("lm_eval", "lm-eval", "datasets", "httpx", "httpx2", "urllib3"):
+        logging.getLogger(name).setLevel(logging.ERROR)

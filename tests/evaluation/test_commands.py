@@ -1,0 +1,151 @@
+"""`hunyuan-vllm eval compare` and `demo` as a user runs them; the figures once more by the reference model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import rewrite
+from serving import COMMAND
+from torch import Tensor
+
+from hunyuan_vllm import demo
+from hunyuan_vllm.evaluation.held_out import MAX_ANSWER, held_out_questions
+from hunyuan_vllm.reference import HunYuanForCausalLM
+from hunyuan_vllm.tokenizer import load_tokenizer
+
+pytestmark = pytest.mark.engine
+CACHE = ["--kv-cache-memory-bytes", str(64 * 2**20)]
+TEXT = "The capital of France is Paris. 2 + 3 = 5, and 法国的首都是巴黎。 " * 3
+
+
+def run(*arguments: object, **environ: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | environ
+    return subprocess.run(
+        [COMMAND, "eval", *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=400
+    )
+
+
+@pytest.fixture(scope="module")
+def perturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model with one layer's experts blurred."""
+    folder = tmp_path_factory.mktemp("perturbed") / "model"
+    shutil.copytree(demo.path(), folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        for expert in range(4):
+            weight = tensors[f"model.layers.1.mlp.experts.{expert}.down_proj.weight"]
+            noise = torch.randn(weight.shape, generator=generator)
+            weight += (weight.float().std() * noise).to(weight.dtype)
+
+    rewrite(folder, change)
+    return folder
+
+
+@pytest.fixture
+def temporary(tmp_path: Path) -> Iterator[Path]:
+    """Where logits are kept meanwhile; nothing must be left there."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    yield folder
+    assert list(folder.glob("hunyuan-vllm-*")) == []
+
+
+@torch.inference_mode()
+def distributions(folder: Path, sequences: Sequence[list[int]], firsts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The reference model's log-probabilities [tokens, vocab], and the tokens, from `firsts` on."""
+    model = HunYuanForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    rows, targets = [], []
+    for ids, first in zip(sequences, firsts, strict=True):
+        rows.append(model(torch.tensor([ids])).logits[0, first - 1 : -1].double().log_softmax(-1))
+        targets += ids[first:]
+    return torch.cat(rows), torch.tensor(targets)
+
+
+def check(found: dict[str, Any], a: Path, b: Path, sequences: Sequence[list[int]], firsts: Sequence[int]) -> None:
+    """The command's figures against those of the reference model on both checkpoints."""
+    (p, targets), (q, _) = distributions(a, sequences, firsts), distributions(b, sequences, firsts)
+    kl = (p.exp() * (p - q)).sum(-1).numpy()
+    perplexities = [(-one.gather(1, targets[:, None]).mean()).exp().item() for one in (p, q)]
+    assert found["tokens"] == len(targets)
+    assert [found["perplexity_a"], found["perplexity_b"]] == pytest.approx(perplexities, rel=1e-4)
+    assert found["agreement"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item(), abs=1e-9)
+    assert found["kl_mean"] == pytest.approx(kl.mean(), rel=1e-2, abs=1e-6)
+    assert found["kl_median"] == pytest.approx(np.median(kl), rel=1e-2, abs=1e-6)
+    assert found["kl_p99"] == pytest.approx(np.quantile(kl, 0.99), rel=1e-2)
+    assert found["kl_max"] == pytest.approx(kl.max(), rel=1e-2)
+
+
+def test_compare_on_a_text(perturbed: Path, tmp_path: Path, temporary: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    limits = ["--min-agreement", "0.5", "--max-kl", "1e-5"]
+    result = run(
+        "compare", "--b", f"bf16:{perturbed}", "--text", text, "--context", 40, "--json", *limits, "--dtype", "float32",
+        *CACHE, TMPDIR=str(temporary),
+    )  # fmt: skip
+    assert result.returncode == 1, result.stderr
+    assert "hunyuan-vllm: bf16:model: mean KL" in result.stderr and "agreement" not in result.stderr
+    (found,) = json.loads(result.stdout)["compared"]
+    assert found["checkpoint"] == str(perturbed)
+
+    tokenizer = load_tokenizer(demo.path())
+    ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    windows = [[tokenizer.bos_token_id, *ids[start : start + 39]] for start in range(0, len(ids), 39)]
+    assert len(windows) > 1
+    check(found, demo.path(), perturbed, windows, [1] * len(windows))
+
+
+def test_the_demo_table(perturbed: Path, temporary: Path) -> None:
+    result = run(
+        "demo", "--each", 1, "--scheme", f"bf16:{perturbed}", "--json", "--dtype", "float32", *CACHE,
+        TMPDIR=str(temporary),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    plain, other = json.loads(result.stdout)
+    questions, tokenizer = held_out_questions(1), load_tokenizer(demo.path())
+    passages = [question.passage(tokenizer) for question in questions]
+    sequences, firsts = [passage.ids for passage in passages], [passage.scored[0] for passage in passages]
+    for row, folder in ((plain, demo.path()), (other, perturbed)):
+        model = HunYuanForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        right = 0
+        for ids, first in zip(sequences, firsts, strict=True):
+            said, _ = model.greedy(torch.tensor([ids[:first]]), MAX_ANSWER, stop_ids=(ids[-1],))
+            right += said[0, : len(ids) - first].tolist() == ids[first:]
+        assert row["asked"] == len(questions) == 28
+        assert round(row["accuracy"] * 28) == sum(row["right"].values()) == right
+    check(other["distance"], demo.path(), perturbed, sequences, firsts)
+
+
+def test_an_engine_that_does_not_start(temporary: Path) -> None:
+    """An option that only vLLM can judge: one line, and the status of a user's mistake; of any other trouble, 3."""
+    result = run("compare", "--b", "kv-fp8", "--limit", 5, "--block-sizee", 3, TMPDIR=str(temporary))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "--block-sizee" in result.stderr.splitlines()[-1]
+    result = run("compare", "--b", "kv-fp8", "--limit", 5, "--block-size", 7, TMPDIR=str(temporary))
+    assert (result.returncode, result.stdout) == (3, "")
+    assert result.stderr.splitlines()[-1].startswith("hunyuan-vllm: bf16: ")
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["compare", "--b", "int4"], "'int4' is no scheme"),
+        (["compare", "stray", "--b", "int8"], "MODEL_PATH=stray does not exist"),
+        (["demo", "stray"], "'stray' is one argument too many"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: list[str], says: str) -> None:
+    result = run(*arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert says in result.stderr and result.stderr.count("\n") == 1

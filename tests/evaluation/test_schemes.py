@@ -1,0 +1,126 @@
+"""Schemes by name, the options they stand for, and what cannot be combined."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from hunyuan_vllm import demo
+from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.evaluation import compare
+from hunyuan_vllm.evaluation.checkpoints import checkpoint_of
+from hunyuan_vllm.evaluation.passages import Passage
+from hunyuan_vllm.evaluation.runs import Contestant, Work
+from hunyuan_vllm.evaluation.schemes import Scheme
+from hunyuan_vllm.quantize.progress import Progress
+from hunyuan_vllm.server.model_source import ModelSource, demo_model, open_model
+
+SILENT = Console(quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "scheme", "options"),
+    [
+        ("bf16", ("bf16", "bf16", "bf16", None), []),
+        ("int8", ("int8", "int8", "bf16", None), ["--quantization", "hunyuan_int8"]),
+        ("int8-w8a8", ("int8-w8a8", "int8-w8a8", "bf16", None), ["--quantization", "hunyuan_int8_w8a8"]),
+        ("kv-fp8", ("kv-fp8", "bf16", "fp8", None), ["--kv-cache-dtype", "fp8"]),
+        ("fp8:/m/f:8", ("fp8", "fp8", "fp8", "/m/f:8"), ["--kv-cache-dtype", "fp8"]),
+        ("fp8+kv-bf16", ("fp8+kv-bf16", "fp8", "bf16", None), []),
+        (
+            "int8+kv-fp8",
+            ("int8+kv-fp8", "int8", "fp8", None),
+            ["--quantization", "hunyuan_int8", "--kv-cache-dtype", "fp8"],
+        ),
+    ],
+)
+def test_names(text: str, scheme: tuple[str, str, str, str | None], options: list[str]) -> None:
+    parsed = Scheme.parse(text)
+    assert parsed == Scheme(*scheme)
+    assert parsed.options(quantised=False) == options
+    assert "--quantization" not in parsed.options(quantised=True)
+
+
+@pytest.mark.parametrize("text", ["", "int4", "int8+fp8", "bf16+kv-int8", "kv-fp8+int8", "/models/x"])
+def test_no_such_scheme(text: str) -> None:
+    with pytest.raises(UserError, match="is no scheme: choose among bf16, int8, int8-w8a8, fp8, kv-fp8"):
+        Scheme.parse(text)
+
+
+def quantised(folder: Path, method: str) -> ModelSource:
+    """A folder that says it is quantised, for checks that look no further."""
+    shutil.copytree(demo.path(), folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
+    return open_model(str(folder))
+
+
+@pytest.mark.parametrize(("scheme", "method"), [("bf16", "fp8"), ("int8", "fp8"), ("fp8", "compressed-tensors")])
+def test_a_checkpoint_of_another_kind(scheme: str, method: str, tmp_path: Path) -> None:
+    model = quantised(tmp_path / "model", method)
+    with pytest.raises(UserError, match=rf"is quantised \({method}\), which {scheme} cannot start from"):
+        checkpoint_of(Scheme.parse(scheme), model, Progress(SILENT))
+
+
+def test_an_int8_checkpoint_says_itself_what_it_is(tmp_path: Path) -> None:
+    model = quantised(tmp_path / "model", "compressed-tensors")
+    scheme = Scheme.parse("int8")
+    assert checkpoint_of(scheme, model, Progress(SILENT)) is model
+    argv, _ = Contestant(scheme, model).argv(64, {})
+    assert "--quantization" not in argv
+
+
+@pytest.mark.parametrize(
+    ("model", "what"),
+    [
+        (ModelSource("tencent/Large", "tencent/Large"), "tencent/Large is a hub name"),
+        (ModelSource("/m", "/m", demo_model().config, 779 * 10**9), "/m is BF16 and has 779.0 GB"),
+    ],
+)
+def test_fp8_of_a_model_too_far_or_too_large_to_convert(model: ModelSource, what: str) -> None:
+    with pytest.raises(UserError, match=f"{what}: make one with hunyuan-vllm quantize"):
+        checkpoint_of(Scheme.parse("fp8"), model, Progress(SILENT))
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--quantization", "fp8"], "--quantization is set by the evaluation"),
+        (["--max-model-len=64"], "--max-model-len is set by the evaluation"),
+        (["--enable-prefix-caching"], "--enable-prefix-caching is set by the evaluation"),
+        (["--data-parallel-size", "2"], "--data-parallel-size: one replica"),
+        (["--api-key", "x"], "--api-key would show the key"),
+    ],
+)
+def test_flags_that_are_not_the_user_s_to_give(flags: list[str], says: str, tmp_path: Path) -> None:
+    """Found before any engine starts."""
+    work = Work([Passage([1, 2], [1])])
+    with pytest.raises(UserError, match=says):
+        compare.measure(demo_model(), Scheme.parse("bf16"), [Scheme.parse("int8")], work, flags, tmp_path, SILENT)
+
+
+def test_the_user_s_flags_win() -> None:
+    argv, _ = Contestant(Scheme.parse("bf16"), demo_model()).argv(64, {})
+    assert "--enforce-eager" in argv and argv[argv.index("--dtype") + 1] == "bfloat16"
+    argv, _ = Contestant(Scheme.parse("bf16"), demo_model(), ["--dtype", "float32", "--no-enforce-eager"]).argv(64, {})
+    assert "--enforce-eager" not in argv and argv.count("--dtype") == 1
+
+
+def test_no_room_for_the_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10_000}))
+    work = Work([Passage([1, 2, 3, 4], [1, 2, 3])])
+    with pytest.raises(UserError, match="the logits of 3 tokens need 0.0 MB and .* 0.0 MB free: .*--work"):
+        compare.measure(demo_model(), Scheme.parse("bf16"), [Scheme.parse("bf16")], work, [], tmp_path, SILENT)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_such_folder_for_them(tmp_path: Path) -> None:
+    work = Work([Passage([1, 2], [1])])
+    with pytest.raises(UserError, match="--work .*none: No such file"):
+        compare.measure(
+            demo_model(), Scheme.parse("bf16"), [Scheme.parse("bf16")], work, [], tmp_path / "none", SILENT
+        )

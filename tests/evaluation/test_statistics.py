@@ -1,0 +1,90 @@
+"""Figures of hand-made scores, limits, and rows of the demo table."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections import Counter
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from hunyuan_vllm import demo
+from hunyuan_vllm.evaluation.compare import Compared
+from hunyuan_vllm.evaluation.demo import Row, demo_table, held_out_work, row_of
+from hunyuan_vllm.evaluation.held_out import held_out_questions
+from hunyuan_vllm.evaluation.report import Limits, distance_table
+from hunyuan_vllm.evaluation.runs import Answer, Contestant, Outcome
+from hunyuan_vllm.evaluation.schemes import Scheme
+from hunyuan_vllm.evaluation.statistics import Distance, distance
+from hunyuan_vllm.server.model_source import demo_model
+from hunyuan_vllm.tokenizer import load_tokenizer
+
+
+def test_a_distance() -> None:
+    a = Outcome([{"nll": [math.log(2), math.log(8)]}, {"nll": [math.log(4)] * 2}])
+    b = Outcome(
+        [
+            {"nll": [math.log(4), math.log(8)], "kl": [0.5, -1e-9], "same": [0, 1]},
+            {"nll": [math.log(8), math.log(16)], "kl": [0.1, 0.2], "same": [1, 1]},
+        ]
+    )
+    found = distance(a, b, [[3, 4], [1, 7]])
+    assert found == Distance(
+        tokens=4,
+        perplexity_a=pytest.approx(4.0),
+        perplexity_b=pytest.approx(2 ** (12 / 4)),
+        agreement=0.75,
+        kl_mean=pytest.approx(0.2),
+        kl_median=pytest.approx(0.15),
+        kl_p99=pytest.approx(0.2 + 0.97 * 0.3),
+        kl_max=0.5,
+        worst=(0, 3),
+    )
+    assert found.perplexity_ratio == pytest.approx(2.0)
+
+
+def test_limits() -> None:
+    found = Distance(100, 2.0, 2.1, 0.97, 1e-3, 0, 0, 0, (0, 1))
+    assert Limits().broken("int8", found) == []
+    assert Limits(agreement=0.97, kl=1e-3, perplexity_ratio=1.05).broken("int8", found) == []
+    assert Limits(agreement=0.98, kl=9e-4, perplexity_ratio=1.04).broken("int8", found) == [
+        "int8: top-1 agreement 97.00% is below 98.00%",
+        "int8: mean KL 1.00e-03 is above 9.00e-04",
+        "int8: perplexity ratio 1.0500 is above 1.0400",
+    ]
+
+
+def shown(table: Table) -> list[list[str]]:
+    """A table's cells, row by row."""
+    console = Console(width=200, file=io.StringIO(), record=True)
+    console.print(table)
+    lines = [line.split("│")[1:-1] for line in console.export_text().splitlines() if "│" in line]
+    return [[cell.strip() for cell in line] for line in lines]
+
+
+def test_the_tables() -> None:
+    found = Distance(100, 2.0, 2.1, 0.9725, 1e-3, 1e-5, 1e-2, 0.5, (0, 1))
+    contestant = Contestant(Scheme.parse("int8:/models/other"), demo_model())
+    assert shown(distance_table("bf16", [Compared(contestant, Outcome(), found)])) == [
+        ["int8:other", "2.1000", "1.0500", "97.25%", "1.00e-03", "1.00e-05", "1.00e-02", "5.00e-01"]
+    ]
+    asked = Counter(add=40, sort=60)
+    rows = [Row("bf16", Counter(add=40, sort=51), asked), Row("int8", Counter(add=40, sort=50), asked, found)]
+    assert shown(demo_table(rows)) == [
+        ["bf16", "91.00%", "-", "-", "-", "-", "-"],
+        ["int8", "90.00%", "-1.00", "97.25%", "1.00e-03", "1.00e-02", "1.0500"],
+    ]
+
+
+def test_an_answer_must_be_whole_and_ended() -> None:
+    tokenizer, questions = load_tokenizer(demo.path()), held_out_questions(1)[:4]
+    work = held_out_work(questions, tokenizer)
+    asked, passage = work.questions[0], work.passages[0]
+    assert tokenizer.decode(asked).endswith(f"{questions[0].question}<|extra_0|>")
+    assert tokenizer.decode(passage.ids[len(asked) :]) == f"{questions[0].answer}<|eos|>"
+    right = [passage.ids[len(asked) :] for asked, passage in zip(work.questions, work.passages, strict=True)]
+    answers = [Answer(right[0], True), Answer(right[1], False), Answer(right[2][:-2], True), Answer(right[3], True)]
+    row = row_of("x", Outcome(answers=answers), questions, tokenizer)
+    assert row.right.total() == 2 and row.asked.total() == 4 and row.accuracy == 0.5

@@ -1,6 +1,6 @@
 """Bytes of weights on one rank, exact: what vLLM's layers allocate, by what they are for.
 
-`tests/plan/test_weights.py` holds it against the real model class, and `tests/plan/test_engine.py` against engines.
+`tests/plan/` holds it against the real model class (test_plan_weights.py) and against engines (test_plan_engine.py).
 """
 
 from __future__ import annotations

@@ -5,10 +5,28 @@ Read them through these functions, at the edge, once.
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
-__all__ = ["cache_folder", "cla_sharing", "native_kernels", "take_ssh_password"]
+from hunyuan_vllm.errors import UserError
+
+__all__ = [
+    "DRAIN_GRACE",
+    "READY_TIMEOUT",
+    "SUPERVISOR_RESTARTS",
+    "cache_folder",
+    "cla_sharing",
+    "drain_grace",
+    "native_kernels",
+    "ready_timeout",
+    "supervisor_restarts",
+    "take_ssh_password",
+]
+
+READY_TIMEOUT = "HUNYUAN_VLLM_READY_TIMEOUT"
+DRAIN_GRACE = "HUNYUAN_VLLM_DRAIN_GRACE"
+SUPERVISOR_RESTARTS = "HUNYUAN_VLLM_SUPERVISOR_RESTARTS"
 
 _TRUE = {"1", "true", "on", "yes"}
 _FALSE = {"0", "false", "off", "no"}
@@ -26,13 +44,24 @@ def _flag(name: str, default: bool) -> bool:
     raise ValueError(f"{name}={raw!r} is not a switch: use 1 (on) or 0 (off)")
 
 
+def _seconds(name: str, default: float) -> float:
+    raw = os.environ.get(name, "").strip()
+    try:
+        value = float(raw or default)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise UserError(f"{name}={raw} is not a number of seconds")
+    return value
+
+
 def cla_sharing() -> bool:
     """HUNYUAN_VLLM_CLA_SHARING (default 1): 0 gives each cross layer a KV cache of its own, for comparison only."""
     return _flag("HUNYUAN_VLLM_CLA_SHARING", default=True)
 
 
 def native_kernels() -> bool:
-    """HUNYUAN_VLLM_NATIVE_KERNELS (default 1): 0 keeps int8 products on CPUs to plain torch and vLLM's operators."""
+    """HUNYUAN_VLLM_NATIVE_KERNELS (default 1): 0 leaves int8 products and routing on CPUs to torch and vLLM."""
     return _flag("HUNYUAN_VLLM_NATIVE_KERNELS", default=True)
 
 
@@ -40,6 +69,22 @@ def cache_folder() -> Path:
     """Our folder in vLLM's cache: below VLLM_CACHE_ROOT, by default XDG_CACHE_HOME/vllm, by default ~/.cache/vllm."""
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("VLLM_CACHE_ROOT") or Path(caches) / "vllm").expanduser() / "hunyuan-vllm"
+
+
+def ready_timeout() -> float:
+    """HUNYUAN_VLLM_READY_TIMEOUT (default 10): seconds in which /readyz must see a token."""
+    return _seconds(READY_TIMEOUT, default=10.0)
+
+
+def drain_grace() -> float:
+    """HUNYUAN_VLLM_DRAIN_GRACE (default 60): seconds that requests may go on after SIGTERM; `serve --grace` sets it."""
+    return _seconds(DRAIN_GRACE, default=60.0)
+
+
+def supervisor_restarts() -> int | None:
+    """HUNYUAN_VLLM_SUPERVISOR_RESTARTS: how often the supervisor has restarted the server; None without supervisor."""
+    raw = os.environ.get(SUPERVISOR_RESTARTS)
+    return int(raw) if raw else None
 
 
 def take_ssh_password() -> str | None:

@@ -41,6 +41,7 @@ from vllm.sequence import IntermediateTensors
 
 from hunyuan_vllm.cla_cache import CLAAttention, OwnerAttention, SharedKV, kv_sharing_target, passes_kv
 from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.cpu_routing import NativeGate, choose_experts, routes_natively
 from hunyuan_vllm.lora import experts_without_lora_on_cpu
 from hunyuan_vllm.patches import apply_patches
 from hunyuan_vllm.qk_norm import FoldedQueryNorm
@@ -109,7 +110,9 @@ class HunYuanMoE(nn.Module):
         top_k = config.topk_at(layer)
         intermediate_size = config.intermediate_at(layer)
 
-        self.gate = GateLinear(
+        routes_itself = routes_natively()
+        gate = NativeGate if routes_itself else GateLinear
+        self.gate = gate(
             config.hidden_size,
             self.num_logical_experts,
             out_dtype=torch.float32,
@@ -136,6 +139,7 @@ class HunYuanMoE(nn.Module):
                 hidden_size=config.hidden_size,
                 intermediate_size=intermediate_size,
                 renormalize=top_k > 1,
+                custom_routing_function=choose_experts if routes_itself else None,
                 quant_config=quant_config,
                 prefix=f"{prefix}.experts",
                 enable_eplb=enable_eplb,

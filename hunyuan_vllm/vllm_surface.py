@@ -38,6 +38,7 @@ USED: tuple[Symbol, ...] = (
         "ModelArchConfigConvertorBase",
         members=("get_num_experts",),
     ),
+    Symbol("vllm.ray.ray_env", "RAY_NON_CARRY_OVER_ENV_VARS"),
     Symbol("vllm.compilation.decorators", "support_torch_compile"),
     Symbol(
         "vllm.config",
@@ -97,6 +98,7 @@ USED: tuple[Symbol, ...] = (
             "hidden_size",
             "intermediate_size",
             "renormalize",
+            "custom_routing_function",
             "quant_config",
             "prefix",
             "enable_eplb",

@@ -61,7 +61,7 @@ class Int8ExpertsMethod(FusedMoEMethodBase):
 
     def pack(self, weight: Tensor) -> Tensor:
         """int8 `[experts, out, in]` → what `apply` reads."""
-        return self.kernels.pack_experts(weight)
+        return self.kernels.pack_experts(weight, self.moe.in_dtype)
 
     def get_fused_moe_quant_config(self, layer: nn.Module) -> FusedMoEQuantConfig | None:
         return None
@@ -106,7 +106,7 @@ class BiasedInt8ExpertsMethod(Int8ExpertsMethod):
             self._register(layer, f"{name}_bias", torch.zeros(num_experts, rows, dtype=params_dtype), attributes)
 
     def pack(self, weight: Tensor) -> Tensor:
-        return torch.stack([self.kernels.pack_linear(expert) for expert in weight])
+        return torch.stack([self.kernels.pack_linear(expert, self.moe.in_dtype) for expert in weight])
 
     def apply(
         self,

@@ -38,6 +38,7 @@ class Int8LinearMethod(LinearMethodBase):
         weight_loader: Callable,
         **_: object,
     ) -> None:
+        self.dtype = params_dtype
         outputs = sum(output_partition_sizes)
         weight = torch.empty(outputs, input_size_per_partition, dtype=torch.int8)
         layer.register_parameter(
@@ -50,7 +51,7 @@ class Int8LinearMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         weight, scale = layer.get_parameter("weight").data, layer.get_parameter("weight_scale").data
-        replace_parameter(layer, "weight", self.kernels.pack_linear(weight))
+        replace_parameter(layer, "weight", self.kernels.pack_linear(weight, self.dtype))
         replace_parameter(layer, "weight_scale", scale.squeeze(-1))
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -72,4 +72,3 @@ def _keeper(projection: str) -> str:
         if projection.endswith(part):
             return projection.removesuffix(part) + first
     return projection
-

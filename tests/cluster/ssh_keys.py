@@ -18,7 +18,7 @@ __all__ = ["keygen", "make_key", "public_key"]
 def keygen(*arguments: object, check: bool = True) -> str:
     """What ssh-keygen prints; skips where there is none."""
     if shutil.which("ssh-keygen") is None:
-        pytest.skip("this needs ssh-keygen: install the Debian package openssh-client")
+        pytest.skip("this needs ssh-keygen: install the Debian package openssh-client", allow_module_level=True)
     done = subprocess.run(["ssh-keygen", *map(str, arguments)], capture_output=True, text=True, timeout=60)
     assert not check or done.returncode == 0, done.stderr
     return done.stdout

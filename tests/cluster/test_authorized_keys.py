@@ -25,7 +25,11 @@ def test_a_key_that_is_there_stays_as_it_is(there):
     assert admit(there, [line(0)]) == there
 
 
-@pytest.mark.parametrize("there", ["# mine\n\n", "# no newline", f"# {line(0)}\n", f"{line(1)}"])
+@pytest.mark.parametrize(
+    "there",
+    ["# mine\n\n", "# no newline", f"# {line(0)}\n", f"{line(1)}"],
+    ids=["comment", "no newline", "commented out", "another key"],
+)
 def test_every_byte_is_kept(there):
     end = "" if there.endswith("\n") else "\n"
     assert admit(there, [line(0)]) == f"{there}{end}{line(0)}\n"

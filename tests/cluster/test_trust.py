@@ -74,6 +74,7 @@ def test_a_key_is_believed_for_a_reason():
         ("", vouched(1), "not the one of --fingerprints"),
         (known(0) + f"@revoked * {public_key(0)}\n", vouched(0), "revoked"),
     ],
+    ids=["another known", "another kind known", "another vouched for", "only another vouched for", "revoked"],
 )
 def test_any_other_key_is_refused_with_its_fingerprint(text, fingerprints, words):
     with pytest.raises(HostError, match=words) as refused:

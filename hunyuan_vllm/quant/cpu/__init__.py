@@ -1,4 +1,3 @@
-"""Products with int8 weights on CPUs: weight-only (`w8a16`) and with int8 activations (`w8a8`), by the same functions.
-
-`operators.py` says what they take; `portable.py` defines what they compute.
+"""Products with quantised weights on CPUs: `w8a16` (weights only) and `w8a8` have the same functions, and `portable.py`
+defines what they compute; `fp8` is to check a GPU's.
 """

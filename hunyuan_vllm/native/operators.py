@@ -1,0 +1,67 @@
+"""The C++ kernels as operators `torch.ops.hunyuan_vllm.…`: loaded on first use, known to torch.compile.
+
+Their rows are bfloat16. Nothing of Python runs between torch and them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+from vllm.logger import init_logger
+
+from hunyuan_vllm import envs
+from hunyuan_vllm.native.build import Unavailable, build, require_features
+
+__all__ = ["available"]
+
+logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
+
+
+@cache
+def available() -> bool:
+    """Whether the operators are there, after compiling them if need be; where not, the log says why, once."""
+    if not envs.native_kernels():
+        return False
+    try:
+        require_features()
+        _load(str(build(envs.cache_folder() / "kernels")))
+    except (Unavailable, OSError) as error:
+        logger.warning("No C++ kernels (int8 products are slow without them): %s", error)
+        return False
+    return True
+
+
+@cache
+def _load(library: str) -> None:
+    torch.ops.load_library(library)
+    fakes: dict[str, Callable] = {
+        "router_logits": _router_logits,
+        "choose_experts": _choose_experts,
+        **{f"{scheme}_linear": _linear for scheme in ("w8a16", "w8a8")},
+        **{f"{scheme}_experts": _experts for scheme in ("w8a16", "w8a8")},
+    }
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"hunyuan_vllm::{name}", fake)
+
+
+# The results' shapes, for tensors without data.
+
+
+def _router_logits(x: Tensor, gate: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], gate.shape[0], dtype=torch.float32)
+
+
+def _choose_experts(logits: Tensor, topk: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+    shape = (logits.shape[0], topk)
+    return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int32)
+
+
+def _linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], scale.shape[0])
+
+
+def _experts(hidden: Tensor, *_: Tensor) -> Tensor:
+    return hidden.new_empty(hidden.shape)

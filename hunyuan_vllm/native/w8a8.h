@@ -1,0 +1,60 @@
+// Rows rounded to int8 and int8 weights.
+//
+// The instruction multiplies unsigned with signed bytes: rows are kept as 128 + their level, and −128 times the sum of the
+// weights belongs to each sum.
+#pragma once
+
+#include <algorithm>
+
+#include "vectors.h"
+
+namespace hunyuan {
+
+struct W8A8 {
+  using Element = uint8_t;
+  using Sums = __m512i;
+  using Stored = int32_t;
+  static constexpr bool kRoundsRows = true;
+  static constexpr int kInputs = 4;
+  static constexpr int kBytes = 128;
+  static constexpr int kHeadBytes = 128;  // int32 of 32 channels: what belongs to their sums
+  static constexpr int kTileRows = 8;
+
+  static constexpr int half(int place) { return place / kLanes; }
+  static constexpr int lane(int place) { return place % kLanes; }
+  static __m512i encode(__m512i values) { return values; }
+
+  static Sums zero() { return _mm512_setzero_si512(); }
+
+  struct Reader {
+    void operator()(const uint8_t* packed, __m512i& first, __m512i& second) const {
+      first = _mm512_loadu_si512(packed);
+      second = _mm512_loadu_si512(packed + sizeof(__m512i));
+    }
+  };
+
+  static Sums add(Sums sums, __m512i x, __m512i w) { return _mm512_dpbusd_epi32(sums, x, w); }
+  static void store(int32_t* to, Sums sums, const uint8_t* head) {
+    _mm512_storeu_si512(to, _mm512_add_epi32(sums, _mm512_loadu_si512(head)));
+  }
+  static __m512 values(const int32_t* sums, float scale) {
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(sums)), _mm512_set1_ps(scale));
+  }
+
+  // 128 + level of `count` values, and what a level is worth: the greatest value is 127.
+  static float prepare(const bf16* from, int64_t count, uint8_t* to) {
+    __m512 greatest = _mm512_setzero_ps();
+    for (int64_t i = 0; i < count; i += kLanes)
+      greatest = _mm512_max_ps(greatest, _mm512_abs_ps(load_bf16(from + i, first_lanes(count - i))));
+    const float most = _mm512_reduce_max_ps(greatest), scale = most > 0 ? most / 127 : 1;
+    const __m512 levels = _mm512_set1_ps(1 / scale);
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const __mmask16 lanes = first_lanes(count - i);
+      const __m512i level = _mm512_cvtps_epi32(_mm512_mul_ps(load_bf16(from + i, lanes), levels));
+      _mm512_mask_cvtepi32_storeu_epi8(to + i, lanes, _mm512_add_epi32(level, _mm512_set1_epi32(128)));
+    }
+    return scale;
+  }
+};
+
+}  // namespace hunyuan

@@ -1,0 +1,116 @@
+"""How the C++ kernels get into a process: compiled once, safely, with one OpenMP runtime; or done without."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from hunyuan_vllm.native import build, operators
+from hunyuan_vllm.quant.cpu import w8a16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def needs_the_kernels() -> None:
+    try:
+        build.require_features()
+    except build.Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture
+def first_call() -> Iterator[None]:
+    """`operators.available()` as in a process that has not called it."""
+    operators.available.cache_clear()
+    yield
+    operators.available.cache_clear()
+
+
+def test_processes_that_compile_at_once(tmp_path: Path) -> None:
+    """And a folder that only its user can write to, with one file in it in the end."""
+    folder = tmp_path / "kernels"
+    code = f"import pathlib; from hunyuan_vllm.native.build import build; build(pathlib.Path({str(folder)!r}))"
+    running = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    assert [process.wait() for process in running] == [0, 0]
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert [path.suffix for path in folder.iterdir()] == [".so"]
+
+
+def test_one_openmp_runtime() -> None:
+    """In a process of its own: packages that are no part of an engine bring runtimes that no kernel of theirs shares."""
+    code = (
+        "import torch; from hunyuan_vllm.native import operators; assert operators.available(); "
+        "print(open('/proc/self/maps').read())"
+    )
+    maps = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert len(set(re.findall(r"\S*/lib(?:g|i?)omp\S*", maps))) == 1
+
+
+def product() -> float:
+    weight = w8a16.pack_linear(torch.ones(64, 64, dtype=torch.int8), torch.bfloat16)
+    return w8a16.linear(torch.ones(1, 64, dtype=torch.bfloat16), weight, torch.ones(64)).sum().item()
+
+
+def test_without_a_compiler(
+    first_call: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Products are right; the log says once what to install."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(operators.logger, "handlers", [caplog.handler])
+    monkeypatch.setattr(operators.logger, "propagate", False)
+    assert product() == product() == 4096
+    assert len(caplog.messages) == 1 and "apt-get install g++" in caplog.messages[0]
+
+
+def test_switched_off(first_call: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    monkeypatch.setenv("HUNYUAN_VLLM_NATIVE_KERNELS", "0")
+    assert product() == 4096 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("compiler", "message"),
+    [
+        ("no-such-compiler", "does not run"),
+        ("sh -c 'test $0 = --version || { echo error: no >&2; exit 1; }'", "error: no"),
+    ],
+)
+def test_a_compiler_that_fails(compiler: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.raises(build.Unavailable, match=message):
+        build.build(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_others(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    with pytest.raises(build.Unavailable, match=f"others can write to {tmp_path}"):
+        build.build(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(build.Unavailable, match="set VLLM_CACHE_ROOT"):
+        build.build(tmp_path / "file" / "kernels")
+
+
+def test_another_source_is_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is there is not compiled again."""
+    folder = tmp_path / "kernels"
+    for number in (1, 2):
+        (tmp_path / "empty.cpp").write_text(f"// {number}\n")
+        monkeypatch.setattr(build, "FOLDER", tmp_path)
+        target = build.build(folder)
+        target.write_bytes(b"as it was")
+        assert build.build(folder) == target and target.read_bytes() == b"as it was"
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_a_cpu_without_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "avx512_dq": True})
+    with pytest.raises(build.Unavailable, match="this CPU lacks avx512_bw, avx512_vl, avx512_bf16"):
+        build.require_features()

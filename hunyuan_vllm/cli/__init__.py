@@ -12,6 +12,7 @@ import typer
 from hunyuan_vllm import __version__
 from hunyuan_vllm.cli.batch import batch
 from hunyuan_vllm.cli.check import check
+from hunyuan_vllm.cli.cluster import app as cluster
 from hunyuan_vllm.cli.compat import compat
 from hunyuan_vllm.cli.doctor import doctor
 from hunyuan_vllm.cli.eval import app as evaluation
@@ -57,6 +58,7 @@ app.command(context_settings=PASS_THROUGH)(serve)
 app.command(context_settings=PASS_THROUGH)(batch)
 app.command()(plan)
 app.command()(compat)
+app.add_typer(cluster, name="cluster")
 app.add_typer(evaluation, name="eval")
 app.command()(check)
 app.command()(doctor)

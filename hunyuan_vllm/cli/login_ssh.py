@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import getpass
 import os
-import pwd
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from hunyuan_vllm.cluster.connection import Credentials
-from hunyuan_vllm.cluster.credentials import default_keys, read_identity, read_password_file
+from hunyuan_vllm.cluster.credentials import default_keys, read_identity, read_password_file, this_user
 from hunyuan_vllm.cluster.hosts import Host, parse_hosts
+from hunyuan_vllm.cluster.known_hosts import read_known_hosts
 from hunyuan_vllm.cluster.mutual_login import MutualLogin
 from hunyuan_vllm.cluster.public_key import PublicKey
 from hunyuan_vllm.cluster.report_text import show
@@ -107,14 +107,16 @@ def login_ssh(
     named; 2 a mistake in the options; 130 interrupted.
     """
     terminal = Terminal(silent=yes)
-    me = _me()
+    me = this_user()
     hosts = parse_hosts(ips, port, user if user is not None else me.pw_name)
     vouched = Fingerprints.parse(fingerprints, hosts)
     secret = _password(password, password_file)
     try:
         keys = [read_identity(identity, terminal.ask_passphrase if terminal.present else None)] if identity else []
-        credentials = Credentials([*keys, *default_keys(Path(me.pw_dir))], secret)
-        report = MutualLogin(hosts, vouched, credentials, terminal, Steps(jobs, messages), timeout).run()
+        home = Path(me.pw_dir)
+        credentials = Credentials([*keys, *default_keys(home)], secret)
+        known, steps = read_known_hosts(home), Steps(jobs, messages)
+        report = MutualLogin(hosts, known, vouched, credentials, terminal, steps, timeout).run()
     except KeyboardInterrupt:
         _say("interrupted: files are whole, old or new; run it again to complete them")
         os._exit(130)  # an ordinary exit would wait for threads that wait for hosts
@@ -123,13 +125,6 @@ def login_ssh(
     else:
         show(report, Console())
     raise typer.Exit(0 if report.ok else 1)
-
-
-def _me() -> pwd.struct_passwd:
-    try:
-        return pwd.getpwuid(os.geteuid())
-    except KeyError:
-        raise UserError(f"user id {os.geteuid()} is not in /etc/passwd, so it has no home for SSH keys") from None
 
 
 def _password(given: str | None, file: Path | None) -> str | None:

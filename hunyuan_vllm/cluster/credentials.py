@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pwd
 import stat
 from collections.abc import Callable
 from os import geteuid
@@ -11,10 +12,22 @@ import paramiko
 
 from hunyuan_vllm.errors import UserError
 
-__all__ = ["default_keys", "read_identity", "read_password_file"]
+__all__ = ["default_keys", "read_identity", "read_password_file", "this_user"]
 
 # Those OpenSSH tries by itself, newest kind first.
 DEFAULT_KEYS = ("id_ed25519", "id_ecdsa", "id_rsa")
+
+
+def this_user() -> pwd.struct_passwd:
+    """Who runs this, and the home where that user's SSH files are.
+
+    Raises:
+        UserError: the system does not know the user.
+    """
+    try:
+        return pwd.getpwuid(geteuid())
+    except KeyError:
+        raise UserError(f"user id {geteuid()} is not in /etc/passwd, so it has no home for SSH keys") from None
 
 
 def read_password_file(file: Path) -> str:

@@ -37,8 +37,8 @@ class Host:
         return self.address
 
 
-def parse_hosts(text: str, port: int, user: str) -> list[Host]:
-    """The hosts in a list like "10.0.0.1, 10.0.0.2 node3,fd00::4", repetitions dropped.
+def parse_hosts(text: str, port: int, user: str, option: str = "--ips") -> list[Host]:
+    """The hosts in a list like "10.0.0.1, 10.0.0.2 node3,fd00::4", repetitions dropped. It came from `option`.
 
     Raises:
         UserError: there is none, or one that no other host could be reached by.
@@ -47,7 +47,8 @@ def parse_hosts(text: str, port: int, user: str) -> list[Host]:
         raise UserError(f"--user {user!r} is not a user name")
     addresses = list(dict.fromkeys(normalise_address(word) for word in re.split(r"[\s,]+", text) if word))
     if not addresses:
-        raise UserError("--ips names no host: give addresses with commas between them, such as --ips 10.0.0.1,10.0.0.2")
+        example = f"{option} 10.0.0.1,10.0.0.2"
+        raise UserError(f"{option} names no host: give addresses with commas between them, such as {example}")
     if len(addresses) > 1:
         for address in addresses:
             _refuse_loopback(address)
@@ -75,9 +76,9 @@ def normalise_address(word: str) -> str:
 def _check_name(word: str) -> str:
     name = word.lower()
     if "@" in word:
-        raise UserError(f"{word}: name the user with --user, and the host alone in --ips")
+        raise UserError(f"{word}: name the user with --user, and only the host here")
     if re.fullmatch(r".*\]?:\d+", word) and word.count(":") == 1 or re.fullmatch(r"\[.*\]:\d+", word):
-        raise UserError(f"{word}: name the port with --port, and the host alone in --ips")
+        raise UserError(f"{word}: name the port with its own option, and only the host here")
     if re.fullmatch(r"[\d.]+", name) or not NAME.fullmatch(name):
         raise UserError(f"{word} is neither an IP address nor a host name")
     return name

@@ -8,10 +8,24 @@ import fnmatch
 import hashlib
 import hmac
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from hunyuan_vllm.cluster.public_key import PublicKey
 
-__all__ = ["keys_of", "pin", "revoked_keys_of"]
+__all__ = ["keys_of", "pin", "read_known_hosts", "revoked_keys_of"]
+
+GLOBAL_FILE = Path("/etc/ssh/ssh_known_hosts")
+
+
+def read_known_hosts(home: Path) -> str:
+    """What a user of this machine knows: the user's own file, and the machine's."""
+    texts = []
+    for file in (home / ".ssh" / "known_hosts", GLOBAL_FILE):
+        try:
+            texts.append(file.read_text(errors="surrogateescape"))
+        except OSError:
+            continue  # there is none, or it is no one's to read
+    return "\n".join(texts)
 
 
 def keys_of(text: str, name: str) -> list[PublicKey]:

@@ -6,10 +6,8 @@ Each step takes all machines as far as they get; a machine that fails a step kee
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Protocol
 
-from hunyuan_vllm.cluster.account import KNOWN_HOSTS
 from hunyuan_vllm.cluster.connection import Credentials
 from hunyuan_vllm.cluster.hosts import Host
 from hunyuan_vllm.cluster.machine import Machine
@@ -20,8 +18,6 @@ from hunyuan_vllm.cluster.steps import Steps
 from hunyuan_vllm.cluster.trust import Fingerprints, Trust
 
 __all__ = ["Dialogue", "MutualLogin"]
-
-GLOBAL_KNOWN_HOSTS = Path("/etc/ssh/ssh_known_hosts")
 
 
 class Dialogue(Protocol):
@@ -39,6 +35,7 @@ class MutualLogin:
 
     Args:
         hosts: each once.
+        known_hosts: the host keys this machine knows, as text of such a file.
         credentials: for the first login; once keys are distributed, the one of this machine is enough.
         timeout: seconds for each connection and each command.
     """
@@ -46,12 +43,14 @@ class MutualLogin:
     def __init__(
         self,
         hosts: Sequence[Host],
+        known_hosts: str,
         fingerprints: Fingerprints,
         credentials: Credentials,
         dialogue: Dialogue,
         steps: Steps,
         timeout: float,
     ) -> None:
+        self._known_hosts = known_hosts
         self._fingerprints = fingerprints
         self._credentials = credentials
         self._dialogue = dialogue
@@ -81,8 +80,7 @@ class MutualLogin:
         self._steps.run(title, machines, lambda machine: machine.attempt(action))
 
     def _trust_host_keys(self) -> None:
-        known = self._known_here()
-        self._each("host keys", self._hosts, lambda one: one.fetch_host_key(known, self._fingerprints))
+        self._each("host keys", self._hosts, lambda one: one.fetch_host_key(self._known_hosts, self._fingerprints))
         asked = [one for one in self._hosts if not one.report.trust and not one.report.problems]
         if not asked:
             return
@@ -93,13 +91,6 @@ class MutualLogin:
                 one.report.trust = Trust.CONFIRMED
             else:
                 one.report.add(_unconfirmed(one))
-
-    def _known_here(self) -> str:
-        own = self._here.account.texts[KNOWN_HOSTS] if self._here.account else ""
-        try:
-            return own + "\n" + GLOBAL_KNOWN_HOSTS.read_text(errors="surrogateescape")
-        except OSError:
-            return own
 
     def _log_in(self) -> None:
         trusted = [one for one in self._hosts if one.report.trust]

@@ -109,5 +109,11 @@ class RemoteShell:
                 f"the connection broke: {last_line(str(error)) or type(error).__name__}", "run again"
             ) from None
 
+    @property
+    def address(self) -> str:
+        """The IP address that the host was reached at."""
+        address: str = self._transport.getpeername()[0]
+        return address
+
     def close(self) -> None:
         self._transport.close()

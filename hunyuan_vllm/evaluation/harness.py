@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.evaluation.benchmarks import OURS, TASKS_FOLDER, Setting
+from hunyuan_vllm.evaluation.benchmarks import TASKS_FOLDER, Setting
 from hunyuan_vllm.evaluation.served import Served
 from hunyuan_vllm.tokenizer import load_tokenizer
 
@@ -64,7 +64,6 @@ class Harness:
         load_tokenizer(tokenizer)  # also lets transformers, and so lm-eval, find the class
         self._served, self._tokenizer, self._concurrency = served, tokenizer, concurrency
         self._include = [TASKS_FOLDER, *([include] if include else [])]
-        self._theirs = include is not None
 
     def run(self, name: str, setting: Setting, limit: int | None, samples: bool) -> TaskResult:
         """Ask one task's, or one group's, questions.
@@ -105,8 +104,9 @@ class Harness:
         return TaskResult(name, Setting(shots, setting.chat, setting.published), _metrics(raw), questions, raw)
 
     def _manager(self, name: str) -> Any:
-        """Knows the tasks. Reading the harness's own thousands takes seconds, which ours need not wait for."""
-        return self._managers(whole=self._theirs or name not in OURS)
+        """Knows the task. Reading the harness's own thousands takes seconds, which ours need not wait for."""
+        own = self._managers(whole=False)
+        return own if name in own.all_tasks else self._managers(whole=True)
 
     @cache  # noqa: B019  one harness a process
     def _managers(self, whole: bool) -> Any:

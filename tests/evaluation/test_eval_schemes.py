@@ -121,6 +121,4 @@ def test_no_room_for_the_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_no_such_folder_for_them(tmp_path: Path) -> None:
     work = Work([Passage([1, 2], [1])])
     with pytest.raises(UserError, match="--work .*none: No such file"):
-        compare.measure(
-            demo_model(), Scheme.parse("bf16"), [Scheme.parse("bf16")], work, [], tmp_path / "none", SILENT
-        )
+        compare.measure(demo_model(), Scheme.parse("bf16"), [Scheme.parse("bf16")], work, [], tmp_path / "none", SILENT)

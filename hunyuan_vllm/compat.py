@@ -103,12 +103,12 @@ def _find(root: Path, module: str, name: str) -> tuple[str, ast.AST] | None:
     return None
 
 
-def _top_level(tree: ast.Module) -> list[ast.stmt]:
-    return [
-        statement
-        for node in tree.body
-        for statement in ([node, *node.body, *node.orelse] if isinstance(node, ast.If) else [node])
-    ]
+def _top_level(tree: ast.Module | ast.If | ast.Try) -> list[ast.stmt]:
+    """The statements that run when the module is imported, those under a condition or in a `try` among them."""
+    found: list[ast.stmt] = []
+    for node in [*tree.body, *([] if isinstance(tree, ast.Module) else tree.orelse)]:
+        found += [node, *_top_level(node)] if isinstance(node, ast.If | ast.Try) else [node]
+    return found
 
 
 def _follow(root: Path, module: str, node: ast.ImportFrom, name: str) -> tuple[str, ast.AST] | None:

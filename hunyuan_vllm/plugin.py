@@ -35,11 +35,13 @@ def register() -> None:
     from hunyuan_vllm.config import HunYuanConfig
     from hunyuan_vllm.preflight import HunYuanPreflight
     from hunyuan_vllm.quant import register_quantization
+    from hunyuan_vllm.ray_environment import limit_copied_variables
     from hunyuan_vllm.tokenizer import register_tokenizer
 
     AutoConfig.register(HunYuanConfig.model_type, HunYuanConfig, exist_ok=True)
     register_tokenizer()
     register_quantization()
+    limit_copied_variables()
     ModelRegistry.register_model(ARCHITECTURE, "hunyuan_vllm.model:HunYuanForCausalLM")
     MODELS_CONFIG_MAP[ARCHITECTURE] = HunYuanPreflight
     MODEL_ARCH_CONFIG_CONVERTORS[HunYuanConfig.model_type] = HunYuanArchConfigConvertor

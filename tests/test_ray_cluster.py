@@ -1,12 +1,13 @@
 """Finding a Ray cluster: none, one that is gone, one that cannot be asked. Ray itself is optional on a CPU machine."""
 
+import json
 import socket
 
 import pytest
 
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.server import ray_cluster
-from hunyuan_vllm.server.ray_cluster import RayCluster, find_ray_cluster
+from hunyuan_vllm.server.ray_cluster import RayNode, find_ray_cluster
 
 GONE = "127.0.0.1:9"  # the discard port: nothing listens there
 
@@ -50,12 +51,16 @@ def test_an_address_that_is_none(with_ray, address):
 
 @pytest.mark.parametrize("address", ["{}", "ray://{}"])
 def test_what_the_cluster_says(with_ray, monkeypatch, address):
-    monkeypatch.setattr(
-        ray_cluster, "PROBE", """print('noise'); print('RAY {"nodes": 2, "gpus": 16, "free_gpus": 8}')"""
-    )
+    nodes = [
+        {"address": "10.0.0.1", "gpus": 8, "free_gpus": 8, "alive": True},
+        {"address": "10.0.0.2", "gpus": 8, "free_gpus": 0, "alive": True},
+        {"address": "10.0.0.3", "gpus": 8, "free_gpus": 0, "alive": False},
+    ]
+    monkeypatch.setattr(ray_cluster, "PROBE", f"print('noise'); print('RAY', {json.dumps(nodes)!r})")
     with socket.create_server(("127.0.0.1", 0)) as server:
         found = find_ray_cluster({"RAY_ADDRESS": address.format(f"127.0.0.1:{server.getsockname()[1]}")})
-    assert found == RayCluster(nodes=2, gpus=16, free_gpus=8)
+    assert (found.nodes, found.gpus, found.free_gpus) == (2, 16, 8)
+    assert found.members[2] == RayNode("10.0.0.3", gpus=8, free_gpus=0, alive=False)
 
 
 def test_a_refusal_is_passed_on(with_ray, monkeypatch):

@@ -6,13 +6,19 @@ The rules are those of vLLM's `platforms/cuda.py` (order) and `v1/attention/back
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
-from hunyuan_vllm.plan.gpus import Gpu
-
-__all__ = ["FLASHINFER_HEADS", "Backend", "choose_backend", "refusals"]
+__all__ = ["FLASHINFER_HEADS", "Backend", "Capable", "choose_backend", "refusals"]
 
 
 FLASHINFER_HEADS = (64, 128, 256, 512)
+
+
+class Capable(Protocol):
+    """A kind of GPU, as far as backends look at it."""
+
+    @property
+    def capability(self) -> tuple[int, int]: ...
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,7 @@ class Backend:
 
     name: str
 
-    def refusal(self, gpu: Gpu, head_dim: int, fp8_cache: bool, dcp: int) -> str | None:
+    def refusal(self, gpu: Capable, head_dim: int, fp8_cache: bool, dcp: int) -> str | None:
         """Why it does not serve this; None if it does."""
         major = gpu.capability[0]
         if self.name == "FLASH_ATTN":
@@ -47,13 +53,13 @@ FLASH_ATTN, FLASHINFER, TRITON = Backend("FLASH_ATTN"), Backend("FLASHINFER"), B
 FLEX = Backend("FLEX_ATTENTION")
 
 
-def _order(gpu: Gpu) -> tuple[Backend, ...]:
+def _order(gpu: Capable) -> tuple[Backend, ...]:
     if gpu.capability[0] == 10:
         return FLASHINFER, FLASH_ATTN, TRITON, FLEX
     return FLASH_ATTN, FLASHINFER, TRITON, FLEX
 
 
-def choose_backend(gpu: Gpu, head_dim: int, fp8_cache: bool, dcp: int) -> Backend | None:
+def choose_backend(gpu: Capable, head_dim: int, fp8_cache: bool, dcp: int) -> Backend | None:
     """The backend that vLLM takes by itself; None where none serves this."""
     for backend in _order(gpu):
         if backend.refusal(gpu, head_dim, fp8_cache, dcp) is None:
@@ -61,7 +67,7 @@ def choose_backend(gpu: Gpu, head_dim: int, fp8_cache: bool, dcp: int) -> Backen
     return None
 
 
-def refusals(gpu: Gpu, head_dim: int, fp8_cache: bool, dcp: int) -> list[tuple[str, str]]:
+def refusals(gpu: Capable, head_dim: int, fp8_cache: bool, dcp: int) -> list[tuple[str, str]]:
     """(backend, why not) of those that vLLM tries first and that refuse."""
     found = []
     for backend in _order(gpu):

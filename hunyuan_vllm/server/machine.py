@@ -15,7 +15,20 @@ import psutil
 
 from hunyuan_vllm.server.ray_cluster import RayCluster, find_ray_cluster
 
-__all__ = ["Machine", "can_compile", "free_memory", "probe"]
+__all__ = ["GpuKind", "Machine", "can_compile", "free_memory", "probe"]
+
+
+@dataclass(frozen=True)
+class GpuKind:
+    """The GPUs of this machine, which are taken to be alike.
+
+    Attributes:
+        capability: CUDA compute capability, such as (9, 0).
+        memory: bytes of one GPU's memory.
+    """
+
+    capability: tuple[int, int]
+    memory: int
 
 
 @dataclass(frozen=True)
@@ -25,6 +38,7 @@ class Machine:
     Attributes:
         cuda: the installed engine is vLLM's GPU build.
         gpus: GPUs this process may use.
+        gpu: what they are; None where there are none or that is unknown.
         ray: the Ray cluster found, if any.
         interfaces: network interface → its IP addresses.
         cores: CPU cores this process may use.
@@ -35,6 +49,7 @@ class Machine:
 
     cuda: bool
     gpus: int = 0
+    gpu: GpuKind | None = None
     ray: RayCluster | None = None
     interfaces: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     cores: int = 1
@@ -53,6 +68,7 @@ def probe(environ: Mapping[str, str], python: str) -> Machine:
     return Machine(
         cuda=cuda,
         gpus=_visible_gpus(environ) if cuda else 0,
+        gpu=_gpu_kind(environ) if cuda else None,
         ray=find_ray_cluster(environ) if cuda else None,
         interfaces=_interfaces(),
         cores=len(os.sched_getaffinity(0)),
@@ -79,18 +95,34 @@ def _vllm_command(python: str) -> tuple[str, ...]:
 
 
 def _visible_gpus(environ: Mapping[str, str]) -> int:
-    tool = shutil.which("nvidia-smi", path=environ.get("PATH"))
-    if tool is None:
-        return 0
-    try:
-        listing = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=60).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return 0
-    present = sum(line.startswith("GPU ") for line in listing.splitlines())
+    present = sum(line.startswith("GPU ") for line in _nvidia_smi(environ, "-L"))
     chosen = environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
         return present
     return min(present, len([device for device in chosen.split(",") if device.strip() not in ("", "-1")]))
+
+
+def _gpu_kind(environ: Mapping[str, str]) -> GpuKind | None:
+    """The kind with the least memory, where there are several."""
+    kinds = []
+    for line in _nvidia_smi(environ, "--query-gpu=compute_cap,memory.total", "--format=csv,noheader,nounits"):
+        try:
+            capability, mebibytes = line.split(",")
+            major, minor = capability.split(".")
+            kinds.append(GpuKind((int(major), int(minor)), int(mebibytes) * 2**20))
+        except ValueError:
+            continue
+    return min(kinds, key=lambda kind: kind.memory, default=None)
+
+
+def _nvidia_smi(environ: Mapping[str, str], *arguments: str) -> list[str]:
+    tool = shutil.which("nvidia-smi", path=environ.get("PATH"))
+    if tool is None:
+        return []
+    try:
+        return subprocess.run([tool, *arguments], capture_output=True, text=True, timeout=60).stdout.splitlines()
+    except (OSError, subprocess.TimeoutExpired):
+        return []
 
 
 def _interfaces() -> dict[str, tuple[str, ...]]:

@@ -6,11 +6,14 @@ from dataclasses import dataclass, field
 
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.server.flags import Flags
-from hunyuan_vllm.server.machine import Machine
+from hunyuan_vllm.server.gpu_wait import describe
+from hunyuan_vllm.server.machine import GpuKind, Machine
 from hunyuan_vllm.server.model_source import ModelSource
 from hunyuan_vllm.server.settings import Settings
 
 __all__ = ["Ranks", "choose_ranks"]
+
+FOR_WEIGHTS = 0.85  # of a GPU's memory: vLLM takes 0.92 of it, and the cache and activations want some
 
 
 @dataclass(frozen=True)
@@ -32,15 +35,21 @@ class Ranks:
 
 
 def choose_ranks(
-    settings: Settings, flags: Flags, machine: Machine, model: ModelSource, most: int | None = None
+    settings: Settings,
+    flags: Flags,
+    machine: Machine,
+    model: ModelSource,
+    most: int | None = None,
+    weight_bytes: int = 0,
 ) -> Ranks:
-    """Decide on the ranks.
+    """Decide on the ranks. In a Ray cluster there may be more than it has GPUs yet, or free ones: they are waited for.
 
     Args:
         most: GPUs to use at most, unless told.
+        weight_bytes: size of the weights as GPUs hold them; 0 where that is unknown.
 
     Raises:
-        UserError: there are not as many free GPUs as were asked for, none at all, or the network cannot be cut so.
+        UserError: there are not as many GPUs as were asked for, none at all, or the network cannot be cut so.
     """
     others = flags.integer("pipeline-parallel-size", 1) * flags.integer("data-parallel-size", 1)
     asked = flags.integer("tensor-parallel-size", 0) or settings.tp_size
@@ -59,18 +68,19 @@ def choose_ranks(
         notes.append(f"using {most} of {usable} GPUs: set TP_SIZE for more")
         usable = most
     tensor = asked or _largest_cut(model, usable, notes)
+    if not asked and machine.ray:
+        tensor = max(tensor, _least_that_hold(weight_bytes // others, machine.gpu, model))
     _check_cut(model, tensor)
     world = tensor * others
-    if world > total:
-        most = max(total // others, 1)
-        raise UserError(f"{world} GPUs are asked for and {total} are here: set TP_SIZE={most} or less")
+    if world > total and machine.ray is None:
+        raise UserError(
+            f"{world} GPUs are asked for and {total} are here: set TP_SIZE={max(total // others, 1)} or less, or start "
+            "Ray on several nodes (hunyuan-vllm cluster up)"
+        )
     if executor is None and world > machine.gpus:
         executor = "ray"
-    if executor == "ray" and machine.ray and world > machine.ray.free_gpus:
-        raise UserError(
-            f"{world} GPUs are needed and the Ray cluster has {machine.ray.free_gpus} of {machine.ray.gpus} free: stop "
-            "what holds them, or set TP_SIZE"
-        )
+    if executor == "ray" and machine.ray and machine.ray.free_gpus < world:
+        notes.append(f"waits for {world} GPUs in Ray: {'; '.join(describe(machine.ray, settings.node_ips))}")
     return Ranks(tensor, world, executor, executor == "ray", notes)
 
 
@@ -80,6 +90,16 @@ def _largest_cut(model: ModelSource, gpus: int, notes: list[str]) -> int:
         if _cut_problem(model, size) is None:
             if size < gpus:
                 notes.append(f"using {size} of {gpus} GPUs: the network does not divide over more")
+            return size
+    return 1
+
+
+def _least_that_hold(weight_bytes: int, gpu: GpuKind | None, model: ModelSource) -> int:
+    """The fewest GPUs whose memory the weights fit into, of those that the network can be divided over; else 1."""
+    if gpu is None or model.config is None:
+        return 1
+    for size in range(1, model.config.num_attention_heads + 1):
+        if weight_bytes <= size * gpu.memory * FOR_WEIGHTS and _cut_problem(model, size) is None:
             return size
     return 1
 

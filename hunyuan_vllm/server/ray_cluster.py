@@ -8,36 +8,63 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hunyuan_vllm.errors import UserError
 
-__all__ = ["RayCluster", "find_ray_cluster"]
+__all__ = ["RayCluster", "RayNode", "find_ray_cluster"]
 
 # Ray's client keeps threads and sockets, and hangs on a dead address: ask from a process that can be ended.
 PROBE = """
 import json, ray, sys
+from ray._private.state import available_resources_per_node
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
-nodes = [node for node in ray.nodes() if node["Alive"]]
-print("RAY", json.dumps({
-    "nodes": len(nodes),
-    "gpus": int(sum(node["Resources"].get("GPU", 0) for node in nodes)),
-    "free_gpus": int(ray.available_resources().get("GPU", 0)),
-}))
+free = available_resources_per_node()
+print("RAY", json.dumps([
+    {
+        "address": node["NodeManagerAddress"],
+        "gpus": int(node["Resources"].get("GPU", 0)),
+        "free_gpus": int(free.get(node["NodeID"], {}).get("GPU", 0)),
+        "alive": node["Alive"],
+    }
+    for node in ray.nodes()
+]))
 """
 CONNECT_TIMEOUT = 5.0  # seconds
 TIMEOUT = 60.0
 
 
 @dataclass(frozen=True)
+class RayNode:
+    """One node: its GPUs, and those nothing has taken. A node that left is still known, with `alive` false."""
+
+    address: str
+    gpus: int
+    free_gpus: int
+    alive: bool = True
+
+
+@dataclass(frozen=True)
 class RayCluster:
-    """A running cluster: how many nodes are alive, their GPUs, and those nothing has taken."""
+    """A running cluster: how many nodes are alive, their GPUs, and those nothing has taken.
+
+    Attributes:
+        members: the nodes themselves, those that left among them; empty where they do not matter.
+    """
 
     nodes: int
     gpus: int
     free_gpus: int
+    members: tuple[RayNode, ...] = ()
+
+    @classmethod
+    def of(cls, members: Sequence[RayNode]) -> RayCluster:
+        """The cluster of these nodes."""
+        alive = [node for node in members if node.alive]
+        gpus, free = sum(node.gpus for node in alive), sum(node.free_gpus for node in alive)
+        return cls(len(alive), gpus, free, tuple(members))
 
 
 def find_ray_cluster(environ: Mapping[str, str] = os.environ) -> RayCluster | None:
@@ -79,5 +106,5 @@ def _ask(address: str, environ: Mapping[str, str]) -> tuple[RayCluster | None, s
         return None, f"no answer in {TIMEOUT:.0f} s"
     for line in probe.stdout.splitlines():
         if line.startswith("RAY "):
-            return RayCluster(**json.loads(line.removeprefix("RAY "))), ""
+            return RayCluster.of([RayNode(**node) for node in json.loads(line.removeprefix("RAY "))]), ""
     return None, (probe.stderr.strip().splitlines() or ["no answer"])[-1]

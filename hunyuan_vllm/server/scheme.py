@@ -13,7 +13,7 @@ from hunyuan_vllm import __version__
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.server.model_source import ModelSource
 
-__all__ = ["FP8", "INT8", "INT8_W8A8", "SCHEMES", "Scheme", "cpu_weight_bytes", "scheme_named"]
+__all__ = ["FP8", "INT8", "INT8_W8A8", "SCHEMES", "Scheme", "cpu_weight_bytes", "gpu_weight_bytes", "scheme_named"]
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,16 @@ def scheme_named(name: str | None) -> Scheme | None:
     if name is None or name in SCHEMES:
         return SCHEMES[name] if name else None
     raise UserError(f"--scheme {name} is none of {', '.join(SCHEMES)}")
+
+
+def gpu_weight_bytes(model: ModelSource, quantization: str | None) -> int:
+    """Bytes of a checkpoint's weights in all GPUs' memory; 0 where that is unknown.
+
+    Args:
+        quantization: vLLM's option of that name.
+    """
+    quantised = getattr(model.config, "quantization_config", None) is not None
+    return model.weight_bytes if quantised else cpu_weight_bytes(model, quantization)
 
 
 def cpu_weight_bytes(model: ModelSource, quantization: str | None) -> int:

@@ -13,6 +13,7 @@ __all__ = ["KEY_FILE_VARIABLE", "LOOPBACK", "Settings", "is_loopback"]
 
 KEY_FILE_VARIABLE = "HUNYUAN_VLLM_API_KEY_FILE"
 DEFAULT_PORT = 8020
+DEFAULT_GPU_WAIT = 600  # seconds
 LOOPBACK = "127.0.0.1"
 
 
@@ -27,6 +28,8 @@ class Settings:
         port: PORT.
         tp_size: TP_SIZE, tensor-parallel ranks; None means all GPUs.
         socket_ifname: SOCKET_IFNAME, the network interface between nodes.
+        node_ips: NODE_IPS, the nodes that the Ray cluster is to have; empty where that is not said.
+        gpu_wait: GPU_WAIT, seconds to wait for GPUs of the Ray cluster.
         api_key: whether VLLM_API_KEY is set; the key itself stays in the environment.
         api_key_file: HUNYUAN_VLLM_API_KEY_FILE.
         config_home: where a generated key is kept.
@@ -39,6 +42,8 @@ class Settings:
     port: int = DEFAULT_PORT
     tp_size: int | None = None
     socket_ifname: str | None = None
+    node_ips: tuple[str, ...] = ()
+    gpu_wait: int = DEFAULT_GPU_WAIT
     api_key: bool = False
     api_key_file: Path | None = None
     config_home: Path = Path("~/.config").expanduser()
@@ -58,7 +63,11 @@ class Settings:
         local_ip = text("LOCAL_IP")
         if local_ip and not _is_address(local_ip):
             raise UserError(f"LOCAL_IP={local_ip} is not an IP address: use this machine's, as in LOCAL_IP=10.0.0.5")
+        node_ips = tuple((text("NODE_IPS") or "").replace(",", " ").split())
+        if wrong := [address for address in node_ips if not _is_address(address)]:
+            raise UserError(f"NODE_IPS: {wrong[0]} is not an IP address: name nodes as in NODE_IPS=10.0.0.5,10.0.0.6")
         key_file = text(KEY_FILE_VARIABLE)
+        gpu_wait = _integer("GPU_WAIT", text("GPU_WAIT"), 0, 10**6)
         config_home = text("XDG_CONFIG_HOME") or "~/.config"
         cache_home = text("XDG_CACHE_HOME") or "~/.cache"
         return cls(
@@ -68,6 +77,8 @@ class Settings:
             port=_integer("PORT", text("PORT"), 1, 65535) or DEFAULT_PORT,
             tp_size=_integer("TP_SIZE", text("TP_SIZE"), 1, 4096),
             socket_ifname=text("SOCKET_IFNAME"),
+            node_ips=node_ips,
+            gpu_wait=DEFAULT_GPU_WAIT if gpu_wait is None else gpu_wait,
             api_key=text("VLLM_API_KEY") is not None,
             api_key_file=Path(key_file).expanduser() if key_file else None,
             config_home=Path(config_home).expanduser(),

@@ -1,0 +1,59 @@
+"""Runs on a host: where on it secrets can be read. {name: secret} comes as JSON, [name, place] pairs go as JSON.
+
+Places: command lines and environments of processes, files that Ray, vLLM or a server may have written, and the memory
+of Ray's workers, which other users' code may share.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+FOLDERS = ("/tmp", "/dev/shm", "/var/tmp", "/var/log", "/root/.cache", "/root/.config/vllm")
+WORKER = "ray::RayWorkerProc"
+
+
+def processes() -> Iterator[tuple[Path, str]]:
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            yield folder, (folder / "cmdline").read_bytes().split(b"\0")[0].decode()
+        except OSError:
+            continue
+
+
+def places() -> Iterator[tuple[str, bytes]]:
+    for folder, name in processes():
+        for file in ("cmdline", "environ"):
+            try:
+                yield f"{file} of {name}", (folder / file).read_bytes()
+            except OSError:
+                continue
+        if name.startswith(WORKER):
+            yield from memory(folder, name)
+    for top in FOLDERS:
+        for path in Path(top).rglob("*"):
+            if path.is_file() and not path.is_symlink():
+                yield str(path), path.read_bytes()
+
+
+def memory(folder: Path, name: str) -> Iterator[tuple[str, bytes]]:
+    """What a process could print: every writable part of its memory."""
+    with open(folder / "mem", "rb", buffering=0) as content:
+        for line in (folder / "maps").read_text().splitlines():
+            area, rights = line.split()[:2]
+            if not rights.startswith("rw"):
+                continue
+            start, end = (int(edge, 16) for edge in area.split("-"))
+            try:
+                content.seek(start)
+                yield f"memory of {name}", content.read(end - start)
+            except (OSError, OverflowError, ValueError):
+                continue
+
+
+secrets = {name: secret.encode() for name, secret in json.load(sys.stdin).items()}
+found = {(name, place) for place, content in places() for name, secret in secrets.items() if secret in content}
+names = sorted({name for _, name in processes() if name.startswith(("ray::", "VLLM"))})
+print(json.dumps({"found": sorted(found), "processes": names}))

@@ -1,0 +1,12 @@
+"""For tests: vLLM's CPU platform, which Ray may schedule. With this folder's parent on PYTHONPATH and RAY_ON_CPU=1."""
+
+from __future__ import annotations
+
+import os
+
+__all__ = ["register"]
+
+
+def register() -> str | None:
+    """What vLLM calls for the entry point: the platform's name, or None to leave vLLM as it is."""
+    return "ray_on_cpu.platform.RayOnCpuPlatform" if os.environ.get("RAY_ON_CPU") == "1" else None

@@ -1,0 +1,33 @@
+"""Servers that are started once for all tests that want them: over a Ray cluster of two hosts, and behind keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from hosts import Network
+from keyed_server import KeyedServer, start_keyed_server
+from ray_service import RayService
+
+
+@pytest.fixture(scope="session")
+def ray_service_of_session() -> Iterator[RayService]:
+    from ray_hosts import need_ray_hosts
+
+    need_ray_hosts()
+    with Network() as network:
+        yield RayService(network)
+
+
+@pytest.fixture
+def ray_service(ray_service_of_session: RayService) -> RayService:
+    """With both nodes in the cluster and the server ready, whatever the test before did to them."""
+    ray_service_of_session.bring_up()
+    return ray_service_of_session
+
+
+@pytest.fixture(scope="session")
+def keyed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KeyedServer]:
+    """A server of the demo model with several keys, TLS, limits, adapters, administrative routes and JSON logs."""
+    with start_keyed_server(tmp_path_factory.mktemp("keyed")) as server:
+        yield server

@@ -1,0 +1,101 @@
+"""Waiting for the GPUs of a Ray cluster: what is said meanwhile, and when it ends."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import pytest
+
+from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.server import gpu_wait
+from hunyuan_vllm.server.gpu_wait import describe, wait_for_gpus
+from hunyuan_vllm.server.ray_cluster import RayCluster, RayNode
+
+HEAD, WORKER = RayNode("10.0.0.1", 8, 8), RayNode("10.0.0.2", 8, 8)
+BUSY, GONE = RayNode("10.0.0.2", 8, 2), RayNode("10.0.0.2", 8, 0, alive=False)
+WHOLE = RayCluster.of([HEAD, WORKER])
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(gpu_wait, "PERIOD", 0.01)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def looks(*clusters):
+    """A cluster that changes from look to look; an exception is raised."""
+    left = list(clusters)
+
+    def find(environ):
+        now = left.pop(0) if len(left) > 1 else left[0]
+        if isinstance(now, Exception):
+            raise now
+        return now
+
+    return find
+
+
+def waited(*clusters, needed=16, limit=20.0, expected=(), stream=None) -> str:
+    stream = stream or io.StringIO()
+    wait_for_gpus(needed, {}, limit, expected, find=looks(*clusters), stream=stream)
+    return stream.getvalue()
+
+
+def test_nothing_is_said_where_all_is_there():
+    assert waited(WHOLE) == ""
+
+
+def test_each_change_is_said_once():
+    alone = RayCluster.of([HEAD])
+    said = waited(None, alone, alone, alone, RayCluster.of([HEAD, BUSY]), WHOLE)
+    assert said.count("hunyuan-vllm: waiting for GPUs in Ray: ") == 3
+    assert "0 of 16 are free\n  no Ray cluster is running here: start it on this node (sh deploy/ray_head.sh)" in said
+    assert "8 of 16 are free\n  10.0.0.1 has 8 of its 8 GPUs free\n  nodes with 8 more GPUs have not joined" in said
+    assert "10 of 16 are free\n" in said and "10.0.0.2 has 2 of its 8 GPUs free: another program of Ray holds" in said
+    assert "  giving up in 0:19\n" in said
+    assert said.endswith("hunyuan-vllm: all 16 GPUs are there\n")
+
+
+def test_a_terminal_gets_a_countdown(monkeypatch):
+    monkeypatch.setattr(gpu_wait, "PERIOD", 1.2)
+    monkeypatch.setenv("TERM", "xterm")
+    said = waited(RayCluster.of([HEAD]), WHOLE, stream=Terminal())
+    assert "giving up in 0:19" in said and "giving up in 0:18" in said
+    assert "10.0.0.1 has 8 of its 8 GPUs free" in said
+
+
+def test_missing_nodes_are_named():
+    assert describe(RayCluster.of([HEAD, GONE]), ["10.0.0.1", "10.0.0.2", "10.0.0.3"]) == [
+        "10.0.0.1 has 8 of its 8 GPUs free",
+        "10.0.0.2 has left: start Ray there again (sh deploy/ray_worker.sh HEAD_IP)",
+        "10.0.0.3 has not joined: run sh deploy/ray_worker.sh HEAD_IP there",
+    ]
+    assert describe(RayCluster.of([HEAD, GONE, WORKER]))[1:] == ["10.0.0.2 has 8 of its 8 GPUs free"]
+
+
+def test_the_end_says_what_was_missing():
+    with pytest.raises(UserError) as raised:
+        waited(RayCluster.of([HEAD, GONE]), limit=0.05)
+    message = str(raised.value)
+    assert message.startswith("16 GPUs are needed and 8 are free in Ray after 0.05 s: 10.0.0.1 has 8 of its 8 GPUs")
+    assert "10.0.0.2 has left" in message and "Set TP_SIZE for fewer, or GPU_WAIT for longer" in message
+    assert "\n" not in message
+
+
+def test_a_cluster_that_refuses_is_asked_again():
+    said = waited(UserError("no Ray cluster answers at 10.0.0.1:6379 (token is missing): start it"), WHOLE)
+    assert "no Ray cluster answers at 10.0.0.1:6379 (token is missing)" in said
+
+
+@dataclass
+class Stop:
+    requested: bool = True
+
+
+def test_an_operator_need_not_wait():
+    wait_for_gpus(16, {}, 20, stop=Stop(), find=looks(RayCluster.of([HEAD])), stream=io.StringIO())

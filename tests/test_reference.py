@@ -379,7 +379,7 @@ class TestBrokenCheckpoints:
             (put("model.layers.0.self_attn.qkv_proj.weight", torch.ones(256, 128)), ["q_proj.weight", "again"]),
             (
                 put("model.layers.0.self_attn.q_proj.weight", torch.zeros(128, 128, dtype=torch.float8_e4m3fn)),
-                ["q_proj.weight", "float8_e4m3fn"],
+                ["q_proj.weight", "F8_E4M3", "quantization_config"],
             ),
         ],
     )

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Ask the running server a question with curl: sh deploy/openapi.sh ["a question"]
-# Reads the variables that run_server.sh does: HOST or LOCAL_IP, PORT, VLLM_API_KEY or HUNYUAN_VLLM_API_KEY_FILE.
+# Reads the variables that run_server.sh does: HOST or LOCAL_IP, PORT, VLLM_API_KEY or HUNYUAN_VLLM_API_KEY_FILE; and
+# TLS_CA_FILE, the certificate to trust of a server with --ssl-certfile ("system" for those the system trusts).
 set -eu
 
 question=${1:-Why is sea water salty?}
@@ -9,17 +10,29 @@ case $host in
     0.0.0.0) host=127.0.0.1 ;;
     *:*) host="[$host]" ;;
 esac
-server="http://$host:${PORT:-8020}"
+scheme=http
+authority=
+case ${TLS_CA_FILE:-} in
+    '') ;;
+    system) scheme=https ;;
+    *) scheme=https authority="cacert = \"$TLS_CA_FILE\"" ;;
+esac
+server="$scheme://$host:${PORT:-8020}"
 
 key=${VLLM_API_KEY:-}
 key_file=${HUNYUAN_VLLM_API_KEY_FILE:-${XDG_CONFIG_HOME:-$HOME/.config}/hunyuan-vllm/api-key}
 if [ -z "$key" ] && [ -r "$key_file" ]; then
-    key=$(cat "$key_file")
+    # The first key: its line is "NAME KEY", or the key alone.
+    while read -r first second rest || [ -n "$first" ]; do
+        case $first in '' | '#'*) continue ;; esac
+        key=${second:-$first}
+        break
+    done <"$key_file"
 fi
 
 # post PATH JSON: the answer's body. The key goes through standard input, where `ps` does not see it.
 post() {
-    printf 'header = "Authorization: Bearer %s"\n' "$key" |
+    printf 'header = "Authorization: Bearer %s"\n%s\n' "$key" "$authority" |
         curl -sS --fail-with-body --noproxy '*' -K - -H 'Content-Type: application/json' -d "$2" "$server$1"
 }
 

@@ -2,49 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import random_tensors, rewrite, tiny_config, write_checkpoint
+from adapters import ALPHA, RANK, adapter_pairs, write_adapter
+from checkpoints import rewrite, tiny_config, write_checkpoint
 from engine import engine, random_prompts
 from golden_data import FLOAT32_TOLERANCE, reference_answers
-from safetensors.torch import save_file
 from vllm import SamplingParams, TokensPrompt
 from vllm.lora.request import LoRARequest
 
-from hunyuan_vllm.config import HunYuanConfig
-
 pytestmark = pytest.mark.engine
-
-RANK, ALPHA = 4, 8
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
-
-
-def adapter_pairs(config: HunYuanConfig) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Weight name → (A `[rank, in]`, B `[out, rank]`) for every attention projection the network has."""
-    generator = torch.Generator().manual_seed(3)
-    pairs = {}
-    for name, tensor in random_tensors(config, seed=0):
-        if name.endswith(".weight") and name.split(".")[-2] in TARGETS:
-            a = torch.randn(RANK, tensor.shape[1], generator=generator) / tensor.shape[1] ** 0.5
-            b = torch.randn(tensor.shape[0], RANK, generator=generator) / RANK**0.5
-            pairs[name] = (a, b)
-    return pairs
-
-
-def write_adapter(folder: Path, pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Path:
-    """PEFT's layout."""
-    folder.mkdir()
-    tensors = {}
-    for name, (a, b) in pairs.items():
-        module = f"base_model.model.{name.removesuffix('.weight')}"
-        tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"] = a, b
-    save_file(tensors, folder / "adapter_model.safetensors")
-    adapter = dict(peft_type="LORA", r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), bias="none")
-    (folder / "adapter_config.json").write_text(json.dumps(adapter))
-    return folder
 
 
 def test_an_adapter_equals_its_merged_checkpoint(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ PYTHON_TYPE = re.compile(r"dictionary( or (instance of \w+|object to extract fie
 VLLM_SUFFIX = re.compile(r" \(parameter=.*\)$", re.DOTALL)
 # Mistakes that vLLM reports without a field, or under a name that is no field, and the field each is about.
 UNNAMED = (
-    (re.compile("maximum context length"), ("messages", "prompt")),
+    (re.compile("maximum context length|this server takes at most"), ("messages", "prompt")),
     (re.compile("chat template|multimodal|Unknown role|text only"), ("messages",)),
     (re.compile("out of vocabulary|at least one prompt"), ("prompt",)),
     (re.compile("sample logprobs"), ("top_logprobs", "logprobs")),

@@ -11,18 +11,19 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from hunyuan_vllm.server.auth import App, Receive, RequireApiKey, Scope, Send
+from hunyuan_vllm.server.auth import App, Receive, Scope, Send
 from hunyuan_vllm.server.bad_requests import Problem, explain, explain_validation
 
-__all__ = ["NameFields", "NameFieldsBehindKey"]
+__all__ = ["NameFields"]
 
 Message = Scope  # both are plain mappings
 STREAMED_ERROR = b'data: {"error"'
+ABOUT_THE_REQUEST = (HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY)
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 
 class NameFields:
-    """Rewrites {"error": …} answers with status 400, and gives that form to others of status 4xx."""
+    """Rewrites {"error": …} answers with status 400 or 422, and gives that form to others of status 4xx."""
 
     def __init__(self, app: App) -> None:
         self._app = app
@@ -33,13 +34,6 @@ class NameFields:
             return
         exchange = _Exchange(scope["path"], receive, send)
         await self._app(scope, exchange.receive, exchange.send)
-
-
-class NameFieldsBehindKey(RequireApiKey):
-    """The same for those with the key; one class, because vLLM warns of a second --middleware."""
-
-    def __init__(self, app: App) -> None:
-        super().__init__(NameFields(app))
 
 
 class _Exchange:
@@ -83,7 +77,7 @@ class _Exchange:
     async def _refuse(self, start: Message, body: bytes) -> None:
         self._ended = True
         if error := _error_of(body, start["status"]):
-            if error["code"] == HTTPStatus.BAD_REQUEST and self._path in (CHAT, COMPLETIONS):
+            if error["code"] in ABOUT_THE_REQUEST and self._path in (CHAT, COMPLETIONS):
                 problem = _problem(self._path, b"".join(self._request), str(error.get("message")), error.get("param"))
                 error |= {"message": problem.message, "param": problem.field}
             body = json.dumps({"error": error}, ensure_ascii=False).encode()

@@ -6,9 +6,10 @@ import json
 import httpx
 import pytest
 
-from hunyuan_vllm.server.auth import KEY_FILE_VARIABLE
 from hunyuan_vllm.server.bad_requests import explain
-from hunyuan_vllm.server.name_fields import NameFields, NameFieldsBehindKey
+from hunyuan_vllm.server.layers import BehindKey
+from hunyuan_vllm.server.name_fields import NameFields
+from hunyuan_vllm.server.settings import KEY_FILE_VARIABLE
 
 JSON = (b"content-type", b"application/json")
 STREAM = (b"content-type", b"text/event-stream")
@@ -93,7 +94,7 @@ async def test_one_class_for_both(tmp_path, monkeypatch):
     key.write_text("secret\n")
     key.chmod(0o600)
     monkeypatch.setenv(KEY_FILE_VARIABLE, str(key))
-    app = NameFieldsBehindKey(answering(404, [JSON], b'{"detail": "Not Found"}'))
+    app = BehindKey(answering(404, [JSON], b'{"detail": "Not Found"}'))
     assert (await ask(app, "/v1/x")).status_code == 401
     answer = await ask(app, "/v1/x", headers={"Authorization": "Bearer secret"})
     assert answer.json()["error"] == {"message": "Not Found", "type": "Not Found", "param": None, "code": 404}

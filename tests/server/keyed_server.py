@@ -1,0 +1,100 @@
+"""A real server with all that an operator may switch on: keys by name, TLS, limits, adapters, JSON logs."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from adapters import adapter_pairs, write_adapter
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from openai import OpenAI
+from serving import Server, running_server
+
+from hunyuan_vllm import demo
+from hunyuan_vllm.config import HunYuanConfig
+
+__all__ = ["KEYS", "LIMITS", "KeyedServer", "start_keyed_server", "write_certificate", "write_keys"]
+
+KEYS = {"admin": "the-key-of-the-operator", "alice": "the-key-of-alice", "bob": "the-key-of-bob"}
+LIMITS = {"max-body": 0.05, "max-prompt-tokens": 200, "max-output-tokens": 250, "max-sequences": 8}
+LIMITS |= {"max-requests-per-key": 4, "max-queue": 6}
+PLACES = 8
+
+
+@dataclass
+class KeyedServer:
+    """The server and what one needs to ask it."""
+
+    server: Server
+    key_file: Path
+    certificate: Path
+    adapters: Path
+
+    @property
+    def url(self) -> str:
+        return f"https://127.0.0.1:{self.server.port}"
+
+    @property
+    def trust(self) -> ssl.SSLContext:
+        return ssl.create_default_context(cafile=str(self.certificate))
+
+    def http(self, name: str | None = "alice", **headers: str) -> httpx.Client:
+        """A client with the key of that name, or without one."""
+        if name is not None:
+            headers["Authorization"] = f"Bearer {KEYS[name]}"
+        return httpx.Client(base_url=self.url, verify=self.trust, headers=headers, trust_env=False, timeout=60)
+
+    def openai(self, name: str = "alice") -> OpenAI:
+        client = httpx.Client(verify=self.trust, trust_env=False)
+        return OpenAI(base_url=f"{self.url}/v1", api_key=KEYS[name], max_retries=0, http_client=client)
+
+
+def write_keys(file: Path, keys: dict[str, str]) -> None:
+    """As an operator should: beside, then renamed."""
+    beside = file.with_suffix(".new")
+    beside.touch(mode=0o600)
+    beside.write_text("".join(f"{name} {key}\n" for name, key in keys.items()))
+    beside.rename(file)
+
+
+def write_certificate(folder: Path) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 that signs itself, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "hunyuan-vllm test")])
+    now = datetime.datetime.now(datetime.UTC)
+    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now - datetime.timedelta(1)).not_valid_after(now + datetime.timedelta(1))
+    certificate = builder.add_extension(address, critical=False).sign(key, hashes.SHA256())
+    files = folder / "cert.pem", folder / "key.pem"
+    files[0].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    files[1].touch(mode=0o600)
+    form, unencrypted = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    files[1].write_bytes(key.private_bytes(serialization.Encoding.PEM, form, unencrypted))
+    return files
+
+
+@contextmanager
+def start_keyed_server(folder: Path) -> Iterator[KeyedServer]:
+    key_file, adapters = folder / "keys", folder / "adapters"
+    adapters.mkdir()
+    write_keys(key_file, KEYS)
+    certificate, private = write_certificate(folder)
+    pairs = adapter_pairs(HunYuanConfig.from_pretrained(demo.path()))
+    for name in ("style", "tone"):
+        write_adapter(adapters / name, pairs)
+    flags = [f"--{name}={value}" for name, value in LIMITS.items()]
+    flags += ["--ssl-certfile", str(certificate), "--ssl-keyfile", str(private), "--admin-routes", "--json-logs"]
+    flags += ["--allow-route=/load", "--enable-lora", "--lora-modules", f"style={adapters / 'style'}"]
+    flags += ["--max-lora-rank=8", "--max-num-seqs", str(PLACES), "--max-model-len=512", "--enforce-eager"]
+    flags += ["--tool-call-parser=hermes", "--enable-auto-tool-choice"]
+    with running_server(*flags, HUNYUAN_VLLM_API_KEY_FILE=str(key_file)) as server:
+        yield KeyedServer(server, key_file, certificate, adapters)

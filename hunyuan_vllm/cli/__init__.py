@@ -11,6 +11,7 @@ import typer
 
 from hunyuan_vllm import __version__
 from hunyuan_vllm.cli.batch import batch
+from hunyuan_vllm.cli.chat import chat
 from hunyuan_vllm.cli.check import check
 from hunyuan_vllm.cli.cluster import app as cluster
 from hunyuan_vllm.cli.compat import compat
@@ -56,6 +57,7 @@ def _options(
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command(context_settings=PASS_THROUGH)(serve)
 app.command(context_settings=PASS_THROUGH)(batch)
+app.command()(chat)
 app.command()(plan)
 app.command()(compat)
 app.add_typer(cluster, name="cluster")

@@ -1,0 +1,75 @@
+/** One message on the page: who says it, what, and under an answer what it cost. */
+import { showMarkdown } from "./blocks.js";
+import { copyButton } from "./copy.js";
+import { following } from "./follow.js";
+import { number, say } from "./words.js";
+
+const NOTED = new Set(["length", "stopped", "cut"]); // ends of an answer that a reader should know of
+
+export class Turn {
+  #text = document.createElement("div");
+  #cost = document.createElement("p");
+  #note = document.createElement("p");
+  #buttons = document.createElement("p");
+  #frame = 0;
+
+  constructor(message) {
+    this.message = message;
+    this.element = document.createElement("article");
+    this.element.className = message.role;
+    const heading = document.createElement("h2");
+    heading.textContent = message.role === "user" ? say("you") : message.model;
+    if (message.role === "user") heading.dataset.text = "you";
+    this.#text.className = "text";
+    this.#text.dir = "auto";
+    this.#cost.className = "cost";
+    this.#note.className = "note";
+    this.#buttons.className = "buttons";
+    this.element.append(heading, this.#text, this.#note, this.#cost, this.#buttons);
+    this.show();
+  }
+
+  /** Bring what is shown up to the message. */
+  show() {
+    cancelAnimationFrame(this.#frame);
+    this.#frame = 0;
+    const { role, content, finish } = this.message;
+    if (role === "user") this.#text.textContent = content;
+    else showMarkdown(this.#text, content);
+    this.#cost.textContent = costOf(this.message);
+    this.#note.textContent = NOTED.has(finish) ? say(finish) : "";
+  }
+
+  /** The same, at most once a picture of the screen. */
+  showSoon() {
+    this.#frame ||= requestAnimationFrame(() => following(() => this.show()));
+  }
+
+  /** Says to screen readers whether more is to come. */
+  set busy(busy) {
+    this.element.ariaBusy = String(busy);
+  }
+
+  /** Replace the buttons: Copy, and those of `actions` ({word: what to do}). */
+  offer(actions) {
+    const buttons = Object.entries(actions).map(([word, action]) => actionButton(word, action));
+    this.#buttons.replaceChildren(copyButton("copy", () => this.message.content), ...buttons);
+  }
+}
+
+export function actionButton(word, action) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.dataset.text = word;
+  button.textContent = say(word);
+  button.addEventListener("click", action);
+  return button;
+}
+
+function costOf({ usage, rate, wait }) {
+  if (!usage) return "";
+  const parts = [say("tokens", { prompt: number(usage.prompt), completion: number(usage.completion) })];
+  if (rate) parts.push(say("rate", { rate: number(rate, 1) }));
+  if (wait) parts.push(say("wait", { wait: number(wait, 2) }));
+  return parts.join(" · ");
+}

@@ -1,0 +1,18 @@
+"""The real server that the tests of the chat talk to: the demo model with little context, behind a key."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from serving import Server, running_server
+
+__all__ = ["CONTEXT", "KEY", "chat_server"]
+
+KEY = "a-key-for-tests"
+CONTEXT = 256
+
+
+def chat_server(key_file: Path) -> AbstractContextManager[Server]:
+    flags = ("--enforce-eager", "--dtype=float32", f"--max-model-len={CONTEXT}")
+    return running_server(*flags, HUNYUAN_VLLM_API_KEY_FILE=str(key_file))

@@ -1,0 +1,283 @@
+"""A user at the real server: with the chat page in a real browser, and with `hunyuan-vllm chat` at a terminal.
+
+One file, because they share one server.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+from pathlib import Path
+
+import httpx
+import pexpect
+import pytest
+from browser import Page
+from chat_server import CONTEXT, KEY
+from selenium.webdriver.common.keys import Keys
+from serving import Server
+from terminal import ALT_ENTER, CTRL_C, UP, run, terminal
+
+pytestmark = pytest.mark.server
+SALT = "Why is sea water salty?"
+ENDLESS = {"temperature": "2", "top_p": "1", "top_k": "0", "repetition_penalty": "1", "seed": "1"}
+COST = r"(\d+) tokens in, (\d+) out (?:· [\d.,]+ tokens/s )?· first token after [\d.]+ s"
+SPENT = rf"{COST} · \d+ of {CONTEXT} tokens of context"  # the same at a terminal
+
+
+# In a browser
+
+
+def under_way(server: Server) -> float:
+    """Requests that the engine works on."""
+    metrics = httpx.get(f"{server.url}/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
+    return sum(float(value) for value in re.findall(r"^vllm:num_requests_running\{.*\} (\S+)", metrics, re.M))
+
+
+def test_the_key_is_asked_for_and_checked(page: Page, server: Server) -> None:
+    page.open(server.url)
+    page.wait(lambda: page.find("#key-dialog").is_displayed())
+    assert page.focused == "key"
+    page.press("wrong", Keys.ENTER)
+    page.wait(lambda: "did not accept" in page.find("#key-why").text)
+    page.press(KEY, Keys.ENTER)
+    page.wait(lambda: not page.find("#key-dialog").is_displayed())
+    assert page.text("#model") == "hunyuan"
+    assert page.driver.execute_script("return localStorage.getItem('hunyuan.key')") is None
+    page.driver.refresh()
+    page.wait(lambda: page.text("#model"))  # known in this tab
+    page.driver.execute_script("sessionStorage.clear()")
+    page.driver.refresh()
+    page.wait(lambda: page.find("#key-dialog").is_displayed())
+    page.press(Keys.ESCAPE)
+    page.wait(lambda: "asks for an API key" in page.find("#problem").text)
+    page.find("#problem button").click()
+    page.wait(lambda: page.find("#key-dialog").is_displayed())
+    page.find("#remember").click()
+    page.find("#key").send_keys(KEY, Keys.ENTER)
+    page.wait(lambda: not page.find("#key-dialog").is_displayed())
+    assert page.driver.execute_script("return localStorage.getItem('hunyuan.key')") == KEY
+
+
+def test_an_answer_streams_and_says_what_it_cost(page: Page, server: Server) -> None:
+    page.open(server.url, KEY)
+    page.driver.execute_script("""
+        window.seen = [];
+        new MutationObserver(() => seen.push(document.querySelector(".assistant .text")?.textContent.length ?? 0))
+          .observe(document.getElementById("log"), { childList: true, subtree: true });
+    """)
+    page.ask(SALT)
+    assert "salt" in page.answered()
+    seen = page.driver.execute_script("return seen")
+    assert len({length for length in seen if length}) > 3 and seen == sorted(seen)
+    cost = re.fullmatch(COST, page.find(".cost:not(:empty)").text)
+    assert cost and page.find("#used").text == f"{int(cost[1]) + int(cost[2])} of {CONTEXT} tokens of context used."
+    assert page.text("#status") == page.find(".assistant .text").get_property("textContent").strip()
+    assert page.focused == "question"
+    assert page.console() == []
+    requested = page.requested()
+    assert requested and [address for address in requested if not address.startswith(f"{server.url}/")] == []
+
+
+def test_stopping_stops_the_engine_too(page: Page, server: Server) -> None:
+    page.open(server.url, KEY)
+    page.settings(**ENDLESS)
+    page.ask(SALT)
+    page.wait(lambda: page.all(".assistant .block"))
+    page.press(Keys.ESCAPE)
+    page.answered()
+    assert "You stopped this answer." in page.find(".assistant .note").text
+    assert page.find(".assistant .text").text
+    page.wait(lambda: under_way(server) == 0)
+    page.ask("Hello")
+    page.wait(lambda: len(page.all(".assistant .block")) > 1)
+    page.find("#stop").click()
+    page.answered()
+    assert page.focused == "question"
+
+
+def test_settings_reach_the_model(page: Page, server: Server) -> None:
+    page.open(server.url, KEY)
+    page.settings(temperature="0", max_tokens="5")
+    page.ask(SALT)
+    first = page.answered()
+    assert "cut off" in page.find(".assistant .note").text
+    prompt, completion = re.match(COST, page.find(".cost:not(:empty)").text).groups()
+    assert completion == "5"
+    page.settings(system="You are a helpful assistant who likes the sea.")
+    page.all(".assistant .buttons button")[-1].click()  # answer again
+    page.answered()
+    assert len(page.all("article")) == 2
+    with_system = int(re.match(COST, page.find(".cost:not(:empty)").text)[1])
+    assert with_system > int(prompt) and first
+    page.settings(temperature="9")
+    page.find("#question").send_keys("Hello", Keys.ENTER)
+    assert page.focused == "temperature" and len(page.all("article")) == 2
+    page.find("#published").click()
+    values = {name: page.find(f"#{name}").get_property("value") for name in ("temperature", "top_p", "max_tokens")}
+    assert values == {"temperature": "0.7", "top_p": "0.6", "max_tokens": ""}
+
+
+def test_the_conversation_stays_in_the_browser(page: Page, server: Server) -> None:
+    page.open(server.url, KEY)
+    page.settings(system="Be brief.", temperature="0", max_tokens="12")
+    page.ask(SALT)
+    answer = page.answered()
+    page.driver.refresh()
+    page.wait(lambda: page.text("#model"))
+    assert [element.text for element in page.all("article .text")] == [SALT, answer]
+    assert page.find("#system").get_property("value") == "Be brief."
+    page.find("#save").click()
+    saved = page.wait(lambda: list(page.downloads.glob("*.md")))[0].read_text()
+    assert saved.startswith(f"## system\n\nBe brief.\n\n## user\n\n{SALT}\n\n## assistant\n\n{answer[:10]}")
+    page.find(".user .buttons button:last-child").click()  # edit
+    assert page.all("article") == [] and page.find("#question").get_property("value") == SALT
+    page.press(Keys.ENTER)
+    page.answered()
+    page.find("#new").click()
+    page.driver.switch_to.alert.dismiss()
+    assert len(page.all("article")) == 2
+    page.find("#new").click()
+    page.driver.switch_to.alert.accept()
+    page.wait(lambda: not page.all("article"))
+    page.driver.refresh()
+    assert page.all("article") == []
+
+
+def test_too_long_a_conversation_and_a_lost_server_are_explained(page: Page, server: Server) -> None:
+    page.open(server.url, KEY)
+    page.wait(lambda: page.text("#model"))
+    page.driver.execute_script("document.getElementById('question').value = 'sea '.repeat(400)")
+    page.find("#send").click()
+    page.wait(lambda: "longer than the model's context" in page.find("#problem").text)
+    assert [element.get_attribute("class") for element in page.all("article")] == ["user"]
+    page.driver.execute_cdp_cmd("Network.enable", {})
+    lost = {"offline": True, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+    page.driver.execute_cdp_cmd("Network.emulateNetworkConditions", lost)
+    try:
+        page.find("#problem button").click()
+        page.wait(lambda: "cannot be reached" in page.find("#problem").text)
+    finally:
+        page.driver.execute_cdp_cmd("Network.emulateNetworkConditions", lost | {"offline": False})
+    page.find(".user .buttons button:last-child").click()
+    assert page.find("#problem").text == ""
+    page.settings(max_tokens="5")
+    page.find("#question").send_keys(Keys.CONTROL, "a")
+    page.ask(SALT)
+    assert page.answered()
+
+
+def test_chinese(page: Page, server: Server) -> None:
+    page.driver.execute_cdp_cmd(
+        "Emulation.setUserAgentOverride", {"userAgent": "test", "acceptLanguage": "zh-CN,zh;q=0.9"}
+    )
+    try:
+        page.open(server.url, KEY)
+        assert page.find("html").get_attribute("lang") == "zh"
+        assert page.find("#send").text == "发送"
+        page.find(".example:lang(zh)").click()
+        assert "盐" in page.answered()
+        assert "首个词元用时" in page.find(".cost:not(:empty)").text
+        page.settings(language="en")
+        assert page.find("#send").text == "Send"
+        assert "first token after" in page.find(".cost:not(:empty)").text
+        page.driver.refresh()
+        page.wait(lambda: page.find("#send").text == "Send")
+    finally:
+        page.driver.execute_cdp_cmd("Emulation.setUserAgentOverride", {"userAgent": "test", "acceptLanguage": "en"})
+
+
+# At a terminal
+
+
+def test_a_conversation(server: Server, key_file: Path, tmp_path: Path) -> None:
+    with terminal(server, key_file, tmp_path, "--temperature", "0") as at:
+        at.type(SALT)
+        answer = at.see(SPENT)
+        first = re.search(SPENT, answer)
+        assert "salt" in answer.replace(SALT, "")
+        at.type("/system You are a helpful assistant.")
+        at.see("system prompt: You are a helpful assistant.")
+        at.type("/again")
+        again = re.search(SPENT, at.see(SPENT))
+        assert first and again and int(again[1]) > int(first[1])
+        at.type("/set max_tokens 4")
+        at.see("max_tokens=4")
+        at.type("One\\")  # the line goes on
+        at.type("two", ALT_ENTER)
+        at.type("three")
+        assert "cut off" in at.see(SPENT)
+        at.type("/save chat.json")
+        at.see("saved in chat.json")
+        at.type("/save chat.json")
+        at.see("there already")
+        at.type("/clear")
+        at.see("forgotten")
+        at.type("/save chat.md")
+        at.see("saved in chat.md")
+        at.leave()
+    messages = json.loads((tmp_path / "chat.json").read_text())["messages"]
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert messages[1]["content"] == SALT and messages[3]["content"] == "One\ntwo\nthree"
+    assert (tmp_path / "chat.md").read_text() == "## system\n\nYou are a helpful assistant.\n"
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_chat(server: Server, key_file: Path, tmp_path: Path) -> None:
+    endless = ("--temperature=2", "--top-p=1", "--top-k=0", "--repetition-penalty=1", "--seed=1")
+    with terminal(server, key_file, tmp_path, *endless) as at:
+        at.type("Tell me")
+        at.child.expect(r"\?2004l")  # the prompt has ended: what follows is the answer
+        at.child.expect(r"\w{3}")
+        at.type("", CTRL_C)
+        stopped = at.see(r"stopped · \d+ tokens in, (\d+) out")
+        assert int(re.findall(r"(\d+) out", stopped)[-1]) < CONTEXT - 20
+        at.type("unfinished", CTRL_C)
+        at.see("Ctrl-D or /quit leaves")
+        at.type("/set temperature 0")
+        at.see("temperature=0.0")
+        at.type(UP + UP)  # "Tell me", behind the command
+        assert "Tell me" in at.see(SPENT)
+        at.leave()
+    history = tmp_path / ".local" / "state" / "hunyuan-vllm" / "chat-history"
+    assert "+Tell me\n" in history.read_text() and stat.S_IMODE(history.stat().st_mode) == 0o600
+
+
+def test_mistakes_in_a_chat(server: Server, key_file: Path, tmp_path: Path) -> None:
+    with terminal(server, key_file, tmp_path) as at:
+        for typed, told in (
+            ("/sistem", "did you mean /system?"),
+            ("/set top_p 3", "top_p=3: it should be less than or equal to 1"),
+            ("/set heat 3", "heat is none of temperature"),
+            ("/again", "nothing was asked yet"),
+            ("/save", "name the file"),
+            ("/save none/chat.md", "cannot be written"),
+            ("sea " * 300, "context length"),
+        ):
+            at.type(typed)
+            at.see(re.escape(told))
+        at.type("/help")
+        for command in ("/system", "/set", "/again", "/clear", "/save", "/quit"):
+            at.see(command)
+        at.type("/quit")
+        at.child.expect(pexpect.EOF)
+
+
+def test_one_question_from_a_script(server: Server, key_file: Path, tmp_path: Path) -> None:
+    options = ("--temperature=0", "--url", server.url)
+    given = run(SALT, *options, "--key-file", str(key_file), home=tmp_path)
+    assert given.returncode == 0 and "salt" in given.stdout and "first token after" in given.stderr
+    piped = run(*options, home=tmp_path, typed=SALT, VLLM_API_KEY=key_file.read_text())
+    assert piped.stdout == given.stdout
+    made = tmp_path / ".config" / "hunyuan-vllm"
+    made.mkdir(parents=True)
+    (made / "api-key").write_text(key_file.read_text())
+    (made / "api-key").chmod(0o600)
+    found = run("--temperature=0", home=tmp_path, typed=SALT, PORT=str(server.port))
+    assert found.stdout == given.stdout
+    refused = run(SALT, *options, home=tmp_path, VLLM_API_KEY="wrong")
+    assert refused.returncode == 2 and "asks for an API key" in refused.stderr and "--key-file" in refused.stderr
+    other = run(SALT, *options, "--model=none", "--key-file", str(key_file), home=tmp_path)
+    assert other.returncode == 2 and "has no model none: it has hunyuan" in other.stderr
+    long = run("sea " * 300, *options, "--key-file", str(key_file), home=tmp_path)
+    assert long.returncode == 1 and "context length" in long.stderr

@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,27 @@ from hunyuan_vllm.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.engine
 CACHE = ["--kv-cache-memory-bytes", str(64 * 2**20)]
+EXACT = ["--json", "--dtype", "float32"]
 TEXT = "The capital of France is Paris. 2 + 3 = 5, and 法国的首都是巴黎。 " * 3
 
 
-def run(*arguments: object, **environ: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | environ
-    return subprocess.run(
-        [COMMAND, "eval", *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=400
-    )
+CASES = {
+    "int4": ["compare", "--b", "int4"],
+    "no such model": ["compare", "stray", "--b", "int8"],
+    "two models": ["demo", "stray"],
+    "no such flag": ["compare", "--b", "kv-fp8", "--limit", "5", "--block-sizee", "3"],
+    "no such block size": ["compare", "--b", "kv-fp8", "--limit", "5", "--block-size", "7"],
+}
+LIMITS = ["--min-agreement", "0.5", "--max-kl", "1e-5"]
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a command ended."""
+
+    status: int
+    output: str
+    errors: str
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +66,26 @@ def perturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def temporary(tmp_path: Path) -> Iterator[Path]:
-    """Where logits are kept meanwhile; nothing must be left there."""
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    yield folder
-    assert list(folder.glob("hunyuan-vllm-*")) == []
+@pytest.fixture(scope="module")
+def ran(perturbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Ran]]]:
+    """All commands, a core each: most of what they do is imports."""
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text(TEXT)
+    other = f"bf16:{perturbed}"
+    compare = ["compare", "--b", other, "--text", str(text), "--context", "40", *LIMITS, *EXACT, *CACHE]
+    cases = {"compare": compare, "demo": ["demo", "--each", "1", "--scheme", other, *EXACT, *CACHE], **CASES}
+
+    def run(arguments: list[str]) -> Ran:
+        temporary = tmp_path_factory.mktemp("temporary")
+        found = subprocess.run(
+            [COMMAND, "eval", *arguments],
+            env=os.environ | {"TMPDIR": str(temporary)}, capture_output=True, text=True, timeout=400,
+        )  # fmt: skip
+        assert list(temporary.glob("hunyuan-vllm-*")) == []  # the logits' folder is gone
+        return Ran(found.returncode, found.stdout, found.stderr)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {name: pool.submit(run, arguments) for name, arguments in cases.items()}
 
 
 @torch.inference_mode()
@@ -85,17 +113,11 @@ def check(found: dict[str, Any], a: Path, b: Path, sequences: Sequence[list[int]
     assert found["kl_max"] == pytest.approx(kl.max(), rel=1e-2)
 
 
-def test_compare_on_a_text(perturbed: Path, tmp_path: Path, temporary: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text(TEXT)
-    limits = ["--min-agreement", "0.5", "--max-kl", "1e-5"]
-    result = run(
-        "compare", "--b", f"bf16:{perturbed}", "--text", text, "--context", 40, "--json", *limits, "--dtype", "float32",
-        *CACHE, TMPDIR=str(temporary),
-    )  # fmt: skip
-    assert result.returncode == 1, result.stderr
-    assert "hunyuan-vllm: bf16:model: mean KL" in result.stderr and "agreement" not in result.stderr
-    (found,) = json.loads(result.stdout)["compared"]
+def test_compare_on_a_text(ran: dict[str, Future[Ran]], perturbed: Path) -> None:
+    result = ran["compare"].result()
+    assert result.status == 1, result.errors
+    assert "hunyuan-vllm: bf16:model: mean KL" in result.errors and "agreement" not in result.errors
+    (found,) = json.loads(result.output)["compared"]
     assert found["checkpoint"] == str(perturbed)
 
     tokenizer = load_tokenizer(demo.path())
@@ -105,13 +127,10 @@ def test_compare_on_a_text(perturbed: Path, tmp_path: Path, temporary: Path) -> 
     check(found, demo.path(), perturbed, windows, [1] * len(windows))
 
 
-def test_the_demo_table(perturbed: Path, temporary: Path) -> None:
-    result = run(
-        "demo", "--each", 1, "--scheme", f"bf16:{perturbed}", "--json", "--dtype", "float32", *CACHE,
-        TMPDIR=str(temporary),
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    plain, other = json.loads(result.stdout)
+def test_the_demo_table(ran: dict[str, Future[Ran]], perturbed: Path) -> None:
+    result = ran["demo"].result()
+    assert result.status == 0, result.errors
+    plain, other = json.loads(result.output)
     questions, tokenizer = held_out_questions(1), load_tokenizer(demo.path())
     passages = [question.passage(tokenizer) for question in questions]
     sequences, firsts = [passage.ids for passage in passages], [passage.scored[0] for passage in passages]
@@ -126,26 +145,26 @@ def test_the_demo_table(perturbed: Path, temporary: Path) -> None:
     check(other["distance"], demo.path(), perturbed, sequences, firsts)
 
 
-def test_an_engine_that_does_not_start(temporary: Path) -> None:
+def test_an_engine_that_does_not_start(ran: dict[str, Future[Ran]]) -> None:
     """An option that only vLLM can judge: one line, and the status of a user's mistake; of any other trouble, 3."""
-    result = run("compare", "--b", "kv-fp8", "--limit", 5, "--block-sizee", 3, TMPDIR=str(temporary))
-    assert (result.returncode, result.stdout) == (2, "")
-    assert "--block-sizee" in result.stderr.splitlines()[-1]
-    result = run("compare", "--b", "kv-fp8", "--limit", 5, "--block-size", 7, TMPDIR=str(temporary))
-    assert (result.returncode, result.stdout) == (3, "")
-    assert result.stderr.splitlines()[-1].startswith("hunyuan-vllm: bf16: ")
-    assert "Traceback" not in result.stderr
+    result = ran["no such flag"].result()
+    assert (result.status, result.output) == (2, "")
+    assert "--block-sizee" in result.errors.splitlines()[-1]
+    result = ran["no such block size"].result()
+    assert (result.status, result.output) == (3, "")
+    assert result.errors.splitlines()[-1].startswith("hunyuan-vllm: bf16: ")
+    assert "Traceback" not in result.errors
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("case", "says"),
     [
-        (["compare", "--b", "int4"], "'int4' is no scheme"),
-        (["compare", "stray", "--b", "int8"], "MODEL_PATH=stray does not exist"),
-        (["demo", "stray"], "'stray' is one argument too many"),
+        ("int4", "'int4' is no scheme"),
+        ("no such model", "MODEL_PATH=stray does not exist"),
+        ("two models", "'stray' is one argument too many"),
     ],
 )
-def test_a_mistake_is_one_line(arguments: list[str], says: str) -> None:
-    result = run(*arguments)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert says in result.stderr and result.stderr.count("\n") == 1
+def test_a_mistake_is_one_line(ran: dict[str, Future[Ran]], case: str, says: str) -> None:
+    result = ran[case].result()
+    assert (result.status, result.output) == (2, "")
+    assert says in result.errors and result.errors.count("\n") == 1

@@ -18,10 +18,13 @@ from hunyuan_vllm.server.ready import check_port
 
 RUNNER = """
 import os, sys
-from hunyuan_vllm.server.child import run
 from hunyuan_vllm.server.launch import Launch
+from hunyuan_vllm.server.stop import Stop
+from hunyuan_vllm.server.supervise import run
+from hunyuan_vllm.server.verdict import Verdict
 launch = Launch([sys.executable, "-c", sys.argv[1]], {"FROM_LAUNCH": "yes"}, "127.0.0.1", 8020, "hunyuan")
-sys.exit(run(launch, os.environ, lambda launch: os.path.exists(sys.argv[2])))
+ask = lambda launch: Verdict("ready" if os.path.exists(sys.argv[2]) else "silent")
+sys.exit(run(launch, os.environ, Stop(), ask))
 """
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import typer
 
+from hunyuan_vllm.cli import surface_options as options
+
 __all__ = ["serve"]
 
 
@@ -20,6 +22,31 @@ def serve(
     insecure: bool = typer.Option(
         False, "--insecure", help="Listen beyond this machine without an API key: anyone who can connect can use it."
     ),
+    grace: float = typer.Option(
+        None, "--grace", min=0, metavar="SECONDS", help="Time for requests to finish once told to stop (default: 60)."
+    ),
+    supervised: bool = typer.Option(
+        False, "--supervise", help="Start the server again whenever it, its engine or a node dies, or it hangs."
+    ),
+    max_restarts: int = typer.Option(
+        None, "--max-restarts", min=0, metavar="N", help="With --supervise: give up after N quick deaths in a row."
+    ),
+    hang_timeout: float = typer.Option(
+        60, "--hang-timeout", min=1, metavar="SECONDS", help="With --supervise: a standstill this long is a death."
+    ),
+    start_timeout: float = typer.Option(
+        3600, "--start-timeout", min=1, metavar="SECONDS", help="With --supervise: a start may take this long."
+    ),
+    admin_routes: options.AdminRoutes = False,
+    allowed_routes: options.AllowedRoutes = None,
+    max_body: options.MaxBody = None,
+    max_prompt_tokens: options.MaxPromptTokens = None,
+    max_output_tokens: options.MaxOutputTokens = None,
+    max_sequences: options.MaxSequences = None,
+    max_requests_per_key: options.MaxRequestsPerKey = None,
+    max_queue: options.MaxQueue = None,
+    json_logs: bool = typer.Option(False, "--json-logs", help="Log a JSON object a line."),
+    expert_load: bool = typer.Option(False, "--expert-load", help="Count the tokens of each expert in /metrics."),
 ) -> None:
     """Serve a Hunyuan model with an OpenAI-compatible API.
 
@@ -38,6 +65,12 @@ def serve(
           on up to 8 GPUs; int8-w8a8 computes with int8 activations as well
       MODEL_PATH=/models/hunyuan-large-fp8 hunyuan-vllm serve --scheme fp8-w8a8c8
           an FP8 checkpoint with an FP8 cache, on up to 8 GPUs
+      hunyuan-vllm serve --supervise --grace 120
+          a service that comes back; see docs/serving.md
+      hunyuan-vllm serve --max-output-tokens 4096 --max-requests-per-key 32
+          limits for those who use it; docs/api.md has all of them
+      hunyuan-vllm serve --ssl-certfile cert.pem --ssl-keyfile key.pem
+          HTTPS
       hunyuan-vllm serve --dry-run --max-num-batched-tokens 8192
           what would be started
 
@@ -49,21 +82,38 @@ def serve(
       PORT           port; default: 8020
       HOST           address to listen on; default: LOCAL_IP, else 127.0.0.1
       LOCAL_IP       this node's address among several nodes
+      NODE_IPS       addresses of all nodes, with commas between: a node that
+                     has not joined the Ray cluster is then named
+      GPU_WAIT       seconds to wait for GPUs of the Ray cluster; default: 600
       SOCKET_IFNAME  network interface between nodes; default: bond1 where
                      it exists, else the one that carries LOCAL_IP
       VLLM_API_KEY   the key that every request must carry, or
       HUNYUAN_VLLM_API_KEY_FILE
-                     a file (chmod 600) that holds it. Beyond loopback a key
-                     is always asked for; where none is set, one is made and
-                     kept in ~/.config/hunyuan-vllm/api-key
+                     a file (chmod 600) that holds it, or a line "NAME KEY"
+                     for each; it may change while the server runs. Beyond
+                     loopback a key is always asked for; where none is set,
+                     one is made and kept in ~/.config/hunyuan-vllm/api-key
+
+    \b
+    Exit status:
+      0     told to stop, and requests had finished or had had their time
+      1     the server died; it says of what
+      2     a mistake in what was asked for, named in one line
+      69    --max-restarts was reached
+      128+n signal n ended it: 137 where it had to be killed
     """
-    from hunyuan_vllm.server import auth, child, ready
+    from hunyuan_vllm import envs
+    from hunyuan_vllm.server import auth, ready, supervise
     from hunyuan_vllm.server.flags import Flags
+    from hunyuan_vllm.server.gpu_wait import wait_for_gpus
     from hunyuan_vllm.server.launch import decide
     from hunyuan_vllm.server.machine import probe
     from hunyuan_vllm.server.model_source import demo_model, open_model
     from hunyuan_vllm.server.scheme import scheme_named
     from hunyuan_vllm.server.settings import Settings
+    from hunyuan_vllm.server.stop import Stop
+    from hunyuan_vllm.server.surroundings import OneMachine, RayNodes
+    from hunyuan_vllm.server.tls import check_certificate
 
     environ = dict(os.environ)
     settings = Settings.read(environ)
@@ -72,7 +122,21 @@ def serve(
     source = model = open_model(settings.model) if settings.model else demo_model()
     if scheme and model.demo:
         model = scheme.with_demo(source, settings.cache_home)
-    launch = decide(settings, flags, probe(environ, sys.executable), model, environ, insecure, scheme)
+    surface = options.surface_of(
+        admin_routes,
+        allowed_routes,
+        max_body,
+        max_prompt_tokens=max_prompt_tokens,
+        max_output_tokens=max_output_tokens,
+        max_sequences=max_sequences,
+        max_requests_per_key=max_requests_per_key,
+        max_queue=max_queue,
+    )
+    machine = probe(environ, sys.executable)
+    launch = decide(settings, flags, machine, model, environ, insecure, scheme, surface, json_logs, expert_load)
+    check_certificate(flags)
+    if grace is not None:
+        launch.env[envs.DRAIN_GRACE] = f"{grace:g}"
     for note in launch.notes:
         print(f"hunyuan-vllm: {note}", file=sys.stderr)
     if dry_run:
@@ -89,5 +153,12 @@ def serve(
         auth.read_key_file(launch.key_file)
     if scheme and model != source:
         scheme.convert_demo(Path(source.name), Path(model.name))
+    stop = Stop()
+    if launch.ray_gpus:
+        wait_for_gpus(launch.ray_gpus, environ, settings.gpu_wait, settings.node_ips, stop)
     print(f"hunyuan-vllm: starting {model.given} on {launch.host} port {launch.port}", file=sys.stderr, flush=True)
-    raise typer.Exit(child.run(launch, environ, ready.answers))
+    if not supervised:
+        raise typer.Exit(supervise.run(launch, environ, stop))
+    surroundings = RayNodes(launch.ray_gpus, environ) if launch.ray_gpus else OneMachine()
+    tolerance = supervise.Tolerance(start_timeout, hang_timeout, max_restarts)
+    raise typer.Exit(supervise.supervise(launch, environ, stop, surroundings, tolerance))

@@ -1,27 +1,28 @@
-"""Runs the server: starts it, says when it answers, hands signals on, and names the cause if it dies before that."""
+"""The server's process: started in a session of its own, its output passed on, and nothing of it left when it ends."""
 
 from __future__ import annotations
 
 import collections
 import ctypes
-import os
 import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from types import FrameType
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import BinaryIO
 
-from hunyuan_vllm.server.launch import Launch
+import psutil
 
-__all__ = ["cause_of_death", "run"]
+from hunyuan_vllm.server.sockets import remove_deserted_sockets
+
+__all__ = ["Child", "cause_of_death"]
 
 TAIL_LINES = 400
 GRACE = 5.0  # seconds
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 ERROR_LINE = re.compile(r"(?:^|[\s\]])((?:[A-Za-z_]\w*\.)*[A-Za-z_]*(?:Error|Exception|Interrupt): \S.*)")
 # Lines that only say that some other process failed.
 SECOND_HAND = (
@@ -30,78 +31,89 @@ SECOND_HAND = (
     "EngineCore encountered an issue",
     "Worker failed with error",
 )
+TRACKER = "multiprocessing.resource_tracker"
 
 
-def run(launch: Launch, environ: Mapping[str, str], wait_until_ready: Callable[[Launch], bool]) -> int:
-    """Start the server, stay with it, and return its exit status (128 + n if signal n ended it).
+class Child:
+    """A running server: its front end, and the processes that starts.
 
-    Args:
-        environ: what it inherits; `launch.env` is set on top.
-        wait_until_ready: one probe of the server; True once it has answered a request.
+    What it writes goes to standard output; its last lines are kept in `tail`.
     """
-    started = time.monotonic()
-    child = subprocess.Popen(
-        launch.argv,
-        env={**environ, **launch.env},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        # Ctrl-C reaches this process alone, which hands it on once. The server ends if this process is killed.
-        start_new_session=True,
-        preexec_fn=_end_with_parent,
-    )
-    assert child.stdout is not None
-    tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
-    pump = threading.Thread(target=_copy_output, args=(child.stdout, tail), daemon=True)
-    pump.start()
-    stopping = threading.Event()
-    _hand_on_signals(child, stopping)
 
-    ready = False
-    while child.poll() is None:
-        if not ready and not stopping.is_set() and wait_until_ready(launch):
-            ready = True
-            _announce(launch, time.monotonic() - started)
-        try:
-            child.wait(timeout=None if ready else 0.5)
-        except subprocess.TimeoutExpired:
-            continue
-    pump.join(timeout=5)
-    _end_leftovers(child.pid)
-    status = child.returncode if child.returncode >= 0 else 128 - child.returncode
-    if not ready and not stopping.is_set():
-        cause = cause_of_death(tail) or f"no error was logged (exit status {status})"
-        print(f"\nhunyuan-vllm: the server stopped before it was ready: {cause}", file=sys.stderr, flush=True)
-        return status or 1
-    return status
+    def __init__(self, argv: Sequence[str], environ: Mapping[str, str]) -> None:
+        _adopt_orphans()
+        self._strangers = set(psutil.Process().children(recursive=True))
+        self._process = subprocess.Popen(
+            argv,
+            env=dict(environ),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            # Ctrl-C reaches this process alone, which hands it on once. The server ends if this process is killed.
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
+        )
+        assert self._process.stdout is not None
+        self.tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
+        self._pump = threading.Thread(target=_copy_output, args=(self._process.stdout, self.tail), daemon=True)
+        self._pump.start()
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def wait(self, seconds: float) -> None:
+        """Until it has ended, but no longer than that."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+
+    def stop(self) -> None:
+        """Ask the front end to end, which lets requests finish first."""
+        if self.running:
+            self._process.terminate()  # not SIGINT, which a server that was started in the background ignores
+
+    def kill(self) -> None:
+        """End all of its processes at once, but for those that free the others' shared memory as their last act."""
+        for process in self._family():
+            with suppress(psutil.Error):
+                if TRACKER not in " ".join(process.cmdline()):
+                    process.kill()
+
+    def bury(self, in_order: bool) -> int:
+        """After it has ended, end what it left: a worker without its engine keeps its memory for ever.
+
+        Args:
+            in_order: it was told to end, so that the others are about to end by themselves.
+
+        Returns:
+            Its exit status, as a shell has it: 128 + n if signal n ended it.
+        """
+        if not in_order:
+            self.kill()
+        deadline = time.monotonic() + GRACE
+        while (left := self._family()) and time.monotonic() < deadline:
+            psutil.wait_procs(left, timeout=0.05)  # which takes note of the death of those that are ours by now
+        for process in left:
+            with suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(left, timeout=1)
+        self._pump.join(timeout=GRACE)
+        remove_deserted_sockets()
+        status = self._process.returncode
+        return status if status >= 0 else 128 - status
+
+    def _family(self) -> set[psutil.Process]:
+        """All of its processes, orphans included; the dead ones too while nobody has taken note."""
+        return set(psutil.Process().children(recursive=True)) - self._strangers
 
 
-def cause_of_death(lines: collections.deque[str]) -> str | None:
+def cause_of_death(lines: Sequence[str]) -> str | None:
     """The last first-hand error in a server's output, without the log prefix; None if there is none."""
     for line in reversed(lines):
         match = ERROR_LINE.search(line.rstrip())
         if match and not any(phrase in match[1] for phrase in SECOND_HAND):
             return match[1]
     return None
-
-
-def _announce(launch: Launch, seconds: float) -> None:
-    header = ""
-    if launch.key_file is not None:
-        header = f' -H "Authorization: Bearer $(cat {launch.key_file})"'
-    elif launch.needs_key:
-        header = ' -H "Authorization: Bearer $VLLM_API_KEY"'
-    question = '{"messages": [{"role": "user", "content": "Why is sea water salty?"}]}'
-    address = f"http://{_in_url(launch.host)}:{launch.port}"
-    print(
-        f"\nhunyuan-vllm: ready after {seconds:.0f} s on {address} (model: {launch.model_name}). Ask it something:\n"
-        f"  curl {address}/v1/chat/completions -H 'Content-Type: application/json'{header} -d '{question}'\n",
-        flush=True,
-    )
-
-
-def _in_url(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
 
 
 def _copy_output(pipe: BinaryIO, tail: collections.deque[str]) -> None:
@@ -111,34 +123,10 @@ def _copy_output(pipe: BinaryIO, tail: collections.deque[str]) -> None:
         tail.append(line.decode(errors="replace"))
 
 
-def _hand_on_signals(child: subprocess.Popen[bytes], stopping: threading.Event) -> None:
-    def forward(number: int, frame: FrameType | None) -> None:
-        again = stopping.is_set()
-        stopping.set()
-        if again:
-            os.killpg(child.pid, signal.SIGKILL)
-        elif child.poll() is None:
-            print("\nhunyuan-vllm: stopping the server (once more to kill it)", file=sys.stderr, flush=True)
-            child.terminate()  # not SIGINT, which a server that was started in the background ignores
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, forward)
-
-
 def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _end_leftovers(group: int) -> None:
-    """Kill what the server left in its session: a worker without its engine keeps its memory for ever.
-
-    Not at once: the last helper to go frees the shared memory of the others.
-    """
-    deadline = time.monotonic() + GRACE
-    try:
-        while time.monotonic() < deadline:
-            os.killpg(group, 0)
-            time.sleep(0.05)
-        os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+def _adopt_orphans() -> None:
+    """Have processes whose parents die become children of this one, which then knows them and can end them."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)

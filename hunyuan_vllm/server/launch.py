@@ -5,19 +5,22 @@ Pure, so that every case is a row in a test. Whatever the user gave wins; ours f
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.server.context_parallel import choose_context_ranks
 from hunyuan_vllm.server.flags import Flags
 from hunyuan_vllm.server.machine import Machine
 from hunyuan_vllm.server.model_source import ModelSource
 from hunyuan_vllm.server.network import interface_env
 from hunyuan_vllm.server.parallel import Ranks, choose_ranks
-from hunyuan_vllm.server.scheme import Scheme, cpu_weight_bytes
+from hunyuan_vllm.server.scheme import Scheme, cpu_weight_bytes, gpu_weight_bytes
 from hunyuan_vllm.server.settings import KEY_FILE_VARIABLE, Settings, is_loopback
+from hunyuan_vllm.server.surface import SURFACE_VARIABLE, Surface
 
 __all__ = ["Launch", "decide"]
 
@@ -27,8 +30,12 @@ DEMO_KV_CACHE = 256 * MIB
 LEAST_KV_CACHE = 256 * MIB
 MOST_KV_CACHE = 4 * GIB
 PROCESS_MEMORY = 2 * GIB  # a CPU server's own: front end, engine core and worker processes, activations
-NAME_FIELDS = "hunyuan_vllm.server.name_fields.NameFields"
-NAME_FIELDS_BEHIND_KEY = "hunyuan_vllm.server.name_fields.NameFieldsBehindKey"
+OPEN = "hunyuan_vllm.server.layers.Open"
+BEHIND_KEY = "hunyuan_vllm.server.layers.BehindKey"
+DEFAULT_SURFACE = Surface()
+EXPERT_LOAD = "hunyuan_vllm.expert_load.ExpertLoad"
+ADMIN_VARIABLES = ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
+DECIDED = (KEY_FILE_VARIABLE, SURFACE_VARIABLE, *ADMIN_VARIABLES)  # set even where they are inherited
 # Options that may name something on the hub even where the model itself is a folder.
 HUB_OPTIONS = ("tokenizer", "speculative-config", "lora-modules", "hf-config-path", "generation-config")
 
@@ -44,6 +51,10 @@ class Launch:
         model_name: a name that requests may call the model by.
         key_file: the file with the API key; None if the key is in the environment or none is asked for.
         needs_key: requests must carry the key.
+        tls: it speaks HTTPS.
+        uds: the Unix socket it listens on instead of the port.
+        headless: it has no HTTP at all: the front end is on another node.
+        ray_gpus: GPUs it takes of a Ray cluster; 0 without Ray.
         notes: what the user should know about the choices made.
     """
 
@@ -54,6 +65,10 @@ class Launch:
     model_name: str
     key_file: Path | None = None
     needs_key: bool = False
+    tls: bool = False
+    uds: str | None = None
+    headless: bool = False
+    ray_gpus: int = 0
     notes: list[str] = field(default_factory=list)
 
     def shell(self) -> str:
@@ -71,6 +86,9 @@ def decide(
     environ: Mapping[str, str],
     insecure: bool = False,
     scheme: Scheme | None = None,
+    surface: Surface = DEFAULT_SURFACE,
+    json_logs: bool = False,
+    expert_load: bool = False,
 ) -> Launch:
     """Decide on the server to start.
 
@@ -78,6 +96,9 @@ def decide(
         environ: the environment it will inherit; a variable set there is not set again.
         insecure: the user accepts a server that others can reach without a key.
         scheme: how the network is quantised, where it is to be.
+        surface: the routes and limits of the server.
+        json_logs: its log is a JSON object a line.
+        expert_load: its /metrics say how many tokens each expert has had.
 
     Raises:
         UserError: what the user asked for cannot work, or not safely.
@@ -93,8 +114,10 @@ def decide(
     port = flags.integer("port", settings.port)
     if scheme and not model.demo:
         scheme.check(model)
-    ranks = choose_ranks(settings, flags, machine, model, scheme.ranks if scheme else None)
-    key_file = _key_file(settings, host, ranks, insecure or "uds" in flags)
+    quantization = flags.get("quantization") or (scheme.options.get("quantization") if scheme else None)
+    weights = gpu_weight_bytes(model, quantization)
+    ranks = choose_ranks(settings, flags, machine, model, scheme.ranks if scheme else None, weights)
+    key_file = _key_file(settings, host, ranks, insecure or "uds" in flags, surface)
     needs_key = key_file is not None or settings.api_key
 
     names = ["hunyuan", model.given]
@@ -105,35 +128,68 @@ def decide(
         ours["distributed-executor-backend"] = [ranks.executor]
     # The model's full length where its KV cache fits, else what does.
     ours["max-model-len"] = ["auto"]
-    ours["disable-access-log-for-endpoints"] = ["/health,/metrics"]
+    ours |= _front_end_options(flags, surface, json_logs)
+    if expert_load:
+        if "worker-extension-cls" in flags:
+            raise UserError("--expert-load is a worker extension, and vLLM takes one: leave out --worker-extension-cls")
+        ours["worker-extension-cls"] = [EXPERT_LOAD]
     if scheme:
         ours |= {name: [value] for name, value in scheme.options.items()}
+    fp8_cache = (flags.get("kv-cache-dtype") or ours.get("kv-cache-dtype", ["auto"])[0]).startswith("fp8")
+    context = choose_context_ranks(flags, machine.gpu, model, ranks.tensor, fp8_cache)
+    if context > 1:
+        ours["decode-context-parallel-size"] = [str(context)]
     notes = list(ranks.notes)
     if not machine.cuda:
-        quantization = flags.get("quantization") or (scheme.options.get("quantization") if scheme else None)
         ours |= _cpu_options(flags, machine, model, ranks, quantization, environ, notes)
 
     argv = [*machine.vllm_command, model.name]
     for name, values in ours.items():
         if name not in flags:
             argv += [f"--{name}", *values]
-    argv += ["--middleware", NAME_FIELDS_BEHIND_KEY if needs_key else NAME_FIELDS]  # a user's own stay beside it
-    env = _environment(settings, flags, machine, model, ranks)
+    argv += ["--middleware", BEHIND_KEY if needs_key else OPEN]  # a user's own stay beside it
+    env = _environment(settings, flags, machine, model, ranks) | surface.environment()
+    if surface.admin:
+        env |= dict.fromkeys(ADMIN_VARIABLES, "1")
     if key_file is not None:
         env[KEY_FILE_VARIABLE] = str(key_file)
     return Launch(
         argv=argv + flags.argv,
-        env={name: value for name, value in env.items() if name not in environ or name == KEY_FILE_VARIABLE},
+        env={name: value for name, value in env.items() if name not in environ or name in DECIDED},
         host=host,
         port=port,
         model_name=flags.get("served-model-name") or names[0],
         key_file=key_file,
         needs_key=needs_key,
+        tls="ssl-certfile" in flags,
+        uds=flags.get("uds"),
+        headless="headless" in flags,
+        ray_gpus=ranks.world if ranks.executor == "ray" else 0,
         notes=notes,
     )
 
 
-def _key_file(settings: Settings, host: str, ranks: Ranks, open_allowed: bool) -> Path | None:
+def _front_end_options(flags: Flags, surface: Surface, json_logs: bool) -> dict[str, list[str]]:
+    options: dict[str, list[str]] = {
+        "disable-uvicorn-access-log": [],  # our own log has more of each request
+        "enable-prompt-tokens-details": [],  # how much of a prompt was in the cache
+    }
+    if json_logs and "logging-config" not in flags:
+        options["logging-config.formatter"] = ["json"]
+    if "ssl-certfile" in flags:
+        options["enable-ssl-refresh"] = []  # a renewed certificate is taken without a restart
+    if surface.max_output_tokens:
+        if "override-generation-config" in flags:
+            raise UserError(
+                "--max-output-tokens and --override-generation-config exclude each other: give "
+                f"--override-generation-config '{{\"max_new_tokens\": {surface.max_output_tokens}, …}}' alone"
+            )
+        # For requests that do not say how much they want.
+        options["override-generation-config"] = [json.dumps({"max_new_tokens": surface.max_output_tokens})]
+    return options
+
+
+def _key_file(settings: Settings, host: str, ranks: Ranks, open_allowed: bool, surface: Surface) -> Path | None:
     """The file with the key to require, if the key is to come from a file."""
     if settings.api_key_file and settings.api_key:
         raise UserError(f"VLLM_API_KEY and {KEY_FILE_VARIABLE} are both set: unset one")
@@ -146,7 +202,9 @@ def _key_file(settings: Settings, host: str, ranks: Ranks, open_allowed: bool) -
                 f"{KEY_FILE_VARIABLE}=, and unset VLLM_API_KEY"
             )
         return None
-    if open_allowed or is_loopback(host):
+    if surface.admin and open_allowed:
+        raise UserError("--admin-routes are for those who have a key: leave out --insecure, or set one")
+    if not surface.admin and (open_allowed or is_loopback(host)):
         return None
     return settings.config_home / "hunyuan-vllm" / "api-key"
 

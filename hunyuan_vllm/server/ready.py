@@ -1,21 +1,22 @@
-"""Whether a server really answers: its health, then one generated token. And whether its port is free before."""
+"""What a server says of itself when it is asked from outside; and whether its port is free before."""
 
 from __future__ import annotations
 
 import errno
-import os
 import socket
 
 import httpx
 import psutil
 
+from hunyuan_vllm import envs
 from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.server.auth import read_key
 from hunyuan_vllm.server.launch import Launch
+from hunyuan_vllm.server.verdict import Verdict
 
-__all__ = ["answers", "check_port", "client_host"]
+__all__ = ["address", "ask", "check_port", "client_host"]
 
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+MARGIN = 5.0  # seconds an answer may take beyond what the server itself waits for a token
 
 
 def client_host(host: str) -> str:
@@ -23,19 +24,27 @@ def client_host(host: str) -> str:
     return ANY_ADDRESS.get(host, host)
 
 
-def answers(launch: Launch) -> bool:
-    """Ask once. A server that is alive may still be unable to generate, so only a generated token counts."""
-    host = client_host(launch.host)
-    base = f"http://[{host}]:{launch.port}" if ":" in host else f"http://{host}:{launch.port}"
-    headers = {"Authorization": f"Bearer {read_key({**os.environ, **launch.env})}"} if launch.needs_key else {}
-    request = {"model": launch.model_name, "prompt": "1", "max_tokens": 1, "temperature": 0}
+def address(launch: Launch, host: str) -> str:
+    """The server's URL under a host name or address."""
+    return f"{'https' if launch.tls else 'http'}://{f'[{host}]' if ':' in host else host}:{launch.port}"
+
+
+def ask(launch: Launch) -> Verdict:
+    """Its answer to /readyz. A server that is alive may still be unable to generate, so only a generated token counts.
+
+    The status is "silent" where no answer comes: it has not started to listen, or hangs.
+    """
+    # Its certificate is for the name that clients use; here it is asked at an address, without the key.
+    transport = httpx.HTTPTransport(uds=launch.uds, verify=False)
+    base = address(launch, client_host(launch.host))
     try:
-        with httpx.Client(base_url=base, headers=headers, timeout=60, trust_env=False) as client:
-            if client.get("/health", timeout=5).status_code != httpx.codes.OK:
-                return False
-            return client.post("/v1/completions", json=request).status_code == httpx.codes.OK
-    except httpx.TransportError:
-        return False
+        with httpx.Client(base_url=base, transport=transport, timeout=envs.ready_timeout() + MARGIN) as client:
+            content = client.get("/readyz").json()
+        return Verdict(str(content["status"]), str(content["reason"]))
+    except httpx.TransportError as error:
+        return Verdict("silent", f"it does not answer ({type(error).__name__})")
+    except (ValueError, KeyError, TypeError):
+        return Verdict("silent", "something else answers in its place")
 
 
 def check_port(host: str, port: int) -> None:

@@ -1,0 +1,45 @@
+"""The layers around vLLM's application, as one class (vLLM warns of a second --middleware): without a key, and with."""
+
+from __future__ import annotations
+
+import os
+
+from hunyuan_vllm.server.asgi import App, Receive, Scope, Send
+from hunyuan_vllm.server.auth import RequireApiKey
+from hunyuan_vllm.server.chat_page import ChatPage
+from hunyuan_vllm.server.keys import KeyRing
+from hunyuan_vllm.server.lifecycle import LIVE, READY, Lifecycle
+from hunyuan_vllm.server.limits import Limits
+from hunyuan_vllm.server.name_fields import NameFields
+from hunyuan_vllm.server.request_log import RequestLog
+from hunyuan_vllm.server.routes import AllowedRoutes
+from hunyuan_vllm.server.surface import Surface
+
+__all__ = ["BehindKey", "Open"]
+
+QUIET = ("/health", LIVE, READY, "/metrics")
+
+
+class Open:
+    """For a server that needs no key."""
+
+    def __init__(self, app: App) -> None:
+        surface = Surface.read(os.environ)
+        inner = AllowedRoutes(Limits(NameFields(app), surface), surface.extra_routes)
+        self._app = RequestLog(Lifecycle(ChatPage(inner), bare=app), QUIET)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)
+
+
+class BehindKey:
+    """For a server whose every path needs the key, probes apart."""
+
+    def __init__(self, app: App) -> None:
+        surface = Surface.read(os.environ)
+        inner = AllowedRoutes(Limits(NameFields(app), surface), surface.extra_routes, surface.admin)
+        guarded = RequireApiKey(inner, KeyRing(os.environ))
+        self._app = RequestLog(Lifecycle(ChatPage(guarded), bare=app), QUIET)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)

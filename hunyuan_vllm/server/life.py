@@ -1,0 +1,108 @@
+"""One life of a server: from its start, over the moment it answers, to its end, and the cause of that."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from hunyuan_vllm import envs
+from hunyuan_vllm.server import ready
+from hunyuan_vllm.server.child import Child, cause_of_death
+from hunyuan_vllm.server.launch import Launch
+from hunyuan_vllm.server.patience import Patience
+from hunyuan_vllm.server.stop import Stop
+from hunyuan_vllm.server.systemd import SOCKET_VARIABLE, notify
+from hunyuan_vllm.server.verdict import Verdict
+
+__all__ = ["Life", "live", "say"]
+
+STARTING = 0.5  # seconds between two looks at a server that starts
+RUNNING = 5.0  # and at one that has been ready, whose answers nobody wants
+OVERTIME = 30.0  # seconds that a server may take to end once its requests have had their time
+
+
+@dataclass(frozen=True)
+class Life:
+    """How a server lived.
+
+    Attributes:
+        status: its exit status as a shell has it (128 + n if signal n ended it).
+        ready_for: seconds from its first answer to its end; None if it never answered.
+        cause: what ended it, in one line.
+    """
+
+    status: int
+    ready_for: float | None
+    cause: str
+
+
+def live(
+    launch: Launch,
+    environ: Mapping[str, str],
+    stop: Stop,
+    patience: Patience | None = None,
+    ask: Callable[[Launch], Verdict] = ready.ask,
+) -> Life:
+    """Start a server and stay with it until it has ended and nothing of it is left.
+
+    Args:
+        environ: what it inherits; `launch.env` is set on top.
+        stop: ends it when the operator wishes.
+        patience: ends it when it hangs; None leaves that to the operator.
+    """
+    inherited = {name: value for name, value in environ.items() if name != SOCKET_VARIABLE}
+    started = time.monotonic()
+    child = Child(launch.argv, {**inherited, **launch.env})
+    stop.hand_on_to(child)
+    ready_since = killed = None
+    while child.running:
+        notify("WATCHDOG=1")
+        if stop.since is not None:
+            if time.monotonic() >= stop.since + _grace(launch) + OVERTIME and killed is None:
+                killed = "it did not end in time"
+                say(f"{killed}, and is killed")
+                child.kill()
+            child.wait(STARTING)
+            continue
+        if not launch.headless and (ready_since is None or patience):
+            verdict = ask(launch)
+            now = time.monotonic()
+            if verdict.ready and ready_since is None and child.running:
+                ready_since = now
+                _announce(launch, now - started)
+            if patience and (killed := patience.worn_out(verdict, now)) and child.running:
+                child.kill()
+        child.wait(STARTING if ready_since is None else patience.period if patience else RUNNING)
+    ended = time.monotonic()
+    status = child.bury(in_order=stop.requested and killed is None)
+    cause = killed or cause_of_death(child.tail) or "no error was logged"
+    return Life(status, None if ready_since is None else ended - ready_since, f"{cause} (exit status {status})")
+
+
+def say(text: str) -> None:
+    """A line from us on standard error."""
+    print(f"\nhunyuan-vllm: {text}", file=sys.stderr, flush=True)
+
+
+def _grace(launch: Launch) -> float:
+    return float(launch.env.get(envs.DRAIN_GRACE) or envs.drain_grace())
+
+
+def _announce(launch: Launch, seconds: float) -> None:
+    notify("READY=1", f"STATUS=ready after {seconds:.0f} s")
+    header = ""
+    if launch.key_file is not None:
+        header = f' -H "Authorization: Bearer $(cat {launch.key_file})"'
+    elif launch.needs_key:
+        header = ' -H "Authorization: Bearer $VLLM_API_KEY"'
+    question = '{"messages": [{"role": "user", "content": "Why is sea water salty?"}]}'
+    server = ready.address(launch, launch.host)
+    page = "" if launch.uds else f"or open {server}/ in a browser, or talk to it: hunyuan-vllm chat --url {server}\n"
+    curl = f"curl --unix-socket {launch.uds} http://localhost" if launch.uds else f"curl {server}"
+    print(
+        f"\nhunyuan-vllm: ready after {seconds:.0f} s on {launch.uds or server} (model: {launch.model_name}). Ask it:\n"
+        f"  {curl}/v1/chat/completions -H 'Content-Type: application/json'{header} -d '{question}'\n{page}",
+        flush=True,
+    )

@@ -168,7 +168,9 @@ def tasks(
     model: str = typer.Option(None, help="Name of the model; default: the first that the server has."),
     tokenizer: str = typer.Option(None, metavar="FOLDER", help="Default: the server's checkpoint, if it is here."),
     api_key_file: Path = typer.Option(
-        None, help="File (chmod 600) with the server's API key; default: HUNYUAN_VLLM_API_KEY_FILE or VLLM_API_KEY."
+        None,
+        help="File (chmod 600) with the server's API key; default: VLLM_API_KEY, HUNYUAN_VLLM_API_KEY_FILE, or for a "
+        "server on this machine the key that `serve` made.",
     ),
     include: Path = typer.Option(None, metavar="FOLDER", help="More tasks, as YAML files of lm-evaluation-harness."),
     output: Path = typer.Option(None, metavar="FILE", help="Write all that was found as JSON."),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from hunyuan_vllm.tokenizer import load_tokenizer
 
 __all__ = ["Harness", "ServerFailed", "TaskResult"]
 
+# What `simple_evaluate` takes for a task or group, and its tasks by name.
+_Loaded = tuple[list[Any], dict[str, Any]]
 SEED = 1234  # lm-evaluation-harness's own, for few-shot examples
 
 
@@ -64,6 +67,31 @@ class Harness:
         load_tokenizer(tokenizer)  # also lets transformers, and so lm-eval, find the class
         self._served, self._tokenizer, self._concurrency = served, tokenizer, concurrency
         self._include = [TASKS_FOLDER, *([include] if include else [])]
+        self._loaded: dict[str, _Loaded] = {}
+
+    def load(self, name: str) -> None:
+        """Read a task or group with its data, which `run` then finds here.
+
+        Raises:
+            UserError: there is no such task, or its data cannot be loaded.
+        """
+        if name in self._loaded:
+            return
+        manager = self._manager(name)
+        if name not in manager.all_tasks:
+            similar = get_close_matches(name, manager.all_tasks, 5)
+            hint = f" (there are {', '.join(similar)})" if similar else ""
+            raise UserError(f"--tasks {name}: there is no such task{hint}; `lm_eval ls tasks` lists all")
+        try:
+            loaded = manager.load([name])
+        except Exception as error:  # the data sets' own code may raise anything
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"--tasks {name}: its data cannot be loaded ({type(error).__name__}: {reason}); lm-evaluation-harness "
+                "fetches it from the Hugging Face hub or finds it in HF_HOME, where an earlier run has put it"
+            ) from None
+        group = loaded["groups"].get(name)
+        self._loaded[name] = ([group] if group is not None else list(loaded["tasks"].values())), loaded["tasks"]
 
     def run(self, name: str, setting: Setting, limit: int | None, samples: bool) -> TaskResult:
         """Ask one task's, or one group's, questions.
@@ -73,14 +101,15 @@ class Harness:
             samples: keep every question with its answer in `raw`.
 
         Raises:
-            UserError: there is no such task, its data cannot be loaded, or it cannot be asked in this way.
+            UserError: as of `load`.
             ServerFailed: the server stopped answering.
         """
         import aiohttp
         import requests
         from lm_eval.evaluator import simple_evaluate
 
-        spec, tasks = self._load(name)
+        self.load(name)
+        spec, tasks = self._loaded[name]
         try:
             raw = simple_evaluate(
                 model=self._backend(setting, tasks),
@@ -113,24 +142,6 @@ class Harness:
         from lm_eval.tasks import TaskManager
 
         return TaskManager(include_path=[str(folder) for folder in self._include], include_defaults=whole)
-
-    def _load(self, name: str) -> tuple[list[Any], dict[str, Any]]:
-        """What `simple_evaluate` takes for the task or group, and its tasks by name, with their data."""
-        manager = self._manager(name)
-        if name not in manager.all_tasks:
-            similar = [task for task in manager.all_tasks if task.startswith(name[:5])][:8]
-            hint = f" (there are {', '.join(similar)})" if similar else ""
-            raise UserError(f"--tasks {name}: there is no such task{hint}; `lm_eval ls tasks` lists all")
-        try:
-            loaded = manager.load([name])
-        except Exception as error:  # the data sets' own code may raise anything
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"--tasks {name}: its data cannot be loaded ({type(error).__name__}: {reason}); lm-evaluation-harness "
-                "fetches it from the Hugging Face hub or finds it in HF_HOME, where an earlier run has put it"
-            ) from None
-        group = loaded["groups"].get(name)
-        return ([group] if group is not None else list(loaded["tasks"].values())), loaded["tasks"]
 
     def _backend(self, setting: Setting, tasks: Mapping[str, Any]) -> Any:
         """Questions put as a chat go to the chat endpoint. Likelihoods need the prompt's log-probabilities, which

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 
 from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.server.auth import read_key, read_key_file
-from hunyuan_vllm.server.settings import KEY_FILE_VARIABLE
 
-__all__ = ["Served", "api_key", "look"]
+__all__ = ["Served", "look"]
 
 
 @dataclass(frozen=True)
@@ -46,19 +43,6 @@ class Served:
             f"the server's checkpoint {self.root} is not on this machine: name a folder with its tokenizer "
             "(hy.tiktoken, tokenizer_config.json, config.json) with --tokenizer"
         )
-
-
-def api_key(file: Path | None, environ: Mapping[str, str]) -> str | None:
-    """The key in `file`, else that of the environment, else None.
-
-    Raises:
-        UserError: the file cannot be read, or others may read it.
-    """
-    if file is not None:
-        return read_key_file(file)
-    if any(environ.get(name) for name in (KEY_FILE_VARIABLE, "VLLM_API_KEY")):
-        return read_key(environ)
-    return None
 
 
 def look(url: str, key: str | None, model: str | None = None) -> Served:

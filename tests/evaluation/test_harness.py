@@ -15,9 +15,10 @@ from serving import COMMAND, Server, running_server
 
 from hunyuan_vllm import demo
 from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.evaluation.benchmarks import TASKS_FOLDER
+from hunyuan_vllm.evaluation.benchmarks import PUBLISHED, TASKS_FOLDER
+from hunyuan_vllm.evaluation.harness import Harness
 from hunyuan_vllm.evaluation.held_out import MAX_ANSWER, held_out_questions
-from hunyuan_vllm.evaluation.served import look
+from hunyuan_vllm.evaluation.served import Served, look
 from hunyuan_vllm.reference import HunYuanForCausalLM
 from hunyuan_vllm.tokenizer import load_tokenizer
 
@@ -196,3 +197,18 @@ def test_a_server_that_wants_a_key(server: Server) -> None:
     served = look(f"{server.url}/", KEY)
     assert (served.model, served.max_model_len, served.tokenizer) == ("hunyuan", 512, str(demo.path()))
     assert KEY not in repr(served)
+
+
+def test_tasks_that_cannot_be_asked(tmp_path: Path) -> None:
+    """Before a question is asked: no server is here."""
+    (tmp_path / "gone.yaml").write_text(f"task: local_gone\ndataset_path: {tmp_path / 'none'}\ntest_split: test\n")
+    harness = Harness(Served("http://127.0.0.1:9", "hunyuan", 512, ""), str(demo.path()), 1, tmp_path)
+    with pytest.raises(UserError, match=r"--tasks local_gone: its data cannot be loaded \(.*none.*\); .*HF_HOME"):
+        harness.load("local_gone")
+    with pytest.raises(UserError, match=r"--tasks mmluu: there is no such task \(there are .*mmlu.*`lm_eval ls tasks`"):
+        harness.load("mmluu")
+    for name in PUBLISHED:  # they exist; their data, from the hub, need not be here
+        try:
+            harness.load(name)
+        except UserError as error:
+            assert f"{name}: its data cannot be loaded" in str(error)

@@ -265,6 +265,9 @@ USED: tuple[Symbol, ...] = (
     Symbol("vllm.entrypoints.serve.exception_handling.error_response", "create_error_response"),
     Symbol("vllm.usage.usage_lib", "UsageContext", members=("OPENAI_BATCH_RUNNER",)),
     Symbol("vllm.utils.argparse_utils", "FlexibleArgumentParser"),
+    # Readiness and draining: what the front end lets us ask, and the signals it takes.
+    Symbol("vllm.engine.protocol", "EngineClient", members=("errored", "is_sleeping")),
+    Symbol("vllm.entrypoints.launchers.launcher", "serve_http"),
     # Evaluation: an offline engine with a worker extension.
     Symbol("vllm.engine.arg_utils", "EngineArgs", members=("from_cli_args", "worker_extension_cls")),
     Symbol("vllm.entrypoints.llm", "LLM", members=("from_engine_args", "collective_rpc", "generate", "llm_engine")),

@@ -9,7 +9,7 @@ import json
 from http import HTTPStatus
 
 from hunyuan_vllm import envs
-from hunyuan_vllm.server.auth import App, Receive, Scope, Send
+from hunyuan_vllm.server.asgi import App, Receive, Scope, Send, inner_path
 from hunyuan_vllm.server.drain import Drain
 from hunyuan_vllm.server.readiness import Readiness
 from hunyuan_vllm.server.restarts import export_restarts
@@ -40,9 +40,9 @@ class Lifecycle:
         if scope["type"] == "lifespan":
             self._drain.take_sigterm()
             await self._app(scope, receive, send)
-        elif scope["type"] == "http" and scope["path"] in (LIVE, READY):
+        elif scope["type"] == "http" and inner_path(scope) in (LIVE, READY):
             await self._probe(scope, send)
-        elif self._drain.draining and scope["path"] not in WHILE_DRAINING:
+        elif self._drain.draining and inner_path(scope) not in WHILE_DRAINING:
             await _refuse(scope, send)
         else:
             with self._drain.request():
@@ -51,7 +51,7 @@ class Lifecycle:
     async def _probe(self, scope: Scope, send: Send) -> None:
         if scope["method"] not in ("GET", "HEAD"):
             await _answer(send, HTTPStatus.METHOD_NOT_ALLOWED, {"status": "probes are GET"}, [(b"allow", b"GET, HEAD")])
-        elif scope["path"] == LIVE:
+        elif inner_path(scope) == LIVE:
             dead = scope["app"].state.engine_client.errored and not self._drain.draining
             status = HTTPStatus.SERVICE_UNAVAILABLE if dead else HTTPStatus.OK
             await _answer(send, status, {"status": "dead" if dead else "alive"})

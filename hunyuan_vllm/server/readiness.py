@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 from prometheus_client import REGISTRY
 
-from hunyuan_vllm.server.auth import App, Receive, Scope, Send
+from hunyuan_vllm.server.asgi import App, Receive, Scope, Send
 from hunyuan_vllm.server.verdict import Verdict
 
 __all__ = ["Readiness"]

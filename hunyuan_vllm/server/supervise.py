@@ -54,9 +54,8 @@ def run(launch: Launch, environ: Mapping[str, str], stop: Stop, ask: Ask = ready
     if life.ready_for is None:
         say(f"the server stopped before it was ready: {life.cause}")
         return life.status or 1
-    if life.status:
-        say(f"the server died: {life.cause}")
-    return life.status
+    say(f"the server died: {life.cause}")
+    return life.status or 1
 
 
 def supervise(

@@ -123,6 +123,8 @@ def test_the_server_ends_with_a_killed_parent():
          "torch.OutOfMemoryError: CUDA out of memory"),
         (["ValueError: no memory", "RuntimeError: Worker failed with error 'no memory'"], "ValueError: no memory"),
         (["OSError: disk", "RuntimeError: Engine core initialization failed. See root cause above."], "OSError: disk"),
+        (['{"levelname": "ERROR", "message": "ValueError: no memory"}', '{"message": "bye"}'], "ValueError: no memory"),
+        (['{"message": "failed", "exc_info": "Traceback …\\nOSError: disk"}', "{not JSON"], "OSError: disk"),
     ],
 )  # fmt: skip
 def test_cause_of_death(lines, cause):

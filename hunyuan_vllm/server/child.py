@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import ctypes
+import json
 import re
 import signal
 import subprocess
@@ -110,10 +111,20 @@ class Child:
 def cause_of_death(lines: Sequence[str]) -> str | None:
     """The last first-hand error in a server's output, without the log prefix; None if there is none."""
     for line in reversed(lines):
-        match = ERROR_LINE.search(line.rstrip())
-        if match and not any(phrase in match[1] for phrase in SECOND_HAND):
-            return match[1]
+        for text in reversed(_messages(line)):
+            match = ERROR_LINE.search(text.rstrip())
+            if match and not any(phrase in match[1] for phrase in SECOND_HAND):
+                return match[1]
     return None
+
+
+def _messages(line: str) -> list[str]:
+    """What a line of the log says: itself, or the lines in a JSON record (serve --json-logs)."""
+    if line.startswith("{"):
+        with suppress(ValueError):
+            record = json.loads(line)
+            return f"{record.get('message')}\n{record.get('exc_info', '')}".splitlines()
+    return [line]
 
 
 def _copy_output(pipe: BinaryIO, tail: collections.deque[str]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.server.settings import KEY_FILE_VARIABLE
 
-__all__ = ["ADMIN", "KeyRing", "create_key_file", "parse_keys", "read_key_file"]
+__all__ = ["ADMIN", "UNNAMED", "KeyRing", "create_key_file", "parse_keys", "read_key_file"]
 
 ADMIN = "admin"  # the name whose key opens administrative routes where there are several keys
 UNNAMED = "default"

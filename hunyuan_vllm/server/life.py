@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from hunyuan_vllm import envs
 from hunyuan_vllm.server import ready
 from hunyuan_vllm.server.child import Child, cause_of_death
+from hunyuan_vllm.server.keys import UNNAMED, read_key_file
 from hunyuan_vllm.server.launch import Launch
 from hunyuan_vllm.server.patience import Patience
 from hunyuan_vllm.server.stop import Stop
@@ -94,7 +95,9 @@ def _announce(launch: Launch, seconds: float) -> None:
     notify("READY=1", f"STATUS=ready after {seconds:.0f} s")
     header = ""
     if launch.key_file is not None:
-        header = f' -H "Authorization: Bearer $(cat {launch.key_file})"'
+        alone = list(read_key_file(launch.key_file)) == [UNNAMED]
+        key = f"$(cat {launch.key_file})" if alone else f"A-KEY-OF-{launch.key_file}"
+        header = f' -H "Authorization: Bearer {key}"'
     elif launch.needs_key:
         header = ' -H "Authorization: Bearer $VLLM_API_KEY"'
     question = '{"messages": [{"role": "user", "content": "Why is sea water salty?"}]}'

@@ -1,0 +1,107 @@
+"""HAProxy as an operator starts it, for tests."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+
+import httpx
+import pytest
+from serving import free_port
+
+__all__ = ["CONFIG", "HAPROXY", "KEY", "Draining", "Router", "eventually", "needs_haproxy", "running_router"]
+
+CONFIG = Path(__file__).parents[2] / "deploy/router/haproxy.cfg"
+HAPROXY = shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/sbin") or ""
+needs_haproxy = pytest.mark.skipif(
+    not HAPROXY, reason="haproxy is not installed (Debian, Ubuntu: apt-get install haproxy)"
+)
+KEY = "a-key-of-the-tests"
+
+
+class Router:
+    """A running router, and what it says of itself."""
+
+    def __init__(self, port: int, status: int) -> None:
+        self.status = httpx.Client(base_url=f"http://127.0.0.1:{status}", trust_env=False)
+        self.client = httpx.Client(
+            base_url=f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {KEY}"}, trust_env=False,
+            timeout=120, limits=httpx.Limits(max_connections=64),
+        )  # fmt: skip
+
+    def metric(self, name: str, replica: str, more: str = "") -> int:
+        pattern = rf'^{name}{{proxy="replicas",server="{replica}"{more}}} (\d+)$'
+        return int(re.findall(pattern, self.status.get("/metrics").text, re.M)[0])
+
+    def is_up(self, replica: str) -> bool:
+        return self.metric("haproxy_server_status", replica, ',state="UP"') == 1
+
+    def ask(self, *texts: str, **options: object) -> httpx.Response:
+        """A chat whose messages alternate, after a system message."""
+        roles = ["system", *["user", "assistant"] * len(texts)]
+        messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+        request = {"model": "hunyuan", "temperature": 0, "max_tokens": 1, "messages": messages, **options}
+        return self.client.post("/v1/chat/completions", json=request)
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@contextmanager
+def running_router(*replicas: str) -> Iterator[Router]:
+    """HAProxy with the operator's own file, before replicas given as HOST:PORT."""
+    port, status = free_port(), free_port()
+    names = {f"REPLICA_{number}": replica for number, replica in enumerate(replicas, 1)}
+    listening = {"ROUTER_BIND": f"127.0.0.1:{port}", "ROUTER_STATUS": f"127.0.0.1:{status}"}
+    process = subprocess.Popen(
+        [HAPROXY, "-db", "-f", CONFIG], env={"PATH": os.environ["PATH"], **names, **listening},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    router = Router(port, status)
+
+    def answers() -> bool:
+        assert process.poll() is None
+        try:
+            return router.status.get("/readyz").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    try:
+        eventually(answers)
+        yield router
+    finally:
+        process.terminate()
+        process.wait(timeout=10)
+
+
+class Draining(BaseHTTPRequestHandler):
+    """Ready as far as anyone has noticed, but refuses requests: a replica in the first seconds of its end."""
+
+    refused = 0
+
+    def do_GET(self) -> None:
+        self.answer(200)
+
+    def do_POST(self) -> None:
+        type(self).refused += 1
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer(503)
+
+    def answer(self, status: int) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *arguments: object) -> None:
+        pass

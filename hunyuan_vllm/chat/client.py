@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import ssl
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -46,14 +48,17 @@ class Part:
 class Client:
     """Asks one server. Whatever goes wrong is a UserError: one line with what to do."""
 
-    def __init__(self, url: str, key: str | None) -> None:
+    def __init__(self, url: str, key: str | None, authority: Path | None = None) -> None:
         """Args:
         url: without a path, as in http://127.0.0.1:8020.
         key: its API key, if it asks for one.
+        authority: certificates to trust instead of the system's, where it speaks HTTPS.
         """
         self.url = url.rstrip("/").removesuffix("/v1")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=TIMEOUT, trust_env=False)
+        self._http = httpx.Client(
+            base_url=self.url, headers=headers, timeout=TIMEOUT, verify=_trusted(authority), trust_env=False
+        )
 
     def models(self) -> list[Model]:
         """What the server offers, the usual one first."""
@@ -100,6 +105,10 @@ class Client:
             raise UserError("the connection ended in the middle of the answer")
 
     def _unreachable(self, error: httpx.TransportError) -> UserError:
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            return UserError(
+                f"the certificate of {self.url} is not trusted: name a file with its authority's with --ca"
+            )
         return UserError(
             f"no server answers at {self.url} ({error}): start one with `hunyuan-vllm serve`, or name where it is "
             "with --url"
@@ -117,6 +126,13 @@ class Client:
         if "context length" in message:
             return UserError(f"{message} (/clear starts anew)")
         return UserError(f"the server answered {status}: {message}")
+
+
+def _trusted(authority: Path | None) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=authority)
+    except OSError as error:  # ssl's own errors among them
+        raise UserError(f"--ca {authority} holds no certificates: {error.strerror or error}") from None
 
 
 def _usage(counts: Mapping[str, int] | None) -> Usage | None:

@@ -64,11 +64,8 @@ class Chat:
             UserError: the server refused, or failed on the way.
         """
         self.conversation.ask(question)
-        request = {
-            "model": self.model.name,
-            "messages": self.conversation.messages(),
-            **self.sampling.request(),
-        }
+        messages = self.conversation.messages()
+        request = {"model": self.model.name, "messages": messages, **self.sampling.request()}
         meter, text, usage, finish = Meter(), "", None, None
         try:
             with contextlib.closing(self.client.stream(request)) as parts:

@@ -25,6 +25,7 @@ def chat(
     max_tokens: int = typer.Option(None, help="Most tokens of an answer; default: what the context has room for."),
     seed: int = typer.Option(None, help="Same seed, same answer."),
     key_file: Path = typer.Option(None, help="File (chmod 600) with the server's API key."),
+    ca: Path = typer.Option(None, help="PEM file with the authority of an HTTPS server's certificate."),
     history: bool = typer.Option(True, help="Keep what is typed in ~/.local/state/hunyuan-vllm/chat-history."),
 ) -> None:
     """Chat with a served model in this terminal.
@@ -76,7 +77,7 @@ def chat(
         if value is not None:
             sampling.set(name, str(value))
     url = checked_url(url) if url else default_url(os.environ)
-    client = Client(url, find_key(url, key_file, os.environ))
+    client = Client(url, find_key(url, key_file, os.environ), ca)
     chosen = choose(client.models(), model)
     talk = Chat(client, chosen, Conversation(system), sampling, Console(), Console(stderr=True))
     if question is None and sys.stdin.isatty():

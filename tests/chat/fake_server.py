@@ -19,7 +19,9 @@ from starlette.routing import Route
 
 from hunyuan_vllm.server.chat_page import ChatPage
 
-__all__ = ["FakeServer", "fake_server"]
+__all__ = ["MODEL", "FakeServer", "fake_server"]
+
+MODEL = {"id": "fake", "root": "fake", "parent": None, "max_model_len": 1000}
 
 
 @dataclass
@@ -27,14 +29,15 @@ class FakeServer:
     """What it answers: `text`, 7 characters a token, or `fault` instead; and what it was asked last."""
 
     url: str
+    models: tuple[dict[str, Any], ...] = (MODEL,)
     text: str = ""
     fault: tuple[int, str, dict[str, str]] | None = None
     breaks_off: bool = False
     pace: float = 0.001  # seconds between pieces
     asked: dict[str, Any] = field(default_factory=dict)
 
-    async def models(self, request: Request) -> Response:
-        return JSONResponse({"data": [{"id": "fake", "root": "fake", "parent": None, "max_model_len": 1000}]})
+    async def list_models(self, request: Request) -> Response:
+        return JSONResponse({"data": self.models})
 
     async def chat(self, request: Request) -> Response:
         self.asked = await request.json()
@@ -56,11 +59,12 @@ class FakeServer:
 
 
 @contextmanager
-def fake_server() -> Iterator[FakeServer]:
+def fake_server(**certificate: str) -> Iterator[FakeServer]:
+    """Start it; with HTTPS where uvicorn's ssl_certfile and ssl_keyfile are given."""
     port = free_port()
-    fake = FakeServer(f"http://127.0.0.1:{port}")
-    routes = [Route("/v1/models", fake.models), Route("/v1/chat/completions", fake.chat, methods=["POST"])]
-    config = uvicorn.Config(ChatPage(Starlette(routes=routes)), port=port, log_level="warning")
+    fake = FakeServer(f"http{'s' if certificate else ''}://127.0.0.1:{port}")
+    routes = [Route("/v1/models", fake.list_models), Route("/v1/chat/completions", fake.chat, methods=["POST"])]
+    config = uvicorn.Config(ChatPage(Starlette(routes=routes)), port=port, log_level="warning", **certificate)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from browser import Page
-from fake_server import FakeServer
+from fake_server import MODEL, FakeServer
 from selenium.webdriver.common.keys import Keys
 
 RUNS = "window.ran = true"
@@ -122,6 +122,29 @@ def test_a_growing_answer_leaves_finished_blocks_alone(page: Page, fake: FakeSer
     assert not page.find("#send").is_displayed()
     page.answered()
     assert first.text == "First."  # still the same element
+
+
+def test_models_to_choose_from(page: Page, fake: FakeServer) -> None:
+    other_name, adapter = MODEL | {"id": "a/path"}, MODEL | {"id": "style", "root": "/adapter", "parent": "fake"}
+    fake.models = (MODEL, other_name, adapter)
+    try:
+        page.open(fake.url)
+        page.wait(lambda: page.text("#model"))
+        assert [option.text for option in page.all("#model option")] == ["fake", "style"]
+        page.find("#model option:last-child").click()
+        page.driver.refresh()
+        answer_to(page, fake, "In style")
+        assert fake.asked["model"] == "style" and page.find(".assistant h2").text == "style"
+    finally:
+        fake.models = (MODEL,)
+
+
+def test_a_browser_that_keeps_nothing_says_so(page: Page, fake: FakeServer) -> None:
+    fake.text, fake.fault, fake.breaks_off = "Hi", None, False
+    page.open(fake.url)
+    page.driver.execute_script("Storage.prototype.setItem = () => { throw new DOMException('QuotaExceededError'); }")
+    page.ask("Go")
+    assert page.answered() == "Hi" and "keeps nothing" in page.find("#kept").text
 
 
 def test_faults_are_explained(page: Page, fake: FakeServer) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from fake_server import FakeServer
+from certificates import own_certificate
+from fake_server import FakeServer, fake_server
 from serving import free_port
 from terminal import run
 
@@ -29,6 +30,17 @@ def test_the_key_of_this_machines_server_is_shown_to_no_other(tmp_path: Path) ->
     assert "api-key" in near.stderr
     far = run("hello", "--url=http://192.0.2.1.invalid", home=tmp_path)
     assert "no server answers" in far.stderr
+
+
+def test_https_with_a_certificate_of_its_own(tmp_path: Path) -> None:
+    public, private = own_certificate(tmp_path)
+    with fake_server(ssl_certfile=str(public), ssl_keyfile=str(private)) as secure:
+        secure.text = "safe"
+        assert run("hello", "--url", secure.url, "--ca", str(public), home=tmp_path).stdout == "safe\n"
+        result = run("hello", "--url", secure.url, home=tmp_path)
+    assert result.returncode == 2 and "is not trusted" in result.stderr and "--ca" in result.stderr
+    result = run("hello", "--ca", str(private), home=tmp_path)
+    assert result.returncode == 2 and "holds no certificates" in result.stderr
 
 
 def test_an_answer_cannot_command_the_terminal(fake: FakeServer, tmp_path: Path) -> None:

@@ -4,14 +4,14 @@ import { askForKey, currentKey } from "./keydialog.js";
 import { downloadConversation } from "./download.js";
 import { following, goToEnd } from "./follow.js";
 import { Log } from "./log.js";
-import { chosenModel, forgetModels, loadModels } from "./models.js";
+import { chosenModel, forgetModels, loadModels, preferModel } from "./models.js";
 import { Problem } from "./problem.js";
 import { Settings } from "./settings.js";
 import { loadRecord, onChangeElsewhere, saveRecord } from "./store.js";
 import { actionButton } from "./turn.js";
 import { number, say } from "./words.js";
 
-const place = Object.fromEntries(["log", "start", "problem", "ask", "question", "send", "stop", "status", "used", "save"]
+const place = Object.fromEntries(["log", "start", "problem", "ask", "question", "send", "stop", "status", "used", "kept", "save", "model"]
   .map((id) => [id, document.getElementById(id)]));
 const kept = loadRecord();
 const settings = new Settings(kept, (otherLanguage) => {
@@ -42,7 +42,8 @@ function offer() {
 }
 
 function keep() {
-  if (!saveRecord({ ...settings.record, messages })) place.status.textContent = say("notKept");
+  const saved = saveRecord({ ...settings.record, model: place.model.value, messages });
+  place.kept.textContent = saved ? "" : say("notKept");
 }
 
 async function sendQuestion() {
@@ -205,6 +206,7 @@ for (const example of document.querySelectorAll(".example")) {
   });
 }
 document.getElementById("new").addEventListener("click", startAnew);
+place.model.addEventListener("change", keep);
 place.save.addEventListener("click", () => downloadConversation(messages, settings.system));
 document.getElementById("change-key").addEventListener("click", async () => {
   try {
@@ -219,6 +221,7 @@ onChangeElsewhere(() => {
   messages = loadRecord().messages ?? [];
   show();
 });
+preferModel(kept.model);
 show();
 place.question.focus();
 connect();

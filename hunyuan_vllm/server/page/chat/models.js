@@ -3,11 +3,17 @@ import { listModels } from "./api.js";
 
 const select = document.getElementById("model");
 let models = [];
+let preferred = "";
+
+/** The one to ask if the server has it. */
+export function preferModel(id) {
+  preferred = id;
+}
 
 /** Ask the server which there are. Adapters are models of their own; other names of one model are left out. */
 export async function loadModels(key) {
   models = (await listModels(key)).filter(isFirstOfItsNames);
-  const chosen = select.value;
+  const chosen = select.value || preferred;
   select.replaceChildren(...models.map(({ id }) => new Option(id)));
   if (models.some(({ id }) => id === chosen)) select.value = chosen;
 }

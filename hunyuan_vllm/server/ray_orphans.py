@@ -5,6 +5,7 @@ Run as a program, as a driver of that cluster.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import suppress
 
 import psutil
@@ -17,9 +18,9 @@ NATIVE = "/ray/_raylet"  # the library that a process of Ray's has loaded
 LAST_WORDS = 3.0  # seconds
 
 
-def end_orphans() -> list[str]:
-    """End this user's orphaned workers on this machine, and say which they were."""
-    orphans = [process for process in psutil.process_iter() if _is_orphan(process)]
+def end_orphans(among: Iterable[psutil.Process] | None = None) -> list[str]:
+    """End this user's orphaned workers, of these processes or of all on this machine, and say which they were."""
+    orphans = [process for process in (psutil.process_iter() if among is None else among) if _is_orphan(process)]
     ended = []
     for process in orphans:
         with suppress(psutil.Error):

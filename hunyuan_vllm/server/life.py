@@ -57,7 +57,8 @@ def live(
     started = time.monotonic()
     child = Child(launch.argv, {**inherited, **launch.env})
     stop.hand_on_to(child)
-    ready_since = killed = None
+    ready_since = started if launch.headless else None  # which nobody can ask
+    killed = None
     while child.running:
         notify("WATCHDOG=1")
         if stop.since is not None:

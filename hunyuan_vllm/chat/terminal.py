@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import unicodedata
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
@@ -13,9 +14,11 @@ from hunyuan_vllm.chat.client import Client, Model, Usage
 from hunyuan_vllm.chat.commands import Again, Commands, Leave
 from hunyuan_vllm.chat.conversation import Conversation
 from hunyuan_vllm.chat.meter import Meter
-from hunyuan_vllm.chat.prompt import Prompt
 from hunyuan_vllm.chat.sampling import Sampling
 from hunyuan_vllm.errors import UserError
+
+if TYPE_CHECKING:  # one question needs no prompt, which takes a while to import
+    from hunyuan_vllm.chat.prompt import Prompt
 
 __all__ = ["Chat", "choose", "printable"]
 

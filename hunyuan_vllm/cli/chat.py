@@ -59,7 +59,6 @@ def chat(
     from hunyuan_vllm.chat.client import Client
     from hunyuan_vllm.chat.commands import HELP
     from hunyuan_vllm.chat.conversation import Conversation
-    from hunyuan_vllm.chat.prompt import Prompt
     from hunyuan_vllm.chat.sampling import Sampling
     from hunyuan_vllm.chat.terminal import Chat, choose
     from hunyuan_vllm.errors import UserError
@@ -81,6 +80,8 @@ def chat(
     chosen = choose(client.models(), model)
     talk = Chat(client, chosen, Conversation(system), sampling, Console(), Console(stderr=True))
     if question is None and sys.stdin.isatty():
+        from hunyuan_vllm.chat.prompt import Prompt
+
         state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "hunyuan-vllm"
         talk.run(Prompt([usage.split()[0] for usage in HELP], state / "chat-history" if history else None))
         return

@@ -254,7 +254,7 @@ def test_mistakes_in_a_chat(server: Server, key_file: Path, tmp_path: Path) -> N
             ("/save", "name the file"),
             ("/save none/chat.md", "cannot be written"),
             ("/set max_tokens 5000", "max_tokens=5000"),
-            ("hello", "context length"),
+            ("hello", "cannot be greater than max_model_len"),
         ):
             at.type(typed)
             at.see(re.escape(told))

@@ -119,6 +119,7 @@ def test_a_growing_answer_leaves_finished_blocks_alone(page: Page, fake: FakeSer
     page.ask("Go")
     page.wait(lambda: len(page.all(".assistant .block")) > 1)
     first = page.find(".assistant .block")
+    assert page.find(".assistant .note").text == ""  # nothing is wrong with it yet
     assert not page.find("#send").is_displayed()
     page.answered()
     assert first.text == "First."  # still the same element

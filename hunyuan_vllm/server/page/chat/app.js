@@ -1,18 +1,18 @@
 /** The chat page: joins its parts, and decides what a click or key does. */
 import { receive } from "./answer.js";
-import { askForKey, currentKey } from "./keydialog.js";
+import { complain, stopComplaining } from "./complaint.js";
+import { changeKey, ready } from "./connection.js";
 import { downloadConversation } from "./download.js";
 import { following, goToEnd } from "./follow.js";
+import { currentKey } from "./keydialog.js";
 import { Log } from "./log.js";
-import { chosenModel, forgetModels, loadModels, preferModel } from "./models.js";
-import { Problem } from "./problem.js";
+import { chosenModel, forgetModels, preferModel } from "./models.js";
 import { Settings } from "./settings.js";
 import { loadRecord, onChangeElsewhere, saveRecord } from "./store.js";
-import { actionButton } from "./turn.js";
 import { number, say } from "./words.js";
 
-const place = Object.fromEntries(["log", "start", "problem", "ask", "question", "send", "stop", "status", "used", "kept", "save", "model"]
-  .map((id) => [id, document.getElementById(id)]));
+const PLACES = ["model", "save", "new", "change-key", "log", "start", "ask", "question", "send", "stop", "used", "kept", "status"];
+const place = Object.fromEntries(PLACES.map((id) => [id, document.getElementById(id)]));
 const kept = loadRecord();
 const settings = new Settings(kept, (otherLanguage) => {
   if (otherLanguage && !running) show();
@@ -21,7 +21,6 @@ const settings = new Settings(kept, (otherLanguage) => {
 const log = new Log(place.log, { again: answerAgain, edit: editQuestion });
 let messages = kept.messages ?? [];
 let running = null; // AbortController of the answer that is being written
-let connecting = null; // promise of the first contact, while it is being made
 
 function show() {
   log.show(messages);
@@ -42,7 +41,7 @@ function offer() {
 }
 
 function keep() {
-  const saved = saveRecord({ ...settings.record, model: place.model.value, messages });
+  const saved = saveRecord({ ...settings.record, model: place.model.value || kept.model, messages });
   place.kept.textContent = saved ? "" : say("notKept");
 }
 
@@ -57,7 +56,7 @@ async function sendQuestion() {
 }
 
 async function answer() {
-  place.problem.replaceChildren();
+  stopComplaining();
   running = new AbortController();
   let turn = null;
   try {
@@ -72,7 +71,7 @@ async function answer() {
     await receive(message, body, currentKey(), running.signal, () => turn.showSoon());
     place.status.textContent = message.content;
   } catch (error) {
-    await explain(error);
+    explain(error);
   } finally {
     running = null;
     following(() => {
@@ -94,44 +93,15 @@ function finish(turn) {
   }
 }
 
-/** Until the server can be asked: its models are known, with a key if it wants one. */
-function ready() {
-  connecting ??= meetServer().finally(() => (connecting = null));
-  return connecting;
-}
-
-async function meetServer() {
-  if (chosenModel() || (await accepts(currentKey()))) return;
-  if (!(await askForKey(accepts))) throw new Problem("key");
-}
-
-async function accepts(key) {
-  try {
-    await loadModels(key);
-    return true;
-  } catch (error) {
-    if (error.kind === "key") return false;
-    throw error;
-  }
-}
-
 function requestBody() {
   const system = settings.system ? [{ role: "system", content: settings.system }] : [];
   const said = messages.filter(({ content }) => content).map(({ role, content }) => ({ role, content }));
   return { model: chosenModel().id, messages: [...system, ...said], ...settings.sampling };
 }
 
-async function explain(error) {
-  if (!(error instanceof Problem)) throw error;
+function explain(error) {
   forgetModels(); // they may be others, or want another key, by the next try
-  const text = document.createElement("p");
-  const detail = document.createElement("p");
-  const waits = error.kind === "busy" && error.retryAfter;
-  text.textContent = waits ? say("problem_busyFor", { seconds: error.retryAfter }) : say(`problem_${error.kind}`);
-  detail.className = "note";
-  detail.textContent = error.detail;
-  place.problem.replaceChildren(text, detail, actionButton("tryAgain", answerAgain));
-  place.problem.scrollIntoView({ block: "nearest" });
+  complain(error, answerAgain);
 }
 
 function withoutLastAnswer() {
@@ -152,7 +122,7 @@ function editQuestion() {
   const [question, ...rest] = withoutLastAnswer().toReversed();
   messages = rest.toReversed();
   place.question.value = question.content;
-  place.problem.replaceChildren();
+  stopComplaining();
   show();
   keep();
   place.question.focus();
@@ -162,21 +132,16 @@ function startAnew() {
   if (messages.length && !confirm(say("deleteIt"))) return;
   running?.abort();
   messages = [];
-  place.problem.replaceChildren();
+  stopComplaining();
   show();
   keep();
   place.question.focus();
 }
 
 /** Meet the server as soon as the page is there, so that a missing key or server is known before a question is typed. */
-async function connect() {
-  place.problem.replaceChildren();
-  try {
-    await ready();
-    offer();
-  } catch (error) {
-    await explain(error);
-  }
+function connect() {
+  stopComplaining();
+  return ready().then(offer, explain);
 }
 
 /** Whether the key is an input method's, whose Enter picks characters; Safari says so by the code alone. */
@@ -193,7 +158,9 @@ place.question.addEventListener("keydown", (event) => {
   event.preventDefault();
   sendQuestion();
 });
-document.addEventListener("keydown", (event) => event.key === "Escape" && running?.abort());
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && !isComposing(event)) running?.abort();
+});
 place.stop.addEventListener("click", () => {
   running?.abort();
   place.question.focus();
@@ -205,16 +172,10 @@ for (const example of document.querySelectorAll(".example")) {
     sendQuestion();
   });
 }
-document.getElementById("new").addEventListener("click", startAnew);
+place.new.addEventListener("click", startAnew);
 place.model.addEventListener("change", keep);
 place.save.addEventListener("click", () => downloadConversation(messages, settings.system));
-document.getElementById("change-key").addEventListener("click", async () => {
-  try {
-    await askForKey(accepts);
-  } catch (error) {
-    await explain(error);
-  }
-});
+place["change-key"].addEventListener("click", () => changeKey().catch(explain));
 addEventListener("pagehide", () => running && keep());
 onChangeElsewhere(() => {
   if (running) return;

@@ -12,6 +12,7 @@ export class Turn {
   #note = document.createElement("p");
   #buttons = document.createElement("p");
   #frame = 0;
+  #busy = false;
 
   constructor(message) {
     this.message = message;
@@ -37,7 +38,7 @@ export class Turn {
     if (role === "user") this.#text.textContent = content;
     else showMarkdown(this.#text, content);
     this.#cost.textContent = costOf(this.message);
-    this.#note.textContent = NOTED.has(finish) ? say(finish) : "";
+    this.#note.textContent = NOTED.has(finish) && !this.#busy ? say(finish) : "";
   }
 
   /** The same, at most once a picture of the screen. */
@@ -47,6 +48,7 @@ export class Turn {
 
   /** Says to screen readers whether more is to come. */
   set busy(busy) {
+    this.#busy = busy;
     this.element.ariaBusy = String(busy);
   }
 

@@ -103,6 +103,7 @@ def serve(
       128+n signal n ended it: 137 where it had to be killed
     """
     from hunyuan_vllm import envs
+    from hunyuan_vllm.cluster.joined import cluster_variables
     from hunyuan_vllm.server import auth, ready, supervise
     from hunyuan_vllm.server.flags import Flags
     from hunyuan_vllm.server.gpu_wait import wait_for_gpus
@@ -116,6 +117,8 @@ def serve(
     from hunyuan_vllm.server.tls import check_certificate
 
     environ = dict(os.environ)
+    joined = cluster_variables(environ)
+    environ |= {name: value for name, value in joined.items() if name.startswith("RAY_")}
     settings = Settings.read(environ)
     flags = Flags(context.args)
     scheme = scheme_named(scheme_name)
@@ -134,6 +137,8 @@ def serve(
     )
     machine = probe(environ, sys.executable)
     launch = decide(settings, flags, machine, model, environ, insecure, scheme, surface, json_logs, expert_load)
+    if launch.ray_gpus:
+        launch.env.update({name: value for name, value in joined.items() if name not in launch.env})
     check_certificate(flags)
     if grace is not None:
         launch.env[envs.DRAIN_GRACE] = f"{grace:g}"

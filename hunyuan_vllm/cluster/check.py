@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import json
-import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from hunyuan_vllm.cluster.clock import measure_offset
 from hunyuan_vllm.cluster.compare import compare_clocks, compare_files, compare_gpus, compare_versions
-from hunyuan_vllm.cluster.connection import Credentials
-from hunyuan_vllm.cluster.hosts import Host
-from hunyuan_vllm.cluster.machine import Machine
+from hunyuan_vllm.cluster.logins import Login, Logins
 from hunyuan_vllm.cluster.node import Node
-from hunyuan_vllm.cluster.problems import HostError, last_line
-from hunyuan_vllm.cluster.report import HostReport
-from hunyuan_vllm.cluster.shell import RemoteShell, load_script
-from hunyuan_vllm.cluster.steps import Steps
-from hunyuan_vllm.cluster.trust import Fingerprints
 from hunyuan_vllm.findings import Section, some
 
 __all__ = ["ClusterCheck", "Wanted"]
 
-SET_UP = "run python3 deploy/login_ssh.py first"
 HELD = 60  # seconds that a node holds its ports if no one tells it to let go
 
 
@@ -32,14 +23,12 @@ class Wanted:
     """What the cluster is to be.
 
     Attributes:
-        python: the interpreter of the environment, on every node.
         ports: those that nodes must reach on each other, besides any that the system chooses.
         model: checkpoint folder, on every node.
         interface: network interface that must carry each host's address.
         gpus: how many each node must have; None for any number that is the same.
     """
 
-    python: str
     ports: Sequence[int]
     model: str | None = None
     interface: str | None = None
@@ -48,10 +37,9 @@ class Wanted:
 
 @dataclass
 class Seen:
-    """One host on its way through the check."""
+    """What was found of one host."""
 
-    machine: Machine
-    address: str = ""
+    login: Login
     node: Node | None = None
     offset: float | None = None
     listening: dict[str, Any] = field(default_factory=dict)
@@ -59,94 +47,72 @@ class Seen:
 
     @property
     def name(self) -> str:
-        return self.machine.report.name
+        return self.login.name
+
+    @property
+    def address(self) -> str:
+        return self.login.address
 
 
 class ClusterCheck:
-    """One run; hosts are logged in to with this machine's keys and known host keys, as `login_ssh.py` leaves them."""
+    """One run over hosts that are logged in to.
 
-    def __init__(
-        self, hosts: Sequence[Host], wanted: Wanted, credentials: Credentials, known_hosts: str, steps: Steps,
-        timeout: float,
-    ) -> None:  # fmt: skip
+    Args:
+        serving: addresses of those whose own Ray has the ports, which is as it should be.
+    """
+
+    def __init__(self, logins: Logins, wanted: Wanted, serving: Collection[str] = ()) -> None:
+        self._logins = logins
         self._wanted = wanted
-        self._credentials = credentials
-        self._known_hosts = known_hosts
-        self._steps = steps
-        self._timeout = timeout
-        self._all = [Seen(Machine(host, HostReport(host.address), timeout)) for host in hosts]
+        self._serving = serving
+        self._all = [Seen(login) for login in logins.all]
 
     def run(self) -> list[Section]:
-        """What was found, the hosts' own sections last. Connections are closed whatever ends it."""
+        """What was found, the hosts' own sections last."""
+        usable = [one for one in self._all if not one.login.problems]
+        self._each("nodes", usable, self._examine)
+        usable = [one for one in usable if one.node]
         try:
-            self._each("logins", self._all, self._log_in)
-            usable = [one for one in self._all if one.machine.shell]
-            self._each("nodes", usable, self._examine)
-            usable = [one for one in usable if one.node]
-            try:
-                self._each("listening", usable, self._listen)
-                self._each("connections", usable, self._connect)
-            finally:
-                self._each("letting go", usable, self._let_go)
-            return self._sections()
+            self._each("listening", usable, self._listen)
+            self._each("connections", usable, self._connect)
         finally:
-            for one in self._all:
-                one.machine.close()
+            self._each("letting go", usable, self._let_go)
+        return self._sections()
 
     def _each(self, title: str, some_of: Sequence[Seen], action: Callable[[Seen], None]) -> None:
-        self._steps.run(title, some_of, lambda one: one.machine.attempt(lambda machine: action(one)))
-
-    def _log_in(self, one: Seen) -> None:
-        one.machine.fetch_host_key(self._known_hosts, Fingerprints({}))
-        if one.machine.report.trust is None:
-            raise HostError("its host key is not known here", SET_UP)
-        one.machine.log_in(self._credentials)
-        if one.machine.password_needed:
-            raise HostError("it takes none of this user's keys", SET_UP)
-        assert isinstance(one.machine.shell, RemoteShell)
-        one.address = one.machine.shell.address
+        by_login = {id(one.login): one for one in some_of}
+        self._logins.each(title, [one.login for one in some_of], lambda login: action(by_login[id(login)]))
 
     def _examine(self, one: Seen) -> None:
-        assert one.machine.shell is not None
-        one.offset = measure_offset(one.machine.shell, self._timeout)  # first, while there is nothing to wait for
-        text = self._python(one, "hunyuan_vllm.cluster.node", self._wanted.model or "")
+        # The clock first, while there is nothing to wait for.
+        one.offset = measure_offset(one.login.shell, self._logins.timeout)
+        text = self._logins.python(one.login, "hunyuan_vllm.cluster.node", self._wanted.model or "")
         one.node = Node.from_json(text, one.name)
 
     def _listen(self, one: Seen) -> None:
-        words = [one.address, str(HELD), *map(str, self._wanted.ports)]
-        one.listening = json.loads(self._python(one, "hunyuan_vllm.cluster.ports", "listen", *words))
+        words = ["listen", one.address, str(HELD), *map(str, self._wanted.ports)]
+        one.listening = json.loads(self._logins.python(one.login, "hunyuan_vllm.cluster.ports", *words))
 
     def _connect(self, one: Seen) -> None:
         for other in self._all:
             if other is not one and other.listening:
                 ports = [str(port) for port in (*other.listening["held"], *other.listening["taken"])]
-                words = ["connect", str(min(self._timeout, 5.0)), other.address, *ports]
-                one.unreached[other.name] = json.loads(self._python(one, "hunyuan_vllm.cluster.ports", *words))
+                words = ["connect", str(min(self._logins.timeout, 5.0)), other.address, *ports]
+                one.unreached[other.name] = json.loads(
+                    self._logins.python(one.login, "hunyuan_vllm.cluster.ports", *words)
+                )
 
     def _let_go(self, one: Seen) -> None:
-        if one.listening and one.machine.shell:
-            one.machine.shell.run(f"kill {int(one.listening['pid'])}", self._timeout)
-
-    def _python(self, one: Seen, module: str, *words: str) -> str:
-        """What a module of ours prints on a node."""
-        assert one.machine.shell is not None
-        names = {"python": self._wanted.python, "local_ip": one.address}
-        arguments = shlex.join([module, *words])
-        done = one.machine.shell.run(load_script("python"), max(60.0, self._timeout), arguments=arguments, **names)
-        if done.status != 0:
-            raise HostError(
-                f"{self._wanted.python} runs no {module}: {last_line(done.errors) or f'status {done.status}'}",
-                "put the same checkout at the same path and run sh deploy/setup_env.sh there, or name its --python",
-            )
-        return done.out.decode(errors="replace")
+        if one.listening:
+            one.login.shell.run(f"kill {int(one.listening['pid'])}", self._logins.timeout)
 
     def _sections(self) -> list[Section]:
         nodes = {one.name: one.node for one in self._all if one.node}
         logins, alike, network = Section("Hosts"), Section("Alike"), Section("Between hosts")
         for one in self._all:
-            for problem in one.machine.report.problems:
+            for problem in one.login.problems:
                 logins.problem(one.name, problem.what, problem.remedy)
-            if not one.machine.report.problems:
+            if not one.login.problems:
                 logins.ok(one.name, f"logged in{self._interface_words(one)}")
         if nodes:
             compare_versions(alike, nodes)
@@ -181,9 +147,9 @@ class ClusterCheck:
     def _report_ports(self, section: Section) -> None:
         tried = 0
         for one in self._all:
-            if taken := one.listening.get("taken"):
+            if (taken := one.listening.get("taken")) and one.address not in self._serving:
                 text = f"{some([str(port) for port in taken])} of {one.name} are taken by another program"
-                section.warning("ports", text, "if it is an old Ray: ray stop --force there")
+                section.warning("ports", text, "end that, or use it with another address")
             for target, unreached in one.unreached.items():
                 tried += 1
                 if unreached:

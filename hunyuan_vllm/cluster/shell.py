@@ -52,7 +52,8 @@ def compose(script: str, variables: Mapping[str, str]) -> bytes:
     The shell reads the braces to their end before it runs anything in them: of a script that arrives only in part,
     because the connection broke, nothing runs.
     """
-    settings = "".join(f"{name}={shlex.quote(value)}\n" for name, value in variables.items())
+    # Unset first: a variable that was exported would stay so, and be in the environment of all that the script runs.
+    settings = "".join(f"unset {name}; {name}={shlex.quote(value)}\n" for name, value in variables.items())
     mark = MARK.decode().strip()
     return f"{{\nLC_ALL=C\nexport LC_ALL\nprintf '%s\\n' {mark}\n{settings}{script}\n}}\n".encode()
 

@@ -1,0 +1,148 @@
+"""Ray's processes on this machine, found by what they are: Ray's own programs, and whatever writes into its sessions.
+
+A name alone proves nothing: workers give themselves titles, and an orphan's parent is gone. But every process that Ray
+starts has its output, or a log, in the folder of Ray's session, and hands that on to its children.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import psutil
+
+__all__ = ["count_raylets", "end_processes", "ray_processes", "raylet_of", "shown", "works"]
+
+RAYLET = "raylet"
+PROGRAM = re.compile(r"/ray/core/src/ray/(raylet/raylet|gcs/gcs_server)$")
+SESSION = re.compile(r"/session_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d+_\d+/")
+IDLE = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+GRACE, LAST_WORDS = 3.0, 10.0  # seconds
+
+
+def ray_processes() -> list[psutil.Process]:
+    """All of this user's, with their descendants; without this process and those above it."""
+    found: dict[int, psutil.Process] = {}
+    for process in psutil.process_iter():
+        if _is_mine(process) and (_is_program(process) or _is_in_session(process)):
+            found[process.pid] = process
+            for child in _descendants(process):
+                found.setdefault(child.pid, child)
+    above = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
+    return [process for pid, process in found.items() if pid not in above and _lives(process)]
+
+
+def raylet_of(processes: Iterable[psutil.Process], address: str, gcs: str) -> psutil.Process | None:
+    """The raylet, of these processes, that is the node `address` of the cluster at `gcs`."""
+    for process in processes:
+        words = _command(process)
+        if _name(process) == RAYLET and f"--node_ip_address={address}" in words and f"--gcs-address={gcs}" in words:
+            return process
+    return None
+
+
+def count_raylets(processes: Iterable[psutil.Process]) -> int:
+    """How many nodes, of whatever clusters, these processes are of."""
+    return sum(_name(process) == RAYLET for process in processes)
+
+
+def works(processes: Iterable[psutil.Process]) -> list[str]:
+    """The actors and tasks that run in them, as Ray and vLLM title those; Ray's own and idle workers are left out."""
+    titles = [" ".join(_command(process)).strip() for process in processes]
+    return [title for title in titles if title.startswith(("ray::", "VLLM::")) and not title.startswith(IDLE)]
+
+
+def shown(process: psutil.Process) -> str:
+    """What it is, for people, and its number."""
+    words = _command(process)
+    name = next((word.rpartition("/")[2] for word in words if word.endswith(".py")), None) or _name(process)
+    return f"{words[0].strip() if words and '::' in words[0] else name} (pid {process.pid})"
+
+
+def end_processes(find: Callable[[], Sequence[psutil.Process]]) -> tuple[list[str], list[str]]:
+    """End what `find` finds until it finds nothing more: politely, then not.
+
+    Returns:
+        What was ended, and what could not be.
+    """
+    found = find()
+    seen = {process.pid: shown(process) for process in found}
+    for process in found:
+        _signal(process.terminate)
+    psutil.wait_procs(found, timeout=GRACE)
+    deadline = time.monotonic() + LAST_WORDS
+    while (left := find()) and time.monotonic() < deadline:
+        for process in left:
+            seen.setdefault(process.pid, shown(process))
+            _signal(process.kill)
+        psutil.wait_procs(left, timeout=1.0)
+    stuck = {process.pid for process in left}
+    return [text for pid, text in seen.items() if pid not in stuck], [seen[pid] for pid in stuck]
+
+
+def _signal(send: Callable[[], None]) -> None:
+    try:
+        send()
+    except psutil.Error:
+        pass  # it has ended meanwhile
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _is_mine(process: psutil.Process) -> bool:
+    try:
+        return bool(process.uids().real == os.getuid())
+    except psutil.Error:
+        return False
+
+
+def _is_program(process: psutil.Process) -> bool:
+    try:
+        return PROGRAM.search(process.exe().removesuffix(" (deleted)")) is not None
+    except psutil.Error:
+        return False
+
+
+def _is_in_session(process: psutil.Process) -> bool:
+    folder = f"/proc/{process.pid}/fd"
+    try:
+        for descriptor in os.listdir(folder):
+            entry = f"{folder}/{descriptor}"
+            try:
+                # Open for writing: who only reads a log there is no part of Ray.
+                if os.lstat(entry).st_mode & stat.S_IWUSR and SESSION.search(os.readlink(entry)):
+                    return True
+            except OSError:
+                continue
+    except OSError:
+        pass
+    return False
+
+
+def _descendants(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.Error:
+        return []
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.Error:
+        return ""

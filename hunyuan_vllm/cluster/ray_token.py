@@ -1,0 +1,53 @@
+"""Ray's token: whoever has it may join the cluster and run anything on it, so it is made once and kept private."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+from hunyuan_vllm.cluster.private_file import make_private, read_private, write_private
+from hunyuan_vllm.errors import UserError
+
+__all__ = ["PATH_VARIABLE", "make_token", "read_token", "store_token", "token_file"]
+
+PATH_VARIABLE = "RAY_AUTH_TOKEN_PATH"
+BYTES = 32
+
+
+def token_file(environ: Mapping[str, str], home: Path) -> Path:
+    """Where Ray looks for it: RAY_AUTH_TOKEN_PATH, else ~/.ray/auth_token."""
+    named = environ.get(PATH_VARIABLE, "").strip()
+    return Path(named).expanduser().absolute() if named else home / ".ray" / "auth_token"
+
+
+def read_token(file: Path) -> str | None:
+    """The token in `file`; None where there is no such file.
+
+    Raises:
+        UserError: others may read it, or there is no token in it.
+    """
+    text = read_private(file)
+    if text is None:
+        return None
+    token = text.strip()
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise UserError(f"{file} holds no token: delete it, and the next start makes one")
+    return token
+
+
+def make_token(file: Path) -> str:
+    """The token in `file`, made if there is none.
+
+    Raises:
+        UserError: as `read_token`, or it cannot be written.
+    """
+    make_private(file, secrets.token_hex(BYTES))
+    token = read_token(file)
+    assert token is not None
+    return token
+
+
+def store_token(file: Path, token: str) -> bool:
+    """Keep the head's token on this node; whether there was none before, or another one."""
+    return write_private(file, token)

@@ -42,6 +42,7 @@ from vllm.sequence import IntermediateTensors
 from hunyuan_vllm.cla_cache import CLAAttention, OwnerAttention, SharedKV, kv_sharing_target, passes_kv
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.cpu_routing import NativeGate, choose_experts, routes_natively
+from hunyuan_vllm.expert_load import count_expert_load
 from hunyuan_vllm.lora import experts_without_lora_on_cpu
 from hunyuan_vllm.patches import apply_patches
 from hunyuan_vllm.qk_norm import FoldedQueryNorm
@@ -363,6 +364,7 @@ class HunYuanForCausalLM(nn.Module, SupportsPP, SupportsLoRA, MixtureOfExperts):
         self.vllm_config = vllm_config
         self.quant_config = vllm_config.quant_config
         self.model = HunYuanModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        count_expert_load(self.model, vllm_config)
         if get_pp_group().is_last_rank:
             self.lm_head = ParallelLMHead(
                 config.vocab_size,

@@ -244,8 +244,9 @@ USED: tuple[Symbol, ...] = (
     Symbol("vllm.model_executor.model_loader.utils", "process_weights_after_loading"),
     Symbol("vllm.model_executor.model_loader.weight_utils", "get_quant_config"),
     # The batch runner: vLLM's server without HTTP.
-    Symbol("vllm.engine.protocol", "EngineClient", members=("vllm_config", "errored", "generate")),
+    Symbol("vllm.engine.protocol", "EngineClient", members=("vllm_config", "errored", "generate", "collective_rpc")),
     Symbol("vllm.exceptions", "VLLMUnprocessableEntityError"),
+    Symbol(f"{_LAYERS}.fused_moe.router.base_router", "BaseRouter", members=("set_capture_fn",)),
     Symbol("vllm.entrypoints.cli.serve", "make_arg_parser"),
     Symbol("vllm.entrypoints.launchers.api_server.app_state", "init_app_state"),
     Symbol("vllm.entrypoints.launchers.api_server.entry", "build_async_engine_client", keywords=("usage_context",)),

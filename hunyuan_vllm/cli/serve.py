@@ -104,7 +104,7 @@ def serve(
     """
     from hunyuan_vllm import envs
     from hunyuan_vllm.cluster.joined import cluster_variables
-    from hunyuan_vllm.server import auth, ready, supervise
+    from hunyuan_vllm.server import keys, ready, supervise
     from hunyuan_vllm.server.flags import Flags
     from hunyuan_vllm.server.gpu_wait import wait_for_gpus
     from hunyuan_vllm.server.launch import decide
@@ -153,9 +153,9 @@ def serve(
         ready.check_port(launch.host, launch.port)
     if launch.key_file is not None:
         if settings.api_key_file is None and not launch.key_file.exists():
-            auth.create_key_file(launch.key_file)
+            keys.create_key_file(launch.key_file)
             print(f"hunyuan-vllm: a new API key is in {launch.key_file}", file=sys.stderr)
-        auth.read_key_file(launch.key_file)
+        keys.read_key_file(launch.key_file)
     if scheme and model != source:
         scheme.convert_demo(Path(source.name), Path(model.name))
     stop = Stop()

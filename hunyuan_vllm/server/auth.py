@@ -11,11 +11,11 @@ from http import HTTPStatus
 from vllm.logger import init_logger
 
 from hunyuan_vllm.server.asgi import App, Receive, Scope, Send, inner_path, notes, refuse
-from hunyuan_vllm.server.keys import KeyRing, create_key_file, read_key_file
+from hunyuan_vllm.server.keys import KeyRing
 from hunyuan_vllm.server.refusals import count_refusal
 from hunyuan_vllm.server.routes import KEYLESS, Paths
 
-__all__ = ["App", "Receive", "RequireApiKey", "Scope", "Send", "create_key_file", "read_key_file"]
+__all__ = ["RequireApiKey"]
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
 SCHEME = b"bearer "

@@ -173,6 +173,10 @@ def _front_end_options(flags: Flags, surface: Surface, json_logs: bool) -> dict[
     options: dict[str, list[str]] = {
         "disable-uvicorn-access-log": [],  # our own log has more of each request
         "enable-prompt-tokens-details": [],  # how much of a prompt was in the cache
+        # JSON without white space, of which a model can write without end and never come to the point. vLLM takes that
+        # for a backend that is named, which is the one it prefers anyway.
+        "structured-outputs-config": [json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})],
+        "tool-strict-level": ["parameter"],  # a call that is asked for has arguments of its schema, whatever the parser
     }
     if json_logs and "logging-config" not in flags:
         options["logging-config.formatter"] = ["json"]

@@ -10,6 +10,7 @@ from hunyuan_vllm.server.chat_page import ChatPage
 from hunyuan_vllm.server.keys import KeyRing
 from hunyuan_vllm.server.lifecycle import LIVE, READY, Lifecycle
 from hunyuan_vllm.server.limits import Limits
+from hunyuan_vllm.server.metrics import OwnMetrics
 from hunyuan_vllm.server.name_fields import NameFields
 from hunyuan_vllm.server.request_log import RequestLog
 from hunyuan_vllm.server.routes import AllowedRoutes
@@ -24,22 +25,25 @@ class Open:
     """For a server that needs no key."""
 
     def __init__(self, app: App) -> None:
-        surface = Surface.read(os.environ)
-        inner = AllowedRoutes(Limits(NameFields(app), surface), surface.extra_routes)
-        self._app = RequestLog(Lifecycle(ChatPage(inner), bare=app), QUIET)
+        self._app = _around(app, None)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._app(scope, receive, send)
 
 
 class BehindKey:
-    """For a server whose every path needs the key, probes apart."""
+    """For a server whose every path needs a key, probes and the chat page apart."""
 
     def __init__(self, app: App) -> None:
-        surface = Surface.read(os.environ)
-        inner = AllowedRoutes(Limits(NameFields(app), surface), surface.extra_routes, surface.admin)
-        guarded = RequireApiKey(inner, KeyRing(os.environ))
-        self._app = RequestLog(Lifecycle(ChatPage(guarded), bare=app), QUIET)
+        self._app = _around(app, KeyRing(os.environ))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._app(scope, receive, send)
+
+
+def _around(app: App, keys: KeyRing | None) -> App:
+    surface = Surface.read(os.environ)
+    served: App = OwnMetrics(Limits(NameFields(app), surface))
+    served = AllowedRoutes(served, surface.extra_routes, surface.admin)
+    guarded = RequireApiKey(served, keys) if keys is not None else served
+    return RequestLog(Lifecycle(ChatPage(guarded), bare=app), QUIET)

@@ -11,12 +11,11 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from hunyuan_vllm.server.auth import App, Receive, Scope, Send
+from hunyuan_vllm.server.asgi import App, Message, Receive, Scope, Send
 from hunyuan_vllm.server.bad_requests import Problem, explain, explain_validation
 
 __all__ = ["NameFields"]
 
-Message = Scope  # both are plain mappings
 STREAMED_ERROR = b'data: {"error"'
 ABOUT_THE_REQUEST = (HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY)
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

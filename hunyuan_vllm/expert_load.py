@@ -1,0 +1,73 @@
+"""How many tokens each expert of each layer has been given: counted by workers, fetched by the server's /metrics.
+
+vLLM has a hook for it and no metric. Counting costs one small kernel a layer and step, so it is on only where
+the worker extension below is asked for: `hunyuan-vllm serve --expert-load`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+
+__all__ = ["EXTENSION", "ExpertLoad", "Loads", "count_expert_load"]
+
+EXTENSION = "hunyuan_vllm.expert_load.ExpertLoad"
+LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
+Loads = dict[int, list[int]]  # layer → tokens given to each expert
+
+
+class _Count:
+    """A router's callback. Adds in place, so that it may be part of a compiled graph or a CUDA graph."""
+
+    def __init__(self, experts: int) -> None:
+        self.tokens = torch.zeros(experts, dtype=torch.int64)  # on the device that the model is built on
+
+    def __call__(self, chosen: Tensor) -> None:
+        """`chosen` is [tokens, top k]."""
+        ids = chosen.reshape(-1).long()
+        self.tokens.index_add_(0, ids, torch.ones_like(ids))
+
+
+def count_expert_load(model: nn.Module, vllm_config: VllmConfig) -> None:
+    """Have the routers of `model` count, if this worker is one that is asked for counts."""
+    if vllm_config.parallel_config.worker_extension_cls != EXTENSION:
+        return
+    for module in model.modules():
+        router = getattr(module, "router", None)
+        if isinstance(router, BaseRouter):
+            router.set_capture_fn(_Count(router.global_num_experts))
+
+
+class ExpertLoad:
+    """Methods of every worker, for `collective_rpc`."""
+
+    get_model: Callable[[], Any]  # the worker's
+
+    def expert_load(self, afresh: bool = False) -> Loads:
+        """The counts of this worker's layers; none from ranks that route as another does.
+
+        Args:
+            afresh: count from zero from now on: a start runs tokens that nobody asked for.
+        """
+        counts: dict[int, Tensor] = {}
+        for name, module in self.get_model().named_modules():
+            router = getattr(module, "router", None)
+            count = router.capture_fn if isinstance(router, BaseRouter) else None
+            layer = LAYER.search(f"{name}.")
+            if isinstance(count, _Count) and layer:
+                if afresh:
+                    count.tokens.zero_()
+                counts[int(layer[1])] = count.tokens
+        if not counts or get_tensor_model_parallel_rank() != 0:
+            return {}
+        flat = iter(torch.cat(list(counts.values())).tolist())  # one copy from the device, while the engine waits
+        return {layer: list(islice(flat, len(tokens))) for layer, tokens in counts.items()}

@@ -1,0 +1,92 @@
+"""The figures of our own in /metrics, beside an engine that says what it is told to."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
+
+from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.expert_load import EXTENSION
+from hunyuan_vllm.server import metrics
+from hunyuan_vllm.server.metrics import EngineMetrics, sharing_factor
+
+USAGE = "vllm:kv_cache_usage_perc"
+
+
+def config(**changes) -> HunYuanConfig:
+    return HunYuanConfig(**({"use_cla": True, "cla_share_factor": 2, "num_hidden_layers": 6} | changes))
+
+
+class Engine:
+    """Two workers, of which each has a layer."""
+
+    def __init__(self, extension: str = ""):
+        self.loads = [{0: [3, 4]}, {1: [7, 0]}]
+        self.vllm_config = SimpleNamespace(
+            model_config=SimpleNamespace(hf_config=config()),
+            cache_config=SimpleNamespace(kv_cache_size_tokens=1000, num_gpu_blocks=63, block_size=16),
+            parallel_config=SimpleNamespace(worker_extension_cls=extension),
+        )
+
+    async def collective_rpc(self, method, args):
+        assert method == "expert_load"
+        if self.loads is None:
+            await asyncio.sleep(60)
+        return self.loads
+
+
+@pytest.fixture
+def registry():
+    made = CollectorRegistry(auto_describe=True)  # as the one that /metrics shows
+    usage = Gauge(USAGE, "share", ["engine"], registry=made)
+    usage.labels("0").set(0.25)
+    usage.labels("1").set(1)
+    return made
+
+
+def samples(registry: CollectorRegistry) -> list[str]:
+    return [line for line in generate_latest(registry).decode().splitlines() if line.startswith("hunyuan_")]
+
+
+def test_the_cache_in_tokens(registry):
+    registry.register(EngineMetrics(Engine(), registry))
+    assert samples(registry) == [
+        "hunyuan_cla_sharing_factor 2.0",
+        'hunyuan_kv_cache_capacity_tokens{engine="0"} 1000.0',
+        'hunyuan_kv_cache_capacity_tokens{engine="1"} 1000.0',
+        'hunyuan_kv_cache_used_tokens{engine="0"} 250.0',
+        'hunyuan_kv_cache_used_tokens{engine="1"} 1000.0',
+    ]
+
+
+async def test_experts_are_there_where_workers_count(registry, monkeypatch):
+    engine = Engine(EXTENSION)
+    own = EngineMetrics(engine, registry)
+    registry.register(own)
+    assert not any("expert" in line for line in samples(registry))
+    await own.fetch()
+    expected = [
+        f'hunyuan_expert_tokens_total{{expert="{expert}",layer="{layer}"}} {count}'
+        for layer, expert, count in ((0, 0, 3.0), (0, 1, 4.0), (1, 0, 7.0), (1, 1, 0.0))
+    ]
+    assert samples(registry)[-4:] == expected
+    # An engine that does not answer costs a scrape some patience, and no figure.
+    monkeypatch.setattr(metrics, "PATIENCE", 0.05)
+    engine.loads = None
+    await own.fetch()
+    assert samples(registry)[-4:] == expected
+
+
+async def test_an_engine_that_does_not_count_is_not_asked(registry):
+    engine = Engine()
+    engine.collective_rpc = None
+    await EngineMetrics(engine, registry).fetch()
+
+
+def test_the_sharing_factor(monkeypatch):
+    assert sharing_factor(config()) == 2
+    assert sharing_factor(config(cla_share_factor=4)) == 3  # six layers: owners 0 and 4
+    assert sharing_factor(config(use_cla=False)) == 1
+    monkeypatch.setenv("HUNYUAN_VLLM_CLA_SHARING", "0")
+    assert sharing_factor(config()) == 1

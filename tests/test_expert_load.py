@@ -1,0 +1,65 @@
+"""The load of experts, counted in the engine, is the routing of the independent model on the same tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import tiny_config, write_checkpoint
+from engine import engine, random_prompts
+from vllm import SamplingParams, TokensPrompt
+
+from hunyuan_vllm import reference
+from hunyuan_vllm.expert_load import EXTENSION
+
+pytestmark = pytest.mark.engine
+
+
+def loads_of_reference(folder: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Tokens given to each expert, a row a layer in the order of layers."""
+    counts: list[torch.Tensor] = []
+    stock = reference.route
+
+    def counting(logits: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, ids = stock(logits, topk)
+        counts.append(torch.bincount(ids.flatten(), minlength=logits.shape[-1]))
+        return weights, ids
+
+    monkeypatch.setattr(reference, "route", counting)
+    model = reference.HunYuanForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    totals = []
+    for prompt in prompts:
+        counts.clear()
+        with torch.inference_mode():
+            model(torch.tensor([prompt]))
+        totals.append(torch.stack(counts))
+    return torch.stack(totals).sum(0).tolist()
+
+
+@pytest.mark.parametrize(
+    ("topk", "eager"), [(1, True), (2, True), pytest.param(1, False, marks=pytest.mark.slow, id="compiled")]
+)
+def test_counts_are_the_reference_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, topk: int, eager: bool) -> None:
+    config = tiny_config(moe_topk=topk)
+    folder = write_checkpoint(tmp_path / "checkpoint", config)
+    prompts = random_prompts(config.vocab_size, [40, 23, 61])
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
+    with engine(folder, worker_extension_cls=EXTENSION, enforce_eager=eager) as llm:
+        llm.collective_rpc("expert_load", args=(True,))
+        llm.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], params, use_tqdm=False)
+        (loads,) = llm.collective_rpc("expert_load")
+    assert [loads[layer] for layer in sorted(loads)] == loads_of_reference(folder, prompts, monkeypatch)
+    assert sum(loads[min(loads)]) == topk * sum(map(len, prompts))
+    assert len(loads) == config.num_hidden_layers
+
+
+def test_nothing_is_counted_unless_asked_for(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "checkpoint", tiny_config())
+    with engine(folder) as llm:
+        (captures,) = llm.apply_model(capture_functions)
+    assert set(captures) == {None} and captures
+
+
+def capture_functions(model: torch.nn.Module) -> list[object]:
+    return [module.router.capture_fn for module in model.modules() if hasattr(module, "router")]

@@ -22,7 +22,8 @@ if TYPE_CHECKING:  # one question needs no prompt, which takes a while to import
 
 __all__ = ["Chat", "choose", "printable"]
 
-ENDS = {"length": "cut off: it reached max_tokens or the end of the context", "stopped": "stopped"}
+STOPPED = "stopped"
+ENDS = {"length": "cut off: it reached max_tokens or the end of the context", STOPPED: "stopped"}
 
 
 @dataclass
@@ -60,8 +61,8 @@ class Chat:
             except (EOFError, Leave):
                 return
 
-    def answer(self, question: str) -> None:
-        """Ask, and show the answer as it comes and what it cost. Ctrl-C ends it; what came of it is kept.
+    def answer(self, question: str) -> bool:
+        """Ask, and show the answer as it comes and what it cost; False if Ctrl-C ended it. What came of it is kept.
 
         Raises:
             UserError: the server refused, or failed on the way.
@@ -79,11 +80,12 @@ class Chat:
                     if part.usage and part.usage.completion:
                         meter.note(part.usage.completion)
         except KeyboardInterrupt:
-            finish = "stopped"
+            finish = STOPPED
         finally:
             self.conversation.answer(text)
             self._write("\n")
         self._note(_cost(usage, meter, self.model.context, finish))
+        return finish != STOPPED
 
     def _write(self, text: str) -> None:
         self.output.file.write(text)

@@ -10,7 +10,7 @@ import typer
 
 __all__ = ["chat"]
 
-FAILED = 1  # exit status
+FAILED, INTERRUPTED = 1, 130  # exit statuses
 
 
 def chat(
@@ -51,7 +51,8 @@ def chat(
                             that `serve` made is found without them
       XDG_STATE_HOME        folder instead of ~/.local/state
 
-    Exit status: 0; 1 where the one question failed on the way; 2 where there is no server, or it wants another key.
+    Exit status: 0; 1 where the one question failed on the way, 130 where Ctrl-C ended its answer; 2 where there is no
+    server, or it wants another key.
     """
     from rich.console import Console
 
@@ -89,7 +90,9 @@ def chat(
     if not text:
         raise UserError("there is no question: give one, or come from a terminal to chat")
     try:
-        talk.answer(text)
+        whole = talk.answer(text)
     except UserError as error:
         print(f"hunyuan-vllm: {error}", file=sys.stderr)
         raise typer.Exit(FAILED) from None
+    if not whole:
+        raise typer.Exit(INTERRUPTED)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pexpect
 from serving import COMMAND, Server
 
-__all__ = ["ALT_ENTER", "CTRL_C", "CTRL_D", "UP", "Terminal", "run", "terminal"]
+__all__ = ["ALT_ENTER", "CTRL_C", "CTRL_D", "UP", "Terminal", "environment", "run", "terminal"]
 
 CTRL_C, CTRL_D, UP, ALT_ENTER = "\x03", "\x04", "\x1b[A", "\x1b\r"
 PATIENCE = 30  # seconds
@@ -20,7 +20,7 @@ ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07]*\x07|\r")
 
 
 def environment(home: Path, **more: str) -> dict[str, str]:
-    ours = {"VLLM_API_KEY", "HUNYUAN_VLLM_API_KEY_FILE", "HOST", "LOCAL_IP", "PORT", "XDG_CONFIG_HOME"}
+    ours = {"VLLM_API_KEY", "HUNYUAN_VLLM_API_KEY_FILE", "HOST", "LOCAL_IP", "PORT", "XDG_CONFIG_HOME", "COLUMNS"}
     inherited = {name: value for name, value in os.environ.items() if name not in ours}
     return inherited | {"HOME": str(home), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "XDG_STATE_HOME": ""} | more
 

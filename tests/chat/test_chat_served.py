@@ -235,8 +235,8 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(server: Server, key_file: Path,
         assert int(re.findall(r"(\d+) out", stopped)[-1]) < CONTEXT - 20
         at.type("unfinished", CTRL_C)
         at.see("Ctrl-D or /quit leaves")
-        at.type("/set temperature 0")
-        at.see("temperature=0.0")
+        at.type("/set repetition_penalty default")
+        at.see("repetition_penalty=1.05")
         at.type(UP + UP)  # "Tell me", behind the command
         assert "Tell me" in at.see(SPENT)
         at.leave()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import signal
+import subprocess
 from pathlib import Path
 
 from certificates import own_certificate
 from fake_server import FakeServer, fake_server
-from serving import free_port
-from terminal import run
+from serving import COMMAND, free_port
+from terminal import environment, run
 
 from hunyuan_vllm.chat.terminal import printable
 
@@ -58,6 +60,25 @@ def test_the_rate_is_that_of_the_stream(fake: FakeServer, tmp_path: Path) -> Non
         fake.pace = 0.001
     rate = re.search(r"9 tokens in, 30 out · ([\d.]+) tokens/s", result.stderr)
     assert rate and 5 < float(rate[1]) <= 52
+
+
+def test_ctrl_c_ends_one_question(fake: FakeServer, tmp_path: Path) -> None:
+    fake.text, fake.fault, fake.breaks_off, fake.pace = "7 chars" * 1000, None, False, 0.02
+    try:
+        with subprocess.Popen(
+            [COMMAND, "chat", "hello", "--url", fake.url],
+            env=environment(tmp_path),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as asked:
+            assert asked.stdout and asked.stderr
+            assert asked.stdout.read(14) == "7 chars" * 2
+            asked.send_signal(signal.SIGINT)
+            assert asked.wait(timeout=20) == 130
+            assert "stopped · 9 tokens in" in asked.stderr.read()
+    finally:
+        fake.pace = 0.001
 
 
 def test_a_broken_stream_and_a_busy_server(fake: FakeServer, tmp_path: Path) -> None:

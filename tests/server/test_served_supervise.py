@@ -89,8 +89,9 @@ def test_the_engine_is_killed(server):
     assert restarts(server) == 1
 
 
-def test_a_stop_drains_and_then_the_front_end_is_killed_for_good(server):
-    """Two deaths in a row are more than it was told to put up with."""
+def test_the_front_end_is_killed_once_too_often(server):
+    """Two deaths in a row are more than it was told to put up with; its engine ends with it."""
+    # The last test of this file: the server is gone after it.
     (front_end,) = psutil.Process(server.process.pid).children()
     left = family(server)
     client = Client(server.url)

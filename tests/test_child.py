@@ -90,6 +90,21 @@ def test_a_stop_reaches_the_server_and_leaves_nothing(tmp_path, number):
     assert not psutil.pid_exists(worker) or psutil.Process(worker).status() == "zombie"
 
 
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), 9)", "raise SystemExit(1)", "os._exit(0)"])
+def test_shared_memory_is_freed_whatever_ends_the_server(end):
+    program = f"""
+        import multiprocessing, os
+        from multiprocessing.shared_memory import SharedMemory
+        memory = SharedMemory(create=True, size=4096)
+        print(memory.name, flush=True)
+        {end}
+    """
+    child = start(program)
+    name, _ = child.communicate(timeout=60)
+    assert name.startswith("psm_")
+    assert not os.path.exists(f"/dev/shm/{name.strip()}")
+
+
 def test_a_second_signal_kills():
     program = """
         import signal, time

@@ -89,19 +89,23 @@ class Child:
         Returns:
             Its exit status, as a shell has it: 128 + n if signal n ended it.
         """
-        if not in_order:
-            self.kill()
-        deadline = time.monotonic() + GRACE
-        while (left := self._family()) and time.monotonic() < deadline:
-            psutil.wait_procs(left, timeout=0.05)  # which takes note of the death of those that are ours by now
-        for process in left:
+        if in_order:
+            self._await_end()
+        self.kill()
+        self._await_end()  # of those that free shared memory
+        for process in self._family():
             with suppress(psutil.Error):
                 process.kill()
-        psutil.wait_procs(left, timeout=1)
+        self._await_end()
         self._pump.join(timeout=GRACE)
         remove_deserted_sockets()
         status = self._process.returncode
         return status if status >= 0 else 128 - status
+
+    def _await_end(self) -> None:
+        deadline = time.monotonic() + GRACE
+        while (left := self._family()) and time.monotonic() < deadline:
+            psutil.wait_procs(left, timeout=0.05)  # which takes note of the death of those that are ours by now
 
     def _family(self) -> set[psutil.Process]:
         """All of its processes, orphans included; the dead ones too while nobody has taken note."""

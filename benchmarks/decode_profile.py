@@ -27,6 +27,8 @@ KERNELS = {
     "aten::mm": LINEARS,
     "aten::addmm": LINEARS,
     "mkldnn_linear": LINEARS,
+    **{f"hunyuan_vllm::{scheme}_linear": LINEARS for scheme in ("w8a16", "w8a8")},
+    **{f"hunyuan_vllm::{scheme}_experts": EXPERTS for scheme in ("w8a16", "w8a8")},
     "_C::fused_experts_cpu": EXPERTS,
     "_C::cpu_fused_moe": EXPERTS,
     "_C::cpu_attention": ATTENTION,
@@ -90,7 +92,8 @@ def profile(
                 "profiled": partial(engine.call, "breakdown", *work),
             }
             turns["plain"]()
-            _tabulate(report, batch, Weights.of(model), **interleaved(turns, arguments.rounds, notes=False))
+            weights = Weights.of(model, projections=1 if settings.get("quantization") else 2)
+            _tabulate(report, batch, weights, **interleaved(turns, arguments.rounds, notes=False))
 
 
 def _tabulate(

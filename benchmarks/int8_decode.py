@@ -1,6 +1,7 @@
 """Speed of the int8 schemes on a CPU, against BF16: decode and prefill, at batch 1 and 8.
 
     python benchmarks/int8_decode.py
+    python benchmarks/int8_decode.py --profile int8     # instead: where the time of its decode steps goes
 
 A random checkpoint of 1.1 billion parameters in bfloat16, quantised while it is loaded. Decode is the time of the steps
 after the prompts are read, prefill that of the step that reads them. All engines are compiled, each has a process of
@@ -9,13 +10,16 @@ its own, and they take turns within a round.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from common import Report, Spread, checkpoint_option, interleaved, mid_checkpoint, options, ratios
+from decode_profile import profile
 from processes import Child, Engine, engine_environ, random_prompts
 
 SCHEMES = {"bf16": None, "int8": "hunyuan_int8", "int8-w8a8": "hunyuan_int8_w8a8"}
@@ -30,6 +34,7 @@ def main() -> None:
     checkpoint_option(parser)
     parser.add_argument("--prompt-tokens", type=int, default=256, help="default: %(default)s")
     parser.add_argument("--new-tokens", type=int, default=64, help="default: %(default)s")
+    parser.add_argument("--profile", choices=list(SCHEMES), help="break a decode step of this scheme down instead")
     arguments = parser.parse_args()
     report = Report("int8_decode", arguments)
     model = mid_checkpoint(arguments.checkpoint)
@@ -41,7 +46,16 @@ def main() -> None:
         max_num_batched_tokens=max(BATCHES) * longest,  # all prompts of a batch are read in one step
         kv_cache_memory_bytes=256 * MIB,
     )
+    if arguments.profile:
+        profile(model, settings | {"quantization": SCHEMES[arguments.profile]}, BATCHES, arguments, report)
+    else:
+        _compare(model, settings, vocab_size, arguments, report)
+    report.show()
 
+
+def _compare(
+    model: Path, settings: dict[str, Any], vocab_size: int, arguments: argparse.Namespace, report: Report
+) -> None:
     def turns(child: Child) -> Callable[[], Rates]:
         rounds = itertools.count()
 
@@ -76,7 +90,6 @@ def main() -> None:
                 tokens_a_second=Spread.of(speed),
                 against_bf16=ratios(speed, speeds["bf16"]),
             )
-    report.show()
 
 
 if __name__ == "__main__":

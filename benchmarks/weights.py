@@ -21,11 +21,13 @@ class Weights:
     head: float
 
     @classmethod
-    def of(cls, model: Path) -> Weights:
-        sizes: dict[str, int] = {}
+    def of(cls, model: Path, projections: int = 2) -> Weights:
+        """Of a bfloat16 checkpoint; or as the engine holds it, with so many bytes a value of a projection."""
+        sizes: dict[str, float] = {}
         for file in model.glob("*.safetensors"):
             with safe_open(file, framework="pt") as tensors:
                 sizes |= {name: tensors.get_tensor(name).nbytes for name in tensors.keys()}
+        sizes |= {name: size * projections / 2 for name, size in sizes.items() if name.endswith("_proj.weight")}
         embedding = sizes.pop("model.embed_tokens.weight")
         head = sizes.setdefault("lm_head.weight", embedding)
         routed = {name: size for name, size in sizes.items() if ".experts." in name}

@@ -46,6 +46,7 @@ from hunyuan_vllm.expert_load import count_expert_load
 from hunyuan_vllm.lora import experts_without_lora_on_cpu
 from hunyuan_vllm.patches import apply_patches
 from hunyuan_vllm.qk_norm import FoldedQueryNorm
+from hunyuan_vllm.quant.int8_shared import computes_shared_mlp, join_shared_mlp
 from hunyuan_vllm.rope import make_rotary
 from hunyuan_vllm.weights import CHECKPOINT_NAMES, load_checkpoint
 
@@ -133,6 +134,8 @@ class HunYuanMoE(nn.Module):
             if shared_experts
             else None
         )
+        ranks = 1 if parallel_config.enable_expert_parallel else get_tensor_model_parallel_world_size()
+        joined = computes_shared_mlp(quant_config, f"{prefix}.experts", intermediate_size // ranks, self.shared_mlp)
         with experts_without_lora_on_cpu():
             self.experts = FusedMoEFactory(
                 num_experts=self.num_logical_experts,
@@ -146,8 +149,11 @@ class HunYuanMoE(nn.Module):
                 enable_eplb=enable_eplb,
                 num_redundant_experts=self.num_redundant_experts,
                 has_bias=config.mlp_bias,
-                shared_experts=self.shared_mlp,
+                shared_experts=None if joined else self.shared_mlp,
             )
+        if joined:
+            assert self.shared_mlp is not None
+            join_shared_mlp(self.experts, self.shared_mlp)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         router_logits, _ = self.gate(hidden_states)

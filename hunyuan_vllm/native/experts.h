@@ -1,17 +1,17 @@
-// SiLU-gated experts: Σ over a token's experts of weight · w2(silu(gate) ⊙ up).
+// SiLU-gated experts: Σ over a token's experts of weight · w2(silu(gate) ⊙ up), and a shared one, which all tokens pass.
 #pragma once
 
 #include "products.h"
 
 namespace hunyuan {
 
-// Slots (token, n-th of its experts) in the order of their experts.
+// Slots (token, n-th of its experts) in the order of their experts; behind them, one for each token at the shared expert.
 struct Routes {
   std::vector<int32_t> slots, tokens;  // of each place
   std::vector<int64_t> ends;           // places of expert e: [ends[e], ends[e + 1])
 
-  Routes(const int32_t* topk_ids, int64_t tokens_count, int64_t k, int64_t experts)
-      : slots(tokens_count * k), tokens(tokens_count * k), ends(experts + 1) {
+  Routes(const int32_t* topk_ids, int64_t tokens_count, int64_t k, int64_t experts, bool shared)
+      : slots(tokens_count * (k + shared)), tokens(slots.size()), ends(experts + 1) {
     const int64_t count = tokens_count * k;
     for (int64_t slot = 0; slot < count; ++slot) ++ends[topk_ids[slot] + 1];
     for (int64_t e = 0; e < experts; ++e) ends[e + 1] += ends[e];
@@ -21,6 +21,11 @@ struct Routes {
       slots[place] = static_cast<int32_t>(slot);
       tokens[place] = static_cast<int32_t>(slot / k);
     }
+    for (size_t place = count; place < slots.size(); ++place) {
+      slots[place] = static_cast<int32_t>(place);
+      tokens[place] = static_cast<int32_t>(place - count);
+    }
+    if (shared) ends.push_back(static_cast<int64_t>(slots.size()));
   }
 };
 
@@ -28,27 +33,35 @@ struct ExpertsShape {
   int64_t tokens, k, experts, hidden, width;
 };
 
-// y, x [tokens, hidden]; w13 of [experts, 2 · width, hidden], w2 of [experts, hidden, width], packed
+// Of [experts, 2 · width, hidden] and [experts, hidden, width], packed, and their scales.
+struct ExpertsWeights {
+  const uint8_t *w13, *w2;
+  const float *scale13, *scale2;
+};
+
+// y, x [tokens, hidden]; `shared` may be null
 template <class Scheme>
-void experts(bf16* y, const bf16* x, int64_t stride, const uint8_t* w13, const uint8_t* w2, const float* scale13,
-             const float* scale2, const float* topk_weights, const int32_t* topk_ids, const ExpertsShape& shape) {
+void experts(bf16* y, const bf16* x, int64_t stride, const ExpertsWeights& routed, const ExpertsWeights* shared,
+             const float* topk_weights, const int32_t* topk_ids, const ExpertsShape& shape) {
   const auto [tokens, k, count, hidden, width] = shape;
-  const int64_t slots = tokens * k, half = (hidden + 1) / 2;
-  const Routes routes(topk_ids, tokens, k, count);
+  const int64_t of_routed = tokens * k, slots = of_routed + (shared ? tokens : 0), half = (hidden + 1) / 2;
+  const bool one_part = slots == tokens;
+  const Routes routes(topk_ids, tokens, k, count, shared != nullptr);
   const std::unique_ptr<bf16[]> inner(new bf16[slots * width]);
-  const std::unique_ptr<float[]> parts(k > 1 ? new float[slots * hidden] : nullptr);
+  const std::unique_ptr<float[]> parts(one_part ? nullptr : new float[slots * hidden]);
   const Prepared<Scheme> outer_rows(x, stride, tokens, hidden), inner_rows(inner.get(), width, slots, width);
   std::vector<Group<Scheme>> gate_up, down;
-  for (int64_t e = 0; e < count; ++e) {
-    const int64_t begin = routes.ends[e], rows = routes.ends[e + 1] - begin;
-    if (rows == 0) continue;
-    gate_up.push_back({outer_rows.rows(routes.tokens.data() + begin, rows),
-                       Weight<Scheme>{w13, hidden, 2 * width}.of_expert(e),
-                       scale13 + e * 2 * width});
-    down.push_back({inner_rows.rows(routes.slots.data() + begin, rows),
-                    Weight<Scheme>{w2, width, hidden}.of_expert(e),
-                    scale2 + e * hidden});
-  }
+  const auto add_expert = [&](const ExpertsWeights& weights, int64_t e, int64_t begin, int64_t end) {
+    if (begin == end) return;
+    gate_up.push_back({outer_rows.rows(routes.tokens.data() + begin, end - begin),
+                       Weight<Scheme>{weights.w13, hidden, 2 * width}.of_expert(e),
+                       weights.scale13 + e * 2 * width});
+    down.push_back({inner_rows.rows(routes.slots.data() + begin, end - begin),
+                    Weight<Scheme>{weights.w2, width, hidden}.of_expert(e),
+                    weights.scale2 + e * hidden});
+  };
+  for (int64_t e = 0; e < count; ++e) add_expert(routed, e, routes.ends[e], routes.ends[e + 1]);
+  if (shared) add_expert(*shared, 0, of_routed, slots);
 
   const auto store_inner = [&](const Group<Scheme>& group, int64_t first, int64_t last) {
     const int32_t* slot = routes.slots.data() + (group.rows.indices - routes.tokens.data());
@@ -63,8 +76,8 @@ void experts(bf16* y, const bf16* x, int64_t stride, const uint8_t* w13, const u
   const auto store_part = [&](int64_t slot, int64_t channel, int64_t end, const float* scale, __m512 value) {
     const __mmask16 lanes = first_lanes(end - channel);
     value = _mm512_mul_ps(value, _mm512_maskz_loadu_ps(lanes, scale + channel));
-    value = _mm512_mul_ps(value, _mm512_set1_ps(topk_weights[slot]));
-    if (k == 1)
+    if (slot < of_routed) value = _mm512_mul_ps(value, _mm512_set1_ps(topk_weights[slot]));
+    if (one_part)
       store_bf16(y + slot * hidden + channel, lanes, value);
     else
       _mm512_mask_storeu_ps(&parts[slot * hidden + channel], lanes, value);
@@ -79,9 +92,9 @@ void experts(bf16* y, const bf16* x, int64_t stride, const uint8_t* w13, const u
   const auto add_parts = [&](int64_t token) {
     for (int64_t channel = 0; channel < hidden; channel += kLanes) {
       const __mmask16 lanes = first_lanes(hidden - channel);
-      __m512 sum = _mm512_setzero_ps();
-      for (int64_t slot = token * k; slot < (token + 1) * k; ++slot)
-        sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(lanes, &parts[slot * hidden + channel]));
+      const auto part = [&](int64_t slot) { return _mm512_maskz_loadu_ps(lanes, &parts[slot * hidden + channel]); };
+      __m512 sum = shared ? part(of_routed + token) : _mm512_setzero_ps();
+      for (int64_t slot = token * k; slot < (token + 1) * k; ++slot) sum = _mm512_add_ps(sum, part(slot));
       store_bf16(y + token * hidden + channel, lanes, sum);
     }
   };
@@ -92,7 +105,7 @@ void experts(bf16* y, const bf16* x, int64_t stride, const uint8_t* w13, const u
     barrier();
     inner_rows.prepare();
     share(down, store_down);
-    if (k == 1) return;
+    if (one_part) return;
     barrier();
     const auto [first, last] = part_of(tokens);
     for (int64_t token = first; token < last; ++token) add_parts(token);

@@ -64,15 +64,22 @@ Tensor linear_operator(Tensor x, Tensor packed, Tensor scale, std::optional<Tens
   return y;
 }
 
+inline ExpertsWeights weights_of(const Tensor& w13, const Tensor& w2, const Tensor& scale13, const Tensor& scale2) {
+  return {read<uint8_t>(w13), read<uint8_t>(w2), read<float>(scale13), read<float>(scale2)};
+}
+
+// The four of the shared expert are given, or none of them.
 template <class Scheme>
 Tensor experts_operator(Tensor x, Tensor w13, Tensor w2, Tensor w13_scale, Tensor w2_scale, Tensor topk_weights,
-                        Tensor topk_ids) {
+                        Tensor topk_ids, std::optional<Tensor> shared_w13, std::optional<Tensor> shared_w2,
+                        std::optional<Tensor> shared_w13_scale, std::optional<Tensor> shared_w2_scale) {
   const ExpertsShape shape{x.size(0), topk_ids.size(1), w2_scale.size(0), x.size(1), w13_scale.size(1) / 2};
   x = with_dense_rows(x);
   Tensor y = empty(shape.tokens, shape.hidden, aoti_torch_dtype_bfloat16());
-  experts<Scheme>(write<bf16>(y), read<bf16>(x), x.stride(0), read<uint8_t>(w13), read<uint8_t>(w2),
-                  read<float>(w13_scale), read<float>(w2_scale), read<float>(topk_weights), read<int32_t>(topk_ids),
-                  shape);
+  std::optional<ExpertsWeights> shared;
+  if (shared_w13) shared = weights_of(*shared_w13, *shared_w2, *shared_w13_scale, *shared_w2_scale);
+  experts<Scheme>(write<bf16>(y), read<bf16>(x), x.stride(0), weights_of(w13, w2, w13_scale, w2_scale),
+                  shared ? &*shared : nullptr, read<float>(topk_weights), read<int32_t>(topk_ids), shape);
   return y;
 }
 
@@ -102,9 +109,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hunyuan_vllm, library) {
            "w8a16_linear(Tensor x, Tensor packed, Tensor scale, Tensor? bias) -> Tensor",
            "w8a8_linear(Tensor x, Tensor packed, Tensor scale, Tensor? bias) -> Tensor",
            "w8a16_experts(Tensor hidden, Tensor w13, Tensor w2, Tensor w13_scale, Tensor w2_scale, "
-           "Tensor topk_weights, Tensor topk_ids) -> Tensor",
+           "Tensor topk_weights, Tensor topk_ids, Tensor? shared_w13, Tensor? shared_w2, Tensor? shared_w13_scale, "
+           "Tensor? shared_w2_scale) -> Tensor",
            "w8a8_experts(Tensor hidden, Tensor w13, Tensor w2, Tensor w13_scale, Tensor w2_scale, "
-           "Tensor topk_weights, Tensor topk_ids) -> Tensor",
+           "Tensor topk_weights, Tensor topk_ids, Tensor? shared_w13, Tensor? shared_w2, Tensor? shared_w13_scale, "
+           "Tensor? shared_w2_scale) -> Tensor",
            "router_logits(Tensor x, Tensor gate) -> Tensor",
            "choose_experts(Tensor logits, int topk, bool renormalize) -> (Tensor, Tensor)",
        })

@@ -63,5 +63,5 @@ def _linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Te
     return x.new_empty(x.shape[0], scale.shape[0])
 
 
-def _experts(hidden: Tensor, *_: Tensor) -> Tensor:
+def _experts(hidden: Tensor, *_: Tensor | None) -> Tensor:
     return hidden.new_empty(hidden.shape)

@@ -51,13 +51,18 @@ template <class Scheme, bool kOnce, int... kRow>
 void tile(const typename Scheme::Element* const* x, const uint8_t* block, int64_t pieces,
           typename Scheme::Stored* sums) {
   const typename Scheme::Reader read;
-  typename Scheme::Sums first_sums[] = {((void)kRow, Scheme::zero())...}, second_sums[] = {((void)kRow, Scheme::zero())...};
+  // A multiplication waits for the one before that adds to the same sum: few rows need several sums to keep it busy.
+  constexpr int kChains = sizeof...(kRow) == 1 ? 4 : sizeof...(kRow) <= 3 ? 2 : 1;
+  typename Scheme::Sums first_sums[kChains][sizeof...(kRow)], second_sums[kChains][sizeof...(kRow)];
+  for (int c = 0; c < kChains; ++c)
+    ((first_sums[c][kRow] = second_sums[c][kRow] = Scheme::zero()), ...);
   const uint8_t* w = block + Scheme::kHeadBytes;
-  for (int64_t p = 0; p < pieces; ++p, w += Scheme::kBytes) {
+  const auto piece = [&](int64_t p, int c) {
+    const uint8_t* at = w + p * Scheme::kBytes;
     for (int line = 0; line < Scheme::kBytes; line += 64)
-      _mm_prefetch(reinterpret_cast<const char*>(w + kAhead + line), kOnce ? _MM_HINT_NTA : _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(at + kAhead + line), kOnce ? _MM_HINT_NTA : _MM_HINT_T0);
     __m512i first, second;
-    read(w, first, second);
+    read(at, first, second);
     const auto add = [&](const typename Scheme::Element* row, auto& first_sum, auto& second_sum) {
       int some;
       std::memcpy(&some, row + Scheme::kInputs * p, sizeof some);
@@ -65,10 +70,18 @@ void tile(const typename Scheme::Element* const* x, const uint8_t* block, int64_
       first_sum = Scheme::add(first_sum, inputs, first);
       second_sum = Scheme::add(second_sum, inputs, second);
     };
-    (add(x[kRow], first_sums[kRow], second_sums[kRow]), ...);
-  }
-  (Scheme::store(sums + kRow * kBlock, first_sums[kRow], block), ...);
-  (Scheme::store(sums + kRow * kBlock + kLanes, second_sums[kRow], block + sizeof(__m512i)), ...);
+    (add(x[kRow], first_sums[c][kRow], second_sums[c][kRow]), ...);
+  };
+  int64_t p = 0;
+  for (; p + kChains <= pieces; p += kChains)
+    for (int c = 0; c < kChains; ++c) piece(p + c, c);
+  for (; p < pieces; ++p) piece(p, 0);
+  for (int c = 1; c < kChains; ++c)
+    ((first_sums[0][kRow] = Scheme::sum(first_sums[0][kRow], first_sums[c][kRow]),
+      second_sums[0][kRow] = Scheme::sum(second_sums[0][kRow], second_sums[c][kRow])),
+     ...);
+  (Scheme::store(sums + kRow * kBlock, first_sums[0][kRow], block), ...);
+  (Scheme::store(sums + kRow * kBlock + kLanes, second_sums[0][kRow], block + sizeof(__m512i)), ...);
 }
 
 template <class Scheme, bool kOnce, int... kRow>

@@ -68,6 +68,7 @@ struct W8A16 {
   };
 
   static Sums add(Sums sums, __m512i x, __m512i w) { return _mm512_dpbf16_ps(sums, (__m512bh)x, (__m512bh)w); }
+  static Sums sum(Sums a, Sums b) { return _mm512_add_ps(a, b); }
   static void store(float* to, Sums sums, const uint8_t*) { _mm512_storeu_ps(to, sums); }
   static __m512 values(const float* sums, float) { return _mm512_loadu_ps(sums); }
 

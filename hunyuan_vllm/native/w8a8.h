@@ -34,6 +34,7 @@ struct W8A8 {
   };
 
   static Sums add(Sums sums, __m512i x, __m512i w) { return _mm512_dpbusd_epi32(sums, x, w); }
+  static Sums sum(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
   static void store(int32_t* to, Sums sums, const uint8_t* head) {
     _mm512_storeu_si512(to, _mm512_add_epi32(sums, _mm512_loadu_si512(head)));
   }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ class Int8ExpertsMethod(FusedMoEMethodBase):
     def __init__(self, moe: FusedMoEConfig, kernels: ModuleType) -> None:
         super().__init__(moe)
         self.kernels = kernels
+        self.shared_mlp: Any = None  # computed too, where there is one: see int8_shared.py
 
     def create_weights(
         self,
@@ -75,7 +76,11 @@ class Int8ExpertsMethod(FusedMoEMethodBase):
         shared_experts: object,
         shared_experts_input: Tensor | None,
     ) -> Tensor:
-        """`x [tokens, hidden]`, `topk_* [tokens, k]`; the shared experts are the caller's."""
+        """`x [tokens, hidden]`, `topk_* [tokens, k]`; vLLM's `shared_experts` are the caller's."""
+        shared = None
+        if self.shared_mlp is not None:
+            first, second = self.shared_mlp.gate_up_proj, self.shared_mlp.down_proj
+            shared = first.weight, second.weight, first.weight_scale, second.weight_scale
         return self.kernels.experts(
             x,
             layer.w13_weight,
@@ -84,6 +89,7 @@ class Int8ExpertsMethod(FusedMoEMethodBase):
             layer.w2_weight_scale,
             topk_weights,
             topk_ids,
+            shared,
         )
 
 

@@ -42,7 +42,7 @@ def test_processes_that_compile_at_once(tmp_path: Path) -> None:
 
 
 def test_one_openmp_runtime() -> None:
-    """In a process of its own: packages that are no part of an engine bring runtimes that no kernel of theirs shares."""
+    """In a process of its own: other packages of an environment bring others, which no kernel uses."""
     code = (
         "import torch; from hunyuan_vllm.native import operators; assert operators.available(); "
         "print(open('/proc/self/maps').read())"

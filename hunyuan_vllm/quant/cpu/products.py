@@ -13,7 +13,10 @@ from torch import Tensor
 from hunyuan_vllm.native import operators
 from hunyuan_vllm.quant.cpu import portable
 
-__all__ = ["Products"]
+__all__ = ["Products", "SharedExpert"]
+
+SharedExpert = tuple[Tensor, Tensor, Tensor, Tensor]
+"""From `pack_linear`: w13, of int8 `[2 · intermediate, hidden]`, w2, of `[hidden, intermediate]`; and their scales."""
 
 _LIBRARY = torch.library.Library("hunyuan_vllm", "FRAGMENT")
 
@@ -75,6 +78,7 @@ class Products:
         w2_scale: Tensor,
         topk_weights: Tensor,
         topk_ids: Tensor,
+        shared: SharedExpert | None = None,
     ) -> Tensor:
         """Σ over a token's experts of weight · w2(silu(gate) ⊙ up), `[tokens, hidden]` in hidden's type.
 
@@ -84,11 +88,13 @@ class Products:
                 `[experts, hidden, intermediate]`.
             w13_scale, w2_scale: float32 `[experts, 2 · intermediate]` and `[experts, hidden]`.
             topk_weights, topk_ids: float32 and int32 `[tokens, k]`.
+            shared: added with weight 1; for packed weights only.
         """
         tensors = (w13, w2, w13_scale, w2_scale, topk_weights.float().contiguous(), topk_ids.int().contiguous())
         if w13.dtype != torch.uint8:
+            assert shared is None
             return self._portable_experts(hidden, *tensors)
-        return getattr(torch.ops.hunyuan_vllm, f"{self.scheme}_experts")(hidden, *tensors)
+        return getattr(torch.ops.hunyuan_vllm, f"{self.scheme}_experts")(hidden, *tensors, *(shared or (None,) * 4))
 
 
 def _define(name: str, schema: str, compute: Callable, fake: Callable) -> Callable[..., Tensor]:

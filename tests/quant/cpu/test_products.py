@@ -79,6 +79,27 @@ def test_experts(scheme: ModuleType, dtype: torch.dtype, hidden: int, width: int
             assert error(result, expected) < tolerance(EXPERTS, scheme, dtype), (rows, topk_ids.unique().tolist())
 
 
+@SCHEMES
+@pytest.mark.skipif(not operators.available(), reason="needs a CPU and a compiler for the C++ kernels")
+@pytest.mark.parametrize("topk", [1, 2])
+def test_a_shared_expert_is_added(scheme: ModuleType, topk: int) -> None:
+    generator = torch.Generator().manual_seed(topk)
+    hidden, width, dtype = 66, 25, torch.bfloat16
+    (w13, w13_scale), (w2, w2_scale) = weights(generator, 5, 2 * width, hidden), weights(generator, 5, hidden, width)
+    (s13, s13_scale), (s2, s2_scale) = weights(generator, 2 * width, hidden), weights(generator, hidden, width)
+    packed = scheme.pack_experts(w13, dtype), scheme.pack_experts(w2, dtype)
+    shared = scheme.pack_linear(s13, dtype), scheme.pack_linear(s2, dtype), s13_scale, s2_scale
+    for rows in (0, *ROWS):
+        x = torch.randn(rows, hidden, generator=generator).to(dtype)
+        topk_weights = torch.rand(rows, topk, generator=generator)
+        gate, up = (x.double() @ expanded(s13, s13_scale).t()).chunk(2, dim=-1)
+        own = (silu(gate) * up) @ expanded(s2, s2_scale).t()
+        for topk_ids in routes(rows, topk, generator) if rows else [torch.zeros(0, topk, dtype=torch.int32)]:
+            result = scheme.experts(x, *packed, w13_scale, w2_scale, topk_weights, topk_ids, shared)
+            routed = (expanded(w13, w13_scale), expanded(w2, w2_scale), topk_weights, topk_ids)
+            assert rows == 0 or error(result, expected_experts(x, *routed) + own) < EXPERTS[scheme, dtype], rows
+
+
 def routes(rows: int, topk: int, generator: torch.Generator) -> list[Tensor]:
     """int32 `[rows, topk]`: at random without one expert, and all rows to the same (the last one first)."""
     some = torch.stack([torch.randperm(4, generator=generator)[:topk] for _ in range(rows)])

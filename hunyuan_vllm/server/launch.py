@@ -176,10 +176,15 @@ def _front_end_options(flags: Flags, surface: Surface, json_logs: bool) -> dict[
         # JSON without white space, of which a model can write without end and never come to the point. vLLM takes that
         # for a backend that is named, which is the one it prefers anyway.
         "structured-outputs-config": [json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})],
-        "tool-strict-level": ["parameter"],  # a call that is asked for has arguments of its schema, whatever the parser
+        # Without a parser vLLM calls no tool, not even one that is named; with one, only this level pins arguments.
+        "tool-call-parser": ["hermes"],
+        "enable-auto-tool-choice": [],
+        "tool-strict-level": ["parameter"],
     }
     if json_logs and "logging-config" not in flags:
         options["logging-config.formatter"] = ["json"]
+    if surface.admin:
+        options["no-log-error-stack"] = []  # which comes with development mode, and quotes what clients sent
     if "ssl-certfile" in flags:
         options["enable-ssl-refresh"] = []  # a renewed certificate is taken without a restart
     if surface.max_output_tokens:

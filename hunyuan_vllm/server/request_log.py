@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import time
+import traceback
 import uuid
 from collections.abc import Iterable
 from http import HTTPStatus
@@ -14,7 +15,7 @@ from urllib.parse import quote
 
 from vllm.logger import init_logger
 
-from hunyuan_vllm.server.asgi import App, Message, Receive, Scope, Send, notes
+from hunyuan_vllm.server.asgi import App, Message, Receive, Scope, Send, notes, refuse
 
 __all__ = ["RequestLog"]
 
@@ -40,9 +41,15 @@ class RequestLog:
         exchange = _Exchange(scope, receive, send)
         try:
             await self._app(scope, exchange.receive, exchange.send)
-        except Exception:
-            exchange.status = HTTPStatus.INTERNAL_SERVER_ERROR  # which the HTTP server makes of it
-            raise
+        except Exception as error:
+            # Not handed on: the HTTP server would log its text, which quotes the request. vLLM raises some errors again
+            # after it has answered them.
+            if exchange.status == CLIENT_CLOSED_REQUEST:
+                message = "the server failed on this request"
+                await refuse(scope, exchange.send, HTTPStatus.INTERNAL_SERVER_ERROR, message)
+            if exchange.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+                frames = "".join(traceback.format_tb(error.__traceback__))
+                logger.error("%s in request %s:\n%s", type(error).__name__, notes(scope)["request_id"], frames)
         finally:
             if scope["path"] not in self._quiet or exchange.status >= HTTPStatus.BAD_REQUEST:
                 exchange.log()

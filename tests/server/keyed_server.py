@@ -24,7 +24,7 @@ from hunyuan_vllm.config import HunYuanConfig
 __all__ = ["KEYS", "LIMITS", "KeyedServer", "start_keyed_server", "write_certificate", "write_keys"]
 
 KEYS = {"admin": "the-key-of-the-operator", "alice": "the-key-of-alice", "bob": "the-key-of-bob"}
-LIMITS = {"max-body": 0.05, "max-prompt-tokens": 200, "max-output-tokens": 250, "max-sequences": 8}
+LIMITS = {"max-body": 0.05, "max-prompt-tokens": 200, "max-output-tokens": 256, "max-sequences": 8}
 LIMITS |= {"max-requests-per-key": 4, "max-queue": 6}
 PLACES = 8
 

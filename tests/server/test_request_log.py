@@ -91,13 +91,22 @@ async def test_probes_are_logged_when_they_fail(records):
 
 async def test_a_crash_and_a_client_that_left_are_logged(records):
     async def crashing(scope, receive, send):
-        raise RuntimeError
+        raise RuntimeError(SECRET)
+
+    async def crashing_late(scope, receive, send):
+        await send({"type": "http.response.start", "status": 400, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+        raise RuntimeError(SECRET)
 
     async def silent(scope, receive, send):
         pass
 
-    with pytest.raises(RuntimeError):
-        await ask(app=crashing)
+    answer = await ask(app=crashing)
+    assert answer.status_code == 500 and answer.json()["error"]["code"] == 500
+    failure = records.pop(0)
+    assert "RuntimeError in request" in failure.getMessage() and "in crashing" in failure.getMessage()
+    assert (await ask(app=crashing_late)).status_code == 400
+    assert not any(SECRET in record.getMessage().replace("raise RuntimeError(SECRET)", "") for record in records)
     sent = []
     await RequestLog(silent)({"type": "http", "method": "GET", "path": "/x", "headers": []}, None, sent.append)
-    assert [record.status for record in records] == [500, 499]
+    assert [record.status for record in records] == [500, 400, 499]

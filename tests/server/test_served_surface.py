@@ -100,8 +100,8 @@ def error_of(answer: httpx.Response, status: int) -> dict:
 @pytest.mark.parametrize(
     ("change", "param", "says"),
     [
-        ({"max_tokens": 251}, "max_tokens", "at most 250 tokens"),
-        ({"max_completion_tokens": 251}, "max_completion_tokens", "at most 250 tokens"),
+        ({"max_tokens": 257}, "max_tokens", "at most 256 tokens"),
+        ({"max_completion_tokens": 257}, "max_completion_tokens", "at most 256 tokens"),
         ({"n": 9}, "n", "at most 8 sequences"),
         ({"messages": [{"role": "user", "content": "sea " * 250}]}, "messages", "takes at most 200"),
     ],
@@ -118,7 +118,7 @@ def test_the_other_apis_have_the_same_limits(keyed_server):
         long = "sea " * 250
         assert "takes at most 200" in error_of(client.post("/v1/completions", json={"prompt": long}), 422)["message"]
         assert "takes at most 200" in error_of(client.post("/v1/responses", json={"input": long}), 422)["message"]
-        asked = client.post("/v1/responses", json={"input": "x", "max_output_tokens": 251})
+        asked = client.post("/v1/responses", json={"input": "x", "max_output_tokens": 257})
         assert error_of(asked, 422)["param"] == "max_output_tokens"
 
 
@@ -165,7 +165,7 @@ async def test_a_full_queue_refuses_and_then_takes_again(keyed_server):
 
 def test_the_sdk_knows_the_refusal(keyed_server):
     with pytest.raises(openai.UnprocessableEntityError) as caught:
-        keyed_server.openai().chat.completions.create(model="hunyuan", messages=SALT["messages"], max_tokens=251)
+        keyed_server.openai().chat.completions.create(model="hunyuan", messages=SALT["messages"], max_tokens=257)
     assert caught.value.param == "max_tokens"
 
 

@@ -18,6 +18,7 @@ from hunyuan_vllm.cluster.port_table import TABLE
 GIVEN_UP = 9.0  # seconds after which the head has surely given up a node that is silent
 UP = ["--ssh-port", str(PORT), "--gpus-per-node", "1", "--logical-gpus", "--despite-warnings", "--json"]
 TOKEN = "/root/.ray/auth_token"
+DEPLOY = Path(__file__).parents[2] / "deploy"
 # A program that uses the cluster: an actor on each GPU, and a process of its own that an actor leaves behind.
 DRIVER = """
 import ray, subprocess, sys, time
@@ -67,6 +68,14 @@ def up(a, b, *more: str) -> tuple[int, dict]:
 def status(a, *more: str) -> tuple[int, dict]:
     done = cluster(a, "status", "--json", *more)
     return done.returncode, json.loads(done.stdout)
+
+
+def by_hand(role: str) -> list[str]:
+    """The command of the script for that role, as the script has it."""
+    last = (DEPLOY / f"ray_{role}.sh").read_text().splitlines()[-1]
+    module, given = last.partition(" -m ")[2].split(f" {role} ")
+    assert last.startswith("exec ") and given == '"$@"'
+    return [sys.executable, "-m", module, role]
 
 
 def texts(report: dict, wanted: str) -> list[str]:
@@ -239,19 +248,18 @@ def test_tls_and_by_hand(hosts):
         assert "Verify return code: 0 (ok)" in said and "TLSv1.3" in said
     assert cluster(a, "down").returncode == 0
 
-    scripts = Path(__file__).parents[2] / "deploy"
-    venv = {"HUNYUAN_VENV": sys.prefix}
-    joined = [*(["sh", str(scripts / "ray_worker.sh"), a.address, "--gpus", "1", "--tls"])]
-    early = b.run(*joined, env=b.environment(**venv), check=False, timeout=120)
+    # What deploy/ray_head.sh and ray_worker.sh run, after a look at the environment that has no place in a test's hosts.
+    joined = [*by_hand("worker"), a.address, "--gpus", "1", "--tls"]
+    early = b.run(*joined, check=False)
     assert early.returncode == 2 and "no head answers at 10.77.0.1:6379" in early.stderr
-    head = a.run("sh", str(scripts / "ray_head.sh"), "--gpus", "1", "--tls", env=a.environment(**venv), timeout=120)
+    head = a.run(*by_hand("head"), "--gpus", "1", "--tls", timeout=120)
     assert "on each other node: sh deploy/ray_worker.sh 10.77.0.1" in head.stderr
     b.sh(f"mv {TOKEN} {TOKEN}.away")
-    without = b.run(*joined, env=b.environment(**venv), check=False, timeout=120)
+    without = b.run(*joined, check=False)
     assert without.returncode == 2 and f"there is no token in {TOKEN}: copy the head's" in without.stderr
     b.sh(f"mv {TOKEN}.away {TOKEN}")
-    assert "joined the cluster" in b.run(*joined, env=b.environment(**venv), timeout=120).stderr
-    assert "nothing was changed" in b.run(*joined, env=b.environment(**venv), timeout=120).stderr
+    assert "joined the cluster" in b.run(*joined, timeout=120).stderr
+    assert "nothing was changed" in b.run(*joined).stderr
     assert status(a)[1]["gpus"] == 2
     assert cluster(a, "down").returncode == 0
 

@@ -248,7 +248,7 @@ def test_tls_and_by_hand(hosts):
         assert "Verify return code: 0 (ok)" in said and "TLSv1.3" in said
     assert cluster(a, "down").returncode == 0
 
-    # What deploy/ray_head.sh and ray_worker.sh run, after a look at the environment that has no place in a test's hosts.
+    # As deploy/ray_head.sh and ray_worker.sh do it, but without their look at the environment, which could replace it.
     joined = [*by_hand("worker"), a.address, "--gpus", "1", "--tls"]
     early = b.run(*joined, check=False)
     assert early.returncode == 2 and "no head answers at 10.77.0.1:6379" in early.stderr

@@ -1,0 +1,168 @@
+"""What OpenAI's SDK can ask for beyond text, on the demo model: guided output, tools, adapters, cached prompts."""
+
+import json
+import re
+
+import httpx
+import jsonschema
+import openai
+import pytest
+from keyed_server import KeyedServer
+from openai import OpenAI
+
+pytestmark = pytest.mark.server
+MODEL = "hunyuan"
+QUESTION = [{"role": "user", "content": "Why is sea water salty?"}]
+HOT = {"temperature": 1.5, "top_p": 1.0, "max_tokens": 240}  # would be nonsense without a guide
+CITY = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "pattern": "^[A-Z][a-z]{2,8}$"},
+        "size": {"enum": ["small", "large"]},
+        "people": {"type": "integer", "minimum": 0, "maximum": 999},
+        "rivers": {"type": "array", "items": {"type": "string", "pattern": "^[a-z]{1,6}$"}, "maxItems": 2},
+    },
+    "required": ["name", "size", "people", "rivers"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": name, "description": "about a place", "parameters": schema},
+    }
+    for name, schema in {
+        "weather": {
+            "type": "object",
+            "properties": {
+                "city": {"enum": ["Paris", "Tokyo"]},
+                "days": {"type": "integer", "minimum": 1, "maximum": 9},
+            },
+            "required": ["city", "days"],
+            "additionalProperties": False,
+        },
+        "distance": {
+            "type": "object",
+            "properties": {"to": {"enum": ["Rome", "Lima"]}},
+            "required": ["to"],
+            "additionalProperties": False,
+        },
+    }.items()
+]
+
+
+@pytest.fixture(scope="module")
+def client(keyed_server: KeyedServer) -> OpenAI:
+    return keyed_server.openai()
+
+
+def ask(client: OpenAI, messages=QUESTION, **options):
+    return client.chat.completions.create(model=MODEL, messages=messages, **(HOT | options))
+
+
+def texts(answer) -> list[str]:
+    return [choice.message.content for choice in answer.choices]
+
+
+# Structured output
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_json_of_a_schema_is_always_valid(client, seed):
+    form = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY, "strict": True}}
+    answer = ask(client, response_format=form, seed=seed, n=4)
+    for text in texts(answer):
+        jsonschema.validate(json.loads(text), CITY)
+    assert len(set(texts(answer))) > 1
+
+
+def test_json_of_a_schema_is_valid_when_streamed(client):
+    form = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
+    parts = [chunk.choices[0].delta.content or "" for chunk in ask(client, response_format=form, stream=True)]
+    assert len(parts) > 5
+    jsonschema.validate(json.loads("".join(parts)), CITY)
+
+
+def test_a_regex_a_choice_and_a_grammar_are_always_kept(client):
+    date, colours = r"(19|20)\d\d-[01]\d-[0-3]\d", ["dark red", "blue", "绿色"]
+    grammar = 'root ::= "1" more\nmore ::= "" | "+1" more'
+    kept = {
+        "regex": (date, lambda text: re.fullmatch(date, text)),
+        "choice": (colours, lambda text: text in colours),
+    }
+    for name, (guide, right) in kept.items():
+        answer = ask(client, n=4, extra_body={"structured_outputs": {name: guide}})
+        assert all(right(text) for text in texts(answer)), (name, texts(answer))
+        assert {choice.finish_reason for choice in answer.choices} == {"stop"}
+    for choice in ask(client, n=4, max_tokens=40, extra_body={"structured_outputs": {"grammar": grammar}}).choices:
+        assert re.fullmatch(r"1(\+1)*\+?", choice.message.content)
+
+
+def test_a_schema_that_is_none_is_refused(client):
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "what"}}})
+    assert caught.value.param in ("response_format", "structured_outputs")
+
+
+# Tools
+
+
+@pytest.mark.parametrize("choice", ["none", "auto"])
+def test_without_a_tool_that_must_be_called_the_answer_is_text(client, choice):
+    message = ask(client, tools=TOOLS, tool_choice=choice, temperature=0).choices[0].message
+    assert "salt" in message.content and not message.tool_calls
+
+
+# Adapters
+
+
+def greedy(client: OpenAI, model: str) -> str:
+    return client.completions.create(model=model, prompt="Sea water is", max_tokens=24, temperature=0).choices[0].text
+
+
+def test_an_adapter_is_a_model(client):
+    models = {model.id: model for model in client.models.list()}
+    assert models["style"].parent == MODEL
+    assert greedy(client, "style") != greedy(client, MODEL)
+
+
+def test_an_adapter_comes_and_goes_at_run_time(keyed_server, client):
+    with keyed_server.http("alice") as stranger, keyed_server.http("admin") as operator:
+        body = {"lora_name": "tone", "lora_path": str(keyed_server.adapters / "tone")}
+        assert stranger.post("/v1/load_lora_adapter", json=body).status_code == 404
+        with pytest.raises(openai.NotFoundError):
+            greedy(client, "tone")
+        assert operator.post("/v1/load_lora_adapter", json=body).status_code == 200
+        assert "tone" in [model.id for model in client.models.list()]
+        assert greedy(client, "tone") == greedy(client, "style")  # the same weights under two names
+        assert operator.post("/v1/unload_lora_adapter", json={"lora_name": "tone"}).status_code == 200
+        with pytest.raises(openai.NotFoundError):
+            greedy(client, "tone")
+        missing = operator.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "/nowhere"})
+        assert httpx.codes.is_client_error(missing.status_code)
+
+
+# The rest
+
+
+def test_a_cached_prompt_shows_in_usage(keyed_server, client):
+    with keyed_server.http("admin") as operator:
+        assert operator.post("/reset_prefix_cache").status_code == 200
+    long = [{"role": "user", "content": "Salt comes from rocks. " * 25 + "Why?"}]
+    first, second = (ask(client, long, temperature=0, max_tokens=4).usage for _ in range(2))
+    assert first.prompt_tokens_details.cached_tokens == 0
+    assert 0.5 * second.prompt_tokens < second.prompt_tokens_details.cached_tokens < second.prompt_tokens
+
+
+def test_responses(client):
+    answer = client.responses.create(model=MODEL, input="Why is sea water salty?", temperature=0, max_output_tokens=99)
+    assert "salt" in answer.output_text
+    events = list(client.responses.create(model=MODEL, input="Hello", max_output_tokens=9, stream=True))
+    assert events[-1].type == "response.completed"
+
+
+def test_text_to_tokens_and_back(keyed_server):
+    with keyed_server.http() as client:
+        tokens = client.post("/tokenize", json={"prompt": "海水 is salty"}).json()
+        assert tokens["count"] == len(tokens["tokens"]) > 0
+        text = client.post("/detokenize", json={"tokens": tokens["tokens"]}).json()["prompt"]
+        assert text.endswith("海水 is salty")

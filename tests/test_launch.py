@@ -98,6 +98,7 @@ def test_nothing_slow_or_unsafe_is_passed(machine):
     arguments = parsed(launch(machine, model))
     assert not arguments.enforce_eager
     assert not arguments.trust_remote_code
+    assert arguments.allowed_origins == []
     assert arguments.max_num_seqs is None
     assert arguments.enable_prefix_caching is not False
     assert arguments.enable_chunked_prefill is not False

@@ -42,6 +42,13 @@ def test_without_the_key_every_path_is_closed(server, path):
     assert httpx.get(f"{server.url}/health", trust_env=False).status_code == 200
 
 
+def test_pages_of_other_sites_may_not_ask(server):
+    headers = {"Origin": "https://elsewhere.example", "Access-Control-Request-Method": "POST"}
+    for method in ("OPTIONS", "GET"):
+        answer = httpx.request(method, f"{server.url}/health", headers=headers, trust_env=False)
+        assert "access-control-allow-origin" not in answer.headers
+
+
 def test_nothing_listens_beyond_loopback(server):
     listening = [
         connection.laddr

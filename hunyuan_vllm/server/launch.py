@@ -172,6 +172,8 @@ def decide(
 def _front_end_options(flags: Flags, surface: Surface, json_logs: bool) -> dict[str, list[str]]:
     options: dict[str, list[str]] = {
         "disable-uvicorn-access-log": [],  # our own log has more of each request
+        # vLLM lets the pages of any site use a server that the browser reaches, one on loopback without a key included.
+        "allowed-origins": ["[]"],
         "enable-prompt-tokens-details": [],  # how much of a prompt was in the cache
         # JSON without white space, of which a model can write without end and never come to the point. vLLM takes that
         # for a backend that is named, which is the one it prefers anyway.

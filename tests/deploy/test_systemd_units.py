@@ -13,6 +13,7 @@ from typer.main import get_command
 
 from hunyuan_vllm.cli import app
 from hunyuan_vllm.cluster.node_setup import HEALTH, NodeSetup
+from hunyuan_vllm.cluster.start_hook import HOOK
 from hunyuan_vllm.server.life import OVERTIME
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "systemd"
@@ -95,6 +96,7 @@ def test_ray_is_started_as_by_cluster_up(unit):
     arguments = [argument.replace("--address=10.0.0.1:", "--address=10.0.0.9:") for argument in arguments]
     assert sorted(arguments) == sorted([*setup.ray_arguments(), "--block"])
     assert HEALTH.items() <= environment(unit).items()
+    assert environment(unit)["RAY_START_HOOK"] == HOOK
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)

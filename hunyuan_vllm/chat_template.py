@@ -34,7 +34,8 @@ CHAT_TEMPLATE = r"""
     {{ content + '<|eos|>' }}
     {%- set turn.open = false -%}
   {%- else -%}
-    {{ raise_exception('Unknown role "' + message['role'] + '"; use system, user or assistant.') }}
+    {#- Not quoted: vLLM logs this, and what clients send is not for logs. -#}
+    {{ raise_exception('Unknown role in message ' ~ loop.index ~ '; use system, user or assistant.') }}
   {%- endif -%}
 {%- endfor -%}
 """.lstrip()

@@ -96,7 +96,7 @@ def test_an_answer_can_be_continued(tokenizer: HYTokenizer) -> None:
     [
         ([user("Hi"), system("late")], "A system message must be the first message, and the only one"),
         ([system("a"), system("b"), user("Hi")], "A system message must be the first message, and the only one"),
-        ([user("Hi"), {"role": "tool", "content": "42"}], 'Unknown role "tool"; use system, user or assistant'),
+        ([user("Hi"), {"role": "tool", "content": "42"}], "Unknown role in message 2; use system, user or assistant"),
         ([user([{"type": "image_url", "image_url": {"url": "x"}}])], "This model reads text only"),
     ],
 )
@@ -144,5 +144,5 @@ def test_vllm_gives_a_plain_prompt_its_start_and_no_end(renderer: HfRenderer, to
 
 
 def test_vllm_passes_on_what_the_template_says(renderer: HfRenderer) -> None:
-    with pytest.raises(VLLMValidationError, match='Unknown role "tool"; use system, user or assistant'):
+    with pytest.raises(VLLMValidationError, match="Unknown role in message 1; use system, user or assistant"):
         renderer.render_chat([[{"role": "tool", "content": "42", "tool_call_id": "1"}]], ChatParams())

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from engine import engine, random_prompts, score
 from ray_hosts.cluster import SHELL
+from ray_hosts.faults import FAULTS
+from ray_hosts.ordeal import endure, reference
 from ray_service import CANARIES, RayService
 
 from hunyuan_vllm import demo
@@ -17,6 +19,8 @@ ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 PROMPT_LENGTHS = (5, 16, 33, 64)
 TOKENS = 24
+TOLD = 15.0  # seconds until each client knows of a fault
+RECOVERED = 90.0
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +98,19 @@ def test_the_published_request_is_answered(ray_service: RayService):
     asked = ["sh", ROOT / "deploy" / "openapi.sh", "Why is sea water salty?"]
     done = head.run(*asked, env={**SHELL, "LOCAL_IP": head.address}, timeout=120)
     assert json.loads(done.stdout)["choices"][0]["message"]["content"]
+
+
+# Last: what is lost and comes back. In this file, because each file with this cluster would start one of its own.
+
+
+@pytest.mark.parametrize("kind", ["kill -9 of a worker process", "silent partition"])
+def test_clients_are_told_and_the_service_comes_back(ray_service: RayService, kind: str):
+    server = ray_service.server
+    expected = ray_service.once(reference, server)
+    outcome = endure(ray_service.cluster, server, FAULTS[kind], expected)
+    assert outcome.wrong == 0
+    assert all(answer.whole or answer.error for answer in outcome.answers)
+    assert any(answer.error for answer in outcome.answers)  # it did befall them
+    assert outcome.told < TOLD
+    assert outcome.recovered < RECOVERED
+    assert outcome.orphans == {}

@@ -12,7 +12,7 @@ import pytest
 from serving import running_server
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
-CLIENTS = 4
+CLIENTS = 8
 HEARD_WITHIN = 15.0  # seconds
 READY_WITHIN = 240.0  # half a minute on an idle machine
 STREAM = {"prompt": "1", "max_tokens": 2000, "ignore_eos": True, "temperature": 0, "stream": True}
@@ -39,8 +39,11 @@ class Client(threading.Thread):
                     self.begun.set()
                     if line.startswith('data: {"error"') or answer.status_code != 200:
                         self.error = line
-                    elif line.startswith("data: {") and json.loads(line[6:])["choices"][0].get("finish_reason"):
-                        self.ended = line
+                    elif line.startswith("data: {") and (reason := json.loads(line[6:])["choices"][0]["finish_reason"]):
+                        if reason == "length":
+                            self.ended = line
+                        else:
+                            self.error = line
         except httpx.HTTPError as error:
             self.error = error
 

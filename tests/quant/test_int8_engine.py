@@ -19,6 +19,8 @@ from torch import Tensor
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.lora.request import LoRARequest
 
+from hunyuan_vllm.model import HunYuanForCausalLM
+from hunyuan_vllm.native import operators
 from hunyuan_vllm.quant.int8_config import Int8Config
 from hunyuan_vllm.quant.int8_format import PACKED, PLAIN
 from hunyuan_vllm.quant.int8_linear import Int8LinearMethod
@@ -75,15 +77,23 @@ def test_w8a8_of_golden_checkpoints(name: str, form: str | None, ranks: int, tmp
     assert agreement(results, answers) > AGREES
 
 
-@pytest.mark.parametrize("activations", [False, True], ids=["int8", "w8a8"])
-def test_compiled_in_bfloat16(activations: bool, tmp_path: Path) -> None:
+def joined(model: HunYuanForCausalLM) -> list[bool]:
+    """Whether each layer's experts compute its shared MLP too."""
+    return [layer.mlp.experts.routed_experts.quant_method.shared_mlp is not None for layer in model.model.layers]
+
+
+@pytest.mark.parametrize(("activations", "ranks"), [(False, 1), (True, 2)], ids=["int8", "w8a8"])
+def test_compiled_in_bfloat16(activations: bool, ranks: int, tmp_path: Path) -> None:
     """As it serves. Its rounding decides for one level or the other, so the reference in bfloat16 is as far off."""
     folder = write_checkpoint(tmp_path / "model", tiny_config(num_hidden_layers=2, hidden_size=256))
-    reference = int8_model(folder, activations=activations)
+    reference = int8_model(folder, activations=activations, ranks=ranks)
     exact = logprobs(answers_of(reference, folder, SHORT, 1))
     inherent = (logprobs(answers_of(reference.bfloat16(), folder, SHORT, 1)) - exact).abs().mean()
     quantization = "hunyuan_int8_w8a8" if activations else "hunyuan_int8"
-    with engine(folder, dtype="bfloat16", quantization=quantization, enforce_eager=False) as llm:
+    options = {"dtype": "bfloat16", "quantization": quantization, "tensor_parallel_size": ranks}
+    with engine(folder, enforce_eager=False, **options) as llm:
+        if ranks == 1:
+            assert llm.apply_model(joined) == [[operators.available()] * 2]
         ours = torch.tensor([result.prompt_logprobs for result in score(llm, SHORT)])
     assert (ours - exact).abs().mean() <= 1.2 * inherent
 

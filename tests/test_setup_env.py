@@ -60,11 +60,13 @@ def stopped(run: subprocess.CompletedProcess) -> str:
 def pretend_complete(checkout: Path, *arguments: str) -> Environment:
     """An environment whose state says that all is there, as the script itself would compute it."""
     environment = Environment(checkout / ".venv")
-    (environment.path / "bin").mkdir(parents=True)
+    (environment.path / "bin").mkdir(parents=True, exist_ok=True)
+    environment.python.unlink(missing_ok=True)
     environment.python.symlink_to(sys.executable)
     code = (
         "import os, sys; from pathlib import Path; from bootstrap.plan import Plan; import json;"
-        "plan = Plan.make(Path(sys.argv[1]), os.environ, len(sys.argv) > 2); print(json.dumps(plan.wanted()))"
+        "plan = Plan.make(Path(sys.argv[1]), os.environ, '--test' in sys.argv, '--train' in sys.argv);"
+        "print(json.dumps(plan.wanted()))"
     )
     wanted = subprocess.run(
         [sys.executable, "-c", code, checkout, *arguments], capture_output=True, text=True, check=True,
@@ -155,14 +157,18 @@ def test_an_environment_is_for_one_device_and_one_place(checkout):
         {"HUNYUAN_DEVICE": "cuda"},
         {"HUNYUAN_DEVICE": "cpu", "HUNYUAN_VENV": "/elsewhere"},
     ]
-    keys = {Plan.make(checkout, environ, with_tests=False).wanted()["engine"] for environ in variants}
+    keys = {Plan.make(checkout, environ).wanted()["engine"] for environ in variants}
     assert len(keys) == len(variants)
 
 
 def test_only_the_test_tools_are_missing(checkout):
     environment = pretend_complete(checkout)
-    assert "installing the test tools" in stopped(set_up(checkout, "--test"))
+    assert "installing the libraries of fine-tuning" in stopped(set_up(checkout, "--test"))
     assert set(environment.state()) == {"engine", "package"}  # what was whole still is
+    environment = pretend_complete(checkout, "--train")
+    assert set_up(checkout, "--train").stderr == ""
+    assert "installing the test tools" in stopped(set_up(checkout, "--test"))
+    assert set(environment.state()) == {"engine", "package", "train"}
 
 
 def test_a_foreign_environment_is_not_touched(checkout):

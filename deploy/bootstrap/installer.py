@@ -12,6 +12,8 @@ from bootstrap.progress import Progress
 
 __all__ = ["Installer"]
 
+NOTHING_COMPILED = {"DS_BUILD_OPS": "0"}  # DeepSpeed compiles an operator when it is first used, and most never are
+
 
 class Installer:
     """Installs into the environment of `python`."""
@@ -44,9 +46,9 @@ class Installer:
             extra: further options both uv and pip understand (--find-links, --extra-index-url).
         """
         if self._uv is None:
-            self.progress.run([*self._pip(), *what, *extra], doing)
+            self.progress.run([*self._pip(), *what, *extra], doing, {**NOTHING_COMPILED, **os.environ})
             return
-        env = {**os.environ, **{name: value for name, value in self.sources.env.items() if name not in os.environ}}
+        env = {**NOTHING_COMPILED, **self.sources.env, **os.environ}
         self.progress.run([*self._uv_pip(), *self.sources.uv_args(), *extra, *what], doing, env)
 
     def offers(self, lock: Path, extra: Sequence[str] = ()) -> bool:

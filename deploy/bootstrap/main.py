@@ -33,6 +33,8 @@ Packages come from the indexes and folders that pip is configured to use, and fr
 """
 # Bytes, about: what the lock of each device downloads and takes on disk, without the CPU's torch.
 ENGINE_SIZE = {"cpu": (0.24e9, 1.0e9), "cuda": (4.0e9, 10.0e9)}
+# A source archive is built with what the environment has: nothing more is fetched for it.
+NO_ISOLATION = ("--no-build-isolation",)
 BASE_PYTHON = getattr(sys, "_base_executable", sys.executable)
 HEADROOM = 0.5e9  # bytecode, the installer's temporary files
 
@@ -41,12 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the set-up; returns the exit status."""
     parser = argparse.ArgumentParser(description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--test", action="store_true", help="with the tools that tests/run.sh needs")
-    with_tests = parser.parse_args(argv).test
+    parser.add_argument("--train", action="store_true", help="with the libraries of fine-tuning (DeepSpeed, PEFT, …)")
+    wanted = parser.parse_args(argv)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     root = Path(__file__).resolve().parents[2]
     try:
-        plan = Plan.make(root, os.environ, with_tests)
+        plan = Plan.make(root, os.environ, with_tests=wanted.test, with_training=wanted.train)
         environment = Environment(plan.venv)
         if environment.missing(plan.wanted()):
             with environment.lock(on_wait=lambda: _say(f"waiting for another set-up of {plan.venv} to end")):
@@ -72,7 +75,7 @@ def _complete(plan: Plan, environment: Environment) -> None:
         return
     started = time.monotonic()
     check_machine(plan.device)
-    steps = {"engine": 4, "package": 1, "test": 1}
+    steps = {"engine": 4, "package": 1, "train": 1, "test": 1}
     environment.log.write_text("")
     progress = Progress(sum(steps[part] for part in missing), environment.log)
     device = {"cpu": "CPU", "cuda": "NVIDIA GPU"}[plan.device]
@@ -89,10 +92,15 @@ def _complete(plan: Plan, environment: Environment) -> None:
         installer = Installer(environment.python, progress)
         if "package" in missing:
             _install_package(plan, environment, installer, wanted["package"])
+    if "train" in missing:
+        environment.strike("train")
+        with progress.step("libraries of fine-tuning (DeepSpeed is built, nothing of it compiled)"):
+            installer.install(["-r", plan.train_lock], "installing the libraries of fine-tuning", NO_ISOLATION)
+        environment.enter("train", wanted["train"])
     if "test" in missing:
         environment.strike("test")
         with progress.step("test tools"):
-            installer.install(["-r", plan.test_lock], "installing the test tools")
+            installer.install(["-r", plan.test_lock], "installing the test tools", NO_ISOLATION)
         environment.enter("test", wanted["test"])
     progress.say(f"set-up done in {time.monotonic() - started:.0f} s")
 

@@ -48,10 +48,13 @@ class Plan:
     device: str
     python: tuple[int, int]
     with_tests: bool
+    with_training: bool
 
     @classmethod
-    def make(cls, root: Path, environ: Mapping[str, str], with_tests: bool) -> Plan:
-        """The plan for a checkout at `root`.
+    def make(
+        cls, root: Path, environ: Mapping[str, str], with_tests: bool = False, with_training: bool = False
+    ) -> Plan:
+        """The plan for a checkout at `root`. The tests' tools include those of fine-tuning.
 
         Raises:
             SetupError: a variable has a value that means nothing, or this Python is too new.
@@ -61,7 +64,7 @@ class Plan:
             span = " to ".join(f"{major}.{minor}" for major, minor in PYTHONS)
             raise SetupError(f"Python {python[0]}.{python[1]} is not supported yet: name one of {span} with PYTHON=")
         venv = Path(environ.get("HUNYUAN_VENV") or root / ".venv").absolute()
-        return cls(root, venv, choose_device(environ), python, with_tests)
+        return cls(root, venv, choose_device(environ), python, with_tests, with_tests or with_training)
 
     @property
     def requirements(self) -> Path:
@@ -71,6 +74,10 @@ class Plan:
     def engine_locks(self) -> list[Path]:
         """The lock of the engine; on the CPU torch comes beside it, from where it is found."""
         return [self.requirements / f"{self.device}.txt"]
+
+    @property
+    def train_lock(self) -> Path:
+        return self.requirements / "train.txt"
 
     @property
     def test_lock(self) -> Path:
@@ -84,8 +91,10 @@ class Plan:
             "engine": _key([str(FORMAT), self.device, python, str(self.venv)], self.engine_locks + torch_locks),
             "package": _key([str(self.root)], [self.root / "pyproject.toml"]),
         }
+        if self.with_training:
+            parts["train"] = _key([], [self.train_lock])
         if self.with_tests:
-            parts["test"] = _key([], [self.test_lock])
+            parts["test"] = _key([], [self.test_lock, self.train_lock])
         return parts
 
 

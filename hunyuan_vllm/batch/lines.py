@@ -14,7 +14,7 @@ from pydantic_core import from_json
 
 from hunyuan_vllm.errors import UserError
 
-__all__ = ["Index", "Line", "read_lines", "scan"]
+__all__ = ["Index", "Line", "parse", "read_lines", "scan"]
 
 BOM = b"\xef\xbb\xbf"
 
@@ -99,7 +99,11 @@ def digest(value: Any) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) or 1
 
 
-def _parse(number: int, raw: bytes) -> Line:
+def parse(number: int, raw: bytes) -> Line | None:
+    """A line as it is in the file; None if it is blank."""
+    raw = (raw.removeprefix(BOM) if number == 1 else raw).strip()
+    if not raw:
+        return None
     try:
         return Line(number, from_json(raw, allow_inf_nan=False))
     except ValueError as error:

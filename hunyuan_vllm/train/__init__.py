@@ -1,0 +1,1 @@
+"""Fine-tuning: full and LoRA, from one CPU to many nodes, and back into the server."""

@@ -1,0 +1,83 @@
+"""Examples to the tensors of one batch: padded to the longest, or packed several to a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hunyuan_vllm.train.tokens import IGNORED, Example
+
+__all__ = ["PackingCollator", "PaddingCollator"]
+
+
+class PaddingCollator:
+    """One example a row, padded on the right to the longest: `input_ids`, `labels`, `attention_mask`, [rows, tokens].
+
+    Args:
+        pad: the id that fills up; nothing sees it, and it is not learned.
+        multiple: rows become a multiple of so many tokens long (tensor cores like 8).
+    """
+
+    def __init__(self, pad: int, multiple: int = 1) -> None:
+        self._pad, self._multiple = pad, multiple
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        width = _width(map(len, examples), self._multiple)
+        ids, labels = _rows([[example] for example in examples], width, self._pad)
+        mask = torch.zeros_like(ids)
+        for row, example in enumerate(examples):
+            mask[row, : len(example)] = 1
+        return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+class PackingCollator:
+    """Several examples a row (see `PackedDataset`), each of which sees itself alone, from position 0.
+
+    Gives `input_ids`, `labels`, `position_ids`, [rows, tokens], and `attention_mask`, what sees what, boolean
+    [rows, 1, tokens, tokens]. An example's first token has no label: what lies before it is another's.
+
+    Args: as `PaddingCollator`.
+    """
+
+    def __init__(self, pad: int, multiple: int = 1) -> None:
+        self._pad, self._multiple = pad, multiple
+
+    def __call__(self, rows: Sequence[Sequence[Example]]) -> dict[str, Tensor]:
+        width = _width((sum(map(len, row)) for row in rows), self._multiple)
+        ids, labels = _rows(rows, width, self._pad)
+        positions = torch.zeros_like(ids)
+        # The number of the example a token is of; padding is of none, and each padding token sees itself, since a row
+        # of nothing but -inf would be NaN.
+        owner = torch.full_like(ids, -1)
+        for index, row in enumerate(rows):
+            start = 0
+            for number, example in enumerate(row):
+                part = slice(start, start + len(example))
+                positions[index, part] = torch.arange(len(example))
+                owner[index, part] = number
+                start += len(example)
+        causal = torch.ones(width, width, dtype=torch.bool).tril()
+        same = (owner[:, :, None] == owner[:, None, :]) & (owner[:, :, None] >= 0)
+        mask = causal & same | torch.eye(width, dtype=torch.bool)
+        return {"input_ids": ids, "labels": labels, "position_ids": positions, "attention_mask": mask[:, None]}
+
+
+def _width(lengths: Sequence[int] | map[int], multiple: int) -> int:
+    longest = max(lengths)
+    return -(-longest // multiple) * multiple
+
+
+def _rows(rows: Sequence[Sequence[Example]], width: int, pad: int) -> tuple[Tensor, Tensor]:
+    ids = torch.full((len(rows), width), pad)
+    labels = torch.full((len(rows), width), IGNORED)
+    for index, row in enumerate(rows):
+        start = 0
+        for example in row:
+            end = start + len(example)
+            ids[index, start:end] = torch.tensor(example.input_ids)
+            labels[index, start:end] = torch.tensor(example.labels)
+            labels[index, start] = IGNORED
+            start = end
+    return ids, labels

@@ -1,0 +1,172 @@
+"""Training data: one conversation a line of JSONL, checked; a line that is of no use is named with its cause."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+
+from hunyuan_vllm.batch.lines import Line
+
+__all__ = ["DEFAULT_SYSTEM", "BadConversation", "Conversation", "Message", "Role", "parse_line"]
+
+DEFAULT_SYSTEM: Final = "You are a helpful assistant."
+"""What a conversation without a system message is trained under, as it is served under in the published examples."""
+
+Role: TypeAlias = Literal["system", "user", "assistant"]
+
+FORM = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
+# Special tokens that a chat template places: in a text they would end a turn, or a document, in its middle.
+MARK = re.compile(r"<\|(?:endoftext|startoftext|bos|eos|pad|extra_[045])\|>")
+SHOWN = 40  # characters of a wrong value
+# Fields of other well-known layouts, which people have at hand.
+OTHER_LAYOUTS = {"conversations", "conversation", "instruction", "prompt", "query", "question", "input", "text"}
+
+
+class BadConversation(ValueError):
+    """A line that cannot be trained on; the message is its cause."""
+
+
+class Message(BaseModel):
+    """One turn. `content` may be given as a list of text parts, as clients send it; it is joined as served."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    role: Role
+    content: str
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _joined(cls, given: Any) -> Any:
+        if not isinstance(given, list):
+            return given
+        texts = []
+        for part in given:
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise ValueError('a part is not {"type": "text", "text": "..."}: the model reads text only')
+            texts.append(part["text"])
+        return "\n".join(filter(None, texts))
+
+    @field_validator("content")
+    @classmethod
+    def _without_marks(cls, text: str) -> str:
+        if found := MARK.search(text):
+            raise ValueError(f"it contains {found[0]}, which would be read as the special token: take it out")
+        return text
+
+
+class Conversation(BaseModel):
+    """A line: perhaps a system message, then user and assistant in turn, the assistant last.
+
+    Fields beside `messages` (an id, a source) are allowed and not used.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    messages: tuple[Message, ...]
+
+    @model_validator(mode="after")
+    def _in_turn(self) -> Conversation:
+        turns = self.messages[1:] if self.messages and self.messages[0].role == "system" else self.messages
+        skipped = len(self.messages) - len(turns)
+        for place, turn in enumerate(turns):
+            number, wanted = place + skipped + 1, ("user", "assistant")[place % 2]
+            if turn.role == "system":
+                raise ValueError(f"message {number} is a system message, which must be the first, and the only one")
+            if turn.role != wanted:
+                raise ValueError(f"message {number} is of the {turn.role}, and the {wanted}'s turn is due")
+            if not turn.content.strip():
+                raise ValueError(f"message {number} ({turn.role}) is empty")
+        if not turns:
+            raise ValueError("it has no user and assistant messages")
+        if turns[-1].role != "assistant":
+            raise ValueError("it ends with the user's message: nothing answers it, so nothing is learned from it")
+        return self
+
+    def as_dicts(self, default_system: str = DEFAULT_SYSTEM) -> list[dict[str, str]]:
+        """The messages as a chat template takes them, with `default_system` in front if there is no system message.
+
+        A system message that is empty stays: it says that there is none.
+        """
+        messages = [{"role": message.role, "content": message.content} for message in self.messages]
+        if default_system and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": default_system})
+        return messages
+
+
+def parse_line(line: Line) -> Conversation:
+    """The conversation that a line of JSONL holds.
+
+    Raises:
+        BadConversation: it holds none; the message says what is wrong, without the line's number.
+    """
+    if line.broken is not None:
+        hint = ""
+        if line.number == 1 and line.given.startswith("["):
+            hint = ", and the file looks like one JSON array: write one object a line (jq -c '.[]' FILE)"
+        raise BadConversation(f"it is not JSON: {line.broken}{hint}")
+    if not isinstance(line.given, dict) or "messages" not in line.given:
+        raise BadConversation(_no_messages(line.given))
+    try:
+        return Conversation.model_validate(line.given)
+    except ValidationError as error:
+        raise BadConversation(_cause(error)) from None
+
+
+def _no_messages(given: Any) -> str:
+    if not isinstance(given, dict):
+        return f"it is a JSON {_kind(given)}, and should be {FORM}"
+    known = sorted(OTHER_LAYOUTS & given.keys()) or sorted(map(str, given))[:5]
+    has = f"; it has {', '.join(known)}" if known else ""
+    return f'it has no "messages"{has}: the form is {FORM}'
+
+
+def _cause(error: ValidationError) -> str:
+    """The first mistake, with its place in words."""
+    first = error.errors(include_url=False)[0]
+    place = _place(first["loc"])
+    given = first["input"]
+    match first["type"]:
+        case "value_error":
+            said = str(first["ctx"]["error"])
+            return f"{place}: {said}" if place else said
+        case "missing":
+            return f"{place} is missing"
+        case "literal_error":
+            return f"{place} is {_shown(given)}: it is system, user or assistant"
+        case "extra_forbidden":
+            return f"{place} is a field that training has no use for: leave it out"
+        case "string_type":
+            return f"{place} is {_article(_kind(given))}, and should be a text"
+        case "tuple_type" | "model_type" | "model_attributes_type" | "dict_type":
+            wanted = "a list" if first["type"] == "tuple_type" else 'an object with "role" and "content"'
+            return f"{place} is {_article(_kind(given))}, and should be {wanted}"
+    return f"{place}: {first['msg']}"
+
+
+def _place(path: tuple[int | str, ...]) -> str:
+    """("messages", 2, "role") → "role of message 3"."""
+    match path:
+        case ("messages", int(index), field, *_):
+            return f"{field} of message {index + 1}"
+        case ("messages", int(index)):
+            return f"message {index + 1}"
+    return ".".join(map(str, path))
+
+
+def _kind(given: Any) -> str:
+    """JSON's word for a value's type."""
+    if given is None or isinstance(given, bool):
+        return "null" if given is None else "boolean"
+    names = {dict: "object", list: "array", str: "string", int: "number", float: "number"}
+    return names.get(type(given), type(given).__name__)
+
+
+def _article(kind: str) -> str:
+    return kind if kind == "null" else f"{'an' if kind[0] in 'ao' else 'a'} {kind}"
+
+
+def _shown(given: Any) -> str:
+    text = repr(given)
+    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"

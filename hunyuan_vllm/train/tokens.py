@@ -1,0 +1,115 @@
+"""A conversation as token ids, exactly as it is served, and which of them are learned."""
+
+from __future__ import annotations
+
+import unicodedata
+from dataclasses import dataclass
+from typing import Any, Final
+
+from hunyuan_vllm.train.messages import DEFAULT_SYSTEM, BadConversation, Conversation
+
+__all__ = ["IGNORED", "Example", "encode"]
+
+IGNORED: Final = -100
+"""The label of a token that is not learned."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation.
+
+    Attributes:
+        input_ids: what the model reads.
+        labels: alike in number and not shifted: the token itself where it is learned, else `IGNORED`.
+        truncated: whether the conversation was longer.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    truncated: bool = False
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def learned(self) -> int:
+        """Tokens that are learned: those whose prediction has a label."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+    def cut(self, length: int) -> Example:
+        """The first `length` tokens."""
+        if len(self) <= length:
+            return self
+        return Example(self.input_ids[:length], self.labels[:length], truncated=True)
+
+
+def encode(
+    conversation: Conversation, tokenizer: Any, *, train_on_all: bool = False, default_system: str = DEFAULT_SYSTEM
+) -> Example:
+    """Token ids by the checkpoint's chat template; learned are the assistant's words and the token that ends them.
+
+    Args:
+        tokenizer: the checkpoint's, as `load_tokenizer` gives it.
+        train_on_all: every token is learned, the user's too.
+        default_system: put in front of a conversation without a system message; "" for none.
+
+    Raises:
+        BadConversation: the template refuses the messages, or its text does not show where an answer lies.
+    """
+    pieces = _pieces(conversation.as_dicts(default_system), tokenizer)
+    ids: list[int] = []
+    labels: list[int] = []
+    for text, learned in pieces:
+        part = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids += part
+        labels += part if learned or train_on_all else [IGNORED] * len(part)
+    if not _cut_cleanly([text for text, _ in pieces], tokenizer):
+        _compare(ids, tokenizer("".join(text for text, _ in pieces), add_special_tokens=False)["input_ids"])
+    return Example(ids, labels)
+
+
+def _pieces(messages: list[dict[str, str]], tokenizer: Any) -> list[tuple[str, bool]]:
+    """The rendered text, cut before and behind each answer: (text, whether the assistant says it)."""
+    pieces: list[tuple[str, bool]] = []
+    done = ""
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        asked = _render(tokenizer, messages[:turn], add_generation_prompt=True)
+        answered = _render(tokenizer, messages[: turn + 1], add_generation_prompt=False)
+        if not (asked.startswith(done) and answered.startswith(asked)):
+            raise BadConversation(
+                f"the chat template changes what lies before message {turn + 1} once it is there: "
+                "training needs one that adds each turn behind the last"
+            )
+        pieces += [(asked[len(done) :], False), (answered[len(asked) :], True)]
+        done = answered
+    return pieces
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except Exception as error:  # whatever a template's own code raises
+        raise BadConversation(f"the chat template refuses it: {error}") from None
+
+
+def _cut_cleanly(texts: list[str], tokenizer: Any) -> bool:
+    """Whether the pieces' ids are surely those of the whole: special tokens, which merge with nothing, lie at each
+    cut, and no character behind a cut composes with the one before it."""
+    marks = tuple(tokenizer.all_special_tokens)
+    for before, behind in zip(texts, texts[1:], strict=False):
+        if not (before.endswith(marks) or behind.startswith(marks)):
+            return False
+        seam = before[-1:] + behind[:1]
+        if unicodedata.normalize("NFC", seam) != seam or unicodedata.combining(seam[-1]):
+            return False
+    return True
+
+
+def _compare(ids: list[int], served: list[int]) -> None:
+    if ids != served:
+        raise BadConversation(
+            "at the start or the end of an answer the tokenizer joins characters of two turns: "
+            "does a message begin with a combining mark?"
+        )

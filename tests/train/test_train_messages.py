@@ -1,0 +1,97 @@
+"""Lines of training data: what is accepted, and what is said of the others."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from hunyuan_vllm.batch.lines import parse
+from hunyuan_vllm.train.messages import BadConversation, Conversation, parse_line
+
+
+def system(content: Any = "S") -> dict[str, Any]:
+    return {"role": "system", "content": content}
+
+
+def user(content: Any = "u") -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: Any = "a") -> dict[str, Any]:
+    return {"role": "assistant", "content": content}
+
+
+def read(given: Any, number: int = 3) -> Conversation:
+    raw = given if isinstance(given, bytes) else json.dumps(given, ensure_ascii=False).encode()
+    line = parse(number, raw)
+    assert line is not None
+    return parse_line(line)
+
+
+def test_accepted() -> None:
+    read({"messages": [user(), assistant()]})
+    read({"messages": [system(""), user(), assistant(), user(), assistant(" \n b")], "id": 7, "source": {"x": 1}})
+    joined = read({"messages": [user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]), assistant()]})
+    assert joined.messages[0].content == "a\nb"
+
+
+def test_the_system_prompt_where_there_is_none() -> None:
+    plain = read({"messages": [user(), assistant()]})
+    assert plain.as_dicts() == [system("You are a helpful assistant."), user(), assistant()]
+    assert plain.as_dicts(default_system="") == [user(), assistant()]
+    for own in ("S", ""):
+        assert read({"messages": [system(own), user(), assistant()]}).as_dicts()[0] == system(own)
+
+
+@pytest.mark.parametrize(
+    ("given", "cause"),
+    [
+        (b'{"messages": [}', "it is not JSON: Expecting value: line 1 column 15 (char 14)"),
+        (b"\xff\xfe", "it is not JSON: "),
+        ([user(), assistant()], "it is a JSON array, and should be {"),
+        ("Hi", "it is a JSON string, and should be {"),
+        (None, "it is a JSON null, and should be {"),
+        ({"instruction": "x", "output": "y"}, 'it has no "messages"; it has instruction: the form is {'),
+        ({"a": 1}, 'it has no "messages"; it has a: the form is {'),
+        ({"messages": "Hi"}, "messages is a string, and should be a list"),
+        ({"messages": []}, "it has no user and assistant messages"),
+        ({"messages": [system()]}, "it has no user and assistant messages"),
+        ({"messages": [user(), "Hi"]}, 'message 2 is a string, and should be an object with "role" and "content"'),
+        ({"messages": [{"role": "user"}, assistant()]}, "content of message 1 is missing"),
+        ({"messages": [{"content": "u"}, assistant()]}, "role of message 1 is missing"),
+        ({"messages": [user(), {"role": "bot", "content": "a"}]},
+         "role of message 2 is 'bot': it is system, user or assistant"),
+        ({"messages": [user(None), assistant()]}, "content of message 1 is null, and should be a text"),
+        ({"messages": [user(3), assistant()]}, "content of message 1 is a number, and should be a text"),
+        ({"messages": [user({"text": "x"}), assistant()]}, "content of message 1 is an object, and should be a text"),
+        ({"messages": [user([{"type": "image_url"}]), assistant()]},
+         'content of message 1: a part is not {"type": "text", "text": "..."}: the model reads text only'),
+        ({"messages": [user(), assistant() | {"tool_calls": []}]},
+         "tool_calls of message 2 is a field that training has no use for: leave it out"),
+        ({"messages": [user(), assistant("a <|eos|> b")]},
+         "content of message 2: it contains <|eos|>, which would be read as the special token: take it out"),
+        ({"messages": [user(), system(), assistant()]},
+         "message 2 is a system message, which must be the first, and the only one"),
+        ({"messages": [system(), system(), user(), assistant()]},
+         "message 2 is a system message, which must be the first, and the only one"),
+        ({"messages": [system(), assistant()]}, "message 2 is of the assistant, and the user's turn is due"),
+        ({"messages": [user(), user(), assistant()]}, "message 2 is of the user, and the assistant's turn is due"),
+        ({"messages": [system(), user(), assistant(), assistant()]},
+         "message 4 is of the assistant, and the user's turn is due"),
+        ({"messages": [user(), assistant(" \n")]}, "message 2 (assistant) is empty"),
+        ({"messages": [user(""), assistant()]}, "message 1 (user) is empty"),
+        ({"messages": [user(), assistant(), user()]}, "it ends with the user's message: nothing answers it"),
+    ],
+)  # fmt: skip
+def test_refused(given: Any, cause: str) -> None:
+    with pytest.raises(BadConversation) as error:
+        read(given)
+    assert str(error.value).startswith(cause)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_one_json_array() -> None:
+    with pytest.raises(BadConversation, match=r"looks like one JSON array: write one object a line \(jq -c"):
+        read(b'[{"messages": [', number=1)

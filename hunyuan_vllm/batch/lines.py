@@ -66,9 +66,8 @@ def read_lines(path: Path) -> Iterator[Line]:
     try:
         with path.open("rb") as file:
             for number, raw in enumerate(file, start=1):
-                raw = (raw.removeprefix(BOM) if number == 1 else raw).strip()
-                if raw:
-                    yield _parse(number, raw)
+                if line := parse(number, raw):
+                    yield line
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
 

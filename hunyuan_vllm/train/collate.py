@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ class PackingCollator:
         return {"input_ids": ids, "labels": labels, "position_ids": positions, "attention_mask": mask[:, None]}
 
 
-def _width(lengths: Sequence[int] | map[int], multiple: int) -> int:
+def _width(lengths: Iterable[int], multiple: int) -> int:
     longest = max(lengths)
     return -(-longest // multiple) * multiple
 

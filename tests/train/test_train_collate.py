@@ -60,7 +60,7 @@ def loss_and_gradient(model: HunYuanForCausalLM, batch: dict[str, torch.Tensor])
 
 
 def test_padded_and_packed_batches_train_as_each_conversation_alone(model: HunYuanForCausalLM) -> None:
-    """Weights see the same gradient to float64's last digits: nothing leaks between conversations, or from padding."""
+    """Nothing leaks between conversations, or from padding. Loss and router are computed in float32."""
     alone = [loss_and_gradient(model, PaddingCollator(PAD)([one])) for one in EXAMPLES if len(one) > 1]
     loss, gradient = sum(one[0] for one in alone), sum(one[1] for one in alone)
     batches = {
@@ -70,5 +70,5 @@ def test_padded_and_packed_batches_train_as_each_conversation_alone(model: HunYu
     }
     for name, batch in batches.items():
         found = loss_and_gradient(model, batch)
-        assert found[0] == pytest.approx(loss, abs=1e-6), name
-        torch.testing.assert_close(found[1], gradient, atol=1e-6, rtol=1e-5, msg=name)
+        assert found[0] == pytest.approx(loss, rel=1e-6), name
+        torch.testing.assert_close(found[1], gradient, atol=1e-5, rtol=1e-5, msg=name)

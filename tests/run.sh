@@ -11,4 +11,4 @@ unset PYTHONDONTWRITEBYTECODE
 "$bin/ruff" check .
 "$bin/mypy"
 # Two at a time, a file's tests in one process: most of them wait for a process that starts (-n 0: one by one).
-exec "$bin/python" -m pytest -n 2 --dist loadfile "$@"
+exec "$bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -6,7 +6,7 @@ import pytest
 from engine import MIB, counter, engine, greatest_difference, mean_difference, score
 from golden_data import FLOAT32_TOLERANCE, GOLDEN_NAMES, load_golden
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 
 def check(name: str, **options) -> None:

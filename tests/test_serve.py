@@ -10,14 +10,14 @@ import psutil
 import pytest
 from serving import COMMAND, running_server
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 ROOT = Path(__file__).parents[1]
 KEY = "the-key-of-this-test"
 
 
 @pytest.fixture(scope="module")
 def server():
-    with running_server(VLLM_API_KEY=KEY) as running:
+    with running_server(as_users_do=True, VLLM_API_KEY=KEY) as running:
         yield running
 
 

@@ -17,7 +17,7 @@ from golden_data import reference_answers
 
 from hunyuan_vllm import demo
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 COMMAND = Path(sys.executable).with_name("hunyuan-vllm")
 FLAGS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--kv-cache-memory-bytes", str(64 * 2**20)]
 SALT = [{"role": "user", "content": "Why is sea water salty?"}]

@@ -14,5 +14,5 @@ CONTEXT = 2048  # long enough for an answer to be stopped on a machine that is b
 
 
 def chat_server(key_file: Path) -> AbstractContextManager[Server]:
-    flags = ("--enforce-eager", "--dtype=float32", f"--max-model-len={CONTEXT}")
+    flags = ("--dtype=float32", f"--max-model-len={CONTEXT}")
     return running_server(*flags, HUNYUAN_VLLM_API_KEY_FILE=str(key_file))

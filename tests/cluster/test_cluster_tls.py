@@ -12,6 +12,8 @@ import pytest
 from hunyuan_vllm.cluster.tls import NodeFiles, has_certificate, request_certificate, sign, store_certificate
 from hunyuan_vllm.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def node(tmp_path) -> NodeFiles:

@@ -15,6 +15,8 @@ from operator_at_host import PASSWORD, PORT, cluster, log_in, options
 from hunyuan_vllm.cluster.node_setup import HEALTH
 from hunyuan_vllm.cluster.port_table import TABLE
 
+pytestmark = pytest.mark.slow
+
 GIVEN_UP = 9.0  # seconds after which the head has surely given up a node that is silent
 UP = ["--ssh-port", str(PORT), "--gpus-per-node", "1", "--logical-gpus", "--despite-warnings", "--json"]
 TOKEN = "/root/.ray/auth_token"

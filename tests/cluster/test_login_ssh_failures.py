@@ -12,6 +12,8 @@ from hosts import Network, Sshd, need_hosts
 from operator_at_host import PASSWORD, PORT, command, log_in, options, ssh_state
 from ssh_keys import public_key
 
+pytestmark = pytest.mark.slow
+
 FILE = ["--password-file", "/root/password"]
 MUTE = f"import socket; s = socket.create_server(('', {PORT})); print(flush=True); c = [s.accept() for _ in range(99)]"
 

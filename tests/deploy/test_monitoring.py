@@ -79,7 +79,7 @@ class Prometheus:
 @pytest.fixture(scope="module")
 def prometheus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prometheus")
-    flags = ("--supervise", "--expert-load", "--enforce-eager", "--max-model-len", "256")
+    flags = ("--supervise", "--expert-load", "--max-model-len", "256")
     with running_server(*flags) as server:
         config = yaml.safe_load((GRAFANA / "prometheus.yml").read_text())
         config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}

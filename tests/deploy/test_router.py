@@ -28,7 +28,7 @@ def replicas(tmp_path_factory) -> Iterator[dict[str, Server]]:
     key_file = tmp_path_factory.mktemp("key") / "api-key"
     key_file.touch(mode=0o600)
     key_file.write_text(KEY)
-    flags = ("--enforce-eager", "--max-model-len", "512", "--block-size", "32")
+    flags = ("--max-model-len", "512", "--block-size", "32")
 
     def start(stack: ExitStack) -> Server:
         return stack.enter_context(running_server(*flags, HUNYUAN_VLLM_API_KEY_FILE=str(key_file)))

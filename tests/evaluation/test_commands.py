@@ -24,7 +24,7 @@ from hunyuan_vllm.evaluation.held_out import MAX_ANSWER, held_out_questions
 from hunyuan_vllm.reference import HunYuanForCausalLM
 from hunyuan_vllm.tokenizer import load_tokenizer
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 CACHE = ["--kv-cache-memory-bytes", str(64 * 2**20)]
 EXACT = ["--json", "--dtype", "float32"]
 TEXT = "The capital of France is Paris. 2 + 3 = 5, and 法国的首都是巴黎。 " * 3

@@ -22,6 +22,8 @@ from hunyuan_vllm.evaluation.served import Served, look
 from hunyuan_vllm.reference import HunYuanForCausalLM
 from hunyuan_vllm.tokenizer import load_tokenizer
 
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'hunyuan-vllm[eval]'")
 
 KEY = "the-key-of-this-test"
@@ -64,7 +66,7 @@ def arc(**_):
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    flags = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
+    flags = ["--dtype", "float32", "--max-model-len", "512"]
     with running_server(*flags, VLLM_API_KEY=KEY) as running:
         yield running
 

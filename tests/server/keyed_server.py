@@ -94,6 +94,6 @@ def start_keyed_server(folder: Path) -> Iterator[KeyedServer]:
     flags = [f"--{name}={value}" for name, value in LIMITS.items()]
     flags += ["--ssl-certfile", str(certificate), "--ssl-keyfile", str(private), "--admin-routes", "--json-logs"]
     flags += ["--allow-route=/load", "--enable-lora", "--lora-modules", f"style={adapters / 'style'}"]
-    flags += ["--max-lora-rank=8", "--max-num-seqs", str(PLACES), "--max-model-len=512", "--enforce-eager"]
+    flags += ["--max-lora-rank=8", "--max-num-seqs", str(PLACES), "--max-model-len=512"]
     with running_server(*flags, HUNYUAN_VLLM_API_KEY_FILE=str(key_file)) as server:
         yield KeyedServer(server, key_file, certificate, adapters)

@@ -33,7 +33,7 @@ RARE = "🌊海水咸，𠀋 naïve 👨‍👩‍👧 ok"
 
 @pytest.fixture(scope="module")
 def server():
-    with running_server("--enforce-eager", "--dtype", "float32", "--max-model-len", str(CONTEXT)) as running:
+    with running_server("--dtype", "float32", "--max-model-len", str(CONTEXT)) as running:
         yield running
 
 

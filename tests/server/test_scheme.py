@@ -20,6 +20,8 @@ from hunyuan_vllm.server.model_source import ModelSource, demo_model, open_model
 from hunyuan_vllm.server.scheme import FP8, scheme_named
 from hunyuan_vllm.server.settings import Settings
 
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
 ROOT = Path(__file__).parents[2]
 STATIC = {"quant_method": "fp8", "activation_scheme": "static"}
 FP8_LARGE = replace(MODEL, config=HunYuanConfig(**LARGE.to_diff_dict() | {"quantization_config": STATIC}))
@@ -81,7 +83,7 @@ def test_schemes_by_name() -> None:
 def test_the_demo_model_is_converted_once_and_answers(tmp_path: Path) -> None:
     source = demo_model()
     made = FP8.with_demo(source, tmp_path)
-    with running_server("--scheme", "fp8-w8a8c8", "--enforce-eager", XDG_CACHE_HOME=str(tmp_path)) as server:
+    with running_server("--scheme", "fp8-w8a8c8", XDG_CACHE_HOME=str(tmp_path)) as server:
         asked = subprocess.run(
             ["sh", ROOT / "deploy" / "openapi.sh"], capture_output=True, text=True, timeout=120,
             env={**os.environ, "PORT": str(server.port)},

@@ -23,6 +23,8 @@ from hunyuan_vllm.server.model_source import ModelSource
 from hunyuan_vllm.server.scheme import INT8, INT8_W8A8, Scheme
 from hunyuan_vllm.server.settings import Settings
 
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
 ROOT = Path(__file__).parents[2]
 LAYER = HunYuanConfig(**LARGE.to_diff_dict() | {"num_hidden_layers": 1})
 TENSORS = expected_tensors(LAYER)
@@ -77,7 +79,7 @@ def test_checkpoints_quantised_otherwise() -> None:
 
 @pytest.mark.server
 def test_the_demo_model_answers() -> None:
-    with running_server("--scheme", "int8", "--enforce-eager") as server:
+    with running_server("--scheme", "int8") as server:
         asked = subprocess.run(
             ["sh", ROOT / "deploy" / "openapi.sh"], capture_output=True, text=True, timeout=120,
             env={**os.environ, "PORT": str(server.port)},

@@ -10,7 +10,7 @@ import psutil
 import pytest
 from serving import running_server
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 KEY = "the-key-of-this-test"
 READY_TIMEOUT = 2.0
 STREAM = {"prompt": "1", "max_tokens": 2000, "ignore_eos": True, "temperature": 1, "stream": True, "n": 16}

@@ -21,7 +21,7 @@ STREAM = {"prompt": "1", "max_tokens": 2000, "ignore_eos": True, "temperature": 
 
 @pytest.fixture(scope="module")
 def server():
-    with running_server("--supervise", "--max-restarts", "1") as running:
+    with running_server("--supervise", "--max-restarts", "1", "--enforce-eager", as_users_do=True) as running:
         yield running
 
 

@@ -1,0 +1,58 @@
+"""For tests: an engine's processes are forked, which saves importing vLLM in each of them.
+
+With this folder's parent on PYTHONPATH, and in FORKED_ENGINES how: "fork" from the process that starts them, which must
+have computed nothing yet (a server's front end), or "forkserver" from one that has imported vLLM and nothing more. vLLM
+spawns them on CPUs, because a forked process cannot choose its OpenMP threads; the tests have one thread everywhere.
+Tests that are about these processes start them as users do.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from typing import Any
+
+__all__ = ["register"]
+
+PRELOADED = ["vllm.v1.executor.multiproc_executor", "vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner"]
+
+
+def register() -> None:
+    """What vLLM calls for the entry point, before it starts an engine."""
+    how = os.environ.get("FORKED_ENGINES")
+    if how is None or multiprocessing.get_context is not _original:
+        return
+    if how == "fork":
+        # A signal to the child must not wake the parent's event loop through the socket that both have.
+        os.register_at_fork(after_in_child=_forget_the_loop)
+        context: Any = _original("fork")
+    else:
+        context = _Context()
+        context.set_forkserver_preload(PRELOADED)
+    multiprocessing.get_context = lambda method=None: context if method == "spawn" else _original(method)
+
+
+_original = multiprocessing.get_context
+
+
+def _forget_the_loop() -> None:
+    signal.set_wakeup_fd(-1)
+
+
+class _Process(ForkServerProcess):
+    """With the environment of the process that starts it, not the one that the server was born with."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._environ = dict(os.environ)
+
+    def run(self) -> None:
+        os.environ.clear()
+        os.environ.update(self._environ)
+        super().run()
+
+
+class _Context(ForkServerContext):
+    Process = _Process

@@ -81,7 +81,7 @@ USED: tuple[Symbol, ...] = (
     Symbol("vllm.distributed", "get_world_group"),
     Symbol("vllm.logger", "init_logger"),
     Symbol("vllm.platforms", "current_platform"),
-    Symbol("vllm.platforms.interface", "Platform", members=("device_type", "import_kernels")),
+    Symbol("vllm.platforms.interface", "Platform", members=("device_type", "import_kernels", "get_device_name", "is_cpu")),
     Symbol("vllm.plugins", "load_general_plugins"),
     Symbol(f"{_LAYERS}.activation", "SiluAndMul"),
     Symbol(
@@ -266,6 +266,8 @@ USED: tuple[Symbol, ...] = (
     Symbol("vllm.entrypoints.serve.exception_handling.error_response", "create_error_response"),
     Symbol("vllm.usage.usage_lib", "UsageContext", members=("OPENAI_BATCH_RUNNER",)),
     Symbol("vllm.utils.argparse_utils", "FlexibleArgumentParser"),
+    Symbol("vllm.benchmarks.serve", "add_cli_args"),
+    Symbol("vllm.benchmarks.serve", "main_async"),
     # Readiness and draining: what the front end lets us ask, and the signals it takes.
     Symbol("vllm.engine.protocol", "EngineClient", members=("errored", "is_sleeping")),
     Symbol("vllm.entrypoints.launchers.launcher", "serve_http"),
@@ -275,4 +277,19 @@ USED: tuple[Symbol, ...] = (
     Symbol("vllm.inputs", "TokensPrompt"),
     Symbol("vllm.sampling_params", "SamplingParams", members=("temperature", "max_tokens", "detokenize")),
     Symbol("vllm.v1.worker.gpu_worker", "Worker", members=("get_model",)),
+    # The tool parser.
+    Symbol("vllm.tool_parsers", "ToolParserManager"),
+    Symbol("vllm.tool_parsers.abstract_tool_parser", "ToolParserManager", members=("register_lazy_module",)),
+    Symbol(
+        "vllm.tool_parsers.hermes_tool_parser",
+        "Hermes2ProToolParser",
+        members=("extract_tool_calls", "tool_call_start_token", "tool_call_end_token"),
+    ),
+    Symbol("vllm.tool_parsers.abstract_tool_parser", "ToolParser", members=("get_structural_tag",)),
+    Symbol("vllm.tool_parsers.tool_strict_level", "ToolStrictLevel", members=("AUTO", "PARAMETER")),
+    Symbol("vllm.tool_parsers.utils", "is_complete_json"),
+    Symbol("vllm.v1.structured_output.backend_xgrammar", "has_xgrammar_unsupported_json_features"),
+    Symbol("vllm.entrypoints.generate.base.protocol", "ExtractedToolCallInformation"),
+    Symbol("vllm.entrypoints.openai.responses.protocol", "ResponsesRequest"),
+    Symbol("vllm.exceptions", "VLLMValidationError", keywords=("parameter",)),
 )

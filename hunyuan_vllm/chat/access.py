@@ -13,7 +13,7 @@ from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.server.keys import parse_keys, read_key_file
 from hunyuan_vllm.server.settings import Settings, is_loopback
 
-__all__ = ["checked_url", "default_url", "find_key"]
+__all__ = ["checked_url", "default_url", "find_key", "is_this_machine"]
 
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
@@ -53,10 +53,11 @@ def find_key(url: str, file: Path | None, environ: Mapping[str, str]) -> str | N
 def _made_by_serve(url: str, settings: Settings) -> Path | None:
     """The key file that `serve` makes. It is for the server on this machine: no other is shown that key."""
     file = settings.config_home / "hunyuan-vllm" / "api-key"
-    return file if file.exists() and _is_this_machine(url) else None
+    return file if file.exists() and is_this_machine(url) else None
 
 
-def _is_this_machine(url: str) -> bool:
+def is_this_machine(url: str) -> bool:
+    """Whether the host of `url` is the machine this runs on."""
     host = urlsplit(url).hostname
     addresses = {address.address for interface in psutil.net_if_addrs().values() for address in interface}
     try:

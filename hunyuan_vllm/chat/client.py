@@ -22,10 +22,17 @@ TIMEOUT = httpx.Timeout(600, connect=10)
 
 @dataclass(frozen=True)
 class Model:
-    """A model a server offers, by the name that requests call it by; most tokens of a conversation, if it says."""
+    """A model a server offers.
+
+    Attributes:
+        name: what requests call it by.
+        context: most tokens of a conversation, if it says.
+        root: what it was loaded from, if it says.
+    """
 
     name: str
     context: int | None
+    root: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,15 +70,20 @@ class Client:
     def models(self) -> list[Model]:
         """What the server offers, the usual one first."""
         try:
-            response = self._http.get("/v1/models")
-            if response.is_error:
-                raise self._problem(response.status_code, response.text, response.headers)
-            found = response.json()["data"]
-            return [Model(str(model["id"]), model.get("max_model_len")) for model in found]
-        except httpx.TransportError as error:
-            raise self._unreachable(error) from None
+            found = json.loads(self.read("/v1/models"))["data"]
+            return [Model(str(model["id"]), model.get("max_model_len"), model.get("root")) for model in found]
         except (ValueError, KeyError, TypeError):
             raise UserError(f"what answers at {self.url} is no OpenAI-compatible server") from None
+
+    def read(self, path: str) -> str:
+        """The text of a page of the server, such as /metrics."""
+        try:
+            response = self._http.get(path)
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from None
+        if response.is_error:
+            raise self._problem(response.status_code, response.text, response.headers)
+        return response.text
 
     def stream(self, request: Mapping[str, Any]) -> Generator[Part, None, None]:
         """Parts of the answer to a chat request (model, messages, sampling); closing it ends the work on the server."""

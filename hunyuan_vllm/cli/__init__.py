@@ -11,6 +11,7 @@ import typer
 
 from hunyuan_vllm import __version__
 from hunyuan_vllm.cli.batch import batch
+from hunyuan_vllm.cli.bench import app as bench
 from hunyuan_vllm.cli.chat import chat
 from hunyuan_vllm.cli.check import check
 from hunyuan_vllm.cli.cluster import app as cluster
@@ -60,6 +61,7 @@ app.command(context_settings=PASS_THROUGH)(batch)
 app.command()(chat)
 app.command()(plan)
 app.command()(compat)
+app.add_typer(bench, name="bench")
 app.add_typer(cluster, name="cluster")
 app.add_typer(evaluation, name="eval")
 app.command()(check)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
-from rich.bar import Bar
 from rich.console import Group, RenderableType
-from rich.table import Table
 
+from hunyuan_vllm.bar_chart import bar_chart
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.plan.plan import Plan
 
 __all__ = ["bars", "save_png"]
-
-WIDTH = 40
 
 
 def bars(plan: Plan) -> RenderableType:
@@ -23,19 +19,8 @@ def bars(plan: Plan) -> RenderableType:
     speeds = [(f"batch {rate.decode.batch}", rate.decode.estimate) for rate in plan.rates]
     counts = [(f"{point.length:,} tokens", float(point.shared)) for point in plan.concurrency]
     return Group(
-        _chart("\nEstimated tokens a second, decoding", speeds), _chart("\nSequences at once, by length", counts)
+        bar_chart("\nEstimated tokens a second, decoding", speeds), bar_chart("\nSequences at once, by length", counts)
     )
-
-
-def _chart(title: str, rows: Sequence[tuple[str, float]]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False)
-    table.add_column(justify="right", no_wrap=True)
-    table.add_column(width=WIDTH)
-    table.add_column(justify="right", no_wrap=True)
-    most = max((value for _, value in rows), default=0) or 1
-    for name, value in rows:
-        table.add_row(name, Bar(most, 0, value, color="cyan"), f"{value:,.0f}")
-    return table
 
 
 def save_png(plan: Plan, path: Path) -> None:

@@ -15,6 +15,7 @@ from hunyuan_vllm import envs
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.expert_load import EXTENSION, Loads
 from hunyuan_vllm.server.asgi import App, Receive, Scope, Send, inner_path
+from hunyuan_vllm.server.described import describe
 
 __all__ = ["EngineMetrics", "OwnMetrics", "sharing_factor"]
 
@@ -111,7 +112,9 @@ class OwnMetrics:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            self._metrics = EngineMetrics(scope["app"].state.engine_client)
+            engine = scope["app"].state.engine_client
+            describe(engine.vllm_config)
+            self._metrics = EngineMetrics(engine)
             REGISTRY.register(self._metrics)
             await self._metrics.fetch(afresh=True)
         elif scope["type"] == "http" and self._metrics is not None and inner_path(scope) == METRICS:

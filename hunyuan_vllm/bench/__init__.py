@@ -1,0 +1,1 @@
+"""`hunyuan-vllm bench`: vLLM's own serving benchmark against a running server, and runs compared."""

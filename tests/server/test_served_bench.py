@@ -1,0 +1,79 @@
+"""`hunyuan-vllm bench` against a real server with keys, TLS and limits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from keyed_server import KEYS, KeyedServer
+from serving import COMMAND, free_port
+from typer.testing import CliRunner
+
+from hunyuan_vllm.bench.result import read_run
+from hunyuan_vllm.cli import app
+from hunyuan_vllm.errors import UserError
+
+pytestmark = pytest.mark.server
+
+
+def bench(server: KeyedServer, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [COMMAND, "bench", "--url", server.url, "--ca", str(server.certificate), *arguments],
+        env={**os.environ, "VLLM_API_KEY": KEYS["alice"], "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_a_small_sweep(keyed_server: KeyedServer, tmp_path: Path) -> None:
+    """Each figure is checked against what it must be, or against the others."""
+    output, png = tmp_path / "run.json", tmp_path / "run.png"
+    result = bench(
+        keyed_server, "--input-len=64", "--output-len=16", "--concurrency=1,3", "--requests=6", "--chart",
+        "--published", f"--output={output}", f"--png={png}",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    run = read_run(output)
+    assert run.model == "hunyuan" and run.client["place"] == "the server's machine"
+    assert run.machine["devices"] == "1" and run.machine["device"] and int(run.machine["cores"]) >= 1
+    assert run.options["max_num_seqs"] == "8" and run.options["vllm"] in run.client["version"]
+    assert [(one.concurrency, one.requests, one.failed) for one in run.points] == [(1, 6, 0), (3, 6, 0)]
+    for one in run.points:
+        assert one.output_tokens_per_second == pytest.approx(6 * 16 / one.seconds)
+        assert one.requests_per_second == pytest.approx(6 / one.seconds)
+        assert one.total_tokens_per_second == pytest.approx(6 * (64 + 16) / one.seconds, rel=0.05)
+        for times in (one.ttft, one.tpot, one.itl, one.e2e):
+            assert 0 < times.p50 <= times.p90 <= times.p99
+        assert one.e2e.mean == pytest.approx(one.ttft.mean + 15 * one.tpot.mean, rel=0.02)
+    assert run.points[0].seconds * 1000 == pytest.approx(6 * run.points[0].e2e.mean, rel=0.2)
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert "3 at a time" in result.stdout and "█" in result.stdout and "16 × H20" in result.stdout
+    assert KEYS["alice"] not in output.read_text() + result.stdout + result.stderr
+    assert "warming up" in result.stderr and "Traceback" not in result.stderr
+    same = subprocess.run([COMMAND, "bench", "compare", output, output, "--json"], capture_output=True, text=True)
+    assert same.returncode == 0 and json.loads(same.stdout)["differs"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "says"),
+    [
+        ([], KEYS["alice"], "2048 tokens in and 256 out do not fit into the 512 tokens"),
+        (["--model=gpt"], KEYS["alice"], "the server has no model gpt: it has hunyuan, hunyuan-demo, style"),
+        ([], "wrong", "asks for an API key"),
+        (["--output=/nowhere/run.json"], KEYS["alice"], "there is no folder /nowhere"),
+        (["--input-len=64", "--output-len=8", "--tokenizer=/nowhere"], KEYS["alice"], "--tokenizer /nowhere is no"),
+        (["--concurrency=0"], KEYS["alice"], "--concurrency 0 is no list"),
+        ([f"--url=http://127.0.0.1:{free_port()}"], KEYS["alice"], "no server answers"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_at_once(
+    keyed_server: KeyedServer, monkeypatch: pytest.MonkeyPatch, arguments: list[str], key: str, says: str
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", key)
+    where = ["--url", keyed_server.url, "--ca", str(keyed_server.certificate)]
+    result = CliRunner().invoke(app, ["bench", *where, *arguments])
+    assert isinstance(result.exception, UserError) and says in str(result.exception)

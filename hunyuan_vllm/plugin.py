@@ -29,6 +29,7 @@ def register() -> None:
     from transformers import AutoConfig
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.tool_parsers import ToolParserManager
     from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
 
     from hunyuan_vllm.arch_config import HunYuanArchConfigConvertor
@@ -43,6 +44,7 @@ def register() -> None:
     register_quantization()
     limit_copied_variables()
     ModelRegistry.register_model(ARCHITECTURE, "hunyuan_vllm.model:HunYuanForCausalLM")
+    ToolParserManager.register_lazy_module("hunyuan_large", "hunyuan_vllm.tool_calls", "HunYuanToolParser")
     MODELS_CONFIG_MAP[ARCHITECTURE] = HunYuanPreflight
     MODEL_ARCH_CONFIG_CONVERTORS[HunYuanConfig.model_type] = HunYuanArchConfigConvertor
     _registered = True

@@ -11,11 +11,14 @@ import torch
 from checkpoints import tiny_config, write_checkpoint
 from engine import engine, greatest_difference, random_prompts, score
 from golden_data import FLOAT32_TOLERANCE, load_golden, reference_answers
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.model_executor.layers import utils as layer_utils
 from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 from vllm.model_executor.layers.fused_moe.oracle import unquantized
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.platforms import current_platform
+from vllm.tool_parsers.structural_tag_registry import get_model_structural_tag
+from vllm.tool_parsers.tool_strict_level import ToolStrictLevel
 
 from hunyuan_vllm import model, patches
 from hunyuan_vllm.cpu_kernels import PackedCPUExperts, has_avx512_bf16_without_amx
@@ -105,6 +108,15 @@ def test_experts_do_without_zentorch(zentorch: None) -> None:
     with engine(golden.path) as llm:
         results = score(llm, [item.prompt for item in golden.items], max_tokens=2)
     assert greatest_difference(results, golden) <= FLOAT32_TOLERANCE
+
+
+def test_stock_tool_grammars_still_let_arguments_run_on() -> None:
+    """No patch, but hunyuan_vllm/tool_calls.py has the same end: vLLM's own parser would do then."""
+    tools = [{"type": "function", "function": {"name": "now"}}]
+    request = ChatCompletionRequest(messages=[], tools=tools, tool_choice="required")
+    options = {"reasoning": False, "strict_level": ToolStrictLevel.PARAMETER}
+    tag = get_model_structural_tag("hermes", request.tools, request.tool_choice, **options)
+    assert {(call.content.max_whitespace_cnt, call.content.json_schema) for call in tag.format.tags} == {(None, True)}
 
 
 def test_patches_apply_once() -> None:

@@ -26,6 +26,7 @@ UNNAMED = (
     (re.compile("out of vocabulary|at least one prompt"), ("prompt",)),
     (re.compile("sample logprobs"), ("top_logprobs", "logprobs")),
     (re.compile("[Gg]rammar|schema|regex"), ("structured_outputs", "response_format")),
+    (re.compile("structural tag"), ("structured_outputs", "response_format", "tools")),
     (re.compile("tool choice"), ("tool_choice", "tools")),
 )
 

@@ -179,7 +179,7 @@ def _front_end_options(flags: Flags, surface: Surface, json_logs: bool) -> dict[
         # for a backend that is named, which is the one it prefers anyway.
         "structured-outputs-config": [json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})],
         # Without a parser vLLM calls no tool, not even one that is named; with one, only this level pins arguments.
-        "tool-call-parser": ["hermes"],
+        "tool-call-parser": ["hunyuan_large"],
         "enable-auto-tool-choice": [],
         "tool-strict-level": ["parameter"],
     }

@@ -25,29 +25,32 @@ CITY = {
     "required": ["name", "size", "people", "rivers"],
     "additionalProperties": False,
 }
-TOOLS = [
-    {
-        "type": "function",
-        "function": {"name": name, "description": "about a place", "parameters": schema},
-    }
-    for name, schema in {
-        "weather": {
-            "type": "object",
-            "properties": {
-                "city": {"enum": ["Paris", "Tokyo"]},
-                "days": {"type": "integer", "minimum": 1, "maximum": 9},
-            },
-            "required": ["city", "days"],
-            "additionalProperties": False,
+SCHEMAS = {
+    "weather": {
+        "type": "object",
+        "properties": {
+            "city": {"enum": ["Paris", "Tokyo"]},
+            "days": {"type": "integer", "minimum": 1, "maximum": 9},
         },
-        "distance": {
-            "type": "object",
-            "properties": {"to": {"enum": ["Rome", "Lima"]}},
-            "required": ["to"],
-            "additionalProperties": False,
-        },
-    }.items()
-]
+        "required": ["city", "days"],
+        "additionalProperties": False,
+    },
+    "distance": {
+        "type": "object",
+        "properties": {"to": {"enum": ["Rome", "Lima"]}},
+        "required": ["to"],
+        "additionalProperties": False,
+    },
+    "now": {"type": "object", "additionalProperties": False},
+}
+
+
+def function(name: str, **more) -> dict:
+    return {"type": "function", "function": {"name": name, **more}}
+
+
+TOOLS = [function(name, description="about a place", parameters=SCHEMAS[name]) for name in ("weather", "distance")]
+TOOLS += [function("now")]  # one without parameters
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +113,62 @@ def test_a_schema_that_is_none_is_refused(client):
 def test_without_a_tool_that_must_be_called_the_answer_is_text(client, choice):
     message = ask(client, tools=TOOLS, tool_choice=choice, temperature=0).choices[0].message
     assert "salt" in message.content and not message.tool_calls
+
+
+def check_call(name: str, arguments: str, allowed=tuple(SCHEMAS)) -> None:
+    assert name in allowed
+    jsonschema.validate(json.loads(arguments), SCHEMAS[name])
+
+
+def test_a_required_tool_is_called_with_valid_arguments(client):
+    """However hot the model is; one call or more."""
+    choices = ask(client, tools=TOOLS[:2], tool_choice="required", seed=1, n=8).choices
+    assert {choice.finish_reason for choice in choices} == {"tool_calls"}
+    calls = [call.function for choice in choices for call in choice.message.tool_calls]
+    for call in calls:
+        check_call(call.name, call.arguments)
+    assert len({call.name for call in calls}) > 1  # the model chose
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_a_named_tool_is_called_with_valid_arguments(client, name):
+    for choice in ask(client, tools=TOOLS, tool_choice=function(name), n=4).choices:
+        (call,) = choice.message.tool_calls
+        check_call(call.function.name, call.function.arguments, [name])
+
+
+@pytest.mark.parametrize("choice", ["required", function("weather")], ids=["required", "named"])
+def test_a_tool_call_is_streamed(client, choice):
+    calls, parts = {}, 0
+    for chunk in ask(client, tools=TOOLS[:1], tool_choice=choice, stream=True):
+        assert not chunk.choices[0].delta.content
+        for call in chunk.choices[0].delta.tool_calls or ():
+            name, arguments = calls.get(call.index, ("", ""))
+            calls[call.index] = name + (call.function.name or ""), arguments + (call.function.arguments or "")
+            parts += 1
+    assert parts > 2
+    for name, arguments in calls.values():
+        check_call(name, arguments, ["weather"])
+
+
+def test_a_tool_call_that_was_cut_is_no_call(client):
+    (choice,) = ask(client, tools=TOOLS, tool_choice="required", max_tokens=24).choices
+    assert (choice.finish_reason, choice.message.tool_calls, choice.message.content or "") == ("length", None, "")
+
+
+@pytest.mark.parametrize("schema", [{"type": "integer", "multipleOf": 3}, {"type": "what"}], ids=["unkept", "wrong"])
+def test_a_tool_whose_arguments_cannot_be_held_to_its_schema_is_refused(client, schema):
+    tool = function("f", parameters={"type": "object", "properties": {"x": schema}, "required": ["x"]})
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, tools=[tool], tool_choice="required")
+    assert caught.value.param == "tools"
+
+
+def test_tools_of_the_responses_api(client):
+    tool = {"type": "function", "name": "weather", "parameters": SCHEMAS["weather"]}
+    options = {"model": MODEL, "input": "Rain?", "temperature": 1.5, "max_output_tokens": 240, "tools": [tool]}
+    (call,) = client.responses.create(**options, tool_choice="required").output
+    check_call(call.name, call.arguments, ["weather"])
 
 
 # Adapters

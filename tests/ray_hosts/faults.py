@@ -30,22 +30,53 @@ class Fault:
 def kill(host: Host, name: str) -> None:
     """kill -9 of the processes whose command line matches the pattern of a shell."""
     host.sh(
-        "for folder in /proc/[0-9]*; do "
+        "for folder in /proc/[0-9]*; do [ $folder != /proc/$$ ] || continue; "  # the pattern is in its own command line
         "words=$(tr '\\0' ' ' <$folder/cmdline 2>/dev/null) || continue; "
         f'case "$words" in {name}) kill -9 ${{folder#/proc/}} ;; esac; done'
     )
 
 
+def _restart_ray(*hosts: Callable[[RayHosts], Host]) -> Callable[[RayHosts], float]:
+    """Ray is back once it is asked for: what is left of it ends itself, or is ended first."""
+
+    def restart(cluster: RayHosts) -> float:
+        back = time.monotonic()
+        for host in hosts:
+            cluster.stop(host(cluster))
+        for host in hosts:
+            cluster.start(host(cluster))
+        return back
+
+    return restart
+
+
+def _head(cluster: RayHosts) -> Host:
+    return cluster.head
+
+
+def _worker(cluster: RayHosts) -> Host:
+    return cluster.worker
+
+
 def _plug(cluster: RayHosts) -> float:
-    """Ray on a node that was given up ends itself, or is ended; then it joins again."""
     cluster.worker.plug()
-    back = time.monotonic()
-    cluster.stop(cluster.worker)
-    cluster.start(cluster.worker)
-    return back
+    return _restart_ray(_worker)(cluster)
+
+
+def _boot(cluster: RayHosts) -> float:
+    cluster.worker = cluster.network.add("worker")
+    return _restart_ray(_worker)(cluster)
 
 
 FAULTS = {
     "kill -9 of a worker process": Fault(lambda cluster: kill(cluster.worker, "ray::RayWorkerProc*")),
+    "kill -9 of the worker's raylet": Fault(
+        lambda cluster: kill(cluster.worker, "*/raylet/raylet*"), _restart_ray(_worker)
+    ),
+    "kill -9 of the API server": Fault(lambda cluster: kill(cluster.head, "*/vllm\\ serve*")),
+    "kill -9 of the head's Ray": Fault(
+        lambda cluster: kill(cluster.head, "*/gcs_server*|*/raylet/raylet*"), _restart_ray(_head, _worker)
+    ),
     "silent partition": Fault(lambda cluster: cluster.worker.unplug(), _plug),
+    "power-off of the worker's host": Fault(lambda cluster: cluster.worker.power_off(), _boot),
 }

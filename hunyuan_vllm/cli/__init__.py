@@ -16,6 +16,7 @@ from hunyuan_vllm.cli.chat import chat
 from hunyuan_vllm.cli.check import check
 from hunyuan_vllm.cli.cluster import app as cluster
 from hunyuan_vllm.cli.compat import compat
+from hunyuan_vllm.cli.data import app as data
 from hunyuan_vllm.cli.doctor import doctor
 from hunyuan_vllm.cli.eval import app as evaluation
 from hunyuan_vllm.cli.plan import plan
@@ -63,6 +64,7 @@ app.command()(plan)
 app.command()(compat)
 app.add_typer(bench, name="bench")
 app.add_typer(cluster, name="cluster")
+app.add_typer(data, name="data")
 app.add_typer(evaluation, name="eval")
 app.command()(check)
 app.command()(doctor)

@@ -1,0 +1,178 @@
+"""`hunyuan-vllm data`: training data, looked at before anything is trained on it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from hunyuan_vllm.errors import UserError
+
+if TYPE_CHECKING:
+    from hunyuan_vllm.train.data_report import Sample
+
+__all__ = ["app"]
+
+BAD_LINES, INTERRUPTED = 1, 130  # exit statuses
+SHOWN = 20  # bad lines without --json, unless --all
+SHOWN_CHARACTERS = 1500  # of a sample
+LINE_EVERY = 30.0  # seconds
+
+app = typer.Typer(no_args_is_help=True, help="Training data.")
+
+
+@app.callback()
+def _group() -> None:
+    """Training data, looked at before anything is trained on it."""
+
+
+@app.command()
+def check(
+    file: Path = typer.Argument(metavar="FILE", help="JSONL, one conversation a line.", show_default=False),
+    model: Path = typer.Option(
+        None,
+        metavar="FOLDER",
+        help="Checkpoint with the tokenizer and the chat template.",
+        show_default="the demo model",
+    ),
+    max_seq_length: int = typer.Option(
+        2048, "--max_seq_length", "--max-seq-length", min=1, help="Tokens at which training cuts."
+    ),
+    train_on_all: bool = typer.Option(
+        False, "--train_on_all", "--train-on-all", help="Learn system and user messages too."
+    ),
+    default_system: str = typer.Option(
+        "You are a helpful assistant.",
+        "--default_system",
+        "--default-system",
+        help='Where a conversation has no system message; "": none.',
+    ),
+    sample: int = typer.Option(None, metavar="LINE", help="Show this line.", show_default="the first that is of use"),
+    show_all: bool = typer.Option(False, "--all", help=f"Name every bad line, not only {SHOWN} (at most 1,000)."),
+    as_json: bool = typer.Option(False, "--json", help="Print every figure, bad line and the sample as JSON."),
+) -> None:
+    """Check a file of training data, and count its tokens.
+
+    Names every bad line with its cause, says how long the conversations are
+    and how many would be cut, and shows one as it is trained on: what the
+    model learns to say is marked ⟦so⟧. Token ids are those that serving gives
+    the same messages.
+
+    \b
+    A line:
+      {"messages": [{"role": "system", "content": "Be brief."},
+                    {"role": "user", "content": "Why is the sea salty?"},
+                    {"role": "assistant", "content": "Rivers carry salt."}]}
+    The system message may be absent; user and assistant speak in turn, as often
+    as you like, and the assistant has the last word.
+
+    \b
+    Examples:
+      hunyuan-vllm data check chats.jsonl
+      hunyuan-vllm data check chats.jsonl --model /models/hunyuan-large
+          --max_seq_length 8192 --sample 17
+      hunyuan-vllm data check chats.jsonl --json | jq '.bad[].line'
+
+    Exit status: 0 every line is of use, 1 some are not, 2 nothing was checked,
+    130 interrupted.
+    """
+    from hunyuan_vllm.demo import path as demo_path
+    from hunyuan_vllm.tokenizer import load_tokenizer
+    from hunyuan_vllm.train import data_report
+    from hunyuan_vllm.train.scan import Encoding, scan
+
+    if model is not None and not model.is_dir():
+        raise UserError(f"--model {model} is no folder: give a checkpoint's, or its tokenizer's")
+    encoding = Encoding(load_tokenizer(model or demo_path()), max_seq_length, train_on_all, default_system)
+    try:
+        with _progress(file) as advance:
+            found = scan(file, encoding, advance=advance)
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+    shown = data_report.read_sample(file, found, encoding, sample)
+    report = data_report.as_json(file, found, shown)
+    if as_json:
+        print(json.dumps(report, indent=1, ensure_ascii=False))
+    else:
+        _show(report, shown, show_all)
+    raise typer.Exit(BAD_LINES if found.bad_count else 0)
+
+
+def _show(report: dict[str, Any], sample: Sample | None, show_all: bool) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    for bad in report["bad"] if show_all else report["bad"][:SHOWN]:
+        console.print(Text.assemble((f"line {bad['line']}", "bold red"), f": {bad['cause']}"))
+    named = len(report["bad"]) if show_all else min(SHOWN, len(report["bad"]))
+    if left := report["bad_lines"] - named:
+        console.print(f"and {left:,} more" + ("" if show_all else " (--all, or --json)"))
+    if report["conversations"]:
+        _show_lengths(report, console)
+    if sample is not None:
+        _show_sample(sample, console)
+    verdict = f"{report['conversations']:,} conversations of use"
+    if report["bad_lines"]:
+        console.print(f"{verdict}, {report['bad_lines']:,} BAD LINES", style="bold red")
+    else:
+        console.print(f"{verdict}, no bad line", style="green")
+
+
+def _show_lengths(report: dict[str, Any], console: Console) -> None:
+    limit = report["max_seq_length"]
+    learned = report["learned_tokens"] / report["tokens_after_truncation"]
+    console.print(
+        f"tokens   {report['tokens']:,}; {report['learned_tokens']:,} learned ({learned:.0%} of those that are read)"
+    )
+    lengths = ", ".join(f"{name} {value:,}" for name, value in report["lengths"].items())
+    console.print(f"lengths  {lengths} tokens")
+    cut = f"{report['truncated']:,} conversations are longer than --max_seq_length {limit:,}"
+    if report["truncated"]:
+        lost = report["tokens"] - report["tokens_after_truncation"]
+        cut += f": {lost:,} tokens are cut off"
+    if report["without_answer"]:
+        cut += f"; {report['without_answer']:,} lose every answer and are skipped"
+    console.print(f"cut      {cut}", style="yellow" if report["truncated"] else "")
+
+
+def _show_sample(sample: Sample, console: Console) -> None:
+    console.print(f"line {sample.line}, {len(sample.example):,} tokens, {sample.example.learned:,} ⟦learned⟧:")
+    text = Text()
+    for part, learned in sample.parts:
+        text.append(f"⟦{part}⟧" if learned else part, style="bold green" if learned else "dim")
+    if len(text) > SHOWN_CHARACTERS:
+        text = text[:SHOWN_CHARACTERS] + Text(f" … {len(text) - SHOWN_CHARACTERS:,} characters more")
+    console.print(Text("  ") + text)
+
+
+@contextmanager
+def _progress(file: Path) -> Iterator[Callable[[int], object]]:
+    """A bar on a terminal, a line every half minute elsewhere; nothing for a file that takes a second."""
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    total = file.stat().st_size if file.is_file() else 0
+    if console.is_terminal:
+        with Progress(console=console, transient=True) as bar:
+            task = bar.add_task("reading", total=total)
+            yield lambda size: bar.advance(task, size)
+        return
+    started = said = time.monotonic()
+    done = 0
+
+    def advance(size: int) -> None:
+        nonlocal done, said
+        done += size
+        now = time.monotonic()
+        if now - said >= LINE_EVERY:
+            said = now
+            left = (total - done) * (now - started) / done
+            print(f"hunyuan-vllm: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {left:,.0f} s left", file=sys.stderr)
+
+    yield advance

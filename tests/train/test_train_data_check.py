@@ -1,0 +1,102 @@
+"""`hunyuan-vllm data check`: every bad line by number and cause, lengths, truncation, and a sample with its marks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from hunyuan_vllm.cli import app
+from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.train.data_report import percentiles
+
+
+def line(user: str, assistant: str, **more: str) -> str:
+    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+    return json.dumps({"messages": messages, **more}, ensure_ascii=False)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    lines = [line("Hi", "Hello."), line("a b c", "1 2 3 4 5 6"), '{"messages": []}', "", "nonsense", line("一", "二")]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["data", "check", *map(str, arguments)])
+
+
+def test_bad_lines_are_named_and_the_rest_is_counted(file: Path) -> None:
+    result = run(file)
+    assert result.exit_code == 1
+    assert "line 3: it has no user and assistant messages\n" in result.stdout
+    assert "line 5: it is not JSON: Expecting value: line 1 column 1 (char 0)\n" in result.stdout
+    assert result.stdout.endswith("3 conversations of use, 2 BAD LINES\n")
+
+
+def test_the_sample_marks_what_is_learned(file: Path) -> None:
+    result = run(file, "--default_system", "S")
+    assert "\n  <|startoftext|>S<|extra_4|>Hi<|extra_0|>⟦Hello.<|eos|>⟧\n" in result.stdout
+    result = run(file, "--sample", 6, "--train-on-all", "--default-system", "")
+    assert "\n  ⟦<|startoftext|>一<|extra_0|>二<|eos|>⟧\n" in result.stdout
+
+
+@pytest.mark.parametrize("flag", ["--max_seq_length", "--max-seq-length"])
+def test_json_with_truncation(file: Path, flag: str) -> None:
+    result = run(file, flag, 8, "--default_system", "", "--json")
+    assert result.exit_code == 1
+    report = json.loads(result.stdout)
+    # <|startoftext|> Hi <|extra_0|> He llo . <|eos|>: how many tokens words have is the vocabulary's affair.
+    assert report["bad"] == [
+        {"line": 3, "cause": "it has no user and assistant messages"},
+        {"line": 5, "cause": "it is not JSON: Expecting value: line 1 column 1 (char 0)"},
+    ]
+    assert report["conversations"] == 3 and report["truncated"] == 1
+    cut = 8
+    longest = report["lengths"]["longest"]
+    assert longest > cut
+    assert report["tokens"] - report["tokens_after_truncation"] == longest - cut
+    assert report["sample"]["parts"][-1] == {"text": "Hello.<|eos|>", "learned": True}
+
+
+def test_a_file_without_a_bad_line(tmp_path: Path) -> None:
+    good = tmp_path / "good.jsonl"
+    good.write_text(line("Hi", "Hello.") + "\n")
+    result = run(good)
+    assert result.exit_code == 0
+    assert result.stdout.endswith("1 conversations of use, no bad line\n")
+    assert "0 conversations are longer than --max_seq_length 2,048" in result.stdout
+
+
+def test_only_bad_lines(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{}\n" * 30)
+    result = run(bad)
+    assert result.exit_code == 1
+    assert result.stdout.count('it has no "messages"') == 20 and "and 10 more (--all, or --json)" in result.stdout
+    assert run(bad, "--all").stdout.count('it has no "messages"') == 30
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["none.jsonl"], "none.jsonl cannot be read: No such file or directory"),
+        (["{file}", "--model", "nowhere"], "--model nowhere is no folder"),
+        (["{file}", "--sample", "3"], "--sample 3: no conversation is in that line of"),
+    ],
+)
+def test_mistakes(file: Path, arguments: list[str], said: str) -> None:
+    result = run(*(argument.format(file=file) for argument in arguments))
+    assert isinstance(result.exception, UserError)
+    assert said in str(result.exception)
+
+
+def test_percentiles() -> None:
+    assert percentiles([3]) == {"shortest": 3, "p50": 3, "p90": 3, "p95": 3, "p99": 3, "longest": 3}
+    found = percentiles(list(range(200, 0, -1)))
+    assert found == {"shortest": 1, "p50": 100, "p90": 180, "p95": 190, "p99": 198, "longest": 200}

@@ -33,7 +33,8 @@ def main() -> int:
         say(f"the environment {venv} lacks paramiko: remove it and run sh deploy/setup_env.sh")
         return 1
     say(f"this Python lacks paramiko or its like: using the environment of {ROOT}")
-    status = subprocess.call(["sh", os.path.join(ROOT, "deploy", "setup_env.sh")])
+    set_up = ["sh", os.path.join(ROOT, "deploy", "setup_env.sh"), "--for", "login_ssh.py"]
+    status = subprocess.call(set_up + [word for word in sys.argv[1:] if word == "--help"])
     if status != 0:
         return status
     python = os.path.join(venv, "bin", "python")

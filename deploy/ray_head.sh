@@ -4,5 +4,5 @@
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 
-sh "$root/deploy/setup_env.sh"
+sh "$root/deploy/setup_env.sh" --for ray_head.sh "$@"
 exec "${HUNYUAN_VENV:-$root/.venv}/bin/python" -m hunyuan_vllm.cluster.by_hand head "$@"

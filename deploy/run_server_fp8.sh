@@ -5,5 +5,5 @@
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 
-sh "$root/deploy/setup_env.sh"
+sh "$root/deploy/setup_env.sh" --for run_server_fp8.sh "$@"
 exec "${HUNYUAN_VENV:-$root/.venv}/bin/hunyuan-vllm" serve --scheme fp8-w8a8c8 "$@"

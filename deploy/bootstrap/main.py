@@ -12,17 +12,20 @@ from pathlib import Path
 from types import FrameType
 
 from bootstrap.checks import check_disk, check_machine, gigabytes
+from bootstrap.consent import check_replacement
+from bootstrap.dry_run import is_dry_run, look
 from bootstrap.environment import Environment
 from bootstrap.errors import SetupError
 from bootstrap.installer import Installer
-from bootstrap.plan import Plan
+from bootstrap.plan import ENGINE_SIZE, KINDS, Plan
 from bootstrap.progress import Progress
 from bootstrap.torch_source import TorchSource, choose_torch
 
 __all__ = ["main"]
 
 HELP = """\
-Make the virtual environment of this checkout, or find that it is complete (a fraction of a second).
+Make the virtual environment of this checkout, or find that it is complete (a fraction of a second). One that is for the
+other device is replaced only with consent: HUNYUAN_DEVICE, --yes, or an answer on the terminal.
 
 environment variables:
   PYTHON                the Python to build on (3.11 or newer); read by setup_env.sh
@@ -31,8 +34,6 @@ environment variables:
   HUNYUAN_TORCH_SOURCE  a folder of wheels or a package index that has torch for the CPU
 Packages come from the indexes and folders that pip is configured to use, and from nowhere else.
 """
-# Bytes, about: what the lock of each device downloads and takes on disk, without the CPU's torch.
-ENGINE_SIZE = {"cpu": (0.24e9, 1.0e9), "cuda": (4.0e9, 10.0e9)}
 # A source archive is built with what the environment has: nothing more is fetched for it.
 NO_ISOLATION = ("--no-build-isolation",)
 BASE_PYTHON = getattr(sys, "_base_executable", sys.executable)
@@ -44,6 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--test", action="store_true", help="with the tools that tests/run.sh needs")
     parser.add_argument("--train", action="store_true", help="with the libraries of fine-tuning (DeepSpeed, PEFT, …)")
+    parser.add_argument("--yes", action="store_true", help="replace an environment that is for the other device")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    parser.add_argument(
+        "--for", dest="script", nargs=argparse.REMAINDER, default=[], metavar="SCRIPT",
+        help="the script that goes on in the environment, and its arguments; --dry-run or --help there count here",
+    )  # fmt: skip
     wanted = parser.parse_args(argv)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
@@ -51,9 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         plan = Plan.make(root, os.environ, with_tests=wanted.test, with_training=wanted.train)
         environment = Environment(plan.venv)
+        if wanted.dry_run or is_dry_run(wanted.script):
+            return look(plan, environment, wanted.script)
         if environment.missing(plan.wanted()):
             with environment.lock(on_wait=lambda: _say(f"waiting for another set-up of {plan.venv} to end")):
-                _complete(plan, environment)
+                _complete(plan, environment, None if wanted.yes else _command(wanted.script))
     except SetupError as error:
         _say(f"set-up stopped: {error}")
         return 1
@@ -66,20 +75,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _complete(plan: Plan, environment: Environment) -> None:
-    """Install what is missing. Asks again what that is: another set-up may just have done it."""
+def _command(script: Sequence[str]) -> str:
+    """How a user calls `script`, or this program."""
+    name = script[0] if script else "setup_env.sh"
+    return f"{'python3' if name.endswith('.py') else 'sh'} deploy/{name}"
+
+
+def _complete(plan: Plan, environment: Environment, command: str | None) -> None:
+    """Install what is missing. Asks again what that is: another set-up may just have done it.
+
+    Args:
+        command: what the user called; None if an environment for the other device may be replaced.
+    """
     environment.recover()
     wanted = plan.wanted()
     missing = environment.missing(wanted)
     if not missing:
         return
+    if command is not None and "engine" in missing:
+        check_replacement(plan, environment, command)
     started = time.monotonic()
     check_machine(plan.device)
     steps = {"engine": 4, "package": 1, "train": 1, "test": 1}
     environment.log.write_text("")
     progress = Progress(sum(steps[part] for part in missing), environment.log)
-    device = {"cpu": "CPU", "cuda": "NVIDIA GPU"}[plan.device]
-    progress.say(f"setting up {environment.path} (Python {'.'.join(map(str, plan.python))}, {device})")
+    python = ".".join(map(str, plan.python))
+    progress.say(f"setting up {environment.path} for {KINDS[plan.device]} (Python {python})")
     if "engine" in missing:
         check_disk(environment.path.parent, ENGINE_SIZE[plan.device][1] + HEADROOM)
         with environment.rebuild():

@@ -12,8 +12,12 @@ from pathlib import Path
 
 from bootstrap.errors import SetupError
 
-__all__ = ["FORMAT", "PYTHONS", "Plan", "choose_device"]
+__all__ = ["ENGINE_SIZE", "FORMAT", "KINDS", "PYTHONS", "Plan", "choose_device"]
 
+# Bytes, about: what the lock of each device downloads and takes on disk, without the CPU's torch.
+ENGINE_SIZE = {"cpu": (0.24e9, 1.0e9), "cuda": (4.0e9, 10.0e9)}
+KINDS = {"cpu": "the CPU", "cuda": "NVIDIA GPUs"}
+DEVICE_VARIABLE = "HUNYUAN_DEVICE"
 FORMAT = 1  # raise it to have every existing environment made anew
 PYTHONS = ((3, 11), (3, 14))  # oldest and newest the pinned engine supports
 
@@ -24,11 +28,11 @@ def choose_device(environ: Mapping[str, str]) -> str:
     Raises:
         SetupError: HUNYUAN_DEVICE is something else.
     """
-    wanted = environ.get("HUNYUAN_DEVICE", "").strip().lower()
+    wanted = environ.get(DEVICE_VARIABLE, "").strip().lower()
     if wanted in ("cpu", "cuda"):
         return wanted
     if wanted:
-        raise SetupError(f"HUNYUAN_DEVICE={wanted} is not known: use cpu or cuda")
+        raise SetupError(f"{DEVICE_VARIABLE}={wanted} is not known: use cpu or cuda")
     tool = shutil.which("nvidia-smi", path=environ.get("PATH"))
     if tool is None:
         return "cpu"
@@ -41,11 +45,17 @@ def choose_device(environ: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything decided before anything is touched."""
+    """Everything decided before anything is touched.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        device_named: somebody said which, rather than nvidia-smi.
+    """
 
     root: Path
     venv: Path
     device: str
+    device_named: bool
     python: tuple[int, int]
     with_tests: bool
     with_training: bool
@@ -64,7 +74,8 @@ class Plan:
             span = " to ".join(f"{major}.{minor}" for major, minor in PYTHONS)
             raise SetupError(f"Python {python[0]}.{python[1]} is not supported yet: name one of {span} with PYTHON=")
         venv = Path(environ.get("HUNYUAN_VENV") or root / ".venv").absolute()
-        return cls(root, venv, choose_device(environ), python, with_tests, with_tests or with_training)
+        named = bool(environ.get(DEVICE_VARIABLE, "").strip())
+        return cls(root, venv, choose_device(environ), named, python, with_tests, with_tests or with_training)
 
     @property
     def requirements(self) -> Path:

@@ -27,7 +27,7 @@ READABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) in float32, rounded to x's type, times weight; over the last dimension."""
+    """x / sqrt(mean(x²) + eps) in float32 or wider, rounded to x's type, times weight; over the last dimension."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -35,9 +35,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
+        wide = at_least_float32(x)
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * normed.to(x.dtype)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32, or as it is where it is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def inverse_frequencies(config: HunYuanConfig, length: int) -> Tensor:
@@ -178,23 +183,34 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Router(nn.Module):
-    """Expert logits in float32, with weights that stay float32 whatever the model is cast to."""
+class Float32Linear(nn.Linear):
+    """Computes in float32 (or wider) under autocast too, with a weight that no cast of the model makes narrower."""
 
-    def __init__(self, hidden: int, experts: int) -> None:
-        super().__init__()
-        self.wg = nn.Linear(hidden, experts, bias=False, dtype=torch.float32)
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False, dtype=torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return self.wg(x.float())
+            weight = at_least_float32(self.weight)  # narrower only where it was replaced, as DeepSpeed does
+            return F.linear(x.to(weight.dtype), weight)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Router:
-        exact = self.wg.weight.data
+    def _apply(self, fn: Any, recurse: bool = True) -> Float32Linear:
+        exact = self.weight.data
         super()._apply(fn, recurse)
-        if self.wg.weight.dtype != torch.float32:
-            self.wg.weight.data = exact.to(self.wg.weight.device)
+        if self.weight.dtype.itemsize < torch.float32.itemsize:
+            self.weight.data = exact.to(self.weight.device)
         return self
+
+
+class Router(nn.Module):
+    """Expert logits, in float32."""
+
+    def __init__(self, hidden: int, experts: int) -> None:
+        super().__init__()
+        self.wg = Float32Linear(hidden, experts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wg(x)
 
 
 def route(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:

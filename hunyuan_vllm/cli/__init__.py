@@ -19,9 +19,11 @@ from hunyuan_vllm.cli.compat import compat
 from hunyuan_vllm.cli.data import app as data
 from hunyuan_vllm.cli.doctor import doctor
 from hunyuan_vllm.cli.eval import app as evaluation
+from hunyuan_vllm.cli.merge import merge_lora
 from hunyuan_vllm.cli.plan import plan
 from hunyuan_vllm.cli.quantize import quantize
 from hunyuan_vllm.cli.serve import serve
+from hunyuan_vllm.cli.train import train
 from hunyuan_vllm.compat import installed_version
 from hunyuan_vllm.errors import UserError
 
@@ -59,6 +61,7 @@ def _options(
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command(context_settings=PASS_THROUGH)(serve)
 app.command(context_settings=PASS_THROUGH)(batch)
+app.command(context_settings={**PASS_THROUGH, "help_option_names": []})(train)
 app.command()(chat)
 app.command()(plan)
 app.command()(compat)
@@ -69,6 +72,7 @@ app.add_typer(evaluation, name="eval")
 app.command()(check)
 app.command()(doctor)
 app.command()(quantize)
+app.command()(merge_lora)
 
 
 def main() -> None:

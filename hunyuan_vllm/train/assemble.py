@@ -1,0 +1,104 @@
+"""Puts a run together: data, collator, model, Trainer, and what watches it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers.trainer_callback import PrinterCallback
+
+from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.train.board import Board
+from hunyuan_vllm.train.collate import PackingCollator, PaddingCollator
+from hunyuan_vllm.train.dataset import ConversationDataset, PackedDataset
+from hunyuan_vllm.train.dummy import DummyDataset
+from hunyuan_vllm.train.model import make_moe_leaves
+from hunyuan_vllm.train.parse import Arguments
+from hunyuan_vllm.train.progress import Display
+from hunyuan_vllm.train.published import copy_served_files
+from hunyuan_vllm.train.scan import Encoding
+from hunyuan_vllm.train.start import Start
+from hunyuan_vllm.train.trainer import HunYuanTrainer
+
+__all__ = ["assemble"]
+
+TENSOR_CORES = 8  # rows a multiple of so many tokens long suit them
+
+
+def assemble(arguments: Arguments, start: Start, console: Console, say: Callable[[str], None]) -> HunYuanTrainer:
+    """A trainer that is ready to `train()`.
+
+    Raises:
+        UserError: the data are of no use, or the checkpoint is not.
+    """
+    training, flags = arguments.training, arguments.model
+    collator, train_data, held_out = _data(arguments, start, say)
+    if held_out is not None and "eval_strategy" not in arguments.given:
+        training.eval_strategy = type(training.eval_strategy)("steps")
+        training.eval_steps = training.eval_steps or training.save_steps
+    model = start.model(arguments)
+    if flags.make_moe_param_leaf_module and training.deepspeed_plugin and training.deepspeed_plugin.zero_stage == 3:
+        make_moe_leaves(model)
+
+    board = None
+    if "tensorboard" in training.report_to:
+        board = Board(training.logging_dir or str(Path(training.output_dir) / "runs"))
+    training.report_to = []  # type: ignore[assignment]  # the board is ours
+
+    def finish(folder: Path) -> None:
+        if not flags.use_lora:
+            copy_served_files(folder, start.tokenizer_folder, start.base)
+
+    trainer = HunYuanTrainer(
+        model=model,
+        args=training,
+        train_dataset=train_data,
+        eval_dataset=held_out,
+        data_collator=collator,
+        callbacks=[Display(console), *([board] if board else [])],
+        aux_loss_coef=flags.aux_loss_coef,
+        finish=finish,
+        around=_flash if flags.use_flash_attn and torch.cuda.is_available() else nullcontext,
+    )
+    trainer.remove_callback(PrinterCallback)
+    if board:
+        board.watch(trainer)
+    return trainer
+
+
+def _data(arguments: Arguments, start: Start, say: Callable[[str], None]) -> tuple[Any, Any, Any]:
+    """Collator, training data, held-out data."""
+    data, limit = arguments.data, arguments.data.max_seq_length
+    if limit > start.config.max_position_embeddings:
+        raise UserError(
+            f"--max_seq_length {limit}: this network knows {start.config.max_position_embeddings} positions"
+        )
+    pad = start.tokenizer.pad_token_id
+    multiple = TENSOR_CORES if torch.cuda.is_available() else 1
+    padding = PaddingCollator(pad, multiple)
+    if data.use_dummy_data:
+        return padding, DummyDataset(start.config.vocab_size, limit), None
+    if data.train_data_file is None:
+        raise UserError("name --train_data_file, JSONL with one conversation a line (or --use_dummy_data)")
+    encoding = Encoding(start.tokenizer, limit, data.train_on_all, data.default_system)
+    held_out = ConversationDataset(Path(data.eval_data_file), encoding) if data.eval_data_file else None
+    train_data = ConversationDataset(Path(data.train_data_file), encoding)
+    say(f"{data.train_data_file}: {len(train_data):,} conversations, {sum(train_data.lengths):,} tokens")
+    if not data.packing:
+        return padding, train_data, held_out
+    packed = PackedDataset(train_data, limit, arguments.training.seed)
+    say(f"packed into {len(packed):,} rows of {limit} tokens, {packed.filled:.0%} full")
+    packed_held_out = PackedDataset(held_out, limit, arguments.training.seed) if held_out is not None else None
+    return PackingCollator(pad, multiple), packed, packed_held_out
+
+
+def _flash() -> AbstractContextManager[Any]:
+    """Attention by flash kernels where they can (no mask: rows that are not packed), else by the next best."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True)

@@ -1,0 +1,37 @@
+"""What the processes of a run need before any of them computes: DeepSpeed's variables, and who may speak."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import warnings
+
+import torch
+import transformers
+
+__all__ = ["is_first", "prepare"]
+
+
+def is_first() -> bool:
+    """Whether this is the process that speaks: rank 0 of all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def prepare(deepspeed: bool) -> None:
+    """Set what libraries read from the environment when they are imported, and quieten what tells a user nothing."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # also where DeepSpeed is only looked at by other libraries
+    if deepspeed:
+        if "RANK" not in os.environ:  # started by itself; DeepSpeed wants a group, if of one
+            with socket.create_server(("127.0.0.1", 0)) as server:
+                port = server.getsockname()[1]
+            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+            os.environ.update(alone, MASTER_PORT=str(port))
+    logging.basicConfig(format="hunyuan-vllm: %(message)s", level=logging.WARNING if is_first() else logging.ERROR)
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    transformers.utils.logging.disable_progress_bar()
+    for module in ("torch", "deepspeed", "accelerate", "peft", "transformers"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{module}\b.*")
+        warnings.filterwarnings("ignore", category=UserWarning, module=rf"{module}\b.*")

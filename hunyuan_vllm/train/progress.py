@@ -1,0 +1,67 @@
+"""How a training run is: a bar with the time left on a terminal, and a line for each entry of the log."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from transformers import TrainerCallback
+
+__all__ = ["Display"]
+
+
+class Display(TrainerCallback):
+    """Shows loss, learning rate, tokens a second and the time left; of several processes the first one speaks."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar: Progress | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._started, self._first = time.monotonic(), state.global_step
+        if state.is_world_process_zero and self._console.is_terminal:
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[left]}"))
+            self._bar = Progress(*columns, console=self._console)
+            self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, left="")
+            self._bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=state.global_step, left=self._left(state))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        if "eval_loss" in logs:
+            self._line(f"step {state.global_step}/{state.max_steps}  held-out loss {logs['eval_loss']:.4f}")
+        elif "loss" in logs:
+            parts = [f"step {state.global_step}/{state.max_steps}", f"loss {float(logs['loss']):.4f}"]
+            if "balance_loss" in logs:
+                parts.append(f"balance loss {logs['balance_loss']:.3f}")
+            parts.append(f"learning rate {float(logs['learning_rate']):.2e}")
+            parts += [f"{logs['tokens_per_second']:,.0f} tokens/s", self._left(state)]
+            self._line("  ".join(parts))
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self._line(f"saved {args.output_dir}/checkpoint-{state.global_step}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _line(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _left(self, state: Any) -> str:
+        done = state.global_step - self._first
+        seconds = (time.monotonic() - self._started) / max(done, 1) * (state.max_steps - state.global_step)
+        return f"{timedelta(seconds=round(seconds))} left"

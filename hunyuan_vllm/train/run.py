@@ -1,0 +1,109 @@
+"""A run of fine-tuning, from the flags to a folder that serves."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from rich.console import Console
+
+from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.train.needed import need_extra, need_writable
+
+if TYPE_CHECKING:
+    from hunyuan_vllm.train.parse import Arguments
+    from hunyuan_vllm.train.start import Start
+
+__all__ = ["CURVE", "FINAL", "main", "train"]
+
+FINAL: Final = "final"
+CURVE: Final = "loss.png"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train as the flags say; returns the exit status. A user's mistake is one line on standard error."""
+    from hunyuan_vllm.train.disk import DiskError
+    from hunyuan_vllm.train.processes import is_first
+
+    try:
+        train(argv)
+    except UserError as error:
+        if is_first() or isinstance(error, DiskError):
+            print(f"hunyuan-vllm: {error}", file=sys.stderr)
+        return 3 if isinstance(error, DiskError) else 2
+    except KeyboardInterrupt:
+        print(
+            "hunyuan-vllm: stopped; --resume_from_checkpoint last goes on from the newest checkpoint", file=sys.stderr
+        )
+        return 130
+    return 0
+
+
+def train(argv: Sequence[str]) -> None:
+    """As `main`, but for raising what goes wrong.
+
+    Raises:
+        UserError: the user's mistake, or (DiskError) the disk's.
+    """
+    from hunyuan_vllm.train.processes import is_first, prepare
+
+    file = _value(argv, "deepspeed")
+    need_extra(deepspeed=file is not None)
+    prepare(deepspeed=file is not None)
+
+    from hunyuan_vllm.train.deepspeed_config import fitted, read_config
+    from hunyuan_vllm.train.ignored import ignored
+    from hunyuan_vllm.train.parse import parse
+    from hunyuan_vllm.train.start import Start
+
+    console = Console(stderr=True, quiet=not is_first())
+
+    def say(text: str) -> None:
+        console.print(f"hunyuan-vllm: {text}", markup=False, highlight=False, soft_wrap=True)
+
+    config, changes = fitted(read_config(file)) if file else (None, [])
+    arguments = parse(argv, config)
+    if arguments.demo:
+        say("no --model_name_or_path is given: LoRA on the demo model")
+    for line in (*changes, *ignored(arguments, config)):
+        say(line)
+    start = Start.find(arguments)
+    if is_first():
+        need_writable(Path(arguments.training.output_dir))
+    _run(arguments, start, console, say)
+
+
+def _run(arguments: Arguments, start: Start, console: Console, say: Callable[[str], None]) -> None:
+    from transformers import set_seed
+
+    from hunyuan_vllm.train.assemble import assemble
+    from hunyuan_vllm.train.model import count_parameters
+    from hunyuan_vllm.train.plot import save_curve
+    from hunyuan_vllm.train.result import save_result
+
+    training, output = arguments.training, Path(arguments.training.output_dir)
+    set_seed(training.seed)
+    trainer = assemble(arguments, start, console, say)
+    trained, all_of_them = count_parameters(trainer.model)
+    rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    say(f"{trained:,} of {all_of_them:,} parameters are trained, {rows} rows a step")
+    if start.resume is not None:
+        say(f"going on from {start.resume}")
+    trainer.train(resume_from_checkpoint=str(start.resume) if start.resume else None)
+    kind = save_result(trainer, output / FINAL, start.served_dtype)
+    if trainer.is_world_process_zero():
+        save_curve(trainer.state.log_history, output / CURVE)
+        say(f"done: {output / FINAL} ({kind}), {output / CURVE}")
+
+
+def _value(argv: Sequence[str], name: str) -> str | None:
+    """The last value of a flag, before the flags are read: some libraries want to know it when they are imported."""
+    found = None
+    for place, word in enumerate(argv):
+        if word == f"--{name}" and place + 1 < len(argv):
+            found = argv[place + 1]
+        elif word.startswith(f"--{name}="):
+            found = word.partition("=")[2]
+    return found

@@ -199,7 +199,7 @@ def test_an_environment_for_the_other_device_is_not_replaced_unasked(checkout, d
             env={**os.environ, **NO_NETWORK, "PYTHON": sys.executable, **environ},
         )  # fmt: skip
         line = stopped(run)
-        assert f"{checkout}/.venv is for {kind}, and this machine has" in line
+        assert f"{checkout}/.venv is for {kind}, and nvidia-smi finds" in line
         assert "To replace it (about" in line and "sh deploy/setup_env.sh --yes. To go on" in line
         assert line.endswith(f"HUNYUAN_DEVICE={device} sh deploy/{script}")
     assert Environment(checkout / ".venv").device() == device

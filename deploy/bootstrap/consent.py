@@ -14,7 +14,7 @@ from bootstrap.plan import ENGINE_SIZE, KINDS, Plan
 
 __all__ = ["check_replacement", "needs_consent"]
 
-FOUND = {"cpu": "no GPU", "cuda": "one"}
+FOUND = {"cpu": "finds no GPU", "cuda": "finds a GPU"}
 
 
 def needs_consent(plan: Plan, environment: Environment) -> bool:
@@ -36,7 +36,7 @@ def check_replacement(plan: Plan, environment: Environment, command: str) -> Non
     there = environment.device() or ""
     download, installed = (gigabytes(size) for size in ENGINE_SIZE[plan.device])
     size = f"about {download} to download, {installed} on disk"
-    state = f"{environment.path} is for {KINDS[there]}, and this machine has {FOUND[plan.device]}, says nvidia-smi"
+    state = f"{environment.path} is for {KINDS[there]}, and nvidia-smi {FOUND[plan.device]} here"
     if sys.stdin.isatty() and sys.stderr.isatty():
         question = f"{state}.\nReplace it by one for {KINDS[plan.device]} ({size})? [y/N] "
         print(question, end="", file=sys.stderr, flush=True)

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hunyuan_vllm.check.digests import SUMS_FILE
 from hunyuan_vllm.checkpoint import INDEX_FILE, check_headers, shard_files
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.errors import UserError
@@ -86,8 +87,9 @@ class Source:
         return digest.hexdigest()
 
     def other_files(self) -> list[Path]:
-        """What is copied as it is: everything at the top of the folder but the weights, their index and the config."""
-        skipped = {"config.json", INDEX_FILE}
+        """What is copied as it is: everything at the top of the folder but the weights, their index, the config, and
+        the hashes of these files."""
+        skipped = {"config.json", INDEX_FILE, SUMS_FILE}
         return sorted(
             file
             for file in self.folder.iterdir()

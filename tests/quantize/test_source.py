@@ -41,7 +41,7 @@ def test_fused_spellings_read_the_same(tmp_path: Path) -> None:
 def test_files_that_are_copied(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "src", tiny_config(), shard_bytes=100_000)
     kept = ["LICENSE", "README.md", "chat_template.jinja", "generation_config.json", "hy.tiktoken", "tokenizer.json"]
-    for name in [*kept, ".gitattributes", "old.bin", "pytorch_model.bin.index.json", "hunyuan.py"]:
+    for name in [*kept, ".gitattributes", "old.bin", "pytorch_model.bin.index.json", "hunyuan.py", "SHA256SUMS"]:
         (folder / name).write_text("x")
     assert [file.name for file in Source(folder).other_files()] == kept
 

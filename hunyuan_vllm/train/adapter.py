@@ -1,0 +1,151 @@
+"""A LoRA adapter on disk, checked against the network it is for: A and B of each weight it changes, and their scale."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.layout import expected_tensors
+from hunyuan_vllm.train.adapter_config import ADAPTER_CONFIG, read_adapter_config
+
+__all__ = ["ADAPTER_FILE", "Adapter", "Change"]
+
+ADAPTER_FILE = "adapter_model.safetensors"
+_NAME = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<half>[AB])(?:\.\w+)?\.weight$")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What an adapter adds to one weight: scale · B·A.
+
+    Attributes:
+        a: name in the adapter's file of A, `[rank, in]`.
+        b: the same of B, `[out, rank]`.
+    """
+
+    a: str
+    b: str
+    scale: float
+
+
+class Adapter:
+    """An adapter's folder. Only headers are read until a pair is asked for.
+
+    Args:
+        folder: as PEFT saves it.
+        config: the network it is to be merged into.
+
+    Attributes:
+        changes: canonical name of each weight that it changes, and how.
+
+    Raises:
+        UserError: it is for another network, damaged, or of a kind that cannot be merged; the message names the tensor.
+    """
+
+    def __init__(self, folder: Path, config: HunYuanConfig) -> None:
+        self.folder = folder
+        self._settings = read_adapter_config(folder)
+        self._file = folder / ADAPTER_FILE
+        if not self._file.exists():
+            other = next((file.name for file in sorted(folder.glob("adapter_model.*"))), None)
+            found = f"only {other}: save it as safetensors (PEFT: safe_serialization=True)" if other else "no weights"
+            raise UserError(f"{folder} has no {ADAPTER_FILE}, {found}")
+        shapes = self._shapes()
+        expected = expected_tensors(config)
+        self.changes = dict(self._changes(shapes, config, expected))
+        if not self.changes:
+            raise UserError(f"{self._file} holds no LoRA matrix")
+
+    def delta(self, name: str) -> tuple[Tensor, Tensor]:
+        """scale · B `[out, rank]` and A `[rank, in]` of a weight, in float32.
+
+        Raises:
+            UserError: they hold NaN or infinite values, or cannot be read any more.
+        """
+        change = self.changes[name]
+        try:
+            with safe_open(self._file, framework="pt") as tensors:
+                a, b = (tensors.get_tensor(half).float() for half in (change.a, change.b))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self._file} cannot be read any more: {error}") from None
+        for half, tensor in ((change.a, a), (change.b, b)):
+            if not torch.isfinite(tensor).all():
+                raise UserError(f"{half!r} in {self._file} holds NaN or infinite values: the training has diverged")
+        return b * change.scale, a
+
+    def fingerprint(self) -> str:
+        """Changes when the adapter does."""
+        digest = hashlib.sha256((self.folder / ADAPTER_CONFIG).read_bytes())
+        with self._file.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        try:
+            with safe_open(self._file, framework="pt") as tensors:
+                return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self._file} is cut short or not a safetensors file ({error}): copy it again") from None
+
+    def _changes(
+        self, shapes: dict[str, tuple[int, ...]], config: HunYuanConfig, expected: dict[str, tuple[int, ...]]
+    ) -> Iterator[tuple[str, Change]]:
+        halves: dict[str, dict[str, str]] = {}
+        for name in shapes:
+            match = _NAME.match(name)
+            if match is None:
+                raise UserError(f"{self._file}: {name!r} is no A or B of a linear layer, and cannot be merged")
+            halves.setdefault(match["module"], {})[match["half"]] = name
+        for module, pair in halves.items():
+            if len(pair) == 1:
+                (present,) = pair
+                absent = "B" if present == "A" else "A"
+                raise UserError(f"{self._file}: {module} has an {present} and no {absent}: the file is incomplete")
+            weight = f"{module}.weight"
+            if weight not in expected or len(expected[weight]) != 2 or module == "model.embed_tokens":
+                raise UserError(f"{self._file}: {_no_base(module, config)}")
+            self._check_shapes(module, shapes[pair["A"]], shapes[pair["B"]], expected[weight])
+            yield weight, Change(pair["A"], pair["B"], self._settings.scale(module))
+
+    def _check_shapes(self, module: str, a: tuple[int, ...], b: tuple[int, ...], weight: tuple[int, ...]) -> None:
+        rank = self._settings.rank(module)
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+            raise UserError(
+                f"{self._file}: A of {module} is {list(a)} and B is {list(b)}: no product of the two exists"
+            )
+        if a[0] != rank:
+            raise UserError(
+                f"{self._file}: {module} has rank {a[0]}, and {ADAPTER_CONFIG} says {rank}: they are of two trainings"
+            )
+        if (b[0], a[1]) != weight:
+            raise UserError(
+                f"{self._file}: {module} is an adapter of a weight {[b[0], a[1]]}, and this network's is "
+                f"{list(weight)}: it was trained on another model"
+            )
+
+
+def _no_base(module: str, config: HunYuanConfig) -> str:
+    """Why a module has no weight to be merged into."""
+    if match := re.match(r"model\.layers\.(\d+)\.(.+)", module):
+        layer, part = int(match[1]), match[2]
+        if layer >= config.num_hidden_layers:
+            return f"{module}: this network has {config.num_hidden_layers} layers: it was trained on another model"
+        if part in ("self_attn.k_proj", "self_attn.v_proj") and config.is_cross(layer):
+            owner = config.kv_owner(layer)
+            return f"{module}: layer {layer} shares the K and V of layer {owner}, and has no {part.split('.')[1]}"
+    if module == "lm_head":
+        return (
+            "lm_head: this network's head is its embedding, and an adapter of it cannot be merged into one of the two"
+        )
+    if module == "model.embed_tokens":
+        return "model.embed_tokens: an adapter of the embedding is not merged"
+    return f"{module}: this network has no such linear layer: it was trained on another model"

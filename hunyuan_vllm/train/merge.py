@@ -1,0 +1,193 @@
+"""An adapter merged into its network: a checkpoint in, a checkpoint out, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from rich.console import Console
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hunyuan_vllm.checkpoint import INDEX_FILE, check_headers
+from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.layout import CheckpointError, Layout
+from hunyuan_vllm.quantize.blocks import in_blocks
+from hunyuan_vllm.quantize.progress import Progress, gigabytes
+from hunyuan_vllm.quantize.schemes import Spec
+from hunyuan_vllm.quantize.shards import Shard, ShardWriter, index_of, plan_shards
+from hunyuan_vllm.quantize.source import Source
+from hunyuan_vllm.quantize.units import Unit
+from hunyuan_vllm.quantize.workspace import Workspace
+from hunyuan_vllm.train.adapter import Adapter
+
+__all__ = ["SAVE_DTYPES", "Merge"]
+
+SAVE_DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+REMEDY: Final = "the disk or the memory is at fault; run the same command again"
+
+
+class Merge:
+    """One run of the command.
+
+    Every file is read back from the disk and compared with what was meant to be in it, by SHA-256 of each tensor,
+    before it gets its name; so a run that was killed goes on behind the last whole file when it is started again alike,
+    and ends with the same bytes.
+
+    Args:
+        source: the checkpoint, in any spelling that layout.py reads; what is written has the published names.
+        adapter: checked against it.
+        target: folder to write, which must not exist.
+        save_dtype: of all that is written but the routers, which keep a wider type of their own.
+        shard_bytes: most bytes of a file.
+
+    Raises:
+        UserError: something given is of no use, or the disk is.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        adapter: Adapter,
+        target: Path,
+        save_dtype: torch.dtype,
+        shard_bytes: int = 5 * 10**9,
+        progress: Progress | None = None,
+    ) -> None:
+        self._source, self._adapter, self._target, self._dtype = source, adapter, target, save_dtype
+        self._progress = progress or Progress(Console(quiet=True))
+        units = (Unit((name,), quantised=False) for name in source.shapes)
+        self._shards = plan_shards(((unit, [self._spec(*unit.names)]) for unit in units), shard_bytes)
+        self._shard_bytes = shard_bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensors that are written."""
+        return sum(shard.nbytes for shard in self._shards)
+
+    def run(self) -> None:
+        """Merge.
+
+        Raises:
+            UserError: as the class; what is finished stays for the next run.
+            OSError: the disk gave out.
+        """
+        self._source_is_not_target()
+        if self._target.is_dir() and not any(self._target.iterdir()):
+            self._target.rmdir()
+        with Workspace(self._target, self._record()) as workspace:
+            self._check_disk(workspace)
+            if workspace.resumed:
+                self._progress.say(f"going on with what is finished in {workspace.folder}")
+            left = [shard for shard in self._shards if not (workspace.checkpoint / shard.file).exists()]
+            done = self.nbytes - sum(shard.nbytes for shard in left)
+            with self._progress.stage("merging", 2 * self.nbytes, 2 * done):
+                for shard in left:
+                    self._write(workspace, shard)
+            self._write_the_rest(workspace)
+            self._check_whole(workspace.checkpoint)
+            workspace.finish()
+
+    def tensor(self, name: str) -> Tensor:
+        """A canonical tensor as it is to be written.
+
+        Raises:
+            UserError: it has values that the type has no room for.
+        """
+        wide, dtype = self._source.read(name), self._spec(name).dtype
+        if name not in self._adapter.changes:
+            written = wide.to(dtype)
+        else:
+            b, a = self._adapter.delta(name)
+            written = torch.empty(wide.shape, dtype=dtype)
+
+            def block(rows: slice) -> None:
+                written[rows] = torch.addmm(wide[rows].float(), b[rows], a).to(dtype)
+
+            in_blocks(wide, block)
+        if dtype == torch.float16 and not torch.isfinite(written).all():
+            raise UserError(f"{name!r} has values beyond 65,504, the most that fp16 holds: use --save_dtype bf16")
+        return written
+
+    def _spec(self, name: str) -> Spec:
+        dtype = self._dtype
+        if name.endswith(".gate.wg.weight"):  # routes hang on its last digits
+            dtype = torch.promote_types(dtype, self._source.dtype(name))
+        return Spec(name, dtype, self._source.shapes[name])
+
+    def _record(self) -> dict[str, Any]:
+        """What a run that goes on with another's work must have in common with it."""
+        return {
+            "a --base_model_path of contents": self._source.fingerprint()[:12],
+            "an --adapter_model_path of contents": self._adapter.fingerprint()[:12],
+            "--save_dtype": str(self._dtype).removeprefix("torch."),
+            "--shard_size": self._shard_bytes,
+        }
+
+    def _source_is_not_target(self) -> None:
+        if self._target.resolve() in (self._source.folder.resolve(), self._adapter.folder.resolve()):
+            raise UserError(f"--output_path {self._target} is what is merged: name another folder")
+
+    def _check_disk(self, workspace: Workspace) -> None:
+        needed = sum(shard.nbytes for shard in self._shards if not (workspace.checkpoint / shard.file).exists())
+        needed += sum(file.stat().st_size for file in self._source.other_files())
+        free = shutil.disk_usage(workspace.folder).free
+        if free < needed:
+            raise UserError(
+                f"{workspace.folder.parent} has {gigabytes(free)} free, merging needs {gigabytes(needed)} more: "
+                "make room, or name an --output_path on another disk"
+            )
+
+    def _write(self, workspace: Workspace, shard: Shard) -> None:
+        partial = workspace.beside(workspace.checkpoint / shard.file)
+        meant: dict[str, str] = {}
+        with ShardWriter(partial, shard.specs) as writer:
+            for spec in shard.specs:
+                tensor = self.tensor(spec.name)
+                meant[spec.name] = _digest(tensor)
+                writer.write(spec.name, tensor)
+                self._progress.advance(tensor.nbytes)
+        for name, tensor in _read_back(partial):
+            if meant.pop(name, None) != _digest(tensor):
+                raise UserError(f"{partial}: {name} reads back differently: {REMEDY}")
+            self._progress.advance(tensor.nbytes)
+        if meant:
+            raise UserError(f"{partial} reads back without {min(meant)}: {REMEDY}")
+        workspace.put(partial, workspace.checkpoint / shard.file)
+
+    def _write_the_rest(self, workspace: Workspace) -> None:
+        folder = workspace.checkpoint
+        for file in self._source.other_files():
+            workspace.copy(file, folder / file.name)
+        if len(self._shards) > 1:
+            workspace.write_json(folder / INDEX_FILE, index_of(self._shards))
+        field = "dtype" if "dtype" in self._source.json else "torch_dtype"
+        config = {**self._source.json, field: str(self._dtype).removeprefix("torch.")}
+        workspace.write_json(folder / "config.json", config)
+
+    def _check_whole(self, folder: Path) -> None:
+        """Every tensor is there, once, in its shape, and none besides."""
+        try:
+            check_headers(folder, Layout(self._source.config))
+        except CheckpointError as error:
+            raise UserError(f"{error}: {REMEDY}") from None
+
+
+def _read_back(file: Path) -> Iterator[tuple[str, Tensor]]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():
+                yield name, tensors.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} cannot be read back ({error}): {REMEDY}") from None
+
+
+def _digest(tensor: Tensor) -> str:
+    """Of type, shape and bytes."""
+    digest = hashlib.sha256(f"{tensor.dtype}{list(tensor.shape)}".encode())
+    digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

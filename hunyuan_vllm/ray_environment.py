@@ -11,6 +11,8 @@ import os
 import re
 from collections.abc import Mapping
 
+from hunyuan_vllm.secret_names import names_a_secret
+
 __all__ = ["kept_from_workers", "limit_copied_variables"]
 
 STEERING = re.compile(
@@ -18,7 +20,6 @@ STEERING = re.compile(
     r"|FLASH_ATTENTION|LMCACHE|HF|HUGGING_FACE|TRANSFORMERS|SAFETENSORS|TOKENIZERS|TIKTOKEN|XDG)_\w+"
     r"|DO_NOT_TRACK|LD_LIBRARY_PATH|LD_PRELOAD|PATH|PYTHONHASHSEED|PYTHONPATH|TMPDIR|TZ|LANG|LC_ALL"
 )
-SECRET = re.compile(r"KEY|TOKEN(?!IZ)|SECRET|PASSW|CREDENTIAL|AUTH|COOKIE|PRIVATE", re.IGNORECASE)
 
 
 def kept_from_workers(environ: Mapping[str, str]) -> set[str]:
@@ -28,7 +29,7 @@ def kept_from_workers(environ: Mapping[str, str]) -> set[str]:
 
 
 def _may_be_copied(name: str) -> bool:
-    return STEERING.fullmatch(name) is not None and SECRET.search(name) is None
+    return STEERING.fullmatch(name) is not None and not names_a_secret(name)
 
 
 def limit_copied_variables() -> None:

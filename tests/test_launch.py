@@ -164,7 +164,6 @@ def test_a_hub_name_may_go_online():
         (Machine(cuda=True), MODEL, [], {}, "no GPU is visible"),
         (GPU8, ModelSource("/m", "/m", LARGE), [], {}, r"MODEL_PATH=/m has no \*\.safetensors"),
         (GPU8, MODEL, ["--api-key", "secret"], {}, "--api-key would show the key"),
-        (NODE1, MODEL, [], {"VLLM_API_KEY": "secret"}, "to every Ray worker"),
         (GPU8, MODEL, [], {"VLLM_API_KEY": "s", "HUNYUAN_VLLM_API_KEY_FILE": "/k"}, "both set"),
         (GPU8, MODEL, ["--config", "/no/such.yaml"], {}, "--config /no/such.yaml cannot be read"),
     ],
@@ -236,6 +235,13 @@ def test_the_shown_command_reads_back_as_what_is_run():
     assert words[0] == "env"
     assert words[1 : 1 + len(made.env)] == [f"{name}={value}" for name, value in made.env.items()]
     assert words[1 + len(made.env) :] == made.argv
+
+
+def test_a_key_from_the_environment_goes_with_ray():
+    """Its workers do not get it: tests/test_ray_environment.py."""
+    made = launch(NODE1, MODEL, VLLM_API_KEY="secret")
+    assert parsed(made).distributed_executor_backend == "ray" and parsed(made).middleware == [KEYED]
+    assert "secret" not in made.shell()
 
 
 def test_administration_wants_a_key():

@@ -12,13 +12,13 @@ from hunyuan_vllm.cluster.port_table import GCS_PORT, ray_flags
 from hunyuan_vllm.cluster.ray_token import PATH_VARIABLE
 from hunyuan_vllm.cluster.tls import NodeFiles
 from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.secret_names import names_a_secret
 from hunyuan_vllm.server.network import READERS
 
 __all__ = ["FOLDER", "NodeSetup", "parse_variables", "without_secrets"]
 
 # Below the home directory, which SSH sessions and shells agree about; XDG_CONFIG_HOME is set in some of them only.
 FOLDER = Path(".config/hunyuan-vllm/cluster")
-SECRET = re.compile(r"KEY|TOKEN(?!IZ)|SECRET|PASSW|CREDENTIAL|COOKIE|PRIVATE", re.IGNORECASE)
 # Seconds until a node that is silent counts as dead: about 6 instead of a minute.
 HEALTH = {
     "RAY_health_check_initial_delay_ms": "2000",
@@ -106,7 +106,7 @@ def parse_variables(words: list[str]) -> dict[str, str]:
         name, equals, value = word.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
             raise UserError(f"--env {word}: give NAME=VALUE")
-        if SECRET.search(name):
+        if names_a_secret(name):
             raise UserError(f"--env {name}: Ray shows its environment to whoever may read its logs; use a file")
         if name in ours:
             raise UserError(f"--env {name}: the cluster sets it itself")
@@ -116,4 +116,4 @@ def parse_variables(words: list[str]) -> dict[str, str]:
 
 def without_secrets(environ: Mapping[str, str]) -> dict[str, str]:
     """Variables that Ray, and all that it starts, may inherit: those whose names do not speak of a secret."""
-    return {name: value for name, value in environ.items() if not SECRET.search(name)}
+    return {name: value for name, value in environ.items() if not names_a_secret(name)}

@@ -117,7 +117,7 @@ def decide(
     quantization = flags.get("quantization") or (scheme.options.get("quantization") if scheme else None)
     weights = gpu_weight_bytes(model, quantization)
     ranks = choose_ranks(settings, flags, machine, model, scheme.ranks if scheme else None, weights)
-    key_file = _key_file(settings, host, ranks, insecure or "uds" in flags, surface)
+    key_file = _key_file(settings, host, insecure or "uds" in flags, surface)
     needs_key = key_file is not None or settings.api_key
 
     names = ["hunyuan", model.given]
@@ -200,18 +200,13 @@ def _front_end_options(flags: Flags, surface: Surface, json_logs: bool) -> dict[
     return options
 
 
-def _key_file(settings: Settings, host: str, ranks: Ranks, open_allowed: bool, surface: Surface) -> Path | None:
+def _key_file(settings: Settings, host: str, open_allowed: bool, surface: Surface) -> Path | None:
     """The file with the key to require, if the key is to come from a file."""
     if settings.api_key_file and settings.api_key:
         raise UserError(f"VLLM_API_KEY and {KEY_FILE_VARIABLE} are both set: unset one")
     if settings.api_key_file:
         return settings.api_key_file
     if settings.api_key:
-        if ranks.executor == "ray":
-            raise UserError(
-                "vLLM would copy VLLM_API_KEY to every Ray worker: put the key into a file (chmod 600), name it with "
-                f"{KEY_FILE_VARIABLE}=, and unset VLLM_API_KEY"
-            )
         return None
     if surface.admin and open_allowed:
         raise UserError("--admin-routes are for those who have a key: leave out --insecure, or set one")

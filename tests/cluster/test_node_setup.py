@@ -47,6 +47,7 @@ def test_secrets_are_left_out():
         "RAY_AUTH_TOKEN": "x",
         "HUNYUAN_SSH_PASSWORD": "x",
         "my_secret": "x",
+        "SSH_AUTH_SOCK": "/tmp/agent",
     }
     assert without_secrets(kept | secrets) == kept
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import ipaddress
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,16 +10,14 @@ from pathlib import Path
 
 import httpx
 from adapters import adapter_pairs, write_adapter
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from certificates import own_certificate
 from openai import OpenAI
 from serving import Server, running_server
 
 from hunyuan_vllm import demo
 from hunyuan_vllm.config import HunYuanConfig
 
-__all__ = ["KEYS", "LIMITS", "KeyedServer", "start_keyed_server", "write_certificate", "write_keys"]
+__all__ = ["KEYS", "LIMITS", "KeyedServer", "start_keyed_server", "write_keys"]
 
 KEYS = {"admin": "the-key-of-the-operator", "alice": "the-key-of-alice", "bob": "the-key-of-bob"}
 LIMITS = {"max-body": 0.05, "max-prompt-tokens": 200, "max-output-tokens": 256, "max-sequences": 8}
@@ -65,29 +61,12 @@ def write_keys(file: Path, keys: dict[str, str]) -> None:
     beside.rename(file)
 
 
-def write_certificate(folder: Path) -> tuple[Path, Path]:
-    """A certificate for 127.0.0.1 that signs itself, and its key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "hunyuan-vllm test")])
-    now = datetime.datetime.now(datetime.UTC)
-    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-    builder = builder.not_valid_before(now - datetime.timedelta(1)).not_valid_after(now + datetime.timedelta(1))
-    certificate = builder.add_extension(address, critical=False).sign(key, hashes.SHA256())
-    files = folder / "cert.pem", folder / "key.pem"
-    files[0].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    files[1].touch(mode=0o600)
-    form, unencrypted = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    files[1].write_bytes(key.private_bytes(serialization.Encoding.PEM, form, unencrypted))
-    return files
-
-
 @contextmanager
 def start_keyed_server(folder: Path) -> Iterator[KeyedServer]:
     key_file, adapters = folder / "keys", folder / "adapters"
     adapters.mkdir()
     write_keys(key_file, KEYS)
-    certificate, private = write_certificate(folder)
+    certificate, private = own_certificate(folder)
     pairs = adapter_pairs(HunYuanConfig.from_pretrained(demo.path()))
     for name in ("style", "tone"):
         write_adapter(adapters / name, pairs)

@@ -1,7 +1,7 @@
 """A certificate that cannot be used is named before a model is loaded."""
 
 import pytest
-from keyed_server import write_certificate
+from certificates import own_certificate
 
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.server.flags import Flags
@@ -10,7 +10,7 @@ from hunyuan_vllm.server.tls import check_certificate
 
 @pytest.fixture
 def files(tmp_path):
-    return write_certificate(tmp_path)
+    return own_certificate(tmp_path)
 
 
 def flags(certificate=None, key=None) -> Flags:
@@ -32,7 +32,7 @@ def test_both_in_one_file(files):
 def test_what_cannot_be_used(files, tmp_path):
     certificate, key = files
     (tmp_path / "other").mkdir()
-    _, other = write_certificate(tmp_path / "other")
+    _, other = own_certificate(tmp_path / "other")
     junk = tmp_path / "junk"
     junk.write_text("junk")
     junk.chmod(0o600)

@@ -81,7 +81,9 @@ USED: tuple[Symbol, ...] = (
     Symbol("vllm.distributed", "get_world_group"),
     Symbol("vllm.logger", "init_logger"),
     Symbol("vllm.platforms", "current_platform"),
-    Symbol("vllm.platforms.interface", "Platform", members=("device_type", "import_kernels", "get_device_name", "is_cpu")),
+    Symbol(
+        "vllm.platforms.interface", "Platform", members=("device_type", "import_kernels", "get_device_name", "is_cpu")
+    ),
     Symbol("vllm.plugins", "load_general_plugins"),
     Symbol(f"{_LAYERS}.activation", "SiluAndMul"),
     Symbol(

@@ -13,9 +13,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-__all__ = ["Problem", "explain", "explain_validation"]
+__all__ = ["Problem", "constraint", "explain", "explain_crash", "explain_dead_end", "explain_validation"]
 
 SHOWN = 60  # characters of a wrong value
+ENGINE_ERROR = "Internal server error"  # vLLM's GenerationError
+CONSTRAINTS = ("structured_outputs", "response_format", "tools", "text")
 SHOULD_BE = "Input should be "
 PYTHON_TYPE = re.compile(r"dictionary( or (instance of \w+|object to extract fields from))?")
 VLLM_SUFFIX = re.compile(r" \(parameter=.*\)$", re.DOTALL)
@@ -66,6 +68,45 @@ def explain_validation(error: ValidationError, body: Mapping[str, Any]) -> Probl
     if problem.field and problem.field.split(".")[0] == "messages":
         return _messages_problem(body) or problem
     return problem
+
+
+def explain_crash(model: type[BaseModel], body: Mapping[str, Any]) -> Problem | None:
+    """The field on which `model`'s own checks of `body` break down, as those of vLLM do on types they do not foresee.
+
+    None if they do not: what failed is then not the request.
+    """
+    if not _crashes(model, body):
+        return None
+    fields = sorted(body, key=lambda name: name in model.model_fields and model.model_fields[name].is_required())
+    for field in fields:
+        if not _crashes(model, {name: value for name, value in body.items() if name != field}):
+            return Problem(field, f"{field} should not be {_shown(body[field])}")
+    return Problem(None, "the request's fields are not of the types that they should be")
+
+
+def constraint(body: Mapping[str, Any]) -> str | None:
+    """The field that says which tokens may follow, if there is one."""
+    return next((name for name in CONSTRAINTS if body.get(name)), None)
+
+
+def explain_dead_end(message: str, field: str | None) -> Problem | None:
+    """That the constraint in `field` left the engine without a token, where that may be behind its failure; else None.
+
+    vLLM ends such a request as it ends one that the engine itself failed on, without a word of the grammar.
+    """
+    if message != ENGINE_ERROR or field is None:
+        return None
+    return Problem(field, f"{field}: it, and what else the request allows, leave no token to go on with")
+
+
+def _crashes(model: type[BaseModel], body: Mapping[str, Any]) -> bool:
+    try:
+        model.model_validate(body)
+    except ValidationError:
+        return False
+    except Exception:
+        return True
+    return False
 
 
 def _furthest(error: ValidationError, body: Mapping[str, Any]) -> Problem:

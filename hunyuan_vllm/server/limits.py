@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections import Counter
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -13,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from vllm.engine.protocol import EngineClient
 
 from hunyuan_vllm.server.asgi import App, Message, Receive, Scope, Send, inner_path, notes, refuse
+from hunyuan_vllm.server.json_body import BadJson, read_json
 from hunyuan_vllm.server.prompt_limit import limit_prompts
 from hunyuan_vllm.server.refusals import count_refusal
 from hunyuan_vllm.server.routes import Paths
@@ -68,8 +68,9 @@ class Limits:
             body = await self._body(scope, receive)
             if body is None:  # the client has gone
                 return
+            request = _parsed(body)
             if inner_path(scope) in GENERATING:
-                await self._generate(scope, _Replay(body, receive), send, body)
+                await self._generate(scope, _Replay(body, receive), send, request)
             else:
                 await self._app(scope, _Replay(body, receive), send)
         except _Refused as refusal:
@@ -107,8 +108,8 @@ class Limits:
             message_ = f"the request did not arrive within {BODY_TIMEOUT:g} s"
             raise _Refused(HTTPStatus.REQUEST_TIMEOUT, "slow", message_) from None
 
-    async def _generate(self, scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
-        sequences = self._check(_parsed(body))
+    async def _generate(self, scope: Scope, receive: Receive, send: Send, request: Mapping[str, Any]) -> None:
+        sequences = self._check(request)
         key = notes(scope).get("key", NOBODY)
         self._check_load(key, sequences)
         self._requests[key] += 1
@@ -167,11 +168,9 @@ class _Replay:
 def _parsed(body: bytes) -> Mapping[str, Any]:
     """The request as vLLM will read it; an empty one where vLLM will find that it is none."""
     try:
-        content = json.loads(body)
-    except ValueError:
-        return {}
-    except RecursionError:
-        raise _Refused(HTTPStatus.BAD_REQUEST, "nesting", "the request's JSON is nested too deeply") from None
+        content = read_json(body)
+    except BadJson as bad:
+        raise _Refused(HTTPStatus.BAD_REQUEST, "json", bad.message, bad.field) from None
     return content if isinstance(content, dict) else {}
 
 

@@ -11,18 +11,28 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from hunyuan_vllm.server.asgi import App, Message, Receive, Scope, Send
-from hunyuan_vllm.server.bad_requests import Problem, explain, explain_validation
+from hunyuan_vllm.server.asgi import App, Message, Receive, Scope, Send, refuse
+from hunyuan_vllm.server.bad_requests import (
+    Problem,
+    constraint,
+    explain,
+    explain_crash,
+    explain_dead_end,
+    explain_validation,
+)
 
 __all__ = ["NameFields"]
 
 STREAMED_ERROR = b'data: {"error"'
 ABOUT_THE_REQUEST = (HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY)
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 
 
 class NameFields:
-    """Rewrites {"error": …} answers with status 400 or 422, and gives that form to others of status 4xx."""
+    """Rewrites {"error": …} answers with status 400 or 422, and gives that form to others of status 4xx.
+
+    A failure of the server (500) is 400 where it is the request that vLLM's checks break down on.
+    """
 
     def __init__(self, app: App) -> None:
         self._app = app
@@ -32,7 +42,13 @@ class NameFields:
             await self._app(scope, receive, send)
             return
         exchange = _Exchange(scope["path"], receive, send)
-        await self._app(scope, exchange.receive, exchange.send)
+        try:
+            await self._app(scope, exchange.receive, exchange.send)
+        except Exception:
+            problem = exchange.crash()
+            if problem is None:
+                raise
+            await refuse(scope, send, HTTPStatus.BAD_REQUEST, problem.message, problem.field)
 
 
 class _Exchange:
@@ -43,7 +59,8 @@ class _Exchange:
         self._request: list[bytes] = []
         self._answer: list[bytes] = []
         self._start: Message | None = None
-        self._ended = False
+        self._begun = self._ended = False
+        self._constraint: str | None = None  # the field of the request that constrains what is streamed
 
     async def receive(self) -> Message:
         message = await self._receive()
@@ -59,32 +76,55 @@ class _Exchange:
             return
         body = message.get("body", b"")
         if self._start is None:
+            if self._constraint and body.startswith(STREAMED_ERROR):
+                message = {**message, "body": _blaming(body, self._constraint)}
             await self._send(message)
         elif body.startswith(STREAMED_ERROR):
             # vLLM begins a stream before the engine has looked at the request. Nothing has been sent of it yet.
             await self._refuse(self._start, body.split(b"\n", 1)[0].removeprefix(b"data: "))
-        elif HTTPStatus.BAD_REQUEST <= self._start["status"] < HTTPStatus.INTERNAL_SERVER_ERROR:
+        elif HTTPStatus.BAD_REQUEST <= self._start["status"] <= HTTPStatus.INTERNAL_SERVER_ERROR:
             self._answer.append(body)
             if not message.get("more_body", False):
                 await self._refuse(self._start, b"".join(self._answer))
         else:
             await self._send(self._start)
             await self._send(message)
-            self._start = None
+            self._start, self._begun = None, True
+            self._constraint = constraint(self._body() or {}) if message.get("more_body") else None
             self._request.clear()
 
-    async def _refuse(self, start: Message, body: bytes) -> None:
+    def crash(self) -> Problem | None:
+        """What is wrong with a request that the application failed on; None if nothing is, or an answer has begun."""
+        if self._begun or (body := self._body()) is None or (model := _model(self._path)) is None:
+            return None
+        return explain_crash(model, body)
+
+    def _body(self) -> dict[str, Any] | None:
+        try:
+            body = json.loads(b"".join(self._request))
+        except ValueError:
+            return None
+        return body if isinstance(body, dict) else None
+
+    async def _refuse(self, start: Message, answer: bytes) -> None:
         self._ended = True
-        if error := _error_of(body, start["status"]):
-            if error["code"] in ABOUT_THE_REQUEST and self._path in (CHAT, COMPLETIONS):
-                problem = _problem(self._path, b"".join(self._request), str(error.get("message")), error.get("param"))
-                error |= {"message": problem.message, "param": problem.field}
-            body = json.dumps({"error": error}, ensure_ascii=False).encode()
-            own = {b"content-length": str(len(body)).encode(), b"content-type": b"application/json"}
+        error = _error_of(answer, start["status"])
+        if error and error["code"] == HTTPStatus.INTERNAL_SERVER_ERROR:
+            field = constraint(self._body() or {})
+            if problem := self.crash() or explain_dead_end(str(error.get("message")), field):
+                error = _bad_request(problem)
+            elif start["status"] == error["code"]:
+                error = None  # as it is
+        elif error and error["code"] in ABOUT_THE_REQUEST and self._path in (CHAT, COMPLETIONS):
+            problem = _problem(self._path, b"".join(self._request), str(error.get("message")), error.get("param"))
+            error |= {"message": problem.message, "param": problem.field}
+        if error:
+            answer = json.dumps({"error": error}, ensure_ascii=False).encode()
+            own = {b"content-length": str(len(answer)).encode(), b"content-type": b"application/json"}
             headers = [header for header in start["headers"] if header[0].lower() not in own]
             start = {**start, "status": error["code"], "headers": headers + list(own.items())}
         await self._send(start)
-        await self._send({"type": "http.response.body", "body": body})
+        await self._send({"type": "http.response.body", "body": answer})
 
 
 def _error_of(answer: bytes, status: int) -> dict[str, Any] | None:
@@ -101,6 +141,20 @@ def _error_of(answer: bytes, status: int) -> dict[str, Any] | None:
     return {"message": str(detail), "type": phrase, "param": None, "code": status}
 
 
+def _bad_request(problem: Problem) -> dict[str, Any]:
+    status = HTTPStatus.BAD_REQUEST
+    return {"message": problem.message, "type": status.phrase, "param": problem.field, "code": int(status)}
+
+
+def _blaming(chunk: bytes, field: str) -> bytes:
+    """A chunk with an error in the middle of a stream; about the constraint, where that may be behind it."""
+    line, _, rest = chunk.partition(b"\n")
+    error = _error_of(line.removeprefix(b"data: "), HTTPStatus.INTERNAL_SERVER_ERROR)
+    if error is None or (problem := explain_dead_end(str(error["message"]), field)) is None:
+        return chunk
+    return b"data: " + json.dumps({"error": _bad_request(problem)}).encode() + b"\n" + rest
+
+
 def _problem(path: str, request: bytes, message: str, param: str | None) -> Problem:
     """What is wrong with `request`, of which vLLM says `message`."""
     if "Unsupported Media Type" in message:
@@ -111,8 +165,10 @@ def _problem(path: str, request: bytes, message: str, param: str | None) -> Prob
         return Problem(None, f"the request's body is not JSON: {error}")
     if not isinstance(body, dict):
         return Problem(None, "the request's body is not a JSON object")
+    model = _model(path)
+    assert model is not None
     try:
-        _model(path).model_validate(body)
+        model.model_validate(body)
     except ValidationError as error:
         return explain_validation(error, body)
     except Exception:  # what vLLM's own checks raise: its message says it
@@ -120,11 +176,18 @@ def _problem(path: str, request: bytes, message: str, param: str | None) -> Prob
     return explain(message, param, body)
 
 
-def _model(path: str) -> type[BaseModel]:
+def _model(path: str) -> type[BaseModel] | None:
+    """What vLLM reads a request to `path` as."""
     if path == CHAT:
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
         return ChatCompletionRequest
-    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    if path == COMPLETIONS:
+        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-    return CompletionRequest
+        return CompletionRequest
+    if path == RESPONSES:
+        from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+
+        return ResponsesRequest
+    return None

@@ -11,7 +11,7 @@ REASONS = (
     "route",
     "body",
     "slow",
-    "nesting",
+    "json",
     "max_tokens",
     "sequences",
     "prompt_tokens",

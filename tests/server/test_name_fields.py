@@ -78,6 +78,66 @@ async def test_a_refused_stream_is_a_refusal():
     assert answer.json()["error"] == error["error"] | {"param": "n"}
 
 
+def failing(how: str):
+    """An application that breaks down on a request, as vLLM's own checks do on types that they do not foresee."""
+
+    async def app(scope, receive, send):
+        await receive()
+        if how == "begun":
+            await send({"type": "http.response.start", "status": 200, "headers": [STREAM]})
+            await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
+        if how != "answered":
+            raise TypeError("'int' object is not iterable")
+        await send({"type": "http.response.start", "status": 500, "headers": [JSON]})
+        await send({"type": "http.response.body", "body": b'{"error": {"message": "", "code": 500}}'})
+
+    return app
+
+
+@pytest.mark.parametrize("how", ["raised", "answered"])
+async def test_a_request_that_vllms_checks_break_down_on_is_a_bad_request(how):
+    answer = await ask(NameFields(failing(how)), json={"prompt": "a", "max_tokens": 1, "structured_outputs": 5})
+    assert answer.status_code == 400
+    assert answer.json()["error"] | {"type": ""} == {
+        "message": "structured_outputs should not be 5",
+        "type": "",
+        "param": "structured_outputs",
+        "code": 400,
+    }
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "form"),
+    [(500, [JSON], '{{"error": {}}}'), (200, [STREAM], 'data: {{"error": {}}}\n\ndata: [DONE]\n\n')],
+)
+async def test_a_grammar_that_no_token_fits_is_a_bad_request(status, headers, form):
+    error = '{"message": "Internal server error", "type": "InternalServerError", "param": null, "code": 500}'
+    app = NameFields(answering(status, headers, form.format(error).encode()))
+    answer = await ask(app, json={"prompt": "a", "structured_outputs": {"json": {"$ref": "#"}}})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "structured_outputs")
+    assert "no token" in answer.json()["error"]["message"]
+    assert (await ask(app, json={"prompt": "a"})).status_code == 500
+
+
+async def test_a_grammar_that_ends_in_the_middle_of_a_stream():
+    error = b'data: {"error": {"message": "Internal server error", "type": "X", "param": null, "code": 500}}\n\n'
+    app = NameFields(answering(200, [STREAM], b'data: {"id": 1}\n\n', error + b"data: [DONE]\n\n"))
+    begun, told, done, _ = (await ask(app, json={"prompt": "a", "response_format": {"type": "x"}})).text.split("\n\n")
+    assert (begun, done) == ('data: {"id": 1}', "data: [DONE]")
+    told = json.loads(told.removeprefix("data: "))["error"]
+    assert (told["code"], told["param"]) == (400, "response_format")
+    assert error.decode() in (await ask(app, json={"prompt": "a"})).text
+
+
+async def test_a_failure_of_the_server_stays_one():
+    answer = await ask(NameFields(failing("answered")), json={"prompt": "a"})
+    assert (answer.status_code, answer.json()["error"]["message"]) == (500, "")
+    with pytest.raises(TypeError):
+        await ask(NameFields(failing("raised")), json={"prompt": "a"})
+    with pytest.raises(TypeError):
+        await ask(NameFields(failing("begun")), json={"prompt": "a", "structured_outputs": 5})
+
+
 async def test_the_request_may_come_in_parts():
     async def parts():
         for part in (b'{"pro', b'mpt": ', b"5}"):

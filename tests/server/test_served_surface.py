@@ -41,6 +41,28 @@ def test_every_guarded_route_is_refused_without_a_key(keyed_server):
         assert refusals == {(401, client.get("/metrics").text)}
 
 
+def test_every_refusal_of_a_key_is_the_same(keyed_server):
+    """Nothing in it says how near a key was: absent, cut short, one character off, known before, another scheme."""
+    revoked, near = "a-key-that-is-taken-back", f"{KEYS['alice'][:-1]}x"
+    given = [None, "", "Bearer", f"Bearer {near}", f"Bearer {KEYS['alice'][:-1]}", f"Bearer {KEYS['bob']}x"]
+    given += [f"Basic {KEYS['alice']}", KEYS["alice"], "Bearer alice", f"Bearer {revoked}", f"Bearer {'x' * 4000}"]
+    write_keys(keyed_server.key_file, {**KEYS, "carol": revoked})
+    with keyed_server.http(None) as client:
+        assert client.get("/v1/models", headers={"Authorization": f"Bearer {revoked}"}).status_code == 200
+        write_keys(keyed_server.key_file, KEYS)
+        for path in ("/v1/models", "/metrics", "/pause", "/nowhere"):
+            answers = [client.get(path, headers={"Authorization": one} if one is not None else {}) for one in given]
+            told = {
+                (answer.status_code, answer.content, frozenset(set(answer.headers.items()) - varying(answer)))
+                for answer in answers
+            }
+            assert len(told) == 1 and answers[0].status_code == 401
+
+
+def varying(answer: httpx.Response) -> set[tuple[str, str]]:
+    return {(name, answer.headers[name]) for name in ("date", "x-request-id")}
+
+
 @pytest.mark.parametrize("path", ["/health", "/livez", "/readyz"])
 def test_probes_need_no_key(keyed_server, path):
     with keyed_server.http(None) as client:

@@ -28,6 +28,13 @@
              all go to one expert: with top-1 routing every step of a single sequence.
    upstream  not reported yet (zentorch 2.13.0.1)
    until     tests/test_patches.py::test_stock_still_prefers_zentorch fails
+
+5. Requests without an adapter beside some with one, on CPUs.
+   where     vllm/lora/ops/torch_ops/lora_ops.py, bgmv_shrink (and its name in vllm/lora/punica_wrapper/punica_cpu.py)
+   why       A row without an adapter has index -1, which torch reads as the last: in a batch with other requests it is
+             answered by an adapter that it did not ask for. The GPUs' kernels pass such rows over.
+   upstream  not reported yet (0.32.0 has it)
+   until     tests/test_patches.py::test_stock_still_adapts_rows_without_an_adapter fails
 """
 
 from __future__ import annotations
@@ -36,8 +43,10 @@ from collections.abc import Callable
 from functools import wraps
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from vllm.logger import init_logger
+from vllm.lora.ops.torch_ops import lora_ops
+from vllm.lora.punica_wrapper import punica_cpu
 from vllm.model_executor.layers import utils as layer_utils
 from vllm.model_executor.layers.fused_moe import modular_kernel
 from vllm.model_executor.layers.fused_moe.experts import cpu_moe
@@ -63,6 +72,7 @@ def apply_patches() -> None:
             _use_packed_linears()
             _use_packed_experts()
             _keep_experts_from_zentorch()
+            _leave_rows_without_an_adapter_alone()
         _applied = True
 
 
@@ -112,3 +122,18 @@ def _keep_experts_from_zentorch() -> None:
 
     for name in ("is_zentorch_moe_supported", "is_zentorch_moe_config_supported"):
         setattr(cpu_moe, name, refusing(getattr(cpu_moe, name)))
+
+
+def _leave_rows_without_an_adapter_alone() -> None:
+    stock = lora_ops.bgmv_shrink
+
+    @wraps(stock)
+    def bgmv_shrink(
+        inputs: Tensor, lora_b_weights: Tensor, output_tensor: Tensor, lora_indices_tensor: Tensor, scaling: float = 1.0
+    ) -> None:
+        stock(inputs, lora_b_weights, output_tensor, lora_indices_tensor, scaling)
+        output_tensor.masked_fill_(
+            (lora_indices_tensor < 0).unsqueeze(-1), 0
+        )  # whichever B these meet, they add nothing
+
+    lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = bgmv_shrink

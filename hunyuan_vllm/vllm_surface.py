@@ -139,6 +139,12 @@ USED: tuple[Symbol, ...] = (
     ),
     Symbol(f"{_LAYERS}.fused_moe.experts.cpu_moe", "is_zentorch_moe_supported"),
     Symbol(f"{_LAYERS}.fused_moe.experts.cpu_moe", "is_zentorch_moe_config_supported"),
+    Symbol(
+        "vllm.lora.ops.torch_ops.lora_ops",
+        "bgmv_shrink",
+        keywords=("inputs", "lora_b_weights", "output_tensor", "lora_indices_tensor", "scaling"),
+    ),
+    Symbol("vllm.lora.punica_wrapper.punica_cpu", "bgmv_shrink"),
     Symbol(f"{_LAYERS}.quantization.utils.quant_utils", "QuantKey"),
     # FP8: vLLM's own methods, with other scales.
     Symbol(f"{_LAYERS}.quantization.fp8", "Fp8Config", keywords=("activation_scheme",)),

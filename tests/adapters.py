@@ -17,9 +17,9 @@ RANK, ALPHA = 4, 8
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-def adapter_pairs(config: HunYuanConfig) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def adapter_pairs(config: HunYuanConfig, seed: int = 3) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Weight name → (A `[rank, in]`, B `[out, rank]`) for every attention projection the network has."""
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
     pairs = {}
     for name, tensor in random_tensors(config, seed=0):
         if name.endswith(".weight") and name.split(".")[-2] in TARGETS:

@@ -3,38 +3,57 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-from adapters import ALPHA, RANK, adapter_pairs, write_adapter
-from checkpoints import rewrite, tiny_config, write_checkpoint
+from adapters import adapter_pairs, write_adapter
+from checkpoints import tiny_config, write_checkpoint
 from engine import engine, random_prompts
 from golden_data import FLOAT32_TOLERANCE, reference_answers
 from vllm import SamplingParams, TokensPrompt
 from vllm.lora.request import LoRARequest
 
+from hunyuan_vllm.quantize.source import Source
+from hunyuan_vllm.train.adapter import Adapter
+from hunyuan_vllm.train.merge import SAVE_DTYPES, Merge
+
 pytestmark = pytest.mark.engine
 
+PARAMS = SamplingParams(temperature=0, max_tokens=16, logprobs=0, ignore_eos=True, detokenize=False)
 
-def test_an_adapter_equals_its_merged_checkpoint(tmp_path: Path) -> None:
+
+def said(output: Any) -> tuple[list[int], list[float]]:
+    """Tokens and their log-probabilities."""
+    (one,) = output.outputs
+    tokens = list(one.token_ids)
+    return tokens, [entry[token].logprob for entry, token in zip(one.logprobs, tokens, strict=True)]
+
+
+def furthest(a: list[float], b: list[float]) -> float:
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+def test_adapters_of_one_batch_equal_their_merged_checkpoints(tmp_path: Path) -> None:
+    """Two at once and none, in one batch; against `merge-lora`'s checkpoints, by the reference and by the engine."""
     config = tiny_config()
     base = write_checkpoint(tmp_path / "base", config)
-    merged = write_checkpoint(tmp_path / "merged", config)
-    pairs = adapter_pairs(config)
-
-    def merge(tensors: dict[str, torch.Tensor]) -> None:
-        for name, (a, b) in pairs.items():
-            tensors[name] = tensors[name].float() + b @ a * (ALPHA / RANK)
-
-    rewrite(merged, merge)
-    request = LoRARequest("adapter", 1, str(write_adapter(tmp_path / "adapter", pairs)))
+    merged, requests = [], []
+    for number in (1, 2):
+        adapter = write_adapter(tmp_path / f"adapter{number}", adapter_pairs(config, seed=number))
+        merged.append(tmp_path / f"merged{number}")
+        Merge(Source(base), Adapter(adapter, config), merged[-1], SAVE_DTYPES["fp32"]).run()
+        requests.append(LoRARequest(f"adapter{number}", number, str(adapter)))
     (prompt,) = random_prompts(config.vocab_size, [50])
-    params = SamplingParams(temperature=0, max_tokens=16, logprobs=0, ignore_eos=True, detokenize=False)
-    with engine(base, enable_lora=True, max_lora_rank=8, max_loras=1) as llm:
-        for folder, lora in ((base, None), (merged, request)):
-            (output,) = llm.generate([TokensPrompt(prompt_token_ids=prompt)], params, lora_request=lora, use_tqdm=False)
-            (answer,) = reference_answers(folder, [prompt], 16).items
-            tokens = list(output.outputs[0].token_ids)
-            logprobs = [entry[token].logprob for entry, token in zip(output.outputs[0].logprobs, tokens, strict=True)]
-            assert tokens == answer.greedy
-            assert max(abs(a - b) for a, b in zip(logprobs, answer.greedy_logprobs, strict=True)) <= FLOAT32_TOLERANCE
+    given = TokensPrompt(prompt_token_ids=prompt)
+    with engine(base, enable_lora=True, max_lora_rank=8, max_loras=2) as llm:
+        outputs = llm.generate([given] * 3, PARAMS, lora_request=[None, *requests], use_tqdm=False)
+    answers = [said(output) for output in outputs]
+    for folder, (tokens, logprobs) in zip([base, *merged], answers, strict=True):
+        (answer,) = reference_answers(folder, [prompt], 16).items
+        assert tokens == answer.greedy
+        assert furthest(logprobs, answer.greedy_logprobs) <= FLOAT32_TOLERANCE
+    assert len({tuple(tokens) for tokens, _ in answers}) == 3
+    with engine(merged[0]) as llm:
+        tokens, logprobs = said(*llm.generate([given], PARAMS, use_tqdm=False))
+    assert tokens == answers[1][0]
+    assert furthest(logprobs, answers[1][1]) <= FLOAT32_TOLERANCE

@@ -12,6 +12,8 @@ from checkpoints import tiny_config, write_checkpoint
 from engine import engine, greatest_difference, random_prompts, score
 from golden_data import FLOAT32_TOLERANCE, load_golden, reference_answers
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.lora.ops.torch_ops import lora_ops
+from vllm.lora.punica_wrapper import punica_cpu
 from vllm.model_executor.layers import utils as layer_utils
 from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 from vllm.model_executor.layers.fused_moe.oracle import unquantized
@@ -108,6 +110,16 @@ def test_experts_do_without_zentorch(zentorch: None) -> None:
     with engine(golden.path) as llm:
         results = score(llm, [item.prompt for item in golden.items], max_tokens=2)
     assert greatest_difference(results, golden) <= FLOAT32_TOLERANCE
+
+
+def test_stock_still_adapts_rows_without_an_adapter() -> None:
+    """tests/test_lora.py shows what that does to a batch, and that the patch prevents it."""
+    patches.apply_patches()
+    assert punica_cpu.bgmv_shrink is lora_ops.bgmv_shrink
+    for shrink, adapts in ((stock(lora_ops.bgmv_shrink), True), (lora_ops.bgmv_shrink, False)):
+        out = torch.zeros(2, 1)
+        shrink(torch.ones(2, 3), torch.ones(2, 1, 1, 3), out, torch.tensor([0, -1]), 2.0)
+        assert out[0].item() == 6 and (out[1].item() != 0) is adapts
 
 
 def test_stock_tool_grammars_still_let_arguments_run_on() -> None:

@@ -1,7 +1,7 @@
 """How long does an operator wait, from two bare nodes to an answer? The commands of docs/deploy.md, in its order.
 
     python benchmarks/two_nodes.py             # login_ssh.py, cluster up, run_server.sh, openapi.sh, cluster down
-    python benchmarks/two_nodes.py --by-hand   # ray_head.sh and ray_worker.sh instead of cluster up
+    python benchmarks/two_nodes.py --by-hand   # ray_head.sh, ray_worker.sh, ray_stop.sh instead of cluster up, down
     python benchmarks/two_nodes.py --rounds 3 --json FILE
 
 Two hosts in namespaces (as root, with iproute2 and openssh-server), each with an SSH server and nothing in its home;
@@ -29,14 +29,17 @@ from ray_hosts.served import Served  # noqa: E402
 CLUSTER = [str(BIN / "hunyuan-vllm"), "cluster"]
 SERVE = ["--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(2**26)]
 # Ray, told that each host has one GPU, schedules vLLM's CPU platform on it.
-LOGICAL = ["--logical-gpus", *(word for pair in ON_CPUS.items() for word in ("--env", "=".join(pair)))]
+VARIABLES = [word for pair in ON_CPUS.items() for word in ("--env", "=".join(pair))]
+LOGICAL = ["--logical-gpus", "--despite-warnings", *VARIABLES]
 
 Steps = dict[str, float]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--by-hand", action="store_true", help="start Ray with ray_head.sh and ray_worker.sh")
+    parser.add_argument(
+        "--by-hand", action="store_true", help="start and end Ray with ray_head.sh, ray_worker.sh, ray_stop.sh"
+    )
     parser.add_argument("--rounds", type=int, default=1, help="each with new hosts")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the seconds of each step there")
     arguments = parser.parse_args()
@@ -75,22 +78,16 @@ def one_round(by_hand: bool) -> Steps:
             lambda: _run(head, sys.executable, _deploy("login_ssh.py"), *login),
         )
         if by_hand:
-            _head, _worker = ["sh", _deploy("ray_head.sh")], ["sh", _deploy("ray_worker.sh"), head.address]
-            gpus = ["--ifname", "eth0", "--gpus", "1", *LOGICAL]
-            timed("`ray_head.sh`", lambda: _run(head, *_head, *gpus))
+            gpus = ["--ifname", "eth0", "--gpus", "1", *VARIABLES]
+            timed("`ray_head.sh`", lambda: _run(head, "sh", _deploy("ray_head.sh"), *gpus))
             token = head.sh("cat /root/.ray/auth_token")
             worker.sh("umask 077; mkdir -p /root/.ray; cat >/root/.ray/auth_token", input=token)
-            timed("`ray_worker.sh`", lambda: _run(worker, *_worker, *gpus))
+            timed("`ray_worker.sh`", lambda: _run(worker, "sh", _deploy("ray_worker.sh"), head.address, *gpus))
         else:
-            up = ["up", "--hosts", ips, "--ssh-port", str(PORT), "--ifname", "eth0", "--gpus-per-node", "1"]
-            timed(
-                "`cluster up`: checks, token, Ray on both",
-                lambda: _run(head, *CLUSTER, *up, *LOGICAL, "--despite-warnings"),
-            )
-            timed(
-                "`cluster up` again: nothing to do", lambda: _run(head, *CLUSTER, *up, *LOGICAL, "--despite-warnings")
-            )
-        timed("`cluster status`", lambda: _run(head, *CLUSTER, "status"))
+            up = [*CLUSTER, "up", "--hosts", ips, "--ssh-port", str(PORT), "--ifname", "eth0", "--gpus-per-node", "1"]
+            timed("`cluster up`: checks, token, Ray on both", lambda: _run(head, *up, *LOGICAL))
+            timed("`cluster up` again: nothing to do", lambda: _run(head, *up, *LOGICAL))
+            timed("`cluster status`", lambda: _run(head, *CLUSTER, "status"))
         server = Served(
             head, ["sh", _deploy("run_server.sh"), *SERVE], {**SHELL, **ON_CPUS, "LOCAL_IP": head.address}, client
         )
@@ -100,7 +97,12 @@ def one_round(by_hand: bool) -> Steps:
             lambda: _run(head, "sh", _deploy("openapi.sh"), "Why is sea water salty?", LOCAL_IP=head.address),
         )
         timed("Ctrl-C until it has ended", server.stop)
-        timed("`cluster down`", lambda: _run(head, *CLUSTER, "down"))
+        if by_hand:
+            timed(
+                "`ray_stop.sh` on both", lambda: [_run(host, "sh", _deploy("ray_stop.sh")) for host in (worker, head)]
+            )
+        else:
+            timed("`cluster down`", lambda: _run(head, *CLUSTER, "down"))
         left = {host.name: _left(host) for host in (head, worker)}
         if any(left.values()):
             raise SystemExit(f"processes are left: {left}")

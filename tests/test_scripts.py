@@ -19,8 +19,8 @@ SCRIPTS = [*POSIX_SCRIPTS, ROOT / ".ci" / "run"]
 
 def test_all_scripts_are_here():
     assert {script.name for script in SCRIPTS} == {
-        "openapi.sh", "ray_head.sh", "ray_worker.sh", "run_server.sh", "run_server_fp8.sh", "run_server_int8.sh",
-        "setup_env.sh", "run.sh", "run",
+        "openapi.sh", "ray_head.sh", "ray_stop.sh", "ray_worker.sh", "run_server.sh", "run_server_fp8.sh",
+        "run_server_int8.sh", "setup_env.sh", "run.sh", "run",
     }  # fmt: skip
 
 

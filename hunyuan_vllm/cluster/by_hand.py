@@ -1,4 +1,4 @@
-"""One node, by hand on it: what `deploy/ray_head.sh` and `deploy/ray_worker.sh` run; `cluster up` does all hosts."""
+"""One node, by hand on it: what `deploy/ray_head.sh`, `ray_worker.sh` and `ray_stop.sh` run; `cluster up` does all hosts."""
 
 from __future__ import annotations
 
@@ -61,6 +61,15 @@ def worker(
         raise UserError(f"{head_address} is this machine: sh deploy/ray_head.sh starts the head")
     _start(setup, force)
     _say(f"{own} joined the cluster at {setup.gcs}")
+
+
+@app.command("stop")
+def end() -> None:
+    """End all of Ray on this machine that is this user's, workers that outlived it too."""
+    ended, stuck = stop()
+    if stuck:
+        raise UserError(f"these processes of Ray do not end: {some(stuck)}; reboot")
+    _say(f"{len(ended)} processes of Ray were ended" if ended else "no Ray ran here")
 
 
 def _setup(

@@ -73,7 +73,7 @@ def status(a, *more: str) -> tuple[int, dict]:
 
 
 def by_hand(role: str) -> list[str]:
-    """The command of the script for that role, as the script has it."""
+    """The command of the script for that role ("stop" too), as the script has it."""
     last = (DEPLOY / f"ray_{role}.sh").read_text().splitlines()[-1]
     module, given = last.partition(" -m ")[2].split(f" {role} ")
     assert last.startswith("exec ") and given == '"$@"'
@@ -263,7 +263,10 @@ def test_tls_and_by_hand(hosts):
     assert "joined the cluster" in b.run(*joined, timeout=120).stderr
     assert "nothing was changed" in b.run(*joined).stderr
     assert status(a)[1]["gpus"] == 2
-    assert cluster(a, "down").returncode == 0
+    for host in (a, b):
+        assert "processes of Ray were ended" in host.run(*by_hand("stop")).stderr
+        assert not [title for title in processes(host) if "ray" in title]
+    assert "no Ray ran here" in b.run(*by_hand("stop")).stderr
 
 
 def test_mistakes(hosts):

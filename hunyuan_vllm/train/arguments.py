@@ -110,8 +110,11 @@ class TrainingArguments(transformers.TrainingArguments):
         if this.gradient_checkpointing and this.gradient_checkpointing_kwargs is None:
             this.gradient_checkpointing_kwargs = {"use_reentrant": False}
         if self.lr_scheduler_type == "cosine_with_min_lr" and this.lr_scheduler_kwargs is None:
-            least = this.learning_rate / 10 if self.min_lr is None else self.min_lr
-            this.lr_scheduler_kwargs = {"min_lr": least}
+            # As a share: transformers asks the optimiser what min_lr is a share of, and DeepSpeed's does not know.
+            share = 0.1 if self.min_lr is None else self.min_lr / this.learning_rate
+            if share > 1:
+                raise ValueError(f"--min_lr {self.min_lr} is more than --learning_rate {this.learning_rate}")
+            this.lr_scheduler_kwargs = {"min_lr_rate": share}
         if self.warmup_ratio and not this.warmup_steps:
             this.warmup_steps = self.warmup_ratio
         this.remove_unused_columns = False  # the data are ours

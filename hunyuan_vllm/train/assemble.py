@@ -40,6 +40,11 @@ def assemble(arguments: Arguments, start: Start, console: Console, say: Callable
     if held_out is not None and "eval_strategy" not in arguments.given:
         training.eval_strategy = type(training.eval_strategy)("steps")
         training.eval_steps = training.eval_steps or training.save_steps
+    if training.deepspeed_plugin:
+        import deepspeed
+
+        # Before the model: ZeRO-3 parts it while it is made, by how many processes DeepSpeed knows of.
+        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
     model = start.model(arguments)
     if flags.make_moe_param_leaf_module and training.deepspeed_plugin and training.deepspeed_plugin.zero_stage == 3:
         make_moe_leaves(model)
@@ -72,11 +77,10 @@ def assemble(arguments: Arguments, start: Start, console: Console, say: Callable
 
 def _data(arguments: Arguments, start: Start, say: Callable[[str], None]) -> tuple[Any, Any, Any]:
     """Collator, training data, held-out data."""
-    data, limit = arguments.data, arguments.data.max_seq_length
-    if limit > start.config.max_position_embeddings:
-        raise UserError(
-            f"--max_seq_length {limit}: this network knows {start.config.max_position_embeddings} positions"
-        )
+    data, limit, known = arguments.data, arguments.data.max_seq_length, start.config.max_position_embeddings
+    if limit > known and "max_seq_length" in arguments.given:
+        raise UserError(f"--max_seq_length {limit}: this network knows {known} positions")
+    limit = min(limit, known)
     pad = start.tokenizer.pad_token_id
     multiple = TENSOR_CORES if torch.cuda.is_available() else 1
     padding = PaddingCollator(pad, multiple)

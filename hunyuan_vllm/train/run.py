@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hunyuan_vllm.train.parse import Arguments
     from hunyuan_vllm.train.start import Start
 
-__all__ = ["CURVE", "FINAL", "main", "train"]
+__all__ = ["CURVE", "FINAL", "flag_value", "main", "train"]
 
 FINAL: Final = "final"
 CURVE: Final = "loss.png"
@@ -49,7 +49,7 @@ def train(argv: Sequence[str]) -> None:
     """
     from hunyuan_vllm.train.processes import is_first, prepare
 
-    file = _value(argv, "deepspeed")
+    file = flag_value(argv, "deepspeed")
     need_extra(deepspeed=file is not None)
     prepare(deepspeed=file is not None)
 
@@ -98,7 +98,7 @@ def _run(arguments: Arguments, start: Start, console: Console, say: Callable[[st
         say(f"done: {output / FINAL} ({kind}), {output / CURVE}")
 
 
-def _value(argv: Sequence[str], name: str) -> str | None:
+def flag_value(argv: Sequence[str], name: str) -> str | None:
     """The last value of a flag, before the flags are read: some libraries want to know it when they are imported."""
     found = None
     for place, word in enumerate(argv):

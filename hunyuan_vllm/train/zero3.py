@@ -39,7 +39,7 @@ def load_partitioned(folder: Path, dtype: torch.dtype) -> HunYuanForCausalLM:
 
 def _load(parameters: dict[str, nn.Parameter], layout: Layout, name: str, tensors: safe_open, first: bool) -> None:
     """Give `name`'s values to the parameters that hold them."""
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     names = layout.names(name, tensors.get_slice(name).get_shape())
     parts = dict(layout.split(name, tensors.get_tensor(name))) if first and names else {}

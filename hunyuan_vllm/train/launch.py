@@ -1,0 +1,231 @@
+"""Starts a run's processes, on this node and over SSH on the others, and ends all of them when one fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, Final
+
+from hunyuan_vllm.cluster.node_setup import without_secrets
+from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.train.node import torchrun_arguments, torchrun_variables
+from hunyuan_vllm.train.nodes import NodeOfRun, carrying, read_nodes
+from hunyuan_vllm.train.same import compare
+
+__all__ = ["Launch", "main"]
+
+# Variables that libraries of the processes read; others stay where they are.
+HANDED_ON: Final = ("NCCL_", "GLOO_", "TP_SOCKET", "CUDA_", "TORCH_", "DS_", "OMP_", "HF_", "TOKENIZERS_", "PYTORCH_")
+PATHS: Final = ("model_name_or_path", "tokenizer_name_or_path", "train_data_file", "eval_data_file", "deepspeed")
+GRACE: Final = 20.0  # seconds for processes to end in once one has failed
+CONNECT: Final = 20  # seconds
+
+
+class Launch:
+    """A run on some nodes, of which the first is this one.
+
+    Args:
+        nodes: see `read_nodes`.
+        port: where the processes meet, on this node.
+        flags: of `python -m hunyuan_vllm.train`.
+        environ: this process's environment.
+    """
+
+    def __init__(self, nodes: Sequence[NodeOfRun], port: int, flags: Sequence[str], environ: Mapping[str, str]) -> None:
+        self._nodes, self._flags, self._port = nodes, list(flags), port
+        self._ssh_port, self._interface = environ.get("SSH_PORT", ""), environ.get("SOCKET_IFNAME") or None
+        handed_on = without_secrets({name: value for name, value in environ.items() if name.startswith(HANDED_ON)})
+        self._variables = handed_on
+
+    @property
+    def is_one_process(self) -> bool:
+        return len(self._nodes) == 1 and self._nodes[0].processes == 1
+
+    @property
+    def alone(self) -> list[str]:
+        """The command where there is one process."""
+        return [sys.executable, "-m", "hunyuan_vllm.train", *self._flags]
+
+    def order(self, rank: int) -> dict[str, Any]:
+        """What a node is told."""
+        node = self._nodes[rank]
+        return {
+            "do": "run", "folder": os.getcwd(), "address": node.address, "interface": self._interface,
+            "nodes": len(self._nodes), "rank": rank, "processes": node.processes,
+            "master": [self._nodes[0].address, self._port], "flags": self._flags, "variables": self._variables,
+        }  # fmt: skip
+
+    def shown(self) -> str:
+        """For people: what runs on each node."""
+        if self.is_one_process:
+            return shlex.join(self.alone)
+        parts = []
+        for rank, node in enumerate(self._nodes):
+            order = self.order(rank)
+            interface = self._interface or (carrying(node.address) if rank == 0 else f"<the one with {node.address}>")
+            variables = [f"{k}={shlex.quote(v)}" for k, v in sorted(torchrun_variables(order, interface).items())]
+            how = "this node" if rank == 0 else f"over {shlex.join(self._ssh(node)[:-1])}"
+            words = [sys.executable, "-m", "torch.distributed.run", *torchrun_arguments(order)]
+            head = f"{node.address} ({how}), {node.processes} process{'es' if node.processes > 1 else ''}:"
+            parts.append(f"{head}\n  cd {shlex.quote(os.getcwd())}\n  {' '.join(variables)} {shlex.join(words)}")
+        return "\n".join(parts)
+
+    def check(self) -> None:
+        """Compare code, libraries, checkpoint and data of all nodes.
+
+        Raises:
+            UserError: a node is not reached, or something is not the same everywhere.
+        """
+        paths = [str(path) for name in PATHS if (path := self._given(name)) and Path(path).exists()]
+        order = json.dumps({"do": "facts", "folder": os.getcwd(), "paths": paths}) + "\n"
+        running = [self._start(rank, output=subprocess.PIPE) for rank in range(len(self._nodes))]
+        for process in running:
+            assert process.stdin is not None
+            try:
+                process.stdin.write(order.encode())
+                process.stdin.flush()
+            except BrokenPipeError:
+                pass  # it says why below
+        found = {}
+        for node, process in zip(self._nodes, running, strict=True):
+            out, errors = process.communicate()
+            if process.returncode != 0:
+                reason = (errors.decode(errors="replace").strip().splitlines() or [f"status {process.returncode}"])[-1]
+                raise UserError(
+                    f"{node.address}: {reason} (python3 deploy/login_ssh.py sets up the logins; every node needs the "
+                    "same checkout at the same path, set up by sh deploy/setup_env.sh --train)"
+                )
+            found[node.address] = json.loads(out.splitlines()[-1])
+        compare(found)
+
+    def run(self) -> int:
+        """Start all nodes' processes and wait; the exit status is that of the first node that failed, 0 if none did."""
+        running = []
+        try:
+            for rank, node in enumerate(self._nodes):
+                process = self._start(rank, output=None if rank == 0 else subprocess.PIPE)
+                running.append(process)
+                assert process.stdin is not None
+                process.stdin.write(json.dumps(self.order(rank)).encode() + b"\n")
+                process.stdin.flush()
+                for stream in (process.stdout, process.stderr):
+                    if stream is not None:
+                        threading.Thread(target=_pass_on, args=(stream, node.address), daemon=True).start()
+            return _wait(running)
+        except KeyboardInterrupt:
+            return 130
+        finally:
+            _end(running)
+
+    def _start(self, rank: int, output: int | None) -> subprocess.Popen[bytes]:
+        node = self._nodes[rank]
+        module = [sys.executable, "-m", "hunyuan_vllm.train.node"]
+        command = module if rank == 0 else [*self._ssh(node), shlex.join(module)]
+        # A session of its own: Ctrl-C comes to us alone, and we end all nodes alike.
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True
+        )  # fmt: skip
+
+    def _ssh(self, node: NodeOfRun) -> list[str]:
+        """Without a question: a host whose key is not known, or that takes no key of ours, is an error."""
+        options = ["BatchMode=yes", "StrictHostKeyChecking=yes", f"ConnectTimeout={CONNECT}", "ServerAliveInterval=15"]
+        port = ["-p", self._ssh_port] if self._ssh_port else []
+        return ["ssh", *(word for option in options for word in ("-o", option)), *port, node.address, "--"]
+
+    def _given(self, name: str) -> str | None:
+        from hunyuan_vllm.train.run import flag_value
+
+        return flag_value(self._flags, name)
+
+
+def main(argv: Sequence[str]) -> int:
+    """`train/train.sh`: flags of the training, and --dry-run. Returns the exit status."""
+    dry_run = "--dry-run" in argv or "--dry_run" in argv
+    flags = [word for word in argv if word not in ("--dry-run", "--dry_run")]
+    if {"-h", "--help", "--help-all"} & set(flags):
+        from hunyuan_vllm.train.run import main as train
+
+        return train(flags)
+    try:
+        nodes, port = read_nodes(os.environ, _count_gpus)
+        launch = Launch(nodes, port if len(nodes) > 1 else _free_port(port), flags, os.environ)
+        if dry_run:
+            print(launch.shown())
+            return 0
+        if launch.is_one_process:
+            os.execv(sys.executable, launch.alone)
+        if len(nodes) > 1:
+            print(f"hunyuan-vllm: comparing {len(nodes)} nodes", file=sys.stderr)
+            launch.check()
+        return launch.run()
+    except UserError as error:
+        print(f"hunyuan-vllm: {error}", file=sys.stderr)
+        return 2
+
+
+def _count_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _free_port(wanted: int) -> int:
+    """`wanted`, or another where another program has it."""
+    import socket
+
+    for port in (wanted, 0):
+        try:
+            with socket.create_server(("127.0.0.1", port)) as server:
+                return int(server.getsockname()[1])
+        except OSError:
+            continue
+    return wanted
+
+
+def _pass_on(stream: IO[bytes], name: str) -> None:
+    for line in stream:
+        sys.stderr.write(f"[{name}] {line.decode(errors='replace')}")
+        sys.stderr.flush()
+
+
+def _wait(running: Sequence[subprocess.Popen[bytes]]) -> int:
+    left = list(running)
+    while left:
+        for process in left:
+            if process.poll() is not None:
+                left.remove(process)
+                if process.returncode:
+                    return process.returncode if process.returncode > 0 else 128 - process.returncode
+                break
+        else:
+            time.sleep(0.2)
+    return 0
+
+
+def _end(running: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Close what each reads its order from, which ends it; kill those that do not end."""
+    for process in running:
+        if process.stdin is not None:
+            try:
+                process.stdin.close()
+            except BrokenPipeError:
+                pass
+    deadline = time.monotonic() + GRACE
+    for process in running:
+        try:
+            process.wait(max(deadline - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -12,7 +12,7 @@ from hunyuan_vllm.plan.network import Network
 from hunyuan_vllm.plan.scenario import Scenario, vllm_limits
 from hunyuan_vllm.plan.schemes import SCHEMES
 
-__all__ = ["Change", "arrangements", "possible_changes", "shorter"]
+__all__ = ["Change", "arrangements", "gpu_count", "possible_changes", "shorter"]
 
 COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # GPUs that are offered
 SCHEME_PRICES = {
@@ -123,13 +123,18 @@ def _hardware(scenario: Scenario) -> Iterator[Change]:
         for tensor, stages in arrangements(scenario.network, gpus) if gpus > scenario.gpus else ():
             if tensor <= scenario.per_node:
                 more = gpus - scenario.gpus
-                price, cost = f"{more} GPUs more", 100 + 10 * more
+                price, cost = f"{gpu_count(more)} more", 100 + 10 * more
                 yield _engine(scenario, tensor, stages, {"gpus": gpus}, f"--gpus {gpus}", price, cost, "gpus")
                 break
     for gpu in sorted(known_gpus(), key=lambda gpu: (gpu.memory, -(gpu.bf16_tflops or 0))):
         if gpu.memory > 1.1 * scenario.gpu.memory or gpu.capability > scenario.gpu.capability:
             price = f"GPUs of {gpu.memory_gb:.0f} GB"
             yield Change({"gpu": gpu} | _limits_of(scenario, gpu), f"--gpu {gpu.name}", price, 200, "gpu")
+
+
+def gpu_count(number: int) -> str:
+    """In words."""
+    return f"{number} GPU{'' if number == 1 else 's'}"
 
 
 def _limits_of(scenario: Scenario, gpu: Gpu) -> dict[str, Any]:

@@ -101,7 +101,8 @@ def notes(scenario: Scenario) -> list[str]:
     if scenario.needs_partition and (cut := _refusal(check_pipeline, config, scenario.pipeline)):
         found.append(cut)
     if idle := scenario.gpus - scenario.ranks * scenario.replicas:
-        found.append(f"{idle} of {scenario.gpus} GPUs stay idle: {scenario.ranks} ranks an engine do not divide them")
+        idles = f"{idle} of {scenario.gpus} GPUs {'stays' if idle == 1 else 'stay'} idle"
+        found.append(f"{idles}: {scenario.ranks} ranks an engine do not divide them")
     if scenario.replicas > 1:
         found.append(f"{scenario.replicas} engines of {scenario.ranks} GPUs each; capacities are of one, rates of all")
     copies = scenario.tensor // config.num_key_value_heads

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hunyuan_vllm.plan.changes import COUNTS, Change, arrangements, possible_changes
+from hunyuan_vllm.plan.changes import COUNTS, Change, arrangements, gpu_count, possible_changes
 from hunyuan_vllm.plan.rates import decode
 from hunyuan_vllm.plan.remedies import Remedy, apply_changes
 from hunyuan_vllm.plan.schemes import SCHEMES
@@ -70,7 +70,7 @@ def _fewest_gpus(verdict: Verdict, any_checkpoint: bool) -> Improvement | None:
                 values = {"gpus": gpus, "tensor": tensor, "pipeline": stages, "dcp": 1, "scheme": scheme}
                 flags = f"--gpus {gpus} --tp {tensor}" + (f" --pp {stages}" if stages > 1 else "")
                 flags += f" --scheme {scheme.name}" if scheme is not scenario.scheme else ""
-                change = Change(values, flags, f"{scenario.gpus - gpus} GPUs less", 0, "gpus")
+                change = Change(values, flags, f"{gpu_count(scenario.gpus - gpus)} less", 0, "gpus")
                 if improvement := _against(verdict, change):
                     return improvement
     return None

@@ -57,14 +57,16 @@ def _title(scenario: Scenario) -> str:
     ranks += [f"pipeline {scenario.pipeline}"] if scenario.pipeline > 1 else []
     ranks += [f"context {scenario.dcp}"] if scenario.dcp > 1 else []
     ranks += [f"{scenario.nodes} nodes"] if scenario.nodes > 1 else []
+    engines = f"{scenario.replicas} engines, each " if scenario.replicas > 1 else ""
     weights = scenario.scheme.name + (", FP8 cache" if scenario.kv == "fp8" else "")
-    return f"{scenario.name} · {weights} · {scenario.gpus} × {scenario.gpu.name} ({', '.join(ranks)})"
+    return f"{scenario.name} · {weights} · {scenario.gpus} × {scenario.gpu.name} ({engines}{', '.join(ranks)})"
 
 
 def _start(plan: Plan) -> Text:
     scenario, where = plan.scenario, ""
     if scenario.nodes > 1:
-        where = f" (on the head node of a Ray cluster of {scenario.nodes}; LOCAL_IP is its address)"
+        again = f"; {scenario.replicas} clusters, one for each engine" if scenario.replicas > 1 else ""
+        where = f" (on the head node of a Ray cluster of {scenario.nodes}; LOCAL_IP is its address{again})"
     elif scenario.replicas > 1:
         where = f" ({scenario.replicas} times, each with CUDA_VISIBLE_DEVICES and a PORT of its own)"
     return Text.assemble(("\nStart it with", "bold"), (where, "dim"), f"\n  {plan.command}")

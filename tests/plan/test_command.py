@@ -240,3 +240,9 @@ def test_it_runs_without_loading_vllm() -> None:
         "assert not any(name.split('.')[0] == 'vllm' for name in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_several_engines_are_counted():
+    said = run("--gpu", "H20", "--gpus", "32", "--tp", "16").stdout
+    assert "32 × H20 (2 engines, each tensor 16, 2 nodes)" in said and "2 clusters, one for each engine" in said
+    assert "(1 GPU less)" in run("--gpu", "H20", "--gpus", "9", "--tp", "8", "--scheme", "int8").stdout

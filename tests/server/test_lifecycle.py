@@ -3,12 +3,15 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 
 import httpx
 import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.server import readiness
@@ -287,4 +290,14 @@ def test_restarts_are_a_metric():
     export_restarts(None, registry)
     assert generate_latest(registry) == b""
     export_restarts(3, registry)
+    assert b"\nhunyuan_supervisor_restarts_total 3.0\n" in generate_latest(registry)
+
+
+def test_restarts_are_a_metric_of_several_api_servers_too(tmp_path):
+    """As vLLM scrapes them: each process writes its metrics into files, and one reads them all."""
+    one = "from hunyuan_vllm.server.restarts import export_restarts; export_restarts(3)"
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", one], env={"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}, check=True)
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, str(tmp_path))
     assert b"\nhunyuan_supervisor_restarts_total 3.0\n" in generate_latest(registry)

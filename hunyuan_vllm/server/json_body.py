@@ -16,6 +16,7 @@ __all__ = ["BadJson", "read_json"]
 # exponent, NaN or Infinity; UTF-16 and UTF-32, which Python reads as well.
 SUSPICIOUS = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]|[0-9]{19}|[0-9][eE]\+?[0-9]{3}|NaN|Infinity|\0")
 SURROGATE = re.compile("[\ud800-\udfff]")
+LONGEST = 200  # characters of a place that is named
 LEAST, BEYOND = -(2**63), 2**64
 
 
@@ -42,7 +43,7 @@ def read_json(body: bytes) -> object:
     if SUSPICIOUS.search(body):
         for path, value in _leaves(content):
             if problem := _problem(value):
-                field = SURROGATE.sub("\N{REPLACEMENT CHARACTER}", ".".join(path)) or None
+                field = SURROGATE.sub("\N{REPLACEMENT CHARACTER}", ".".join(path))[:LONGEST] or None
                 raise BadJson(field, f"{field or 'the request'} {problem}")
     return content
 

@@ -27,6 +27,7 @@ NO_NUMBER = "no finite number"
         (b'{"seed": -9223372036854775809}', "seed", BEYOND),
         (b'{"a": [[1, 1%s]]}' % (b"0" * 400), "a.0.1", BEYOND),
         (b'{"temperature": NaN}', "temperature", NO_NUMBER),
+        (b'{"%s": NaN}' % (b"x" * 9000), "x" * 200, NO_NUMBER),
         (b'{"temperature": -Infinity}', "temperature", NO_NUMBER),
         (b'{"logit_bias": {"1": 1e999}}', "logit_bias.1", NO_NUMBER),
         (b'{"a": ' * 5000 + b"1" + b"}" * 5000, None, "nested too deeply"),

@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=120, help="seconds for an answer (default: %(default)s)")
     parser.add_argument("--show", type=int, default=20, help="faults that are shown (default: %(default)s)")
     parser.add_argument("--schemathesis", metavar="COMMAND", help="run it as well, over the server's OpenAPI document")
-    parser.add_argument("--examples", type=int, default=300, help="of Schemathesis, a route (default: %(default)s)")
+    parser.add_argument("--seconds", type=int, default=240, help="that Schemathesis has (default: %(default)s)")
     parser.add_argument("--log", type=Path, metavar="FILE", help="keep what the server printed")
     arguments = parser.parse_args()
     flags = ("--enforce-eager", "--max-model-len=1024", "--max-num-seqs=32")
@@ -101,7 +101,7 @@ def _run(arguments: argparse.Namespace, server, client: httpx.Client) -> list[st
 def _schemathesis(arguments: argparse.Namespace, url: str) -> bool:
     """Requests made from what the document says of each route, valid and invalid: whether none was answered by 5xx."""
     command = [arguments.schemathesis, "run", f"{url}/openapi.json", "-H", f"Authorization: Bearer {KEY}"]
-    command += ["-c", "not_a_server_error", "-n", str(arguments.examples), "--seed", str(arguments.seed)]
+    command += ["-c", "not_a_server_error", "--max-time", str(arguments.seconds), "--seed", str(arguments.seed)]
     command += ["--request-timeout", str(arguments.timeout), "--no-shrink", "--continue-on-failure", "-w", "2"]
     return subprocess.run([*command, "--phases", "examples,coverage,fuzzing"]).returncode == 0
 

@@ -17,9 +17,23 @@ LIMITS = "vLLM's limits"
 WORKLOAD = "The requests that rates are given for"
 MACHINE = "The machines"
 OUTPUT = "Output"
+TRAINING = "Fine-tuning (--train)"
+SHARED = {
+    "context",
+    "model",
+    "gpu",
+    "gpus",
+    "gpus_per_node",
+    "network",
+    "assume",
+    "as_json",
+    "assumptions",
+    "list_gpus",
+}
 
 
 def plan(
+    context: typer.Context,
     model: str = typer.Option("hunyuan-large", help="Checkpoint folder, config.json, hunyuan-large or demo."),
     gpu: str = typer.Option("H20", metavar="NAME|FILE.json", help="Kind of GPU (--list-gpus)."),
     gpus: int | None = typer.Option(None, min=1, help="GPUs in all; default: the fewest that fit."),
@@ -47,6 +61,30 @@ def plan(
     output_len: int | None = typer.Option(
         None, min=1, rich_help_panel=WORKLOAD, help="Tokens out; default: 256, or an eighth of the length."
     ),
+    train: str | None = typer.Option(
+        None, metavar="full|lora", rich_help_panel=TRAINING, help="Plan fine-tuning, not a server."
+    ),
+    zero_stage: int | None = typer.Option(
+        None, min=0, max=3, rich_help_panel=TRAINING, help="Default: the quickest that fits."
+    ),
+    offload: str | None = typer.Option(
+        None, metavar="none|optimizer|all", rich_help_panel=TRAINING, help="To the hosts; default: what is needed."
+    ),
+    seq_length: int = typer.Option(
+        2048, "--seq-length", "--max_seq_length", min=1, rich_help_panel=TRAINING, help="Tokens of a sequence."
+    ),
+    micro_batch: int = typer.Option(1, min=1, rich_help_panel=TRAINING, help="Sequences a GPU and iteration."),
+    checkpointing: bool = typer.Option(
+        True, rich_help_panel=TRAINING, help="Compute layers again in the backward pass, to keep less."
+    ),
+    moe_leaf: bool = typer.Option(
+        True, rich_help_panel=TRAINING, help="ZeRO-3 gathers a layer's experts at once (--make_moe_param_leaf_module)."
+    ),
+    lora_rank: int = typer.Option(64, min=1, rich_help_panel=TRAINING, help="Rank of the adapters."),
+    lora_targets: str = typer.Option(
+        "q_proj,k_proj,v_proj,o_proj", rich_help_panel=TRAINING, help="Modules with an adapter, commas between."
+    ),
+    host_memory: float = typer.Option(2048, min=1, rich_help_panel=TRAINING, help="GiB of each host's memory."),
     gpus_per_node: int = typer.Option(8, min=1, rich_help_panel=MACHINE, help="GPUs that one machine has."),
     network: float = typer.Option(400, min=1, rich_help_panel=MACHINE, help="Gbit/s of each GPU to other machines."),
     assume: list[str] = typer.Option([], metavar="NAME=VALUE", help="Replace an assumption; may be repeated."),
@@ -72,6 +110,9 @@ def plan(
           one machine, weights quantised while they load
       hunyuan-vllm plan --model /models/my-hunyuan --gpu A100-80G --gpus 16 --pp 2
       hunyuan-vllm plan --gpu H200 --gpus 8 --json | jq .kv_cache.tokens
+      hunyuan-vllm plan --train lora --gpu H20
+          fine-tuning: memory by ZeRO stage and offload, time of an iteration
+      hunyuan-vllm plan --train full --gpu H800 --gpus 64 --seq-length 8192
 
     \b
     Exit status: 0 it fits, 1 it does not fit or cannot work, 2 bad input.
@@ -84,6 +125,24 @@ def plan(
     from hunyuan_vllm.plan.request import Request, make_scenario
 
     console = Console(highlight=False)
+    given = {name for name in context.params if _was_given(context, name)}
+    if train is not None:
+        from hunyuan_vllm.plan.training.assumptions import TrainingAssumptions
+
+        _refuse(given - SHARED - set(_training_options()), "belongs to a server's plan: leave it out with --train")
+        assumed_training = TrainingAssumptions().changed(assume)
+        if assumptions:
+            return show_assumptions(assumed_training, console)
+        if not list_gpus:
+            from hunyuan_vllm.cli.plan_train import plan_training
+            from hunyuan_vllm.plan.training.request import TrainingRequest
+
+            asked = TrainingRequest(
+                model, gpu, gpus, train, lora_rank, lora_targets, zero_stage, offload, seq_length, micro_batch,
+                checkpointing, moe_leaf, gpus_per_node, network * 1e9 / 8, host_memory, assumed_training,
+            )  # fmt: skip
+            raise typer.Exit(0 if plan_training(asked, console, as_json) else 1)
+    _refuse(given & set(_training_options()), "belongs to a plan of fine-tuning: add --train full or --train lora")
     assumed = Assumptions().changed(assume)
     if list_gpus:
         return show_gpus(console)
@@ -122,3 +181,20 @@ def plan(
     else:
         show_plan(made, console, chart)
     raise typer.Exit(0 if made.verdict.fits else 1)
+
+
+def _training_options() -> tuple[str, ...]:
+    return (
+        "train", "zero_stage", "offload", "seq_length", "micro_batch", "checkpointing", "moe_leaf", "lora_rank",
+        "lora_targets", "host_memory",
+    )  # fmt: skip
+
+
+def _was_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _refuse(names: set[str], why: str) -> None:
+    if names:
+        raise UserError(f"--{min(names).replace('_', '-')} {why}")

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from math import isfinite
+from typing import Self
 
 from hunyuan_vllm.errors import UserError
 
@@ -35,7 +36,7 @@ class Assumptions:
     all_reduce_us: float = _assumed(10, "µs an all-reduce takes however little it carries, within a node")
     network_us: float = _assumed(25, "µs more where it crosses nodes")
 
-    def changed(self, settings: Iterable[str]) -> Assumptions:
+    def changed(self, settings: Iterable[str]) -> Self:
         """With each "name=value" of `settings` replaced.
 
         Raises:

@@ -31,7 +31,7 @@ __all__ = ["held_out_lines", "train_lines"]
 
 LANGUAGES: Final = ("en", "zh")
 HELD_OUT_SHARE: Final = 0.15
-TOWN, LISTS, KEPT = 384, 240, 240  # training conversations of each kind
+TOWN, LISTS, KEPT = 288, 216, 384  # training conversations of each kind
 ASKED_OF_A_LIST: Final = {
     "en": (
         "First and last item of: {list}",
@@ -65,7 +65,7 @@ def train_lines(seed: int = 11) -> Iterator[dict[str, Any]]:
     corpus = Corpus()
     while len(lines) < TOWN + LISTS + KEPT:
         example = corpus.example(rng)
-        if isinstance(example, Chat) and len(example.exchanges) <= 2:
+        if isinstance(example, Chat) and len(example.exchanges) == 1:
             turns = [(exchange.user, exchange.assistant) for exchange in example.exchanges]
             lines.append(_line(turns, system=example.system or ""))
     rng.shuffle(lines)

@@ -23,6 +23,14 @@ def test_a_hub_name_is_taken_as_it_is():
     assert (model.name, model.local) == ("tencent/Hunyuan-A52B-Instruct", False)
 
 
+def test_the_demo_model_has_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert open_model("demo").demo
+    (tmp_path / "demo").mkdir()  # a folder of that name is the folder
+    with pytest.raises(UserError, match="has no config.json"):
+        open_model("demo")
+
+
 @pytest.mark.parametrize("given", ["/no/such/folder", "./nothing", "../x", "a/b/c", "name"])
 def test_a_folder_that_is_not_there(given):
     with pytest.raises(UserError, match="does not exist"):

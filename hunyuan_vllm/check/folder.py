@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hunyuan_vllm import demo
 from hunyuan_vllm.check.shards import LFS_POINTER, Shard, StoredTensor
 from hunyuan_vllm.checkpoint import INDEX_FILE, read_index
 from hunyuan_vllm.errors import UserError
@@ -38,7 +39,7 @@ class Contents:
 
 
 def open_folder(given: str) -> Path:
-    """The folder of a checkpoint, or of a hub name that has been downloaded.
+    """The folder of a checkpoint, of a hub name that has been downloaded, or of the demo model (`demo`).
 
     Raises:
         UserError: there is none; a missing or empty checkpoint is a wrong argument, not an unsound checkpoint.
@@ -48,6 +49,8 @@ def open_folder(given: str) -> Path:
         if not (folder / "config.json").exists() and not any(folder.glob("*.safetensors*")):
             raise UserError(f"{given} holds neither config.json nor *.safetensors: name a checkpoint's folder")
         return folder.resolve()
+    if given == demo.NAME:
+        return demo.path()
     if folder.exists():
         raise UserError(f"{given} is a file: name the folder that holds config.json")
     if HUB_NAME.fullmatch(given):
@@ -58,7 +61,7 @@ def open_folder(given: str) -> Path:
             return Path(snapshot_download(given, local_files_only=True))
         except LocalEntryNotFoundError:
             raise UserError(f"{given} is neither a folder nor in the hub's cache: download it first") from None
-    raise UserError(f"{given} does not exist: name a checkpoint's folder")
+    raise UserError(f"{given} does not exist: name a checkpoint's folder, or {demo.NAME}")
 
 
 def look_at(folder: Path, section: Section) -> Contents:

@@ -34,7 +34,7 @@ LINE_EVERY = 30.0  # seconds
 
 
 def check(
-    path: str = typer.Argument(metavar="PATH", help="Checkpoint folder, or a hub name that has been downloaded."),
+    path: str = typer.Argument(metavar="PATH", help="Checkpoint folder, a downloaded hub name, or demo."),
     deep: bool = typer.Option(
         False, "--deep", help="Read every byte: compare hashes, look for NaN, infinity and holes."
     ),
@@ -60,6 +60,8 @@ def check(
           also every byte: damaged, unfinished or changed files
       hunyuan-vllm check /models/mine --deep --write-sums
           keep hashes, for the next check or for a copy on another node
+      hunyuan-vllm check demo
+          the model that comes with the package
       hunyuan-vllm check /models/mine --json | jq '.sections[].findings[]'
 
     Hashes are compared with SHA256SUMS in the folder, or with what the hub's

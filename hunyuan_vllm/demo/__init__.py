@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-__all__ = ["path"]
+__all__ = ["NAME", "path"]
+
+NAME = "demo"  # what commands call it, where a checkpoint's folder may be named
 
 
 def path() -> Path:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 
-from hunyuan_vllm.plan.models import DEMO, PUBLISHED
+from hunyuan_vllm import demo
+from hunyuan_vllm.plan.models import PUBLISHED
 from hunyuan_vllm.plan.scenario import Scenario, vllm_limits
 
 __all__ = ["preparation", "serve_command", "serve_flags"]
@@ -34,7 +35,7 @@ def serve_flags(scenario: Scenario, quantised_checkpoint: bool = False) -> list[
 def serve_command(scenario: Scenario, quantised_checkpoint: bool = False) -> str:
     """A line to paste into a shell, on the machine with the GPUs or on the head node of their Ray cluster."""
     variables = {"TP_SIZE": str(scenario.tensor)}
-    if scenario.name != DEMO:  # which is what a server without a path serves
+    if scenario.name != demo.NAME:  # which is what a server without a path serves
         variables = {"MODEL_PATH": _checkpoint(scenario, quantised_checkpoint)} | variables
     if scenario.nodes > 1:
         variables["LOCAL_IP"] = "10.0.0.5"

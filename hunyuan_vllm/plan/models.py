@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hunyuan_vllm import demo
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.errors import UserError
 
-__all__ = ["DEMO", "PUBLISHED", "PlannedModel", "open_planned"]
+__all__ = ["PUBLISHED", "PlannedModel", "open_planned"]
 
-PUBLISHED, DEMO = "hunyuan-large", "demo"
+PUBLISHED = "hunyuan-large"
 UNQUANTISED = ("ignored_layers", "modules_to_not_convert", "ignore")  # fields of a quantization_config
 
 
@@ -49,9 +50,7 @@ def open_planned(given: str) -> PlannedModel:
     """
     if given == PUBLISHED:
         path = Path(__file__).parent / "data" / PUBLISHED / "config.json"
-    elif given == DEMO:
-        from hunyuan_vllm import demo
-
+    elif given == demo.NAME:
         path = demo.path() / "config.json"
     else:
         path = Path(given).expanduser()

@@ -57,14 +57,18 @@ def demo_model() -> ModelSource:
 
 
 def open_model(given: str) -> ModelSource:
-    """A checkpoint folder, checked, or a hub name, taken as it is.
+    """A checkpoint folder, checked, or a hub name, taken as it is; `demo` is the demo model.
 
     Raises:
         UserError: there is no such folder, or it holds no Hunyuan checkpoint.
     """
+    from hunyuan_vllm import demo
+
     folder = Path(given).expanduser()
     if folder.is_dir():
         return _open_folder(folder.resolve(), given)
+    if given == demo.NAME:
+        return demo_model()
     if folder.exists():
         raise UserError(f"MODEL_PATH={given} is a file: name the folder that holds config.json")
     if HUB_NAME.fullmatch(given):

@@ -12,6 +12,8 @@ from checkpoints import tiny_config, write_checkpoint
 from damage import check_folder, copy_demo, copy_sharded, findings, only_problem
 from safetensors.torch import load_file, save_file
 
+from hunyuan_vllm import demo
+from hunyuan_vllm.check.folder import open_folder
 from hunyuan_vllm.check.shards import read_shards
 from hunyuan_vllm.findings import Status
 
@@ -30,6 +32,10 @@ def test_a_sound_checkpoint_has_nothing_but_ok(tmp_path: Path) -> None:
     idle = sum(size for name, size in sizes.items() if ".experts." in name) * 3 // 4  # top-1 of 4
     assert report.parameters == (sum(sizes.values()), sum(sizes.values()) - idle)
     assert report.stored_bytes == sum(path.stat().st_size for path in shards_of(tmp_path))
+
+
+def test_the_demo_model_has_a_name() -> None:
+    assert open_folder(demo.NAME) == demo.path()
 
 
 def test_headers_are_those_that_the_library_reads(tmp_path: Path) -> None:

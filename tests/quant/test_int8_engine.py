@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import ALPHA, RANK, adapter_pairs, write_adapter
 from checkpoints import random_tensors, tiny_config, write_checkpoint
 from engine import Scored, engine, greatest_difference, random_prompts, score
 from golden_data import FLOAT32_TOLERANCE, Golden, answers_of, load_golden
 from int8_reference import int8_answers, int8_model, write_int8
-from test_lora import ALPHA, RANK, adapter_pairs, write_adapter
 from torch import Tensor
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.lora.request import LoRARequest

@@ -19,7 +19,7 @@ from hunyuan_vllm.train.dummy import DummyDataset
 from hunyuan_vllm.train.model import make_moe_leaves
 from hunyuan_vllm.train.parse import Arguments
 from hunyuan_vllm.train.progress import Display
-from hunyuan_vllm.train.published import copy_served_files
+from hunyuan_vllm.train.published import copy_served_files, write_origin
 from hunyuan_vllm.train.scan import Encoding
 from hunyuan_vllm.train.start import Start
 from hunyuan_vllm.train.trainer import HunYuanTrainer
@@ -57,6 +57,7 @@ def assemble(arguments: Arguments, start: Start, console: Console, say: Callable
     def finish(folder: Path) -> None:
         if not flags.use_lora:
             copy_served_files(folder, start.tokenizer_folder, start.base)
+            write_origin(folder, start.origin, start.served_dtype)
 
     trainer = HunYuanTrainer(
         model=model,

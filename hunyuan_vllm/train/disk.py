@@ -37,9 +37,8 @@ def saving(what: str, output: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if not (isinstance(error, OSError) and error.errno in ERRNOS) and not WORDS.search(str(error)):
+        if (reason := _reason(error)) is None:
             raise
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else _line(error)
         whole = checkpoints(output)
         rest = (
             f"{whole[-1].name} is whole: make room and go on with --resume_from_checkpoint last"
@@ -49,7 +48,12 @@ def saving(what: str, output: Path) -> Iterator[None]:
         raise DiskError(f"{what} could not be written to {output} ({reason}); {rest}") from error
 
 
-def _line(error: Exception) -> str:
-    """What an error of torch or safetensors says, without its source line."""
-    found = WORDS.search(str(error))
-    return found[0].lower() if found else str(error).splitlines()[0]
+def _reason(error: BaseException | None) -> str | None:
+    """What a disk did that made this error, or one that this came of; None where no disk did."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in ERRNOS:
+            return error.strerror
+        if found := WORDS.search(str(error)):
+            return found[0].lower()
+        error = error.__cause__ or error.__context__
+    return None

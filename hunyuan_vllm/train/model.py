@@ -39,9 +39,7 @@ def check_base(folder: Path) -> HunYuanConfig:
         fields = json.loads(file.read_text())
         if scheme := fields.get("quantization_config"):
             method = scheme.get("quant_method", "unknown")
-            raise UserError(
-                f"{folder} is quantised ({method}): train the BF16 checkpoint it was made from"
-            )
+            raise UserError(f"{folder} is quantised ({method}): train the BF16 checkpoint it was made from")
         config = HunYuanConfig.from_pretrained(folder)
         if not check_headers(folder, Layout(config)):
             raise CheckpointError(f"{folder} holds no *.safetensors file")

@@ -71,8 +71,8 @@ def _torchrun(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    # The process that failed has said why: what torchrun adds is its own traceback.
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    # The process that failed has said why: what torchrun's loggers add, each at a level of its own, tells of torchrun.
+    logging.disable(logging.CRITICAL)
     try:
         torchrun(arguments)
     except ChildFailedError as error:

@@ -22,7 +22,7 @@ ROOT: Final = Path(__file__).parents[2]
 DEMO_DATA: Final = ROOT / "train" / "data"
 DEMO: Final = (
     "--use_lora", "--lora_rank", "16", "--lora_alpha", "32", "--per_device_train_batch_size", "16",
-    "--learning_rate", "3e-3", "--max_steps", "300", "--warmup_ratio", "0.05", "--logging_steps", "10",
+    "--learning_rate", "2e-3", "--max_steps", "500", "--warmup_ratio", "0.05", "--logging_steps", "10",
 )  # fmt: skip
 DESCRIPTION: Final = """\
 Fine-tune a Hunyuan model: all weights, attention only, or LoRA adapters.

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.train.router import merged
 
-__all__ = ["as_published", "copy_served_files", "set_dtype"]
+__all__ = ["as_published", "copy_served_files", "read_origin", "set_dtype", "write_origin"]
 
+ORIGIN: Final = "trained_from.json"
 TOKENIZER: Final = (
     "hy.tiktoken", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "chat_template.json",
@@ -28,7 +30,7 @@ def as_published(
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     return {
         name: tensor if dtype is None or name.endswith(".gate.wg.weight") else tensor.to(dtype)
-        for name, tensor in state.items()
+        for name, tensor in merged(state).items()
         if name not in tied
     }
 
@@ -42,6 +44,21 @@ def copy_served_files(folder: Path, tokenizer: Path, base: Path | None) -> None:
         if source is not None and (source / "generation_config.json").is_file():
             shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
             return
+
+
+def write_origin(folder: Path, base: Path | None, dtype: torch.dtype) -> None:
+    """Note beside weights what they were trained from, and the type that the result is to have."""
+    origin = {"base": str(base) if base else None, "served_dtype": str(dtype).removeprefix("torch.")}
+    (folder / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
+
+
+def read_origin(folder: Path) -> tuple[Path | None, torch.dtype] | None:
+    """What `write_origin` noted; None where nothing was."""
+    try:
+        origin = json.loads((folder / ORIGIN).read_text())
+    except OSError:
+        return None
+    return Path(origin["base"]) if origin["base"] else None, getattr(torch, origin["served_dtype"])
 
 
 def set_dtype(folder: Path, dtype: torch.dtype) -> None:

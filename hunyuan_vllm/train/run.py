@@ -51,9 +51,12 @@ def train(argv: Sequence[str]) -> None:
 
     file = flag_value(argv, "deepspeed")
     need_extra(deepspeed=file is not None)
-    prepare(deepspeed=file is not None)
 
     from hunyuan_vllm.train.deepspeed_config import fitted, read_config
+
+    config, changes = fitted(read_config(file)) if file else (None, [])
+    prepare(deepspeed=file is not None)
+
     from hunyuan_vllm.train.ignored import ignored
     from hunyuan_vllm.train.parse import parse
     from hunyuan_vllm.train.start import Start
@@ -63,7 +66,6 @@ def train(argv: Sequence[str]) -> None:
     def say(text: str) -> None:
         console.print(f"hunyuan-vllm: {text}", markup=False, highlight=False, soft_wrap=True)
 
-    config, changes = fitted(read_config(file)) if file else (None, [])
     arguments = parse(argv, config)
     if arguments.demo:
         say("no --model_name_or_path is given: LoRA on the demo model")

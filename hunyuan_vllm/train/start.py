@@ -11,10 +11,11 @@ import torch
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.reference import HunYuanForCausalLM
 from hunyuan_vllm.tokenizer import load_tokenizer
 from hunyuan_vllm.train.model import add_lora, check_base, load_model, new_model, train_attention_only
 from hunyuan_vllm.train.parse import Arguments
+from hunyuan_vllm.train.published import read_origin
+from hunyuan_vllm.train.router import read_routers, split_routers
 from hunyuan_vllm.train.whole import resume_folder
 
 __all__ = ["Start"]
@@ -32,6 +33,7 @@ class Start:
         config: the network's.
         tokenizer_folder: where the tokenizer's files are.
         served_dtype: what the result is saved in.
+        origin: the checkpoint that training began from, also where an earlier run did; None for a new network.
     """
 
     base: Path | None
@@ -40,6 +42,7 @@ class Start:
     tokenizer_folder: Path
     tokenizer: Any
     served_dtype: torch.dtype
+    origin: Path | None = None
 
     @classmethod
     def find(cls, arguments: Arguments) -> Start:
@@ -57,7 +60,9 @@ class Start:
         if named is not None:
             config = check_base(named)
             folder = Path(model.tokenizer_name_or_path or named)
-            return cls(named, resume, config, folder, load_tokenizer(folder), _dtype_of(config))
+            # A checkpoint has the type that was computed with, and remembers which one the result is to have.
+            origin, dtype = (read_origin(resume) if resume else None) or (named, _dtype_of(config))
+            return cls(named, resume, config, folder, load_tokenizer(folder), dtype, origin)
         if not model.tokenizer_name_or_path:
             raise UserError("a new network needs --tokenizer_name_or_path, a folder with hy.tiktoken")
         folder = Path(model.tokenizer_name_or_path)
@@ -70,6 +75,8 @@ class Start:
         dtype = self._dtype(arguments)
         model: Any = load_model(self.base, dtype) if self.base is not None else new_model(self.config, dtype)
         model.config.use_cache = False
+        if training.deepspeed and dtype != torch.float32:
+            split_routers(model, self._router_start(model))
         if flags.use_lora:
             return add_lora(
                 model, rank=flags.lora_rank, alpha=flags.lora_alpha, dropout=flags.lora_dropout,
@@ -77,8 +84,19 @@ class Start:
             )  # fmt: skip
         if flags.train_attention_params_only:
             train_attention_only(model)
-        assert isinstance(model, HunYuanForCausalLM) and training is not None
         return model
+
+    def _router_start(self, model: Any) -> dict[str, torch.Tensor] | None:
+        """What the routers' weights are, where ZeRO-3 has parted and rounded them."""
+        if not hasattr(next(model.parameters()), "ds_id"):
+            return None
+        if self.base is not None:
+            return read_routers(self.base)
+        names = [name for name in model.state_dict() if name.endswith(".gate.wg.weight")]
+        shapes = {name: model.get_parameter(name).ds_shape for name in names}
+        drawn = torch.Generator().manual_seed(0)  # the same in every process
+        deviation = self.config.initializer_range
+        return {name: torch.randn(shape, generator=drawn) * deviation for name, shape in shapes.items()}
 
     def _dtype(self, arguments: Arguments) -> torch.dtype:
         """What the weights are held in: that of the computation where something wider is kept beside (DeepSpeed), or

@@ -6,14 +6,12 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 from hunyuan_vllm.errors import UserError
 
-__all__ = ["STAGING", "check_checkpoint", "checkpoints", "name_whole", "remove_old", "resume_folder", "written_whole"]
+__all__ = ["STAGING", "check_checkpoint", "checkpoints", "name_whole", "remove_old", "resume_folder"]
 
 STAGING: Final = ".saving"
 """In an output folder, where a checkpoint is until it is whole; what a killed run leaves there is never read."""
@@ -70,19 +68,6 @@ def check_checkpoint(folder: Path) -> Path:
         if not any(next(folder.glob(name), None) for name in names):
             raise UserError(f"{folder} is no checkpoint to go on from: it has no {what} ({' or '.join(names)})")
     return folder
-
-
-@contextmanager
-def written_whole(final: Path) -> Iterator[Path]:
-    """A folder to write to that becomes `final`, replacing what is there, once the body has ended well."""
-    beside = final.parent / STAGING / final.name
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        yield beside
-        name_whole(beside, final)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def name_whole(beside: Path, final: Path) -> None:

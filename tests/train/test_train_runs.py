@@ -1,0 +1,232 @@
+"""Whole runs: two processes and ZeRO against plain training, a run that is killed, a disk that fills up."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from forked_runs import STEPS, Run, begin, flags, log_of, make_base, train, wait_for
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from hunyuan_vllm.reference import HunYuanForCausalLM
+from hunyuan_vllm.train.whole import STAGING, checkpoints
+
+ROOT = Path(__file__).parents[2]
+ZERO = {
+    "ZeRO-2": ["--deepspeed", str(ROOT / "train" / "ds_zero2_no_offload.json")],
+    "ZeRO-3": ["--deepspeed", str(ROOT / "train" / "ds_zero3_offload.json")],
+    "ZeRO-3, experts as leaves": [
+        "--deepspeed", str(ROOT / "train" / "ds_zero3_no_offload.json"), "--make_moe_param_leaf_module",
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="module")
+def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of twenty steps in one process."""
+    output = tmp_path_factory.mktemp("plain") / "out"
+    run = train(flags(base, output), output.with_name("log"))
+    assert run.statuses == [0], run.said
+    return output
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "final" / "model.safetensors")
+
+
+def assert_same(output: Path, plain: Path) -> None:
+    """The same losses over all steps, and the same weights at their end."""
+    torch.testing.assert_close(torch.tensor(log_of(output)), torch.tensor(log_of(plain)), rtol=2e-5, atol=0)
+    ours, expected = weights(output), weights(plain)
+    assert ours.keys() == expected.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(
+            tensor, expected[name], rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+class TestTwoProcesses:
+    @pytest.mark.parametrize("mode", ["DDP", *ZERO])
+    def test_they_equal_one_with_the_same_global_batch(
+        self, mode: str, base: Path, plain: Path, tmp_path: Path
+    ) -> None:
+        run = train(flags(base, tmp_path / "out", *ZERO.get(mode, []), rows=4), tmp_path / "log", ranks=2)
+        assert run.statuses == [0, 0], run.said
+        assert_same(tmp_path / "out", plain)
+
+    def test_parts_of_a_step_equal_the_whole(self, base: Path, plain: Path, tmp_path: Path) -> None:
+        more = ("--gradient_accumulation_steps", "4", "--gradient_checkpointing")
+        run = train(flags(base, tmp_path / "out", *more, rows=2), tmp_path / "log")
+        assert run.statuses == [0], run.said
+        assert_same(tmp_path / "out", plain)
+
+
+def test_a_full_run_learns_and_serves(base: Path, plain: Path) -> None:
+    losses = log_of(plain)
+    assert len(losses) == STEPS and losses[-1] < losses[0] - 0.5
+    files = {file.name for file in (plain / "final").iterdir()}
+    assert files == {
+        "config.json", "model.safetensors", "generation_config.json", "hy.tiktoken", "tokenizer_config.json",
+        "trained_from.json",
+    }  # fmt: skip
+    model = HunYuanForCausalLM.from_pretrained(plain / "final")
+    assert model.dtype == torch.float32
+    assert (plain / "loss.png").read_bytes().startswith(b"\x89PNG")
+    board = EventAccumulator(str(plain / "runs"))
+    board.Reload()
+    tags = set(board.Tags()["scalars"])
+    assert {"train/loss", "train/learning_rate", "train/tokens_per_second"} <= tags
+    shares = [board.Scalars(f"expert_load/layer_2/expert_{expert}")[-1].value for expert in range(4)]
+    assert sum(shares) == pytest.approx(1)
+    rates = log_of(plain, key="learning_rate")
+    assert rates[0] == pytest.approx(1e-3, rel=0.02) and rates[-1] == pytest.approx(1e-4, rel=0.1)
+
+
+class TestKilled:
+    def test_it_goes_on_as_if_nothing_had_been(self, base: Path, plain: Path, tmp_path: Path) -> None:
+        output, log = tmp_path / "out", tmp_path / "log"
+        (pid,) = begin(flags(base, output), log)
+        wait_for(lambda: (output / "checkpoint-10").exists())
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        # As if it had been killed within the next checkpoint: a part of one, as the writing leaves it.
+        part = output / STAGING / "checkpoint-20"
+        part.mkdir(parents=True, exist_ok=True)
+        (part / "trainer_state.json").write_text("{")
+        assert [folder.name for folder in checkpoints(output)] == ["checkpoint-10"]
+        run = train(flags(base, output, "--resume_from_checkpoint", "last"), log)
+        assert run.statuses == [0], run.said
+        assert "going on from" in run.said
+        assert log_of(output) == log_of(plain)
+        for name, tensor in weights(output).items():
+            assert torch.equal(tensor, weights(plain)[name]), name
+
+    @pytest.mark.parametrize("mode", ["ZeRO-3"])
+    def test_under_zero_too(self, mode: str, base: Path, plain: Path, tmp_path: Path) -> None:
+        output, log = tmp_path / "out", tmp_path / "log"
+        command = flags(base, output, *ZERO[mode], rows=4)
+        pids = begin(command, log, ranks=2)
+        wait_for(lambda: (output / "checkpoint-10").exists())
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        run = train([*command, "--resume_from_checkpoint", str(output / "checkpoint-10")], log, ranks=2)
+        assert run.statuses == [0, 0], run.said
+        assert_same(output, plain)
+
+
+class TestFullDisk:
+    def test_nothing_that_was_saved_is_lost(self, base: Path, plain: Path, tmp_path: Path) -> None:
+        """By a limit on a file's size, which needs no root: the first checkpoint is written before it is set."""
+        import resource
+
+        output, log = tmp_path / "out", tmp_path / "log"
+        (pid,) = begin(flags(base, output, "--save_total_limit", "1"), log)
+        wait_for(lambda: (output / "checkpoint-10").exists())
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        said = log.read_text()
+        assert status == 3, said
+        assert "Traceback" not in said
+        last = said.splitlines()[-1]
+        assert "the checkpoint of step 20 could not be written" in last and "checkpoint-10 is whole" in last
+        assert [folder.name for folder in checkpoints(output)] == ["checkpoint-10"]
+        run = train(flags(base, output, "--save_total_limit", "1", "--resume_from_checkpoint", "last"), log)
+        assert run.statuses == [0], run.said
+        assert [folder.name for folder in checkpoints(output)] == ["checkpoint-20"]
+        assert log_of(output) == log_of(plain)
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system takes root")
+    def test_a_disk_without_space(self, base: Path, tmp_path: Path) -> None:
+        small = tmp_path / "small"
+        small.mkdir()
+        room = sum(file.stat().st_size for file in base.iterdir()) * 6  # one checkpoint, with Adam's two moments
+
+        def mount() -> None:
+            assert ctypes.CDLL(None, use_errno=True).unshare(0x00020000) == 0, os.strerror(ctypes.get_errno())
+            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "none", small], check=True)
+
+        run = train(flags(base, small / "out"), tmp_path / "log", first=mount)
+        assert run.statuses == [3], run.said
+        assert "Traceback" not in run.said
+        assert "checkpoint-10 is whole: make room and go on with --resume_from_checkpoint last" in run.said
+
+
+class TestLora:
+    @pytest.fixture(scope="class")
+    def adapted(self, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run]:
+        output = tmp_path_factory.mktemp("lora") / "out"
+        more = ("--use_lora", "--lora_rank", "4", "--lora_alpha", "8", "--lora_dropout", "0.1", "--aux_loss_coef",
+                "0.01", "--packing", "--max_seq_length", "128")  # fmt: skip
+        return output, train(flags(base, output, *more, rows=2), output.with_name("log"))
+
+    def test_the_adapter_is_in_pefts_layout(self, adapted: tuple[Path, Run], base: Path) -> None:
+        output, run = adapted
+        assert run.statuses == [0], run.said
+        for folder in (output / "final", output / "checkpoint-20"):
+            tensors = load_file(folder / "adapter_model.safetensors")
+            places = {name.split(".lora_")[0].removeprefix("base_model.model.model.layers.") for name in tensors}
+            both = {f"{layer}.self_attn.{part}_proj" for layer in range(4) for part in "qo"}
+            assert places == both | {f"{layer}.self_attn.{part}_proj" for layer in (0, 2) for part in "kv"}
+            settings = json.loads((folder / "adapter_config.json").read_text())
+            assert settings["base_model_name_or_path"] == str(base) and settings["r"] == 4
+        assert len(log_of(output, key="balance_loss")) == STEPS
+        assert "packed into" in run.said
+
+    def test_it_is_resumed_with_the_settings_it_had(self, adapted: tuple[Path, Run], tmp_path: Path) -> None:
+        output, _ = adapted
+        command = [word for word in flags(Path("x"), tmp_path / "out", rows=2)][2:]
+        more = ("--resume_from_checkpoint", str(output / "checkpoint-10"), "--packing", "--max_seq_length", "128",
+                "--aux_loss_coef", "0.01")  # fmt: skip
+        run = train([*command, *more], tmp_path / "log")
+        assert run.statuses == [0], run.said
+        assert log_of(tmp_path / "out") == log_of(output)
+        run = train([*command, *more, "--use_lora", "--lora_rank", "8"], tmp_path / "log2")
+        assert run.statuses == [2] and "was trained with 4, which cannot change" in run.said
+
+
+class TestRoutersUnderDeepSpeed:
+    """In bfloat16, which is DeepSpeed's business, and float32, which is the routers'."""
+
+    @pytest.mark.parametrize("mode", ["ZeRO-2", "ZeRO-3"])
+    def test_they_stay_in_float32(self, mode: str, base: Path, tmp_path: Path) -> None:
+        output, log = tmp_path / "out", tmp_path / "log"
+        before = load_file(base / "model.safetensors")
+        run = train(flags(base, output, *ZERO[mode], "--bf16", rows=4), log, ranks=2)
+        assert run.statuses == [0, 0], run.said
+        after = weights(output)
+        assert after.keys() == before.keys()
+        for name in (name for name in after if name.endswith("gate.wg.weight")):
+            assert after[name].dtype == torch.float32
+            assert not torch.equal(after[name], before[name])
+            assert not torch.equal(after[name], after[name].bfloat16().float()), f"{name} was rounded"
+        again = [*flags(base, tmp_path / "again", *ZERO[mode], "--bf16", rows=4)[2:]]
+        resumed = train([*again, "--resume_from_checkpoint", str(output / "checkpoint-10")], log, ranks=2)
+        assert resumed.statuses == [0, 0], resumed.said
+        torch.testing.assert_close(
+            torch.tensor(log_of(tmp_path / "again")), torch.tensor(log_of(output)), rtol=1e-3, atol=0
+        )
+        for name, tensor in weights(tmp_path / "again").items():
+            torch.testing.assert_close(tensor, after[name], rtol=0.02, atol=1e-3)
+
+    def test_those_that_are_not_trained_are_as_they_were(self, base: Path, tmp_path: Path) -> None:
+        more = (*ZERO["ZeRO-3"], "--bf16", "--train_attention_params_only")
+        run = train(flags(base, tmp_path / "out", *more, rows=4), tmp_path / "log", ranks=2)
+        assert run.statuses == [0, 0], run.said
+        before, after = load_file(base / "model.safetensors"), weights(tmp_path / "out")
+        for name, tensor in after.items():
+            if name.endswith("gate.wg.weight"):
+                assert torch.equal(tensor, before[name])
+            assert torch.equal(tensor, before[name].bfloat16().float()) is not (".self_attn." in name) or "wg" in name

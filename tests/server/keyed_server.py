@@ -67,12 +67,12 @@ def start_keyed_server(folder: Path) -> Iterator[KeyedServer]:
     adapters.mkdir()
     write_keys(key_file, KEYS)
     certificate, private = own_certificate(folder)
-    pairs = adapter_pairs(HunYuanConfig.from_pretrained(demo.path()))
-    for name in ("style", "tone"):
-        write_adapter(adapters / name, pairs)
+    config = HunYuanConfig.from_pretrained(demo.path())
+    for name, seed in (("style", 3), ("tone", 3), ("brief", 4)):
+        write_adapter(adapters / name, adapter_pairs(config, seed))
     flags = [f"--{name}={value}" for name, value in LIMITS.items()]
     flags += ["--ssl-certfile", str(certificate), "--ssl-keyfile", str(private), "--admin-routes", "--json-logs"]
-    flags += ["--allow-route=/load", "--enable-lora", "--lora-modules", f"style={adapters / 'style'}"]
+    flags += ["--allow-route=/load", "--enable-lora", "--lora-modules", f"style={adapters / 'style'}", "--max-loras=3"]
     flags += ["--max-lora-rank=8", "--max-num-seqs", str(PLACES), "--max-model-len=512"]
     with running_server(*flags, HUNYUAN_VLLM_API_KEY_FILE=str(key_file)) as server:
         yield KeyedServer(server, key_file, certificate, adapters)

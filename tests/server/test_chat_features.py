@@ -2,6 +2,7 @@
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import jsonschema
@@ -198,6 +199,24 @@ def test_an_adapter_comes_and_goes_at_run_time(keyed_server, client):
             greedy(client, "tone")
         missing = operator.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "/nowhere"})
         assert httpx.codes.is_client_error(missing.status_code)
+
+
+def test_several_adapters_answer_at_once_as_each_does_alone(keyed_server, client):
+    """Two of them loaded at run time, and the base model beside them."""
+    names = [MODEL, "style", "tone", "brief"]
+    with keyed_server.http("admin") as operator:
+        for name in names[2:]:
+            body = {"lora_name": name, "lora_path": str(keyed_server.adapters / name)}
+            assert operator.post("/v1/load_lora_adapter", json=body).status_code == 200
+        try:
+            alone = [greedy(client, name) for name in names]
+            with ThreadPoolExecutor(len(names)) as pool:
+                for _ in range(2):
+                    assert list(pool.map(lambda name: greedy(client, name), names)) == alone
+        finally:
+            for name in names[2:]:
+                operator.post("/v1/unload_lora_adapter", json={"lora_name": name})
+    assert alone[1] == alone[2] and len(set(alone)) == 3
 
 
 # The rest

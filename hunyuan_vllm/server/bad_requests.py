@@ -9,14 +9,24 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from traceback import walk_tb
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-__all__ = ["Problem", "constraint", "explain", "explain_crash", "explain_dead_end", "explain_validation"]
+__all__ = [
+    "Problem",
+    "constraint",
+    "explain",
+    "explain_crash",
+    "explain_dead_end",
+    "explain_unread",
+    "explain_validation",
+]
 
 SHOWN = 60  # characters of a wrong value
 ENGINE_ERROR = "Internal server error"  # vLLM's GenerationError
+MESSAGES_READER = "vllm.renderers.chat_utils"  # makes a conversation of what the client sent, and nothing else
 CONSTRAINTS = ("structured_outputs", "response_format", "tools", "text")
 SHOULD_BE = "Input should be "
 PYTHON_TYPE = re.compile(r"dictionary( or (instance of \w+|object to extract fields from))?")
@@ -97,6 +107,15 @@ def explain_dead_end(message: str, field: str | None) -> Problem | None:
     if message != ENGINE_ERROR or field is None:
         return None
     return Problem(field, f"{field}: it, and what else the request allows, leave no token to go on with")
+
+
+def explain_unread(error: Exception, body: Mapping[str, Any]) -> Problem | None:
+    """That the messages are of no form that vLLM knows, if it is in reading them that it failed; else None."""
+    modules = {frame.f_globals.get("__name__") for frame, _ in walk_tb(error.__traceback__)}
+    if MESSAGES_READER not in modules:
+        return None
+    field = next((name for name in ("messages", "input") if name in body), None)
+    return Problem(field, f"{field or 'the request'} has content of a kind or a form that cannot be read")
 
 
 def _crashes(model: type[BaseModel], body: Mapping[str, Any]) -> bool:

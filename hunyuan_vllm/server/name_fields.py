@@ -18,6 +18,7 @@ from hunyuan_vllm.server.bad_requests import (
     explain,
     explain_crash,
     explain_dead_end,
+    explain_unread,
     explain_validation,
 )
 
@@ -44,8 +45,8 @@ class NameFields:
         exchange = _Exchange(scope["path"], receive, send)
         try:
             await self._app(scope, exchange.receive, exchange.send)
-        except Exception:
-            problem = exchange.crash()
+        except Exception as error:
+            problem = exchange.crash(error)
             if problem is None:
                 raise
             await refuse(scope, send, HTTPStatus.BAD_REQUEST, problem.message, problem.field)
@@ -93,11 +94,11 @@ class _Exchange:
             self._constraint = constraint(self._body() or {}) if message.get("more_body") else None
             self._request.clear()
 
-    def crash(self) -> Problem | None:
+    def crash(self, error: Exception | None = None) -> Problem | None:
         """What is wrong with a request that the application failed on; None if nothing is, or an answer has begun."""
         if self._begun or (body := self._body()) is None or (model := _model(self._path)) is None:
             return None
-        return explain_crash(model, body)
+        return explain_crash(model, body) or (explain_unread(error, body) if error else None)
 
     def _body(self) -> dict[str, Any] | None:
         try:

@@ -242,8 +242,12 @@ COMPLETIONS = COMMON | {
     "suffix": ODD_TEXT,
     "prompt_embeds": ["gAN9cQAu", "", ["a"], "%%"],
 }
+INPUTS = ["input_text", "input_image", "input_file", "input_audio", "output_text", "refusal", "x", None]
 RESPONSES = {
-    "input": [*PROMPTS, *MESSAGES, [{"type": "function_call_output"}], [{"type": "reasoning"}]],
+    "input": [*PROMPTS, *MESSAGES, [{"type": "function_call_output"}], [{"type": "reasoning"}],
+    *([{"type": "function_call_output", "output": [{"type": kind, "text": "a"}], **more}]
+      for kind in INPUTS for more in ({"call_id": "x"}, {"id": "x", "status": "completed"})),
+    *([{"role": "user", "content": [{"type": kind}]}] for kind in INPUTS)],
     "instructions": [*ODD_TEXT, 5],
     "max_output_tokens": NUMBERS, "temperature": NUMBERS, "top_p": NUMBERS, "top_logprobs": NUMBERS,
     "max_tool_calls": NUMBERS,

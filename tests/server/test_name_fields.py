@@ -5,6 +5,7 @@ import json
 
 import httpx
 import pytest
+from vllm.renderers.chat_utils import _parse_chat_message_content_mm_part
 
 from hunyuan_vllm.server.bad_requests import explain
 from hunyuan_vllm.server.layers import BehindKey
@@ -104,6 +105,18 @@ async def test_a_request_that_vllms_checks_break_down_on_is_a_bad_request(how):
         "param": "structured_outputs",
         "code": 400,
     }
+
+
+async def test_messages_that_vllm_cannot_read_are_a_bad_request():
+    async def app(scope, receive, send):
+        await receive()
+        _parse_chat_message_content_mm_part("a part that is no object")
+
+    with pytest.raises(AssertionError):
+        await ask(app, "/v1/responses", json={})
+    answer = await ask(NameFields(app), "/v1/responses", json={"input": []})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input")
+    assert "input has content" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def open_model(given: str) -> ModelSource:
         raise UserError(f"MODEL_PATH={given} is a file: name the folder that holds config.json")
     if HUB_NAME.fullmatch(given):
         return ModelSource(given, given)
-    raise UserError(f"MODEL_PATH or --model, {given}, does not exist: name a folder, a hub name such as owner/model, or demo")
+    raise UserError(f"the model {given} does not exist: name a folder, a hub name such as owner/model, or {demo.NAME}")
 
 
 def _open_folder(folder: Path, given: str, demo: bool = False) -> ModelSource:

@@ -160,7 +160,7 @@ def test_an_engine_that_does_not_start(ran: dict[str, Future[Ran]]) -> None:
     ("case", "says"),
     [
         ("int4", "'int4' is no scheme"),
-        ("no such model", "MODEL_PATH=stray does not exist"),
+        ("no such model", "the model stray does not exist"),
         ("two models", "'stray' is one argument too many"),
     ],
 )

@@ -13,14 +13,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-POSIX_SCRIPTS = [*sorted((ROOT / "deploy").glob("*.sh")), ROOT / "tests" / "run.sh"]
+POSIX_SCRIPTS = [
+    *sorted((ROOT / "deploy").glob("*.sh")), *sorted((ROOT / "train").glob("*.sh")), ROOT / "tests" / "run.sh",
+]  # fmt: skip
 SCRIPTS = [*POSIX_SCRIPTS, ROOT / ".ci" / "run"]
 
 
 def test_all_scripts_are_here():
     assert {script.name for script in SCRIPTS} == {
         "openapi.sh", "ray_head.sh", "ray_stop.sh", "ray_worker.sh", "run_server.sh", "run_server_fp8.sh",
-        "run_server_int8.sh", "setup_env.sh", "run.sh", "run",
+        "run_server_int8.sh", "setup_env.sh", "run.sh", "run", "train.sh", "merge_lora_weight.sh",
     }  # fmt: skip
 
 

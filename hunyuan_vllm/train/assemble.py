@@ -18,6 +18,7 @@ from hunyuan_vllm.train.dataset import ConversationDataset, PackedDataset
 from hunyuan_vllm.train.dummy import DummyDataset
 from hunyuan_vllm.train.model import make_moe_leaves
 from hunyuan_vllm.train.parse import Arguments
+from hunyuan_vllm.train.processes import join_processes
 from hunyuan_vllm.train.progress import Display
 from hunyuan_vllm.train.published import copy_served_files, write_origin
 from hunyuan_vllm.train.scan import Encoding
@@ -41,10 +42,7 @@ def assemble(arguments: Arguments, start: Start, console: Console, say: Callable
         training.eval_strategy = type(training.eval_strategy)("steps")
         training.eval_steps = training.eval_steps or training.save_steps
     if training.deepspeed_plugin:
-        import deepspeed
-
-        # Before the model: ZeRO-3 parts it while it is made, by how many processes DeepSpeed knows of.
-        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
+        join_processes()
     model = start.model(arguments)
     if flags.make_moe_param_leaf_module and training.deepspeed_plugin and training.deepspeed_plugin.zero_stage == 3:
         make_moe_leaves(model)
@@ -52,6 +50,7 @@ def assemble(arguments: Arguments, start: Start, console: Console, say: Callable
     board = None
     if "tensorboard" in training.report_to:
         board = Board(training.logging_dir or str(Path(training.output_dir) / "runs"))
+    training.prediction_loss_only = True  # the logits of all held-out tokens would fill any memory
     training.report_to = []  # type: ignore[assignment]  # the board is ours
 
     def finish(folder: Path) -> None:

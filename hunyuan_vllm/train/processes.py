@@ -10,7 +10,7 @@ import warnings
 import torch
 import transformers
 
-__all__ = ["is_first", "prepare"]
+__all__ = ["is_first", "join_processes", "prepare"]
 
 
 def is_first() -> bool:
@@ -35,3 +35,18 @@ def prepare(deepspeed: bool) -> None:
     for module in ("torch", "deepspeed", "accelerate", "peft", "transformers"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{module}\b.*")
         warnings.filterwarnings("ignore", category=UserWarning, module=rf"{module}\b.*")
+
+
+def join_processes() -> None:
+    """Make DeepSpeed's process group; before the model, which ZeRO-3 parts among its processes while it is made.
+
+    On CPUs they talk by gloo alone: the collectives in shared memory, which DeepSpeed would compile first, wait in
+    loops, which is slow where there are more processes than cores.
+    """
+    import deepspeed
+
+    if torch.cuda.is_available():
+        deepspeed.init_distributed(dist_backend="nccl")
+        return
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import TrainerCallback
 
-__all__ = ["Display"]
+__all__ = ["Display", "close_displays"]
 
 
 class Display(TrainerCallback):
@@ -49,11 +50,8 @@ class Display(TrainerCallback):
         if state.is_world_process_zero:
             self._line(f"saved {args.output_dir}/checkpoint-{state.global_step}")
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.close()
-
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Leave the terminal as it was, however the run has ended."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -65,3 +63,10 @@ class Display(TrainerCallback):
         done = state.global_step - self._first
         seconds = (time.monotonic() - self._started) / max(done, 1) * (state.max_steps - state.global_step)
         return f"{timedelta(seconds=round(seconds))} left"
+
+
+def close_displays(callbacks: Iterable[Any]) -> None:
+    """Close those of `callbacks` that are displays."""
+    for callback in callbacks:
+        if isinstance(callback, Display):
+            callback.close()

@@ -83,6 +83,7 @@ def _run(arguments: Arguments, start: Start, console: Console, say: Callable[[st
     from hunyuan_vllm.train.assemble import assemble
     from hunyuan_vllm.train.model import count_parameters
     from hunyuan_vllm.train.plot import save_curve
+    from hunyuan_vllm.train.progress import close_displays
     from hunyuan_vllm.train.result import save_result
 
     training, output = arguments.training, Path(arguments.training.output_dir)
@@ -93,7 +94,10 @@ def _run(arguments: Arguments, start: Start, console: Console, say: Callable[[st
     say(f"{trained:,} of {all_of_them:,} parameters are trained, {rows} rows a step")
     if start.resume is not None:
         say(f"going on from {start.resume}")
-    trainer.train(resume_from_checkpoint=str(start.resume) if start.resume else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(start.resume) if start.resume else None)
+    finally:
+        close_displays(trainer.callback_handler.callbacks)
     kind = save_result(trainer, output / FINAL, start.served_dtype)
     if trainer.is_world_process_zero():
         save_curve(trainer.state.log_history, output / CURVE)

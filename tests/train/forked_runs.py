@@ -34,7 +34,8 @@ STEPS = 20
 def make_base(folder: Path, **overrides: Any) -> Path:
     """A small new network of the published kind, with the demo model's tokenizer."""
     tokens = dict(vocab_size=2048, bos_token_id=1801, eos_token_id=1803, pad_token_id=1804)
-    shape = dict(hidden_size=64, intermediate_size=48, tie_word_embeddings=True, torch_dtype="float32")
+    shape = dict(num_hidden_layers=2, hidden_size=64, intermediate_size=48, tie_word_embeddings=True)
+    shape |= dict(torch_dtype="float32")
     torch.manual_seed(0)
     HunYuanForCausalLM(tiny_config(**tokens | shape | overrides)).save_pretrained(folder)
     for name in ("hy.tiktoken", "tokenizer_config.json", "generation_config.json"):

@@ -5,5 +5,5 @@
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 
-sh "$root/deploy/setup_env.sh" --train --for train/train.sh "$@"
+sh "$root/deploy/setup_env.sh" --train --for ../train/train.sh "$@"
 exec "${HUNYUAN_VENV:-$root/.venv}/bin/python" -m hunyuan_vllm.train.launch "$@"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -52,6 +53,8 @@ def train(argv: Sequence[str]) -> None:
     file = flag_value(argv, "deepspeed")
     need_extra(deepspeed=file is not None)
 
+    import torch
+
     from hunyuan_vllm.train.deepspeed_config import fitted, read_config
 
     config, changes = fitted(read_config(file)) if file else (None, [])
@@ -69,6 +72,8 @@ def train(argv: Sequence[str]) -> None:
     arguments = parse(argv, config)
     if arguments.demo:
         say("no --model_name_or_path is given: LoRA on the demo model")
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)  # its matrices are too small to be shared: two threads mostly wait for each other
     for line in (*changes, *ignored(arguments, config)):
         say(line)
     start = Start.find(arguments)

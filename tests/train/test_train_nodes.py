@@ -129,9 +129,9 @@ class TestTwoHosts:
         assert left.strip() == "0"
 
     def test_a_mistake_is_one_line(self, pair: tuple[Host, Host]) -> None:
-        done = launch(pair, "--max_seq_length", "100000")
+        done = launch(pair, "--deepspeed", "/nowhere.json")
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-        assert done.stderr.splitlines()[-1].startswith("hunyuan-vllm: --max_seq_length 100000: this network knows")
+        assert done.stderr.splitlines()[-1].startswith("hunyuan-vllm: --deepspeed /nowhere.json cannot be read")
 
     def test_other_data_on_one_host(self, pair: tuple[Host, Host]) -> None:
         pair[1].sh("echo >>/root/data.jsonl")

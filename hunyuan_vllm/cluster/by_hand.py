@@ -1,4 +1,4 @@
-"""One node, by hand on it: what `deploy/ray_head.sh`, `ray_worker.sh` and `ray_stop.sh` run; `cluster up` does all hosts."""
+"""One node, by hand on it: what `ray_head.sh`, `ray_worker.sh` and `ray_stop.sh` run; `cluster up` does all hosts."""
 
 from __future__ import annotations
 

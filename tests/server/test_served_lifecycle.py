@@ -13,7 +13,7 @@ from serving import running_server
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 KEY = "the-key-of-this-test"
 READY_TIMEOUT = 2.0
-STREAM = {"prompt": "1", "max_tokens": 2000, "ignore_eos": True, "temperature": 1, "stream": True, "n": 16}
+STREAM = {"prompt": "1", "max_tokens": 1000, "ignore_eos": True, "temperature": 1, "stream": True, "n": 16}
 
 
 @pytest.fixture(scope="module")

@@ -95,7 +95,7 @@ def test_a_stop_lets_a_stream_end(server):
     assert (refused.status_code, refused.headers["connection"]) == (503, "close")
     assert int(refused.headers["retry-after"]) > 0
     assert (get(server, "/readyz").status_code, get(server, "/readyz").json()["status"]) == (503, "draining")
-    stream.join(60)
+    stream.join(100)
     assert (stream.error, stream.ended) == (None, True)
     assert server.process.wait(30) == 0
     assert "Draining: all requests have finished" in "".join(server.output)

@@ -34,7 +34,6 @@ KEY = "a-key-for-the-soak"
 PLACES = 16
 MIB = 2**20
 SAMPLE = 30.0  # seconds
-GRAMMARS = 1  # MiB of compiled ones that are kept, by their own count
 POOL = 4  # threads that pools may still start
 GROWTH = 0.03  # of memory, between the end of warming up and the end
 WORDS = "sea salt water river ocean moon tide wind cloud rain 海 水 盐 风 雨 🌊".split()
@@ -133,7 +132,7 @@ async def _load(server: Server, seconds: float, at_a_time: int, seed: int) -> tu
     wrong: list[str] = []
     headers = {"Authorization": f"Bearer {KEY}"}
     # The server closes a connection that is idle for 5 s; httpx would by default use one again up to that moment.
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=at_a_time, keepalive_expiry=1)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=at_a_time)
     async with httpx.AsyncClient(
         base_url=server.url, headers=headers, timeout=300, limits=limits, trust_env=False
     ) as client:
@@ -168,10 +167,8 @@ def main() -> None:
     parser.add_argument("--at-a-time", type=int, default=32, help=f"requests; places: {PLACES} (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
     arguments = parser.parse_args()
-    flags = ("--enforce-eager", "--max-model-len=1024", f"--max-num-seqs={PLACES}")
-    # Compiled grammars are kept, up to 512 MiB by default, and take several times what they count for: that cache
-    # would still be filling up after 20 minutes.
-    with running_server(*flags, VLLM_API_KEY=KEY, VLLM_XGRAMMAR_CACHE_MB=str(GRAMMARS)) as server:
+    flags = ("--max-model-len=1024", f"--max-num-seqs={PLACES}")
+    with running_server(*flags, VLLM_API_KEY=KEY) as server:
         answered, wrong, taken = asyncio.run(_watched(server, arguments))
         headers = {"Authorization": f"Bearer {KEY}"}
         with httpx.Client(base_url=server.url, headers=headers, timeout=60, trust_env=False) as client:

@@ -259,7 +259,16 @@ def _cpu_kv_cache(machine: Machine, model: ModelSource, ranks: Ranks, quantizati
 def _environment(
     settings: Settings, flags: Flags, machine: Machine, model: ModelSource, ranks: Ranks
 ) -> dict[str, str]:
-    env = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    env = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        # Longer than a client keeps a connection (httpx: 5 s, vLLM's default too): else both may close it at once, and
+        # a request that is just being sent is lost.
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",
+        # A compiled grammar takes a hundred times what xgrammar counts (benchmarks/grammar_cache.py): vLLM's 512 MiB
+        # would be all of the memory before they bound anything.
+        "VLLM_XGRAMMAR_CACHE_MB": "1",
+    }
     if model.local and not any(name in flags for name in HUB_OPTIONS):
         env["HF_HUB_OFFLINE"] = "1"
     if not machine.cuda and ranks.world > 1:

@@ -131,7 +131,6 @@ async def _load(server: Server, seconds: float, at_a_time: int, seed: int) -> tu
     answered: Counter[str] = Counter()
     wrong: list[str] = []
     headers = {"Authorization": f"Bearer {KEY}"}
-    # The server closes a connection that is idle for 5 s; httpx would by default use one again up to that moment.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=at_a_time)
     async with httpx.AsyncClient(
         base_url=server.url, headers=headers, timeout=300, limits=limits, trust_env=False

@@ -36,7 +36,7 @@ from hunyuan_vllm.train.merge import SAVE_DTYPES, Merge
 from hunyuan_vllm.train.messages import Conversation
 
 HELD_OUT = REPOSITORY / "train" / "data" / "held_out.jsonl"
-FULL = ("--learning_rate", "5e-4")
+FULL = ("--learning_rate", "5e-4", "--max_steps", "250")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -82,9 +83,13 @@ def parse(argv: Sequence[str], deepspeed: dict[str, Any] | None = None) -> Argum
     try:
         defaults = _demo(given) if demo else []
         config = ["--deepspeed", json.dumps(deepspeed)] if deepspeed else []
-        model, data, training = parser.parse_args_into_dataclasses([*defaults, *argv, *config])
+        model, data, training, unknown = parser.parse_args_into_dataclasses(
+            [*defaults, *argv, *config], return_remaining_strings=True
+        )
     except (ValueError, ImportError, OSError, RuntimeError) as error:
         raise UserError(" ".join(str(error).split())) from None
+    if unknown:
+        raise UserError(_unknown(unknown[0], parser))
     return Arguments(model, data, training, given, demo)
 
 
@@ -98,6 +103,12 @@ def _demo(given: frozenset[str]) -> list[str]:
             raise UserError("name --train_data_file: the shipped data come with a checkout, and this is none")
         defaults += ["--train_data_file", str(file)]
     return defaults
+
+
+def _unknown(word: str, parser: argparse.ArgumentParser) -> str:
+    names = [option for action in parser._actions for option in action.option_strings[:1]]
+    near = get_close_matches(word.partition("=")[0], names, n=1, cutoff=0.8)
+    return f"there is no flag {word}" + (f": is {near[0]} meant?" if near else " (--help lists them)")
 
 
 def _show_help(parser: argparse.ArgumentParser, everything: bool) -> NoReturn:

@@ -39,7 +39,8 @@ def mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 class TestMistakes:
     def test_flags(self, mistake) -> None:
-        assert "--nonsense" in mistake("--nonsense", "1")
+        assert mistake("--nonsense", "1").endswith("there is no flag --nonsense (--help lists them)")
+        assert "there is no flag --lora_ranks: is --lora_rank meant?" in mistake("--lora_ranks", "1")
         assert "invalid int value: 'many'" in mistake("--max_steps", "many")
         assert "--min_lr 1.0 is more than --learning_rate" in mistake("--min_lr", "1", "--learning_rate", "1e-4")
         assert "this network knows 2048 positions" in mistake("--max_seq_length", "9999")

@@ -1,4 +1,4 @@
-"""Servers that are started once for all tests that want them: over a Ray cluster of two hosts, and behind keys."""
+"""Servers that several tests want: over a Ray cluster of two hosts (one file of tests), and behind keys."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from keyed_server import KeyedServer, start_keyed_server
 from ray_service import RayService
 
 
-@pytest.fixture(scope="session")
-def ray_service_of_session() -> Iterator[RayService]:
+@pytest.fixture(scope="module")
+def ray_service_of_module() -> Iterator[RayService]:
     from ray_hosts import need_ray_hosts
 
     need_ray_hosts()
@@ -20,10 +20,10 @@ def ray_service_of_session() -> Iterator[RayService]:
 
 
 @pytest.fixture
-def ray_service(ray_service_of_session: RayService) -> RayService:
+def ray_service(ray_service_of_module: RayService) -> RayService:
     """With both nodes in the cluster and the server ready, whatever the test before did to them."""
-    ray_service_of_session.bring_up()
-    return ray_service_of_session
+    ray_service_of_module.bring_up()
+    return ray_service_of_module
 
 
 @pytest.fixture(scope="session")

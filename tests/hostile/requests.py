@@ -154,8 +154,8 @@ def _headers(random: Random, key: str) -> Hostile:
         "Upgrade")],
     ])  # fmt: skip
     request = _Request(key, path, body=_json(BASES[path]), headers=header)
-    # uvicorn waits for the rest of a handshake that is none, as for any request that does not end.
-    upgraded = ("Upgrade", "websocket") in header
+    # uvicorn waits for the rest of a handshake that is none, or keeps the connection for what was to follow.
+    upgraded = any(name == "Upgrade" for name, _ in header)
     return Hostile("headers", request.encode(), f"{path} {str(header)[:200]}", answered=not upgraded)
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, generate_latest
+from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from hunyuan_vllm.errors import UserError
@@ -86,10 +86,10 @@ async def test_ready_is_a_completion(application):
 
 @pytest.fixture
 def tokens(monkeypatch):
-    """vLLM's counter of generated tokens, for as long as a test runs."""
-    counter = Counter("vllm:generation_tokens", "as in vLLM", ["engine"])
-    yield counter.labels("0")
-    REGISTRY.unregister(counter)
+    """vLLM's counter of generated tokens, for as long as a test runs: among no others, an engine may have run here."""
+    registry = CollectorRegistry()
+    monkeypatch.setattr(readiness, "REGISTRY", registry)
+    return Counter("vllm:generation_tokens", "as in vLLM", ["engine"], registry=registry).labels("0")
 
 
 @pytest.mark.parametrize(

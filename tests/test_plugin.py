@@ -11,6 +11,8 @@ import pytest
 
 from hunyuan_vllm import compat
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parent / "golden" / "cla2_top1"
 
 

@@ -20,6 +20,8 @@ from bootstrap.errors import explain
 from bootstrap.pip_config import parse_pip_config
 from bootstrap.plan import Plan, choose_device
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 NO_NETWORK = {
     "PIP_INDEX_URL": "http://127.0.0.1:9/simple",  # the discard port: nothing listens there

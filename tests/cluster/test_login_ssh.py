@@ -6,6 +6,8 @@ import pytest
 from operator_at_host import PASSWORD, PORT, log_in, options, ssh_state
 from ssh_keys import public_key
 
+pytestmark = pytest.mark.slow
+
 FILE = ["--password-file", "/root/password"]
 
 

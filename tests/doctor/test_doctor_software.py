@@ -18,6 +18,8 @@ from hunyuan_vllm.doctor import import_probe, plugin, software, worker_probe
 from hunyuan_vllm.doctor.probe import Probe, run_probe
 from hunyuan_vllm.doctor.system import System
 
+pytestmark = pytest.mark.slow
+
 ENVIRON = {**os.environ, "OMP_NUM_THREADS": "1"}
 COMMAND = [sys.executable, "-c", "from hunyuan_vllm.cli import main; main()", "doctor"]
 

@@ -14,6 +14,8 @@ import torch
 from hunyuan_vllm.native import build, operators
 from hunyuan_vllm.quant.cpu import w8a16
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", autouse=True)
 def needs_the_kernels() -> None:

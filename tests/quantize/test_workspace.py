@@ -19,6 +19,8 @@ from hunyuan_vllm.quantize import convert
 from hunyuan_vllm.quantize.convert import quantize_checkpoint
 from hunyuan_vllm.quantize.workspace import Workspace
 
+pytestmark = pytest.mark.slow
+
 Documents = list[list[int]]
 
 

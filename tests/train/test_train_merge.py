@@ -26,6 +26,8 @@ from hunyuan_vllm.train import merge as merging
 from hunyuan_vllm.train.adapter import ADAPTER_FILE, Adapter
 from hunyuan_vllm.train.merge import SAVE_DTYPES, Merge
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 CONFIG = tiny_config(num_hidden_layers=2)
 Change = Callable[[dict[str, Tensor]], object]

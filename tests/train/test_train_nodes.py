@@ -14,6 +14,8 @@ from hunyuan_vllm.train.launch import Launch, main
 from hunyuan_vllm.train.nodes import NodeOfRun, read_nodes
 from hunyuan_vllm.train.same import compare, facts
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PORT = 36000
 PAIR = {"NODE_IP_LIST": "10.0.0.1:8,10.0.0.2:8", "LOCAL_IP": "10.0.0.1"}

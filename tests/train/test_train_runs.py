@@ -19,6 +19,8 @@ from hunyuan_vllm import demo
 from hunyuan_vllm.reference import HunYuanForCausalLM
 from hunyuan_vllm.train.whole import STAGING, checkpoints
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 HELD_OUT = ROOT / "train" / "data" / "held_out.jsonl"
 ZERO = {

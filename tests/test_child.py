@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -103,6 +104,28 @@ def test_shared_memory_is_freed_whatever_ends_the_server(end):
     name, _ = child.communicate(timeout=60)
     assert name.startswith("psm_")
     assert not os.path.exists(f"/dev/shm/{name.strip()}")
+
+
+def test_shared_memory_that_another_made_is_freed(tmp_path):
+    """As Ray's workers do, which are killed and free nothing."""
+    block = Path(f"/dev/shm/psm_of_test_{os.getpid()}")
+    block.write_bytes(bytes(4096))
+    ready = tmp_path / "ready"
+    program = f"""
+        import mmap, os, pathlib, time
+        with open({str(block)!r}, "r+b") as file:
+            block = mmap.mmap(file.fileno(), 0)
+        pathlib.Path({str(ready)!r}).touch()
+        time.sleep(4)
+        os._exit(1)
+    """
+    try:
+        child = start(program, ready)
+        _, errors = child.communicate(timeout=60)
+        assert child.returncode == 1, errors
+        assert not block.exists()
+    finally:
+        block.unlink(missing_ok=True)
 
 
 def test_a_second_signal_kills():

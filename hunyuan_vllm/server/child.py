@@ -13,10 +13,12 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import BinaryIO
 
 import psutil
 
+from hunyuan_vllm.server.shared_memory import mapped_shared_memory
 from hunyuan_vllm.server.sockets import remove_deserted_sockets
 
 __all__ = ["Child", "cause_of_death"]
@@ -43,6 +45,7 @@ class Child:
 
     def __init__(self, argv: Sequence[str], environ: Mapping[str, str]) -> None:
         _adopt_orphans()
+        self._shared_memory: set[Path] = set()
         self._strangers = set(psutil.Process().children(recursive=True))
         self._process = subprocess.Popen(
             argv,
@@ -67,6 +70,10 @@ class Child:
         """Until it has ended, but no longer than that."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
+
+    def note_shared_memory(self) -> None:
+        """Remember what it shares with others by now, to free it in the end: Ray's workers may be killed by then."""
+        self._shared_memory |= mapped_shared_memory(self._family())
 
     def stop(self) -> None:
         """Ask the front end to end, which lets requests finish first."""
@@ -98,6 +105,9 @@ class Child:
                 process.kill()
         self._await_end()
         self._pump.join(timeout=GRACE)
+        for block in self._shared_memory:
+            with suppress(OSError):
+                block.unlink(missing_ok=True)
         remove_deserted_sockets()
         status = self._process.returncode
         return status if status >= 0 else 128 - status

@@ -73,6 +73,7 @@ def live(
             now = time.monotonic()
             if verdict.ready and ready_since is None and child.running:
                 ready_since = now
+                child.note_shared_memory()
                 _announce(launch, now - started)
             if patience and (killed := patience.worn_out(verdict, now)) and child.running:
                 child.kill()

@@ -31,6 +31,13 @@ def serve(
     max_restarts: int = typer.Option(
         None, "--max-restarts", min=0, metavar="N", help="With --supervise: give up after N quick deaths in a row."
     ),
+    max_wait: float = typer.Option(
+        60,
+        "--max-restart-wait",
+        min=0,
+        metavar="SECONDS",
+        help="With --supervise: quick deaths in a row double the wait before a restart, from 1 s up to this.",
+    ),
     hang_timeout: float = typer.Option(
         60, "--hang-timeout", min=1, metavar="SECONDS", help="With --supervise: a standstill this long is a death."
     ),
@@ -165,5 +172,5 @@ def serve(
     if not supervised:
         raise typer.Exit(supervise.run(launch, environ, stop))
     surroundings = RayNodes(launch.ray_gpus, environ) if launch.ray_gpus else OneMachine()
-    tolerance = supervise.Tolerance(start_timeout, hang_timeout, max_restarts)
+    tolerance = supervise.Tolerance(start_timeout, hang_timeout, max_restarts, max_wait)
     raise typer.Exit(supervise.supervise(launch, environ, stop, surroundings, tolerance))

@@ -32,11 +32,13 @@ class Tolerance:
         start_timeout: seconds until a server must be ready.
         hang_timeout: seconds a ready server may stand still.
         max_restarts: restarts in a row, without a minute of readiness between, after which it gives up; None: never.
+        max_wait: seconds that no wait before a restart exceeds.
     """
 
     start_timeout: float = 3600.0
     hang_timeout: float = 60.0
     max_restarts: int | None = None
+    max_wait: float = 60.0
 
 
 Ask = Callable[[Launch], Verdict]
@@ -72,7 +74,7 @@ def supervise(
     Returns:
         The exit status of a server that was told to end; REFUSED if vLLM does not take its options; GAVE_UP.
     """
-    backoff = backoff or Backoff()
+    backoff = backoff or Backoff(most=tolerance.max_wait)
     restarts = 0
     while True:
         patience = Patience(tolerance.start_timeout, tolerance.hang_timeout, monotonic())

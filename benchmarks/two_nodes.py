@@ -80,8 +80,8 @@ def one_round(by_hand: bool) -> Steps:
         if by_hand:
             gpus = ["--ifname", "eth0", "--gpus", "1", *VARIABLES]
             timed("`ray_head.sh`", lambda: _run(head, "sh", _deploy("ray_head.sh"), *gpus))
-            token = head.sh("cat /root/.ray/auth_token")
-            worker.sh("umask 077; mkdir -p /root/.ray; cat >/root/.ray/auth_token", input=token)
+            token = head.sh("cat ~/.ray/auth_token")
+            worker.sh("umask 077; mkdir -p ~/.ray; cat >~/.ray/auth_token", input=token)
             timed("`ray_worker.sh`", lambda: _run(worker, "sh", _deploy("ray_worker.sh"), head.address, *gpus))
         else:
             up = [*CLUSTER, "up", "--hosts", ips, "--ssh-port", str(PORT), "--ifname", "eth0", "--gpus-per-node", "1"]

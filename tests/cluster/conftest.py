@@ -35,7 +35,7 @@ def trio_of_module() -> Iterator[Trio]:
 
 @pytest.fixture(scope="module")
 def archives() -> dict[str, bytes]:
-    """Host name → its /root/.ssh after a first run."""
+    """Host name → its ~/.ssh after a first run."""
     return {}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import typer
 
 from hunyuan_vllm.cluster.node_setup import FOLDER, NodeSetup, parse_variables
 from hunyuan_vllm.cluster.port_table import GCS_PORT
+from hunyuan_vllm.cluster.processes import ray_processes, shown
 from hunyuan_vllm.cluster.ray_node import look, stop
 from hunyuan_vllm.cluster.ray_start import start
 from hunyuan_vllm.cluster.ray_token import make_token, token_file
@@ -33,16 +35,19 @@ GPUS = typer.Option(None, "--gpus", min=0, help="GPUs that Ray is told of.  [def
 ENCRYPT = typer.Option(False, "--tls", help="Use the certificates that `hunyuan-vllm cluster up --tls` made.")
 VARIABLES = typer.Option([], "--env", metavar="NAME=VALUE", help="Set a variable for Ray and all it starts.")
 FORCE = typer.Option(False, "--force", help="End another Ray even while something runs on it.")
+DRY_RUN = typer.Option(False, "--dry-run", help="Print the exact command and environment, change nothing.")
 
 
 @app.command()
 def head(
     address: str = ADDRESS, interface: str = INTERFACE, gpus: int = GPUS, encrypt: bool = ENCRYPT,
-    variables: list[str] = VARIABLES, force: bool = FORCE,
+    variables: list[str] = VARIABLES, force: bool = FORCE, dry_run: bool = DRY_RUN,
 ) -> None:  # fmt: skip
     """Start Ray on this machine as the head of a cluster. Makes the token if there is none."""
     own = address or Settings.read(os.environ).local_ip or _own_address()
     setup = _setup(own, own, interface, gpus, encrypt, variables)
+    if dry_run:
+        return _show(setup, force)
     make_token(Path(setup.token_file))
     _start(setup, force)
     _say(f"the head runs at {setup.gcs}; on each other node: sh deploy/ray_worker.sh {own}")
@@ -52,20 +57,26 @@ def head(
 def worker(
     head_address: str = typer.Argument(..., metavar="HEAD_IP", help="The head's address."),
     address: str = ADDRESS, interface: str = INTERFACE, gpus: int = GPUS, encrypt: bool = ENCRYPT,
-    variables: list[str] = VARIABLES, force: bool = FORCE,
+    variables: list[str] = VARIABLES, force: bool = FORCE, dry_run: bool = DRY_RUN,
 ) -> None:  # fmt: skip
     """Start Ray on this machine as a node of the cluster whose head is at HEAD_IP. Needs the head's token."""
     own = address or Settings.read(os.environ).local_ip or _address_towards(head_address)
     setup = _setup(own, head_address, interface, gpus, encrypt, variables)
     if setup.is_head:
         raise UserError(f"{head_address} is this machine: sh deploy/ray_head.sh starts the head")
+    if dry_run:
+        return _show(setup, force)
     _start(setup, force)
     _say(f"{own} joined the cluster at {setup.gcs}")
 
 
 @app.command("stop")
-def end() -> None:
+def end(dry_run: bool = typer.Option(False, "--dry-run", help="Say what would be ended, change nothing.")) -> None:
     """End all of Ray on this machine that is this user's, workers that outlived it too."""
+    if dry_run:
+        found = [shown(process) for process in ray_processes()]
+        _say(f"these would be ended: {some(found)}" if found else "no Ray runs here")
+        return
     ended, stuck = stop()
     if stuck:
         raise UserError(f"these processes of Ray do not end: {some(stuck)}; reboot")
@@ -96,19 +107,43 @@ def _setup(
 
 
 def _start(setup: NodeSetup, force: bool) -> None:
-    looked = look(setup.address)
-    if looked.setup == setup:
+    in_the_way = _in_the_way(setup, force)
+    if in_the_way is None:
         _say("Ray runs here as asked for; nothing was changed")
         return
-    if looked.processes:
-        if looked.raylets and looked.works and not force:
-            raise UserError(f"another Ray runs here, and on it {some(looked.works)}: stop that, or give --force")
+    if in_the_way:
         ended, stuck = stop()
         if stuck:
             raise UserError(f"these processes of an old Ray do not end: {some(stuck)}; reboot")
         _say(f"a Ray from before was ended: {len(ended)} processes")
     for line in start(setup):
         _say(line)
+
+
+def _show(setup: NodeSetup, force: bool) -> None:
+    """What `_start` would do; the command as a line to paste into a shell."""
+    in_the_way = _in_the_way(setup, force)
+    if in_the_way is None:
+        _say("Ray runs here as asked for; nothing would be changed")
+        return
+    if in_the_way:
+        _say(f"a Ray from before would be ended: {some(in_the_way)}")
+    variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in setup.environment().items())
+    print(f"env {variables} \\\n  ray {shlex.join(setup.ray_arguments())}")
+
+
+def _in_the_way(setup: NodeSetup, force: bool) -> list[str] | None:
+    """Processes of another Ray that must end first; None where Ray runs as asked for.
+
+    Raises:
+        UserError: something computes on that Ray.
+    """
+    looked = look(setup.address)
+    if looked.setup == setup:
+        return None
+    if looked.raylets and looked.works and not force:
+        raise UserError(f"another Ray runs here, and on it {some(looked.works)}: stop that, or give --force")
+    return looked.processes
 
 
 def _own_address() -> str:

@@ -14,6 +14,7 @@ from pydantic_core import from_json
 from hunyuan_vllm.batch.lines import Index, digest
 from hunyuan_vllm.batch.records import Record, Settings
 from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.on_disk import sync
 
 __all__ = ["Output", "State"]
 
@@ -120,7 +121,7 @@ class Output:
             os.fchmod(new, os.fstat(self._file).st_mode & 0o777)
             os.fsync(new)
             beside.rename(self._path)
-            _sync_folder(self._path.parent)
+            sync(self._path.parent)
         except BaseException:
             beside.unlink(missing_ok=True)
             os.close(new)
@@ -140,14 +141,6 @@ def _locked(path: Path) -> int:
             os.close(file)
             raise
         os.close(file)  # another run replaced the file in between
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write(file: int, data: bytes) -> None:

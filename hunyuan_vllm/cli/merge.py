@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import errno
-import sys
 import time
 from pathlib import Path
 
 import typer
 from rich.console import Console
 
+from hunyuan_vllm.cli.resumable import resumable
 from hunyuan_vllm.errors import UserError
 
 __all__ = ["merge_lora"]
@@ -64,22 +63,11 @@ def merge_lora(
     source = Source(base_model_path)
     adapter = Adapter(adapter_model_path, source.config)
     started = time.monotonic()
-    try:
+    with resumable(output_path):
         merge = Merge(
             source, adapter, output_path.absolute(), SAVE_DTYPES[save_dtype], parse_size(shard_size), progress
         )
         progress.say(f"{len(adapter.changes):,} of {len(source.shapes):,} tensors change")
         merge.run()
-    except KeyboardInterrupt:
-        print("hunyuan-vllm: stopped; the same command goes on where it was", file=sys.stderr)
-        raise typer.Exit(130) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-            raise
-        print(
-            f"hunyuan-vllm: {error.strerror} while writing {output_path}: the same command goes on where it was",
-            file=sys.stderr,
-        )
-        raise typer.Exit(3) from None
     seconds = time.monotonic() - started
     progress.say(f"{output_path} holds {gigabytes(merge.nbytes)}, read back and compared; {seconds:,.0f} s")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import errno
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
 
+from hunyuan_vllm.cli.resumable import resumable
 from hunyuan_vllm.errors import UserError
 
 if TYPE_CHECKING:
@@ -103,19 +102,8 @@ def quantize(
         return
     if target is None:
         raise UserError("name DST, the folder to write, after SRC; or add --plan to see what the run needs")
-    try:
+    with resumable(target):
         _convert(source, target, options, calibration, console)
-    except KeyboardInterrupt:
-        print("hunyuan-vllm: stopped; the same command goes on where it was", file=sys.stderr)
-        raise typer.Exit(130) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-            raise
-        print(
-            f"hunyuan-vllm: {error.strerror} while writing {target}: the same command goes on where it was",
-            file=sys.stderr,
-        )
-        raise typer.Exit(3) from None
 
 
 def _convert(source: Path, target: Path, options: Options, calibration: Path | None, console: Console) -> None:

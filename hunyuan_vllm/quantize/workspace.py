@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.on_disk import sync
 
-__all__ = ["Workspace", "sync_folder"]
+__all__ = ["Workspace"]
 
 RUN = "run.json"
 
@@ -113,18 +114,17 @@ class Workspace:
 
     def put(self, partial: Path, file: Path) -> None:
         """Rename a whole file to its name once its bytes are on the disk."""
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
+        sync(partial)
         os.replace(partial, file)
-        sync_folder(file.parent)
+        sync(file.parent)
 
     def finish(self) -> None:
         """Make the checkpoint the target, and remove the rest."""
         if self.target.exists():
             raise UserError(f"{self.target} has appeared meanwhile: the finished checkpoint is in {self.checkpoint}")
-        sync_folder(self.checkpoint)
+        sync(self.checkpoint)
         os.replace(self.checkpoint, self.target)
-        sync_folder(self.target.parent)
+        sync(self.target.parent)
         shutil.rmtree(self.folder)
 
     def _same_run(self, record: dict[str, Any]) -> None:
@@ -139,12 +139,3 @@ class Workspace:
                     f"{self.folder} was begun with {name} {begun.get(name)}, this run has {value}: "
                     "use the same, or remove the folder to begin again"
                 )
-
-
-def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

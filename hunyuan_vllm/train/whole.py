@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.on_disk import sync
 
 __all__ = ["STAGING", "check_checkpoint", "checkpoints", "name_whole", "remove_old", "resume_folder"]
 
@@ -81,7 +82,7 @@ def name_whole(beside: Path, final: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
         os.replace(final, old)
     os.replace(beside, final)
-    _sync(final.parent)
+    sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -99,13 +100,5 @@ def remove_old(output: Path, limit: int | None) -> list[Path]:
 def _to_disk(folder: Path) -> None:
     for parent, _, files in os.walk(folder):
         for file in files:
-            _sync(Path(parent, file))
-        _sync(Path(parent))
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            sync(Path(parent, file))
+        sync(Path(parent))

@@ -1,4 +1,4 @@
-"""ASGI middleware for what an operator follows requests by: an id in and out, and a line in the log for each.
+"""ASGI middleware for what an operator follows requests by: an id in and out, a line in the log for each, and a count.
 
 Never a word of a prompt or an answer: the line has sizes and times.
 """
@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 from vllm.logger import init_logger
 
+from hunyuan_vllm.server.answers import count_answer
 from hunyuan_vllm.server.asgi import App, Message, Receive, Scope, Send, notes, refuse
 
 __all__ = ["RequestLog"]
@@ -27,10 +28,10 @@ CLIENT_CLOSED_REQUEST = 499  # nginx's: the client went away before an answer be
 
 
 class RequestLog:
-    """Gives a request its id, which vLLM and the answer then carry, and logs it when it has ended."""
+    """Gives a request its id, which vLLM and the answer then carry, and logs and counts it when it has ended."""
 
     def __init__(self, app: App, quiet: Iterable[str] = ()) -> None:
-        """`quiet` are paths that are logged only where the answer is an error: of probes, which come all the time."""
+        """`quiet` are paths of probes, which come all the time: logged only where they fail, and not counted."""
         self._app = app
         self._quiet = frozenset(quiet)
 
@@ -51,7 +52,10 @@ class RequestLog:
                 frames = "".join(traceback.format_tb(error.__traceback__))
                 logger.error("%s in request %s:\n%s", type(error).__name__, notes(scope)["request_id"], frames)
         finally:
-            if scope["path"] not in self._quiet or exchange.status >= HTTPStatus.BAD_REQUEST:
+            is_quiet = scope["path"] in self._quiet
+            if not is_quiet:
+                count_answer(exchange.status)
+            if not is_quiet or exchange.status >= HTTPStatus.BAD_REQUEST:
                 exchange.log()
 
 

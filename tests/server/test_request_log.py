@@ -6,6 +6,7 @@ import re
 
 import httpx
 import pytest
+from prometheus_client import REGISTRY
 
 from hunyuan_vllm.server.asgi import notes
 from hunyuan_vllm.server.request_log import RequestLog
@@ -73,6 +74,19 @@ async def test_the_line(records):
     assert SECRET not in json.dumps(vars(record), default=str)
     assert record.seconds >= record.first_byte_seconds >= 0
     assert (record.request_id, record.status, record.bytes_out) == ("i-1", 200, 3)
+
+
+def counted() -> dict[str, float]:
+    name = "hunyuan_requests_answered_total"
+    return {kind: REGISTRY.get_sample_value(name, {"status": kind}) for kind in ("2xx", "3xx", "4xx", "5xx")}
+
+
+async def test_answers_are_counted_as_clients_see_them_but_not_those_to_probes():
+    before = counted()
+    for path in ("/v1/x", "/status/404", "/status/500", "/status/429", "/health", "/status/503"):
+        await ask(path)
+    grown = {kind: count - before[kind] for kind, count in counted().items()}
+    assert grown == {"2xx": 1, "3xx": 0, "4xx": 2, "5xx": 1}
 
 
 async def test_a_path_cannot_write_lines_of_its_own(records):

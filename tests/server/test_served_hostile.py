@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 
+import httpx
 import pytest
 from hostile import attack, footprint, hostile_requests, wait_until_idle
 from keyed_server import KEYS, KeyedServer
@@ -13,6 +14,11 @@ pytestmark = pytest.mark.server
 SALT = {"messages": [{"role": "user", "content": "Why is sea water salty?"}], "temperature": 0, "max_tokens": 60}
 KINDS = {"fields", "not JSON", "headers", "paths and methods", "framing", "cut short", "gone in the middle", "slow"}
 MOST = 200 * 2**20  # bytes that compiled grammars and schemas may take at first
+
+
+def counted(client: httpx.Client, sample: str) -> float:
+    lines = client.get("/metrics").text.splitlines()
+    return float(next(line for line in lines if line.startswith(sample)).split()[1])
 
 
 async def test_no_request_breaks_it_or_leaves_anything_behind(keyed_server: KeyedServer) -> None:
@@ -28,6 +34,9 @@ async def test_no_request_breaks_it_or_leaves_anything_behind(keyed_server: Keye
         assert statuses[400] > 150 and statuses[200] > 50 and statuses[401] and statuses[404] and statuses[422]
         wait_until_idle(client)
         assert client.post("/v1/chat/completions", json=SALT).json()["choices"] == right
+        # What vLLM counts as its own failure was a client's mistake.
+        assert counted(client, 'hunyuan_requests_answered_total{status="5xx"}') == 0
+        assert counted(client, 'hunyuan_requests_answered_total{status="4xx"}') > 150
     after = footprint(pid)
     assert after.processes == before.processes
     assert after.files <= before.files + 5 and after.threads <= before.threads + 5

@@ -115,7 +115,7 @@ def test_other_files_of_no_use(tmp_path: Path) -> None:
 def test_a_chat_the_template_refuses(tmp_path: Path) -> None:
     file = tmp_path / "chats.jsonl"
     file.write_text('{"text": "a"}\n{"messages": [{"role": "tool", "content": "x"}]}\n')
-    with pytest.raises(UserError, match='chat 2 .* does not fit the template: Unknown role in message'):
+    with pytest.raises(UserError, match="chat 2 .* does not fit the template: Unknown role in message"):
         tokens_of(file)
 
 

@@ -41,7 +41,8 @@ class RayService:
             if not self.strangers:
                 self._let_strangers_try()
             self.cluster.start(self.cluster.worker)
-            self.server = self.cluster.serve("--supervise", **CANARIES)
+            # Faults follow one another in the tests; the waits between its lives are to stay those of a first.
+            self.server = self.cluster.serve("--supervise", "--max-restart-wait", "1", **CANARIES)
         self.server.wait_until_ready()
         return self.server
 

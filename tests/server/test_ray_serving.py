@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 PROMPT_LENGTHS = (5, 16, 33, 64)
 TOKENS = 24
 TOLD = 15.0  # seconds until each client knows of a fault
-RECOVERED = 90.0
+RECOVERED = 180.0  # with other tests beside; alone it is 90, which benchmarks/ray_faults.py measures
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_the_published_request_is_answered(ray_service: RayService):
 # Last: what is lost and comes back. In this file, because each file with this cluster would start one of its own.
 
 
-@pytest.mark.parametrize("kind", ["kill -9 of a worker process", "silent partition"])
+@pytest.mark.parametrize("kind", FAULTS)
 def test_clients_are_told_and_the_service_comes_back(ray_service: RayService, kind: str):
     server = ray_service.server
     expected = ray_service.once(reference, server)

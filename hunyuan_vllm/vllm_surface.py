@@ -275,6 +275,7 @@ USED: tuple[Symbol, ...] = (
     Symbol("vllm.usage.usage_lib", "UsageContext", members=("OPENAI_BATCH_RUNNER",)),
     Symbol("vllm.utils.argparse_utils", "FlexibleArgumentParser"),
     Symbol("vllm.renderers.chat_utils", "parse_chat_messages_async"),  # known by its module in a traceback
+    Symbol("vllm.entrypoints.openai.responses.utils", "construct_input_messages"),  # known by its name there
     Symbol("vllm.benchmarks.serve", "add_cli_args"),
     Symbol("vllm.benchmarks.serve", "main_async"),
     # Readiness and draining: what the front end lets us ask, and the signals it takes.

@@ -26,7 +26,9 @@ __all__ = [
 
 SHOWN = 60  # characters of a wrong value
 ENGINE_ERROR = "Internal server error"  # vLLM's GenerationError
-MESSAGES_READER = "vllm.renderers.chat_utils"  # makes a conversation of what the client sent, and nothing else
+# What makes a conversation of what the client sent: all of a module, and one function of another.
+MESSAGES_READER = "vllm.renderers.chat_utils"
+INPUT_READER = ("vllm.entrypoints.openai.responses.utils", "construct_input_messages")
 CONSTRAINTS = ("structured_outputs", "response_format", "tools", "text")
 SHOULD_BE = "Input should be "
 PYTHON_TYPE = re.compile(r"dictionary( or (instance of \w+|object to extract fields from))?")
@@ -111,8 +113,8 @@ def explain_dead_end(message: str, field: str | None) -> Problem | None:
 
 def explain_unread(error: Exception, body: Mapping[str, Any]) -> Problem | None:
     """That the messages are of no form that vLLM knows, if it is in reading them that it failed; else None."""
-    modules = {frame.f_globals.get("__name__") for frame, _ in walk_tb(error.__traceback__)}
-    if MESSAGES_READER not in modules:
+    passed = {(frame.f_globals.get("__name__"), frame.f_code.co_name) for frame, _ in walk_tb(error.__traceback__)}
+    if INPUT_READER not in passed and MESSAGES_READER not in {module for module, _ in passed}:
         return None
     field = next((name for name in ("messages", "input") if name in body), None)
     return Problem(field, f"{field or 'the request'} has content of a kind or a form that cannot be read")

@@ -243,11 +243,19 @@ COMPLETIONS = COMMON | {
     "prompt_embeds": ["gAN9cQAu", "", ["a"], "%%"],
 }
 INPUTS = ["input_text", "input_image", "input_file", "input_audio", "output_text", "refusal", "x", None]
+ANSWERS = [
+    [],
+    [{"type": "refusal", "refusal": "a"}],
+    [{"type": "output_text", "text": "a", "annotations": []}] * 2,
+    [{}],
+]
 RESPONSES = {
     "input": [*PROMPTS, *MESSAGES, [{"type": "function_call_output"}], [{"type": "reasoning"}],
     *([{"type": "function_call_output", "output": [{"type": kind, "text": "a"}], **more}]
       for kind in INPUTS for more in ({"call_id": "x"}, {"id": "x", "status": "completed"})),
-    *([{"role": "user", "content": [{"type": kind}]}] for kind in INPUTS)],
+    *([{"role": "user", "content": [{"type": kind}]}] for kind in INPUTS),
+    *([{"type": "message", "role": "assistant", "id": "", "status": status, "content": content}]
+      for status in ("in_progress", "completed", "x") for content in ANSWERS)],
     "instructions": [*ODD_TEXT, 5],
     "max_output_tokens": NUMBERS, "temperature": NUMBERS, "top_p": NUMBERS, "top_logprobs": NUMBERS,
     "max_tool_calls": NUMBERS,

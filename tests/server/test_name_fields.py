@@ -5,6 +5,7 @@ import json
 
 import httpx
 import pytest
+from vllm.entrypoints.openai.responses.utils import construct_input_messages
 from vllm.renderers.chat_utils import _parse_chat_message_content_mm_part
 
 from hunyuan_vllm.server.bad_requests import explain
@@ -107,12 +108,19 @@ async def test_a_request_that_vllms_checks_break_down_on_is_a_bad_request(how):
     }
 
 
-async def test_messages_that_vllm_cannot_read_are_a_bad_request():
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda: _parse_chat_message_content_mm_part("a part that is no object"),
+        lambda: construct_input_messages(request_input=["an item that is none"]),
+    ],
+)
+async def test_messages_that_vllm_cannot_read_are_a_bad_request(read):
     async def app(scope, receive, send):
         await receive()
-        _parse_chat_message_content_mm_part("a part that is no object")
+        read()
 
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, AttributeError, ValueError, TypeError)):
         await ask(app, "/v1/responses", json={})
     answer = await ask(NameFields(app), "/v1/responses", json={"input": []})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input")

@@ -43,13 +43,27 @@ async def test_no_request_breaks_it_or_leaves_anything_behind(keyed_server: Keye
     assert after.memory <= before.memory + MOST
 
 
-def test_an_input_that_vllm_cannot_place_is_a_bad_request(keyed_server: KeyedServer) -> None:
-    output = {"type": "function_call_output", "id": "x", "status": "completed"}  # without call_id
-    output["output"] = [{"type": "input_text", "text": "a"}]
+@pytest.mark.parametrize(
+    ("item", "said"),
+    [
+        (  # without call_id
+            {"type": "function_call_output", "output": [{"type": "input_text", "text": "a"}]},
+            "message 1",
+        ),
+        ({"type": "message", "role": "assistant", "content": []}, "input has content"),
+        (
+            {"type": "message", "role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
+            "input has content",
+        ),
+    ],
+)
+def test_an_input_that_vllm_cannot_place_is_a_bad_request(
+    keyed_server: KeyedServer, item: dict[str, object], said: str
+) -> None:
     with keyed_server.http() as client:
-        answer = client.post("/v1/responses", json={"input": [output]})
+        answer = client.post("/v1/responses", json={"input": [{**item, "id": "x", "status": "completed"}]})
     assert answer.status_code == 400
-    assert "message 1" in answer.json()["error"]["message"]
+    assert said in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ def prepare(key: str | None, authority: Path | None) -> None:
         os.environ["SSL_CERT_FILE"] = str(authority)
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"
     logging.disable(logging.WARNING)  # what vLLM and torch say of themselves as they are imported
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # connections that are open when somebody interrupts
 
 
 def warm_up(target: Target, point: Point, number: int, seed: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import time
@@ -10,9 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from vllm.logger import init_logger
+from vllm.v1.engine.exceptions import EngineDeadError
 
 __all__ = ["Drain"]
 
+REPORTS_DEATHS = "vllm.v1.engine.async_llm"  # a logger
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
 
 
@@ -57,4 +60,10 @@ class Drain:
             logger.warning("Draining: %d requests took too long and are cut off", self._under_way)
         else:
             logger.info("Draining: all requests have finished")
+        logging.getLogger(REPORTS_DEATHS).addFilter(_is_no_death)
         os.kill(os.getpid(), signal.SIGINT)  # for which vLLM's own handler, the same as for SIGTERM, is still there
+
+
+def _is_no_death(record: logging.LogRecord) -> bool:
+    """vLLM kills its engine as it stops, and then reports, with a traceback, that it is dead."""
+    return not (record.exc_info and isinstance(record.exc_info[1], EngineDeadError))

@@ -268,6 +268,8 @@ def _environment(
         # A compiled grammar takes a hundred times what xgrammar counts (benchmarks/grammar_cache.py): vLLM's 512 MiB
         # would be all of the memory before they bound anything.
         "VLLM_XGRAMMAR_CACHE_MB": "1",
+        # vLLM kills its engine as it stops; what that had is freed by Python, which warns of it.
+        "PYTHONWARNINGS": "ignore:resource_tracker:UserWarning",
     }
     if model.local and not any(name in flags for name in HUB_OPTIONS):
         env["HF_HUB_OFFLINE"] = "1"

@@ -98,4 +98,6 @@ def test_a_stop_lets_a_stream_end(server):
     stream.join(100)
     assert (stream.error, stream.ended) == (None, True)
     assert server.process.wait(30) == 0
-    assert "Draining: all requests have finished" in "".join(server.output)
+    said = "".join(server.output)
+    assert "Draining: all requests have finished" in said
+    assert "Traceback" not in said and "leaked" not in said

@@ -276,6 +276,7 @@ USED: tuple[Symbol, ...] = (
     Symbol("vllm.utils.argparse_utils", "FlexibleArgumentParser"),
     Symbol("vllm.renderers.chat_utils", "parse_chat_messages_async"),  # known by its module in a traceback
     Symbol("vllm.entrypoints.openai.responses.utils", "construct_input_messages"),  # known by its name there
+    Symbol("vllm.v1.metrics.prometheus", "get_prometheus_registry"),
     Symbol("vllm.v1.engine.async_llm", "AsyncLLM"),  # known by its module, which names a logger
     Symbol("vllm.v1.engine.exceptions", "EngineDeadError"),
     Symbol("vllm.benchmarks.serve", "add_cli_args"),

@@ -20,7 +20,7 @@ CPUINFO = Path("/proc/cpuinfo")
 _info = Info("hunyuan_server", "What the server runs on, and how it is set up")
 
 
-def describe(config: VllmConfig) -> None:
+def describe(config: VllmConfig) -> Info:
     """Set `hunyuan_server_info`: `device`, `devices` and `cores` are the machine, the rest versions and options."""
     model, parallel, scheduler = config.model_config, config.parallel_config, config.scheduler_config
     labels = {
@@ -41,6 +41,7 @@ def describe(config: VllmConfig) -> None:
         "enforce_eager": model.enforce_eager,
     }
     _info.info({name: str(value) for name, value in labels.items()})
+    return _info
 
 
 def _machine(ranks: int) -> dict[str, object]:

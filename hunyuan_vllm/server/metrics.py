@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from vllm.engine.protocol import EngineClient
 from vllm.logger import init_logger
+from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from hunyuan_vllm import envs
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.expert_load import EXTENSION, Loads
 from hunyuan_vllm.server.asgi import App, Receive, Scope, Send, inner_path
 from hunyuan_vllm.server.described import describe
+from hunyuan_vllm.server.shared_metrics import adding, are_shared, plainly
 
 __all__ = ["EngineMetrics", "OwnMetrics", "sharing_factor"]
 
@@ -32,12 +34,17 @@ def sharing_factor(config: HunYuanConfig) -> float:
     return config.num_hidden_layers / owners
 
 
+def vllms_metrics() -> Iterable[Metric]:
+    """Those that have the usage of the cache among them; more only where they have to be read all at once."""
+    return get_prometheus_registry().collect() if are_shared() else REGISTRY.restricted_registry([USAGE]).collect()
+
+
 class EngineMetrics(Collector):
     """The figures of one engine, as they are when they are asked for."""
 
-    def __init__(self, engine: EngineClient, registry: CollectorRegistry = REGISTRY) -> None:
+    def __init__(self, engine: EngineClient, vllms: Callable[[], Iterable[Metric]] = vllms_metrics) -> None:
         config = engine.vllm_config
-        self._registry = registry
+        self._vllms = vllms
         self._engine = engine
         self._factor = sharing_factor(config.model_config.hf_config)
         cache = config.cache_config
@@ -95,10 +102,11 @@ class EngineMetrics(Collector):
     def _usage(self) -> Iterator[tuple[str, float]]:
         """Each engine's name and the fraction of its cache that is in use, by vLLM's own metric."""
         found = False
-        for family in self._registry.restricted_registry([USAGE]).collect():
+        for family in self._vllms():
             for sample in family.samples:
-                found = True
-                yield sample.labels["engine"], sample.value
+                if sample.name == USAGE:
+                    found = True
+                    yield sample.labels["engine"], sample.value
         if not found:  # its statistics are switched off
             yield "0", 0.0
 
@@ -109,14 +117,20 @@ class OwnMetrics:
     def __init__(self, app: App) -> None:
         self._app = app
         self._metrics: EngineMetrics | None = None
+        self._added: CollectorRegistry | None = None  # to an answer; None where one registry shows all
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             engine = scope["app"].state.engine_client
-            describe(engine.vllm_config)
+            info = describe(engine.vllm_config)
             self._metrics = EngineMetrics(engine)
-            REGISTRY.register(self._metrics)
+            if are_shared():
+                self._added = CollectorRegistry()
+                self._added.register(info)
+            (self._added or REGISTRY).register(self._metrics)
             await self._metrics.fetch(afresh=True)
         elif scope["type"] == "http" and self._metrics is not None and inner_path(scope) == METRICS:
             await self._metrics.fetch()
+            if self._added is not None:
+                scope, send = plainly(scope), adding(send, self._added)
         await self._app(scope, receive, send)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 from prometheus_client import REGISTRY, CollectorRegistry, Gauge
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
+from hunyuan_vllm.server.shared_metrics import are_shared
+
 __all__ = ["export_restarts"]
 
 NAME = "hunyuan_supervisor_restarts"
 HELP = "Restarts of the server by its supervisor"
-SHARED = "PROMETHEUS_MULTIPROC_DIR"  # vLLM sets it for several API servers: /metrics is then what they write there
 
 
 class _Restarts(Collector):
@@ -28,7 +28,7 @@ def export_restarts(count: int | None, registry: CollectorRegistry = REGISTRY) -
     """Have /metrics say hunyuan_supervisor_restarts_total; nothing where no supervisor is (None)."""
     if count is None:
         return
-    if SHARED in os.environ:
+    if are_shared():
         # Counters are added up there, over API servers that all say the same.
         Gauge(f"{NAME}_total", HELP, registry=registry, multiprocess_mode="max").set(count)
     else:

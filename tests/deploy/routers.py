@@ -30,7 +30,7 @@ class Router:
     """A running router, and what it says of itself."""
 
     def __init__(self, port: int, status: int) -> None:
-        self.status = httpx.Client(base_url=f"http://127.0.0.1:{status}", trust_env=False)
+        self.status = httpx.Client(base_url=f"http://127.0.0.1:{status}", trust_env=False, timeout=30)
         self.client = httpx.Client(
             base_url=f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {KEY}"}, trust_env=False,
             timeout=120, limits=httpx.Limits(max_connections=64),

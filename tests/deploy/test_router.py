@@ -6,7 +6,7 @@ import collections
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from http.server import ThreadingHTTPServer
@@ -41,6 +41,11 @@ def replicas(tmp_path_factory) -> Iterator[dict[str, Server]]:
 def router(replicas) -> Iterator[Router]:
     with running_router(*(f"127.0.0.1:{server.port}" for server in replicas.values())) as running:
         yield running
+
+
+def engine(server: Server) -> psutil.Process:
+    processes = psutil.Process(server.process.pid).children(recursive=True)
+    return next(process for process in processes if "EngineCore" in " ".join(process.cmdline()))
 
 
 def cache_hits(server: Server) -> float:
@@ -96,11 +101,11 @@ def test_completions_and_messages_in_parts_are_read_too(router):
 def test_a_beginning_that_all_have_is_shared_out(router):
     system = "You know the seas and the oceans, and tell of them briefly. " * 6
     with ThreadPoolExecutor(12) as pool:
-        options = {"max_tokens": 300, "ignore_eos": True}  # only what is under way counts as load
+        options = {"max_tokens": 450, "ignore_eos": True}  # only what is under way counts as load
         answers = list(pool.map(lambda number: router.ask(system, f"{number} {SALT}", **options), range(12)))
     shares = collections.Counter(answer.headers["x-replica"] for answer in answers)
     assert all(answer.status_code == 200 for answer in answers)
-    assert min(shares.values()) >= 3 and len(shares) == 2, shares
+    assert min(shares.values()) >= 2 and len(shares) == 2, shares  # without regard for the load, one has all 12
 
 
 # What is let through
@@ -141,8 +146,8 @@ def test_what_a_draining_replica_refuses_another_answers(replicas):
     assert Draining.refused >= 3
 
 
-def stream(router: Router, began: list[str]) -> tuple[bool, float]:
-    """Whether a streamed answer reached its end, and when it ended; which replica began it is noted."""
+def stream(router: Router, began: list[str], then: Callable[[], None] = lambda: None) -> tuple[bool, float]:
+    """Whether a streamed answer reached its end, and when it ended; which replica began it is noted, `then` called."""
     request = {"model": "hunyuan", "stream": True, "temperature": 0, "max_tokens": 500, "ignore_eos": True}
     request["messages"] = [{"role": "user", "content": SALT}]
     done = False
@@ -151,6 +156,7 @@ def stream(router: Router, began: list[str]) -> tuple[bool, float]:
             for number, line in enumerate(answer.iter_lines()):
                 if number == 0:
                     began.append(answer.headers["x-replica"])
+                    then()
                 done = done or line == "data: [DONE]"
     except httpx.TransportError:
         pass
@@ -159,26 +165,39 @@ def stream(router: Router, began: list[str]) -> tuple[bool, float]:
 
 def test_a_replicas_death_loses_no_request_that_a_retry_can_save(router, replicas):
     eventually(lambda: all(router.is_up(name) for name in REPLICAS))
+    engines = {name: engine(server) for name, server in replicas.items()}
+
+    halted = threading.Event()
+
+    def halt() -> None:
+        """With the first token of all, so that no answer ends before each is under way, however slow the machine."""
+        if not halted.is_set():
+            halted.set()
+            for one in engines.values():
+                one.suspend()
+
+    def load(name: str) -> int:
+        return router.metric("haproxy_server_current_sessions", name)
+
     with ThreadPoolExecutor(16) as pool:
-        options = {"max_tokens": 500, "ignore_eos": True}  # so that all are under way at once, on a busy machine too
-        asked = [pool.submit(router.ask, "You are a helpful assistant.", SALT, **options) for _ in range(12)]
         began: list[str] = []
-        streams = [pool.submit(stream, router, began) for _ in range(4)]
-
-        def load(name: str) -> int:
-            return router.metric("haproxy_server_current_sessions", name)
-
-        eventually(lambda: sum(map(load, REPLICAS)) == 16 and len(began) == 4)
+        streams = [pool.submit(stream, router, began, halt) for _ in range(4)]
+        assert halted.wait(60)
+        asked = [pool.submit(router.ask, "You are a helpful assistant.", SALT, max_tokens=100) for _ in range(12)]
         victim = began[0]
-        assert load(victim) > began.count(victim), "it has nothing but streams"
-        process = psutil.Process(replicas[victim].process.pid)
-        for one in [*process.children(recursive=True), process]:
-            one.kill()
+        survivor = next(name for name in REPLICAS if name != victim)
+        try:
+            eventually(lambda: sum(map(load, REPLICAS)) == 16)
+            assert load(victim) > 4, "it has nothing but streams"
+            process = psutil.Process(replicas[victim].process.pid)
+            for one in [*process.children(recursive=True), process]:
+                one.kill()
+        finally:
+            engines[survivor].resume()
         killed = time.monotonic()
         later = [pool.submit(router.ask, "You are a helpful assistant.", SALT, max_tokens=20) for _ in range(6)]
         answers = [future.result() for future in [*asked, *later]]
 
-    survivor = next(name for name in REPLICAS if name != victim)
     assert [answer.status_code for answer in answers] == [200] * 18
     assert all("salt" in answer.json()["choices"][0]["message"]["content"] for answer in answers)
     assert {answer.headers["x-replica"] for answer in answers[12:]} == {survivor}

@@ -1,6 +1,10 @@
 """The figures of our own in /metrics, beside an engine that says what it is told to."""
 
 import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -45,12 +49,16 @@ def registry():
     return made
 
 
+def of_engine(engine: Engine, registry: CollectorRegistry) -> EngineMetrics:
+    return EngineMetrics(engine, lambda: registry.restricted_registry([USAGE]).collect())
+
+
 def samples(registry: CollectorRegistry) -> list[str]:
     return [line for line in generate_latest(registry).decode().splitlines() if line.startswith("hunyuan_")]
 
 
 def test_the_cache_in_tokens(registry):
-    registry.register(EngineMetrics(Engine(), registry))
+    registry.register(of_engine(Engine(), registry))
     assert samples(registry) == [
         "hunyuan_cla_sharing_factor 2.0",
         'hunyuan_kv_cache_capacity_tokens{engine="0"} 1000.0',
@@ -62,7 +70,7 @@ def test_the_cache_in_tokens(registry):
 
 async def test_experts_are_there_where_workers_count(registry, monkeypatch):
     engine = Engine(EXTENSION)
-    own = EngineMetrics(engine, registry)
+    own = of_engine(engine, registry)
     registry.register(own)
     assert not any("expert" in line for line in samples(registry))
     await own.fetch()
@@ -81,7 +89,51 @@ async def test_experts_are_there_where_workers_count(registry, monkeypatch):
 async def test_an_engine_that_does_not_count_is_not_asked(registry):
     engine = Engine()
     engine.collective_rpc = None
-    await EngineMetrics(engine, registry).fetch()
+    await of_engine(engine, registry).fetch()
+
+
+# What an API server does that shares its metrics with others: one that prometheus_client sees as it is imported.
+SEVERAL = """
+import asyncio
+from types import SimpleNamespace
+import httpx
+from prometheus_client import Gauge, make_asgi_app
+from test_metrics import USAGE, Engine
+from vllm.v1.metrics.prometheus import get_prometheus_registry
+from hunyuan_vllm.server import metrics
+
+async def ask():
+    await own({"type": "lifespan", "app": SimpleNamespace(state=SimpleNamespace(engine_client=engine))}, None, None)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(own), base_url="http://server") as client:
+        wishes = {"Accept": "application/openmetrics-text", "Accept-Encoding": "gzip"}
+        answer = await client.get("/metrics", headers=wishes)
+        assert int(answer.headers["content-length"]) == len(answer.content)
+        print(answer.text)
+
+async def app(scope, receive, send):
+    if scope["type"] == "http":
+        await make_asgi_app(registry=get_prometheus_registry())(scope, receive, send)
+
+metrics.describe = lambda config: Gauge("hunyuan_server_info", "as in truth", registry=None)
+Gauge(USAGE, "share", ["engine"], multiprocess_mode="mostrecent").labels("0").set(0.25)
+engine, own = Engine(), metrics.OwnMetrics(app)
+asyncio.run(ask())
+"""
+
+
+def test_several_api_servers_have_them_too(tmp_path):
+    environ = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", SEVERAL], env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for line in (
+        'vllm:kv_cache_usage_perc{engine="0"} 0.25',
+        "hunyuan_cla_sharing_factor 2.0",
+        'hunyuan_kv_cache_used_tokens{engine="0"} 250.0',
+        "hunyuan_server_info 0.0",
+    ):
+        assert lines.count(line) == 1, done.stdout
+    assert "# EOF" not in lines
 
 
 def test_the_sharing_factor(monkeypatch):

@@ -55,5 +55,5 @@ def joined(trio: Trio, archives: dict[str, bytes]) -> Trio:
 @pytest.fixture
 def trio(trio_of_module: Trio) -> Trio:
     for host in trio_of_module.hosts:
-        host.sh("rm -rf /root/.ssh; umask 077; cat >/root/password", input=PASSWORD + "\n")
+        host.sh("rm -rf ~/.ssh; umask 077; cat >~/password", input=PASSWORD + "\n")
     return trio_of_module

@@ -134,7 +134,7 @@ def test_all_that_differs_is_named(with_model):
 
 def test_what_cannot_be_looked_at_is_named_and_the_rest_is(joined):
     a, b, c = joined.hosts
-    b.sh("echo >/root/.ssh/authorized_keys")
+    b.sh("echo >~/.ssh/authorized_keys")
     gone = "10.77.0.99"
     ips = ",".join((a.address, b.address, "hostc", gone))
     done = Checked(a, ips, "--timeout", "4")

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from hosts import HOME
 from operator_at_host import PASSWORD, PORT, cluster, log_in, options
 
 from hunyuan_vllm.cluster.node_setup import HEALTH
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 GIVEN_UP = 9.0  # seconds after which the head has surely given up a node that is silent
 UP = ["--ssh-port", str(PORT), "--gpus-per-node", "1", "--logical-gpus", "--despite-warnings", "--json"]
-TOKEN = "/root/.ray/auth_token"
+TOKEN = f"{HOME}/.ray/auth_token"
 DEPLOY = Path(__file__).parents[2] / "deploy"
 # A program that uses the cluster: an actor on each GPU, and a process of its own that an actor leaves behind.
 DRIVER = """
@@ -54,7 +55,7 @@ def hosts(trio_of_module):
         pytest.skip("Ray is not installed: sh deploy/setup_env.sh --test")
     a, b, c = trio_of_module.hosts
     for host in (a, b):
-        host.sh("umask 077; rm -rf /root/.ssh; cat >/root/password", input=PASSWORD)
+        host.sh("umask 077; rm -rf ~/.ssh; cat >~/password", input=PASSWORD)
     done = log_in(a, f"{a.address},{b.address}", "--password-file", "/root/password",
                   *options(*trio_of_module.servers[:2]))  # fmt: skip
     assert done.status == 0, done
@@ -138,7 +139,7 @@ def test_the_token_is_in_its_file_and_nowhere_else(hosts):
     token = a.sh(f"cat {TOKEN}")
     assert b.sh(f"cat {TOKEN}") == token and len(token) == 64
     for host in (a, b):
-        assert host.sh(f"stat -c %a {TOKEN} /root/.ray").split() == ["600", "700"]
+        assert host.sh(f"stat -c %a {TOKEN} ~/.ray").split() == ["600", "700"]
         private = host.sh("find /root/.config/hunyuan-vllm/cluster -type f -printf '%m '").split()
         assert set(private) == {"600"}
         found = host.sh(

@@ -105,7 +105,7 @@ def test_a_beginning_that_all_have_is_shared_out(router):
         answers = list(pool.map(lambda number: router.ask(system, f"{number} {SALT}", **options), range(12)))
     shares = collections.Counter(answer.headers["x-replica"] for answer in answers)
     assert all(answer.status_code == 200 for answer in answers)
-    assert min(shares.values()) >= 2 and len(shares) == 2, shares  # without regard for the load, one has all 12
+    assert min(shares.values()) >= 3 and len(shares) == 2, shares
 
 
 # What is let through

@@ -15,8 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-__all__ = ["Host", "Network"]
+__all__ = ["HOME", "Host", "Network"]
 
+HOME = "/root"  # on every host
 BOOT = Path(__file__).with_name("boot.sh")
 CHECKOUT = BOOT.parents[2]
 BOUND_TO_US = ["setpriv", "--pdeathsig", "KILL"]
@@ -76,7 +77,7 @@ class Host:
     @staticmethod
     def environment(**more: str) -> dict[str, str]:
         """This process's environment, at home in the host."""
-        own = {"HOME": "/root", "USER": "root", "LOGNAME": "root", "PATH": os.defpath + ":/usr/sbin:/sbin"}
+        own = {"HOME": HOME, "USER": "root", "LOGNAME": "root", "PATH": os.defpath + ":/usr/sbin:/sbin"}
         return {**{name: value for name, value in os.environ.items() if name != "SSH_AUTH_SOCK"}, **own, **more}
 
     def unplug(self) -> None:

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 PROMPT_LENGTHS = (5, 16, 33, 64)
 TOKENS = 24
 TOLD = 15.0  # seconds until each client knows of a fault
-RECOVERED = 180.0  # with other tests beside; alone it is 90, which benchmarks/ray_faults.py measures
+RECOVERED = 90.0
 
 
 @pytest.fixture(scope="module")

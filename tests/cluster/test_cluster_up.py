@@ -56,7 +56,7 @@ def hosts(trio_of_module):
     a, b, c = trio_of_module.hosts
     for host in (a, b):
         host.sh("umask 077; rm -rf ~/.ssh; cat >~/password", input=PASSWORD)
-    done = log_in(a, f"{a.address},{b.address}", "--password-file", "/root/password",
+    done = log_in(a, f"{a.address},{b.address}", "--password-file", f"{HOME}/password",
                   *options(*trio_of_module.servers[:2]))  # fmt: skip
     assert done.status == 0, done
     return a, b, c
@@ -140,10 +140,10 @@ def test_the_token_is_in_its_file_and_nowhere_else(hosts):
     assert b.sh(f"cat {TOKEN}") == token and len(token) == 64
     for host in (a, b):
         assert host.sh(f"stat -c %a {TOKEN} ~/.ray").split() == ["600", "700"]
-        private = host.sh("find /root/.config/hunyuan-vllm/cluster -type f -printf '%m '").split()
+        private = host.sh("find ~/.config/hunyuan-vllm/cluster -type f -printf '%m '").split()
         assert set(private) == {"600"}
         found = host.sh(
-            f"grep -rlF -f {TOKEN} /root/.ray /root/.config /root/.cache /tmp /run /var/log /dev/shm || true"
+            f"grep -rlF -f {TOKEN} ~/.ray ~/.config ~/.cache /tmp /run /var/log /dev/shm || true"
         )
         assert found.split() == [TOKEN]
         assert host.sh(f"cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ | grep -cF -a -f {TOKEN} || true") == "0\n"
@@ -151,7 +151,7 @@ def test_the_token_is_in_its_file_and_nowhere_else(hosts):
 
 def test_strangers_are_refused(hosts):
     a, _, c = hosts
-    c.sh(f"umask 077; mkdir -p /root/.ray; echo {'0' * 64} >{TOKEN}")
+    c.sh(f"umask 077; mkdir -p ~/.ray; echo {'0' * 64} >{TOKEN}")
     ask = [sys.executable, "-c", STRANGER, f"{a.address}:6379"]
     without = c.run(*ask, env=c.environment(RAY_AUTH_MODE="disabled")).stdout
     other = c.run(*ask, env=c.environment(RAY_AUTH_MODE="token")).stdout
@@ -238,7 +238,7 @@ def test_tls_and_by_hand(hosts):
     a, b, _ = hosts
     code, report = up(a, b, "--tls")
     assert code == 0, texts(report, "problem")
-    folder = "/root/.config/hunyuan-vllm/cluster/tls"
+    folder = f"{HOME}/.config/hunyuan-vllm/cluster/tls"
     assert a.sh(f"cd {folder}; stat -c '%a %n' *").splitlines() == [
         "600 10.77.0.1.crt", "600 10.77.0.1.key", "600 authority.crt", "600 authority.key",
     ]  # fmt: skip

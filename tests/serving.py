@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 __all__ = ["COMMAND", "Server", "free_port", "running_server"]
 
 COMMAND = Path(sys.executable).with_name("hunyuan-vllm")
@@ -33,6 +35,22 @@ class Server:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def engine(self) -> psutil.Process:
+        """The process that computes, which the one that answers started."""
+        processes = psutil.Process(self.process.pid).children(recursive=True)
+        return next(process for process in processes if "EngineCore" in " ".join(process.cmdline()))
+
+    @contextmanager
+    def halted_engine(self) -> Iterator[None]:
+        """In the block nothing is computed, so no answer that needs the engine ends, however slow the machine is."""
+        engine = self.engine
+        engine.suspend()
+        try:
+            yield
+        finally:
+            engine.resume()
 
     def stop(self) -> int:
         """End it as Ctrl-C would, and return its exit status."""

@@ -15,17 +15,17 @@ import psutil
 
 from hunyuan_vllm.cluster import tls
 from hunyuan_vllm.cluster.node_setup import FOLDER, NodeSetup, without_secrets
-from hunyuan_vllm.cluster.port_table import GCS_PORT, fixed_ports
+from hunyuan_vllm.cluster.port_table import fixed_ports
 from hunyuan_vllm.cluster.private_file import write_private
 from hunyuan_vllm.cluster.processes import end_processes, ray_processes, shown
 from hunyuan_vllm.cluster.ray_token import read_token, store_token
+from hunyuan_vllm.cluster.reach import why_unreached
 from hunyuan_vllm.cluster.start_hook import HOOK
 from hunyuan_vllm.errors import UserError
 
 __all__ = ["CURRENT", "NodeError", "START_TIMEOUT", "noted_setup", "start", "temporary"]
 
 START_TIMEOUT = 90.0  # seconds; a node whose token is wrong is refused after some 30
-CONNECT_TIMEOUT = 5.0
 KEPT_SESSIONS = 3  # folders with the logs of a Ray that has ended
 CURRENT = "ray_current_cluster"  # where `ray start` notes the cluster that programs on this machine join
 
@@ -138,11 +138,8 @@ def _holder(port: int) -> str:
 
 def _check_head(setup: NodeSetup) -> None:
     """Ray itself would try for minutes."""
-    try:
-        socket.create_connection((setup.head, GCS_PORT), CONNECT_TIMEOUT).close()
-    except OSError as error:
-        what = f"no head answers at {setup.gcs} ({error.strerror or 'no answer'})"
-        raise NodeError(what, "start it first, and let this node reach it") from None
+    if why := why_unreached(setup.gcs):
+        raise NodeError(f"no head answers at {setup.gcs} ({why})", "start it first, and let this node reach it")
 
 
 def _fetch(setup: NodeSetup) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 
+from hunyuan_vllm.cluster.reach import why_unreached
 from hunyuan_vllm.doctor.system import System
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.findings import Section
@@ -118,13 +119,13 @@ def check_interfaces(section: Section, system: System, settings: Settings) -> No
 
 
 def _check_cluster(section: Section, installed: str, address: str, noted: Path) -> None:
-    host, _, port = address.rpartition("://")[2].rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT).close()
+        why = why_unreached(address, CONNECT_TIMEOUT)
     except ValueError:
         section.problem("Ray", f"RAY_ADDRESS={address} is not host:port", "correct it, or unset it")
-    except OSError as error:
-        text = f"no cluster answers at {address} ({error.strerror or 'no answer'})"
+        return
+    if why:
+        text = f"no cluster answers at {address} ({why})"
         section.problem("Ray", text, f"start it, or unset RAY_ADDRESS and delete {noted} if it is an old one's")
     else:
         section.ok("Ray", f"{installed}, and a cluster answers at {address}; nodes must all have this version")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hunyuan_vllm.cluster.reach import why_unreached
 from hunyuan_vllm.errors import UserError
 
 __all__ = ["RayCluster", "RayNode", "find_ray_cluster"]
@@ -32,7 +32,6 @@ print("RAY", json.dumps([
     for node in ray.nodes()
 ]))
 """
-CONNECT_TIMEOUT = 5.0  # seconds
 TIMEOUT = 60.0
 
 
@@ -91,17 +90,14 @@ def find_ray_cluster(environ: Mapping[str, str] = os.environ) -> RayCluster | No
 
 def _ask(address: str, environ: Mapping[str, str]) -> tuple[RayCluster | None, str]:
     """The cluster, or None and why."""
-    host, _, port = address.rpartition("://")[2].rpartition(":")
     try:
-        # Ray's client would try for minutes.
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT).close()
+        if why := why_unreached(address):
+            return None, why
         probe = subprocess.run(
             [sys.executable, "-c", PROBE, address], env=dict(environ), capture_output=True, text=True, timeout=TIMEOUT
         )
     except ValueError:
         return None, "an address is host:port"
-    except OSError as error:
-        return None, error.strerror or "no answer"
     except subprocess.TimeoutExpired:
         return None, f"no answer in {TIMEOUT:.0f} s"
     for line in probe.stdout.splitlines():

@@ -43,11 +43,6 @@ def router(replicas) -> Iterator[Router]:
         yield running
 
 
-def engine(server: Server) -> psutil.Process:
-    processes = psutil.Process(server.process.pid).children(recursive=True)
-    return next(process for process in processes if "EngineCore" in " ".join(process.cmdline()))
-
-
 def cache_hits(server: Server) -> float:
     metrics = httpx.get(f"{server.url}/metrics", headers={"Authorization": f"Bearer {KEY}"}, trust_env=False).text
     return float(re.findall(r"^vllm:prefix_cache_hits_total\{.*\} (\S+)$", metrics, re.M)[0])
@@ -165,7 +160,7 @@ def stream(router: Router, began: list[str], then: Callable[[], None] = lambda: 
 
 def test_a_replicas_death_loses_no_request_that_a_retry_can_save(router, replicas):
     eventually(lambda: all(router.is_up(name) for name in REPLICAS))
-    engines = {name: engine(server) for name, server in replicas.items()}
+    engines = {name: server.engine for name, server in replicas.items()}
 
     halted = threading.Event()
 

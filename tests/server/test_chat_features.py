@@ -10,6 +10,7 @@ import openai
 import pytest
 from keyed_server import KeyedServer
 from openai import OpenAI
+from streams import in_parts
 
 pytestmark = pytest.mark.server
 MODEL = "hunyuan"
@@ -81,9 +82,8 @@ def test_json_of_a_schema_is_always_valid(client, seed):
 
 def test_json_of_a_schema_is_valid_when_streamed(client):
     form = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
-    parts = [chunk.choices[0].delta.content or "" for chunk in ask(client, response_format=form, stream=True)]
-    assert len(parts) > 5
-    jsonschema.validate(json.loads("".join(parts)), CITY)
+    parts = in_parts(lambda: list(ask(client, response_format=form, stream=True)), 5)
+    jsonschema.validate(json.loads("".join(part.choices[0].delta.content or "" for part in parts)), CITY)
 
 
 def test_a_regex_a_choice_and_a_grammar_are_always_kept(client):
@@ -140,14 +140,15 @@ def test_a_named_tool_is_called_with_valid_arguments(client, name):
 
 @pytest.mark.parametrize("choice", ["required", function("weather")], ids=["required", "named"])
 def test_a_tool_call_is_streamed(client, choice):
-    calls, parts = {}, 0
-    for chunk in ask(client, tools=TOOLS[:1], tool_choice=choice, stream=True):
-        assert not chunk.choices[0].delta.content
-        for call in chunk.choices[0].delta.tool_calls or ():
-            name, arguments = calls.get(call.index, ("", ""))
-            calls[call.index] = name + (call.function.name or ""), arguments + (call.function.arguments or "")
-            parts += 1
-    assert parts > 2
+    def parts_of_calls():
+        deltas = [chunk.choices[0].delta for chunk in ask(client, tools=TOOLS[:1], tool_choice=choice, stream=True)]
+        assert not any(delta.content for delta in deltas)
+        return [call for delta in deltas for call in delta.tool_calls or ()]
+
+    calls = {}
+    for call in in_parts(parts_of_calls, 2):
+        name, arguments = calls.get(call.index, ("", ""))
+        calls[call.index] = name + (call.function.name or ""), arguments + (call.function.arguments or "")
     for name, arguments in calls.values():
         check_call(name, arguments, ["weather"])
 

@@ -161,15 +161,19 @@ async def test_probes_do_not_pile_up(application):
 
 
 async def test_one_who_hangs_up_does_not_take_the_answer_from_the_others(application):
-    async def soon():
-        await asyncio.sleep(TIMEOUT / 2)
+    go_on = asyncio.Event()
+
+    async def held():
+        await go_on.wait()
         return 200
 
-    application.answer = soon
+    application.answer = held
     async with client_of(around(application), application) as client:
         first, second = asyncio.create_task(client.get("/readyz")), asyncio.create_task(client.get("/readyz"))
         await asyncio.sleep(TIMEOUT / 10)
         first.cancel()
+        await asyncio.wait([first])
+        go_on.set()
         assert (await second).status_code == 200
     assert len(application.asked) == 1
 
@@ -247,7 +251,7 @@ async def test_a_drain_waits_for_what_is_under_way(application, vllms_signals):
 
 
 async def test_a_drain_ends_with_its_grace(application, vllms_signals, monkeypatch):
-    monkeypatch.setenv("HUNYUAN_VLLM_DRAIN_GRACE", "0.3")
+    monkeypatch.setenv("HUNYUAN_VLLM_DRAIN_GRACE", "1")
     vllms_signals.set_up()
     middleware = around(application)
     await start(middleware, application)

@@ -3,11 +3,13 @@
 With this folder's parent on PYTHONPATH, and in FORKED_ENGINES how: "fork" from the process that starts them, which must
 have computed nothing yet (a server's front end), or "forkserver" from one that has imported vLLM and nothing more. vLLM
 spawns them on CPUs, because a forked process cannot choose its OpenMP threads; the tests have one thread everywhere.
+What such a process was born with is kept from its garbage collector, which vLLM calls nine times in an engine's life.
 Tests that are about these processes start them as users do.
 """
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -27,6 +29,7 @@ def register() -> None:
     if how == "fork":
         # A signal to the child must not wake the parent's event loop through the socket that both have.
         os.register_at_fork(after_in_child=_forget_the_loop)
+        os.register_at_fork(after_in_child=gc.freeze)
         context: Any = _original("fork")
     else:
         context = _Context()
@@ -51,6 +54,7 @@ class _Process(ForkServerProcess):
     def run(self) -> None:
         os.environ.clear()
         os.environ.update(self._environ)
+        gc.freeze()
         super().run()
 
 

@@ -1,0 +1,23 @@
+"""Whether anything listens at a Ray cluster's address, found out before Ray's own client, which tries for long."""
+
+from __future__ import annotations
+
+import socket
+
+__all__ = ["why_unreached"]
+
+TIMEOUT = 5.0  # seconds
+
+
+def why_unreached(address: str, timeout: float = TIMEOUT) -> str:
+    """Why no connection to HOST:PORT opens, or "" where one does. A scheme before it (ray://) is passed over.
+
+    Raises:
+        ValueError: it is no address.
+    """
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout).close()
+    except OSError as error:
+        return error.strerror or "no answer"
+    return ""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["COMMAND", "Server", "free_port", "running_server"]
+__all__ = ["COMMAND", "Server", "free_port", "halted", "running_server"]
 
 COMMAND = Path(sys.executable).with_name("hunyuan-vllm")
 # What conftest.py sets for engines inside the test process, and what would make it another server.
@@ -45,18 +45,24 @@ class Server:
     @contextmanager
     def halted_engine(self) -> Iterator[None]:
         """In the block nothing is computed, so no answer that needs the engine ends, however slow the machine is."""
-        engine = self.engine
-        engine.suspend()
-        try:
+        with halted(self.engine):
             yield
-        finally:
-            engine.resume()
 
     def stop(self) -> int:
         """End it as Ctrl-C would, and return its exit status."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
         return self.process.wait(timeout=60)
+
+
+@contextmanager
+def halted(engine: psutil.Process) -> Iterator[None]:
+    """As `Server.halted_engine`, at once: the process was looked for before."""
+    engine.suspend()
+    try:
+        yield
+    finally:
+        engine.resume()
 
 
 def free_port() -> int:

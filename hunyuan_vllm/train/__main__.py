@@ -2,7 +2,8 @@
 
 import sys
 
+from hunyuan_vllm.train.ending import end_process
 from hunyuan_vllm.train.run import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:]))

@@ -9,11 +9,11 @@ import json
 import logging
 import os
 import signal
-import sys
 import threading
 from typing import Any
 
 from hunyuan_vllm.server.network import READERS
+from hunyuan_vllm.train.ending import end_process
 from hunyuan_vllm.train.nodes import carrying
 from hunyuan_vllm.train.same import facts
 
@@ -84,4 +84,4 @@ def _torchrun(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -10,7 +10,7 @@ import warnings
 import torch
 import transformers
 
-__all__ = ["is_first", "join_processes", "prepare"]
+__all__ = ["is_first", "join_processes", "leave_processes", "prepare"]
 
 
 def is_first() -> bool:
@@ -50,3 +50,12 @@ def join_processes() -> None:
         return
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo")
+
+
+def leave_processes() -> None:
+    """End the process group, whoever made it; for a run that has come to its end.
+
+    One that failed leaves that to its exit: here it would wait for what the others no longer answer.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

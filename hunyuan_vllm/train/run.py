@@ -26,10 +26,11 @@ CURVE: Final = "loss.png"
 def main(argv: Sequence[str]) -> int:
     """Train as the flags say; returns the exit status. A user's mistake is one line on standard error."""
     from hunyuan_vllm.train.disk import DiskError
-    from hunyuan_vllm.train.processes import is_first
+    from hunyuan_vllm.train.processes import is_first, leave_processes
 
     try:
         train(argv)
+        leave_processes()
     except UserError as error:
         if is_first() or isinstance(error, DiskError):
             print(f"hunyuan-vllm: {error}", file=sys.stderr)

@@ -7,12 +7,12 @@ import time
 
 import httpx
 import pytest
-from serving import running_server
+from serving import halted, running_server
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 KEY = "the-key-of-this-test"
 READY_TIMEOUT = 2.0
-STREAM = {"prompt": "1", "max_tokens": 600, "ignore_eos": True, "temperature": 1, "stream": True, "n": 4}
+STREAM = {"prompt": "1", "max_tokens": 1000, "ignore_eos": True, "temperature": 1, "stream": True, "n": 4}
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +72,10 @@ def test_a_halted_engine_is_alive_by_vllms_word_and_not_ready(server):
 
 def test_a_stop_lets_a_stream_end(server):
     # The last test of this file: the server is gone after it.
-    stream = Stream(server.url)
+    stream, engine = Stream(server.url), server.engine
     stream.start()
     assert stream.begun.wait(30)
-    with server.halted_engine():
+    with halted(engine):
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
         assert stream.is_alive(), "the stream is too short for this test"

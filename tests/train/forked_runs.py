@@ -29,6 +29,7 @@ __all__ = ["DATA", "Run", "begin", "flags", "log_of", "make_base", "train", "wai
 
 DATA = Path(__file__).parents[2] / "train" / "data" / "train.jsonl"
 STEPS = 20
+UNENDED = 98  # the status of a process whose group of processes was still there when its run had ended
 
 
 def make_base(folder: Path, **overrides: Any) -> Path:
@@ -84,6 +85,8 @@ def begin(argv: Sequence[str], log: Path, ranks: int = 1, first: Callable[[], No
             if first is not None:
                 first()
             status = main(argv)
+            if status == 0 and torch.distributed.is_initialized():
+                status = UNENDED
         except BaseException:
             import traceback
 

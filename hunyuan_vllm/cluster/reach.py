@@ -16,8 +16,11 @@ def why_unreached(address: str, timeout: float = TIMEOUT) -> str:
         ValueError: it is no address.
     """
     host, _, port = address.rpartition("://")[2].rpartition(":")
+    number = int(port)
+    if not 0 < number < 65536:
+        raise ValueError(f"{number} is no port")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout).close()
+        socket.create_connection((host.strip("[]"), number), timeout).close()
     except OSError as error:
         return error.strerror or "no answer"
     return ""

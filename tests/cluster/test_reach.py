@@ -31,7 +31,7 @@ def test_one_that_takes_no_connection():
             assert why_unreached(address, 0.2) == "no answer"
 
 
-@pytest.mark.parametrize("address", ["", "auto", "host", "host:port"])
+@pytest.mark.parametrize("address", ["", "auto", "host", "host:port", "host:0", "host:70000"])
 def test_what_is_no_address(address):
     with pytest.raises(ValueError):
         why_unreached(address)

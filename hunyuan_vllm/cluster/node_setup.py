@@ -19,12 +19,14 @@ __all__ = ["FOLDER", "NodeSetup", "parse_variables", "without_secrets"]
 
 # Below the home directory, which SSH sessions and shells agree about; XDG_CONFIG_HOME is set in some of them only.
 FOLDER = Path(".config/hunyuan-vllm/cluster")
-# Seconds until a node that is silent counts as dead: about 6 instead of a minute.
-HEALTH = {
+RAY_SETTINGS = {
+    # A node that is silent counts as dead after about 6 seconds instead of a minute.
     "RAY_health_check_initial_delay_ms": "2000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "3",
+    # Ray lets all else on a node run before its workers (nice 15, ray-project/ray#24928); here they are vLLM's ranks.
+    "RAY_worker_niceness": "0",
 }
 OBJECT_STORE = 2**29  # bytes: vLLM's ranks pass tensors to each other without it
 
@@ -73,7 +75,7 @@ class NodeSetup:
             "RAY_AUTH_MODE": "token",
             PATH_VARIABLE: self.token_file,
             "RAY_USAGE_STATS_ENABLED": "0",
-            **HEALTH,
+            **RAY_SETTINGS,
             **(self.tls_files.variables if self.tls_files else {}),
             **self.variables,
         }

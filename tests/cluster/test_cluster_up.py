@@ -13,7 +13,7 @@ import pytest
 from hosts import HOME
 from operator_at_host import PASSWORD, PORT, cluster, log_in, options
 
-from hunyuan_vllm.cluster.node_setup import HEALTH
+from hunyuan_vllm.cluster.node_setup import RAY_SETTINGS
 from hunyuan_vllm.cluster.port_table import TABLE
 
 pytestmark = pytest.mark.slow
@@ -125,7 +125,7 @@ def test_what_ray_was_started_with(hosts):
         assert environ["VLLM_HOST_IP"] == host.address
         assert {environ[name] for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")} == {"eth0"}
         assert environ["RAY_AUTH_MODE"] == "token" and environ["NCCL_IB_HCA"] == "mlx5"
-        assert HEALTH.items() <= environ.items()
+        assert RAY_SETTINGS.items() <= environ.items()
 
 
 def test_the_ports_are_those_of_the_table(hosts):

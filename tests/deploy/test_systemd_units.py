@@ -12,7 +12,7 @@ import pytest
 from typer.main import get_command
 
 from hunyuan_vllm.cli import app
-from hunyuan_vllm.cluster.node_setup import HEALTH, NodeSetup
+from hunyuan_vllm.cluster.node_setup import RAY_SETTINGS, NodeSetup
 from hunyuan_vllm.cluster.start_hook import HOOK
 from hunyuan_vllm.server.life import OVERTIME
 
@@ -95,7 +95,7 @@ def test_ray_is_started_as_by_cluster_up(unit):
     assert program == f"{ROOT}/.venv/bin/ray"
     arguments = [argument.replace("--address=10.0.0.1:", "--address=10.0.0.9:") for argument in arguments]
     assert sorted(arguments) == sorted([*setup.ray_arguments(), "--block"])
-    assert HEALTH.items() <= environment(unit).items()
+    assert RAY_SETTINGS.items() <= environment(unit).items()
     assert environment(unit)["RAY_START_HOOK"] == HOOK
 
 

@@ -52,6 +52,13 @@ def test_the_ranks_talk_over_the_network(ray_service: RayService):
         assert host.sh("ps -eo args").count("ray::RayWorkerProc") == 1
 
 
+def test_ranks_run_before_no_less_than_ray_itself(ray_service: RayService):
+    """Ray's workers are nice by default."""
+    for host in (ray_service.cluster.head, ray_service.cluster.worker):
+        niceness = dict(line.split()[1::-1] for line in host.sh("ps -eo ni=,comm=").splitlines() if "ray" in line)
+        assert niceness["ray::RayWorkerP"] == niceness["raylet"]
+
+
 def test_strangers_are_refused(ray_service: RayService):
     for name, output in ray_service.what_strangers_got().items():
         assert "LET IN" not in output and "Ray runtime started" not in output, name

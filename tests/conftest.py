@@ -13,6 +13,8 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A file's ranks are forked from one process: they need not import vLLM each.
 os.environ.setdefault("FORKED_ENGINES", "forkserver")
+# Gloo would ask the name server for this machine's name at each start, and wait five seconds where none answers.
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

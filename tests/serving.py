@@ -20,6 +20,7 @@ __all__ = ["COMMAND", "Server", "free_port", "halted", "running_server"]
 COMMAND = Path(sys.executable).with_name("hunyuan-vllm")
 # What conftest.py sets for engines inside the test process, and what would make it another server.
 NOT_INHERITED = {"VLLM_ENABLE_V1_MULTIPROCESSING", "MODEL_PATH", "LOCAL_IP", "HOST", "TP_SIZE", "VLLM_API_KEY"}
+NOT_INHERITED |= {"GLOO_SOCKET_IFNAME"}  # a server finds its interface itself
 FORKED_ENGINES = Path(__file__).with_name("forked_engines")
 START_TIMEOUT = 420.0  # seconds; half a minute on an idle machine
 

@@ -70,9 +70,11 @@ class Prometheus:
 
     def ready(self) -> bool:
         try:
-            targets = self.get("targets")["activeTargets"]
+            if self._client.get("/-/ready").status_code != 200:  # it answers before it has begun
+                return False
         except httpx.TransportError:
             return False
+        targets = self.get("targets")["activeTargets"]
         return bool(targets) and all(target["health"] == "up" for target in targets)
 
 

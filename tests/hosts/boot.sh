@@ -23,6 +23,6 @@ for folder in "$@"; do
     mount --rbind "$folder" "$root$folder"
 done
 hostname "$name"
-echo booted
+# A host has booted once it is inside its root: what entered it before would write to the machine's files.
 # A shell that waits for a child also reaps every orphan of the host, as an init must.
-exec chroot "$root" sh -c 'cd /; exec >/dev/null 2>&1; while :; do sleep 3600; done'
+exec chroot "$root" sh -c 'cd /; echo booted; exec >/dev/null 2>&1; while :; do sleep 3600; done'

@@ -20,6 +20,7 @@ __all__ = ["HOME", "Host", "Network"]
 HOME = "/root"  # on every host
 BOOT = Path(__file__).with_name("boot.sh")
 CHECKOUT = BOOT.parents[2]
+NOT_OF_A_HOST = {"SSH_AUTH_SOCK", "GLOO_SOCKET_IFNAME"}  # of this process's environment
 BOUND_TO_US = ["setpriv", "--pdeathsig", "KILL"]
 
 
@@ -78,7 +79,7 @@ class Host:
     def environment(**more: str) -> dict[str, str]:
         """This process's environment, at home in the host."""
         own = {"HOME": HOME, "USER": "root", "LOGNAME": "root", "PATH": os.defpath + ":/usr/sbin:/sbin"}
-        return {**{name: value for name, value in os.environ.items() if name != "SSH_AUTH_SOCK"}, **own, **more}
+        return {**{name: value for name, value in os.environ.items() if name not in NOT_OF_A_HOST}, **own, **more}
 
     def unplug(self) -> None:
         """A silent partition: packets go nowhere, no connection is reset."""

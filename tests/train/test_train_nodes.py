@@ -58,7 +58,7 @@ class TestVariables:
     def test_a_dry_run_shows_each_nodes_command(self, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
         for name, value in {**PAIR, "SOCKET_IFNAME": "bond1", "SSH_PORT": "36000", "HF_TOKEN": "secret"}.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)  # an engine that ran in this process has set it
+        monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)  # conftest.py sets it
         assert main(["--dry-run", "--output_dir", "out"]) == 0
         shown = capsys.readouterr().out
         first, second = shown.split("10.0.0.2 (over ssh ")
@@ -115,7 +115,6 @@ def launch(pair: tuple[Host, Host], *more: str):
         NODE_IP_LIST=f"{one.address}:1,{two.address}:1", LOCAL_IP=one.address, NODES="2", NODE_NUM="2",
         HOST_GPU_NUM="1", SSH_PORT=str(PORT), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="",
     )  # fmt: skip
-    environ.pop("GLOO_SOCKET_IFNAME", None)  # of an engine that ran in this process
     words = ["--train_data_file", "/root/data.jsonl", "--output_dir", "/root/out", "--per_device_train_batch_size", "4",
              "--max_steps", "3", "--logging_steps", "1", "--save_strategy", "no", *more]  # fmt: skip
     return one.run(sys.executable, "-m", "hunyuan_vllm.train.launch", *words, check=False, env=environ, timeout=240)

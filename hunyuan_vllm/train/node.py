@@ -31,7 +31,8 @@ def torchrun_arguments(order: dict[str, Any]) -> list[str]:
 
 def torchrun_variables(order: dict[str, Any], interface: str | None) -> dict[str, str]:
     """The variables it is started with; between nodes, `interface` is what the processes talk over."""
-    variables = {"OMP_NUM_THREADS": "1", **order["variables"]}
+    # PyTorch warns of each connection whose other end has no name.
+    variables = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **order["variables"]}
     if order["nodes"] > 1 and interface is not None:
         variables = dict.fromkeys(READERS, interface) | variables
     return variables

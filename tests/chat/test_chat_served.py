@@ -94,8 +94,8 @@ def test_stopping_stops_the_engine_too(page: Page, server: Server) -> None:
     page.wait(lambda: page.all(".assistant .block"))
     page.press(Keys.ESCAPE)
     page.answered()
-    assert "You stopped this answer." in page.find(".assistant .note").text
-    assert page.find(".assistant .text").text
+    page.wait(lambda: "You stopped this answer." in page.find(".assistant .note").text)
+    page.wait(lambda: page.find(".assistant .text").text)
     page.wait(lambda: under_way(server) == 0)
     edit = page.find(".user .buttons button:last-child")
     page.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", edit)
@@ -104,7 +104,7 @@ def test_stopping_stops_the_engine_too(page: Page, server: Server) -> None:
     page.wait(lambda: page.all(".assistant .block"))
     page.find("#stop").click()
     page.answered()
-    assert page.focused == "question"
+    page.wait(lambda: page.focused == "question")
 
 
 def test_settings_reach_the_model(page: Page, server: Server) -> None:

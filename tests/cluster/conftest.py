@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
-from hosts import Host, Network, Sshd, need_hosts
+from hosts import HOME, Host, Network, Sshd, need_hosts
 from operator_at_host import PASSWORD, PORT, log_in, options
 
 
@@ -44,11 +44,11 @@ def joined(trio: Trio, archives: dict[str, bytes]) -> Trio:
     """The three hosts after a first run: each may log in to each."""
     for host in trio.hosts:
         if host.name in archives:
-            host.run("tar", "-C", "/root", "-x", input=archives[host.name], text=False)
+            host.run("tar", "-C", f"{HOME}", "-x", input=archives[host.name], text=False)
     if not archives:
-        done = log_in(trio.hosts[0], trio.ips, "--password-file", "/root/password", *options(*trio.servers))
+        done = log_in(trio.hosts[0], trio.ips, "--password-file", f"{HOME}/password", *options(*trio.servers))
         assert done.status == 0, done
-        archives |= {host.name: host.run("tar", "-C", "/root", "-c", ".ssh", text=False).stdout for host in trio.hosts}
+        archives |= {host.name: host.run("tar", "-C", HOME, "-c", ".ssh", text=False).stdout for host in trio.hosts}
     return trio
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from hosts import HOME
 from operator_at_host import PASSWORD, PORT, log_in, options, ssh_state
 from ssh_keys import public_key
 
 pytestmark = pytest.mark.slow
 
-FILE = ["--password-file", "/root/password"]
+FILE = ["--password-file", f"{HOME}/password"]
 
 
 def test_every_pair(trio):
@@ -24,15 +25,15 @@ def test_every_pair(trio):
             said = source.sh(f"ssh -o BatchMode=yes -p {PORT} {target.address} hostname")
             assert said == f"{target.name}\n"
     for host in trio.hosts:
-        assert host.sh("stat -c '%a %n' /root/.ssh /root/.ssh/*").splitlines() == [
-            "700 /root/.ssh", "600 /root/.ssh/authorized_keys", "600 /root/.ssh/id_ed25519",
-            "600 /root/.ssh/id_ed25519.pub", "600 /root/.ssh/known_hosts",
+        assert host.sh(f"stat -c '%a %n' {HOME}/.ssh {HOME}/.ssh/*").splitlines() == [
+            f"700 {HOME}/.ssh", f"600 {HOME}/.ssh/authorized_keys", f"600 {HOME}/.ssh/id_ed25519",
+            f"600 {HOME}/.ssh/id_ed25519.pub", f"600 {HOME}/.ssh/known_hosts",
         ]  # fmt: skip
-        names = [line.split()[0] for line in host.sh("cat /root/.ssh/known_hosts").splitlines()]
+        names = [line.split()[0] for line in host.sh(f"cat {HOME}/.ssh/known_hosts").splitlines()]
         assert names == [f"[{other.address}]:{PORT}" for other in trio.hosts]
-        keys = [line.split()[2] for line in host.sh("cat /root/.ssh/authorized_keys").splitlines()]
+        keys = [line.split()[2] for line in host.sh(f"cat {HOME}/.ssh/authorized_keys").splitlines()]
         assert keys == ["root@hosta", "root@hostb", "root@hostc"]
-    private = {host.sh("cat /root/.ssh/id_ed25519") for host in (a, b, c)}
+    private = {host.sh(f"cat {HOME}/.ssh/id_ed25519") for host in (a, b, c)}
     assert len(private) == 3
 
 
@@ -53,25 +54,26 @@ def test_what_is_there_is_kept(trio):
     mine = f'# mine\nfrom="10.0.0.0/8" {public_key(0)} me@desk'
     known = f"gitlab.example.org {public_key(1)}\n"
     for host in (a, b):
-        host.run("tee", "/root/mine", input=mine)
-        host.run("tee", "/root/known", input=known)
-        host.sh("mkdir /root/.ssh; cd /root/.ssh; mv ../mine authorized_keys; mv ../known known_hosts; chmod 666 *")
-        host.sh("ssh-keygen -q -H -f /root/.ssh/known_hosts; rm /root/.ssh/known_hosts.old")
-    hashed = b.sh("cat /root/.ssh/known_hosts")
+        host.run("tee", f"{HOME}/mine", input=mine)
+        host.run("tee", f"{HOME}/known", input=known)
+        host.sh(f"mkdir {HOME}/.ssh; cd {HOME}/.ssh; mv ../mine authorized_keys; mv ../known known_hosts; chmod 666 *")
+        host.sh(f"ssh-keygen -q -H -f {HOME}/.ssh/known_hosts; rm {HOME}/.ssh/known_hosts.old")
+    hashed = b.sh(f"cat {HOME}/.ssh/known_hosts")
     b.sh(
-        "cd /root/.ssh; mkdir ../dotfiles; mv authorized_keys ../dotfiles/keys; ln -s ../dotfiles/keys authorized_keys"
+        f"cd {HOME}/.ssh; mkdir ../dotfiles; mv authorized_keys ../dotfiles/keys;"
+        " ln -s ../dotfiles/keys authorized_keys"
     )
-    b.sh("ssh-keygen -q -t ed25519 -N '' -C older -f /root/.ssh/id_ed25519; rm /root/.ssh/id_ed25519.pub")
+    b.sh(f"ssh-keygen -q -t ed25519 -N '' -C older -f {HOME}/.ssh/id_ed25519; rm {HOME}/.ssh/id_ed25519.pub")
     done = log_in(a, trio.ips, *FILE, *options(*trio.servers))
     assert done.status == 0, done
     assert done.host(b.address)["key_made"] is False
-    text = b.sh("cat /root/dotfiles/keys")
+    text = b.sh(f"cat {HOME}/dotfiles/keys")
     assert text.startswith(mine + "\n") and len(text.splitlines()) == 2 + 3
-    assert "older" in c.sh("cat /root/.ssh/authorized_keys")
-    assert b.sh("readlink /root/.ssh/authorized_keys; stat -Lc %a /root/.ssh/authorized_keys").split() == [
+    assert "older" in c.sh(f"cat {HOME}/.ssh/authorized_keys")
+    assert b.sh(f"readlink {HOME}/.ssh/authorized_keys; stat -Lc %a {HOME}/.ssh/authorized_keys").split() == [
         "../dotfiles/keys", "600",
     ]  # fmt: skip
-    text = b.sh("cat /root/.ssh/known_hosts")
+    text = b.sh(f"cat {HOME}/.ssh/known_hosts")
     assert text.startswith(hashed) and len(text.splitlines()) == 1 + 3
 
 
@@ -125,14 +127,14 @@ def test_unknown_host_keys_are_never_accepted_unseen(trio, more):
     assert "not known and was not confirmed" in done.problems(b.address)
     assert f"--fingerprints {b.address}={trio.servers[1].fingerprint}" in done.problems(b.address)
     assert ssh_state(b) == ""
-    assert not a.sh("cat /root/.ssh/known_hosts 2>/dev/null || true")
+    assert not a.sh(f"cat {HOME}/.ssh/known_hosts 2>/dev/null || true")
 
 
 def test_a_host_that_pins_another_key_says_so_and_keeps_it(joined):
     a, b, c = joined.hosts
     name = f"[{c.address}]:{PORT}"
     other = f"{name} {public_key(0)}\n"
-    b.sh(f"cd /root/.ssh; grep -v -F '{name}' known_hosts >new; cat new - >known_hosts; rm new", input=other)
+    b.sh(f"cd {HOME}/.ssh; grep -v -F '{name}' known_hosts >new; cat new - >known_hosts; rm new", input=other)
     before = ssh_state(b)
     done = log_in(a, joined.ips)
     assert done.status == 1
@@ -141,7 +143,7 @@ def test_a_host_that_pins_another_key_says_so_and_keeps_it(joined):
     assert done.failed() == {(b.address, c.address)}
     assert ssh_state(b) == before
     assert log_in(a, joined.ips, *options(joined.servers[2])).status == 0
-    assert other not in b.sh("cat /root/.ssh/known_hosts")
+    assert other not in b.sh(f"cat {HOME}/.ssh/known_hosts")
 
 
 def test_names_ipv6_spaces_and_repetitions(trio):
@@ -153,12 +155,12 @@ def test_names_ipv6_spaces_and_repetitions(trio):
         f"{name} {server.fingerprint}"
         for name, server in zip((a.address, "hostb", c.address6), trio.servers, strict=True)
     )
-    a.run("tee", "/root/prints", input=f"# name and fingerprint\n{prints}\n")
-    done = log_in(a, ips, *FILE, "--fingerprints", "/root/prints")
+    a.run("tee", f"{HOME}/prints", input=f"# name and fingerprint\n{prints}\n")
+    done = log_in(a, ips, *FILE, "--fingerprints", f"{HOME}/prints")
     assert done.status == 0, done
     assert [host["host"] for host in done.report["hosts"]] == [a.address, "hostb", c.address6]
     assert b.sh(f"ssh -o BatchMode=yes -p {PORT} {c.address6} hostname") == "hostc\n"
-    assert [line.split()[0] for line in c.sh("cat /root/.ssh/known_hosts").splitlines()] == [
+    assert [line.split()[0] for line in c.sh(f"cat {HOME}/.ssh/known_hosts").splitlines()] == [
         f"[{a.address}]:{PORT}", f"[hostb]:{PORT}", f"[{c.address6}]:{PORT}",
     ]  # fmt: skip
 
@@ -169,8 +171,8 @@ def test_one_machine_under_two_names(trio):
     done = log_in(a, f"hosta,{a.address}", *FILE, "--fingerprints", prints)
     assert done.status == 0, done
     assert len(done.report["pairs"]) == 4
-    assert len(a.sh("cat /root/.ssh/authorized_keys").splitlines()) == 1
-    assert len(a.sh("cat /root/.ssh/known_hosts").splitlines()) == 2
+    assert len(a.sh(f"cat {HOME}/.ssh/authorized_keys").splitlines()) == 1
+    assert len(a.sh(f"cat {HOME}/.ssh/known_hosts").splitlines()) == 2
 
 
 def test_another_user_from_a_machine_that_is_no_host(trio):
@@ -182,7 +184,7 @@ def test_another_user_from_a_machine_that_is_no_host(trio):
     assert done.status == 0, done
     assert [host["host"] for host in done.report["hosts"]] == ["this machine", b.address, c.address]
     assert len(done.report["pairs"]) == 6
-    assert a.sh("ls /root/.ssh").split() == ["id_ed25519", "id_ed25519.pub", "known_hosts"]
+    assert a.sh(f"ls {HOME}/.ssh").split() == ["id_ed25519", "id_ed25519.pub", "known_hosts"]
     assert ssh_state(b) == ""  # root's
     assert b.sh("stat -c '%U %a' /home/serving/.ssh /home/serving/.ssh/authorized_keys").split() == [
         "serving", "700", "serving", "600",
@@ -191,18 +193,18 @@ def test_another_user_from_a_machine_that_is_no_host(trio):
 
 def test_an_identity_is_enough_for_the_first_login(trio):
     a, b = trio.hosts[:2]
-    a.sh("ssh-keygen -q -t ecdsa -N '' -f /root/cloud")
-    b.sh("mkdir -m 700 /root/.ssh; cat >/root/.ssh/authorized_keys", input=a.sh("cat /root/cloud.pub"))
-    done = log_in(a, b.address, "--identity", "/root/cloud", *options(trio.servers[1]))
+    a.sh(f"ssh-keygen -q -t ecdsa -N '' -f {HOME}/cloud")
+    b.sh(f"mkdir -m 700 {HOME}/.ssh; cat >{HOME}/.ssh/authorized_keys", input=a.sh(f"cat {HOME}/cloud.pub"))
+    done = log_in(a, b.address, "--identity", f"{HOME}/cloud", *options(trio.servers[1]))
     assert done.status == 0, done
     assert a.sh(f"ssh -o BatchMode=yes -p {PORT} {b.address} hostname") == "hostb\n"
 
 
 def test_noise_of_start_up_files_does_no_harm(trio):
     a, b = trio.hosts[:2]
-    b.sh("cat >/root/.bashrc", input="echo Welcome; echo to the machine >&2; printf 'no newline'\n")
+    b.sh(f"cat >{HOME}/.bashrc", input="echo Welcome; echo to the machine >&2; printf 'no newline'\n")
     try:
         done = log_in(a, f"{a.address},{b.address}", *FILE, *options(*trio.servers[:2]))
     finally:
-        b.sh("rm /root/.bashrc")
+        b.sh(f"rm {HOME}/.bashrc")
     assert done.status == 0, done

@@ -8,13 +8,13 @@ import sys
 
 import psutil
 import pytest
-from hosts import Network, Sshd, need_hosts
+from hosts import HOME, Network, Sshd, need_hosts
 from operator_at_host import PASSWORD, PORT, command, log_in, options, ssh_state
 from ssh_keys import public_key
 
 pytestmark = pytest.mark.slow
 
-FILE = ["--password-file", "/root/password"]
+FILE = ["--password-file", f"{HOME}/password"]
 MUTE = f"import socket; s = socket.create_server(('', {PORT})); print(flush=True); c = [s.accept() for _ in range(99)]"
 
 # host → how it is made ill, what is said of it, what is said to do
@@ -26,16 +26,16 @@ ILLS = {
     "mute": ("", "says nothing within 2 s", "--timeout waits longer"),
     "gone": ("", "gone port 36000 is unreachable|no answer from gone port 36000", "that the host is up"),
     "full": (
-        "mount -t tmpfs -o size=32k,mode=700 full /root; mkdir -m 700 /root/.ssh; cd /root/.ssh;"
-        "echo '# mine' >authorized_keys; chmod 600 authorized_keys; cat /dev/zero >/root/fill || true",
-        "the disk that holds /root is full", "free space there: df -h /root",
+        f"mount -t tmpfs -o size=32k,mode=700 full {HOME}; mkdir -m 700 {HOME}/.ssh; cd {HOME}/.ssh;"
+        f"echo '# mine' >authorized_keys; chmod 600 authorized_keys; cat /dev/zero >{HOME}/fill || true",
+        f"the disk that holds {HOME} is full", f"free space there: df -h {HOME}",
     ),
-    "readonly": ("mount -o remount,ro /root", "/root is on a read-only file system", "mount it read-write"),
+    "readonly": (f"mount -o remount,ro {HOME}", f"{HOME} is on a read-only file system", "mount it read-write"),
     "clientless": ("rm /usr/bin/ssh", "it has no SSH client to log in to others with", "install openssh-client there"),
-    "badhome": ("chmod 777 /root", "/root is writable by others (mode 777)", "chmod go-w /root"),
+    "badhome": (f"chmod 777 {HOME}", f"{HOME} is writable by others (mode 777)", f"chmod go-w {HOME}"),
     "passphrase": (
-        "mkdir -m 700 /root/.ssh; ssh-keygen -q -t ed25519 -N secret -f /root/.ssh/id_ed25519",
-        "/root/.ssh/id_ed25519 has a passphrase", "take it off",
+        f"mkdir -m 700 {HOME}/.ssh; ssh-keygen -q -t ed25519 -N secret -f {HOME}/.ssh/id_ed25519",
+        f"{HOME}/.ssh/id_ed25519 has a passphrase", "take it off",
     ),
     "nologin": ("usermod -s /usr/sbin/nologin root", "the account runs no commands: This account", "POSIX login shell"),
 }  # fmt: skip
@@ -59,11 +59,11 @@ def ward():
             if name in ILLS and ILLS[name][0]:
                 host.sh(ILLS[name][0])
         head = hosts["head"]
-        head.sh("umask 077; cat >/root/password", input=PASSWORD + "\n")
+        head.sh(f"umask 077; cat >{HOME}/password", input=PASSWORD + "\n")
         pinned = f"[changed]:{PORT} {public_key(0)}\n"
-        head.sh("umask 077; mkdir /root/.ssh; cat >/root/.ssh/known_hosts", input=pinned)
+        head.sh(f"umask 077; mkdir {HOME}/.ssh; cat >{HOME}/.ssh/known_hosts", input=pinned)
         prints = "".join(f"{name} {server.fingerprint}\n" for name, server in servers.items() if name != "changed")
-        head.run("tee", "/root/prints", input=prints)
+        head.run("tee", f"{HOME}/prints", input=prints)
         hosts["gone"].unplug()
         mute = hosts["mute"].start(sys.executable, "-c", MUTE, stdout=subprocess.PIPE)
         mute.stdout.readline()
@@ -73,7 +73,7 @@ def ward():
 
 
 def arguments() -> list[str]:
-    return [*FILE, "--fingerprints", "/root/prints", "--timeout", "2", "--jobs", "16"]
+    return [*FILE, "--fingerprints", f"{HOME}/prints", "--timeout", "2", "--jobs", "16"]
 
 
 def test_each_is_named_and_the_rest_is_completed(ward):
@@ -96,7 +96,7 @@ def test_each_is_named_and_the_rest_is_completed(ward):
     assert ssh_state(ward["full"]).splitlines()[1:] == before["full"].splitlines()[1:] != []
     for host in ward.values():
         kept = {"id_ed25519", "id_ed25519.pub", "authorized_keys", "known_hosts"}
-        assert set(host.sh("ls -A /root/.ssh 2>/dev/null || true").split()) <= kept
+        assert set(host.sh(f"ls -A {HOME}/.ssh 2>/dev/null || true").split()) <= kept
 
 
 def test_the_table_names_each_with_its_remedy(ward):
@@ -117,19 +117,19 @@ def test_the_table_names_each_with_its_remedy(ward):
 def test_a_disk_that_fills_up_leaves_each_file_old_or_new(trio):
     """As it is after the key is made: only the small files are to be written, and there is no room for them."""
     a, b = trio.hosts[:2]
-    b.sh("mount -t tmpfs -o size=64k,mode=700 small /root; mkdir -m 700 /root/.ssh")
+    b.sh(f"mount -t tmpfs -o size=64k,mode=700 small {HOME}; mkdir -m 700 {HOME}/.ssh")
     try:
-        b.sh("cd /root/.ssh; ssh-keygen -q -t ed25519 -N '' -f id_ed25519; echo '# mine' >authorized_keys")
-        b.sh("cd /root/.ssh; cp authorized_keys known_hosts; chmod 600 *; cat /dev/zero >/root/fill || true")
-        before = b.sh("cat /root/.ssh/authorized_keys /root/.ssh/known_hosts; ls -A /root/.ssh")
+        b.sh(f"cd {HOME}/.ssh; ssh-keygen -q -t ed25519 -N '' -f id_ed25519; echo '# mine' >authorized_keys")
+        b.sh(f"cd {HOME}/.ssh; cp authorized_keys known_hosts; chmod 600 *; cat /dev/zero >{HOME}/fill || true")
+        before = b.sh(f"cat {HOME}/.ssh/authorized_keys {HOME}/.ssh/known_hosts; ls -A {HOME}/.ssh")
         done = log_in(a, f"{a.address},{b.address}", *FILE, *options(*trio.servers[:2]))
-        assert "the disk that holds /root is full" in done.problems(b.address)
-        assert b.sh("cat /root/.ssh/authorized_keys /root/.ssh/known_hosts; ls -A /root/.ssh") == before
-        b.sh("rm /root/fill")
+        assert f"the disk that holds {HOME} is full" in done.problems(b.address)
+        assert b.sh(f"cat {HOME}/.ssh/authorized_keys {HOME}/.ssh/known_hosts; ls -A {HOME}/.ssh") == before
+        b.sh(f"rm {HOME}/fill")
         assert log_in(a, f"{a.address},{b.address}", *FILE).status == 0
-        assert b.sh("head -1 /root/.ssh/authorized_keys; head -1 /root/.ssh/known_hosts") == "# mine\n# mine\n"
+        assert b.sh(f"head -1 {HOME}/.ssh/authorized_keys; head -1 {HOME}/.ssh/known_hosts") == "# mine\n# mine\n"
     finally:
-        b.sh("umount /root")
+        b.sh(f"umount {HOME}")
 
 
 def test_logins_between_hosts_that_fail_are_told_with_their_reason(trio):
@@ -183,7 +183,7 @@ def test_an_interrupted_run_says_so_and_leaves_no_one_waiting(ward):
     [
         (["--ips", "10.0.0.300"], "10.0.0.300 is neither an IP address nor a host name"),
         (["--password-file", "/nonexistent"], "the password file /nonexistent cannot be read"),
-        (["--password-file", "/root/password", "--password", "x"], "give either --password or --password-file"),
+        (["--password-file", f"{HOME}/password", "--password", "x"], "give either --password or --password-file"),
         (["--password="], "--password is empty"),
         (["--fingerprints", "well=SHA256:abc"], "is not HOST=SHA256:"),
         (["--port", "0"], "greater than or equal to 1"),

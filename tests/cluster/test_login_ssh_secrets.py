@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hosts import HOME
 from operator_at_host import PASSWORD, at_terminal, command, log_in, options
 
 ROOT = Path(__file__).parents[2]
@@ -43,8 +44,8 @@ def assert_nowhere(trio):
     for host in trio.hosts[:2]:
         started = host.sh("cat /var/log/started")
         assert "BatchMode=yes" in started and PASSWORD not in started and "PASSWORD=" not in started
-        found = host.sh("grep -rlF -f /root/password /root /home /etc /var/log /var/tmp /tmp /run || true").split()
-        assert found == ["/root/password"]
+        found = host.sh(f"grep -rlF -f {HOME}/password {HOME} /home /etc /var/log /var/tmp /tmp /run || true").split()
+        assert found == [f"{HOME}/password"]
 
 
 def test_on_the_command_line_it_is_warned_of_and_wiped(watched):
@@ -99,7 +100,7 @@ def test_anything_but_yes_leaves_the_hosts_out(trio, answer):
     status, shown = at_terminal(a, b.address, [("Type yes", answer)])
     assert status == 1
     assert "was not confirmed" in shown and "password of" not in shown
-    assert not b.sh("ls -A /root/.ssh 2>/dev/null || true")
+    assert not b.sh(f"ls -A {HOME}/.ssh 2>/dev/null || true")
 
 
 def test_take_option_wipes_every_form_from_the_process():

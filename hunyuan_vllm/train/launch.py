@@ -26,6 +26,7 @@ __all__ = ["Launch", "main"]
 HANDED_ON: Final = ("NCCL_", "GLOO_", "TP_SOCKET", "CUDA_", "TORCH_", "DS_", "OMP_", "HF_", "TOKENIZERS_", "PYTORCH_")
 PATHS: Final = ("model_name_or_path", "tokenizer_name_or_path", "train_data_file", "eval_data_file", "deepspeed")
 GRACE: Final = 20.0  # seconds for processes to end in once one has failed
+LAST_WORDS: Final = 2.0  # seconds for what a node printed before it ended
 CONNECT: Final = 20  # seconds
 
 
@@ -108,7 +109,7 @@ class Launch:
 
     def run(self) -> int:
         """Start all nodes' processes and wait; the exit status is that of the first node that failed, 0 if none did."""
-        running = []
+        running, passing = [], []
         try:
             for rank, node in enumerate(self._nodes):
                 process = self._start(rank, output=None if rank == 0 else subprocess.PIPE)
@@ -118,12 +119,15 @@ class Launch:
                 process.stdin.flush()
                 for stream in (process.stdout, process.stderr):
                     if stream is not None:
-                        threading.Thread(target=_pass_on, args=(stream, node.address), daemon=True).start()
+                        passing.append(threading.Thread(target=_pass_on, args=(stream, node.address), daemon=True))
+                        passing[-1].start()
             return _wait(running)
         except KeyboardInterrupt:
             return 130
         finally:
             _end(running)
+            for thread in passing:
+                thread.join(LAST_WORDS)
 
     def _start(self, rank: int, output: int | None) -> subprocess.Popen[bytes]:
         node = self._nodes[rank]

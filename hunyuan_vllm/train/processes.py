@@ -5,17 +5,32 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 import warnings
+from contextlib import suppress
+from typing import Final
 
 import torch
 import transformers
 
-__all__ = ["is_first", "join_processes", "leave_processes", "prepare"]
+__all__ = ["is_first", "join_processes", "leave_processes", "prepare", "wait_for_first"]
+
+FIRST_SPEAKS: Final = 20.0  # seconds
 
 
 def is_first() -> bool:
     """Whether this is the process that speaks: rank 0 of all."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def wait_for_first() -> None:
+    """Give the first process time to say of a mistake what this one knows too.
+
+    Its end ends this process as well, so returning means that the mistake is this process's own. Without the wait, the
+    process that happened to be quickest would end the first, and nobody would have said anything.
+    """
+    with suppress(KeyboardInterrupt):
+        time.sleep(FIRST_SPEAKS)
 
 
 def prepare(deepspeed: bool) -> None:

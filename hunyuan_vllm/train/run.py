@@ -26,14 +26,15 @@ CURVE: Final = "loss.png"
 def main(argv: Sequence[str]) -> int:
     """Train as the flags say; returns the exit status. A user's mistake is one line on standard error."""
     from hunyuan_vllm.train.disk import DiskError
-    from hunyuan_vllm.train.processes import is_first, leave_processes
+    from hunyuan_vllm.train.processes import is_first, leave_processes, wait_for_first
 
     try:
         train(argv)
         leave_processes()
     except UserError as error:
-        if is_first() or isinstance(error, DiskError):
-            print(f"hunyuan-vllm: {error}", file=sys.stderr)
+        if not is_first() and not isinstance(error, DiskError):
+            wait_for_first()
+        print(f"hunyuan-vllm: {error}", file=sys.stderr)
         return 3 if isinstance(error, DiskError) else 2
     except KeyboardInterrupt:
         print(

@@ -11,7 +11,7 @@ from checkpoints import tiny_config, write_checkpoint
 
 from hunyuan_vllm import demo
 from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.train import needed
+from hunyuan_vllm.train import needed, processes
 from hunyuan_vllm.train.deepspeed_config import fitted, read_config
 from hunyuan_vllm.train.ignored import ignored
 from hunyuan_vllm.train.parse import parse
@@ -44,6 +44,15 @@ class TestMistakes:
         assert "invalid int value: 'many'" in mistake("--max_steps", "many")
         assert "--min_lr 1.0 is more than --learning_rate" in mistake("--min_lr", "1", "--learning_rate", "1e-4")
         assert "this network knows 2048 positions" in mistake("--max_seq_length", "9999")
+
+    def test_of_another_process_than_the_first(self, mistake, monkeypatch: pytest.MonkeyPatch) -> None:
+        waits: list[float] = []
+        monkeypatch.setattr(processes.time, "sleep", waits.append)
+        monkeypatch.setenv("RANK", "1")
+        assert "/nowhere is no folder" in mistake("--model_name_or_path", "/nowhere")
+        assert waits == [processes.FIRST_SPEAKS]  # in which the end of the first, where it knows, ends this one
+        monkeypatch.setenv("RANK", "0")
+        assert "/nowhere is no folder" in mistake("--model_name_or_path", "/nowhere") and len(waits) == 1
 
     def test_checkpoints(self, mistake, tmp_path: Path) -> None:
         assert "/nowhere is no folder: name the folder of a checkpoint" in mistake("--model_name_or_path", "/nowhere")

@@ -108,12 +108,15 @@ def pair() -> Iterator[tuple[Host, Host]]:
         yield one, two
 
 
-def launch(pair: tuple[Host, Host], *more: str):
+LATE = "import os, time\nif os.environ.get('RANK') == '0':\n    time.sleep(4)\n"
+
+
+def launch(pair: tuple[Host, Host], *more: str, **variables: str):
     """What an operator types on the first."""
     one, two = pair
     environ = one.environment(
         NODE_IP_LIST=f"{one.address}:1,{two.address}:1", LOCAL_IP=one.address, NODES="2", NODE_NUM="2",
-        HOST_GPU_NUM="1", SSH_PORT=str(PORT), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="",
+        HOST_GPU_NUM="1", SSH_PORT=str(PORT), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", **variables,
     )  # fmt: skip
     words = ["--train_data_file", "/root/data.jsonl", "--output_dir", "/root/out", "--per_device_train_batch_size", "4",
              "--max_steps", "3", "--logging_steps", "1", "--save_strategy", "no", *more]  # fmt: skip
@@ -131,8 +134,9 @@ class TestTwoHosts:
         left = two.sh("ps -eo args= | grep -c [h]unyuan_vllm.train || true")
         assert left.strip() == "0"
 
-    def test_a_mistake_is_one_line(self, pair: tuple[Host, Host]) -> None:
-        done = launch(pair, "--deepspeed", "/nowhere.json")
+    def test_a_mistake_is_one_line_also_where_another_process_meets_it_first(self, pair: tuple[Host, Host]) -> None:
+        pair[0].sh("mkdir /root/late; cat >/root/late/sitecustomize.py", input=LATE)
+        done = launch(pair, "--deepspeed", "/nowhere.json", PYTHONPATH="/root/late")
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
         assert done.stderr.splitlines()[-1].startswith("hunyuan-vllm: --deepspeed /nowhere.json cannot be read")
 

@@ -32,6 +32,14 @@ class Server:
     process: subprocess.Popen[str]
     port: int
     output: list[str]
+    reader: threading.Thread
+
+    @property
+    def said(self) -> str:
+        """All that it has printed; once it has ended, to the last line."""
+        if self.process.poll() is not None:
+            self.reader.join(timeout=60)
+        return "".join(self.output)
 
     @property
     def url(self) -> str:
@@ -89,21 +97,22 @@ def running_server(*flags: str, as_users_do: bool = False, **environ: str) -> It
         stderr=subprocess.STDOUT,
         text=True,
     )
-    server = Server(process, port, [])
+    output: list[str] = []
     ready = threading.Event()
 
     def read() -> None:
         assert process.stdout is not None
         for line in process.stdout:
-            server.output.append(line)
+            output.append(line)
             if "hunyuan-vllm: ready after" in line:
                 ready.set()
         ready.set()
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
+    server = Server(process, port, output, reader)
     try:
-        assert ready.wait(START_TIMEOUT) and process.poll() is None, "".join(server.output[-80:])
+        assert ready.wait(START_TIMEOUT) and process.poll() is None, "".join(output[-80:])
         yield server
     finally:
         server.stop()

@@ -6,11 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from hosts import Network, Sshd, need_hosts, requirements
+from waiting import eventually
 
 TESTS = Path(__file__).parent
 REACH = "import socket, sys; socket.create_connection((sys.argv[1], 2222), 3).close()"
@@ -59,8 +59,7 @@ def test_partition_power_off_and_return(pair):
 def test_orphans_are_reaped(pair):
     _, left, _ = pair
     left.sh("(sleep 0.1 &) ; exec true")
-    time.sleep(0.3)
-    assert " Z" not in left.sh("cat /proc/[0-9]*/stat | cut -d ')' -f 2")
+    eventually(lambda: " Z" not in left.sh("cat /proc/[0-9]*/stat | cut -d ')' -f 2"))
 
 
 def test_nothing_is_left_when_the_tests_are_killed():
@@ -79,17 +78,11 @@ def test_nothing_is_left_when_the_tests_are_killed():
     assert maker.stdout is not None
     pids = [int(word) for word in maker.stdout.readline().split()]
     namespaces = {_namespace(pid) for pid in pids}
-    deadline = time.monotonic() + 10
-    inside: list[int] = []
-    while len(inside) < 6 and time.monotonic() < deadline:
-        inside = [pid for pid in _pids() if _namespace(pid) in namespaces]
-    assert len(inside) >= 6  # two inits with their sleeps, the server, and the other sleep
+    # Two inits with their sleeps, the server, and the other sleep.
+    inside = eventually(lambda: len(found := [p for p in _pids() if _namespace(p) in namespaces]) >= 6 and found)
     maker.send_signal(signal.SIGKILL)
     maker.communicate()
-    deadline = time.monotonic() + 10
-    while (left := set(inside) & set(_pids())) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert left == set()
+    eventually(lambda: not set(inside) & set(_pids()))
     assert Path("/proc/self/mounts").read_text() == mounts
 
 

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pexpect
@@ -134,10 +133,8 @@ def test_no_network_keeps_the_environment_that_was_there(checkout):
 
 def test_a_complete_environment_is_found_at_once(checkout):
     pretend_complete(checkout)
-    started = time.monotonic()
-    run = set_up(checkout)
+    run = set_up(checkout)  # where nothing could be fetched
     assert (run.returncode, run.stderr) == (0, "")
-    assert time.monotonic() - started < 5  # nothing was installed: that alone takes longer
 
 
 def test_an_environment_that_is_not_whole_is_seen(checkout):

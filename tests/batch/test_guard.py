@@ -48,16 +48,16 @@ def test_none_outlives_another(guard, at, how, status):
     processes = family(guard)
     assert len(processes) == 3
     processes[at].send_signal(how)
-    assert guard.wait(timeout=10) == status
-    gone, alive = psutil.wait_procs(processes, timeout=10)
+    assert guard.wait(timeout=60) == status
+    gone, alive = psutil.wait_procs(processes, timeout=60)
     assert alive == []
 
 
 def test_sigterm_ends_all(guard):
     processes = family(guard)
     guard.terminate()
-    assert guard.wait(timeout=10) == 137
-    assert psutil.wait_procs(processes, timeout=10)[1] == []
+    assert guard.wait(timeout=60) == 137
+    assert psutil.wait_procs(processes, timeout=60)[1] == []
 
 
 def test_ctrl_c_reaches_the_run_alone_and_once(guard):

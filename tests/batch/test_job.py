@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from hunyuan_vllm.batch import job as job_module
 from hunyuan_vllm.batch.engine import parse_options, plan
 from hunyuan_vllm.batch.job import FAILED_LINES, Job
 from hunyuan_vllm.batch.lines import read_lines
@@ -100,7 +101,7 @@ def test_a_mistake_on_the_command_line_is_one_line(arguments, says, tmp_path):
     assert says in ran.stderr and ran.stderr.count("\n") == 1
 
 
-def test_nothing_is_left_to_do(tmp_path, source):
+def test_nothing_is_left_to_do(tmp_path, source, monkeypatch):
     first, second, third = read_lines(source)
     settings = Settings(demo_model().given)
     error = failed(second, settings, BadLine(Problem("top_p", "top_p: no")))
@@ -111,9 +112,8 @@ def test_nothing_is_left_to_do(tmp_path, source):
     output.append([*answers, error])
     output.close()
     screen = console()
-    started = time.monotonic()
+    monkeypatch.setattr(job_module, "generate", None)  # no engine
     assert job(source, tmp_path / "out").run(screen) == FAILED_LINES
-    assert time.monotonic() - started < 5  # no engine
     assert "0 of 3 lines answered, 3 failed" in said(screen)
     assert "--retry-failed" in said(screen)
 

@@ -142,9 +142,7 @@ def test_the_token_is_in_its_file_and_nowhere_else(hosts):
         assert host.sh(f"stat -c %a {TOKEN} ~/.ray").split() == ["600", "700"]
         private = host.sh("find ~/.config/hunyuan-vllm/cluster -type f -printf '%m '").split()
         assert set(private) == {"600"}
-        found = host.sh(
-            f"grep -rlF -f {TOKEN} ~/.ray ~/.config ~/.cache /tmp /run /var/log /dev/shm || true"
-        )
+        found = host.sh(f"grep -rlF -f {TOKEN} ~/.ray ~/.config ~/.cache /tmp /run /var/log /dev/shm || true")
         assert found.split() == [TOKEN]
         assert host.sh(f"cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ | grep -cF -a -f {TOKEN} || true") == "0\n"
 

@@ -171,7 +171,7 @@ def test_an_interrupted_run_says_so_and_leaves_no_one_waiting(ward):
     ward["head"].sh("while ! ss -tn | grep -q ESTAB.*:36000; do sleep 0.05; done", timeout=30)
     (inside,) = psutil.Process(running.pid).children()  # nsenter hands no signal on
     inside.send_signal(signal.SIGINT)
-    out, errors = running.communicate(timeout=10)
+    out, errors = running.communicate(timeout=60)
     assert (running.returncode, out) == (130, "")
     assert (
         errors.splitlines()[-1] == "login_ssh: interrupted: files are whole, old or new; run it again to complete them"

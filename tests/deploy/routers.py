@@ -6,8 +6,7 @@ import os
 import re
 import shutil
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -15,8 +14,9 @@ from pathlib import Path
 import httpx
 import pytest
 from serving import free_port
+from waiting import eventually
 
-__all__ = ["CONFIG", "HAPROXY", "KEY", "Draining", "Router", "eventually", "needs_haproxy", "running_router"]
+__all__ = ["CONFIG", "HAPROXY", "KEY", "Draining", "Router", "needs_haproxy", "running_router"]
 
 CONFIG = Path(__file__).parents[2] / "deploy/router/haproxy.cfg"
 HAPROXY = shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/sbin") or ""
@@ -49,13 +49,6 @@ class Router:
         messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
         request = {"model": "hunyuan", "temperature": 0, "max_tokens": 1, "messages": messages, **options}
         return self.client.post("/v1/chat/completions", json=request)
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from manifests import ADDRESS, NAMESPACE, container, named, objects, pods, replica_pods, templates, variables
+from waiting import eventually
 
 from hunyuan_vllm import envs
 from hunyuan_vllm.cluster.node_setup import NodeSetup
@@ -70,8 +71,10 @@ def test_a_worker_joins_when_its_leader_is_there_and_ends_with_its_ray(tmp_path)
         command = [*container("worker")["command"]]
         command[-1] = command[-1].replace("6380", str(ray.getsockname()[1])).replace("sleep 5", "sleep 0.1")
         worker = subprocess.Popen(command, env=environ, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        asked = tmp_path / "asked"
+        eventually(lambda: asked.exists() and asked.read_text().count("\n") == 2)
         with pytest.raises(subprocess.TimeoutExpired):
-            worker.wait(timeout=3)
+            worker.wait(timeout=1)
     assert worker.wait(timeout=20) == 1 and "Ray has ended" in worker.stderr.read()
     assert (tmp_path / "asked").read_text() == "-m hunyuan_vllm.cluster.by_hand worker 10.0.0.4\n" * 2
 

@@ -14,8 +14,9 @@ from http.server import ThreadingHTTPServer
 import httpx
 import psutil
 import pytest
-from routers import KEY, Draining, Router, eventually, needs_haproxy, running_router
+from routers import KEY, Draining, Router, needs_haproxy, running_router
 from serving import Server, running_server
+from waiting import eventually
 
 pytestmark = [pytest.mark.server, needs_haproxy]
 REPLICAS = ("replica-1", "replica-2")

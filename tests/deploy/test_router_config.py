@@ -12,8 +12,9 @@ import httpx
 import pytest
 from certificates import own_certificate
 from manifests import container
-from routers import CONFIG, HAPROXY, Draining, eventually, needs_haproxy, running_router
+from routers import CONFIG, HAPROXY, Draining, needs_haproxy, running_router
 from serving import free_port
+from waiting import eventually
 
 pytestmark = needs_haproxy
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from hosts import Network, need_hosts
 from hosts.network import Host
-from routers import CONFIG, HAPROXY, eventually, needs_haproxy
+from routers import CONFIG, HAPROXY, needs_haproxy
+from waiting import eventually
 
 pytestmark = needs_haproxy
 REPLICA = Path(__file__).with_name("slow_replica.py")

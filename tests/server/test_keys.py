@@ -155,10 +155,10 @@ def test_time_tells_no_key_from_another():
     guesses = {"none": b"x" * 29, "first": f"{KEY}0".encode(), "last": f"{KEY}49".encode(), "near": KEY.encode()}
 
     def seconds(guess: bytes) -> float:
-        begun = time.perf_counter()
+        begun = time.thread_time()
         for _ in range(50):
             ring.owner(guess)
-        return time.perf_counter() - begun
+        return time.thread_time() - begun
 
     times = {name: [] for name in guesses}
     for _ in range(40):

@@ -89,7 +89,7 @@ def test_the_demo_model_is_converted_once_and_answers(tmp_path: Path) -> None:
             env={**os.environ, "PORT": str(server.port)},
         )  # fmt: skip
         assert asked.returncode == 0 and '"finish_reason":"stop"' in asked.stdout, asked.stderr
-        said = "".join(server.output)
+        said = server.said
     assert f"converting the demo model to fp8-w8a8c8, once: {made.name}" in said
     assert "quantization=hunyuan_fp8" in said and "kv_cache_dtype=fp8" in said
     assert "FP8 on a CPU: weights are expanded" in said

@@ -85,4 +85,4 @@ def test_the_demo_model_answers() -> None:
             env={**os.environ, "PORT": str(server.port)},
         )  # fmt: skip
         assert asked.returncode == 0 and '"finish_reason":"stop"' in asked.stdout, asked.stderr
-        assert "quantization=hunyuan_int8" in "".join(server.output)
+        assert "quantization=hunyuan_int8" in server.said

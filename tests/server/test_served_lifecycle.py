@@ -8,6 +8,7 @@ import time
 import httpx
 import pytest
 from serving import halted, running_server
+from waiting import eventually
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 KEY = "the-key-of-this-test"
@@ -61,13 +62,10 @@ def test_a_halted_engine_is_alive_by_vllms_word_and_not_ready(server):
         assert get(server, "/health").status_code == 200
         asked = time.monotonic()
         answer = get(server, "/readyz")
-        assert time.monotonic() - asked < READY_TIMEOUT + 2
+        assert time.monotonic() - asked < 10 * READY_TIMEOUT
         assert (answer.status_code, answer.json()["status"]) == (503, "stalled")
         assert get(server, "/livez").status_code == 200
-    deadline = time.monotonic() + 10
-    while not (ready := get(server, "/readyz").status_code == 200) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert ready
+    eventually(lambda: get(server, "/readyz").status_code == 200)
 
 
 def test_a_stop_lets_a_stream_end(server):
@@ -77,7 +75,7 @@ def test_a_stop_lets_a_stream_end(server):
     assert stream.begun.wait(30)
     with halted(engine):
         server.process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
+        eventually(lambda: get(server, "/readyz").json()["status"] == "draining")
         assert stream.is_alive(), "the stream is too short for this test"
         refused = httpx.post(f"{server.url}/v1/completions", json=STREAM, timeout=10, trust_env=False)
         assert (refused.status_code, refused.headers["connection"]) == (503, "close")
@@ -86,6 +84,6 @@ def test_a_stop_lets_a_stream_end(server):
     stream.join(100)
     assert (stream.error, stream.ended) == (None, True)
     assert server.process.wait(30) == 0
-    said = "".join(server.output)
+    said = server.said
     assert "Draining: all requests have finished" in said
     assert "Traceback" not in said and "leaked" not in said

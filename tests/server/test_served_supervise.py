@@ -10,6 +10,7 @@ import httpx
 import psutil
 import pytest
 from serving import running_server
+from waiting import eventually
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 CLIENTS = 8
@@ -49,14 +50,6 @@ class Client(threading.Thread):
             self.error = error
 
 
-def wait(what, seconds):
-    deadline = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return found
-
-
 def family(server) -> list[psutil.Process]:
     return psutil.Process(server.process.pid).children(recursive=True)
 
@@ -64,7 +57,7 @@ def family(server) -> list[psutil.Process]:
 def kill_amid_streams(server, victim):
     """Kill -9 it, and return once all clients have heard and the service is ready again."""
     before = family(server)
-    announced = "".join(server.output).count("ready after")
+    announced = server.said.count("ready after")
     clients = [Client(server.url) for _ in range(CLIENTS)]
     for client in clients:
         client.start()
@@ -76,7 +69,7 @@ def kill_amid_streams(server, victim):
     assert not any(client.is_alive() for client in clients)
     assert all(client.error or client.ended for client in clients)
     assert any(client.error for client in clients), "the streams are too short for this test"
-    wait(lambda: "".join(server.output).count("ready after") > announced, READY_WITHIN)
+    eventually(lambda: server.said.count("ready after") > announced, READY_WITHIN)
     assert httpx.get(f"{server.url}/readyz", timeout=30, trust_env=False).json()["status"] == "ready"
     assert not any(process.is_running() for process in before)
 
@@ -105,5 +98,5 @@ def test_the_front_end_is_killed_once_too_often(server):
     client.join(HEARD_WITHIN)
     assert client.error is not None
     assert server.process.wait(60) == 69
-    assert "giving up after 2 such deaths in a row" in "".join(server.output)
-    assert not any(process.is_running() for process in left)
+    assert "giving up after 2 such deaths in a row" in server.said
+    eventually(lambda: not any(process.is_running() for process in left))

@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from hunyuan_vllm.reference import HunYuanForCausalLM
 from hunyuan_vllm.train import assemble, parse, plot, result, start, zero3  # noqa: F401
 from hunyuan_vllm.train.run import main
 
-__all__ = ["DATA", "Run", "begin", "flags", "log_of", "make_base", "train", "wait_for"]
+__all__ = ["DATA", "Run", "begin", "flags", "log_of", "make_base", "train"]
 
 DATA = Path(__file__).parents[2] / "train" / "data" / "train.jsonl"
 STEPS = 20
@@ -102,14 +101,6 @@ def train(argv: Sequence[str], log: Path, ranks: int = 1, first: Callable[[], No
     pids = begin(argv, log, ranks, first)
     statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     return Run(statuses, log.read_text())
-
-
-def wait_for(there: Callable[[], bool], seconds: float = 300.0) -> None:
-    """Until something is so."""
-    deadline = time.monotonic() + seconds
-    while not there():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.02)
 
 
 def log_of(output: Path, step: int = STEPS, key: str = "loss") -> list[float]:

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked_runs import STEPS, Run, begin, flags, log_of, make_base, train, wait_for
+from forked_runs import STEPS, Run, begin, flags, log_of, make_base, train
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hunyuan_vllm import demo
 from hunyuan_vllm.reference import HunYuanForCausalLM
+from hunyuan_vllm.train import trainer
 from hunyuan_vllm.train.whole import STAGING, checkpoints
 
 pytestmark = pytest.mark.slow
@@ -44,6 +45,23 @@ def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = train(flags(base, output), output.with_name("log"))
     assert run.statuses == [0], run.said
     return output
+
+
+def halt_after_a_checkpoint() -> None:
+    """Have this process stop, as by a signal, when its first checkpoint is whole."""
+    name_whole = trainer.name_whole
+
+    def name_and_halt(beside: Path, final: Path) -> None:
+        name_whole(beside, final)
+        trainer.name_whole = name_whole
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    trainer.name_whole = name_and_halt
+
+
+def wait_for_halt(pid: int) -> None:
+    status = os.waitpid(pid, os.WUNTRACED)[1]
+    assert os.WIFSTOPPED(status), status
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
@@ -101,8 +119,8 @@ def test_a_full_run_learns_and_serves(base: Path, plain: Path) -> None:
 class TestKilled:
     def test_it_goes_on_as_if_nothing_had_been(self, base: Path, plain: Path, tmp_path: Path) -> None:
         output, log = tmp_path / "out", tmp_path / "log"
-        (pid,) = begin(flags(base, output), log)
-        wait_for(lambda: (output / "checkpoint-10").exists())
+        (pid,) = begin(flags(base, output), log, first=halt_after_a_checkpoint)
+        wait_for_halt(pid)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         # As if it had been killed within the next checkpoint: a part of one, as the writing leaves it.
@@ -120,8 +138,8 @@ class TestKilled:
     def test_under_zero_3_too(self, base: Path, plain: Path, tmp_path: Path) -> None:
         output, log = tmp_path / "out", tmp_path / "log"
         command = flags(base, output, *ZERO["ZeRO-3"], rows=4)
-        pids = begin(command, log, ranks=2)
-        wait_for(lambda: (output / "checkpoint-10").exists())
+        pids = begin(command, log, ranks=2, first=halt_after_a_checkpoint)
+        wait_for_halt(pids[0])  # the other waits for it
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
@@ -136,9 +154,10 @@ class TestFullDisk:
         import resource
 
         output, log = tmp_path / "out", tmp_path / "log"
-        (pid,) = begin(flags(base, output, "--save_total_limit", "1"), log)
-        wait_for(lambda: (output / "checkpoint-10").exists())
+        (pid,) = begin(flags(base, output, "--save_total_limit", "1"), log, first=halt_after_a_checkpoint)
+        wait_for_halt(pid)
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        os.kill(pid, signal.SIGCONT)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         said = log.read_text()
         assert status == 3, said

@@ -46,11 +46,11 @@ class TestMistakes:
         assert "this network knows 2048 positions" in mistake("--max_seq_length", "9999")
 
     def test_of_another_process_than_the_first(self, mistake, monkeypatch: pytest.MonkeyPatch) -> None:
-        waits: list[float] = []
-        monkeypatch.setattr(processes.time, "sleep", waits.append)
+        waits: list[str] = []
+        monkeypatch.setattr(processes, "wait_for_first", lambda: waits.append("for the first"))
         monkeypatch.setenv("RANK", "1")
         assert "/nowhere is no folder" in mistake("--model_name_or_path", "/nowhere")
-        assert waits == [processes.FIRST_SPEAKS]  # in which the end of the first, where it knows, ends this one
+        assert waits == ["for the first"]  # whose end, where it knows too, ends this one
         monkeypatch.setenv("RANK", "0")
         assert "/nowhere is no folder" in mistake("--model_name_or_path", "/nowhere") and len(waits) == 1
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -141,16 +140,11 @@ class Conversion:
         self._progress.say(f"{self._options.scheme}: {size} in {len(self._source.shapes):,} tensors{text}")
 
     def _check_disk(self, workspace: Workspace, tokens: Tokens | None) -> None:
-        needed = sum(shard.nbytes for shard in self._shards if not (workspace.checkpoint / shard.file).exists())
+        needed = sum(shard.nbytes for shard in workspace.unwritten(self._shards))
         needed += sum(file.stat().st_size for file in self._source.other_files())
         if tokens is not None:
             needed += state_bytes(self._source.config, tokens.ids.numel()) - workspace.state_bytes()
-        free = shutil.disk_usage(workspace.folder).free
-        if free < needed:
-            raise UserError(
-                f"{workspace.folder.parent} has {gigabytes(free)} free, the conversion needs {gigabytes(needed)} more: "
-                "make room, or name a DST on another disk"
-            )
+        workspace.need_room(needed, "the conversion", "a DST")
 
     def _calibrate(self, workspace: Workspace, tokens: Tokens) -> None:
         config = self._source.config
@@ -167,7 +161,7 @@ class Conversion:
 
     def _write_shards(self, workspace: Workspace) -> None:
         names = [name for shard in self._shards for unit in shard.units for name in unit.names]
-        left = [shard for shard in self._shards if not (workspace.checkpoint / shard.file).exists()]
+        left = workspace.unwritten(self._shards)
         unfinished = {name for shard in left for unit in shard.units for name in unit.names}
         total = sum(map(self._source.nbytes, names))
         done = total - sum(map(self._source.nbytes, unfinished))

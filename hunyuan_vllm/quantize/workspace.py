@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,6 +22,8 @@ from torch import Tensor
 
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.on_disk import sync
+from hunyuan_vllm.quantize.progress import gigabytes
+from hunyuan_vllm.quantize.shards import Shard
 
 __all__ = ["Workspace"]
 
@@ -75,6 +77,27 @@ class Workspace:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         os.close(self._lock)
+
+    def unwritten(self, shards: Iterable[Shard]) -> list[Shard]:
+        """Those that this run has yet to write."""
+        return [shard for shard in shards if not (self.checkpoint / shard.file).exists()]
+
+    def need_room(self, nbytes: int, what: str, target: str) -> None:
+        """Look whether the disk has this much more room.
+
+        Args:
+            what: needs it, for the message.
+            target: how the user names the folder that is written.
+
+        Raises:
+            UserError: it has not.
+        """
+        free = shutil.disk_usage(self.folder).free
+        if free < nbytes:
+            raise UserError(
+                f"{self.folder.parent} has {gigabytes(free)} free, {what} needs {gigabytes(nbytes)} more: "
+                f"make room, or name {target} on another disk"
+            )
 
     def write_json(self, file: Path, value: Any) -> None:
         """Write beside, then rename: the file is never there in part."""

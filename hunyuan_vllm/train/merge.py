@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -16,7 +15,7 @@ from hunyuan_vllm.checkpoint import INDEX_FILE, check_headers
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.layout import CheckpointError, Layout
 from hunyuan_vllm.quantize.blocks import in_blocks
-from hunyuan_vllm.quantize.progress import Progress, gigabytes
+from hunyuan_vllm.quantize.progress import Progress
 from hunyuan_vllm.quantize.schemes import Spec
 from hunyuan_vllm.quantize.shards import Shard, ShardWriter, index_of, plan_shards
 from hunyuan_vllm.quantize.source import Source
@@ -79,11 +78,13 @@ class Merge:
         if self._target.is_dir() and not any(self._target.iterdir()):
             self._target.rmdir()
         with Workspace(self._target, self._record()) as workspace:
-            self._check_disk(workspace)
+            left = workspace.unwritten(self._shards)
+            unwritten = sum(shard.nbytes for shard in left)
+            others = sum(file.stat().st_size for file in self._source.other_files())
+            workspace.need_room(unwritten + others, "merging", "an --output_path")
             if workspace.resumed:
                 self._progress.say(f"going on with what is finished in {workspace.folder}")
-            left = [shard for shard in self._shards if not (workspace.checkpoint / shard.file).exists()]
-            done = self.nbytes - sum(shard.nbytes for shard in left)
+            done = self.nbytes - unwritten
             with self._progress.stage("merging", 2 * self.nbytes, 2 * done):
                 for shard in left:
                     self._write(workspace, shard)
@@ -130,16 +131,6 @@ class Merge:
     def _source_is_not_target(self) -> None:
         if self._target.resolve() in (self._source.folder.resolve(), self._adapter.folder.resolve()):
             raise UserError(f"--output_path {self._target} is what is merged: name another folder")
-
-    def _check_disk(self, workspace: Workspace) -> None:
-        needed = sum(shard.nbytes for shard in self._shards if not (workspace.checkpoint / shard.file).exists())
-        needed += sum(file.stat().st_size for file in self._source.other_files())
-        free = shutil.disk_usage(workspace.folder).free
-        if free < needed:
-            raise UserError(
-                f"{workspace.folder.parent} has {gigabytes(free)} free, merging needs {gigabytes(needed)} more: "
-                "make room, or name an --output_path on another disk"
-            )
 
     def _write(self, workspace: Workspace, shard: Shard) -> None:
         partial = workspace.beside(workspace.checkpoint / shard.file)

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "cluster")]
 
-from hosts import Host, Network, Sshd, missing  # noqa: E402
+from hosts import HOME, Host, Network, Sshd, missing  # noqa: E402
 from operator_at_host import PASSWORD, PORT, options  # noqa: E402
 from ray_hosts.cluster import BIN, ON_CPUS, SHELL  # noqa: E402
 from ray_hosts.served import Served  # noqa: E402
@@ -71,8 +71,8 @@ def one_round(by_hand: bool) -> Steps:
         head, worker, client = (network.add(name) for name in ("head", "worker", "client"))
         servers = [Sshd(host, PORT, PASSWORD) for host in (head, worker)]
         ips = f"{head.address},{worker.address}"
-        head.sh("umask 077; cat >/root/password", input=PASSWORD)
-        login = ["--ips", ips, "--port", str(PORT), "--password-file", "/root/password", *options(*servers)]
+        head.sh("umask 077; cat >~/password", input=PASSWORD)
+        login = ["--ips", ips, "--port", str(PORT), "--password-file", f"{HOME}/password", *options(*servers)]
         timed(
             "`login_ssh.py`: keys, pins, all pairs proved",
             lambda: _run(head, sys.executable, _deploy("login_ssh.py"), *login),

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hosts import Network, Sshd, need_hosts, requirements
+from hosts import HOME, Network, Sshd, need_hosts, requirements
 from waiting import eventually
 
 TESTS = Path(__file__).parent
@@ -30,9 +30,9 @@ def reaches(host, address: str) -> bool:
 def test_each_has_its_own_name_files_and_processes(pair):
     _, left, right = pair
     assert left.sh("hostname") == "left\n"
-    left.sh("touch /root/mine /etc/mine /tmp/mine /dev/shm/mine")
-    assert right.sh("ls /root/mine /etc/mine /tmp/mine /dev/shm/mine 2>/dev/null || true") == ""
-    assert not any(Path(folder, "mine").exists() for folder in ("/root", "/etc", "/tmp", "/dev/shm"))
+    left.sh("touch ~/mine /etc/mine /tmp/mine /dev/shm/mine")
+    assert right.sh("ls ~/mine /etc/mine /tmp/mine /dev/shm/mine 2>/dev/null || true") == ""
+    assert not any(Path(folder, "mine").exists() for folder in (HOME, "/etc", "/tmp", "/dev/shm"))
     assert left.sh("cat /proc/1/comm") == "sh\n"
     assert str(os.getpid()) not in left.sh("ls /proc").split()
     assert right.run(sys.executable, "-c", "import paramiko, pytest").returncode == 0
@@ -46,14 +46,14 @@ def test_partition_power_off_and_return(pair):
     assert not reaches(left, right.address) and right.alive
     right.plug()
     assert reaches(left, right.address) and reaches(left, right.address6)
-    right.sh("touch /root/mine")
+    right.sh("touch ~/mine")
     right.power_off()
     assert not right.alive and not reaches(left, right.address)
     again = network.add("right")
     assert again.address == right.address
     Sshd(again, 2222, "password")
     assert reaches(left, "right")
-    assert again.sh("ls /root/mine 2>/dev/null || true") == ""
+    assert again.sh("ls ~/mine 2>/dev/null || true") == ""
 
 
 def test_orphans_are_reaped(pair):
@@ -65,7 +65,7 @@ def test_orphans_are_reaped(pair):
 def test_nothing_is_left_when_the_tests_are_killed():
     need_hosts()
     script = (
-        f"import sys, time; sys.path.insert(0, {str(TESTS)!r}); from hosts import Network, Sshd\n"
+        f"import sys, time; sys.path.insert(0, {str(TESTS)!r}); from hosts import HOME, Network, Sshd\n"
         "with Network() as network:\n"
         "    hosts = [network.add('left'), network.add('right')]\n"
         "    Sshd(hosts[0], 2222, 'password')\n"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hosts import Host, Sshd
+from hosts import HOME, Host, Sshd
 
 __all__ = ["PASSWORD", "PORT", "Outcome", "at_terminal", "cluster", "command", "log_in", "options", "ssh_state"]
 
@@ -92,7 +92,7 @@ def options(*servers: Sshd) -> list[str]:
     return ["--fingerprints", ",".join(f"{server.host.address}={server.fingerprint}" for server in servers)]
 
 
-def ssh_state(host: Host, home: str = "/root") -> str:
+def ssh_state(host: Host, home: str = HOME) -> str:
     """All there is below .ssh, down to times, inodes and content."""
     return host.sh(
         f"cd {home}; [ ! -e .ssh ] || find .ssh -printf '%p %m %T@ %C@ %i %l\\n' -type f -exec sha256sum {{}} +"

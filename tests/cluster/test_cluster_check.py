@@ -8,12 +8,13 @@ import subprocess
 import sys
 
 import pytest
+from hosts import HOME
 from operator_at_host import PORT, cluster
 
 from hunyuan_vllm.cli.cluster import app
 from hunyuan_vllm.errors import UserError
 
-MODEL = "/root/model"
+MODEL = f"{HOME}/model"
 LATE_CLOCK = """#!/bin/sh
 exec /bin/date -d '90 seconds ago' "$@"
 """
@@ -76,7 +77,7 @@ def listeners(host) -> str:
 def test_hosts_that_can_be_one(with_model):
     a = with_model.hosts[0]
     before = [listeners(host) for host in with_model.hosts]
-    files = {host.sh("ls -A /root /tmp") for host in with_model.hosts}
+    files = {host.sh("ls -A ~ /tmp") for host in with_model.hosts}
     done = Checked(a, with_model.ips, "--model", MODEL, "--ifname", "eth0", "--gpus-per-node", "0", "--ports", PORTS)
     assert (done.status, done.sound) == (0, True), done.sections
     for subject in ("Python", "vllm", "hunyuan-vllm", "ray"):
@@ -87,7 +88,7 @@ def test_hosts_that_can_be_one(with_model):
     assert set(done.sections) == {"Hosts", "Alike", "Between hosts", *(host.address for host in with_model.hosts)}
     # Nothing stays behind, neither a held port nor a file.
     assert [listeners(host) for host in with_model.hosts] == before
-    assert {host.sh("ls -A /root /tmp") for host in with_model.hosts} == files
+    assert {host.sh("ls -A ~ /tmp") for host in with_model.hosts} == files
 
 
 def test_all_that_differs_is_named(with_model):
@@ -115,7 +116,7 @@ def test_all_that_differs_is_named(with_model):
         b.sh(f"ip route del unreachable {c.address}/32")
     assert (done.status, done.sound) == (1, False)
     files = done.texts("Alike", "checkpoint")
-    for part in ("config.json: other content on", "4999 bytes on", "more.json: on", "copy /root/model from a node"):
+    for part in ("config.json: other content on", "4999 bytes on", "more.json: on", f"copy {MODEL} from a node"):
         assert part in files
     skew = done.texts("Between hosts", "clocks")
     assert "90." in skew and f"ahead of {c.address}" in skew and "set-ntp" in skew

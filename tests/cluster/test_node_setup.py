@@ -14,8 +14,9 @@ from hunyuan_vllm.cluster.port_table import TABLE, checked_ports, fixed_ports, w
 from hunyuan_vllm.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-HEAD = NodeSetup("10.0.0.1", "10.0.0.1", "bond1", 8, "/root/.ray/auth_token")
-WORKER = NodeSetup("10.0.0.2", "10.0.0.1", "bond1", 8, "/root/.ray/auth_token", "/tls", {"NCCL_IB_HCA": "mlx5"})
+TOKEN = "/home/you/.ray/auth_token"
+HEAD = NodeSetup("10.0.0.1", "10.0.0.1", "bond1", 8, TOKEN)
+WORKER = NodeSetup("10.0.0.2", "10.0.0.1", "bond1", 8, TOKEN, "/tls", {"NCCL_IB_HCA": "mlx5"})
 
 
 def test_flags():
@@ -29,7 +30,7 @@ def test_flags():
 def test_variables():
     environ = WORKER.environment()
     assert environ["VLLM_HOST_IP"] == "10.0.0.2" and environ["NCCL_SOCKET_IFNAME"] == "bond1"
-    assert environ["RAY_AUTH_TOKEN_PATH"] == "/root/.ray/auth_token" and environ["RAY_AUTH_MODE"] == "token"
+    assert environ["RAY_AUTH_TOKEN_PATH"] == TOKEN and environ["RAY_AUTH_MODE"] == "token"
     assert environ["RAY_TLS_SERVER_KEY"] == "/tls/10.0.0.2.key" and environ["NCCL_IB_HCA"] == "mlx5"
     assert "RAY_USE_TLS" not in HEAD.environment()
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hosts import Host, Network
+from hosts import HOME, Host, Network
 
 from hunyuan_vllm.cluster.node_setup import NodeSetup
 from ray_hosts.served import Served
@@ -17,10 +17,10 @@ __all__ = ["BIN", "RayHosts"]
 
 PLUGIN = Path(__file__).parent / "plugin"
 BIN = Path(sys.executable).parent
-TOKEN_FILE = "/root/.ray/auth_token"
+TOKEN_FILE = f"{HOME}/.ray/auth_token"
 # What an operator's shell has. Nothing is inherited from the tests.
 SHELL = {
-    "HOME": "/root",
+    "HOME": HOME,
     "USER": "root",
     "LANG": "C.UTF-8",
     "PATH": f"{BIN}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-FOLDERS = ("/tmp", "/dev/shm", "/var/tmp", "/var/log", "/root/.cache", "/root/.config/vllm")
+FOLDERS = ("/tmp", "/dev/shm", "/var/tmp", "/var/log", Path.home() / ".cache", Path.home() / ".config" / "vllm")
 WORKER = "ray::RayWorkerProc"
 
 

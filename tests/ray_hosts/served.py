@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hosts import Host
+from hosts import HOME, Host
 
 __all__ = ["Answer", "Served", "Streams"]
 
 CLIENT = Path(__file__).with_name("client.py")
-KEY_FILE = "/root/.config/hunyuan-vllm/api-key"
+KEY_FILE = f"{HOME}/.config/hunyuan-vllm/api-key"
 PORT = 8020
 READY = "hunyuan-vllm: ready after"
 

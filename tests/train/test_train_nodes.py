@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hosts import Host, Network, Sshd, need_hosts
+from hosts import HOME, Host, Network, Sshd, need_hosts
 
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.train.launch import Launch, main
@@ -97,14 +97,12 @@ def pair() -> Iterator[tuple[Host, Host]]:
     with Network() as network:
         one, two = network.add("one"), network.add("two")
         server = Sshd(two, PORT, "password")
-        one.sh("mkdir -m 700 -p /root/.ssh; ssh-keygen -q -t ed25519 -N '' -f /root/.ssh/id_ed25519")
-        two.sh(
-            "mkdir -m 700 -p /root/.ssh; cat >/root/.ssh/authorized_keys", input=one.sh("cat /root/.ssh/id_ed25519.pub")
-        )
+        one.sh("mkdir -m 700 -p ~/.ssh; ssh-keygen -q -t ed25519 -N '' -f ~/.ssh/id_ed25519")
+        two.sh("mkdir -m 700 -p ~/.ssh; cat >~/.ssh/authorized_keys", input=one.sh("cat ~/.ssh/id_ed25519.pub"))
         key = two.sh("cat /etc/ssh/ssh_host_ed25519_key.pub").split()[:2]
-        one.sh("cat >/root/.ssh/known_hosts", input=f"[{two.address}]:{server.port} {' '.join(key)}\n")
+        one.sh("cat >~/.ssh/known_hosts", input=f"[{two.address}]:{server.port} {' '.join(key)}\n")
         for host in (one, two):
-            host.sh(f"head -n 64 {ROOT}/train/data/train.jsonl >/root/data.jsonl")
+            host.sh(f"head -n 64 {ROOT}/train/data/train.jsonl >~/data.jsonl")
         yield one, two
 
 
@@ -118,8 +116,8 @@ def launch(pair: tuple[Host, Host], *more: str, **variables: str):
         NODE_IP_LIST=f"{one.address}:1,{two.address}:1", LOCAL_IP=one.address, NODES="2", NODE_NUM="2",
         HOST_GPU_NUM="1", SSH_PORT=str(PORT), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", **variables,
     )  # fmt: skip
-    words = ["--train_data_file", "/root/data.jsonl", "--output_dir", "/root/out", "--per_device_train_batch_size", "4",
-             "--max_steps", "3", "--logging_steps", "1", "--save_strategy", "no", *more]  # fmt: skip
+    words = ["--train_data_file", f"{HOME}/data.jsonl", "--output_dir", f"{HOME}/out", "--max_steps", "3",
+             "--per_device_train_batch_size", "4", "--logging_steps", "1", "--save_strategy", "no", *more]  # fmt: skip
     return one.run(sys.executable, "-m", "hunyuan_vllm.train.launch", *words, check=False, env=environ, timeout=240)
 
 
@@ -130,23 +128,23 @@ class TestTwoHosts:
         assert "comparing 2 nodes" in done.stderr and "are trained, 8 rows a step" in done.stderr
         assert done.stderr.count("step 3/3") == 1  # the first process speaks for all
         one, two = pair
-        assert "adapter_model.safetensors" in one.sh("ls /root/out/final")
+        assert "adapter_model.safetensors" in one.sh("ls ~/out/final")
         left = two.sh("ps -eo args= | grep -c [h]unyuan_vllm.train || true")
         assert left.strip() == "0"
 
     def test_a_mistake_is_one_line_also_where_another_process_meets_it_first(self, pair: tuple[Host, Host]) -> None:
-        pair[0].sh("mkdir /root/late; cat >/root/late/sitecustomize.py", input=LATE)
-        done = launch(pair, "--deepspeed", "/nowhere.json", PYTHONPATH="/root/late")
+        pair[0].sh("mkdir ~/late; cat >~/late/sitecustomize.py", input=LATE)
+        done = launch(pair, "--deepspeed", "/nowhere.json", PYTHONPATH=f"{HOME}/late")
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
         assert done.stderr.splitlines()[-1].startswith("hunyuan-vllm: --deepspeed /nowhere.json cannot be read")
 
     def test_other_data_on_one_host(self, pair: tuple[Host, Host]) -> None:
-        pair[1].sh("echo >>/root/data.jsonl")
+        pair[1].sh("echo >>~/data.jsonl")
         done = launch(pair)
-        assert done.returncode == 2 and "the nodes are not alike: /root/data.jsonl is" in done.stderr, done.stderr
+        assert done.returncode == 2 and f"the nodes are not alike: {HOME}/data.jsonl is" in done.stderr, done.stderr
 
     def test_a_host_whose_key_is_not_known(self, pair: tuple[Host, Host]) -> None:
-        pair[0].sh("rm /root/.ssh/known_hosts")
+        pair[0].sh("rm ~/.ssh/known_hosts")
         done = launch(pair)
         assert done.returncode == 2 and "Host key verification failed" in done.stderr, done.stderr
 

@@ -44,7 +44,7 @@ def joined(trio: Trio, archives: dict[str, bytes]) -> Trio:
     """The three hosts after a first run: each may log in to each."""
     for host in trio.hosts:
         if host.name in archives:
-            host.run("tar", "-C", f"{HOME}", "-x", input=archives[host.name], text=False)
+            host.run("tar", "-C", HOME, "-x", input=archives[host.name], text=False)
     if not archives:
         done = log_in(trio.hosts[0], trio.ips, "--password-file", f"{HOME}/password", *options(*trio.servers))
         assert done.status == 0, done

@@ -52,8 +52,8 @@ def test_the_ranks_talk_over_the_network(ray_service: RayService):
         assert host.sh("ps -eo args").count("ray::RayWorkerProc") == 1
 
 
-def test_ranks_run_before_no_less_than_ray_itself(ray_service: RayService):
-    """Ray's workers are nice by default."""
+def test_ranks_have_the_niceness_of_ray_itself(ray_service: RayService):
+    """By default its workers come after all else on a node."""
     for host in (ray_service.cluster.head, ray_service.cluster.worker):
         niceness = dict(line.split()[1::-1] for line in host.sh("ps -eo ni=,comm=").splitlines() if "ray" in line)
         assert niceness["ray::RayWorkerP"] == niceness["raylet"]

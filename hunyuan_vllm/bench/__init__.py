@@ -1,1 +1,1 @@
-"""`hunyuan-vllm bench`: vLLM's own serving benchmark against a running server, and runs compared."""
+"""`hunyuan-vllm bench`: the published workload on a running server, and runs compared."""

@@ -12,7 +12,6 @@ import typer
 from hunyuan_vllm import __version__
 from hunyuan_vllm.cli.batch import batch
 from hunyuan_vllm.cli.bench import app as bench
-from hunyuan_vllm.cli.chat import chat
 from hunyuan_vllm.cli.check import check
 from hunyuan_vllm.cli.cluster import app as cluster
 from hunyuan_vllm.cli.compat import compat
@@ -62,7 +61,6 @@ PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command(context_settings=PASS_THROUGH)(serve)
 app.command(context_settings=PASS_THROUGH)(batch)
 app.command(context_settings={**PASS_THROUGH, "help_option_names": []})(train)
-app.command()(chat)
 app.command()(plan)
 app.command()(compat)
 app.add_typer(bench, name="bench")

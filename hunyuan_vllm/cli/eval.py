@@ -169,6 +169,7 @@ def tasks(
     tokenizer: str = typer.Option(None, metavar="FOLDER", help="Default: the server's checkpoint, if it is here."),
     api_key_file: Path = typer.Option(
         None,
+        "--key-file",
         help="File (chmod 600) with the server's API key; default: VLLM_API_KEY, HUNYUAN_VLLM_API_KEY_FILE, or for a "
         "server on this machine the key that `serve` made.",
     ),
@@ -198,7 +199,7 @@ def tasks(
       hunyuan-vllm eval tasks
           the demo model, served on this machine by `hunyuan-vllm serve`
       hunyuan-vllm eval tasks --url http://10.0.0.5:8020 --tasks published
-          --api-key-file ~/.config/hunyuan-vllm/api-key --output scores.json
+          --key-file ~/.config/hunyuan-vllm/api-key --output scores.json
 
     \b
     Exit status: 0 done, 2 nothing was run, 3 the server stopped answering,

@@ -10,9 +10,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from hunyuan_vllm.client import ServedModel
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.evaluation.benchmarks import TASKS_FOLDER, Setting
-from hunyuan_vllm.evaluation.served import Served
 from hunyuan_vllm.tokenizer import load_tokenizer
 
 __all__ = ["Harness", "ServerFailed", "TaskResult"]
@@ -56,7 +56,7 @@ class Harness:
         UserError: lm-evaluation-harness is not installed, or the tokenizer cannot be loaded.
     """
 
-    def __init__(self, served: Served, tokenizer: str, concurrency: int, include: Path | None = None) -> None:
+    def __init__(self, served: ServedModel, tokenizer: str, concurrency: int, include: Path | None = None) -> None:
         _quiet()
         try:
             import lm_eval.models.openai_completions  # noqa: F401  what the backends need is there too
@@ -150,9 +150,9 @@ class Harness:
 
         authorization = {"Authorization": f"Bearer {self._served.key}"} if self._served.key else {}
         common = {
-            "model": self._served.model,
+            "model": self._served.name,
             "num_concurrent": self._concurrency,
-            "max_length": self._served.max_model_len,
+            "max_length": self._served.context,
             "max_retries": 3,
             "timeout": 600,  # seconds a request
             # Without any, lm-eval would send the user's OPENAI_API_KEY.

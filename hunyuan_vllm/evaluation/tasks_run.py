@@ -11,11 +11,10 @@ from typing import Any
 
 from rich.table import Table
 
-from hunyuan_vllm.chat.access import find_key
+from hunyuan_vllm.client import connect, find_key
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.evaluation.benchmarks import PUBLISHED, Setting, setting
 from hunyuan_vllm.evaluation.harness import Harness, ServerFailed, TaskResult
-from hunyuan_vllm.evaluation.served import look
 
 __all__ = ["ServerFailed", "Wanted", "Where", "run", "scores_json", "scores_table"]
 
@@ -82,15 +81,15 @@ def run(wanted: Wanted, where: Where) -> list[TaskResult]:
         raise UserError("--samples needs --output, the file that they go to")
     if wanted.output is not None and not wanted.output.absolute().parent.is_dir():
         raise UserError(f"--output {wanted.output}: there is no folder {wanted.output.absolute().parent}")
-    served = look(where.url, find_key(where.url, where.api_key_file, os.environ), where.model)
-    harness = Harness(served, where.tokenizer or served.tokenizer, where.concurrency, where.include)
+    served = connect(where.url, find_key(where.url, where.api_key_file, os.environ), where.model)
+    harness = Harness(served, where.tokenizer or str(served.tokenizer), where.concurrency, where.include)
     for name in names:
         harness.load(name)  # finds mistakes before hours of questions
     results: list[TaskResult] = []
     for name in names:
         results.append(harness.run(name, wanted.setting(name), wanted.limit, wanted.samples))
         if wanted.output is not None:
-            found = {"server": served.url, "model": served.model, "limit": wanted.limit}
+            found = {"server": served.url, "model": served.name, "limit": wanted.limit}
             raw = {one.name: one.raw for one in results}
             _write(wanted.output, found | {"scores": scores_json(results), "raw": raw})
     return results

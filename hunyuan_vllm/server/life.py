@@ -104,7 +104,7 @@ def _announce(launch: Launch, seconds: float) -> None:
         header = ' -H "Authorization: Bearer $VLLM_API_KEY"'
     question = '{"messages": [{"role": "user", "content": "Why is sea water salty?"}]}'
     server = ready.address(launch, launch.host)
-    page = "" if launch.uds else f"or open {server}/ in a browser, or talk to it: hunyuan-vllm chat --url {server}\n"
+    page = "" if launch.uds else f"or open {server}/ in a browser, or chat in a terminal: vllm chat --url {server}/v1\n"
     curl = f"curl --unix-socket {launch.uds} http://localhost" if launch.uds else f"curl {server}"
     print(
         f"\nhunyuan-vllm: ready after {seconds:.0f} s on {launch.uds or server} (model: {launch.model_name}). Ask it:\n"

@@ -8,23 +8,23 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from hunyuan_vllm.bench.result import Measured, Run, Times, read_run
+from hunyuan_vllm.bench.run import Point, Run, Times, check_fits, read_run
 from hunyuan_vllm.cli import app
 from hunyuan_vllm.errors import UserError
 
 H20 = {"device": "NVIDIA H20", "devices": "8"}
 
 
-def measured(speed: float, concurrency: int = 1) -> Measured:
+def measured(speed: float, concurrency: int = 1) -> Point:
     times = Times(mean=10, p50=10 / speed, p90=20, p99=30)
-    return Measured(
-        concurrency=concurrency, rate=None, input_len=64, output_len=16, requests=4, failed=0, seconds=1,
+    return Point(
+        concurrency=concurrency, input_len=64, output_len=16, requests=4, failed=0, seconds=1,
         requests_per_second=4, output_tokens_per_second=100 * speed, total_tokens_per_second=500,
-        ttft=times, tpot=times, itl=times, e2e=times,
+        ttft=times, tpot=times, itl=times, e2el=times,
     )  # fmt: skip
 
 
-def write(path: Path, *points: Measured, machine: dict[str, str] = H20, **options: str) -> Path:
+def write(path: Path, *points: Point, machine: dict[str, str] = H20, **options: str) -> Path:
     run = Run(
         date="2026-01-01T00:00:00+00:00", model="hunyuan", client={"version": "1"}, machine=machine,
         options=options, seed=1, points=list(points),
@@ -77,10 +77,27 @@ def test_a_file_that_is_no_run(tmp_path: Path) -> None:
     content = json.loads(damaged.read_text())
     content["points"][0]["failed"] = "some"
     damaged.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"bench --output` writes \(points\.0\.failed: "):
+    with pytest.raises(UserError, match=r"bench --output` \(points\.0\.failed: "):
         read_run(damaged)
     damaged.write_text("[")
     with pytest.raises(UserError, match="bench --output"):
         read_run(damaged)
     with pytest.raises(UserError, match=r"cannot be written"):
         write(tmp_path / "no" / "a.json", measured(1))
+
+
+@pytest.mark.parametrize("context", [128, 256, 1000])
+def test_too_long_a_workload_is_refused_with_lengths_that_fit(context: int) -> None:
+    check_fits(2048, 256, None)
+    check_fits(2048, 256, 2048 + 256 + 16)
+    with pytest.raises(UserError, match="--max-model-len") as refused:
+        check_fits(2048, 256, context)
+    words = str(refused.value).replace(",", "").split()
+    input_len, output_len = (int(words[words.index(name) + 1]) for name in ("--input-len", "--output-len"))
+    check_fits(input_len, output_len, context)
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "1,,2", "x", "1.5"])
+def test_concurrency_is_a_list_of_whole_numbers(text: str) -> None:
+    result = CliRunner().invoke(app, ["bench", f"--concurrency={text}"])
+    assert isinstance(result.exception, UserError) and "is not a list of positive" in str(result.exception)

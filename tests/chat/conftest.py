@@ -1,4 +1,4 @@
-"""One server with an API key for the page and the terminal, and one Chromium."""
+"""One server with an API key for the page, and one Chromium."""
 
 from __future__ import annotations
 

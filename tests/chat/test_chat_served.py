@@ -1,33 +1,21 @@
-"""A user at the real server: with the chat page in a real browser, and with `hunyuan-vllm chat` at a terminal.
-
-One file, because they share one server.
-"""
+"""A user at the real server with the chat page in a real browser."""
 
 from __future__ import annotations
 
-import json
 import re
-import stat
-from pathlib import Path
 
 import httpx
-import pexpect
 import pytest
 from browser import Page
 from chat_server import CONTEXT, KEY
 from selenium.webdriver.common.keys import Keys
 from serving import Server
 from streams import in_parts
-from terminal import ALT_ENTER, CTRL_C, UP, run, terminal
 
 pytestmark = pytest.mark.server
 SALT = "Why is sea water salty?"
 ENDLESS = {"temperature": "0", "repetition_penalty": "0.3"}  # a word that was said is said again, always
 COST = r"(\d+) tokens in, (\d+) out (?:· [\d.,]+ tokens/s )?· first token after [\d.]+ s"
-SPENT = rf"{COST} · \d+ of {CONTEXT} tokens of context"  # the same at a terminal
-
-
-# In a browser
 
 
 def under_way(server: Server) -> float:
@@ -199,98 +187,3 @@ def test_chinese(page: Page, server: Server) -> None:
     finally:
         page.driver.execute_cdp_cmd("Emulation.setUserAgentOverride", {"userAgent": "test", "acceptLanguage": "en"})
 
-
-# At a terminal
-
-
-def test_a_conversation(server: Server, key_file: Path, tmp_path: Path) -> None:
-    with terminal(server, key_file, tmp_path, "--temperature", "0") as at:
-        at.type(SALT)
-        answer = at.see(SPENT)
-        first = re.search(SPENT, answer)
-        assert "salt" in answer.replace(SALT, "")
-        at.type("/system You are a helpful assistant.")
-        at.see("system prompt: You are a helpful assistant.")
-        at.type("/again")
-        again = re.search(SPENT, at.see(SPENT))
-        assert first and again and int(again[1]) > int(first[1])
-        at.type("/set max_tokens 4")
-        at.see("max_tokens=4")
-        at.type("One\\")  # the line goes on
-        at.type("two", ALT_ENTER)
-        at.type("three")
-        assert "cut off" in at.see(SPENT)
-        at.type("/save chat.json")
-        at.see("saved in chat.json")
-        at.type("/save chat.json")
-        at.see("there already")
-        at.type("/clear")
-        at.see("forgotten")
-        at.type("/save chat.md")
-        at.see("saved in chat.md")
-        at.leave()
-    messages = json.loads((tmp_path / "chat.json").read_text())["messages"]
-    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant"]
-    assert messages[1]["content"] == SALT and messages[3]["content"] == "One\ntwo\nthree"
-    assert (tmp_path / "chat.md").read_text() == "## system\n\nYou are a helpful assistant.\n"
-
-
-def test_ctrl_c_stops_an_answer_and_not_the_chat(server: Server, key_file: Path, tmp_path: Path) -> None:
-    endless = [f"--{name.replace('_', '-')}={value}" for name, value in ENDLESS.items()]
-    with terminal(server, key_file, tmp_path, *endless) as at:
-        at.type("Tell me")
-        at.child.expect(r"\?2004l")  # the prompt has ended: what follows is the answer
-        at.child.expect(r"\w{3}")
-        at.type("", CTRL_C)
-        stopped = at.see(r"stopped · \d+ tokens in, (\d+) out")
-        assert int(re.findall(r"(\d+) out", stopped)[-1]) < CONTEXT - 20
-        at.type("unfinished", CTRL_C)
-        at.see("Ctrl-D or /quit leaves")
-        at.type("/set repetition_penalty default")
-        at.see("repetition_penalty=1.05")
-        at.type(UP + UP)  # "Tell me", behind the command
-        assert "Tell me" in at.see(SPENT)
-        at.leave()
-    history = tmp_path / ".local" / "state" / "hunyuan-vllm" / "chat-history"
-    assert "+Tell me\n" in history.read_text() and stat.S_IMODE(history.stat().st_mode) == 0o600
-
-
-def test_mistakes_in_a_chat(server: Server, key_file: Path, tmp_path: Path) -> None:
-    with terminal(server, key_file, tmp_path) as at:
-        for typed, told in (
-            ("/sistem", "did you mean /system?"),
-            ("/set top_p 3", "top_p=3: it should be less than or equal to 1"),
-            ("/set heat 3", "heat is none of temperature"),
-            ("/again", "nothing was asked yet"),
-            ("/save", "name the file"),
-            ("/save none/chat.md", "cannot be written"),
-            ("/set max_tokens 5000", "max_tokens=5000"),
-            ("hello", "cannot be greater than max_model_len"),
-        ):
-            at.type(typed)
-            at.see(re.escape(told))
-        at.type("/help")
-        for command in ("/system", "/set", "/again", "/clear", "/save", "/quit"):
-            at.see(command)
-        at.type("/quit")
-        at.child.expect(pexpect.EOF)
-
-
-def test_one_question_from_a_script(server: Server, key_file: Path, tmp_path: Path) -> None:
-    options = ("--temperature=0", "--url", server.url)
-    given = run(SALT, *options, "--key-file", str(key_file), home=tmp_path)
-    assert given.returncode == 0 and "salt" in given.stdout and "first token after" in given.stderr
-    piped = run(*options, home=tmp_path, typed=SALT, VLLM_API_KEY=key_file.read_text())
-    assert piped.stdout == given.stdout
-    made = tmp_path / ".config" / "hunyuan-vllm"
-    made.mkdir(parents=True)
-    (made / "api-key").write_text(key_file.read_text())
-    (made / "api-key").chmod(0o600)
-    found = run("--temperature=0", home=tmp_path, typed=SALT, PORT=str(server.port))
-    assert found.stdout == given.stdout
-    refused = run(SALT, *options, home=tmp_path, VLLM_API_KEY="wrong")
-    assert refused.returncode == 2 and "asks for an API key" in refused.stderr and "--key-file" in refused.stderr
-    other = run(SALT, *options, "--model=none", "--key-file", str(key_file), home=tmp_path)
-    assert other.returncode == 2 and "has no model none: it has hunyuan" in other.stderr
-    long = run("sea " * 2 * CONTEXT, *options, "--key-file", str(key_file), home=tmp_path)
-    assert long.returncode == 1 and "context length" in long.stderr

@@ -14,11 +14,11 @@ import torch
 from serving import COMMAND, Server, running_server
 
 from hunyuan_vllm import demo
+from hunyuan_vllm.client import ServedModel, connect
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.evaluation.benchmarks import PUBLISHED, TASKS_FOLDER
 from hunyuan_vllm.evaluation.harness import Harness
 from hunyuan_vllm.evaluation.held_out import MAX_ANSWER, held_out_questions
-from hunyuan_vllm.evaluation.served import Served, look
 from hunyuan_vllm.reference import HunYuanForCausalLM
 from hunyuan_vllm.tokenizer import load_tokenizer
 
@@ -90,7 +90,7 @@ def found(server: Server, key_file: Path, tmp_path_factory: pytest.TempPathFacto
     names = "hunyuan_demo,hunyuan_demo_choice,local_shots,local_arc"
     result = subprocess.run(
         [COMMAND, "eval", "tasks", "--url", server.url, "--tasks", names, "--limit", str(QUESTIONS), "--samples",
-         "--include", folder, "--num-fewshot", "1", "--output", output, "--api-key-file", key_file, "--json"],
+         "--include", folder, "--num-fewshot", "1", "--output", output, "--key-file", key_file, "--json"],
         env={name: value for name, value in os.environ.items() if name != "VLLM_API_KEY"},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
@@ -190,21 +190,21 @@ def test_the_scores(found: dict[str, Any]) -> None:
 
 @pytest.mark.server
 def test_a_server_that_wants_a_key(server: Server) -> None:
-    with pytest.raises(UserError, match="wants an API key: name its file with --api-key-file"):
-        look(server.url, None)
-    with pytest.raises(UserError, match="wants another API key"):
-        look(server.url, "wrong")
-    with pytest.raises(UserError, match="--model other: the server has hunyuan, hunyuan-demo"):
-        look(f"{server.url}/v1/", KEY, "other")
-    served = look(f"{server.url}/", KEY)
-    assert (served.model, served.max_model_len, served.tokenizer) == ("hunyuan", 512, str(demo.path()))
+    with pytest.raises(UserError, match="asks for an API key: .*--key-file"):
+        connect(server.url, None)
+    with pytest.raises(UserError, match="does not accept this API key"):
+        connect(server.url, "wrong")
+    with pytest.raises(UserError, match="the server has no model other: it has hunyuan, hunyuan-demo"):
+        connect(f"{server.url}/v1/", KEY, "other")
+    served = connect(f"{server.url}/", KEY)
+    assert (served.name, served.context, served.tokenizer) == ("hunyuan", 512, demo.path())
     assert KEY not in repr(served)
 
 
 def test_tasks_that_cannot_be_asked(tmp_path: Path) -> None:
     """Before a question is asked: no server is here."""
     (tmp_path / "gone.yaml").write_text(f"task: local_gone\ndataset_path: {tmp_path / 'none'}\ntest_split: test\n")
-    harness = Harness(Served("http://127.0.0.1:9", "hunyuan", 512, ""), str(demo.path()), 1, tmp_path)
+    harness = Harness(ServedModel("http://127.0.0.1:9", "hunyuan", 512, ""), str(demo.path()), 1, tmp_path)
     with pytest.raises(UserError, match=r"--tasks local_gone: its data cannot be loaded \(.*none.*\); .*HF_HOME"):
         harness.load("local_gone")
     with pytest.raises(UserError, match=r"--tasks mmluu: there is no such task \(there are .*mmlu.*`lm_eval ls tasks`"):

@@ -1,0 +1,272 @@
+"""One run: the published workload, measured on a running server by vLLM's serving benchmark, as a table and a file."""
+
+import asyncio
+import contextlib
+import io
+import json
+import logging
+import os
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from prometheus_client.parser import text_string_to_metric_families
+from pydantic import BaseModel, ConfigDict, ValidationError
+from rich.table import Table
+
+from hunyuan_vllm.client import ServedModel, is_this_machine
+from hunyuan_vllm.errors import UserError
+
+MACHINE = ("device", "devices", "cores")
+PERCENTILES = (50, 90, 99)
+METRICS = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2E"}  # vLLM's names → the table's
+SPARE = 16  # tokens: a prompt of random tokens may come out longer once it is text and tokenized again
+STRIDE = 1000  # between the seeds of points: no prompt comes twice, or the prefix cache would answer
+
+
+class Times(BaseModel):
+    """Milliseconds: the mean and percentiles over requests, or over tokens for `itl`."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+
+
+class Point(BaseModel):
+    """What was measured at one concurrency.
+
+    Attributes:
+        failed: requests that were not answered; they count in nothing else.
+        seconds: from the first request to the last answer.
+        ttft, tpot, itl, e2el: time to first token, per output token, between tokens, to the whole answer.
+    """
+
+    concurrency: int
+    input_len: int
+    output_len: int
+    requests: int
+    failed: int
+    seconds: float
+    requests_per_second: float
+    output_tokens_per_second: float
+    total_tokens_per_second: float
+    ttft: Times
+    tpot: Times
+    itl: Times
+    e2el: Times
+
+    @property
+    def load(self) -> tuple[int, int, int]:
+        """What two points must have in common to be compared: tokens in, tokens out, concurrency."""
+        return self.input_len, self.output_len, self.concurrency
+
+
+class Run(BaseModel):
+    """All points of one run.
+
+    Attributes:
+        date: its start, UTC, ISO 8601.
+        client: what measured: versions, and whether on the server's machine.
+        machine: what the server runs on; empty if it does not say.
+        options: how the server is set up, with its versions.
+        seed: of the prompts.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal[2] = 2
+    date: str
+    model: str
+    client: dict[str, str]
+    machine: dict[str, str]
+    options: dict[str, str]
+    seed: int
+    points: list[Point] = []
+
+    def save(self, path: Path) -> None:
+        """Write the file, completely or not at all.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            temporary.write_text(self.model_dump_json(indent=1) + "\n")
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise UserError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def read_run(path: Path) -> Run:
+    """The run in a file.
+
+    Raises:
+        UserError: it cannot be read, or is not a run.
+    """
+    try:
+        return Run.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        first: Any = error.errors(include_url=False)[0]
+        where = ".".join(str(step) for step in first["loc"])
+        problem = f"{where}: {first['msg']}" if where else first["msg"]
+        raise UserError(f"{path} is not a file of `hunyuan-vllm bench --output` ({problem})") from None
+
+
+def describe(served: ServedModel, version: str) -> Run:
+    """A run without points: the server's machine and options, as it tells them in /metrics.
+
+    Raises:
+        UserError: it does not answer.
+    """
+    families = text_string_to_metric_families(served.read("/metrics"))
+    labels = {sample.name: sample.labels for family in families for sample in family.samples}
+    options = dict(labels.get("hunyuan_server_info") or labels.get("vllm:cache_config_info") or {})
+    options.setdefault("vllm", str(json.loads(served.read("/version")).get("version")))
+    return Run(
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        model=served.name,
+        client={"version": version, "place": "this machine" if is_this_machine(served.url) else "another machine"},
+        machine={name: options.pop(name) for name in MACHINE if name in options},
+        options=options,
+        seed=int.from_bytes(os.urandom(3)) + 1,
+    )
+
+
+def check_fits(input_len: int, output_len: int, context: int | None) -> None:
+    """Refuse what is longer than the model's context.
+
+    Raises:
+        UserError: it names lengths that fit.
+    """
+    if context is None or input_len + output_len + SPARE <= context:
+        return
+    fitting = max(min(output_len, context // 2 - SPARE), 1)
+    raise UserError(
+        f"{input_len} tokens in and {output_len} out do not fit into the model's context of {context} tokens, of "
+        f"which {SPARE} are kept free: use --input-len {context - fitting - SPARE} --output-len {fitting}, or serve "
+        "with a larger --max-model-len"
+    )
+
+
+def measure(
+    served: ServedModel, tokenizer: Path, concurrency: int, input_len: int, output_len: int, requests: int, seed: int
+) -> tuple[Point, str | None]:
+    """Warm up, then measure one point: the figures, and an error of a request that failed.
+
+    Raises:
+        UserError: the server does not answer the warm-up.
+    """
+    _prepare(served)
+    shared = (served, tokenizer, concurrency, input_len)
+    warm_up = _benchmark(*shared, min(output_len, 32), concurrency, STRIDE * seed)
+    if error := _error(warm_up):
+        raise UserError(f"{served.url} did not answer the warm-up requests ({error}): see the server's log")
+    found = _benchmark(*shared, output_len, requests, STRIDE * seed + 1, bar=sys.stderr.isatty())
+    times = {
+        name: Times(mean=found[f"mean_{name}_ms"], **{f"p{of}": found[f"p{of}_{name}_ms"] for of in PERCENTILES})
+        for name in METRICS
+    }
+    point = Point(
+        concurrency=concurrency,
+        input_len=input_len,
+        output_len=output_len,
+        requests=requests,
+        failed=found["failed"],
+        seconds=found["duration"],
+        requests_per_second=found["request_throughput"],
+        output_tokens_per_second=found["output_throughput"],
+        total_tokens_per_second=found["total_token_throughput"],
+        **times,
+    )
+    return point, _error(found)
+
+
+def _prepare(served: ServedModel) -> None:
+    """Set what vLLM's client reads from the environment, before it is imported: key, certificates, no proxy."""
+    os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    os.environ |= {"NO_PROXY": "*", "no_proxy": "*"}
+    os.environ.pop("OPENAI_API_KEY", None)
+    if served.key is not None:
+        os.environ["OPENAI_API_KEY"] = served.key
+    if served.authority is not None:
+        os.environ["SSL_CERT_FILE"] = str(served.authority)
+    logging.disable(logging.WARNING)  # messages of vLLM and torch during their import
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # connections that are open at an interrupt
+
+
+def _benchmark(
+    served: ServedModel, tokenizer: Path, concurrency: int, input_len: int, output_len: int, requests: int, seed: int,
+    bar: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """The result of `vllm bench serve`, run in this process; its report on standard output is not shown."""
+    from vllm.benchmarks.serve import add_cli_args, main_async
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from hunyuan_vllm.plugin import register
+
+    register()  # the tokenizer
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
+    flags = {
+        "base-url": served.url,
+        "backend": "openai",
+        "endpoint": "/v1/completions",
+        "model": served.name,
+        "served-model-name": served.name,
+        "tokenizer": tokenizer,
+        "dataset-name": "random",
+        "input-len": input_len,
+        "output-len": output_len,
+        "num-prompts": requests,
+        "max-concurrency": concurrency,
+        "seed": seed,
+        "temperature": 0,
+        "percentile-metrics": ",".join(METRICS),
+        "metric-percentiles": ",".join(map(str, PERCENTILES)),
+        "ready-check-timeout-sec": 0,  # its check is the first prompt, whose prefix would then be cached
+    }
+    arguments = [f"--{name}={value}" for name, value in flags.items()]
+    arguments += ["--save-detailed"] + ([] if bar else ["--disable-tqdm"])
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            result: dict[str, Any] = asyncio.run(main_async(parser.parse_args(arguments)))
+    except ValueError as error:
+        raise UserError(f"vLLM's benchmark refuses this workload: {' '.join(str(error).split())}") from None
+    return result
+
+
+def _error(result: dict[str, Any]) -> str | None:
+    """The last line of the first error."""
+    return next((text.strip().splitlines()[-1] for text in result["errors"] if text.strip()), None)
+
+
+def run_table(run: Run) -> Table:
+    """A row a point; times are milliseconds, p50 / p90 / p99."""
+    machine = ", ".join(value if name == "device" else f"{name} {value}" for name, value in run.machine.items())
+    table = Table(title=f"{run.model} on {machine or 'an unnamed machine'}", title_justify="left", header_style="bold")
+    for name in ("in", "out", "concurrency", "requests", "failed", "requests/s", "out tokens/s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in METRICS.values():
+        table.add_column(f"{name}, ms", justify="right")
+    for one in run.points:
+        table.add_row(
+            str(one.input_len),
+            str(one.output_len),
+            str(one.concurrency),
+            str(one.requests),
+            f"[red]{one.failed}[/]" if one.failed else "0",
+            f"{one.requests_per_second:.3g}",
+            f"{one.output_tokens_per_second:,.1f}",
+            *(_percentiles(getattr(one, name)) for name in METRICS),
+        )
+    return table
+
+
+def _percentiles(times: Times) -> str:
+    values = (times.p50, times.p90, times.p99)
+    return " / ".join(f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values)

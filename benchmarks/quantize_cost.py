@@ -21,7 +21,7 @@ from common import Report, Spread, interleaved, note, options, random_checkpoint
 from processes import Child
 
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.quantize.options import SCHEMES, Clip, Options
+from hunyuan_vllm.quantize.options import SCHEMES, Options
 from hunyuan_vllm.quantize.plan import Plan, Rates, measure_rates
 
 WIDE: dict[str, Any] = dict(
@@ -81,7 +81,7 @@ class Converter:
 
 
 def _options(given: dict[str, Any]) -> Options:
-    clip = Clip.parse(given.get("clip", "max"))
+    clip = given.get("clip", "max")
     return Options(given["scheme"], clip, given.get("smooth"), calibration_tokens=given["tokens"])
 
 

@@ -38,7 +38,7 @@ def quantize(
     ),
     clip: str = typer.Option(
         "max",
-        help="How far a weight scale reaches: max, mse (least squared error) or percentile:99.99.",
+        help="How far a weight scale reaches: max, or mse (least squared error).",
         rich_help_panel=OUTLIERS,
     ),
     smooth: float = typer.Option(
@@ -91,11 +91,11 @@ def quantize(
     Exit status: 0 DST is complete, 2 something given is of no use, 3 the disk
     gave out, 130 interrupted.
     """
-    from hunyuan_vllm.quantize.options import Clip, Options, parse_size
+    from hunyuan_vllm.quantize.options import Options, parse_size
 
     console = Console(stderr=True)
     options = Options(
-        scheme, Clip.parse(clip), smooth, calibration_tokens, headroom, parse_size(shard_size), _device(device)
+        scheme, clip, smooth, calibration_tokens, headroom, parse_size(shard_size), _device(device)
     )
     if plan:
         _show_plan(source, options)

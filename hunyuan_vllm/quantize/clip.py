@@ -1,4 +1,4 @@
-"""Where a weight scale's range ends: at the largest weight, where the squared error is least, or at a percentile.
+"""Where a weight scale's range ends: at the largest weight, or where the squared error is least.
 
 A per-tensor choice looks at every weight through a histogram: bfloat16 has only 32,768 magnitudes, so it is exact.
 """
@@ -14,7 +14,6 @@ from torch import Tensor
 from hunyuan_vllm.quant.fp8 import E4M3_MAX, round_through_fp8
 from hunyuan_vllm.quant.int8 import LEVELS
 from hunyuan_vllm.quantize.blocks import in_blocks
-from hunyuan_vllm.quantize.options import Clip
 
 __all__ = ["row_scales", "tensor_scale"]
 
@@ -25,9 +24,9 @@ FP8_STEPS, FP8_POWERS = 32, range(-12, 2)
 INT8_SHRINKS = [1 - 0.025 * step for step in range(29)]  # of the largest weight of a row, down to 0.3
 
 
-def tensor_scale(weights: Iterable[Tensor], clip: Clip) -> float:
+def tensor_scale(weights: Iterable[Tensor], clip: str) -> float:
     """One E4M3 scale for all of `weights` together, any shapes; 1 where all are zero."""
-    if clip.kind == "max":
+    if clip == "max":
         return (max(float(_amax(weight)) for weight in weights) / E4M3_MAX) or 1.0
     counts = torch.stack([_histogram(weight) for weight in weights]).sum(0)
     magnitudes = torch.arange(MAGNITUDES, dtype=torch.int16).view(torch.bfloat16).float()
@@ -35,30 +34,22 @@ def tensor_scale(weights: Iterable[Tensor], clip: Clip) -> float:
     counts, magnitudes = counts[used], magnitudes[used]
     if not magnitudes[-1]:
         return 1.0
-    if clip.kind == "percentile":
-        enough = counts.cumsum(0) >= math.ceil(counts.sum().item() * clip.percentile / 100)
-        largest = magnitudes[enough.nonzero()[0, 0] :]
-        return float(largest[largest > 0][0]) / E4M3_MAX
     return _least_error(magnitudes, counts.double())
 
 
-def row_scales(weight: Tensor, clip: Clip) -> Tensor:
+def row_scales(weight: Tensor, clip: str) -> Tensor:
     """An int8 scale for each row of `weight [out, in]`, float32 `[out, 1]`; 1 for a row of zeros."""
     chosen = torch.cat(in_blocks(weight, lambda rows: _largest(weight[rows].float(), clip)))
     scale = chosen / LEVELS
     return torch.where(scale == 0, 1.0, scale)
 
 
-def _largest(rows: Tensor, clip: Clip) -> Tensor:
+def _largest(rows: Tensor, clip: str) -> Tensor:
     """The largest magnitude of each row that is still to be represented, `[rows, 1]`."""
     magnitudes = rows.abs()
     amax = magnitudes.amax(dim=1, keepdim=True)
-    if clip.kind == "max":
+    if clip == "max":
         return amax
-    if clip.kind == "percentile":
-        rank = math.ceil(rows.shape[1] * clip.percentile / 100)
-        found = magnitudes.kthvalue(rank, dim=1, keepdim=True).values
-        return torch.where(found == 0, amax, found)
     best, least = amax, torch.full_like(amax, math.inf)
     for shrink in INT8_SHRINKS:
         scale = torch.where(amax == 0, 1.0, amax * shrink / LEVELS)

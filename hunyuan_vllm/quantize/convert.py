@@ -15,10 +15,10 @@ from torch import Tensor
 
 from hunyuan_vllm.checkpoint import INDEX_FILE
 from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.quantize import plot, report
+from hunyuan_vllm.quantize import report
 from hunyuan_vllm.quantize.calibrate import Calibration
 from hunyuan_vllm.quantize.encode import Encoder, specs_of
-from hunyuan_vllm.quantize.options import Clip, Options
+from hunyuan_vllm.quantize.options import Options
 from hunyuan_vllm.quantize.plan import state_bytes
 from hunyuan_vllm.quantize.progress import Progress, gigabytes
 from hunyuan_vllm.quantize.scales import ActivationScales
@@ -33,7 +33,7 @@ from hunyuan_vllm.quantize.workspace import Workspace
 
 __all__ = ["Conversion", "quantize_checkpoint"]
 
-REPORT, PICTURE = "quantize_report.json", "quantize_report.png"
+REPORT = "quantize_report.json"
 
 
 def quantize_checkpoint(
@@ -59,7 +59,7 @@ def quantize_checkpoint(
         calibration: a text file or a JSONL file of chats, or documents as token ids; None for the built-in text.
         calibration_tokens: most tokens that calibration reads.
         headroom: how many times what calibration saw at most the static input and V scales reach.
-        clip: "max", "mse" or "percentile:P", for weight scales.
+        clip: "max" or "mse", for weight scales.
         smooth: SmoothQuant's α; None for no migration of outliers.
         shard_bytes: most bytes of a file.
         device: where the arithmetic runs, as torch names it.
@@ -68,7 +68,7 @@ def quantize_checkpoint(
     Raises:
         UserError: something given is of no use, or the disk is; one line that names it.
     """
-    options = Options(scheme, Clip.parse(clip), smooth, calibration_tokens, headroom, shard_bytes, device)
+    options = Options(scheme, clip, smooth, calibration_tokens, headroom, shard_bytes, device)
     progress = Progress(console or Console(quiet=True))
     return Conversion(Source(src), dst.absolute(), options, calibration, progress).run()
 
@@ -125,7 +125,7 @@ class Conversion:
         return {
             "an SRC of contents": self._source.fingerprint()[:12],
             "--scheme": options.scheme,
-            "--clip": str(options.clip),
+            "--clip": options.clip,
             "--smooth": options.smooth,
             "--headroom": options.headroom,
             "--shard-size": options.shard_bytes,
@@ -198,7 +198,7 @@ class Conversion:
         facts: dict[str, Any] = {
             "scheme": options.scheme,
             "source": source.folder.resolve().name,
-            "clip": str(options.clip),
+            "clip": options.clip,
             "smooth": options.smooth,
             "headroom": options.headroom if self._scheme.static_inputs else None,
             "source_bytes": sum(map(source.nbytes, source.shapes)),
@@ -220,9 +220,3 @@ class Conversion:
         scheme = self._scheme.config(kept_linears(source.config))
         workspace.write_json(folder / "config.json", {**source.json, "quantization_config": scheme})
         workspace.write_json(folder / REPORT, made)
-        if plot.can_draw():
-            picture = workspace.beside(folder / PICTURE)
-            plot.draw(made, picture)
-            workspace.put(picture, folder / PICTURE)
-        else:
-            self._progress.say(f"no {PICTURE}: it needs matplotlib (pip install 'hunyuan-vllm[quantize]')")

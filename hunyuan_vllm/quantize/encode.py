@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from hunyuan_vllm.layout import Shape
-from hunyuan_vllm.quantize.options import Clip
 from hunyuan_vllm.quantize.scales import ActivationScales
 from hunyuan_vllm.quantize.schemes import Scheme, Spec
 from hunyuan_vllm.quantize.units import Unit, place
@@ -43,7 +42,7 @@ class Encoder:
     def __init__(
         self,
         scheme: Scheme,
-        clip: Clip,
+        clip: str,
         read: Callable[[str], Tensor],
         activations: ActivationScales | None,
         device: str,

@@ -4,43 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
 
 from hunyuan_vllm.errors import UserError
 
-__all__ = ["SCHEMES", "Clip", "Options", "parse_size"]
+__all__ = ["SCHEMES", "Options", "parse_size"]
 
 SCHEMES = ("fp8-w8a8c8", "int8", "int8-w8a8")
+CLIPS = ("max", "mse")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-
-
-@dataclass(frozen=True)
-class Clip:
-    """Which weight is the largest that a scale still represents: the largest there is, the one that makes the mean
-    squared error least, or a percentile of the magnitudes."""
-
-    kind: Literal["max", "mse", "percentile"] = "max"
-    percentile: float = 100.0
-
-    @classmethod
-    def parse(cls, text: str) -> Clip:
-        """From "max", "mse" or "percentile:99.99".
-
-        Raises:
-            UserError: `text` is none of these.
-        """
-        if text == "max":
-            return cls("max")
-        if text == "mse":
-            return cls("mse")
-        if match := re.fullmatch(r"percentile:(\d+(?:\.\d+)?)", text):
-            percentile = float(match[1])
-            if 50 <= percentile <= 100:
-                return cls("percentile", percentile)
-        raise UserError(f"--clip {text}: it is max, mse, or percentile:P with P from 50 to 100, as percentile:99.99")
-
-    def __str__(self) -> str:
-        return f"percentile:{self.percentile:g}" if self.kind == "percentile" else self.kind
 
 
 @dataclass(frozen=True)
@@ -49,7 +20,8 @@ class Options:
 
     Attributes:
         scheme: one of `SCHEMES`.
-        clip: how weight scales are chosen.
+        clip: the largest magnitude that a weight scale represents: "max", the largest weight's, or "mse", the one with
+            the least squared error.
         smooth: SmoothQuant's α, from 0 (all difficulty stays in the activations) to 1; None for no migration.
         calibration_tokens: most tokens that calibration reads.
         headroom: how many times what calibration saw at most the static input and V scales reach. E4M3 rounds large and
@@ -62,7 +34,7 @@ class Options:
     """
 
     scheme: str
-    clip: Clip = Clip()
+    clip: str = "max"
     smooth: float | None = None
     calibration_tokens: int = 8192
     headroom: float = 2.0
@@ -72,6 +44,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
             raise UserError(f"--scheme {self.scheme}: it is one of {', '.join(SCHEMES)}")
+        if self.clip not in CLIPS:
+            raise UserError(f"--clip {self.clip}: it is one of {', '.join(CLIPS)}")
         if self.smooth is not None and not 0 <= self.smooth <= 1:
             raise UserError(f"--smooth {self.smooth:g}: it is a number from 0 to 1; 0.5 is usual")
         if self.calibration_tokens < 1:

@@ -21,7 +21,6 @@ from hunyuan_vllm.quant.int8 import LEVELS, pack_int8, unpack_int8
 from hunyuan_vllm.quant.int8_format import PACKED, PLAIN, describe, stored_tensors
 from hunyuan_vllm.quantize.blocks import in_blocks
 from hunyuan_vllm.quantize.clip import row_scales, tensor_scale
-from hunyuan_vllm.quantize.options import Clip
 
 __all__ = ["Fp8", "Int8", "Int8W8A8", "Scheme", "Spec", "scheme_named"]
 
@@ -55,7 +54,7 @@ class Scheme(ABC):
         """The tensors that stand for the weight `[out, in]` of a projection, under their whole names."""
 
     @abstractmethod
-    def encode(self, weights: Sequence[Tensor], clip: Clip) -> list[dict[str, Tensor]]:
+    def encode(self, weights: Sequence[Tensor], clip: str) -> list[dict[str, Tensor]]:
         """The tensors that stand for each weight of a fused projection, without the input scale."""
 
     @abstractmethod
@@ -100,7 +99,7 @@ class Fp8(Scheme):
             Spec(f"{projection}.input_scale", torch.float32, ()),
         ]
 
-    def encode(self, weights: Sequence[Tensor], clip: Clip) -> list[dict[str, Tensor]]:
+    def encode(self, weights: Sequence[Tensor], clip: str) -> list[dict[str, Tensor]]:
         scale = torch.tensor(tensor_scale(weights, clip))
         return [
             {"weight": _by_rows(weight, E4M3, lambda w, rows: quantize_per_tensor(w, scale)[0]), "weight_scale": scale}
@@ -136,10 +135,10 @@ class _CompressedInt8(Scheme):
         stored = stored_tensors(self.form, projection, shape)
         return [Spec(name, INT8_DTYPES[name.rpartition(".")[2]], held) for name, held in stored.items()]
 
-    def encode(self, weights: Sequence[Tensor], clip: Clip) -> list[dict[str, Tensor]]:
+    def encode(self, weights: Sequence[Tensor], clip: str) -> list[dict[str, Tensor]]:
         return [self._encode(weight, clip) for weight in weights]
 
-    def _encode(self, weight: Tensor, clip: Clip) -> dict[str, Tensor]:
+    def _encode(self, weight: Tensor, clip: str) -> dict[str, Tensor]:
         scale = row_scales(weight, clip)
         levels = _by_rows(weight, torch.int8, lambda w, rows: (w / scale[rows]).round_().clamp_(-LEVELS, LEVELS))
         return self._pack(levels) | {"weight_scale": scale}
@@ -204,7 +203,7 @@ class Int8W8A8(_CompressedInt8):
     name, form = "int8-w8a8", PLAIN
 
     def as_served(self, inputs: Tensor, stored: Stored) -> Tensor:
-        scale = row_scales(inputs, Clip())
+        scale = row_scales(inputs, "max")
         return (inputs / scale).round_().clamp_(-LEVELS, LEVELS).mul_(scale)
 
     def check(self, config: HunYuanConfig) -> None:

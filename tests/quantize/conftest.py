@@ -11,20 +11,12 @@ from checkpoints import tiny_config, write_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hunyuan_vllm.quantize import plot
-
 Documents = list[list[int]]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)  # two cores, and processes that are forked
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than converting what these tests convert; test_report.py draws."""
-    monkeypatch.setattr(plot, "can_draw", lambda: False)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import torch
 
 from hunyuan_vllm.quantize import blocks
 from hunyuan_vllm.quantize.blocks import in_blocks
-from hunyuan_vllm.quantize.options import SCHEMES, Clip
+from hunyuan_vllm.quantize.options import SCHEMES
 from hunyuan_vllm.quantize.schemes import scheme_named
 from hunyuan_vllm.quantize.verify import compare
 
@@ -47,13 +47,12 @@ def test_an_error_in_a_block_is_the_callers(threads: int) -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("clip", ["mse", "percentile:99"])
-def test_results_do_not_depend_on_blocks(threads: int, scheme: str, clip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_do_not_depend_on_blocks(threads: int, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
     made = scheme_named(scheme)
 
     def run() -> tuple[dict, tuple]:
-        (stored,) = made.encode([weight], Clip.parse(clip))
+        (stored,) = made.encode([weight], "mse")
         return stored, compare(made, weight, stored)
 
     stored, found = run()

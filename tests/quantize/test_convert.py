@@ -189,14 +189,11 @@ def test_nan_stops_it_before_anything_is_at_the_target(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", CONFIGS)
-@pytest.mark.parametrize("clip", ["max", "mse", "percentile:98"])
+@pytest.mark.parametrize("clip", ["max", "mse"])
 def test_clipping_reads_back(tmp_path: Path, tiny: Path, documents: Documents, scheme: str, clip: str) -> None:
     report = quantize_checkpoint(tiny, tmp_path / "dst", scheme, clip=clip, calibration=documents[:1])
     shares = [one["saturated"] for one in report["projections"]]
-    if clip == "max":
-        assert max(shares) == 0
-    elif clip == "percentile:98":
-        assert all(0 < share <= 0.02 for share in shares)
+    assert clip == "mse" or max(shares) == 0
 
 
 class TestVerification:

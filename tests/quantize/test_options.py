@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.quantize.options import Clip, Options, parse_size
+from hunyuan_vllm.quantize.options import Options, parse_size
 
 
 @pytest.mark.parametrize(
@@ -22,21 +22,11 @@ def test_what_is_no_size(text: str) -> None:
         parse_size(text)
 
 
-def test_clips() -> None:
-    assert Clip.parse("max").kind == "max" and Clip.parse("mse").kind == "mse"
-    assert Clip.parse("percentile:99.99").percentile == 99.99
-    assert [str(Clip.parse(text)) for text in ("max", "mse", "percentile:99.9")] == ["max", "mse", "percentile:99.9"]
-
-
-@pytest.mark.parametrize("text", ["", "min", "percentile", "percentile:101", "percentile:1", "percentile:99.9x"])
-def test_what_is_no_clip(text: str) -> None:
-    with pytest.raises(UserError, match="--clip"):
-        Clip.parse(text)
-
-
 def test_options_out_of_range() -> None:
     with pytest.raises(UserError, match=r"--scheme int4: it is one of fp8-w8a8c8, int8, int8-w8a8"):
         Options("int4")
+    with pytest.raises(UserError, match="--clip percentile:99: it is one of max, mse"):
+        Options("int8", clip="percentile:99")
     with pytest.raises(UserError, match="--smooth 1.5"):
         Options("int8", smooth=1.5)
     with pytest.raises(UserError, match="--headroom 0.5"):

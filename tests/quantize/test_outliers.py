@@ -75,9 +75,8 @@ def test_large_activations_in_int8(loss: Loss) -> None:
 def test_large_weights_in_int8(loss: Loss, scheme: str) -> None:
     """Columns of large weights, which small inputs meet, decide each row's scale."""
     clean, plain = loss(1.0, scheme), loss(1 / 512, scheme)
-    clipped, smooth = loss(1 / 512, scheme, clip="percentile:98"), loss(1 / 512, scheme, smooth=0.5)
+    smooth = loss(1 / 512, scheme, smooth=0.5)
     assert plain > 20 * clean
-    assert clipped < 0.5 * plain
     assert smooth < 0.05 * plain and smooth < 8 * clean
 
 

@@ -1,20 +1,14 @@
-"""The report: for people on the terminal, as a picture, and by layer."""
+"""The report: for people on the terminal, and by layer."""
 
 from __future__ import annotations
 
 import io
-import struct
-from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from hunyuan_vllm.quantize import plot
-from hunyuan_vllm.quantize.convert import quantize_checkpoint
 from hunyuan_vllm.quantize.report import assemble, show
-
-CAN_DRAW = plot.can_draw
 
 
 def one(projection: str, error: float, output: float | None = None, outliers: dict[int, float] | None = None) -> dict:
@@ -56,28 +50,6 @@ def test_the_table(calibrated: bool) -> None:
     assert ("outlier" in text) == calibrated
     row = next(line for line in text.splitlines() if line.startswith("│    10"))
     assert [cell.strip() for cell in row.split("│")[2:6]] == ["1%", "", "2%", "0.1%"]
-
-
-@pytest.mark.parametrize("measured", [MEASURED, [dict(each, outliers={}) for each in MEASURED]], ids=["some", "none"])
-def test_the_picture(tmp_path: Path, measured: list[dict]) -> None:
-    plot.draw(assemble({"scheme": "int8", "source": "x"}, measured), tmp_path / "a.png")
-    data = (tmp_path / "a.png").read_bytes()
-    width, height = struct.unpack(">II", data[16:24])
-    assert data.startswith(b"\x89PNG") and width > 600 and height > 800
-
-
-def test_a_conversion_draws_where_it_can_and_says_so_where_not(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = io.StringIO()
-    console = Console(file=out, width=200)
-    quantize_checkpoint(tiny, tmp_path / "without", "int8", console=console)  # conftest.py takes matplotlib away
-    assert not (tmp_path / "without" / "quantize_report.png").exists()
-    assert (tmp_path / "without" / "quantize_report.json").exists()
-    assert "no quantize_report.png: it needs matplotlib (pip install 'hunyuan-vllm[quantize]')" in out.getvalue()
-    monkeypatch.setattr(plot, "can_draw", CAN_DRAW)
-    quantize_checkpoint(tiny, tmp_path / "with", "int8")
-    assert (tmp_path / "with" / "quantize_report.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_progress_off_a_terminal_is_lines(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from pydantic_core import from_json
 from hunyuan_vllm.batch.lines import Index, digest
 from hunyuan_vllm.batch.records import Record, Settings
 from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.on_disk import sync
+from hunyuan_vllm.util.files import sync
 
 __all__ = ["Output", "State"]
 

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from hunyuan_vllm.client import ServedModel, is_this_machine
 from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.util.files import replacing
 
 MACHINE = ("device", "devices", "cores")
 PERCENTILES = (50, 90, 99)
@@ -91,13 +92,8 @@ class Run(BaseModel):
         Raises:
             UserError: it cannot be written.
         """
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with replacing(path) as temporary:
             temporary.write_text(self.model_dump_json(indent=1) + "\n")
-            temporary.replace(path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def read_run(path: Path) -> Run:

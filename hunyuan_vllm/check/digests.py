@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from hunyuan_vllm.util.files import replacing
 
 __all__ = ["SUMS_FILE", "Digest", "known_digests", "plain_files", "write_sums"]
 
@@ -56,9 +57,8 @@ def known_digests(folder: Path) -> dict[str, Digest]:
 def write_sums(folder: Path, sums: Mapping[str, str]) -> Path:
     """Write SHA256SUMS, as `sha256sum --check` reads it."""
     target = folder / SUMS_FILE
-    beside = target.with_name(f".{SUMS_FILE}.{os.getpid()}")
-    beside.write_text("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
-    beside.replace(target)
+    with replacing(target) as temporary:
+        temporary.write_text("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
     return target
 
 

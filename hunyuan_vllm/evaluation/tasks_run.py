@@ -15,6 +15,7 @@ from hunyuan_vllm.client import connect, find_key
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.evaluation.benchmarks import PUBLISHED, Setting, setting
 from hunyuan_vllm.evaluation.harness import Harness, ServerFailed, TaskResult
+from hunyuan_vllm.util.files import replacing
 
 __all__ = ["ServerFailed", "Wanted", "Where", "run", "scores_json", "scores_table"]
 
@@ -127,6 +128,5 @@ def scores_table(results: Sequence[TaskResult]) -> Table:
 
 
 def _write(file: Path, content: Any) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    partial.replace(file)
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")

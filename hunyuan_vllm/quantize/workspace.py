@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.on_disk import sync
 from hunyuan_vllm.quantize.progress import gigabytes
 from hunyuan_vllm.quantize.shards import Shard
+from hunyuan_vllm.util.files import sync
 
 __all__ = ["Workspace"]
 

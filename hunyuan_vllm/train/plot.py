@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from hunyuan_vllm.util.files import replacing
 
 __all__ = ["save_curve"]
 
@@ -33,7 +34,6 @@ def save_curve(history: Sequence[dict[str, Any]], file: Path) -> bool:
         other.plot(*zip(*rates, strict=True), color="tab:gray", linewidth=0.8)
         other.set_ylabel("learning rate", color="tab:gray")
         other.set_ylim(bottom=0)
-    beside = file.with_name(f".{file.name}.partial")
-    figure.savefig(beside, format="png", dpi=110)
-    os.replace(beside, file)
+    with replacing(file) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
     return True

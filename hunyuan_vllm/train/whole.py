@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.on_disk import sync
+from hunyuan_vllm.util.files import sync
 
 __all__ = ["STAGING", "check_checkpoint", "checkpoints", "name_whole", "remove_old", "resume_folder"]
 

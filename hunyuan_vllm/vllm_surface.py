@@ -283,6 +283,7 @@ USED: tuple[Symbol, ...] = (
     Symbol("vllm.benchmarks.serve", "main_async"),
     # Readiness and draining: what the front end lets us ask, and the signals it takes.
     Symbol("vllm.engine.protocol", "EngineClient", members=("errored", "is_sleeping")),
+    Symbol("vllm.v1.engine.utils", "CoreEngineProcManager", members=("finished_procs",)),
     Symbol("vllm.entrypoints.launchers.launcher", "serve_http"),
     # Evaluation: an offline engine with a worker extension.
     Symbol("vllm.engine.arg_utils", "EngineArgs", members=("from_cli_args", "worker_extension_cls")),

@@ -1,6 +1,7 @@
 """Running a server process: its status, its signals, the cause of its death, and that nothing of it is left."""
 
 import collections
+import json
 import os
 import signal
 import socket
@@ -14,24 +15,31 @@ import pytest
 from waiting import eventually
 
 from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.server.child import cause_of_death
+from hunyuan_vllm.server import cause as cause_module
+from hunyuan_vllm.server.cause import cause_of_death, oom_kills
 from hunyuan_vllm.server.ready import check_port
 
 RUNNER = """
-import os, sys
+import os, pathlib, sys
 from hunyuan_vllm.server.launch import Launch
 from hunyuan_vllm.server.stop import Stop
 from hunyuan_vllm.server.supervise import run
 from hunyuan_vllm.server.verdict import Verdict
-launch = Launch([sys.executable, "-c", sys.argv[1]], {"FROM_LAUNCH": "yes"}, "127.0.0.1", 8020, "hunyuan")
+key_file = pathlib.Path(os.environ["KEY_FILE"]) if "KEY_FILE" in os.environ else None
+launch = Launch([sys.executable, "-c", sys.argv[1]], {"FROM_LAUNCH": "yes"}, "127.0.0.1", 8020, "hunyuan", key_file)
 ask = lambda launch: Verdict("ready" if os.path.exists(sys.argv[2]) else "silent")
 sys.exit(run(launch, os.environ, Stop(), ask))
 """
+# As vLLM says it, with the exit code to fill in.
+WORKER_DIED = (
+    "(EngineCore pid=7) ERROR 11-30 09:00:00 [multiproc_executor.py:316] Worker proc VllmWorker-1 died unexpectedly "
+    "(exit code: {}), shutting down executor."
+)
 
 
-def start(program: str, ready_file: object = "/nonexistent") -> subprocess.Popen:
+def start(program: str, ready_file: object = "/nonexistent", **streams: object) -> subprocess.Popen:
     argv = [sys.executable, "-c", RUNNER, textwrap.dedent(program), str(ready_file)]
-    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(argv, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **streams})
 
 
 def test_a_death_at_start_is_explained():
@@ -54,10 +62,11 @@ def test_a_silent_exit_is_a_failure_too():
     assert "no error was logged (exit status 0)" in errors
 
 
-def test_a_fatal_signal_becomes_the_shells_status():
-    child = start("import os; os.kill(os.getpid(), 9)")
-    child.communicate(timeout=60)
-    assert child.returncode == 128 + 9
+def test_a_fatal_signal_is_named_and_becomes_the_shells_status():
+    child = start("import os; os.kill(os.getpid(), 4)")
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 128 + 4
+    assert "the API server was killed by SIGILL (exit status 132)" in errors
 
 
 def is_over(pid: int) -> bool:
@@ -93,6 +102,85 @@ def test_a_stop_reaches_the_server_and_leaves_nothing(tmp_path, number):
     assert f"stopped by {int(signal.SIGTERM)} yes" in output
     assert "stopping the server" in errors
     eventually(lambda: is_over(worker))
+
+
+@pytest.fixture(params=["full disk", "reader gone", "closed"])
+def unwritable(request):
+    """How to start a program of which nothing can be written: keywords of Popen."""
+    if request.param == "closed":
+        yield {"stdout": None, "stderr": None, "preexec_fn": lambda: (os.close(1), os.close(2))}
+        return
+    if request.param == "full disk":
+        descriptor = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reading, descriptor = os.pipe()
+        os.close(reading)
+    yield {"stdout": descriptor, "stderr": descriptor}
+    os.close(descriptor)
+
+
+def test_output_that_cannot_be_written_stops_neither_a_server_nor_its_drain(tmp_path, unwritable):
+    program = f"""
+        import os, pathlib, signal, sys, time
+        folder = pathlib.Path({str(tmp_path)!r})
+        def stop(number, frame):
+            print("draining", flush=True)
+            (folder / "drained").touch()
+            sys.exit(0)
+        signal.signal(signal.SIGTERM, stop)
+        for number in range(10_000):
+            print("a line of a log that is longer than the pipe", number, flush=True)
+        (folder / "written").touch()
+        time.sleep(600)
+    """
+    child = start(program, tmp_path / "written", **unwritable)
+    eventually((tmp_path / "written").exists)
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(60) == 0
+    assert (tmp_path / "drained").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_was_ignored_before_stays_ignored(number):
+    """As nohup has it for SIGHUP, and a shell for SIGINT in background jobs."""
+    program = """
+        import time
+        print("up", flush=True)
+        time.sleep(600)
+    """
+    child = start(program, preexec_fn=lambda: signal.signal(number, signal.SIG_IGN))
+    assert child.stdout.readline() == "up\n"
+    child.send_signal(number)
+    child.send_signal(signal.SIGTERM)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 0, errors  # a second signal would have killed it
+    assert errors.count("stopping the server") == 1
+
+
+def test_a_key_file_that_is_bad_when_the_server_becomes_ready_ends_nothing(tmp_path):
+    key_file = tmp_path / "key"
+    key_file.touch(mode=0o600)
+    (tmp_path / "ready").touch()
+    program = "import time; time.sleep(600)"
+    child = start(program, tmp_path / "ready", env={**os.environ, "KEY_FILE": str(key_file)})
+    assert "ready after" in "".join(child.stdout.readline() for _ in range(3))
+    child.send_signal(signal.SIGTERM)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 128 + signal.SIGTERM
+    assert f"{key_file} holds no key" in errors
+    assert "Traceback" not in errors
+
+
+def test_the_file_over_which_workers_meet_is_removed(tmp_path):
+    own, other = (tmp_path / f"vllm_dist_{digit * 32}" for digit in "1f")
+    other.touch()
+    program = f"""
+        open({str(own)!r}, "w")
+        print("INFO [parallel_state.py:1907] world_size=1 rank=0 local_rank=0 "
+              "distributed_init_method=file://{own} backend=gloo")
+    """
+    start(program).communicate(timeout=60)
+    assert list(tmp_path.iterdir()) == [other]
 
 
 @pytest.mark.parametrize("end", ["os.kill(os.getpid(), 9)", "raise SystemExit(1)", "os._exit(0)"])
@@ -167,10 +255,44 @@ def test_the_server_ends_with_a_killed_parent():
         (["OSError: disk", "RuntimeError: Engine core initialization failed. See root cause above."], "OSError: disk"),
         (['{"levelname": "ERROR", "message": "ValueError: no memory"}', '{"message": "bye"}'], "ValueError: no memory"),
         (['{"message": "failed", "exc_info": "Traceback …\\nOSError: disk"}', "{not JSON"], "OSError: disk"),
+        ([WORKER_DIED.format(-4), "RuntimeError: cancelled"], "process VllmWorker-1 was killed by SIGILL"),
+        ([json.dumps({"message": WORKER_DIED.format(-11)}), "bye"], "process VllmWorker-1 was killed by SIGSEGV"),
+        (["RuntimeError: CUDA error: unspecified launch failure", WORKER_DIED.format(-6), "RuntimeError: cancelled"],
+         "process VllmWorker-1 was killed by SIGABRT: RuntimeError: CUDA error: unspecified launch failure"),
+        (["ValueError: no memory", WORKER_DIED.format(1), "RuntimeError: cancelled"], "ValueError: no memory"),
+        (["RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): "
+          "{'EngineCore': 1, 'EngineCore_DP1': -7}"], "process EngineCore_DP1 was killed by SIGBUS"),
+        ([WORKER_DIED.format(-99)], "process VllmWorker-1 was killed by signal 99"),
     ],
 )  # fmt: skip
 def test_cause_of_death(lines, cause):
     assert cause_of_death(collections.deque(lines)) == cause
+
+
+@pytest.mark.parametrize(
+    ("oom_killed", "cause"),
+    [
+        (True, "process VllmWorker-1 was killed by SIGKILL: out of memory"),
+        (None, "process VllmWorker-1 was killed by SIGKILL, likely for lack of memory (dmesg says)"),
+        (False, "process VllmWorker-1 was killed by SIGKILL"),
+    ],
+)
+def test_a_kill_is_the_kernels_where_its_count_has_grown(oom_killed, cause):
+    assert cause_of_death([WORKER_DIED.format(-9)], 1, oom_killed) == cause
+
+
+def test_the_kernels_count_of_its_kills_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(cause_module, "CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(cause_module, "CGROUPS", tmp_path)
+    monkeypatch.setattr(cause_module, "VMSTAT", tmp_path / "vmstat")
+    assert oom_kills() is None
+    (tmp_path / "vmstat").write_text("nr_free_pages 7\noom_kill 3\n")
+    assert oom_kills() == 3
+    (tmp_path / "cgroup").write_text("3:cpu:/x\n0::/a/b\n")
+    assert oom_kills() == 3  # the group has no such controller
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/memory.events").write_text("low 0\nhigh 0\noom 1\noom_kill 1\n")
+    assert oom_kills() == 1
 
 
 def test_a_taken_port_names_its_holder():

@@ -25,6 +25,7 @@ from hunyuan_vllm.cli.serve import serve
 from hunyuan_vllm.cli.train import train
 from hunyuan_vllm.compat import installed_version
 from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.streams import prepare_output
 
 __all__ = ["app", "main"]
 
@@ -75,6 +76,7 @@ app.command()(merge_lora)
 
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit status 2."""
+    prepare_output()
     try:
         app()
     except UserError as error:

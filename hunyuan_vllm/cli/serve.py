@@ -122,7 +122,10 @@ def serve(
     from hunyuan_vllm.server.stop import Stop
     from hunyuan_vllm.server.surroundings import OneMachine, RayNodes
     from hunyuan_vllm.server.tls import check_certificate
+    from hunyuan_vllm.streams import make_output_unfailing
 
+    if not dry_run:
+        make_output_unfailing()
     environ = dict(os.environ)
     joined = cluster_variables(environ)
     environ |= {name: value for name, value in joined.items() if name.startswith("RAY_")}

@@ -20,7 +20,7 @@ from hunyuan_vllm.evaluation.contestant import RECORDER
 from hunyuan_vllm.evaluation.passages import Passage
 from hunyuan_vllm.evaluation.schemes import Scheme
 from hunyuan_vllm.quantize.progress import Progress
-from hunyuan_vllm.server.child import cause_of_death
+from hunyuan_vllm.server.cause import cause_of_death
 from hunyuan_vllm.server.flags import Flags
 from hunyuan_vllm.server.model_source import ModelSource
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import collections
 import ctypes
-import json
-import re
 import signal
 import subprocess
 import sys
@@ -19,21 +17,15 @@ from typing import BinaryIO
 import psutil
 
 from hunyuan_vllm.server.shared_memory import mapped_shared_memory
-from hunyuan_vllm.server.sockets import remove_deserted_sockets
+from hunyuan_vllm.server.temporary_files import remove_deserted_sockets, rendezvous_file
+from hunyuan_vllm.streams import make_output_unfailing
 
-__all__ = ["Child", "cause_of_death"]
+__all__ = ["Child"]
 
 TAIL_LINES = 400
+LONGEST_LINE = 16 * 2**10  # bytes; what is longer is passed on in pieces
 GRACE = 5.0  # seconds
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
-ERROR_LINE = re.compile(r"(?:^|[\s\]])((?:[A-Za-z_]\w*\.)*[A-Za-z_]*(?:Error|Exception|Interrupt): \S.*)")
-# Lines that only say that some other process failed.
-SECOND_HAND = (
-    "See root cause above",
-    "Engine core initialization failed",
-    "EngineCore encountered an issue",
-    "Worker failed with error",
-)
 TRACKER = "multiprocessing.resource_tracker"
 
 
@@ -44,8 +36,9 @@ class Child:
     """
 
     def __init__(self, argv: Sequence[str], environ: Mapping[str, str]) -> None:
+        make_output_unfailing()  # a server whose output is not read any more would stand still
         _adopt_orphans()
-        self._shared_memory: set[Path] = set()
+        self._leftovers: set[Path] = set()  # files to remove in the end
         self._strangers = set(psutil.Process().children(recursive=True))
         self._process = subprocess.Popen(
             argv,
@@ -59,12 +52,18 @@ class Child:
         )
         assert self._process.stdout is not None
         self.tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
-        self._pump = threading.Thread(target=_copy_output, args=(self._process.stdout, self.tail), daemon=True)
+        self._pump = threading.Thread(target=self._copy_output, args=(self._process.stdout,), daemon=True)
         self._pump.start()
 
     @property
     def running(self) -> bool:
         return self._process.poll() is None
+
+    @property
+    def exit_code(self) -> int:
+        """Of the front end, once it has ended; negative if a signal ended it."""
+        code: int = self._process.returncode
+        return code
 
     def wait(self, seconds: float) -> None:
         """Until it has ended, but no longer than that."""
@@ -73,7 +72,7 @@ class Child:
 
     def note_shared_memory(self) -> None:
         """Remember what it shares with others by now, to free it in the end: Ray's workers may be killed by then."""
-        self._shared_memory |= mapped_shared_memory(self._family())
+        self._leftovers |= mapped_shared_memory(self._family())
 
     def stop(self) -> None:
         """Ask the front end to end, which lets requests finish first."""
@@ -105,12 +104,19 @@ class Child:
                 process.kill()
         self._await_end()
         self._pump.join(timeout=GRACE)
-        for block in self._shared_memory:
+        for file in self._leftovers:
             with suppress(OSError):
-                block.unlink(missing_ok=True)
+                file.unlink(missing_ok=True)
         remove_deserted_sockets()
-        status = self._process.returncode
-        return status if status >= 0 else 128 - status
+        return self.exit_code if self.exit_code >= 0 else 128 - self.exit_code
+
+    def _copy_output(self, pipe: BinaryIO) -> None:
+        while line := pipe.readline(LONGEST_LINE):
+            sys.stdout.buffer.write(line)
+            text = line.decode(errors="replace")
+            self.tail.append(text)
+            if file := rendezvous_file(text):
+                self._leftovers.add(file)
 
     def _await_end(self) -> None:
         deadline = time.monotonic() + GRACE
@@ -120,32 +126,6 @@ class Child:
     def _family(self) -> set[psutil.Process]:
         """All of its processes, orphans included; the dead ones too while nobody has taken note."""
         return set(psutil.Process().children(recursive=True)) - self._strangers
-
-
-def cause_of_death(lines: Sequence[str]) -> str | None:
-    """The last first-hand error in a server's output, without the log prefix; None if there is none."""
-    for line in reversed(lines):
-        for text in reversed(_messages(line)):
-            match = ERROR_LINE.search(text.rstrip())
-            if match and not any(phrase in match[1] for phrase in SECOND_HAND):
-                return match[1]
-    return None
-
-
-def _messages(line: str) -> list[str]:
-    """What a line of the log says: itself, or the lines in a JSON record (serve --json-logs)."""
-    if line.startswith("{"):
-        with suppress(ValueError):
-            record = json.loads(line)
-            return f"{record.get('message')}\n{record.get('exc_info', '')}".splitlines()
-    return [line]
-
-
-def _copy_output(pipe: BinaryIO, tail: collections.deque[str]) -> None:
-    for line in pipe:
-        sys.stdout.buffer.write(line)
-        sys.stdout.buffer.flush()
-        tail.append(line.decode(errors="replace"))
 
 
 def _end_with_parent() -> None:

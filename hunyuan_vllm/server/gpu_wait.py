@@ -39,7 +39,7 @@ def wait_for_gpus(
     expected: Sequence[str] = (),
     stop: Stopping | None = None,
     find: Callable[[Mapping[str, str]], RayCluster | None] = find_ray_cluster,
-    stream: TextIO = sys.stderr,
+    stream: TextIO | None = None,
 ) -> None:
     """Return once so many GPUs are free in the cluster, or once `stop` is requested.
 
@@ -48,11 +48,12 @@ def wait_for_gpus(
         environ: says where the cluster is.
         limit: seconds to wait at most.
         expected: addresses of the nodes that are to be there, where they are known.
+        stream: where it says what it waits for; None is standard error.
 
     Raises:
         UserError: they are not there in that time; the message says what is missing.
     """
-    console = Console(file=stream, highlight=False)
+    console = Console(file=stream or sys.stderr, highlight=False)
     deadline = time.monotonic() + limit
     said: tuple[str, float] = ("", 0.0)
     with Live(console=console, auto_refresh=False, transient=True) as live:

@@ -8,13 +8,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from hunyuan_vllm import envs
+from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.server import ready
-from hunyuan_vllm.server.child import Child, cause_of_death
+from hunyuan_vllm.server.cause import cause_of_death, oom_kills
+from hunyuan_vllm.server.child import Child
 from hunyuan_vllm.server.keys import UNNAMED, read_key_file
 from hunyuan_vllm.server.launch import Launch
 from hunyuan_vllm.server.patience import Patience
 from hunyuan_vllm.server.stop import Stop
 from hunyuan_vllm.server.systemd import SOCKET_VARIABLE, notify
+from hunyuan_vllm.server.temporary_files import make_folders
 from hunyuan_vllm.server.verdict import Verdict
 
 __all__ = ["Life", "live", "say"]
@@ -55,7 +58,11 @@ def live(
     """
     inherited = {name: value for name, value in environ.items() if name != SOCKET_VARIABLE}
     started = time.monotonic()
-    child = Child(launch.argv, {**inherited, **launch.env})
+    environment = {**inherited, **launch.env}
+    for line in make_folders(environment):
+        say(line)
+    killed_before = oom_kills()
+    child = Child(launch.argv, environment)
     stop.hand_on_to(child)
     ready_since = started if launch.headless else None  # which nobody can ask
     killed = None
@@ -80,7 +87,8 @@ def live(
         child.wait(STARTING if ready_since is None else patience.period if patience else RUNNING)
     ended = time.monotonic()
     status = child.bury(in_order=stop.requested and killed is None)
-    cause = killed or cause_of_death(child.tail) or "no error was logged"
+    oom_killed = None if killed_before is None else oom_kills() != killed_before
+    cause = killed or cause_of_death(child.tail, child.exit_code, oom_killed) or "no error was logged"
     return Life(status, None if ready_since is None else ended - ready_since, f"{cause} (exit status {status})")
 
 
@@ -97,7 +105,11 @@ def _announce(launch: Launch, seconds: float) -> None:
     notify("READY=1", f"STATUS=ready after {seconds:.0f} s")
     header = ""
     if launch.key_file is not None:
-        alone = list(read_key_file(launch.key_file)) == [UNNAMED]
+        try:
+            alone = list(read_key_file(launch.key_file)) == [UNNAMED]
+        except UserError as error:  # it may change at any time, and the server goes on with the keys it has read
+            say(str(error))
+            alone = False
         key = f"$(cat {launch.key_file})" if alone else f"A-KEY-OF-{launch.key_file}"
         header = f' -H "Authorization: Bearer {key}"'
     elif launch.needs_key:

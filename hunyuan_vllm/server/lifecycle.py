@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import json
 from http import HTTPStatus
+from typing import Any
+
+from vllm.logger import init_logger
 
 from hunyuan_vllm import envs
 from hunyuan_vllm.server.asgi import App, Receive, Scope, Send, inner_path
+from hunyuan_vllm.server.cause import ENGINE_DIED
 from hunyuan_vllm.server.drain import Drain
-from hunyuan_vllm.server.readiness import Readiness
+from hunyuan_vllm.server.readiness import DEAD, Readiness
 from hunyuan_vllm.server.restarts import export_restarts
 from hunyuan_vllm.server.verdict import Verdict
 
 __all__ = ["Lifecycle"]
 
+logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
 LIVE, READY = "/livez", "/readyz"
 WHILE_DRAINING = {"/metrics"}  # how a drain goes is worth seeing
 DRAINING = Verdict("draining", "the server is about to stop")
@@ -24,7 +29,7 @@ RETRY_AFTER = b"10"  # seconds: another replica has taken over by then, or this 
 
 
 class Lifecycle:
-    """Answers probes; once the server is told to stop, refuses requests until those under way have finished."""
+    """Answers probes; once the server is told to stop, or its engine has died, refuses requests until it ends."""
 
     def __init__(self, app: App, bare: App) -> None:
         """Args:
@@ -34,16 +39,20 @@ class Lifecycle:
         self._app = app
         self._readiness = Readiness(bare, envs.ready_timeout())
         self._drain = Drain(envs.drain_grace())
+        self._death_logged = False
         export_restarts(envs.supervisor_restarts())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             self._drain.take_sigterm()
             await self._app(scope, receive, send)
+            self._has_died(scope)  # which is worth a line even where nobody asked meanwhile
         elif scope["type"] == "http" and inner_path(scope) in (LIVE, READY):
             await self._probe(scope, send)
         elif self._drain.draining and inner_path(scope) not in WHILE_DRAINING:
-            await _refuse(scope, send)
+            await _refuse(scope, send, DRAINING)
+        elif not self._drain.draining and self._has_died(scope):
+            await _refuse(scope, send, DEAD)
         else:
             with self._drain.request():
                 await self._app(scope, receive, send)
@@ -52,7 +61,7 @@ class Lifecycle:
         if scope["method"] not in ("GET", "HEAD"):
             await _answer(send, HTTPStatus.METHOD_NOT_ALLOWED, {"status": "probes are GET"}, [(b"allow", b"GET, HEAD")])
         elif inner_path(scope) == LIVE:
-            dead = scope["app"].state.engine_client.errored and not self._drain.draining
+            dead = not self._drain.draining and self._has_died(scope)
             status = HTTPStatus.SERVICE_UNAVAILABLE if dead else HTTPStatus.OK
             await _answer(send, status, {"status": "dead" if dead else "alive"})
         else:
@@ -60,13 +69,31 @@ class Lifecycle:
             status = HTTPStatus.OK if verdict.ready else HTTPStatus.SERVICE_UNAVAILABLE
             await _answer(send, status, {"status": verdict.status, "reason": verdict.reason})
 
+    def _has_died(self, scope: Scope) -> bool:
+        """Whether the engine has ended; the first time, the log says how its process did, which vLLM does not."""
+        engine = getattr(scope["app"].state, "engine_client", None)
+        if engine is None or not engine.errored:
+            return False
+        if not self._death_logged:
+            self._death_logged = True
+            _log_exit_code(engine)
+        return True
 
-async def _refuse(scope: Scope, send: Send) -> None:
+
+def _log_exit_code(engine: Any) -> None:
+    resources = getattr(getattr(engine, "engine_core", None), "resources", None)
+    manager = getattr(resources, "engine_manager", None)  # None in one of several API servers
+    name = getattr(manager, "failed_proc_name", None)
+    if manager is not None and name:
+        logger.error(ENGINE_DIED, name, manager.finished_procs().get(name))
+
+
+async def _refuse(scope: Scope, send: Send, verdict: Verdict) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1012})  # "service restart"
         return
     status = HTTPStatus.SERVICE_UNAVAILABLE
-    error = {"message": DRAINING.reason, "type": status.phrase, "param": None, "code": status}
+    error = {"message": verdict.reason, "type": status.phrase, "param": None, "code": status}
     await _answer(send, status, {"error": error}, [(b"retry-after", RETRY_AFTER), (b"connection", b"close")])
 
 

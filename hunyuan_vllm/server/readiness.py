@@ -17,13 +17,11 @@ from prometheus_client import REGISTRY
 from hunyuan_vllm.server.asgi import App, Receive, Scope, Send
 from hunyuan_vllm.server.verdict import Verdict
 
-__all__ = ["Readiness"]
+__all__ = ["DEAD", "Readiness"]
 
 KEPT = 1.0  # seconds for which an answer stands, so that probes cost one completion however many there are
 REQUEST = {"prompt": "1", "max_tokens": 1, "temperature": 0}
 TOKENS = "vllm:generation_tokens_total"
-
-
 DEAD = Verdict("dead", "the engine has ended")
 
 
@@ -43,6 +41,8 @@ class Readiness:
 
     async def verdict(self, scope: Scope) -> Verdict:
         """The answer, at most KEPT seconds old. `scope` is that of a request to the same application."""
+        if scope["app"].state.engine_client.errored:
+            return DEAD
         if self._verdict is not None and time.monotonic() < self._until:
             return self._verdict
         if self._asking is None or self._asking.done():
@@ -56,8 +56,6 @@ class Readiness:
 
     async def _judge(self, application: Any) -> Verdict:
         engine = application.state.engine_client
-        if engine.errored:
-            return DEAD
         tokens = _tokens_generated()
         completion = asyncio.create_task(self._complete(application))
         # Answered between two steps of the engine: unlike the completion it need not wait for a place in the batch.

@@ -15,7 +15,7 @@ PERIOD = 0.1  # seconds
 
 
 class Stop:
-    """Hands SIGINT, SIGTERM and SIGHUP on to the server that runs, if one does.
+    """Hands SIGTERM on to the server that runs, if one does; SIGINT and SIGHUP too, unless they were ignored before.
 
     Attributes:
         since: when the first of them came, by time.monotonic(); None before.
@@ -25,7 +25,9 @@ class Stop:
         self.since: float | None = None
         self._child: Child | None = None
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._take)
+            # nohup has a process ignore SIGHUP, a shell has its background jobs ignore SIGINT
+            if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._take)
 
     @property
     def requested(self) -> bool:
@@ -50,6 +52,6 @@ class Stop:
                 child.kill()
             return
         self.since = time.monotonic()
-        print("\nhunyuan-vllm: stopping the server (once more to kill it)", file=sys.stderr, flush=True)
         if child:
             child.stop()
+        print("\nhunyuan-vllm: stopping the server (once more to kill it)", file=sys.stderr, flush=True)

@@ -1,6 +1,7 @@
 """Probes and the refusal of requests while draining, around an application that does as it is told."""
 
 import asyncio
+import logging
 import os
 import signal
 import subprocess
@@ -14,7 +15,8 @@ from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.server import readiness
+from hunyuan_vllm.server import lifecycle, readiness
+from hunyuan_vllm.server.cause import cause_of_death
 from hunyuan_vllm.server.lifecycle import Lifecycle
 from hunyuan_vllm.server.restarts import export_restarts
 
@@ -130,6 +132,41 @@ async def test_an_engine_that_dies_meanwhile_is_dead(application):
 
     application.answer = dying
     assert (await probe(application)).json()["status"] == "dead"
+
+
+async def test_a_dead_engine_is_not_ready_a_moment_longer_and_gets_no_more_requests(application, caplog_vllm):
+    async with client_of(around(application), application) as client:
+        assert (await client.get("/readyz")).json()["status"] == "ready"
+        application.engine.errored = True
+        application.engine.engine_core = SimpleNamespace(
+            resources=SimpleNamespace(
+                engine_manager=SimpleNamespace(
+                    failed_proc_name="EngineCore_DP1",
+                    finished_procs=lambda: {"EngineCore_DP0": -15, "EngineCore_DP1": -9},
+                )
+            )
+        )
+        assert (await client.get("/readyz")).json()["status"] == "dead"
+        refused = [await client.post("/v1/completions") for _ in range(2)]
+    assert [answer.status_code for answer in refused] == [503, 503]
+    assert int(refused[0].headers["retry-after"]) > 0
+    assert refused[0].json()["error"]["code"] == 503
+    assert len(application.asked) == 1
+    (line,) = caplog_vllm
+    assert (
+        cause_of_death([line]) == "process EngineCore_DP1 was killed by SIGKILL, likely for lack of memory (dmesg says)"
+    )
+
+
+@pytest.fixture
+def caplog_vllm():
+    """Messages of the server's own log."""
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    lifecycle.logger.addHandler(handler)
+    yield messages
+    lifecycle.logger.removeHandler(handler)
 
 
 async def test_a_late_completion_is_withdrawn(application):

@@ -12,9 +12,9 @@ from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.server.backoff import Backoff
 from hunyuan_vllm.server.patience import Patience
 from hunyuan_vllm.server.ray_cluster import RayCluster
-from hunyuan_vllm.server.sockets import remove_deserted_sockets
 from hunyuan_vllm.server.surroundings import RayNodes
 from hunyuan_vllm.server.systemd import notify
+from hunyuan_vllm.server.temporary_files import remove_deserted_sockets
 from hunyuan_vllm.server.verdict import Verdict
 
 START, HANG = 600.0, 60.0

@@ -72,6 +72,27 @@ def test_a_crash_loop_says_why_waits_longer_and_gives_up(start):
     assert "giving up after 4 such deaths in a row" in errors
 
 
+@pytest.mark.parametrize("variable", ["TMPDIR", "VLLM_RPC_BASE_PATH"])
+def test_a_folder_that_was_removed_is_made_again(start, tmp_path, variable):
+    folder = tmp_path / "folder"
+    program = f"import os; print('there:', os.path.isdir({str(folder)!r})); os.rmdir({str(folder)!r}); os._exit(1)"
+    supervisor = start(program, max_restarts=2, **{variable: str(folder)})
+    output, errors = supervisor.communicate(timeout=60)
+    assert supervisor.returncode == os.EX_UNAVAILABLE, errors
+    assert output.count("there: True") == 3
+    assert errors.count(f"{variable}={folder} was not there and has been made") == 3
+
+
+def test_a_folder_that_cannot_be_made_is_named_and_tried_again(start, tmp_path):
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "folder"
+    supervisor = start("raise SystemExit(1)", max_restarts=1, VLLM_RPC_BASE_PATH=str(folder))
+    _, errors = supervisor.communicate(timeout=60)
+    assert supervisor.returncode == os.EX_UNAVAILABLE, errors
+    reason = "is not a directory and cannot be made: Not a directory"
+    assert errors.count(f"VLLM_RPC_BASE_PATH={folder} {reason}") == 2
+
+
 def test_wrong_options_are_not_tried_again(start):
     supervisor = start("import sys; print('error: argument --nonsense'); sys.exit(2)")
     _, errors = supervisor.communicate(timeout=60)
@@ -106,7 +127,8 @@ def test_a_death_in_service_is_followed_by_a_restart_and_a_stop_ends_it(start):
     supervisor.send_signal(signal.SIGTERM)
     _, errors = supervisor.communicate(timeout=30)
     assert supervisor.returncode == 128 + signal.SIGTERM  # this server just dies of it
-    assert "s of service: no error was logged (exit status 137); restart 1 in 0 s" in errors
+    assert "s of service: the API server was killed by SIGKILL" in errors
+    assert "(exit status 137); restart 1 in 0 s" in errors
     assert not psutil.pid_exists(worker)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import subprocess
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler
+from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -16,7 +18,7 @@ import pytest
 from serving import free_port
 from waiting import eventually
 
-__all__ = ["CONFIG", "HAPROXY", "KEY", "Draining", "Router", "needs_haproxy", "running_router"]
+__all__ = ["CONFIG", "HAPROXY", "KEY", "Failing", "Router", "failing", "needs_haproxy", "running_router"]
 
 CONFIG = Path(__file__).parents[2] / "deploy/router/haproxy.cfg"
 HAPROXY = shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/sbin") or ""
@@ -78,18 +80,21 @@ def running_router(*replicas: str) -> Iterator[Router]:
         process.wait(timeout=10)
 
 
-class Draining(BaseHTTPRequestHandler):
-    """Ready as far as anyone has noticed, but refuses requests: a replica in the first seconds of its end."""
+class Failing(BaseHTTPRequestHandler):
+    """Ready as far as anyone has noticed; counts the requests that reach any, and fails as its server says."""
 
-    refused = 0
+    received = 0
 
     def do_GET(self) -> None:
         self.answer(200)
 
     def do_POST(self) -> None:
-        type(self).refused += 1
+        type(self).received += 1
         self.rfile.read(int(self.headers["Content-Length"]))
-        self.answer(503)
+        if self.server.status is None:  # type: ignore[attr-defined]
+            self.connection.shutdown(socket.SHUT_RDWR)  # as a process that is killed does
+        else:
+            self.answer(self.server.status)  # type: ignore[attr-defined]
 
     def answer(self, status: int) -> None:
         self.send_response(status)
@@ -98,3 +103,18 @@ class Draining(BaseHTTPRequestHandler):
 
     def log_message(self, *arguments: object) -> None:
         pass
+
+
+@contextmanager
+def failing(*statuses: int | None) -> Iterator[list[str]]:
+    """Addresses of replicas that answer with these statuses; None: the connection ends without an answer."""
+    Failing.received = 0
+    with ExitStack() as stack:
+        addresses = []
+        for status in statuses:
+            server = stack.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), Failing))
+            server.status = status  # type: ignore[attr-defined]
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            stack.callback(server.shutdown)
+            addresses.append(f"127.0.0.1:{server.server_port}")
+        yield addresses

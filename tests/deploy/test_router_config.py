@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import ssl
 import subprocess
-import threading
-from http.server import ThreadingHTTPServer
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
 import pytest
 from certificates import own_certificate
 from manifests import container
-from routers import CONFIG, HAPROXY, Draining, needs_haproxy, running_router
+from routers import CONFIG, HAPROXY, failing, needs_haproxy, running_router
 from serving import free_port
 from waiting import eventually
 
@@ -42,11 +41,10 @@ def test_without_replicas_it_says_which_variable_is_missing():
 
 
 def test_without_any_replica_clients_are_told_when_to_come_again():
-    with ThreadingHTTPServer(("127.0.0.1", 0), Draining) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        with running_router(f"127.0.0.1:{server.server_port}") as router:
-            server.shutdown()
-            server.server_close()
+    with ExitStack() as replica:
+        (address,) = replica.enter_context(failing(503))
+        with running_router(address) as router:
+            replica.close()
             answer = router.ask("-", "Why is sea water salty?")
             assert answer.status_code == 503 and answer.headers["retry-after"] == "10"
             assert answer.json()["error"]["type"] == "ServiceUnavailable"

@@ -1,7 +1,21 @@
-"""The exception for a user's mistake: commands print its one line and exit with status 2, without a traceback."""
+"""The exceptions that commands print in one line, without a traceback, before they exit with its status."""
 
-__all__ = ["UserError"]
+import os
+
+__all__ = ["NotYetError", "UserError"]
 
 
 class UserError(Exception):
-    """What is wrong and what to do about it, in one line."""
+    """A user's mistake: what is wrong and what to do about it, in one line.
+
+    Attributes:
+        status: exit status of the command.
+    """
+
+    status = 2
+
+
+class NotYetError(UserError):
+    """What was asked for may be right, and what it needs is not there yet: the same command may succeed later."""
+
+    status = os.EX_TEMPFAIL

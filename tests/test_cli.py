@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from hunyuan_vllm import __version__
+from hunyuan_vllm import __version__, cli
+from hunyuan_vllm.errors import NotYetError, UserError
 
 SCRIPT = Path(sys.executable).with_name("hunyuan-vllm")
 
@@ -29,6 +30,18 @@ def test_a_mistyped_command_gets_a_suggestion() -> None:
     result = run("servee")
     assert result.returncode == 2
     assert "Did you mean 'serve'?" in result.stderr
+
+
+@pytest.mark.parametrize(("error", "status"), [(UserError("typed wrongly"), 2), (NotYetError("no Ray yet"), 75)])
+def test_what_may_succeed_later_has_a_status_of_its_own(monkeypatch, capsys, error, status) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == status
+    assert capsys.readouterr().err == f"hunyuan-vllm: {error}\n"
 
 
 @pytest.mark.parametrize(("typed", "completed"), [("doct", "doctor"), ("check --wr", "--write-sums")])

@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.errors import NotYetError, UserError
 from hunyuan_vllm.server import ray_cluster
 from hunyuan_vllm.server.ray_cluster import RayNode, find_ray_cluster
 
@@ -37,15 +37,15 @@ def test_an_address_without_ray(monkeypatch):
 
 def test_a_cluster_that_is_gone(with_ray, tmp_path):
     note(tmp_path, GONE)
-    with pytest.raises(UserError, match=rf"{GONE} \(Connection refused\): start it, or delete {tmp_path}"):
+    with pytest.raises(NotYetError, match=rf"{GONE} \(Connection refused\): start it, or delete {tmp_path}"):
         find_ray_cluster({"RAY_TMPDIR": str(tmp_path)})
-    with pytest.raises(UserError, match="start it, or unset RAY_ADDRESS"):
+    with pytest.raises(NotYetError, match="start it, or unset RAY_ADDRESS"):
         find_ray_cluster({"RAY_ADDRESS": GONE})
 
 
 @pytest.mark.parametrize("address", ["nonsense", "10.0.0.5:port"])
 def test_an_address_that_is_none(with_ray, address):
-    with pytest.raises(UserError, match="an address is host:port"):
+    with pytest.raises(UserError, match=f"{address} is not the address of a Ray cluster"):
         find_ray_cluster({"RAY_ADDRESS": address})
 
 

@@ -75,10 +75,10 @@ app.command()(merge_lora)
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one line on stderr and exit status 2."""
+    """Entry point: a `UserError` is one line on stderr, and its exit status."""
     prepare_output()
     try:
         app()
     except UserError as error:
         print(f"hunyuan-vllm: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.status)

@@ -107,6 +107,7 @@ def serve(
       1     the server died; it says of what
       2     a mistake in what was asked for, named in one line
       69    --max-restarts was reached
+      75    what it needs is not there yet: the Ray cluster, GPUs, a free port
       128+n signal n ended it: 137 where it had to be killed
     """
     from hunyuan_vllm import envs

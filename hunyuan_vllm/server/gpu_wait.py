@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.errors import NotYetError, UserError
 from hunyuan_vllm.server.ray_cluster import RayCluster, find_ray_cluster
 
 __all__ = ["describe", "wait_for_gpus"]
@@ -51,7 +51,7 @@ def wait_for_gpus(
         stream: where it says what it waits for; None is standard error.
 
     Raises:
-        UserError: they are not there in that time; the message says what is missing.
+        NotYetError: they are not there in that time; the message says what is missing.
     """
     console = Console(file=stream or sys.stderr, highlight=False)
     deadline = time.monotonic() + limit
@@ -65,7 +65,7 @@ def wait_for_gpus(
                 return
             left = deadline - time.monotonic()
             if left <= 0:
-                raise UserError(
+                raise NotYetError(
                     f"{needed} GPUs are needed and {free} are free in Ray after {limit:g} s: {'; '.join(lines)}. Set "
                     "TP_SIZE for fewer, or GPU_WAIT for longer (seconds)"
                 )

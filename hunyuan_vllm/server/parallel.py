@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.errors import NotYetError, UserError
 from hunyuan_vllm.server.flags import Flags
 from hunyuan_vllm.server.gpu_wait import describe
 from hunyuan_vllm.server.machine import GpuKind, Machine
@@ -49,7 +49,8 @@ def choose_ranks(
         weight_bytes: size of the weights as GPUs hold them; 0 where that is unknown.
 
     Raises:
-        UserError: there are not as many GPUs as were asked for, none at all, or the network cannot be cut so.
+        NotYetError: there are not as many GPUs as were asked for, or none at all.
+        UserError: the network cannot be cut so.
     """
     others = flags.integer("pipeline-parallel-size", 1) * flags.integer("data-parallel-size", 1)
     asked = flags.integer("tensor-parallel-size", 0) or settings.tp_size
@@ -61,7 +62,7 @@ def choose_ranks(
         return Ranks(tensor, tensor * others, executor, several_nodes=by_hand or executor == "ray")
     total = max(machine.ray.gpus if machine.ray else 0, machine.gpus)
     if total == 0:
-        raise UserError("no GPU is visible (nvidia-smi -L, CUDA_VISIBLE_DEVICES) and no Ray cluster offers one")
+        raise NotYetError("no GPU is visible (nvidia-smi -L, CUDA_VISIBLE_DEVICES) and no Ray cluster offers one")
     notes: list[str] = []
     usable = total // others
     if most and not asked and usable > most:
@@ -73,7 +74,7 @@ def choose_ranks(
     _check_cut(model, tensor)
     world = tensor * others
     if world > total and machine.ray is None:
-        raise UserError(
+        raise NotYetError(
             f"{world} GPUs are asked for and {total} are here: set TP_SIZE={max(total // others, 1)} or less, or start "
             "Ray on several nodes (hunyuan-vllm cluster up)"
         )

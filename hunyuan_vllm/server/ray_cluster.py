@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hunyuan_vllm.cluster.reach import why_unreached
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.errors import NotYetError, UserError
 
 __all__ = ["RayCluster", "RayNode", "find_ray_cluster"]
 
@@ -70,7 +70,8 @@ def find_ray_cluster(environ: Mapping[str, str] = os.environ) -> RayCluster | No
     """The cluster at RAY_ADDRESS, or the one `ray start` noted on this machine; None where neither is there.
 
     Raises:
-        UserError: no cluster answers at that address. Serving on this machine alone would be a surprise.
+        UserError: that is no address, or Ray is not installed.
+        NotYetError: no cluster answers at that address. Serving on this machine alone would be a surprise.
     """
     noted = Path(environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
     address, remedy = environ.get("RAY_ADDRESS", "").strip(), "unset RAY_ADDRESS"
@@ -84,7 +85,7 @@ def find_ray_cluster(environ: Mapping[str, str] = os.environ) -> RayCluster | No
         address, remedy = noted.read_text().strip(), f"delete {noted}, which names it"
     cluster, cause = _ask(address, environ)
     if cluster is None:
-        raise UserError(f"no Ray cluster answers at {address} ({cause}): start it, or {remedy}")
+        raise NotYetError(f"no Ray cluster answers at {address} ({cause}): start it, or {remedy}")
     return cluster
 
 
@@ -97,7 +98,7 @@ def _ask(address: str, environ: Mapping[str, str]) -> tuple[RayCluster | None, s
             [sys.executable, "-c", PROBE, address], env=dict(environ), capture_output=True, text=True, timeout=TIMEOUT
         )
     except ValueError:
-        return None, "an address is host:port"
+        raise UserError(f"{address} is not the address of a Ray cluster, which is host:port") from None
     except subprocess.TimeoutExpired:
         return None, f"no answer in {TIMEOUT:.0f} s"
     for line in probe.stdout.splitlines():

@@ -9,7 +9,7 @@ import httpx
 import psutil
 
 from hunyuan_vllm import envs
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.errors import NotYetError, UserError
 from hunyuan_vllm.server.launch import Launch
 from hunyuan_vllm.server.verdict import Verdict
 
@@ -48,7 +48,7 @@ def ask(launch: Launch) -> Verdict:
 
 
 def check_port(host: str, port: int) -> None:
-    """Raise UserError if a server could not listen there; names the process that does, where that can be seen."""
+    """Raise UserError if a server could not listen there, NotYetError where another process does."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
@@ -58,7 +58,8 @@ def check_port(host: str, port: int) -> None:
         try:
             probe.bind(address)
         except OSError as error:
-            raise UserError(_port_problem(host, port, error)) from None
+            kind = NotYetError if error.errno == errno.EADDRINUSE else UserError
+            raise kind(_port_problem(host, port, error)) from None
 
 
 def _port_problem(host: str, port: int, error: OSError) -> str:

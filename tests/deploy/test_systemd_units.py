@@ -14,7 +14,9 @@ from typer.main import get_command
 from hunyuan_vllm.cli import app
 from hunyuan_vllm.cluster.node_setup import RAY_SETTINGS, NodeSetup
 from hunyuan_vllm.cluster.start_hook import HOOK
+from hunyuan_vllm.errors import NotYetError, UserError
 from hunyuan_vllm.server.life import OVERTIME
+from hunyuan_vllm.server.supervise import GAVE_UP
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "systemd"
 ROOT = "/opt/hunyuan-vllm"
@@ -105,6 +107,20 @@ def test_variables_are_those_of_cluster_up(unit):
     example = {line.split("=")[0] for line in (FOLDER / "node.env.example").read_text().splitlines() if "=" in line}
     needed = NodeSetup("10.0.0.1", "10.0.0.1", "bond1", 8, "/token").environment()
     assert needed.keys() <= environment(unit).keys() | example
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+def test_a_mistake_is_final_and_what_is_not_there_yet_is_tried_again(unit):
+    final = {int(status) for status in settings(unit)["RestartPreventExitStatus"][0].split()}
+    assert UserError.status in final and NotYetError.status not in final
+    assert unit in RAY or GAVE_UP in final
+
+
+def test_the_key_file_can_be_replaced_while_the_server_runs():
+    """A credential, like everything below %d, is a copy from the start of the service."""
+    file = Path(environment(SERVER)["HUNYUAN_VLLM_API_KEY_FILE"])
+    assert file.is_absolute()
+    assert not any(line.startswith("api-key") for line in settings(SERVER)["LoadCredential"])
 
 
 def test_the_server_knows_its_options():

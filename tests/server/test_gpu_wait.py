@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.errors import NotYetError, UserError
 from hunyuan_vllm.server import gpu_wait
 from hunyuan_vllm.server.gpu_wait import describe, wait_for_gpus
 from hunyuan_vllm.server.ray_cluster import RayCluster, RayNode
@@ -79,7 +79,7 @@ def test_missing_nodes_are_named():
 
 
 def test_the_end_says_what_was_missing():
-    with pytest.raises(UserError) as raised:
+    with pytest.raises(NotYetError) as raised:
         waited(RayCluster.of([HEAD, GONE]), limit=0.05)
     message = str(raised.value)
     assert message.startswith("16 GPUs are needed and 8 are free in Ray after 0.05 s: 10.0.0.1 has 8 of its 8 GPUs")

@@ -1,9 +1,25 @@
-"""The chat template for checkpoints that bring none.
+"""The built-in chat template, and what a checkpoint's own template is known to get wrong of the same format.
 
 <|startoftext|>system<|extra_4|>user<|extra_0|>assistant<|eos|><|startoftext|>user<|extra_0|>assistant<|eos|> …
 """
 
-__all__ = ["CHAT_TEMPLATE"]
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import Template, TemplateError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+__all__ = ["CHAT_TEMPLATE", "Refused", "known_faults", "render"]
+
+START, SYSTEM_END, USER_END, ANSWER_END = "<|startoftext|>", "<|extra_4|>", "<|extra_0|>", "<|eos|>"
 
 CHAT_TEMPLATE = r"""
 {%- macro text_of(content) -%}
@@ -39,3 +55,94 @@ CHAT_TEMPLATE = r"""
   {%- endif -%}
 {%- endfor -%}
 """.lstrip()
+
+
+class Refused(TemplateError):
+    """The template itself refuses the conversation, by `raise_exception`."""
+
+
+def render(template: str, messages: Sequence[dict[str, Any]]) -> str:
+    """The prompt of a conversation, rendered as transformers renders it: in a sandbox, without changing an object.
+
+    Raises:
+        Refused: the template refuses the conversation.
+        TemplateError: it is not a template, or does what the sandbox forbids.
+        Exception: whatever else its expressions raise.
+    """
+    tokens = {"bos_token": START, "eos_token": ANSWER_END, "pad_token": "<|pad|>"}
+    return _compiled(template).render(
+        messages=messages, tools=None, documents=None, add_generation_prompt=True, **tokens
+    )
+
+
+@lru_cache(maxsize=16)
+def known_faults(template: str) -> tuple[str, ...]:
+    """What a template that writes this model's format is known to get wrong, by what it renders.
+
+    Empty if it makes none of these mistakes, or writes another format: a template that is not the built-in one is not
+    wrong for that.
+    """
+    system, late = _message("system", "SYSTEM"), _message("system", "LATE")
+    user, answer, again = _message("user", "USER"), _message("assistant", "ANSWER"), _message("user", "AGAIN")
+    for usual in ([system, user], [system, user, answer, again]):
+        if _outcome(template, usual) != render(CHAT_TEMPLATE, usual):
+            return ()
+    faults = []
+    without_system = str(_outcome(template, [user]))
+    if f"USER{SYSTEM_END}" in without_system:
+        faults.append(f"without a system message the user's text is closed by {SYSTEM_END}, as a system prompt is")
+    elif START + START in without_system:
+        faults.append(f"without a system message the prompt begins with {START} twice")
+    empty = _outcome(template, [_message("system", ""), user]), _outcome(template, [_message("user", "")])
+    failed = next(
+        (outcome for outcome in empty if isinstance(outcome, Exception) and outcome.__class__ != Refused), None
+    )
+    if failed is not None:
+        faults.append(f"an empty system message or first text fails: {failed}")
+    elif START + START in str(empty[0]):
+        faults.append(f"after an empty system message the prompt begins with {START} twice")
+    bare = ANSWER_END + "LATE" + START
+    for role, what in (("system", "a second system message"), ("tool", "a message of the role tool")):
+        if bare in str(_outcome(template, [system, user, answer, late | {"role": role}, again])):
+            faults.append(f"{what} is written without any mark")
+    return tuple(faults)
+
+
+def _message(role: str, content: str) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def _outcome(template: str, messages: Sequence[dict[str, Any]]) -> str | Exception:
+    try:
+        return render(template, messages)
+    except Exception as error:  # a template's expressions may raise anything
+        return error
+
+
+class _Generation(Extension):
+    """{% generation %} … {% endgeneration %}, by which templates mark for training what the model says."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> Node | list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@lru_cache(maxsize=16)
+def _compiled(template: str) -> Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": datetime.now().strftime}
+    return environment.from_string(template)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    """Unlike jinja's own filter, it escapes nothing for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def _refuse(message: str) -> None:
+    raise Refused(message)

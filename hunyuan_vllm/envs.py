@@ -12,10 +12,12 @@ from pathlib import Path
 from hunyuan_vllm.errors import UserError
 
 __all__ = [
+    "CHECKPOINT_CHAT_TEMPLATE",
     "DRAIN_GRACE",
     "READY_TIMEOUT",
     "SUPERVISOR_RESTARTS",
     "cache_folder",
+    "checkpoint_chat_template",
     "cla_sharing",
     "drain_grace",
     "native_kernels",
@@ -24,6 +26,7 @@ __all__ = [
     "take_ssh_password",
 ]
 
+CHECKPOINT_CHAT_TEMPLATE = "HUNYUAN_VLLM_CHECKPOINT_CHAT_TEMPLATE"
 READY_TIMEOUT = "HUNYUAN_VLLM_READY_TIMEOUT"
 DRAIN_GRACE = "HUNYUAN_VLLM_DRAIN_GRACE"
 SUPERVISOR_RESTARTS = "HUNYUAN_VLLM_SUPERVISOR_RESTARTS"
@@ -63,6 +66,12 @@ def cla_sharing() -> bool:
 def native_kernels() -> bool:
     """HUNYUAN_VLLM_NATIVE_KERNELS (default 1): 0 leaves int8 products and routing on CPUs to torch and vLLM."""
     return _flag("HUNYUAN_VLLM_NATIVE_KERNELS", default=True)
+
+
+def checkpoint_chat_template() -> bool:
+    """HUNYUAN_VLLM_CHECKPOINT_CHAT_TEMPLATE (default 0): 1 uses a checkpoint's template though it is known to be
+    wrong."""
+    return _flag(CHECKPOINT_CHAT_TEMPLATE, default=False)
 
 
 def cache_folder() -> Path:

@@ -3,9 +3,10 @@
 Ids come from tiktoken (text_encoder.py); decoding, streaming, offsets and saving from `tokenizers` (vocab.py).
 """
 
+import logging
 import unicodedata
 from collections.abc import Callable
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,13 +15,16 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoTokenizer, BatchEncoding, TokenizersBackend
 from transformers.models.auto import tokenization_auto
 
-from hunyuan_vllm.chat_template import CHAT_TEMPLATE
+from hunyuan_vllm import envs
+from hunyuan_vllm.chat_template import CHAT_TEMPLATE, known_faults
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.text_encoder import TextEncoder
 from hunyuan_vllm.vocab import END_OF_TEXT, EOS, PAD, SPECIAL_TOKENS, START_OF_TEXT, build_tokenizer, read_tokens
 
 __all__ = ["HYTokenizer", "load_tokenizer", "register_tokenizer"]
+
+logger = logging.getLogger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
 
 # Arguments of `_encode_plus` that one text, neither padded nor made a tensor, can be encoded with by tiktoken.
 _PLAIN = {
@@ -36,7 +40,8 @@ class HYTokenizer(TokenizersBackend):
 
     Text is brought to NFC first. A plain text gets <|startoftext|> in front (unless `add_bos_token`, or the published
     `add_bod_token`, is false) and <|endoftext|> behind only if `add_eos_token` or `add_eod_token` is true.
-    A checkpoint without a chat template gets the built-in one. A tokenizer.json, where there is one, is used as it is.
+    A checkpoint without a chat template, or with one that is known to be wrong (see `known_faults`), gets the built-in
+    one. A tokenizer.json, where there is one, is used as it is.
 
     Raises:
         ValueError: neither file is there, or hy.tiktoken is damaged (see `read_tokens`).
@@ -67,6 +72,15 @@ class HYTokenizer(TokenizersBackend):
     def convert_to_native_format(cls, **kwargs: Any) -> dict[str, Any]:
         """Leave the files to `__init__`; the base class knows no format of this name."""
         return kwargs
+
+    def get_chat_template(self, chat_template: str | None = None, tools: list[dict[str, Any]] | None = None) -> str:
+        """The template that a conversation is rendered with: the one asked for, else the checkpoint's unless it is
+        known to be wrong, else the built-in one."""
+        template: str = super().get_chat_template(chat_template, tools)
+        if chat_template is not None or envs.checkpoint_chat_template() or not (faults := known_faults(template)):
+            return template
+        _say_replaced(faults)
+        return CHAT_TEMPLATE
 
     def update_post_processor(self) -> None:
         """Put the document's start and end around a text as `add_bos_token` and `add_eos_token` say."""
@@ -172,6 +186,16 @@ def load_tokenizer(name: str | Path) -> HYTokenizer:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"the tokenizer of {name} does not load: {reason}") from None
+
+
+@cache
+def _say_replaced(faults: tuple[str, ...]) -> None:
+    """Once a process."""
+    logger.warning(
+        "The checkpoint's chat template is wrong: %s. The built-in one is used instead; %s=1 uses the checkpoint's",
+        "; ".join(faults),
+        envs.CHECKPOINT_CHAT_TEMPLATE,
+    )
 
 
 def _with_defaults(kwargs: dict[str, Any]) -> dict[str, Any]:

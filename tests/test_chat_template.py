@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_templates import FAULTY, FINE_TUNED
 from jinja2 import TemplateError
 from tokenizer_texts import SMALL_VOCAB
 from transformers import AutoConfig
@@ -19,6 +21,9 @@ from vllm.renderers.hf import HfRenderer
 from vllm.renderers.params import ChatParams
 from vllm.tokenizers import get_tokenizer
 
+from hunyuan_vllm import envs
+from hunyuan_vllm import tokenizer as tokenizer_module
+from hunyuan_vllm.chat_template import CHAT_TEMPLATE, known_faults, render
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.tokenizer import HYTokenizer, register_tokenizer
 
@@ -117,6 +122,103 @@ def test_the_checkpoints_own_template_wins(tmp_path: Path, as_file: bool) -> Non
     else:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": own}))
     assert get_tokenizer(tmp_path).apply_chat_template([user("Hi")], tokenize=False) == "Hi!"
+
+
+def faulty_in(messages: list[Any]) -> str:
+    """What FAULTY renders, or what stops it."""
+    try:
+        return render(FAULTY, messages)
+    except TemplateError as error:
+        return str(error)
+
+
+def test_the_faults_that_published_templates_have() -> None:
+    """The template of the other tests has them all, and writes the model's format otherwise."""
+    assert faulty_in([user("Hi")]) == "<|startoftext|><|startoftext|>Hi<|extra_4|><|extra_0|>"
+    assert "access to attribute 'update'" in faulty_in([system(""), user("Hi")])
+    assert "access to attribute 'update'" in faulty_in([user("")])
+    assert faulty_in([system("S"), user("U"), assistant("A"), {"role": "tool", "content": "42"}]).endswith("<|eos|>42")
+    turns = [system("S"), user("U"), assistant("A"), user("V")]
+    assert faulty_in(turns) == render(CHAT_TEMPLATE, turns)
+    assert len(known_faults(FAULTY)) == 4
+
+
+SECOND_SYSTEM = CHAT_TEMPLATE.replace("not loop.first", "false").replace(
+    "{%- if content -%}", "{%- if not loop.first -%}{{ content }}{%- elif content -%}"
+)
+EMPTY_SYSTEM = CHAT_TEMPLATE.replace(
+    "{%- if content -%}", "{%- if not content -%}{{ '<|startoftext|>' }}{%- elif content -%}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "fault"),
+    [(SECOND_SYSTEM, "a second system message"), (EMPTY_SYSTEM, "after an empty system message")],
+)
+def test_one_of_the_faults_is_enough(template: str, fault: str) -> None:
+    (found,) = known_faults(template)
+    assert found.startswith(fault)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        CHAT_TEMPLATE,
+        FINE_TUNED,
+        "{{ messages[0]['content'] }}!",
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
+        "{{ raise_exception('no') }}",
+        "{{ messages | nothing }}",
+        "{% for m in messages %}",
+        "",
+        "{% if not messages[0].content %}{{ raise_exception('say something') }}{% endif %}" + CHAT_TEMPLATE,
+    ],
+)
+def test_another_format_is_no_fault(template: str) -> None:
+    assert known_faults(template) == ()
+
+
+def checkpoint(folder: Path, template: str) -> Path:
+    shutil.copy(CONFIG, folder / "config.json")
+    shutil.copy(SMALL_VOCAB, folder / "hy.tiktoken")
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def test_vllm_serves_the_built_in_template_instead_of_a_wrong_one(
+    tmp_path: Path, tokenizer: HYTokenizer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Unless the environment, or vLLM's --chat-template, asks for the checkpoint's own."""
+    load_general_plugins()
+    model = ModelConfig(model=str(checkpoint(tmp_path, FAULTY)), dtype="float32")
+    renderer = renderer_from_config(VllmConfig(model_config=model))
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+
+    def said() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.name == tokenizer_module.logger.name]
+
+    def prompt(**params: Any) -> list[int]:
+        _, (rendered,) = renderer.render_chat([[user("Hi")]], ChatParams(**params))
+        ids: list[int] = rendered["prompt_token_ids"]
+        return ids
+
+    right, wrong = (
+        tokenizer.encode(text, add_special_tokens=False)
+        for text in ("<|startoftext|>Hi<|extra_0|>", faulty_in([user("Hi")]))
+    )
+    assert prompt(chat_template=FAULTY) == wrong
+    assert not said()
+    assert prompt() == prompt() == right
+    (line,) = said()
+    assert "<|extra_4|>" in line and f"{envs.CHECKPOINT_CHAT_TEMPLATE}=1" in line
+    monkeypatch.setenv(envs.CHECKPOINT_CHAT_TEMPLATE, "1")
+    assert prompt() == wrong
+
+
+def test_a_deliberate_format_is_kept(tmp_path: Path) -> None:
+    register_tokenizer()
+    own = get_tokenizer(checkpoint(tmp_path, FINE_TUNED))
+    assert own.apply_chat_template([user("Hi")], tokenize=False).startswith("<|startoftext|>You are a pirate.")
 
 
 @pytest.fixture(scope="module")

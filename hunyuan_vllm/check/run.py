@@ -96,5 +96,5 @@ def _check_text(folder: Path, config: ConfigFile, report: Report) -> None:
     if tokenizer is None:
         template.skipped("template", "not rendered: there is no tokenizer to read its tokens")
     else:
-        check_template(tokenizer, stop_ids(config, generation), template)
+        check_template(folder, tokenizer, stop_ids(config, generation), template)
     check_generation(folder, config, report.section("Generation"))

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from chat_templates import FAULTY, FINE_TUNED
 from damage import check_folder, copy_demo, edit_json, findings, only_problem
 
+from hunyuan_vllm.chat_template import CHAT_TEMPLATE
 from hunyuan_vllm.findings import Status
 
 VOCABULARY = "hy.tiktoken"
@@ -102,6 +104,41 @@ def test_a_checkpoints_own_template(tmp_path: Path) -> None:
     report = check_folder(tmp_path)
     (line,) = [finding for finding in findings(report, Status.OK) if finding.subject == "template"]
     assert line.text.startswith("the checkpoint's")
+
+
+@pytest.mark.parametrize("in_its_own_file", [True, False])
+def test_a_template_with_the_faults_of_the_published_one(tmp_path: Path, in_its_own_file: bool) -> None:
+    """It is named, and no problem: this package serves the built-in one in its place."""
+    copy_demo(tmp_path)
+    if in_its_own_file:
+        (tmp_path / "chat_template.jinja").write_text(FAULTY)
+    else:
+        edit_json(tmp_path / "tokenizer_config.json", chat_template=FAULTY)
+    report = check_folder(tmp_path)
+    assert report.sound
+    (warning,) = findings(report, Status.WARNING)
+    assert "closed by <|extra_4|>" in warning.text and "access to attribute 'update'" in warning.text
+    assert len(warning.items) == 4
+    (line,) = [finding for finding in findings(report, Status.OK) if finding.subject == "template"]
+    assert line.text.startswith("the built-in one;")
+
+
+def test_a_template_of_another_format(tmp_path: Path) -> None:
+    (copy_demo(tmp_path) / "chat_template.jinja").write_text(FINE_TUNED)
+    report = check_folder(tmp_path)
+    assert report.sound
+    (warning,) = findings(report, Status.WARNING)
+    assert "for one turn" in warning.text and "You are a pirate." in warning.text
+    assert "<|startoftext|>海有多深？<|extra_0|>" in warning.text
+
+
+def test_a_template_that_refuses_a_conversation(tmp_path: Path) -> None:
+    refusing = "{% if not messages[0].content %}{{ raise_exception('say something') }}{% endif %}"
+    (copy_demo(tmp_path) / "chat_template.jinja").write_text(refusing + CHAT_TEMPLATE)
+    report = check_folder(tmp_path)
+    assert report.sound
+    (warning,) = findings(report, Status.WARNING)
+    assert warning.text == "it refuses an empty system message: say something"
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,17 @@ from pydantic_core import from_json
 
 from hunyuan_vllm.errors import UserError
 
-__all__ = ["Index", "Line", "parse", "read_lines", "scan"]
+__all__ = ["Index", "Line", "parse", "read_lines", "refuse_other_encodings", "scan"]
 
 BOM = b"\xef\xbb\xbf"
+# What a file that is not JSONL begins with, what it is, and how it becomes JSONL.
+OTHER_FILES = {
+    b"\x1f\x8b": ("compressed with gzip", "gunzip -k {}"),
+    b"\x28\xb5\x2f\xfd": ("compressed with zstd", "zstd -d {}"),
+    b"\xfd7zXZ": ("compressed with xz", "xz -dk {}"),
+    b"PK\x03\x04": ("a zip archive", "unzip {}"),
+    b"PAR1": ("a Parquet table", "pandas: read_parquet('{}').to_json('NEW.jsonl', orient='records', lines=True)"),
+}
 
 
 @dataclass(frozen=True)
@@ -64,12 +72,31 @@ def read_lines(path: Path) -> Iterator[Line]:
         UserError: it cannot be read.
     """
     try:
+        refuse_other_encodings(path)
         with path.open("rb") as file:
             for number, raw in enumerate(file, start=1):
                 if line := parse(number, raw):
                     yield line
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def refuse_other_encodings(path: Path) -> None:
+    """Refuse a file that is not JSONL as a whole: its lines would be a thousand errors about bytes.
+
+    Raises:
+        UserError: it is compressed, or not UTF-8 but UTF-16 or -32; says the command that converts it.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        start = file.read(8)
+    for mark, (kind, command) in OTHER_FILES.items():
+        if start.startswith(mark):
+            raise UserError(f"{path} is {kind}: write it as JSONL first, with {command.format(path)}")
+    encoding = json.detect_encoding(start).removesuffix("-sig")
+    if encoding != "utf-8":
+        named = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")  # as iconv spells them
+        raise UserError(f"{path} is {named}: convert it to UTF-8 first (iconv -f {named} -t UTF-8 {path} > NEW.jsonl)")
 
 
 def scan(path: Path) -> Index:
@@ -113,6 +140,8 @@ def _why(raw: bytes) -> str | None:
     """The standard library's words for what is wrong, which are plainer; it is also more lenient."""
     try:
         json.loads(raw)
+    except UnicodeDecodeError as error:
+        return f"{error}; a file in another encoding is converted with iconv -f GB18030 -t UTF-8, for instance"
     except ValueError as error:
         return str(error)
     return None

@@ -72,7 +72,9 @@ def check(
                     {"role": "user", "content": "Why is the sea salty?"},
                     {"role": "assistant", "content": "Rivers carry salt."}]}
     The system message may be absent; user and assistant speak in turn, as often
-    as you like, and the assistant has the last word.
+    as you like, and the assistant has the last word. Lines in ShareGPT's form
+    ("conversations"), Alpaca's ("instruction", "output") and "prompt" with
+    "completion" are converted as they are read.
 
     \b
     Examples:
@@ -126,6 +128,7 @@ def _show(report: dict[str, Any], sample: Sample | None, show_all: bool) -> None
 
 def _show_lengths(report: dict[str, Any], console: Console) -> None:
     limit = report["max_seq_length"]
+    console.print(f"form     {', '.join(f'{name} ({count:,})' for name, count in report['forms'].items())}")
     learned = report["learned_tokens"] / report["tokens_after_truncation"]
     console.print(
         f"tokens   {report['tokens']:,}; {report['learned_tokens']:,} learned ({learned:.0%} of those that are read)"

@@ -77,6 +77,7 @@ def as_json(path: Path, found: Scan, sample: Sample | None) -> dict[str, Any]:
     return {
         "file": str(path),
         "conversations": len(found),
+        "forms": dict(found.forms.most_common()),
         "bad_lines": found.bad_count,
         "bad": [{"line": bad.number, "cause": bad.cause} for bad in found.bad],
         "max_seq_length": limit,

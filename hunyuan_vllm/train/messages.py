@@ -1,4 +1,7 @@
-"""Training data: one conversation a line of JSONL, checked; a line that is of no use is named with its cause."""
+"""Training data: one conversation a line of JSONL, checked; a line that is of no use is named with its cause.
+
+forms.py has the other layouts that a line may have.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any, Final, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from hunyuan_vllm.batch.lines import Line
+from hunyuan_vllm.train.forms import MESSAGES, BadForm, to_messages
 
 __all__ = ["DEFAULT_SYSTEM", "BadConversation", "Conversation", "Message", "Role", "parse_line"]
 
@@ -19,9 +23,8 @@ Role: TypeAlias = Literal["system", "user", "assistant"]
 FORM = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
 # Special tokens that a chat template places: in a text they would end a turn, or a document, in its middle.
 MARK = re.compile(r"<\|(?:endoftext|startoftext|bos|eos|pad|extra_[045])\|>")
+EMPTY: tuple[Any, ...] = (None, "", [], {})
 SHOWN = 40  # characters of a wrong value
-# Fields of other well-known layouts, which people have at hand.
-OTHER_LAYOUTS = {"conversations", "conversation", "instruction", "prompt", "query", "question", "input", "text"}
 
 
 class BadConversation(ValueError):
@@ -29,12 +32,28 @@ class BadConversation(ValueError):
 
 
 class Message(BaseModel):
-    """One turn. `content` may be given as a list of text parts, as clients send it; it is joined as served."""
+    """One turn. `content` may be given as a list of text parts, as clients send it; it is joined as served.
+
+    Fields that hold nothing (null, an empty list or text) may be there, as tools write them.
+
+    Attributes:
+        name: who speaks; not used, as the chat format has no place for it.
+        weight: 0 for an answer that is read and not learned.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     role: Role
     content: str
+    name: str | None = None
+    weight: Literal[0, 1] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty_fields(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if name in cls.model_fields or value not in EMPTY}
 
     @field_validator("content", mode="before")
     @classmethod
@@ -82,6 +101,8 @@ class Conversation(BaseModel):
             raise ValueError("it has no user and assistant messages")
         if turns[-1].role != "assistant":
             raise ValueError("it ends with the user's message: nothing answers it, so nothing is learned from it")
+        if all(turn.weight == 0 for turn in turns if turn.role == "assistant"):
+            raise ValueError("each answer has weight 0: nothing is learned from it")
         return self
 
     def as_dicts(self, default_system: str = DEFAULT_SYSTEM) -> list[dict[str, str]]:
@@ -106,20 +127,14 @@ def parse_line(line: Line) -> Conversation:
         if line.number == 1 and line.given.startswith("["):
             hint = ", and the file looks like one JSON array: write one object a line (jq -c '.[]' FILE)"
         raise BadConversation(f"it is not JSON: {line.broken}{hint}")
-    if not isinstance(line.given, dict) or "messages" not in line.given:
-        raise BadConversation(_no_messages(line.given))
+    if not isinstance(line.given, dict):
+        raise BadConversation(f"it is a JSON {_kind(line.given)}, and should be {FORM}")
     try:
-        return Conversation.model_validate(line.given)
+        return Conversation.model_validate({MESSAGES: to_messages(line.given)})
+    except BadForm as error:
+        raise BadConversation(f"{error}: a line is {FORM}") from None
     except ValidationError as error:
         raise BadConversation(_cause(error)) from None
-
-
-def _no_messages(given: Any) -> str:
-    if not isinstance(given, dict):
-        return f"it is a JSON {_kind(given)}, and should be {FORM}"
-    known = sorted(OTHER_LAYOUTS & given.keys()) or sorted(map(str, given))[:5]
-    has = f"; it has {', '.join(known)}" if known else ""
-    return f'it has no "messages"{has}: the form is {FORM}'
 
 
 def _cause(error: ValidationError) -> str:
@@ -134,7 +149,8 @@ def _cause(error: ValidationError) -> str:
         case "missing":
             return f"{place} is missing"
         case "literal_error":
-            return f"{place} is {_shown(given)}: it is system, user or assistant"
+            known = "0 or 1" if first["loc"][-1] == "weight" else "system, user or assistant"
+            return f"{place} is {_shown(given)}: it is {known}"
         case "extra_forbidden":
             return f"{place} is a field that training has no use for: leave it out"
         case "string_type":

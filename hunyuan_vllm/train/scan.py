@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -13,8 +13,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from hunyuan_vllm.batch.lines import Line, parse
+from hunyuan_vllm.batch.lines import Line, parse, refuse_other_encodings
 from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.train.forms import form_of
 from hunyuan_vllm.train.messages import DEFAULT_SYSTEM, BadConversation, parse_line
 from hunyuan_vllm.train.tokens import Example, encode
 
@@ -72,6 +73,7 @@ class Scan:
         offsets: where each begins, in bytes.
         lengths: tokens of each, uncut.
         learned: learned tokens of each, after cutting; 0 where none is left, and so nothing to train on.
+        forms: how many conversations were in which form (see forms.py).
         bad: the first thousand lines of no use.
         bad_count: all of them.
     """
@@ -81,6 +83,7 @@ class Scan:
     offsets: array[int] = field(default_factory=lambda: array("Q"))
     lengths: array[int] = field(default_factory=lambda: array("I"))
     learned: array[int] = field(default_factory=lambda: array("I"))
+    forms: Counter[str] = field(default_factory=Counter)
     bad: list[BadLine] = field(default_factory=list)
     bad_count: int = 0
 
@@ -105,12 +108,14 @@ class Scan:
             if len(self.bad) < MOST_BAD:
                 self.bad.append(found)
             return
-        for column, value in zip((self.numbers, self.offsets, self.lengths, self.learned), found, strict=True):
+        form, *values = found
+        self.forms[form] += 1
+        for column, value in zip((self.numbers, self.offsets, self.lengths, self.learned), values, strict=True):
             column.append(value)
 
 
 _Raw = tuple[int, int, bytes]  # number, offset, line
-_Found = BadLine | tuple[int, int, int, int]  # number, offset, length, learned
+_Found = BadLine | tuple[str, int, int, int, int]  # form, number, offset, length, learned
 
 
 def scan(
@@ -131,6 +136,7 @@ def scan(
     """
     result = Scan(encoding.max_seq_length)
     try:
+        refuse_other_encodings(path)
         if processes is None:
             processes = _cores() if path.stat().st_size >= LARGE else 1
         for size, found in _looked_at(path, encoding, processes):
@@ -186,7 +192,7 @@ def _look(chunk: Iterable[_Raw], encoding: Encoding | None = None) -> tuple[int,
         except BadConversation as error:
             found.append(BadLine(number, str(error)))
             continue
-        found.append((number, offset, len(example), encoding.cut(example).learned))
+        found.append((form_of(line.given), number, offset, len(example), encoding.cut(example).learned))
     return size, found
 
 

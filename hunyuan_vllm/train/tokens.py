@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -46,7 +47,8 @@ class Example:
 def encode(
     conversation: Conversation, tokenizer: Any, *, train_on_all: bool = False, default_system: str = DEFAULT_SYSTEM
 ) -> Example:
-    """Token ids by the checkpoint's chat template; learned are the assistant's words and the token that ends them.
+    """Token ids by the checkpoint's chat template; learned are the assistant's words and the token that ends them,
+    unless their weight is 0.
 
     Args:
         tokenizer: the checkpoint's, as `load_tokenizer` gives it.
@@ -56,7 +58,9 @@ def encode(
     Raises:
         BadConversation: the template refuses the messages, or its text does not show where an answer lies.
     """
-    pieces = _pieces(conversation.as_dicts(default_system), tokenizer)
+    messages = conversation.as_dicts(default_system)
+    weights = [message.weight for message in conversation.messages]
+    pieces = _pieces(messages, [None] * (len(messages) - len(weights)) + weights, tokenizer)
     ids: list[int] = []
     labels: list[int] = []
     for text, learned in pieces:
@@ -68,8 +72,8 @@ def encode(
     return Example(ids, labels)
 
 
-def _pieces(messages: list[dict[str, str]], tokenizer: Any) -> list[tuple[str, bool]]:
-    """The rendered text, cut before and behind each answer: (text, whether the assistant says it)."""
+def _pieces(messages: list[dict[str, str]], weights: Sequence[int | None], tokenizer: Any) -> list[tuple[str, bool]]:
+    """The rendered text, cut before and behind each answer: (text, whether it is an answer to learn)."""
     pieces: list[tuple[str, bool]] = []
     done = ""
     for turn, message in enumerate(messages):
@@ -82,7 +86,7 @@ def _pieces(messages: list[dict[str, str]], tokenizer: Any) -> list[tuple[str, b
                 f"the chat template changes what lies before message {turn + 1} once it is there: "
                 "training needs one that adds each turn behind the last"
             )
-        pieces += [(asked[len(done) :], False), (answered[len(asked) :], True)]
+        pieces += [(asked[len(done) :], False), (answered[len(asked) :], weights[turn] != 0)]
         done = answered
     return pieces
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,41 @@ def test_a_file_without_a_bad_line(tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert result.stdout.endswith("1 conversations of use, no bad line\n")
     assert "0 conversations are longer than --max_seq_length 2,048" in result.stdout
+
+
+def test_the_forms_of_the_lines_are_named(tmp_path: Path) -> None:
+    """Each line is converted by its own fields; an answer of weight 0 is read and not learned."""
+    sharegpt = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}
+    alpaca = {"instruction": "Hi", "input": "", "output": "Hello."}
+    messages = json.loads(line("Hi", "Hello."))["messages"]
+    half = {"messages": [messages[0], messages[1] | {"weight": 0}, *messages]}
+    file = tmp_path / "mixed.jsonl"
+    file.write_text("\n".join(map(json.dumps, [sharegpt, sharegpt, alpaca, half])))
+    result = run(file, "--default_system", "", "--sample", 4)
+    assert result.exit_code == 0, result.output
+    assert "form     sharegpt (2), alpaca (1), messages (1)\n" in result.stdout
+    said = "<|startoftext|>Hi<|extra_0|>"
+    assert f"\n  {said}Hello.<|eos|>{said}⟦Hello.<|eos|>⟧\n" in result.stdout
+    assert json.loads(run(file, "--json").stdout)["forms"] == {"sharegpt": 2, "alpaca": 1, "messages": 1}
+    samples = [run(file, "--sample", number).stdout.splitlines()[-2] for number in (1, 3)]
+    assert samples[0] == samples[1] and "⟦Hello.<|eos|>⟧" in samples[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (gzip.compress(b"{}"), "compressed with gzip: write it as JSONL first, with gunzip -k "),
+        (b"PAR1\x15\x04", "is a Parquet table: "),
+        (line("Hi", "Hello.").encode("utf-16"), "is UTF-16: convert it to UTF-8 first (iconv -f UTF-16 -t UTF-8 "),
+        (line("Hi", "Hello.").encode("utf-16-le"), "(iconv -f UTF-16LE -t UTF-8 "),
+    ],
+)
+def test_a_file_that_is_not_jsonl_is_named_with_what_makes_it_so(tmp_path: Path, content: bytes, said: str) -> None:
+    file = tmp_path / "chats.jsonl"
+    file.write_bytes(content)
+    result = run(file)
+    assert isinstance(result.exception, UserError)
+    assert said in str(result.exception) and str(file) in str(result.exception)
 
 
 def test_only_bad_lines(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from hunyuan_vllm.batch.lines import parse
+from hunyuan_vllm.train.forms import form_of
 from hunyuan_vllm.train.messages import BadConversation, Conversation, parse_line
 
 
@@ -21,6 +22,9 @@ def user(content: Any = "u") -> dict[str, Any]:
 
 def assistant(content: Any = "a") -> dict[str, Any]:
     return {"role": "assistant", "content": content}
+
+
+HUMAN, GPT = {"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}
 
 
 def read(given: Any, number: int = 3) -> Conversation:
@@ -53,8 +57,22 @@ def test_the_system_prompt_where_there_is_none() -> None:
         ([user(), assistant()], "it is a JSON array, and should be {"),
         ("Hi", "it is a JSON string, and should be {"),
         (None, "it is a JSON null, and should be {"),
-        ({"instruction": "x", "output": "y"}, 'it has no "messages"; it has instruction: the form is {'),
-        ({"a": 1}, 'it has no "messages"; it has a: the form is {'),
+        ({"instruction": "x"},
+         'it has no "messages", nor the fields of another known form; it has instruction: a line is {'),
+        ({}, 'it has no "messages", nor the fields of another known form; it has no field: a line is {'),
+        ({"instruction": "x", "output": "y", "prompt": "x", "completion": "y"},
+         "it fits two forms, alpaca and prompt-completion: leave the fields of one out"),
+        ({"conversations": "x"}, "conversations is not a list"),
+        ({"conversations": [{"from": "observation", "value": "x"}]},
+         "role of message 1 is 'observation': it is system, user or assistant"),
+        ({"conversations": [{"from": "human"}, {"from": "gpt", "value": "a"}]}, "content of message 1 is missing"),
+        ({"conversations": [GPT]}, "message 1 is of the assistant, and the user's turn is due"),
+        ({"instruction": "x", "output": None}, "content of message 2 is null, and should be a text"),
+        ({"instruction": "x", "input": 3, "output": "y"}, "instruction and input are not texts"),
+        ({"instruction": "x", "output": "y", "history": ["z"]}, "history is not a list of [question, answer]"),
+        ({"prompt": "x", "completion": 1}, "content of message 2 is a number, and should be a text"),
+        ({"prompt": "x<|eos|>", "completion": "y"}, "content of message 1: it contains <|eos|>"),
+        ("\"汉字\"".encode("gb18030"), "it is not JSON: 'utf-8' codec can't decode byte"),
         ({"messages": "Hi"}, "messages is a string, and should be a list"),
         ({"messages": []}, "it has no user and assistant messages"),
         ({"messages": [system()]}, "it has no user and assistant messages"),
@@ -68,7 +86,7 @@ def test_the_system_prompt_where_there_is_none() -> None:
         ({"messages": [user({"text": "x"}), assistant()]}, "content of message 1 is an object, and should be a text"),
         ({"messages": [user([{"type": "image_url"}]), assistant()]},
          'content of message 1: a part is not {"type": "text", "text": "..."}: the model reads text only'),
-        ({"messages": [user(), assistant() | {"tool_calls": []}]},
+        ({"messages": [user(), assistant() | {"tool_calls": [{"id": "1"}]}]},
          "tool_calls of message 2 is a field that training has no use for: leave it out"),
         ({"messages": [user(), assistant("a <|eos|> b")]},
          "content of message 2: it contains <|eos|>, which would be read as the special token: take it out"),
@@ -82,6 +100,8 @@ def test_the_system_prompt_where_there_is_none() -> None:
          "message 4 is of the assistant, and the user's turn is due"),
         ({"messages": [user(), assistant(" \n")]}, "message 2 (assistant) is empty"),
         ({"messages": [user(""), assistant()]}, "message 1 (user) is empty"),
+        ({"messages": [user(), assistant() | {"weight": 0}]}, "each answer has weight 0: nothing is learned from it"),
+        ({"messages": [user(), assistant() | {"weight": 2}]}, "weight of message 2 is 2: it is 0 or 1"),
         ({"messages": [user(), assistant(), user()]}, "it ends with the user's message: nothing answers it"),
     ],
 )  # fmt: skip
@@ -90,6 +110,37 @@ def test_refused(given: Any, cause: str) -> None:
         read(given)
     assert str(error.value).startswith(cause)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "messages", "form"),
+    [
+        ({"conversations": [HUMAN, GPT, HUMAN, GPT], "id": 1}, [user(), assistant(), user(), assistant()], "sharegpt"),
+        ({"conversations": [{"from": "system", "value": "S"}, HUMAN, GPT]},
+         [system(), user(), assistant()], "sharegpt"),
+        ({"conversations": [user(), assistant()], "system": "S"}, [system(), user(), assistant()], "sharegpt"),
+        ({"conversations": [HUMAN | {"weight": None}, GPT], "system": ""}, [user(), assistant()], "sharegpt"),
+        ({"instruction": "u", "input": "", "output": "a"}, [user(), assistant()], "alpaca"),
+        ({"instruction": "u", "input": None, "output": "a", "system": None}, [user(), assistant()], "alpaca"),
+        ({"instruction": "u", "input": "v", "output": "a"}, [user("u\nv"), assistant()], "alpaca"),
+        ({"instruction": "w", "output": "b", "system": "S", "history": [["u", "a"]]},
+         [system(), user(), assistant(), user("w"), assistant("b")], "alpaca"),
+        ({"prompt": "u", "completion": "a", "source": "x"}, [user(), assistant()], "prompt-completion"),
+        ({"prompt": [system(), user()], "completion": [assistant()]},
+         [system(), user(), assistant()], "prompt-completion"),
+        ({"messages": [user(), assistant()], "prompt": "p", "completion": "c"}, [user(), assistant()], "messages"),
+    ],
+)  # fmt: skip
+def test_other_forms_are_converted(given: dict[str, Any], messages: list[Any], form: str) -> None:
+    assert read(given).as_dicts(default_system="") == messages
+    assert form_of(given) == form
+
+
+def test_fields_of_a_message_that_hold_nothing_are_no_reason_to_refuse_it() -> None:
+    nothing = {"name": None, "tool_calls": None, "function_call": {}, "refusal": "", "annotations": []}
+    named = {"name": "Ann", "weight": 1}
+    conversation = read({"messages": [user() | named, assistant() | nothing]})
+    assert conversation.as_dicts(default_system="") == [user(), assistant()]
 
 
 def test_a_file_that_is_one_json_array() -> None:

@@ -12,11 +12,11 @@ from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-__all__ = ["CPU_TARGETS", "experts_without_lora_on_cpu", "limit_targets_on_cpu"]
+from hunyuan_vllm.adapter import ATTENTION
+
+__all__ = ["experts_without_lora_on_cpu", "limit_targets_on_cpu"]
 
 logger = init_logger(f"vllm.{__name__}")
-
-CPU_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def limit_targets_on_cpu(vllm_config: VllmConfig) -> None:
@@ -29,12 +29,10 @@ def limit_targets_on_cpu(vllm_config: VllmConfig) -> None:
     if lora is None or not current_platform.is_cpu():
         return
     if lora.target_modules is None:
-        lora.target_modules = list(CPU_TARGETS)
-        logger.info("LoRA on CPUs acts on attention (%s) only", ", ".join(CPU_TARGETS))
-    elif others := sorted(set(lora.target_modules) - set(CPU_TARGETS)):
-        raise ValueError(
-            f"--lora-target-modules {' '.join(others)} is not possible on CPUs: use {' '.join(CPU_TARGETS)}"
-        )
+        lora.target_modules = list(ATTENTION)
+        logger.info("LoRA on CPUs acts on attention (%s) only", ", ".join(ATTENTION))
+    elif others := sorted(set(lora.target_modules) - set(ATTENTION)):
+        raise ValueError(f"--lora-target-modules {' '.join(others)} is not possible on CPUs: use {' '.join(ATTENTION)}")
 
 
 @contextmanager

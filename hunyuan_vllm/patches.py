@@ -35,6 +35,13 @@
              answered by an adapter that it did not ask for. The GPUs' kernels pass such rows over.
    upstream  not reported yet (0.32.0 has it)
    until     tests/test_patches.py::test_stock_still_adapts_rows_without_an_adapter fails
+
+6. Adapters that would not be applied.
+   where     vllm/lora/worker_manager.py, WorkerLoRAManager._load_adapter
+   why       Modules of an adapter that the network does not have, or that adapters do not act on here, are passed over:
+             an adapter with another prefix answers as the base model.
+   upstream  not reported yet (0.32.0 and 0.33.0 have it: "No LoRA weights were applied", at level DEBUG)
+   until     tests/test_patches.py::test_stock_still_takes_adapters_of_which_nothing_applies fails
 """
 
 from __future__ import annotations
@@ -45,8 +52,11 @@ from functools import wraps
 import torch
 from torch import Tensor, nn
 from vllm.logger import init_logger
+from vllm.lora.lora_model import LoRAModel
 from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.punica_wrapper import punica_cpu
+from vllm.lora.request import LoRARequest
+from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.model_executor.layers import utils as layer_utils
 from vllm.model_executor.layers.fused_moe import modular_kernel
 from vllm.model_executor.layers.fused_moe.experts import cpu_moe
@@ -55,7 +65,10 @@ from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedM
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.platforms import current_platform
 
+from hunyuan_vllm.adapter import check_modules
+from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.cpu_kernels import PackedCPUExperts, packs
+from hunyuan_vllm.errors import UserError
 
 __all__ = ["apply_patches"]
 
@@ -68,6 +81,7 @@ def apply_patches() -> None:
     global _applied
     if not _applied:
         _repack_cpu_experts_on_reload()
+        _refuse_adapters_that_would_not_apply()
         if current_platform.is_cpu():
             _use_packed_linears()
             _use_packed_experts()
@@ -87,6 +101,26 @@ def _repack_cpu_experts_on_reload() -> None:
             self.moe_kernel.fused_experts.process_weights_after_loading(layer)
 
     UnquantizedFusedMoEMethod.process_weights_after_loading = process_weights_after_loading
+
+
+def _refuse_adapters_that_would_not_apply() -> None:
+    stock = WorkerLoRAManager._load_adapter
+
+    @wraps(stock)
+    def _load_adapter(self: WorkerLoRAManager, lora_request: LoRARequest) -> LoRAModel:
+        adapter = stock(self, lora_request)
+        manager = self._adapter_manager
+        config = manager.model.config
+        # Under expert parallelism a rank reads its own experts' parts only, which may be none.
+        if isinstance(config, HunYuanConfig) and (adapter.loras or manager.moe_ep_load_spec is None):
+            name = f"adapter {lora_request.lora_name} ({lora_request.lora_path})"
+            try:
+                check_modules(name, adapter.loras, config, current_platform.is_cpu(), self.lora_config.target_modules)
+            except UserError as error:
+                raise ValueError(str(error)) from None
+        return adapter
+
+    WorkerLoRAManager._load_adapter = _load_adapter
 
 
 def _use_packed_linears() -> None:

@@ -145,6 +145,9 @@ USED: tuple[Symbol, ...] = (
         keywords=("inputs", "lora_b_weights", "output_tensor", "lora_indices_tensor", "scaling"),
     ),
     Symbol("vllm.lora.punica_wrapper.punica_cpu", "bgmv_shrink"),
+    Symbol("vllm.lora.worker_manager", "WorkerLoRAManager", members=("_load_adapter",)),
+    Symbol("vllm.lora.lora_model", "LoRAModel"),
+    Symbol("vllm.lora.request", "LoRARequest", members=("lora_name", "lora_path")),
     Symbol(f"{_LAYERS}.quantization.utils.quant_utils", "QuantKey"),
     # FP8: vLLM's own methods, with other scales.
     Symbol(f"{_LAYERS}.quantization.fp8", "Fp8Config", keywords=("activation_scheme",)),

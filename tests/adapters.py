@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from checkpoints import random_tensors
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from hunyuan_vllm.config import HunYuanConfig
 
-__all__ = ["ALPHA", "RANK", "adapter_pairs", "write_adapter"]
+__all__ = ["ALPHA", "RANK", "adapter_pairs", "rename_modules", "write_adapter"]
 
 RANK, ALPHA = 4, 8
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -39,4 +40,12 @@ def write_adapter(folder: Path, pairs: dict[str, tuple[torch.Tensor, torch.Tenso
     save_file(tensors, folder / "adapter_model.safetensors")
     adapter = dict(peft_type="LORA", r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), bias="none")
     (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    return folder
+
+
+def rename_modules(folder: Path, rename: Callable[[str], str]) -> Path:
+    """Give each tensor the name that `rename` makes of it, without PEFT's own prefix."""
+    file, prefix = folder / "adapter_model.safetensors", "base_model.model."
+    tensors = load_file(file)
+    save_file({prefix + rename(name.removeprefix(prefix)): tensor for name, tensor in tensors.items()}, file)
     return folder

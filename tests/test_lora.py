@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adapters import adapter_pairs, write_adapter
+from adapters import adapter_pairs, rename_modules, write_adapter
 from checkpoints import tiny_config, write_checkpoint
 from engine import engine, random_prompts
 from golden_data import FLOAT32_TOLERANCE, reference_answers
@@ -34,7 +34,10 @@ def furthest(a: list[float], b: list[float]) -> float:
 
 
 def test_adapters_of_one_batch_equal_their_merged_checkpoints(tmp_path: Path) -> None:
-    """Two at once and none, in one batch; against `merge-lora`'s checkpoints, by the reference and by the engine."""
+    """Two at once and none, in one batch; against `merge-lora`'s checkpoints, by the reference and by the engine.
+
+    One whose modules the network does not have is refused, and the others are answered.
+    """
     config = tiny_config()
     base = write_checkpoint(tmp_path / "base", config)
     merged, requests = [], []
@@ -45,7 +48,10 @@ def test_adapters_of_one_batch_equal_their_merged_checkpoints(tmp_path: Path) ->
         requests.append(LoRARequest(f"adapter{number}", number, str(adapter)))
     (prompt,) = random_prompts(config.vocab_size, [50])
     given = TokensPrompt(prompt_token_ids=prompt)
+    wrong = rename_modules(write_adapter(tmp_path / "wrong", adapter_pairs(config)), lambda name: f"model.{name}")
     with engine(base, enable_lora=True, max_lora_rank=8, max_loras=2) as llm:
+        with pytest.raises(ValueError, match=r"adapter named \(.*/wrong\): none of its .* modules \(model.model."):
+            llm.llm_engine.add_lora(LoRARequest("named", 3, str(wrong)))
         outputs = llm.generate([given] * 3, PARAMS, lora_request=[None, *requests], use_tqdm=False)
     answers = [said(output) for output in outputs]
     for folder, (tokens, logprobs) in zip([base, *merged], answers, strict=True):

@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+from adapters import adapter_pairs, rename_modules, write_adapter
 from checkpoints import tiny_config, write_checkpoint
 from engine import engine, greatest_difference, random_prompts, score
 from golden_data import FLOAT32_TOLERANCE, load_golden, reference_answers
+from vllm.config.lora import LoRAConfig
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.lora.lora_model import LoRAModel
 from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.punica_wrapper import punica_cpu
+from vllm.lora.request import LoRARequest
+from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.model_executor.layers import utils as layer_utils
 from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 from vllm.model_executor.layers.fused_moe.oracle import unquantized
@@ -120,6 +126,23 @@ def test_stock_still_adapts_rows_without_an_adapter() -> None:
         out = torch.zeros(2, 1)
         shrink(torch.ones(2, 3), torch.ones(2, 1, 1, 3), out, torch.tensor([0, -1]), 2.0)
         assert out[0].item() == 6 and (out[1].item() != 0) is adapts
+
+
+def test_stock_still_takes_adapters_of_which_nothing_applies(tmp_path: Path) -> None:
+    """tests/test_adapter.py has the other kinds of adapters that do not fit."""
+    patches.apply_patches()
+    config = tiny_config()
+    folder = rename_modules(write_adapter(tmp_path / "a", adapter_pairs(config)), lambda name: f"model.{name}")
+    request = LoRARequest("wrong", 1, str(folder))
+    manager = MagicMock(supported_lora_modules=["qkv_proj", "o_proj"], moe_ep_load_spec=None)
+    manager.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    manager.model = SimpleNamespace(config=config)
+    worker = SimpleNamespace(_adapter_manager=manager, _lora_model_cls=LoRAModel, vocab_size=config.vocab_size)
+    worker.max_position_embeddings, worker.lora_config = None, LoRAConfig(max_lora_rank=8, lora_dtype=torch.float32)
+    load = WorkerLoRAManager._load_adapter
+    assert stock(load)(worker, request).loras
+    with pytest.raises(ValueError, match=r"adapter wrong \(.*\): none of its"):
+        load(worker, request)
 
 
 def test_stock_tool_grammars_still_let_arguments_run_on() -> None:

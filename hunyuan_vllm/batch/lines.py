@@ -25,6 +25,7 @@ OTHER_FILES = {
     b"PK\x03\x04": ("a zip archive", "unzip {}"),
     b"PAR1": ("a Parquet table", "pandas: read_parquet('{}').to_json('NEW.jsonl', orient='records', lines=True)"),
 }
+JSON_ARRAY = "; the file looks like one JSON array: write one object a line (jq -c '.[]' FILE)"
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,11 @@ def scan(path: Path) -> Index:
     """Read the whole file once.
 
     Raises:
-        UserError: it cannot be read, or holds no line.
+        UserError: it cannot be read, or holds no line of JSON.
     """
     digests, ids = array("Q"), array("Q")
-    requests = 0
+    requests = broken = 0
+    cause: str | None = None
     for line in read_lines(path):
         blank = line.number - 1 - len(digests)
         digests.extend([0] * blank)
@@ -114,8 +116,13 @@ def scan(path: Path) -> Index:
         digests.append(digest(line.given))
         ids.append(0 if line.id is None else digest(str(line.id)))
         requests += 1
+        if line.broken:
+            broken += 1
+            cause = cause or f"line {line.number}: {line.broken}"
     if not requests:
         raise UserError(f"{path} is empty: it needs one request a line")
+    if broken == requests:
+        raise UserError(f"{path} has no line of JSON; {cause}")
     return Index(digests, requests, _repeated(ids))
 
 
@@ -133,7 +140,8 @@ def parse(number: int, raw: bytes) -> Line | None:
     try:
         return Line(number, from_json(raw, allow_inf_nan=False))
     except ValueError as error:
-        return Line(number, raw.decode(errors="replace"), _why(raw) or str(error))
+        hint = JSON_ARRAY if number == 1 and raw.startswith(b"[") else ""
+        return Line(number, raw.decode(errors="replace"), (_why(raw) or str(error)) + hint)
 
 
 def _why(raw: bytes) -> str | None:

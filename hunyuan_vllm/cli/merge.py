@@ -52,6 +52,7 @@ def merge_lora(
     from hunyuan_vllm.quantize.options import parse_size
     from hunyuan_vllm.quantize.progress import Progress, gigabytes
     from hunyuan_vllm.quantize.source import Source
+    from hunyuan_vllm.serving_command import checkpoint_command
     from hunyuan_vllm.train.adapter import Adapter
     from hunyuan_vllm.train.merge import SAVE_DTYPES, Merge
 
@@ -71,3 +72,4 @@ def merge_lora(
         merge.run()
     seconds = time.monotonic() - started
     progress.say(f"{output_path} holds {gigabytes(merge.nbytes)}, read back and compared; {seconds:,.0f} s")
+    progress.say(f"serve it: {checkpoint_command(output_path)}")

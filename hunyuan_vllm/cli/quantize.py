@@ -111,6 +111,7 @@ def _convert(source: Path, target: Path, options: Options, calibration: Path | N
     from hunyuan_vllm.quantize.progress import Progress, gigabytes
     from hunyuan_vllm.quantize.report import show
     from hunyuan_vllm.quantize.source import Source
+    from hunyuan_vllm.serving_command import checkpoint_command
 
     progress = Progress(console)
     report = Conversion(Source(source), target.absolute(), options, calibration, progress).run()
@@ -125,6 +126,7 @@ def _convert(source: Path, target: Path, options: Options, calibration: Path | N
         f"{target} holds {gigabytes(report['written_bytes'])}, from {gigabytes(report['source_bytes'])}; "
         "every tensor was read back; errors by projection are in quantize_report.json"
     )
+    progress.say(f"serve it: {checkpoint_command(target, options.scheme)}")
 
 
 def _show_plan(source: Path, options: Options) -> None:

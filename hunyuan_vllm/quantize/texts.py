@@ -13,6 +13,7 @@ import torch
 from pydantic_core import from_json
 from torch import Tensor
 
+from hunyuan_vllm.batch.lines import refuse_other_encodings
 from hunyuan_vllm.errors import UserError
 
 __all__ = ["Tokens", "calibration_tokens", "pack", "read_documents", "tokenise"]
@@ -78,6 +79,7 @@ def read_documents(path: Path, characters: int = -1, option: str = "--calibratio
     """
     found = False
     try:
+        refuse_other_encodings(path)
         if path.suffix != ".jsonl":
             with path.open(encoding="utf-8-sig") as file:
                 text = file.read(characters)
@@ -93,7 +95,8 @@ def read_documents(path: Path, characters: int = -1, option: str = "--calibratio
     except OSError as error:
         raise UserError(f"{option} {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{option} {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        where = f"{error.reason} at byte {error.start}"
+        raise UserError(f"{option} {path} is not UTF-8 text: {where}; convert it, with iconv for instance") from None
     if not found:
         raise UserError(f"{option} {path} is empty: it needs text, or one chat a line in a .jsonl file")
 

@@ -18,6 +18,7 @@ __all__ = [
     "Problem",
     "constraint",
     "explain",
+    "explain_adapter",
     "explain_crash",
     "explain_dead_end",
     "explain_unread",
@@ -29,6 +30,12 @@ ENGINE_ERROR = "Internal server error"  # vLLM's GenerationError
 # What makes a conversation of what the client sent: all of a module, and one function of another.
 MESSAGES_READER = "vllm.renderers.chat_utils"
 INPUT_READER = ("vllm.entrypoints.openai.responses.utils", "construct_input_messages")
+LOAD_ADAPTER = "/v1/load_lora_adapter"
+# What vLLM's engine, and around it its executor, make of an error while an adapter is loaded.
+ADAPTER_REFUSED = re.compile(
+    r"Call to add_lora method failed: (Worker failed with error ['\"])?(?P<reason>.*?)(['\"], please check the|$)",
+    re.DOTALL,
+)
 CONSTRAINTS = ("structured_outputs", "response_format", "tools", "text")
 SHOULD_BE = "Input should be "
 PYTHON_TYPE = re.compile(r"dictionary( or (instance of \w+|object to extract fields from))?")
@@ -109,6 +116,13 @@ def explain_dead_end(message: str, field: str | None) -> Problem | None:
     if message != ENGINE_ERROR or field is None:
         return None
     return Problem(field, f"{field}: it, and what else the request allows, leave no token to go on with")
+
+
+def explain_adapter(path: str, message: str) -> Problem | None:
+    """That an adapter cannot be loaded, where that is what a running engine answered; else None."""
+    if path != LOAD_ADAPTER or not (match := ADAPTER_REFUSED.search(message)):
+        return None
+    return Problem("lora_path", f"lora_path: {match['reason']}")
 
 
 def explain_unread(error: Exception, body: Mapping[str, Any]) -> Problem | None:

@@ -16,6 +16,7 @@ from hunyuan_vllm.server.bad_requests import (
     Problem,
     constraint,
     explain,
+    explain_adapter,
     explain_crash,
     explain_dead_end,
     explain_unread,
@@ -112,7 +113,8 @@ class _Exchange:
         error = _error_of(answer, start["status"])
         if error and error["code"] == HTTPStatus.INTERNAL_SERVER_ERROR:
             field = constraint(self._body() or {})
-            if problem := self.crash() or explain_dead_end(str(error.get("message")), field):
+            said = str(error.get("message"))
+            if problem := self.crash() or explain_dead_end(said, field) or explain_adapter(self._path, said):
                 error = _bad_request(problem)
             elif start["status"] == error["code"]:
                 error = None  # as it is

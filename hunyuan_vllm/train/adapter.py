@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +11,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hunyuan_vllm.adapter import ADAPTER_CONFIG, ADAPTER_FILE, MODULE, absent
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.layout import expected_tensors
-from hunyuan_vllm.train.adapter_config import ADAPTER_CONFIG, read_adapter_config
+from hunyuan_vllm.train.adapter_config import read_adapter_config
 
-__all__ = ["ADAPTER_FILE", "Adapter", "Change"]
-
-ADAPTER_FILE = "adapter_model.safetensors"
-_NAME = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<half>[AB])(?:\.\w+)?\.weight$")
+__all__ = ["Adapter", "Change"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,7 @@ class Adapter:
     ) -> Iterator[tuple[str, Change]]:
         halves: dict[str, dict[str, str]] = {}
         for name in shapes:
-            match = _NAME.match(name)
+            match = MODULE.match(name)
             if match is None:
                 raise UserError(f"{self._file}: {name!r} is no A or B of a linear layer, and cannot be merged")
             halves.setdefault(match["module"], {})[match["half"]] = name
@@ -135,17 +132,10 @@ class Adapter:
 
 def _no_base(module: str, config: HunYuanConfig) -> str:
     """Why a module has no weight to be merged into."""
-    if match := re.match(r"model\.layers\.(\d+)\.(.+)", module):
-        layer, part = int(match[1]), match[2]
-        if layer >= config.num_hidden_layers:
-            return f"{module}: this network has {config.num_hidden_layers} layers: it was trained on another model"
-        if part in ("self_attn.k_proj", "self_attn.v_proj") and config.is_cross(layer):
-            owner = config.kv_owner(layer)
-            return f"{module}: layer {layer} shares the K and V of layer {owner}, and has no {part.split('.')[1]}"
     if module == "lm_head":
         return (
             "lm_head: this network's head is its embedding, and an adapter of it cannot be merged into one of the two"
         )
     if module == "model.embed_tokens":
         return "model.embed_tokens: an adapter of the embedding is not merged"
-    return f"{module}: this network has no such linear layer: it was trained on another model"
+    return absent(module, config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -11,11 +10,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from hunyuan_vllm.adapter import ADAPTER_CONFIG, read_adapter_json
 from hunyuan_vllm.errors import UserError
 
-__all__ = ["ADAPTER_CONFIG", "AdapterConfig", "read_adapter_config"]
-
-ADAPTER_CONFIG = "adapter_config.json"
+__all__ = ["AdapterConfig", "read_adapter_config"]
 
 # Fields of PEFT's LoraConfig that, where they are set, make of an adapter something that is not W + scale · B·A.
 NOT_PLAIN = {
@@ -80,21 +78,13 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         UserError: there is none, it is not LoRA's, or of a kind that cannot be merged.
     """
     file = folder / ADAPTER_CONFIG
-    if not folder.is_dir():
-        raise UserError(f"--adapter_model_path {folder} is no folder")
+    given = read_adapter_json(folder)
     try:
-        given = json.loads(file.read_text(encoding="utf-8"))
         config = AdapterConfig.model_validate(given)
-    except FileNotFoundError:
-        raise UserError(
-            f"{folder} has no {ADAPTER_CONFIG}: give the folder that training saved the adapter in"
-        ) from None
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "the whole"
         raise UserError(f"{file}: {field}: {first['msg']}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
     if config.peft_type != "LORA":
         raise UserError(f"{file}: peft_type is {config.peft_type!r}: only LORA is merged")
     for field, reason in NOT_PLAIN.items():

@@ -123,10 +123,7 @@ def parse_line(line: Line) -> Conversation:
         BadConversation: it holds none; the message says what is wrong, without the line's number.
     """
     if line.broken is not None:
-        hint = ""
-        if line.number == 1 and line.given.startswith("["):
-            hint = ", and the file looks like one JSON array: write one object a line (jq -c '.[]' FILE)"
-        raise BadConversation(f"it is not JSON: {line.broken}{hint}")
+        raise BadConversation(f"it is not JSON: {line.broken}")
     if not isinstance(line.given, dict):
         raise BadConversation(f"it is a JSON {_kind(line.given)}, and should be {FORM}")
     try:

@@ -110,6 +110,18 @@ def _run(arguments: Arguments, start: Start, console: Console, say: Callable[[st
     if trainer.is_world_process_zero():
         save_curve(trainer.state.log_history, output / CURVE)
         say(f"done: {output / FINAL} ({kind}), {output / CURVE}")
+        say(f"serve it: {_serving_command(arguments, start, output / FINAL)}")
+
+
+def _serving_command(arguments: Arguments, start: Start, result: Path) -> str:
+    import torch
+
+    from hunyuan_vllm.serving_command import adapter_command, checkpoint_command
+
+    lora = arguments.model
+    if not lora.use_lora or start.base is None:
+        return checkpoint_command(result)
+    return adapter_command(result, start.base, lora.lora_rank, lora.lora_target_modules, gpu=torch.cuda.is_available())
 
 
 def flag_value(argv: Sequence[str], name: str) -> str | None:

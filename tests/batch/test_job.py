@@ -1,5 +1,6 @@
 """A whole run as far as it goes without an engine: what is refused before any work, and when there is none left."""
 
+import gzip
 import io
 import json
 import subprocess
@@ -55,6 +56,23 @@ def test_files_are_looked_at_first(tmp_path, source):
         with pytest.raises(UserError, match=says):
             wrong.run(console())
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (gzip.compress(b'{"prompt": "a"}'), "is compressed with gzip: write it as JSONL first, with gunzip -k "),
+        ('{"prompt": "a"}'.encode("utf-16"), "is UTF-16: convert it to UTF-8 first"),
+        ('{"prompt": "汉"}'.encode("gb18030"), "has no line of JSON; line 1: 'utf-8' codec can't decode"),
+        (b'[\n {"prompt": "a",\n', r"has no line of JSON; line 1: .* one JSON array: write one object a line \(jq -c"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_not_jsonl_starts_nothing(tmp_path, content, says):
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(content)
+    with pytest.raises(UserError, match=says):
+        job(source, tmp_path / "out").run(console())
+    assert not (tmp_path / "out").exists()
 
 
 def test_strict_lists_the_wrong_lines_and_runs_none(tmp_path, source):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-from adapters import adapter_pairs, write_adapter
+from adapters import adapter_pairs, rename_modules, write_adapter
 from certificates import own_certificate
 from openai import OpenAI
 from serving import Server, running_server
@@ -70,6 +70,8 @@ def start_keyed_server(folder: Path) -> Iterator[KeyedServer]:
     config = HunYuanConfig.from_pretrained(demo.path())
     for name, seed in (("style", 3), ("tone", 3), ("brief", 4)):
         write_adapter(adapters / name, adapter_pairs(config, seed))
+    wrong = write_adapter(adapters / "wrong", adapter_pairs(config))
+    rename_modules(wrong, lambda name: name.replace("model.", "transformer."))
     flags = [f"--{name}={value}" for name, value in LIMITS.items()]
     flags += ["--ssl-certfile", str(certificate), "--ssl-keyfile", str(private), "--admin-routes", "--json-logs"]
     flags += ["--allow-route=/load", "--enable-lora", "--lora-modules", f"style={adapters / 'style'}", "--max-loras=3"]

@@ -200,6 +200,13 @@ def test_an_adapter_comes_and_goes_at_run_time(keyed_server, client):
             greedy(client, "tone")
         missing = operator.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "/nowhere"})
         assert httpx.codes.is_client_error(missing.status_code)
+        body = {"lora_name": "wrong", "lora_path": str(keyed_server.adapters / "wrong")}
+        wrong = operator.post("/v1/load_lora_adapter", json=body)
+        assert wrong.status_code == 400
+        assert wrong.json()["error"]["param"] == "lora_path"
+        assert "adapter wrong (" in wrong.json()["error"]["message"]
+        assert "none of its 18 modules (transformer.layers.0." in wrong.json()["error"]["message"]
+        assert "wrong" not in [model.id for model in client.models.list()]
 
 
 def test_several_adapters_answer_at_once_as_each_does_alone(keyed_server, client):

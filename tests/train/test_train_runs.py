@@ -92,6 +92,7 @@ class TestTwoProcesses:
         more = ("--gradient_accumulation_steps", "4", "--gradient_checkpointing")
         run = train(flags(base, tmp_path / "out", *more, rows=2), tmp_path / "log")
         assert run.statuses == [0], run.said
+        assert f"serve it: MODEL_PATH={tmp_path}/out/final " in run.said
         assert_same(tmp_path / "out", plain)
 
 
@@ -206,6 +207,8 @@ class TestLora:
             settings = json.loads((folder / "adapter_config.json").read_text())
             assert settings["base_model_name_or_path"] == str(base) and settings["r"] == 4
         assert len(log_of(output, key="balance_loss")) == STEPS
+        assert f"MODEL_PATH={base} " in run.said
+        assert f" --enable-lora --lora-modules mine={output}/final\n" in run.said
         assert "packed into" in run.said and run.said.count("held-out loss") == 2
 
     def test_under_zero_3(self, base: Path, tmp_path: Path) -> None:

@@ -10,9 +10,16 @@ from safetensors import SafetensorError, safe_open
 
 from hunyuan_vllm.layout import CheckpointError, Layout
 
-__all__ = ["INDEX_FILE", "check_headers", "read_index", "shard_files"]
+__all__ = ["INDEX_FILE", "PUBLISHED_AT", "check_headers", "missing_config", "missing_weights", "read_index", "shard_files"]
 
 INDEX_FILE = "model.safetensors.index.json"
+PUBLISHED_AT = "tencent/Tencent-Hunyuan-Large on the Hugging Face hub, folder Hunyuan-A52B-Instruct"
+# Reads pickled tensors without running what else the file holds, a file at a time.
+UNPICKLE = (
+    'python -c "import glob, torch; from safetensors.torch import save_file; '
+    "[save_file({{name: tensor.clone() for name, tensor in torch.load(file, weights_only=True).items()}}, "
+    "file[:-3] + 'safetensors') for file in glob.glob('{}/pytorch_model*.bin')]\""
+)
 
 
 def read_index(folder: Path) -> dict[str, Any] | None:
@@ -30,6 +37,20 @@ def read_index(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is not a safetensors index ({error!r}): download it again") from None
     return content
+
+
+def missing_config(folder: Path) -> tuple[str, str]:
+    """What is wrong with a folder that has no config.json, as the end of the sentence "FOLDER …"; and what to do."""
+    if inner := sorted(path.parent.name for path in folder.glob("*/config.json")):
+        return f"is no checkpoint, and has some in its folders ({', '.join(inner)})", "name one of them"
+    return "has no config.json", f"copy it from the checkpoint that its weights are of; published: {PUBLISHED_AT}"
+
+
+def missing_weights(folder: Path) -> tuple[str, str]:
+    """The same of a folder that has no *.safetensors."""
+    if any(folder.glob("pytorch_model*.bin")):
+        return "has pickled weights (*.bin) and no *.safetensors", f"convert them with {UNPICKLE.format(folder)}"
+    return "has no *.safetensors", f"copy all files of the checkpoint there; published: {PUBLISHED_AT}"
 
 
 def shard_files(folder: Path) -> list[Path]:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from hunyuan_vllm.check.formats import Format, stored_format
+from hunyuan_vllm.checkpoint import PUBLISHED_AT
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.findings import Section
 from hunyuan_vllm.layout import expected_tensors
 
 __all__ = ["ConfigFile", "check_config", "parameters", "read_object"]
 
-AGAIN = "download config.json again"
+AGAIN = f"download config.json again; published: {PUBLISHED_AT}"
 OTHERS_DEPEND_ON = {"hidden_size", "num_attention_heads", "num_hidden_layers"}
 
 

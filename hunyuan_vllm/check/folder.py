@@ -10,7 +10,7 @@ from typing import Any
 
 from hunyuan_vllm import demo
 from hunyuan_vllm.check.shards import LFS_POINTER, Shard, StoredTensor
-from hunyuan_vllm.checkpoint import INDEX_FILE, read_index
+from hunyuan_vllm.checkpoint import INDEX_FILE, missing_config, missing_weights, read_index
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.findings import Section, some
 from hunyuan_vllm.layout import CheckpointError
@@ -47,7 +47,7 @@ def open_folder(given: str) -> Path:
     folder = Path(given).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").exists() and not any(folder.glob("*.safetensors*")):
-            raise UserError(f"{given} holds neither config.json nor *.safetensors: name a checkpoint's folder")
+            raise UserError(f"{given} {': '.join(missing_config(folder))}")
         return folder.resolve()
     if given == demo.NAME:
         return demo.path()
@@ -88,9 +88,8 @@ def look_at(folder: Path, section: Section) -> Contents:
             text = f"not in the index, so not read by vLLM: {some(names)}"
             section.warning("shards", text, f"delete them, or download {INDEX_FILE} again if they belong to it", names)
     if not contents.shards:
-        pickled = [path.name for path in sorted(folder.glob("*.bin"))]
-        text = f"none; {some(pickled)} would have to be unpickled" if pickled else "there is no *.safetensors file"
-        section.problem("shards", text, "download the checkpoint in the safetensors format")
+        what, remedy = missing_weights(folder)
+        section.problem("shards", f"the folder {what}", remedy)
     return contents
 
 

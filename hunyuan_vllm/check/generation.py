@@ -7,6 +7,7 @@ from typing import Any
 
 from hunyuan_vllm.check.config_file import ConfigFile, read_object
 from hunyuan_vllm.check.tokenizer_files import ids_of
+from hunyuan_vllm.checkpoint import PUBLISHED_AT
 from hunyuan_vllm.findings import Section
 
 __all__ = ["check_generation", "read_generation"]
@@ -35,7 +36,7 @@ def check_generation(folder: Path, config: ConfigFile, section: Section) -> None
     path = folder / "generation_config.json"
     if not path.exists():
         text = "there is none: answers end only at the tokenizer's end token, and vLLM samples at temperature 1"
-        section.warning("generation_config.json", text, f"copy it from the published checkpoint ({PUBLISHED})")
+        section.warning("generation_config.json", text, f"copy it there from {PUBLISHED_AT} ({PUBLISHED})")
         return
     try:
         fields = read_object(path)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hunyuan_vllm.check.config_file import ConfigFile
+from hunyuan_vllm.checkpoint import PUBLISHED_AT
 from hunyuan_vllm.findings import Section
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ def check_tokenizer(
     names = [name for name in ("hy.tiktoken", "tokenizer.json") if (folder / name).exists()]
     if not names:
         text = "there is neither hy.tiktoken nor tokenizer.json, so text cannot be served"
-        section.problem("tokenizer", text, "copy hy.tiktoken from the published checkpoint, or serve with --tokenizer")
+        remedy = f"copy hy.tiktoken there (published: {PUBLISHED_AT}), or serve with --tokenizer FOLDER"
+        section.problem("tokenizer", text, remedy)
         return None
     try:
         tokenizer: HYTokenizer = HYTokenizer.from_pretrained(folder)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hunyuan_vllm.check.digests import SUMS_FILE
-from hunyuan_vllm.checkpoint import INDEX_FILE, check_headers, shard_files
+from hunyuan_vllm.checkpoint import INDEX_FILE, check_headers, missing_weights, shard_files
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.layout import CheckpointError, Layout, expected_tensors
@@ -49,7 +49,7 @@ class Source:
         try:
             found = check_headers(folder, Layout(self.config))
             if not found:
-                raise UserError(f"{folder} holds no *.safetensors file: the converter reads no other format")
+                raise UserError(f"{folder} {': '.join(missing_weights(folder))}")
             self._layout = Layout(self.config)
             self._places = self._find()
         except CheckpointError as error:

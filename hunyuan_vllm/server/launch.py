@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hunyuan_vllm.checkpoint import missing_weights
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.server.context_parallel import choose_context_ranks
 from hunyuan_vllm.server.flags import Flags
@@ -109,7 +110,7 @@ def decide(
             f"{KEY_FILE_VARIABLE}=, or set VLLM_API_KEY"
         )
     if model.local and not model.weight_bytes and "load-format" not in flags:
-        raise UserError(f"MODEL_PATH={model.given} has no *.safetensors: name the folder of a complete checkpoint")
+        raise UserError(f"{model.given} {': '.join(missing_weights(Path(model.name)))}")
     host = flags.get("host") or settings.host
     port = flags.integer("port", settings.port)
     if scheme and not model.demo:

@@ -77,12 +77,12 @@ def open_model(given: str) -> ModelSource:
 
 
 def _open_folder(folder: Path, given: str, demo: bool = False) -> ModelSource:
-    from hunyuan_vllm.checkpoint import check_headers, shard_files
+    from hunyuan_vllm.checkpoint import check_headers, missing_config, shard_files
 
     try:
         config = json.loads((folder / "config.json").read_text())
     except FileNotFoundError:
-        raise UserError(f"MODEL_PATH={given} has no config.json: name the folder of a complete checkpoint") from None
+        raise UserError(f"{given} {': '.join(missing_config(folder))}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / 'config.json'} cannot be read ({error}): download it again") from None
     if not isinstance(config, dict) or config.get("model_type") != "hunyuan":

@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from hunyuan_vllm.checkpoint import check_headers
+from hunyuan_vllm.checkpoint import check_headers, missing_config, missing_weights
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.layout import CheckpointError, Layout
@@ -32,9 +32,10 @@ def check_base(folder: Path) -> HunYuanConfig:
         UserError: it is not there, not of this architecture, incomplete, or quantised.
     """
     file = folder / "config.json"
-    if not folder.is_dir() or not file.is_file():
-        what = "is no folder" if not folder.is_dir() else "has no config.json"
-        raise UserError(f"--model_name_or_path {folder} {what}: name the folder of a checkpoint")
+    if not folder.is_dir():
+        raise UserError(f"--model_name_or_path {folder} is no folder: name the folder of a checkpoint")
+    if not file.is_file():
+        raise UserError(f"--model_name_or_path {folder} {': '.join(missing_config(folder))}")
     try:
         fields = json.loads(file.read_text())
         if scheme := fields.get("quantization_config"):
@@ -42,7 +43,7 @@ def check_base(folder: Path) -> HunYuanConfig:
             raise UserError(f"{folder} is quantised ({method}): train the BF16 checkpoint it was made from")
         config = HunYuanConfig.from_pretrained(folder)
         if not check_headers(folder, Layout(config)):
-            raise CheckpointError(f"{folder} holds no *.safetensors file")
+            raise CheckpointError(f"it {': '.join(missing_weights(folder))}")
     except (CheckpointError, OSError, ValueError) as error:
         raise UserError(f"{folder} cannot be trained: {str(error).splitlines()[0]}") from None
     return config

@@ -59,8 +59,9 @@ def encode(
         BadConversation: the template refuses the messages, or its text does not show where an answer lies.
     """
     messages = conversation.as_dicts(default_system)
-    weights = [message.weight for message in conversation.messages]
-    pieces = _pieces(messages, [None] * (len(messages) - len(weights)) + weights, tokenizer)
+    added = len(messages) - len(conversation.messages)
+    weights = [*[None] * added, *(message.weight for message in conversation.messages)]
+    pieces = _pieces(messages, weights, tokenizer)
     ids: list[int] = []
     labels: list[int] = []
     for text, learned in pieces:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from hunyuan_vllm import demo
 from hunyuan_vllm.check.folder import open_folder
 from hunyuan_vllm.check.shards import read_shards
+from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.findings import Status
+from hunyuan_vllm.server.model_source import open_model
 
 INDEX = "model.safetensors.index.json"
 
@@ -152,7 +156,25 @@ def test_unfinished_downloads_and_dangling_links(tmp_path: Path) -> None:
     assert [problem.items for problem in findings(report)] == [("README.md",)]
 
 
-def test_pickled_weights_only(tmp_path: Path) -> None:
-    copy_demo(tmp_path)
-    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    assert "pytorch_model.bin would have to be unpickled" in only_problem(tmp_path).text
+def test_pickled_weights_are_converted_by_the_command_that_is_named(tmp_path: Path) -> None:
+    file = copy_demo(tmp_path) / "model.safetensors"
+    tensors = load_file(file)
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    file.unlink()
+    problem = only_problem(tmp_path)
+    assert "has pickled weights (*.bin) and no *.safetensors" in problem.text
+    command = problem.remedy.removeprefix("convert them with ").replace("python ", f"{sys.executable} ", 1)
+    subprocess.run(command, shell=True, check=True)
+    assert not findings(check_folder(tmp_path))
+    converted = load_file(tmp_path / "pytorch_model.safetensors")
+    assert all(torch.equal(converted[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_folder_of_checkpoints(tmp_path: Path) -> None:
+    """As the published repository is laid out."""
+    for name in ("Instruct", "Pretrain"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").touch()
+    for opened in (open_folder, open_model):
+        with pytest.raises(UserError, match=r"has some in its folders \(Instruct, Pretrain\): name one of them"):
+            opened(str(tmp_path))

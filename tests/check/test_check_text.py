@@ -35,7 +35,9 @@ def test_a_vocabulary_cut_inside_a_line(tmp_path: Path) -> None:
 
 def test_no_tokenizer(tmp_path: Path) -> None:
     (copy_demo(tmp_path) / VOCABULARY).unlink()
-    assert only_problem(tmp_path).subject == "tokenizer"
+    problem = only_problem(tmp_path)
+    assert problem.subject == "tokenizer" and "neither hy.tiktoken nor tokenizer.json" in problem.text
+    assert "copy hy.tiktoken there (published: tencent/" in problem.remedy
 
 
 def test_more_tokens_than_embeddings(tmp_path: Path) -> None:

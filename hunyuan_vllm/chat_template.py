@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from datetime import datetime
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Template, TemplateError
@@ -17,8 +18,11 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-__all__ = ["CHAT_TEMPLATE", "Refused", "known_faults", "render"]
+from hunyuan_vllm.envs import CHECKPOINT_CHAT_TEMPLATE
 
+__all__ = ["CHAT_TEMPLATE", "Refused", "known_faults", "render", "replacement", "stored_template"]
+
+TEMPLATE_FILE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 START, SYSTEM_END, USER_END, ANSWER_END = "<|startoftext|>", "<|extra_4|>", "<|extra_0|>", "<|eos|>"
 
 CHAT_TEMPLATE = r"""
@@ -106,6 +110,27 @@ def known_faults(template: str) -> tuple[str, ...]:
         if bare in str(_outcome(template, [system, user, answer, late | {"role": role}, again])):
             faults.append(f"{what} is written without any mark")
     return tuple(faults)
+
+
+def stored_template(folder: Path) -> tuple[str | None, str]:
+    """The checkpoint's template, None if it has none, and the file that it is in; as transformers looks for it."""
+    if (folder / TEMPLATE_FILE).is_file():
+        return (folder / TEMPLATE_FILE).read_text(encoding="utf-8", errors="replace"), TEMPLATE_FILE
+    try:
+        given = json.loads((folder / TOKENIZER_CONFIG).read_text(encoding="utf-8")).get("chat_template")
+    except (OSError, ValueError, AttributeError):
+        given = None
+    if isinstance(given, list):  # several, each with a name
+        given = next((one["template"] for one in given if one["name"] == "default"), None)
+    return given, f"chat_template of {TOKENIZER_CONFIG}"
+
+
+def replacement(faults: Sequence[str]) -> str:
+    """One line for a log: that a checkpoint's template is not used, and how it would be."""
+    return (
+        f"the checkpoint's chat template is wrong ({'; '.join(faults)}), and the built-in one is used instead; "
+        f"{CHECKPOINT_CHAT_TEMPLATE}=1 uses the checkpoint's"
+    )
 
 
 def _message(role: str, content: str) -> dict[str, Any]:

@@ -10,7 +10,15 @@ from safetensors import SafetensorError, safe_open
 
 from hunyuan_vllm.layout import CheckpointError, Layout
 
-__all__ = ["INDEX_FILE", "PUBLISHED_AT", "check_headers", "missing_config", "missing_weights", "read_index", "shard_files"]
+__all__ = [
+    "INDEX_FILE",
+    "PUBLISHED_AT",
+    "check_headers",
+    "missing_config",
+    "missing_weights",
+    "read_index",
+    "shard_files",
+]
 
 INDEX_FILE = "model.safetensors.index.json"
 PUBLISHED_AT = "tencent/Tencent-Hunyuan-Large on the Hugging Face hub, folder Hunyuan-A52B-Instruct"

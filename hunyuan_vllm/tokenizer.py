@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, BatchEncoding, TokenizersBac
 from transformers.models.auto import tokenization_auto
 
 from hunyuan_vllm import envs
-from hunyuan_vllm.chat_template import CHAT_TEMPLATE, known_faults
+from hunyuan_vllm.chat_template import CHAT_TEMPLATE, known_faults, replacement
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.text_encoder import TextEncoder
@@ -191,11 +191,7 @@ def load_tokenizer(name: str | Path) -> HYTokenizer:
 @cache
 def _say_replaced(faults: tuple[str, ...]) -> None:
     """Once a process."""
-    logger.warning(
-        "The checkpoint's chat template is wrong: %s. The built-in one is used instead; %s=1 uses the checkpoint's",
-        "; ".join(faults),
-        envs.CHECKPOINT_CHAT_TEMPLATE,
-    )
+    logger.warning("For chats, %s", replacement(faults))
 
 
 def _with_defaults(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -7,11 +7,14 @@ import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pydantic import BaseModel, ValidationError
 
+from hunyuan_vllm import envs
 from hunyuan_vllm.batch.requests import BadLine, Request
+from hunyuan_vllm.chat_template import known_faults, replacement, stored_template
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.server.bad_requests import explain
 from hunyuan_vllm.server.flags import Flags
@@ -57,8 +60,15 @@ def plan(model: ModelSource, flags: Sequence[str], environ: Mapping[str, str]) -
     """
     settings = replace(Settings.read(environ), host=LOOPBACK, api_key=False, api_key_file=None)
     machine = probe(environ, sys.executable)
-    launch = decide(settings, Flags(flags), machine, model, environ)
-    return Plan(launch.argv[len(machine.vllm_command) :], launch.env, launch.notes)
+    options = Flags(flags)
+    launch = decide(settings, options, machine, model, environ)
+    notes = list(launch.notes)
+    # A server's log says it, and here the log is quiet.
+    if model.local and not ("chat-template" in options or envs.checkpoint_chat_template()):
+        template, _ = stored_template(Path(model.name))
+        if faults := known_faults(template or ""):
+            notes.append(replacement(faults))
+    return Plan(launch.argv[len(machine.vllm_command) :], launch.env, notes)
 
 
 class Engine:

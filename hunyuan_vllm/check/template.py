@@ -7,8 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hunyuan_vllm.chat_template import CHAT_TEMPLATE, Refused, known_faults, render
-from hunyuan_vllm.check.config_file import read_object
+from hunyuan_vllm.chat_template import CHAT_TEMPLATE, Refused, known_faults, render, stored_template
 from hunyuan_vllm.envs import CHECKPOINT_CHAT_TEMPLATE
 from hunyuan_vllm.findings import Section, some
 
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
 
 __all__ = ["check_template"]
 
-TEMPLATE_FILE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 MARKUP = re.compile(r"<\|[^|<>\s]+\|>")
 SYSTEM, NO_SYSTEM = {"role": "system", "content": "Answer briefly."}, {"role": "system", "content": ""}
 QUESTION, ANSWER = {"role": "user", "content": "海有多深？"}, {"role": "assistant", "content": "About 3,700 m."}
@@ -34,7 +32,7 @@ SHOWN = 120  # characters of a prompt
 
 def check_template(folder: Path, tokenizer: HYTokenizer, stops: list[Any], section: Section) -> None:
     """Render conversations and look at the result; `stops` are the ids at which generation ends."""
-    stored, source = _stored_template(folder)
+    stored, source = stored_template(folder)
     if faults := known_faults(stored or ""):
         section.warning(
             "template",
@@ -56,19 +54,6 @@ def check_template(folder: Path, tokenizer: HYTokenizer, stops: list[Any], secti
         if stored is None:
             whose += ", as the checkpoint has none"
         section.ok("template", f"{whose}; {', '.join(CONVERSATIONS)} render, with {some(markup, 5)} as single ids")
-
-
-def _stored_template(folder: Path) -> tuple[str | None, str]:
-    """The checkpoint's template, None if it has none, and the file that it is in; as transformers looks for it."""
-    if (folder / TEMPLATE_FILE).is_file():
-        return (folder / TEMPLATE_FILE).read_text(encoding="utf-8"), TEMPLATE_FILE
-    try:
-        given = read_object(folder / TOKENIZER_CONFIG).get("chat_template")
-    except ValueError:
-        given = None
-    if isinstance(given, list):  # several, each with a name
-        given = next((one["template"] for one in given if one["name"] == "default"), None)
-    return given, f"chat_template of {TOKENIZER_CONFIG}"
 
 
 def _rendered(template: str, remedy: str, section: Section) -> dict[str, str]:

@@ -3,14 +3,18 @@
 import gzip
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from chat_templates import FAULTY
 from rich.console import Console
 
+from hunyuan_vllm import demo
 from hunyuan_vllm.batch import job as job_module
 from hunyuan_vllm.batch.engine import parse_options, plan
 from hunyuan_vllm.batch.job import FAILED_LINES, Job
@@ -21,7 +25,7 @@ from hunyuan_vllm.batch.records import Record, Settings, failed
 from hunyuan_vllm.batch.requests import BadLine
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.server.bad_requests import Problem
-from hunyuan_vllm.server.model_source import demo_model
+from hunyuan_vllm.server.model_source import demo_model, open_model
 
 
 def console() -> Console:
@@ -73,6 +77,18 @@ def test_a_file_that_is_not_jsonl_starts_nothing(tmp_path, content, says):
     with pytest.raises(UserError, match=says):
         job(source, tmp_path / "out").run(console())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_template_that_is_replaced_is_noted(tmp_path, monkeypatch):
+    checkpoint = shutil.copytree(demo.path(), tmp_path / "model")
+    model = open_model(str(checkpoint))
+    plain = plan(model, [], os.environ).notes
+    (checkpoint / "chat_template.jinja").write_text(FAULTY)
+    (note,) = [note for note in plan(model, [], os.environ).notes if note not in plain]
+    assert "closed by <|extra_4|>" in note and "HUNYUAN_VLLM_CHECKPOINT_CHAT_TEMPLATE=1" in note
+    assert plan(model, ["--chat-template", "x.jinja"], os.environ).notes == plain
+    monkeypatch.setenv("HUNYUAN_VLLM_CHECKPOINT_CHAT_TEMPLATE", "1")
+    assert plan(model, [], os.environ).notes == plain
 
 
 def test_strict_lists_the_wrong_lines_and_runs_none(tmp_path, source):

@@ -42,12 +42,19 @@
              an adapter with another prefix answers as the base model.
    upstream  not reported yet (0.32.0 and 0.33.0 have it: "No LoRA weights were applied", at level DEBUG)
    until     tests/test_patches.py::test_stock_still_takes_adapters_of_which_nothing_applies fails
+
+7. Adapters of requests, looked at before the engine gets them.
+   where     vllm/v1/engine/input_processor.py, InputProcessor._validate_lora
+   why       A worker that cannot load the adapter of a request (LoRARequest) ends the engine with it.
+   upstream  not reported yet (0.32.0 and 0.33.0 have it)
+   until     tests/test_patches.py::test_stock_still_hands_any_adapter_to_the_engine fails
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +63,7 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.punica_wrapper import punica_cpu
 from vllm.lora.request import LoRARequest
+from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.model_executor.layers import utils as layer_utils
 from vllm.model_executor.layers.fused_moe import modular_kernel
@@ -64,16 +72,17 @@ from vllm.model_executor.layers.fused_moe.oracle import unquantized
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.platforms import current_platform
+from vllm.v1.engine.input_processor import InputProcessor
 
-from hunyuan_vllm.adapter import check_modules
+from hunyuan_vllm.adapter import check_adapter, check_modules
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.cpu_kernels import PackedCPUExperts, packs
 from hunyuan_vllm.errors import UserError
 
-__all__ = ["apply_patches"]
+__all__ = ["apply_patches", "check_adapters_of_requests"]
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
-_applied = False
+_applied = _requests_checked = False
 
 
 def apply_patches() -> None:
@@ -88,6 +97,31 @@ def apply_patches() -> None:
             _keep_experts_from_zentorch()
             _leave_rows_without_an_adapter_alone()
         _applied = True
+
+
+def check_adapters_of_requests() -> None:
+    """Apply patch 7, once. Called in the process that takes requests, when a Hunyuan model is configured."""
+    global _requests_checked
+    if _requests_checked:
+        return
+    stock = InputProcessor._validate_lora
+    sound: set[str] = set()
+
+    @wraps(stock)
+    def _validate_lora(self: InputProcessor, lora_request: LoRARequest | None) -> None:
+        stock(self, lora_request)
+        config = self.model_config.hf_config
+        if lora_request is None or lora_request.lora_path in sound or not isinstance(config, HunYuanConfig):
+            return
+        folder = Path(get_adapter_absolute_path(lora_request.lora_path))
+        try:
+            check_adapter(folder, config, current_platform.is_cpu(), self.lora_config.max_lora_rank)
+        except UserError as error:
+            raise ValueError(f"adapter {lora_request.lora_name}: {error}") from None
+        sound.add(lora_request.lora_path)
+
+    InputProcessor._validate_lora = _validate_lora
+    _requests_checked = True
 
 
 def _repack_cpu_experts_on_reload() -> None:

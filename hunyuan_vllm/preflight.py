@@ -46,6 +46,10 @@ class HunYuanPreflight:
         _check_options(vllm_config)
         check_quantisation(vllm_config)
         limit_targets_on_cpu(vllm_config)
+        if vllm_config.lora_config is not None:
+            from hunyuan_vllm.patches import check_adapters_of_requests
+
+            check_adapters_of_requests()
         _check_files(vllm_config)
 
 

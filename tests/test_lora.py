@@ -52,6 +52,8 @@ def test_adapters_of_one_batch_equal_their_merged_checkpoints(tmp_path: Path) ->
     with engine(base, enable_lora=True, max_lora_rank=8, max_loras=2) as llm:
         with pytest.raises(ValueError, match=r"adapter named \(.*/wrong\): none of its .* modules \(model.model."):
             llm.llm_engine.add_lora(LoRARequest("named", 3, str(wrong)))
+        with pytest.raises(ValueError, match=r"adapter named: .*/wrong/.*: none of its .* modules"):
+            llm.generate([given], PARAMS, lora_request=LoRARequest("named", 3, str(wrong)), use_tqdm=False)
         outputs = llm.generate([given] * 3, PARAMS, lora_request=[None, *requests], use_tqdm=False)
     answers = [said(output) for output in outputs]
     for folder, (tokens, logprobs) in zip([base, *merged], answers, strict=True):

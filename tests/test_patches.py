@@ -27,6 +27,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from vllm.platforms import current_platform
 from vllm.tool_parsers.structural_tag_registry import get_model_structural_tag
 from vllm.tool_parsers.tool_strict_level import ToolStrictLevel
+from vllm.v1.engine.input_processor import InputProcessor
 
 from hunyuan_vllm import model, patches
 from hunyuan_vllm.cpu_kernels import PackedCPUExperts, has_avx512_bf16_without_amx
@@ -143,6 +144,21 @@ def test_stock_still_takes_adapters_of_which_nothing_applies(tmp_path: Path) -> 
     assert stock(load)(worker, request).loras
     with pytest.raises(ValueError, match=r"adapter wrong \(.*\): none of its"):
         load(worker, request)
+
+
+def test_stock_still_hands_any_adapter_to_the_engine(tmp_path: Path) -> None:
+    patches.check_adapters_of_requests()
+    config = tiny_config()
+    request = LoRARequest("far", 1, str(tmp_path / "nowhere"))
+    processor = MagicMock(lora_config=LoRAConfig(max_lora_rank=8), tokenizer=None)
+    processor.model_config.hf_config = config
+    validate = InputProcessor._validate_lora
+    stock(validate)(processor, request)
+    with pytest.raises(ValueError, match="adapter far: .*/nowhere is not a directory"):
+        validate(processor, request)
+    validate(processor, LoRARequest("near", 2, str(write_adapter(tmp_path / "a", adapter_pairs(config)))))
+    processor.model_config.hf_config = None  # another model
+    validate(processor, request)
 
 
 def test_stock_tool_grammars_still_let_arguments_run_on() -> None:

@@ -26,7 +26,7 @@ MODEL = {"id": "fake", "root": "fake", "parent": None, "max_model_len": 1000}
 
 @dataclass
 class FakeServer:
-    """What it answers: `text`, 7 characters a token, or `fault` instead; and what it was asked last."""
+    """What it answers: `text`, 7 characters a piece, or `fault` instead; and what it was asked last."""
 
     url: str
     models: tuple[dict[str, Any], ...] = (MODEL,)
@@ -34,6 +34,7 @@ class FakeServer:
     fault: tuple[int, str, dict[str, str]] | None = None
     breaks_off: bool = False
     pace: float = 0.001  # seconds between pieces
+    tokens: int = 1  # of a piece
     asked: dict[str, Any] = field(default_factory=dict)
 
     async def list_models(self, request: Request) -> Response:
@@ -49,7 +50,7 @@ class FakeServer:
     async def _chunks(self) -> AsyncIterator[str]:
         pieces = [self.text[start : start + 7] for start in range(0, len(self.text), 7)]
         for count, piece in enumerate(pieces, 1):
-            usage = {"prompt_tokens": 9, "completion_tokens": count}
+            usage = {"prompt_tokens": 9, "completion_tokens": count * self.tokens}
             finish = "stop" if count == len(pieces) and not self.breaks_off else None
             choice = {"index": 0, "delta": {"content": piece}, "finish_reason": finish}
             yield f"data: {json.dumps({'choices': [choice], 'usage': usage})}\n\n"

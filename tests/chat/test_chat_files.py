@@ -13,6 +13,7 @@ from starlette.testclient import TestClient
 
 from hunyuan_vllm import demo
 from hunyuan_vllm.server.asgi import Receive, Scope, Send
+from hunyuan_vllm.server.chat_bundle import bundle
 from hunyuan_vllm.server.chat_page import PAGE, SECURITY_HEADERS, ChatPage
 
 VENDOR = PAGE / "chat" / "vendor"
@@ -49,6 +50,7 @@ def test_the_page_and_its_files_need_no_key(client: TestClient) -> None:
         ("GET", "/chat"),
         ("GET", "/chat/"),
         ("GET", "/chat/none.js"),
+        ("GET", "/chat/turn.js"),  # a part of app.js
         ("GET", "/chat/..%2f..%2fchat_page.py"),
         ("GET", "/chat/%2e%2e/%2e%2e/auth.py"),
         ("GET", "//chat/app.js"),
@@ -79,6 +81,29 @@ def test_nothing_of_ours_needs_an_exception() -> None:
     for file in OWN:
         text = file.read_text().replace("http://www.w3.org/2000/svg", "")
         assert re.findall(r"https?://|innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", text) == [], file
+
+
+def test_all_modules_are_one_script_each_after_what_it_needs(tmp_path: Path) -> None:
+    (tmp_path / "part").mkdir()
+    (tmp_path / "app.js").write_text(
+        'import { one, two } from "./part/a.js";\nimport it from "./part/it.js";\nshow(one);\n'
+    )
+    (tmp_path / "part/a.js").write_text(
+        'import it from "./it.js";\nexport const one = it;\nexport function* two() {}\n'
+    )
+    (tmp_path / "part/it.js").write_text("const x = 1;\nexport { x as default };\n//# sourceMappingURL=it.map\n")
+    script = bundle(tmp_path, "app.js")
+    assert [script.count(f"= {value};") for value in ('modules["part/it.js"]', "it", "1")] == [2, 1, 1]
+    starts = [script.index(f'modules["{name}"] = ') for name in ("part/it.js", "part/a.js", "app.js")]
+    assert starts == sorted(starts)
+    assert "return { one, two };" in script and "return { default: x };" in script
+
+
+def test_the_pages_script_has_all_of_its_modules(client: TestClient) -> None:
+    script = client.get("/chat/app.js").text
+    assert re.findall(r"^(?:import|export)\b.*", script, re.M) == []
+    for file in (PAGE / "chat").rglob("*.js"):
+        assert f'modules["{file.relative_to(PAGE / "chat").as_posix()}"] = ' in script
 
 
 def test_libraries_are_as_published() -> None:

@@ -85,7 +85,7 @@ def test_stopping_stops_the_engine_too(page: Page, server: Server) -> None:
     page.wait(lambda: "You stopped this answer." in page.find(".assistant .note").text)
     page.wait(lambda: page.find(".assistant .text").text)
     page.wait(lambda: under_way(server) == 0)
-    edit = page.find(".user .buttons button:last-child")
+    edit = page.find(".user .buttons [data-text=edit]")
     page.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", edit)
     edit.click()
     page.press(Keys.ENTER)
@@ -129,7 +129,7 @@ def test_the_conversation_stays_in_the_browser(page: Page, server: Server) -> No
     page.find("#save").click()
     saved = page.wait(lambda: list(page.downloads.glob("*.md")))[0].read_text()
     assert saved.startswith(f"## system\n\nBe brief.\n\n## user\n\n{SALT}\n\n## assistant\n\n{answer[:10]}")
-    edit = page.find(".user .buttons button:last-child")
+    edit = page.find(".user .buttons [data-text=edit]")
     page.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", edit)
     edit.click()
     assert page.all("article") == [] and page.find("#question").get_property("value") == SALT
@@ -160,7 +160,7 @@ def test_too_long_a_conversation_and_a_lost_server_are_explained(page: Page, ser
         page.wait(lambda: "cannot be reached" in page.find("#problem").text)
     finally:
         page.driver.execute_cdp_cmd("Network.emulateNetworkConditions", lost | {"offline": False})
-    page.find(".user .buttons button:last-child").click()
+    page.find(".user .buttons [data-text=edit]").click()
     assert page.find("#problem").text == ""
     page.settings(max_tokens="5")
     page.find("#question").send_keys(Keys.CONTROL, "a")
@@ -186,4 +186,3 @@ def test_chinese(page: Page, server: Server) -> None:
         page.wait(lambda: page.find("#send").text == "Send")
     finally:
         page.driver.execute_cdp_cmd("Emulation.setUserAgentOverride", {"userAgent": "test", "acceptLanguage": "en"})
-

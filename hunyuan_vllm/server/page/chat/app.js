@@ -2,6 +2,7 @@
 import { receive } from "./answer.js";
 import { complain, stopComplaining } from "./complaint.js";
 import { changeKey, ready } from "./connection.js";
+import { messagesToSend } from "./conversation.js";
 import { downloadConversation } from "./download.js";
 import { following, goToEnd } from "./follow.js";
 import { currentKey } from "./keydialog.js";
@@ -18,7 +19,7 @@ const settings = new Settings(kept, (otherLanguage) => {
   if (otherLanguage && !running) show();
   keep();
 });
-const log = new Log(place.log, { again: answerAgain, edit: editQuestion });
+const log = new Log(place.log, { again: answerAgain, edit: editQuestion, remove: removeQuestion });
 let messages = kept.messages ?? [];
 let running = null; // AbortController of the answer that is being written
 
@@ -95,8 +96,7 @@ function finish(turn) {
 
 function requestBody() {
   const system = settings.system ? [{ role: "system", content: settings.system }] : [];
-  const said = messages.filter(({ content }) => content).map(({ role, content }) => ({ role, content }));
-  return { model: chosenModel().id, messages: [...system, ...said], ...settings.sampling };
+  return { model: chosenModel().id, messages: [...system, ...messagesToSend(messages)], ...settings.sampling };
 }
 
 function explain(error) {
@@ -122,6 +122,15 @@ function editQuestion() {
   const [question, ...rest] = withoutLastAnswer().toReversed();
   messages = rest.toReversed();
   place.question.value = question.content;
+  stopComplaining();
+  show();
+  keep();
+  place.question.focus();
+}
+
+function removeQuestion(question) {
+  if (running) return;
+  messages = messages.filter((message) => message !== question);
   stopComplaining();
   show();
   keep();

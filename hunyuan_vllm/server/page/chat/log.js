@@ -1,4 +1,5 @@
 /** The conversation on the page, with buttons at its last turns. */
+import { isUnanswered } from "./conversation.js";
 import { Turn } from "./turn.js";
 
 export class Log {
@@ -6,7 +7,7 @@ export class Log {
 
   /**
    * @param place the element that holds the turns
-   * @param actions {again, edit}: what the buttons of the last turns do
+   * @param actions {again, edit, remove}: what the buttons of the last turns, and of unanswered questions, do
    */
   constructor(place, actions) {
     this.place = place;
@@ -29,11 +30,16 @@ export class Log {
 
   /** Offer what can be done now. */
   offer() {
-    const lastQuestion = this.#turns.findLast((turn) => turn.message.role === "user");
-    for (const turn of this.#turns) {
-      const { again, edit } = this.actions;
-      const isLast = turn === this.#turns.at(-1);
-      turn.offer(turn === lastQuestion ? { edit } : isLast ? { again } : {});
+    const { again, edit, remove } = this.actions;
+    const messages = this.#turns.map(({ message }) => message);
+    const lastQuestion = messages.findLastIndex(({ role }) => role === "user");
+    for (const [index, turn] of this.#turns.entries()) {
+      turn.unanswered = isUnanswered(messages, index);
+      turn.offer({
+        ...(index === lastQuestion && { edit }),
+        ...(turn.unanswered && { remove: () => remove(turn.message) }),
+        ...(index > lastQuestion && index === messages.length - 1 && { again }),
+      });
     }
   }
 }

@@ -4,6 +4,7 @@
  * Three fences: HTML in the text stays text, what Markdown makes of it passes an allow-list, and the page's
  * Content-Security-Policy forbids inline scripts and styles and every other origin.
  */
+import { keepFormulas } from "./math.js";
 import hljs from "./vendor/highlight.js";
 import MarkdownIt from "./vendor/markdown-it.js";
 import DOMPurify from "./vendor/purify.js";
@@ -23,6 +24,7 @@ const ALLOWED = {
 
 const markdown = new MarkdownIt({ html: false, linkify: true, highlight });
 markdown.disable("image"); // fetching one would tell its server who reads what
+keepFormulas(markdown);
 markdown.core.ruler.push("below the page's headings", lowerHeadings);
 for (const rule of ["th_open", "td_open"]) markdown.renderer.rules[rule] = alignByClass;
 

@@ -13,6 +13,7 @@ export class Turn {
   #buttons = document.createElement("p");
   #frame = 0;
   #busy = false;
+  #unanswered = false;
 
   constructor(message) {
     this.message = message;
@@ -35,10 +36,11 @@ export class Turn {
     cancelAnimationFrame(this.#frame);
     this.#frame = 0;
     const { role, content, finish } = this.message;
+    const noted = NOTED.has(finish) && !this.#busy ? finish : this.#unanswered && "unanswered";
     if (role === "user") this.#text.textContent = content;
     else showMarkdown(this.#text, content);
     this.#cost.textContent = costOf(this.message);
-    this.#note.textContent = NOTED.has(finish) && !this.#busy ? say(finish) : "";
+    this.#note.textContent = noted ? say(noted) : "";
   }
 
   /** The same, at most once a picture of the screen. */
@@ -50,6 +52,16 @@ export class Turn {
   set busy(busy) {
     this.#busy = busy;
     this.element.ariaBusy = String(busy);
+  }
+
+  /** Whether this is a question without an answer, which is not sent again. */
+  get unanswered() {
+    return this.#unanswered;
+  }
+
+  set unanswered(unanswered) {
+    this.#unanswered = unanswered;
+    this.show();
   }
 
   /** Replace the buttons: Copy, and those of `actions` ({word: what to do}). */

@@ -35,6 +35,8 @@ export const en = {
   notCopied: "The browser did not allow it",
   again: "Answer again",
   edit: "Edit",
+  remove: "Remove",
+  unanswered: "This was not answered, and is not sent again with the next message.",
   tryAgain: "Try again",
   deleteIt: "This deletes the conversation, which is kept in this browser only. Go on?",
   changeKey: "API key…",

@@ -35,6 +35,8 @@ export const zh = {
   notCopied: "浏览器不允许复制",
   again: "重新回答",
   edit: "编辑",
+  remove: "删除",
+  unanswered: "此消息未得到回答，不会随下一条消息再次发送。",
   tryAgain: "重试",
   deleteIt: "对话只保存在此浏览器中，此操作会将其删除。继续吗？",
   changeKey: "API 密钥…",

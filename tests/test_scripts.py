@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -61,14 +62,28 @@ class FakeServer(BaseHTTPRequestHandler):
     """Answers as vLLM would and notes what it was asked."""
 
     seen: list[tuple[str, str, dict]] = []
+    pieces = ["sa", "lt"]
+    whole = True
+    status = 200
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.seen.append((self.path, self.headers["Authorization"], body))
-        answer = {"count": 1, "max_model_len": 512, "tokens": [317]} if self.path == "/tokenize" else {"answer": "salt"}
-        self.send_response(401 if body == {} else 200)
+        if self.path == "/tokenize":
+            self.answer(200, json.dumps({"count": 1, "max_model_len": 512, "tokens": [317]}))
+        elif self.status != 200:
+            self.answer(self.status, json.dumps({"error": {"message": 'no "salt"', "code": self.status}}))
+        elif body.get("stream"):
+            deltas = [{"role": "assistant", "content": ""}, *({"content": piece} for piece in self.pieces)]
+            events = [json.dumps({"choices": [{"delta": delta}]}, ensure_ascii=False) for delta in deltas]
+            self.answer(200, "".join(f"data: {event}\n\n" for event in [*events, *["[DONE]"] * self.whole]))
+        else:
+            self.answer(200, '{"choices": []}')
+
+    def answer(self, status, text):
+        self.send_response(status)
         self.end_headers()
-        self.wfile.write(json.dumps(answer).encode())
+        self.wfile.write(text.encode())
 
     def log_message(self, format, *arguments):
         pass
@@ -83,17 +98,17 @@ def fake_server():
         server.shutdown()
 
 
-def ask(*arguments: str, port: int, **environ: str) -> subprocess.CompletedProcess:
+def ask(*arguments: str, port: int, shell: Sequence[str] = ("sh",), **environ: str) -> subprocess.CompletedProcess:
     clean = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     return subprocess.run(
-        ["sh", ROOT / "deploy" / "openapi.sh", *arguments], capture_output=True, text=True, timeout=60,
+        [*shell, ROOT / "deploy" / "openapi.sh", *arguments], capture_output=True, text=True, timeout=60,
         env={**clean, "PORT": str(port), "XDG_CONFIG_HOME": "/nonexistent", **environ},
     )  # fmt: skip
 
 
 def test_openapi_sends_the_published_request(fake_server):
     result = ask(port=fake_server.server_port)
-    assert (result.returncode, result.stdout) == (0, '{"answer": "salt"}\n')
+    assert (result.returncode, result.stdout, result.stderr) == (0, "salt\n", "")
     path, _, request = FakeServer.seen[-1]
     assert path == "/v1/chat/completions"
     assert [message["role"] for message in request["messages"]] == ["system", "user"]
@@ -102,6 +117,44 @@ def test_openapi_sends_the_published_request(fake_server):
         "temperature": 0.7, "top_p": 0.6, "top_k": 20, "repetition_penalty": 1.05,
     }  # fmt: skip
     assert request["stop_token_ids"] == [317]  # <|eos|> in the server's own vocabulary
+
+
+@pytest.mark.parametrize("shell", ["dash", "bash", "busybox sh"])
+def test_openapi_prints_any_text_as_it_is(fake_server, monkeypatch, shell):
+    argv = shell.split()
+    if not shutil.which(argv[0]):
+        pytest.skip(f"{argv[0]} is not here")
+    text = 'a "b" \\ \\n \\\\" \\033[1m\t%s %d / </b>\n海水 "content":"x" {"error": 1}\n\n'
+    monkeypatch.setattr(FakeServer, "pieces", [text, "\n", text])
+    result = ask(port=fake_server.server_port, shell=argv)
+    assert (result.returncode, result.stdout) == (0, f"{text}\n{text}\n")
+
+
+def test_openapi_hands_no_control_characters_to_the_terminal(fake_server, monkeypatch):
+    monkeypatch.setattr(FakeServer, "pieces", ["\x1b]0;title\x07"])
+    for shell in ("sh", "bash"):
+        assert ask(port=fake_server.server_port, shell=[shell]).stdout == "\\u001b]0;title\\u0007\n"
+
+
+def test_openapi_gives_the_servers_json(fake_server):
+    result = ask("--raw", "Why?", port=fake_server.server_port)
+    assert (result.returncode, result.stdout) == (0, '{"choices": []}\n')
+    assert FakeServer.seen[-1][2]["messages"][1]["content"] == "Why?"
+    assert FakeServer.seen[-1][2]["stream"] is False
+
+
+@pytest.mark.parametrize("arguments", [[], ["--raw"]])
+def test_openapi_says_why_it_was_refused(fake_server, monkeypatch, arguments):
+    monkeypatch.setattr(FakeServer, "status", 429)
+    result = ask(*arguments, port=fake_server.server_port)
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", 'no "salt"\n')
+
+
+def test_openapi_says_that_an_answer_is_not_whole(fake_server, monkeypatch):
+    monkeypatch.setattr(FakeServer, "whole", False)
+    result = ask(port=fake_server.server_port)
+    assert (result.returncode, result.stdout) == (1, "salt")
+    assert "the connection ended" in result.stderr
 
 
 def test_openapi_takes_any_question(fake_server):

@@ -61,14 +61,18 @@ def test_nothing_listens_beyond_loopback(server):
 
 
 def test_openapi_script_gets_an_answer_that_ends_by_itself(server):
-    asked = subprocess.run(
-        ["sh", ROOT / "deploy" / "openapi.sh"], capture_output=True, text=True, timeout=120,
-        env={**os.environ, "PORT": str(server.port), "VLLM_API_KEY": KEY},
+    raw, text = (
+        subprocess.run(
+            ["sh", ROOT / "deploy" / "openapi.sh", *arguments], capture_output=True, text=True, timeout=120,
+            env={**os.environ, "PORT": str(server.port), "VLLM_API_KEY": KEY},
+        )
+        for arguments in (["--raw"], [])
     )  # fmt: skip
-    assert asked.returncode == 0, asked.stderr
-    choice = json.loads(asked.stdout)["choices"][0]
+    assert (raw.returncode, text.returncode) == (0, 0), raw.stderr + text.stderr
+    choice = json.loads(raw.stdout)["choices"][0]
     assert choice["message"]["content"].strip()
     assert choice["finish_reason"] == "stop"
+    assert "salt" in text.stdout and "{" not in text.stdout
 
 
 def test_openapi_script_shows_a_refusal(server):

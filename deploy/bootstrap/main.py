@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the set-up; returns the exit status."""
     parser = argparse.ArgumentParser(description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--test", action="store_true", help="with the tools that tests/run.sh needs")
-    parser.add_argument("--train", action="store_true", help="with the libraries of fine-tuning (DeepSpeed, PEFT, …)")
+    parser.add_argument("--train", action="store_true", help="with the libraries of fine-tuning (DeepSpeed, PEFT, ...)")
     parser.add_argument("--yes", action="store_true", help="replace an environment that is for the other device")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
     parser.add_argument(

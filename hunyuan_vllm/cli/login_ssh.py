@@ -23,6 +23,7 @@ from hunyuan_vllm.cluster.steps import Steps
 from hunyuan_vllm.cluster.trust import Fingerprints
 from hunyuan_vllm.envs import take_ssh_password
 from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.streams import prepare_output
 
 __all__ = ["main"]
 
@@ -137,6 +138,7 @@ def _password(given: str | None, file: Path | None) -> str | None:
 
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit status 2."""
+    prepare_output()
     try:
         app(prog_name="login_ssh.py")
     except UserError as error:

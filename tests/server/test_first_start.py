@@ -56,7 +56,7 @@ class Answers(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.server.shown.append(self.headers["Authorization"])
         self.rfile.read(int(self.headers["Content-Length"]))
-        body = json.dumps({"tokens": [7]}).encode()
+        body = json.dumps({"tokens": [7], "choices": []}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -95,7 +95,7 @@ def test_the_script_takes_the_first_key_of_the_file(tmp_path, text, key):
     file.write_text(text)
     with noting_server() as server:
         variables = environment(tmp_path, PORT=str(server.server_port))
-        asked = subprocess.run(["sh", SCRIPT], env=variables, capture_output=True, text=True, timeout=60)
+        asked = subprocess.run(["sh", SCRIPT, "--raw"], env=variables, capture_output=True, text=True, timeout=60)
     assert asked.returncode == 0, asked.stderr
     assert server.shown == [f"Bearer {key}"] * 2
     file.chmod(0o600)

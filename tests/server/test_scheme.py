@@ -85,7 +85,7 @@ def test_the_demo_model_is_converted_once_and_answers(tmp_path: Path) -> None:
     made = FP8.with_demo(source, tmp_path)
     with running_server("--scheme", "fp8-w8a8c8", XDG_CACHE_HOME=str(tmp_path)) as server:
         asked = subprocess.run(
-            ["sh", ROOT / "deploy" / "openapi.sh"], capture_output=True, text=True, timeout=120,
+            ["sh", ROOT / "deploy" / "openapi.sh", "--raw"], capture_output=True, text=True, timeout=120,
             env={**os.environ, "PORT": str(server.port)},
         )  # fmt: skip
         assert asked.returncode == 0 and '"finish_reason":"stop"' in asked.stdout, asked.stderr

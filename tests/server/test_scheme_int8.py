@@ -81,7 +81,7 @@ def test_checkpoints_quantised_otherwise() -> None:
 def test_the_demo_model_answers() -> None:
     with running_server("--scheme", "int8") as server:
         asked = subprocess.run(
-            ["sh", ROOT / "deploy" / "openapi.sh"], capture_output=True, text=True, timeout=120,
+            ["sh", ROOT / "deploy" / "openapi.sh", "--raw"], capture_output=True, text=True, timeout=120,
             env={**os.environ, "PORT": str(server.port)},
         )  # fmt: skip
         assert asked.returncode == 0 and '"finish_reason":"stop"' in asked.stdout, asked.stderr

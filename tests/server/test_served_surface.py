@@ -271,7 +271,7 @@ def test_openapi_script_speaks_tls_with_a_key_of_the_file(keyed_server):
         "HUNYUAN_VLLM_API_KEY_FILE": str(keyed_server.key_file),
     }
     asked = subprocess.run(
-        ["sh", ROOT / "deploy" / "openapi.sh"], capture_output=True, text=True, timeout=120,
+        ["sh", ROOT / "deploy" / "openapi.sh", "--raw"], capture_output=True, text=True, timeout=120,
         env={**os.environ, **variables},
     )  # fmt: skip
     assert asked.returncode == 0, asked.stderr

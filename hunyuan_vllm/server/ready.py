@@ -58,8 +58,8 @@ def check_port(host: str, port: int) -> None:
         try:
             probe.bind(address)
         except OSError as error:
-            kind = NotYetError if error.errno == errno.EADDRINUSE else UserError
-            raise kind(_port_problem(host, port, error)) from None
+            taken = error.errno == errno.EADDRINUSE
+            raise (NotYetError if taken else UserError)(_port_problem(host, port, error)) from None
 
 
 def _port_problem(host: str, port: int, error: OSError) -> str:

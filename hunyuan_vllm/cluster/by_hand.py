@@ -15,7 +15,7 @@ from hunyuan_vllm.cluster.node_setup import FOLDER, NodeSetup, parse_variables
 from hunyuan_vllm.cluster.port_table import GCS_PORT
 from hunyuan_vllm.cluster.processes import ray_processes, shown
 from hunyuan_vllm.cluster.ray_node import look, stop
-from hunyuan_vllm.cluster.ray_start import start
+from hunyuan_vllm.cluster.ray_start import find_ray, start
 from hunyuan_vllm.cluster.ray_token import make_token, token_file
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.findings import some
@@ -48,6 +48,7 @@ def head(
     setup = _setup(own, own, interface, gpus, encrypt, variables)
     if dry_run:
         return _show(setup, force)
+    find_ray()
     make_token(Path(setup.token_file))
     _start(setup, force)
     _say(f"the head runs at {setup.gcs}; on each other node: sh deploy/ray_worker.sh {own}")
@@ -181,4 +182,4 @@ if __name__ == "__main__":
         app()
     except UserError as mistake:
         _say(str(mistake))
-        sys.exit(2)
+        sys.exit(mistake.status)

@@ -10,7 +10,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import psutil
 
@@ -19,6 +19,7 @@ __all__ = ["count_raylets", "end_processes", "ray_processes", "raylet_of", "show
 RAYLET = "raylet"
 PROGRAM = re.compile(r"/ray/core/src/ray/(raylet/raylet|gcs/gcs_server)$")
 SESSION = re.compile(r"/session_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d+_\d+/")
+DRIVER_LOG = "/logs/python-core-driver-"  # of a program that has joined: a notebook, a server, ray.init in a shell
 IDLE = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
 GRACE, LAST_WORDS = 3.0, 10.0  # seconds
 
@@ -27,7 +28,7 @@ def ray_processes() -> list[psutil.Process]:
     """All of this user's, with their descendants; without this process and those above it."""
     found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
-        if _is_mine(process) and (_is_program(process) or _is_in_session(process)):
+        if _is_mine(process) and (_is_program(process) or any(_session_files(process))):
             found[process.pid] = process
             for child in _descendants(process):
                 found.setdefault(child.pid, child)
@@ -50,9 +51,18 @@ def count_raylets(processes: Iterable[psutil.Process]) -> int:
 
 
 def works(processes: Iterable[psutil.Process]) -> list[str]:
-    """The actors and tasks that run in them, as Ray and vLLM title those; Ray's own and idle workers are left out."""
-    titles = [" ".join(_command(process)).strip() for process in processes]
-    return [title for title in titles if title.startswith(("ray::", "VLLM::")) and not title.startswith(IDLE)]
+    """What uses that Ray: actors and tasks, as Ray and vLLM title those, and drivers, also those that have none.
+
+    Ray's own and idle workers are left out.
+    """
+    found = []
+    for process in processes:
+        title = " ".join(_command(process)).strip()
+        if title.startswith(("ray::", "VLLM::")):
+            found += [] if title.startswith(IDLE) else [title]
+        elif any(DRIVER_LOG in file for file in _session_files(process)):
+            found.append(f"the driver {shown(process)}")
+    return found
 
 
 def shown(process: psutil.Process) -> str:
@@ -111,20 +121,19 @@ def _is_program(process: psutil.Process) -> bool:
         return False
 
 
-def _is_in_session(process: psutil.Process) -> bool:
+def _session_files(process: psutil.Process) -> Iterator[str]:
+    """Files of a session of Ray's that it has open for writing: who only reads a log there is no part of Ray."""
     folder = f"/proc/{process.pid}/fd"
     try:
         for descriptor in os.listdir(folder):
             entry = f"{folder}/{descriptor}"
             try:
-                # Open for writing: who only reads a log there is no part of Ray.
-                if os.lstat(entry).st_mode & stat.S_IWUSR and SESSION.search(os.readlink(entry)):
-                    return True
+                if os.lstat(entry).st_mode & stat.S_IWUSR and SESSION.search(file := os.readlink(entry)):
+                    yield file
             except OSError:
                 continue
     except OSError:
         pass
-    return False
 
 
 def _descendants(process: psutil.Process) -> list[psutil.Process]:

@@ -23,7 +23,7 @@ from hunyuan_vllm.cluster.reach import why_unreached
 from hunyuan_vllm.cluster.start_hook import HOOK
 from hunyuan_vllm.errors import UserError
 
-__all__ = ["CURRENT", "NodeError", "START_TIMEOUT", "noted_setup", "start", "temporary"]
+__all__ = ["CURRENT", "NodeError", "START_TIMEOUT", "find_ray", "noted_setup", "start", "temporary"]
 
 START_TIMEOUT = 90.0  # seconds; a node whose token is wrong is refused after some 30
 KEPT_SESSIONS = 3  # folders with the logs of a Ray that has ended
@@ -50,6 +50,7 @@ def start(setup: NodeSetup, token: str | None = None) -> list[str]:
     Raises:
         UserError: it cannot be started, or did not start.
     """
+    find_ray()
     said = []
     file = Path(setup.token_file)
     if token is not None and store_token(file, token):
@@ -79,10 +80,20 @@ def temporary() -> Path:
     return Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray"
 
 
-def _run_ray(setup: NodeSetup) -> None:
+def find_ray() -> Path:
+    """The command `ray` of this environment.
+
+    Raises:
+        NodeError: Ray is not installed.
+    """
     ray = Path(sys.executable).with_name("ray")
     if not ray.exists():
         raise NodeError(f"Ray is not installed in the environment of {sys.executable}", "pip install ray")
+    return ray
+
+
+def _run_ray(setup: NodeSetup) -> None:
+    ray = find_ray()
     own = without_secrets({name: value for name, value in os.environ.items() if not name.startswith("RAY_")})
     environ = {**own, **setup.environment(), "RAY_START_HOOK": HOOK}
     # Ray's own programs and vLLM's compilers are looked for there.

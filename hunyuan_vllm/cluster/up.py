@@ -15,6 +15,7 @@ from hunyuan_vllm.cluster.logins import Login, Logins
 from hunyuan_vllm.cluster.members import Member, ask_members
 from hunyuan_vllm.cluster.node_setup import FOLDER, NodeSetup
 from hunyuan_vllm.cluster.ray_node import Looked
+from hunyuan_vllm.cluster.ray_start import find_ray
 from hunyuan_vllm.cluster.ray_token import make_token
 from hunyuan_vllm.cluster.remote_node import RemoteNodes
 from hunyuan_vllm.cluster.tls import sign
@@ -173,6 +174,7 @@ class Up:
         return True
 
     def _start(self, section: Section, logins: Sequence[Login]) -> bool:
+        find_ray()
         token = make_token(Path(self._head.token_file))
         seconds: dict[str, float] = {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -76,6 +77,13 @@ def test_what_is_there_already_is_said(node, tmp_path):
     node.setup = NodeSetup(NODES[0], NODES[0], "bond1", 8, f"{tmp_path}/.ray/auth_token")
     same = dry_run("head", "--address", NODES[0])
     assert "nothing would be changed" in same.stderr and same.stdout == ""
+
+
+def test_without_ray_no_token_is_left_behind(node, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    done = CliRunner().invoke(by_hand.app, ["head", "--address", NODES[0]])
+    assert isinstance(done.exception, UserError) and "Ray is not installed" in str(done.exception)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_stop(node, monkeypatch):

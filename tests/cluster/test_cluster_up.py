@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hosts import HOME
 from operator_at_host import PASSWORD, PORT, cluster, log_in, options
+from ray_hosts.faults import kill
 
 from hunyuan_vllm.cluster.node_setup import RAY_SETTINGS
 from hunyuan_vllm.cluster.port_table import TABLE
@@ -37,6 +38,8 @@ workers = [Worker.remote() for _ in range(2)]
 print(*sorted(ray.get([worker.where.remote() for worker in workers], timeout=60)), flush=True)
 time.sleep(600)
 """
+# A notebook whose user thinks: joined, and nothing runs.
+IDLE_DRIVER = "import ray, time; ray.init(address='auto'); print('joined', flush=True); time.sleep(600)"
 # Whether the head's GCS answers someone without the token, or with another one.
 STRANGER = """
 import sys
@@ -211,6 +214,12 @@ def test_down_leaves_nothing(hosts):
     code, report = up(a, b, "--env", "NCCL_IB_HCA=mlx5")
     assert (code, report["sound"]) == (0, True), texts(report, "problem")
     token = {"RAY_AUTH_MODE": "token"}
+    idle = a.start(sys.executable, "-c", IDLE_DRIVER, stdout=subprocess.PIPE, text=True, env=a.environment(**token))
+    assert idle.stdout.readline() == "joined\n"
+    code, report = up(a, b)
+    assert code == 1 and any("on it the driver" in text for text in texts(report, "problem")), texts(report, "problem")
+    kill(a, "*print*joined*")
+    idle.wait(timeout=30)
     driver = a.start(sys.executable, "-c", DRIVER, stdout=subprocess.PIPE, text=True, env=a.environment(**token))
     assert driver.stdout.readline().split() == [a.address, b.address]
     code, found = status(a)

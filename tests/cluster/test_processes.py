@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from hunyuan_vllm.cluster.processes import end_processes, ray_processes
+from hunyuan_vllm.cluster.processes import end_processes, ray_processes, works
 
 NAP = "import sys, time; print(1, flush=True); time.sleep(600)"
 PARENT = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {NAP!r}], start_new_session=True)"
@@ -64,3 +64,16 @@ def test_found_by_what_they_write_and_ended_with_their_children(session, started
     assert worker.poll() is not None and stubborn.poll() is not None  # the latter only by force
     assert reader.poll() is titled.poll() is None
     assert end_processes(mine) == ([], [])
+
+
+def test_a_driver_counts_as_use_though_it_runs_nothing(session, started):
+    with (session / "python-core-driver-01000000ffff_42.log").open("w") as log:
+        notebook = started(NAP, stderr=log)
+    with (session / "python-core-worker-0123_43.log").open("w") as log:
+        idle = started(NAP, "ray::IDLE", stderr=log)
+        busy = started(NAP, "ray::Worker.run", stderr=log)
+    mine = [one for one in ray_processes() if one.pid in (notebook.pid, idle.pid, busy.pid)]
+    assert len(mine) == 3
+    driver, actor = sorted(works(mine), reverse=True)
+    assert driver.startswith("the driver ") and f"(pid {notebook.pid})" in driver
+    assert actor.startswith("ray::Worker.run")

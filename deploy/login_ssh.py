@@ -4,6 +4,7 @@
 Where this Python lacks what it needs, the environment of this checkout takes over (deploy/setup_env.sh makes it).
 """
 
+import ast
 import importlib.util
 import os
 import subprocess
@@ -29,6 +30,10 @@ def main() -> int:
         command()
         return 0
     venv = os.environ.get("HUNYUAN_VENV") or os.path.join(ROOT, ".venv")
+    python = os.path.join(venv, "bin", "python")
+    if not {"-h", "--help"}.isdisjoint(sys.argv) and not os.path.exists(python):
+        show_help()
+        return 0
     if os.path.realpath(sys.prefix) == os.path.realpath(venv):
         say(f"the environment {venv} lacks paramiko: remove it and run sh deploy/setup_env.sh")
         return 1
@@ -37,8 +42,16 @@ def main() -> int:
     status = subprocess.call(set_up + [word for word in sys.argv[1:] if word == "--help"])
     if status != 0:
         return status
-    python = os.path.join(venv, "bin", "python")
     os.execv(python, [python] + sys.argv)
+
+
+def show_help() -> None:
+    """What the command's own help says without its list of options, which takes the libraries."""
+    with open(os.path.join(ROOT, "hunyuan_vllm", "cli", "login_ssh.py"), encoding="utf-8") as file:
+        tree = ast.parse(file.read())
+    (command,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "login_ssh"]
+    print((ast.get_docstring(command) or "").replace("\b\n", ""))
+    print("\nAll options: the same again, after sh deploy/setup_env.sh")
 
 
 def pass_on(password: str) -> None:

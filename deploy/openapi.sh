@@ -4,6 +4,9 @@
 # Reads the variables that run_server.sh does: HOST or LOCAL_IP, PORT, VLLM_API_KEY or HUNYUAN_VLLM_API_KEY_FILE; and
 # TLS_CA_FILE, the certificate to trust of a server with --ssl-certfile ("system" for those the system trusts).
 set -eu
+root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
+standalone=yes
+. "$root/deploy/bootstrap/help.sh"
 
 stream=true
 case ${1:-} in

@@ -3,6 +3,8 @@
 # Settings by environment variable: sh deploy/run_server.sh --help lists them.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
+docstring=hunyuan_vllm/cli/serve.py
+. "$root/deploy/bootstrap/help.sh"
 
 sh "$root/deploy/setup_env.sh" --for run_server.sh "$@"
 exec "${HUNYUAN_VENV:-$root/.venv}/bin/hunyuan-vllm" serve "$@"

@@ -4,6 +4,8 @@
 # A BF16 checkpoint is converted with: hunyuan-vllm quantize SOURCE DESTINATION --scheme fp8-w8a8c8
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
+docstring=hunyuan_vllm/cli/serve.py
+. "$root/deploy/bootstrap/help.sh"
 
 sh "$root/deploy/setup_env.sh" --for run_server_fp8.sh "$@"
 exec "${HUNYUAN_VENV:-$root/.venv}/bin/hunyuan-vllm" serve --scheme fp8-w8a8c8 "$@"

@@ -4,6 +4,8 @@
 # With int8 activations too: sh deploy/run_server.sh --scheme int8-w8a8
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
+docstring=hunyuan_vllm/cli/serve.py
+. "$root/deploy/bootstrap/help.sh"
 
 sh "$root/deploy/setup_env.sh" --for run_server_int8.sh "$@"
 exec "${HUNYUAN_VENV:-$root/.venv}/bin/hunyuan-vllm" serve --scheme int8 "$@"

@@ -4,6 +4,7 @@
 # NODES and NODE_NUM; it is started on one node, which starts the others over SSH.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
+. "$root/deploy/bootstrap/help.sh"
 
 sh "$root/deploy/setup_env.sh" --train --for ../train/train.sh "$@"
 exec "${HUNYUAN_VENV:-$root/.venv}/bin/python" -m hunyuan_vllm.train.launch "$@"

@@ -23,7 +23,7 @@ from hunyuan_vllm.envs import CHECKPOINT_CHAT_TEMPLATE
 __all__ = ["CHAT_TEMPLATE", "Refused", "known_faults", "render", "replacement", "stored_template"]
 
 TEMPLATE_FILE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
-START, SYSTEM_END, USER_END, ANSWER_END = "<|startoftext|>", "<|extra_4|>", "<|extra_0|>", "<|eos|>"
+START, SYSTEM_END, ANSWER_END = "<|startoftext|>", "<|extra_4|>", "<|eos|>"
 
 CHAT_TEMPLATE = r"""
 {%- macro text_of(content) -%}
@@ -122,7 +122,7 @@ def stored_template(folder: Path) -> tuple[str | None, str]:
         given = None
     if isinstance(given, list):  # several, each with a name
         given = next((one["template"] for one in given if one["name"] == "default"), None)
-    return given, f"chat_template of {TOKENIZER_CONFIG}"
+    return given if isinstance(given, str) else None, f"chat_template of {TOKENIZER_CONFIG}"
 
 
 def replacement(faults: Sequence[str]) -> str:

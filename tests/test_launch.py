@@ -164,7 +164,7 @@ def test_a_hub_name_may_go_online():
         (GPU8, MODEL, [], {"LOCAL_IP": "10.9.9.9"}, "LOCAL_IP=10.9.9.9 is not this machine's address: it has 10.0.0.5"),
         (GPU8, MODEL, [], {"SOCKET_IFNAME": "bond1"}, "SOCKET_IFNAME=bond1 is not here; there are eth0, ib0, lo"),
         (Machine(cuda=True), MODEL, [], {}, "no GPU is visible"),
-        (GPU8, ModelSource("/m", "/m", LARGE), [], {}, r"MODEL_PATH=/m has no \*\.safetensors"),
+        (GPU8, ModelSource("/m", "/m", LARGE), [], {}, r"/m has no \*\.safetensors"),
         (GPU8, MODEL, ["--api-key", "secret"], {}, "--api-key would show the key"),
         (GPU8, MODEL, [], {"VLLM_API_KEY": "s", "HUNYUAN_VLLM_API_KEY_FILE": "/k"}, "both set"),
         (GPU8, MODEL, ["--config", "/no/such.yaml"], {}, "--config /no/such.yaml cannot be read"),

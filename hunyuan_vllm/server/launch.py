@@ -13,6 +13,7 @@ from pathlib import Path
 
 from hunyuan_vllm.checkpoint import missing_weights
 from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.server.adapters import check_adapters
 from hunyuan_vllm.server.context_parallel import choose_context_ranks
 from hunyuan_vllm.server.flags import Flags
 from hunyuan_vllm.server.machine import Machine
@@ -111,6 +112,7 @@ def decide(
         )
     if model.local and not model.weight_bytes and "load-format" not in flags:
         raise UserError(f"{model.given} {': '.join(missing_weights(Path(model.name)))}")
+    check_adapters(flags, model.config, cpu=not machine.cuda)
     host = flags.get("host") or settings.host
     port = flags.integer("port", settings.port)
     if scheme and not model.demo:

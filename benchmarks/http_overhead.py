@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -84,7 +83,7 @@ class Server:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        self._process.send_signal(signal.SIGINT)
+        self._process.terminate()
         self._process.wait(timeout=60)
         if kind is None:
             self.log.unlink()

@@ -262,6 +262,11 @@ def test_the_server_ends_with_a_killed_parent():
         (["ValueError: no memory", WORKER_DIED.format(1), "RuntimeError: cancelled"], "ValueError: no memory"),
         (["RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): "
           "{'EngineCore': 1, 'EngineCore_DP1': -7}"], "process EngineCore_DP1 was killed by SIGBUS"),
+        ([WORKER_DIED.format(3), "RuntimeError: cancelled"], "process VllmWorker-1 ended unexpectedly (exit code 3)"),
+        (["RayWorkerProc rank=[3] died unexpectedly, shutting down executor.", "RuntimeError: cancelled"],
+         "Ray worker of rank 3 ended unexpectedly"),
+        (["OSError: disk", "RuntimeError: Engine core initialization failed. See root cause above. "
+          "Failed core proc(s): {'EngineCore_DP0': -15, 'EngineCore_DP1': 1}"], "OSError: disk"),
         ([WORKER_DIED.format(-99)], "process VllmWorker-1 was killed by signal 99"),
     ],
 )  # fmt: skip

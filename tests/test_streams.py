@@ -131,7 +131,6 @@ def test_a_signal_handler_may_write_while_its_thread_does():
     import os, signal, sys
     from hunyuan_vllm.streams import make_output_unfailing
     make_output_unfailing()
-    signal.signal(signal.SIGUSR1, lambda *_: print("signal"))
     signal.setitimer(signal.ITIMER_REAL, 0.0001, 0.0001)
     signal.signal(signal.SIGALRM, lambda *_: print("alarm"))
     for number in range(20_000):

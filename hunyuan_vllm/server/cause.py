@@ -22,6 +22,7 @@ SECOND_HAND = (
 ENGINE_DIED = "Engine process %s died unexpectedly (exit code: %s)"  # a line of our own; vLLM's says no exit code
 # Processes that ended, as vLLM and we log them: names and exit codes, which are negative if a signal ended them.
 DIED = re.compile(r"(?:Worker proc|Engine process) (\S+) died unexpectedly \(exit code: (-?\d+)\)")
+RAY_DIED = re.compile(r"RayWorkerProc rank=\[([\d, ]+)\] died unexpectedly")
 FAILED = re.compile(r"Failed core proc\(s\): \{(.+?)\}")
 CGROUP = Path("/proc/self/cgroup")
 CGROUPS = Path("/sys/fs/cgroup")
@@ -39,10 +40,14 @@ def cause_of_death(lines: Sequence[str], exit_code: int = 0, oom_killed: bool | 
     messages = [message for line in lines for message in _messages(line)]
     deaths = [(at, name, code) for at, message in enumerate(messages) for name, code in _deaths(message)]
     first = deaths[0][0] if deaths else None  # what is said after a death follows from it
-    error = _last_error(messages[:first]) or _last_error(messages)
-    killed = next(((f"process {name}", -code) for _, name, code in deaths if code < 0), None)
+    error = _last_error(messages[:first])
+    # vLLM itself ends others by SIGTERM once one has failed
+    killed = next(((name, -code) for _, name, code in deaths if code and code < 0 and code != -signal.SIGTERM), None)
     if killed is None and exit_code < 0:
         killed = "the API server", -exit_code
+    if killed is None and deaths and not error:
+        _, name, code = deaths[0]
+        return f"{name} ended unexpectedly" + (f" (exit code {code})" if code is not None else "")
     if killed is None:
         return error
     name, number = killed
@@ -85,13 +90,15 @@ def _last_error(messages: Sequence[str]) -> str | None:
     return None
 
 
-def _deaths(message: str) -> Iterator[tuple[str, int]]:
-    """Name and exit code of each process that has ended by what this message says."""
+def _deaths(message: str) -> Iterator[tuple[str, int | None]]:
+    """Name and exit code, where it is known, of each process that has ended by what this message says."""
     if match := DIED.search(message):
-        yield match[1], int(match[2])
+        yield f"process {match[1]}", int(match[2])
+    elif match := RAY_DIED.search(message):
+        yield f"Ray worker of rank {match[1]}", None
     elif match := FAILED.search(message):
         for name, code in re.findall(r"'([^']+)': (-?\d+)", match[1]):
-            yield name, int(code)
+            yield f"process {name}", int(code)
 
 
 def _signal_name(number: int) -> str:

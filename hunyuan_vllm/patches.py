@@ -48,6 +48,15 @@
    why       A worker that cannot load the adapter of a request (LoRARequest) ends the engine with it.
    upstream  not reported yet (0.32.0 and 0.33.0 have it)
    until     tests/test_patches.py::test_stock_still_hands_any_adapter_to_the_engine fails
+
+8. Permission to use AMX.
+   where     vllm/v1/attention/backends/cpu_attn.py, _get_attn_isa, and whatever else asks
+             torch.cpu._is_amx_tile_supported
+   why       Linux lets a process use AMX tiles only once it has asked (arch_prctl, ARCH_REQ_XCOMP_PERM). Attention
+             never asks: unless oneDNN or Inductor happened to before, its first step ends in SIGILL. Where the kernel
+             refuses, the CPU has to count as one without AMX.
+   upstream  not reported yet (0.32.0 has it; vLLM's own benchmarks of CPU kernels call torch._C._cpu._init_amx first)
+   until     tests/test_patches.py::test_stock_still_chooses_amx_without_permission fails
 """
 
 from __future__ import annotations
@@ -92,6 +101,7 @@ def apply_patches() -> None:
         _repack_cpu_experts_on_reload()
         _refuse_adapters_that_would_not_apply()
         if current_platform.is_cpu():
+            ask_for_amx()
             _use_packed_linears()
             _use_packed_experts()
             _keep_experts_from_zentorch()
@@ -155,6 +165,14 @@ def _refuse_adapters_that_would_not_apply() -> None:
         return adapter
 
     WorkerLoRAManager._load_adapter = _load_adapter
+
+
+def ask_for_amx() -> None:
+    """Ask Linux for AMX where the CPU has it, and count it as absent where that is refused. The permission is the
+    process's: all its threads have it, and forked children inherit it."""
+    if torch.cpu._is_amx_tile_supported() and not torch.cpu._init_amx():
+        logger.warning_once("This kernel does not let the process use AMX (arch_prctl): going on without it")
+        torch.cpu._is_amx_tile_supported = lambda: False
 
 
 def _use_packed_linears() -> None:

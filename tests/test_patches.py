@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +29,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from vllm.platforms import current_platform
 from vllm.tool_parsers.structural_tag_registry import get_model_structural_tag
 from vllm.tool_parsers.tool_strict_level import ToolStrictLevel
+from vllm.v1.attention.backends import cpu_attn
 from vllm.v1.engine.input_processor import InputProcessor
 
 from hunyuan_vllm import model, patches
@@ -159,6 +162,73 @@ def test_stock_still_hands_any_adapter_to_the_engine(tmp_path: Path) -> None:
     validate(processor, LoRARequest("near", 2, str(write_adapter(tmp_path / "a", adapter_pairs(config)))))
     processor.model_config.hf_config = None  # another model
     validate(processor, request)
+
+
+@pytest.fixture
+def amx(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool, bool], list[str]]:
+    """Sets whether the CPU has AMX and the kernel grants its use; returns the list that notes each request."""
+
+    def machine(has_tiles: bool, granted: bool) -> list[str]:
+        requests: list[str] = []
+
+        def ask() -> bool:
+            requests.append("asked")
+            return granted
+
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_tiles)
+        monkeypatch.setattr(torch.cpu, "_init_amx", ask)
+        return requests
+
+    return machine
+
+
+def attention() -> str:
+    return cpu_attn._get_attn_isa(torch.bfloat16, 128, 128)
+
+
+def test_stock_still_chooses_amx_without_permission(amx: Callable[[bool, bool], list[str]]) -> None:
+    requests = amx(True, True)
+    assert attention() == "amx"
+    assert not requests
+
+
+@pytest.mark.parametrize(("granted", "chosen"), [(True, "amx"), (False, "vec")])
+def test_amx_is_used_with_permission_only(granted: bool, chosen: str, amx: Callable[[bool, bool], list[str]]) -> None:
+    requests = amx(True, granted)
+    patches.ask_for_amx()
+    assert requests == ["asked"]
+    assert attention() == chosen
+
+
+def test_nobody_asks_for_amx_on_other_cpus(amx: Callable[[bool, bool], list[str]]) -> None:
+    requests = amx(False, False)
+    patches.ask_for_amx()
+    assert not requests
+
+
+@pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="this CPU has AMX: the kernel grants it")
+def test_an_engine_does_without_amx_where_the_kernel_refuses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torch's own request, which fails on this CPU whatever is believed of it."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(model, "apply_patches", patches.ask_for_amx)
+    golden = load_golden("cla2_top1")
+    with engine(golden.path, dtype="bfloat16") as llm:
+        assert len(score(llm, [golden.items[0].prompt], max_tokens=2)) == 1
+
+
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="needs a CPU with AMX")
+def test_an_engine_has_the_permission() -> None:
+    """ARCH_GET_XCOMP_PERM in a process of its own, which nothing else has asked in: bit 18 is the tiles' data."""
+    code = (
+        "import ctypes\n"
+        "from engine import engine\n"
+        f"with engine({str(load_golden('cla2_top1').path)!r}, dtype='bfloat16') as llm:\n"
+        "    mask = ctypes.c_ulong()\n"
+        "    ctypes.CDLL(None).syscall(158, 0x1022, ctypes.byref(mask))\n"
+        "    print('granted', mask.value >> 18 & 1)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert "granted 1" in done.stdout, done.stderr
 
 
 def test_stock_tool_grammars_still_let_arguments_run_on() -> None:

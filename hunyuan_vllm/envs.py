@@ -14,12 +14,14 @@ from hunyuan_vllm.errors import UserError
 __all__ = [
     "CHECKPOINT_CHAT_TEMPLATE",
     "DRAIN_GRACE",
+    "LIMIT_RAY_VARIABLES",
     "READY_TIMEOUT",
     "SUPERVISOR_RESTARTS",
     "cache_folder",
     "checkpoint_chat_template",
     "cla_sharing",
     "drain_grace",
+    "limit_ray_variables",
     "native_kernels",
     "ready_timeout",
     "supervisor_restarts",
@@ -29,6 +31,7 @@ __all__ = [
 CHECKPOINT_CHAT_TEMPLATE = "HUNYUAN_VLLM_CHECKPOINT_CHAT_TEMPLATE"
 READY_TIMEOUT = "HUNYUAN_VLLM_READY_TIMEOUT"
 DRAIN_GRACE = "HUNYUAN_VLLM_DRAIN_GRACE"
+LIMIT_RAY_VARIABLES = "HUNYUAN_VLLM_LIMIT_RAY_VARIABLES"
 SUPERVISOR_RESTARTS = "HUNYUAN_VLLM_SUPERVISOR_RESTARTS"
 
 _TRUE = {"1", "true", "on", "yes"}
@@ -72,6 +75,12 @@ def checkpoint_chat_template() -> bool:
     """HUNYUAN_VLLM_CHECKPOINT_CHAT_TEMPLATE (default 0): 1 uses a checkpoint's template though it is known to be
     wrong."""
     return _flag(CHECKPOINT_CHAT_TEMPLATE, default=False)
+
+
+def limit_ray_variables() -> bool:
+    """HUNYUAN_VLLM_LIMIT_RAY_VARIABLES (default 0; `serve` and `batch` set 1): vLLM copies only those variables of this
+    process to its Ray workers that steer them."""
+    return _flag(LIMIT_RAY_VARIABLES, default=False)
 
 
 def cache_folder() -> Path:

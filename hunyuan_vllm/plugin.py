@@ -17,7 +17,7 @@ def register() -> None:
     """Register everything once a process.
 
     Raises:
-        RuntimeError: the installed vLLM is not one this package supports.
+        UserError: the installed vLLM is not one this package supports.
     """
     global _registered
     if _registered:
@@ -32,6 +32,7 @@ def register() -> None:
     from vllm.tool_parsers import ToolParserManager
     from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
 
+    from hunyuan_vllm import envs
     from hunyuan_vllm.arch_config import HunYuanArchConfigConvertor
     from hunyuan_vllm.config import HunYuanConfig
     from hunyuan_vllm.preflight import HunYuanPreflight
@@ -42,7 +43,8 @@ def register() -> None:
     AutoConfig.register(HunYuanConfig.model_type, HunYuanConfig, exist_ok=True)
     register_tokenizer()
     register_quantization()
-    limit_copied_variables()
+    if envs.limit_ray_variables():
+        limit_copied_variables()
     ModelRegistry.register_model(ARCHITECTURE, "hunyuan_vllm.model:HunYuanForCausalLM")
     ToolParserManager.register_lazy_module("hunyuan_large", "hunyuan_vllm.tool_calls", "HunYuanToolParser")
     MODELS_CONFIG_MAP[ARCHITECTURE] = HunYuanPreflight

@@ -5,19 +5,25 @@ vLLM calls the hook in the user's own process, so an error arrives there, as one
 
 from __future__ import annotations
 
+import os
+import re
+import sys
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from hunyuan_vllm.checkpoint import check_headers
 from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.pipeline import check_pipeline
 from hunyuan_vllm.quant.preflight import check_quantisation
 from hunyuan_vllm.quant.scheme import layout_of
+from hunyuan_vllm.ray_environment import join_own_cluster
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
-__all__ = ["HunYuanPreflight", "check_tensor_parallel"]
+__all__ = ["HunYuanPreflight", "check_main_guard", "check_tensor_parallel"]
 
 
 class HunYuanPreflight:
@@ -34,6 +40,7 @@ class HunYuanPreflight:
         Raises:
             ValueError: the message names the option and what to use instead.
             CheckpointError: a checkpoint file or tensor is wrong.
+            UserError: the script that makes the engine would make another in each of the engine's processes.
         """
         from hunyuan_vllm.lora import limit_targets_on_cpu  # brings vLLM, which the checks below do without
 
@@ -44,6 +51,9 @@ class HunYuanPreflight:
         check_tensor_parallel(config, parallel.tensor_parallel_size)
         check_pipeline(config, parallel.pipeline_parallel_size)
         _check_options(vllm_config)
+        if parallel.use_ray or parallel.data_parallel_backend == "ray":
+            join_own_cluster()
+        check_main_guard()
         check_quantisation(vllm_config)
         limit_targets_on_cpu(vllm_config)
         if vllm_config.lora_config is not None:
@@ -71,6 +81,35 @@ def check_tensor_parallel(config: HunYuanConfig, size: int) -> None:
             f"tensor_parallel_size={size} does not divide this network (num_attention_heads {heads}, "
             f"num_key_value_heads {kv_heads}, intermediate_size {widths}): "
             f"use one of {[ranks for ranks in range(1, heads + 1) if fits(ranks)]}"
+        )
+
+
+def check_main_guard() -> None:
+    """A script that starts an engine as it is imported does so again in each process that is spawned, which ends in
+    pages of errors. Looked at where vLLM spawns for certain; a script that guards itself in a way unknown here passes.
+
+    Raises:
+        UserError: this is such a script.
+    """
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    spawns = current_platform.is_cpu() or envs.VLLM_WORKER_MULTIPROC_METHOD == "spawn"
+    main = sys.modules["__main__"]
+    script = getattr(main, "__file__", None)
+    if not envs.VLLM_ENABLE_V1_MULTIPROCESSING or not spawns or script is None:
+        return
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and not (frame.f_globals is vars(main) and frame.f_code.co_name == "<module>"):
+        frame = frame.f_back
+    try:
+        source = Path(script).read_text()
+    except (OSError, ValueError):
+        return
+    if frame is not None and not re.search(r"\bif\b.*__name__|parent_process|current_process", source):
+        raise UserError(
+            f"{os.path.basename(script)} makes its engine on import, and the engine's processes import it again: "
+            f'put `if __name__ == "__main__":` before line {frame.f_lineno}, and the lines from there below it'
         )
 
 

@@ -1,7 +1,7 @@
-"""Which of a server's environment variables vLLM may copy to its Ray workers: those that steer them, and no secret.
+"""The environment of an engine over Ray: what it needs to join the cluster, and what vLLM may copy to its workers.
 
 vLLM copies all, so whatever the operator has exported for other programs would be in processes on every node. A
-variable that a worker needs beyond these is exported on its node before Ray starts there, or named in
+variable that a worker needs beyond those that steer it is exported on its node before Ray starts there, or named in
 VLLM_RAY_EXTRA_ENV_VARS_TO_COPY.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from hunyuan_vllm.secret_names import names_a_secret
 
-__all__ = ["kept_from_workers", "limit_copied_variables"]
+__all__ = ["join_own_cluster", "kept_from_workers", "limit_copied_variables"]
 
 STEERING = re.compile(
     r"(VLLM|HUNYUAN_VLLM|NCCL|GLOO|TP|UCX|OMP|MKL|KMP|TORCH|TORCHINDUCTOR|PYTORCH|CUDA|CUBLAS|TRITON|FLASHINFER"
@@ -37,3 +37,15 @@ def limit_copied_variables() -> None:
     from vllm.ray import ray_env
 
     ray_env.RAY_NON_CARRY_OVER_ENV_VARS.update(kept_from_workers(os.environ))
+
+
+def join_own_cluster() -> None:
+    """Let this process join the Ray cluster that `cluster up` or `ray_head.sh` made this machine a node of.
+
+    Sets what it takes (token, TLS, address, interfaces) and is not set yet; nothing where this is no such node.
+    """
+    from hunyuan_vllm.cluster.joined import cluster_variables  # of no use to engines on one machine
+
+    if missing := cluster_variables():
+        # Ray reads its settings as it is imported, which vLLM has done here by now: a forked engine would keep them.
+        os.environ.update(missing, VLLM_WORKER_MULTIPROC_METHOD="spawn")

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+from vllm.engine.arg_utils import EngineArgs
 from vllm.ray import ray_env
 from vllm.v1.executor.ray_env_utils import get_driver_env_vars
 
+from hunyuan_vllm import demo, plugin
+from hunyuan_vllm.cluster import joined
+from hunyuan_vllm.preflight import HunYuanPreflight
 from hunyuan_vllm.ray_environment import kept_from_workers, limit_copied_variables
 
 
@@ -38,6 +44,35 @@ def test_what_steers_is_copied_and_nothing_else(copied):
 
 def test_an_operator_may_ask_for_more(copied):
     assert copied(MINE="1", HF_TOKEN="1", VLLM_RAY_EXTRA_ENV_VARS_TO_COPY="MINE, HF_TOKEN") >= {"MINE", "HF_TOKEN"}
+
+
+@pytest.mark.parametrize(("variable", "limited"), [(None, False), ("0", False), ("1", True)])
+def test_only_a_process_of_serve_or_batch_limits_them(variable, limited, copied, monkeypatch):
+    """Registration happens in every vLLM process, those of other people's models included."""
+    if variable:
+        monkeypatch.setenv("HUNYUAN_VLLM_LIMIT_RAY_VARIABLES", variable)
+    monkeypatch.setattr(plugin, "_registered", False)
+    monkeypatch.setenv("HF_TOKEN", "theirs")
+    plugin.register()
+    assert ("HF_TOKEN" in ray_env.RAY_NON_CARRY_OVER_ENV_VARS) is limited
+
+
+JOINED = {"RAY_AUTH_MODE": "token", "VLLM_HOST_IP": "10.0.0.5"}
+# The engine's process is not to have the Ray that this one has imported without them.
+SPAWNED = {**JOINED, "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+
+
+@pytest.mark.parametrize(("backend", "set_"), [("ray", SPAWNED), ("mp", {})])
+def test_an_engine_over_ray_joins_the_cluster_of_this_machine(backend, set_, monkeypatch):
+    """No other: the hook is that of our architecture alone."""
+    config = EngineArgs(model=str(demo.path())).create_engine_config()
+    config.parallel_config.distributed_executor_backend = backend
+    monkeypatch.setattr(joined, "cluster_variables", lambda: JOINED)
+    for name in SPAWNED:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    HunYuanPreflight.verify_and_update_config(config)
+    assert {name: os.environ[name] for name in SPAWNED if name in os.environ} == set_
 
 
 def test_names_alone_decide():

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from hunyuan_vllm import envs
 from hunyuan_vllm.batch.requests import BadLine, Request
 from hunyuan_vllm.chat_template import known_faults, replacement, stored_template
+from hunyuan_vllm.cluster.joined import cluster_variables
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.server.bad_requests import explain
 from hunyuan_vllm.server.flags import Flags
@@ -58,6 +59,8 @@ def plan(model: ModelSource, flags: Sequence[str], environ: Mapping[str, str]) -
     Raises:
         UserError: it cannot work.
     """
+    joined = cluster_variables(environ)
+    environ = {**environ, **{name: value for name, value in joined.items() if name.startswith("RAY_")}}
     settings = replace(Settings.read(environ), host=LOOPBACK, api_key=False, api_key_file=None)
     machine = probe(environ, sys.executable)
     options = Flags(flags)
@@ -68,7 +71,8 @@ def plan(model: ModelSource, flags: Sequence[str], environ: Mapping[str, str]) -
         template, _ = stored_template(Path(model.name))
         if faults := known_faults(template or ""):
             notes.append(replacement(faults))
-    return Plan(launch.argv[len(machine.vllm_command) :], launch.env, notes)
+    env = joined | launch.env if launch.ray_gpus else launch.env
+    return Plan(launch.argv[len(machine.vllm_command) :], env, notes)
 
 
 class Engine:

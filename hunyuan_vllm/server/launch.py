@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hunyuan_vllm import envs
 from hunyuan_vllm.checkpoint import missing_weights
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.server.adapters import check_adapters
@@ -123,6 +124,7 @@ def decide(
     key_file = _key_file(settings, host, insecure or "uds" in flags, surface)
     needs_key = key_file is not None or settings.api_key
 
+    notes = list(ranks.notes)
     names = ["hunyuan", model.given]
     ours: dict[str, list[str]] = {"host": [host], "port": [str(port)], "served-model-name": names}
     if ranks.tensor > 1:
@@ -138,11 +140,12 @@ def decide(
         ours["worker-extension-cls"] = [EXPERT_LOAD]
     if scheme:
         ours |= {name: [value] for name, value in scheme.options.items()}
+    if not machine.fp8_cache and ours.pop("kv-cache-dtype", None) and "kv-cache-dtype" not in flags:
+        notes.append("an FP8 KV cache needs a CPU with AVX-512 or AMX: here the cache keeps the model's own type")
     fp8_cache = (flags.get("kv-cache-dtype") or ours.get("kv-cache-dtype", ["auto"])[0]).startswith("fp8")
     context = choose_context_ranks(flags, machine.gpu, model, ranks.tensor, fp8_cache)
     if context > 1:
         ours["decode-context-parallel-size"] = [str(context)]
-    notes = list(ranks.notes)
     if not machine.cuda:
         ours |= _cpu_options(flags, machine, model, ranks, quantization, environ, notes)
 
@@ -265,6 +268,7 @@ def _environment(
     env = {
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
+        envs.LIMIT_RAY_VARIABLES: "1",
         # Longer than a client keeps a connection (httpx: 5 s, vLLM's default too): else both may close it at once, and
         # a request that is just being sent is lost.
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",

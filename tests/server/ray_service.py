@@ -34,17 +34,22 @@ class RayService:
     def bring_up(self) -> Served:
         """Make whole what is not: Ray on both hosts, the server ready."""
         if self.server is None or self.server.process.poll() is not None:
-            if self.server is not None:
-                for host in (self.cluster.head, self.cluster.worker):
-                    self.cluster.stop(host)
-            self.cluster.start(self.cluster.head)
-            if not self.strangers:
-                self._let_strangers_try()
-            self.cluster.start(self.cluster.worker)
+            if self.server is not None or not self.strangers:
+                self.bring_up_nodes()
             # Faults follow one another in the tests; the waits between its lives are to stay those of a first.
             self.server = self.cluster.serve("--supervise", "--max-restart-wait", "1", **CANARIES)
         self.server.wait_until_ready()
         return self.server
+
+    def bring_up_nodes(self) -> None:
+        """Ray on both hosts, started anew where a server has ended; strangers try to get in meanwhile."""
+        if self.server is not None:
+            for host in (self.cluster.head, self.cluster.worker):
+                self.cluster.stop(host)
+        self.cluster.start(self.cluster.head)
+        if not self.strangers:
+            self._let_strangers_try()
+        self.cluster.start(self.cluster.worker)
 
     def once(self, find: Callable[[Served], Any], server: Served) -> Any:
         """What `find` found the first time."""

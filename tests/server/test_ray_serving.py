@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from engine import engine, random_prompts, score
-from ray_hosts.cluster import SHELL
+from ray_hosts.cluster import BIN, ON_CPUS, SHELL
 from ray_hosts.faults import FAULTS
 from ray_hosts.ordeal import endure, reference
 from ray_service import CANARIES, RayService
@@ -21,6 +22,35 @@ PROMPT_LENGTHS = (5, 16, 33, 64)
 TOKENS = 24
 TOLD = 15.0  # seconds until each client knows of a fault
 RECOVERED = 90.0
+
+
+PROGRAM = f"""
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    llm = LLM(
+        model={str(demo.path())!r}, tensor_parallel_size=2, distributed_executor_backend="ray", dtype="float32",
+        enforce_eager=True, kv_cache_memory_bytes=2**26, max_model_len=256,
+    )
+    answer = llm.chat([{{"role": "user", "content": "Hello"}}], SamplingParams(max_tokens=4, temperature=0))
+    print("ANSWER", answer[0].outputs[0].token_ids)
+"""
+SERVER_FLAGS = "--tensor-parallel-size=2 --distributed-executor-backend=ray --dtype=float32 --enforce-eager"
+
+
+def test_programs_join_the_cluster_by_themselves(ray_service_of_module: RayService):
+    """vLLM's own `LLM`, and a batch run, in a shell that knows nothing of the token and the interfaces. First in this
+    file: a server has all GPUs."""
+    ray_service_of_module.bring_up_nodes()
+    head = ray_service_of_module.cluster.head
+    head.run("tee", "/root/program.py", input=PROGRAM)
+    head.run("tee", "/root/in.jsonl", input='{"prompt": "Hello", "max_tokens": 4}\n')
+    batch = [BIN / "hunyuan-vllm", "batch", "/root/in.jsonl", "/root/out.jsonl", *SERVER_FLAGS.split()]
+    for command in ([sys.executable, "/root/program.py"], [*batch, f"--kv-cache-memory-bytes={2**26}"]):
+        done = head.run(*command, env=SHELL | ON_CPUS, timeout=540, check=False)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    record = json.loads(head.sh("cat /root/out.jsonl"))
+    assert record["usage"]["completion_tokens"] > 0, record
 
 
 @pytest.fixture(scope="module")

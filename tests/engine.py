@@ -10,12 +10,18 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from golden_data import Golden
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.platforms import current_platform
 
 MIB = 1 << 20
+FP8_CACHE = not current_platform.is_cpu() or torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()
+needs_fp8_cache = pytest.mark.skipif(
+    not FP8_CACHE, reason="vLLM's attention reads FP8 caches on CPUs with AVX-512 or AMX only"
+)
 
 
 @dataclass(frozen=True)

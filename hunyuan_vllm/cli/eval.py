@@ -123,7 +123,10 @@ def compare(
 def demo(
     context: typer.Context,
     scheme: list[str] = typer.Option(
-        ["int8", "int8-w8a8", "fp8"], "--scheme", help="Schemes, as of `compare`; may be repeated."
+        None,
+        "--scheme",
+        help="Schemes, as of `compare`; may be repeated; default: int8, int8-w8a8 and fp8, whose cache only CPUs with "
+        "AVX-512 can read: elsewhere fp8+kv-bf16.",
     ),
     each: int = typer.Option(None, min=1, help="Questions of each kind and language, of 60; default: all."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON instead of the table."),
@@ -143,9 +146,11 @@ def demo(
 
     def run() -> int:
         from hunyuan_vllm.evaluation.demo import demo_rows, demo_table, rows_json
+        from hunyuan_vllm.server.machine import reads_fp8_caches
         from hunyuan_vllm.server.model_source import demo_model
 
-        rows = demo_rows(demo_model(), scheme, each, context.args, Console(stderr=True))
+        schemes = scheme or ["int8", "int8-w8a8", "fp8" if reads_fp8_caches() else "fp8+kv-bf16"]
+        rows = demo_rows(demo_model(), schemes, each, context.args, Console(stderr=True))
         if as_json:
             print(json.dumps(rows_json(rows), indent=1))
         else:

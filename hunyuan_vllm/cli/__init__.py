@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import os
 import platform
 import sys
 from importlib import metadata
@@ -23,7 +25,7 @@ from hunyuan_vllm.cli.plan import plan
 from hunyuan_vllm.cli.quantize import quantize
 from hunyuan_vllm.cli.serve import serve
 from hunyuan_vllm.cli.train import train
-from hunyuan_vllm.compat import installed_version
+from hunyuan_vllm.compat import GET_VLLM, installed_version
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.streams import prepare_output
 
@@ -74,11 +76,27 @@ app.command()(quantize)
 app.command()(merge_lora)
 
 
+# Libraries that only some commands need → how to get them.
+EXTRAS = dict.fromkeys(("torch", "vllm"), GET_VLLM) | dict.fromkeys(
+    ("accelerate", "deepspeed", "peft", "tensorboard"), "pip install 'hunyuan-vllm[train]'"
+)
+
+
 def main() -> None:
-    """Entry point: a `UserError` is one line on stderr, and its exit status."""
+    """Entry point: a `UserError` is one line on stderr, and its exit status; so is an extra that is not installed."""
+    if importlib.util.find_spec("torch") is None:
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it warns of that in every command
     prepare_output()
     try:
         app()
     except UserError as error:
         print(f"hunyuan-vllm: {error}", file=sys.stderr)
         sys.exit(error.status)
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        print(
+            f"hunyuan-vllm: this command needs {error.name}, which is not installed: {EXTRAS[error.name]}",
+            file=sys.stderr,
+        )
+        sys.exit(2)

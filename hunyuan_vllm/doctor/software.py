@@ -14,6 +14,7 @@ from packaging.version import Version
 from hunyuan_vllm import compat
 from hunyuan_vllm.doctor.import_probe import COMPANIONS
 from hunyuan_vllm.doctor.probe import Probe
+from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.findings import Section
 
 __all__ = ["check_imports", "check_packages", "check_python", "check_vllm", "is_cuda_build"]
@@ -54,7 +55,7 @@ def check_vllm(section: Section, installed: Installed = installed) -> None:
     """The engine: one of its two distributions, in a version that we work with."""
     try:
         compat.check_vllm_version()
-    except RuntimeError as error:
+    except UserError as error:
         text, _, remedy = str(error).partition(": ")
         section.problem("vLLM", text, remedy)
         return

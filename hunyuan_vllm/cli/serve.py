@@ -112,7 +112,7 @@ def serve(
     """
     from hunyuan_vllm import envs
     from hunyuan_vllm.cluster.joined import cluster_variables
-    from hunyuan_vllm.compat import check_vllm_version
+    from hunyuan_vllm.compat import check_engine
     from hunyuan_vllm.server import keys, ready, supervise
     from hunyuan_vllm.server.flags import Flags
     from hunyuan_vllm.server.gpu_wait import wait_for_gpus
@@ -128,7 +128,7 @@ def serve(
 
     if not dry_run:
         make_output_unfailing()
-    check_vllm_version()
+    check_engine()
     environ = dict(os.environ)
     joined = cluster_variables(environ)
     environ |= {name: value for name, value in joined.items() if name.startswith("RAY_")}

@@ -86,14 +86,15 @@ def check(
     Exit status: 0 every line is of use, 1 some are not, 2 nothing was checked,
     130 interrupted.
     """
-    from hunyuan_vllm.demo import path as demo_path
+    from hunyuan_vllm import demo
     from hunyuan_vllm.tokenizer import load_tokenizer
     from hunyuan_vllm.train import data_report
     from hunyuan_vllm.train.scan import Encoding, scan
 
-    if model is not None and not model.is_dir():
+    model = demo.folder(model) if model is not None else demo.path()
+    if not model.is_dir():
         raise UserError(f"--model {model} is no folder: give a checkpoint's, or its tokenizer's")
-    encoding = Encoding(load_tokenizer(model or demo_path()), max_seq_length, train_on_all, default_system)
+    encoding = Encoding(load_tokenizer(model), max_seq_length, train_on_all, default_system)
     try:
         with _progress(file) as advance:
             found = scan(file, encoding, advance=advance)

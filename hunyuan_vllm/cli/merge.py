@@ -8,6 +8,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
+from hunyuan_vllm import demo
 from hunyuan_vllm.cli.resumable import resumable
 from hunyuan_vllm.errors import UserError
 
@@ -16,7 +17,7 @@ __all__ = ["merge_lora"]
 
 def merge_lora(
     base_model_path: Path = typer.Option(
-        ..., "--base_model_path", "--base-model-path", help="Folder of the checkpoint.", show_default=False
+        ..., "--base_model_path", "--base-model-path", help="Folder of the checkpoint, or demo.", show_default=False
     ),
     adapter_model_path: Path = typer.Option(
         ..., "--adapter_model_path", "--adapter-model-path", help="Folder of the adapter.", show_default=False
@@ -58,6 +59,7 @@ def merge_lora(
 
     if save_dtype not in SAVE_DTYPES:
         raise UserError(f"--save_dtype {save_dtype}: it is {', '.join(SAVE_DTYPES)}")
+    base_model_path = demo.folder(base_model_path)
     if not base_model_path.is_dir():
         raise UserError(f"--base_model_path {base_model_path} is no folder")
     progress = Progress(Console(stderr=True))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 from rich.console import Console
 
+from hunyuan_vllm import demo
 from hunyuan_vllm.cli.resumable import resumable
 from hunyuan_vllm.errors import UserError
 
@@ -21,7 +22,7 @@ OUTLIERS = "Outliers"
 
 
 def quantize(
-    source: Path = typer.Argument(metavar="SRC", help="Folder of the BF16 checkpoint.", show_default=False),
+    source: Path = typer.Argument(metavar="SRC", help="Folder of the BF16 checkpoint, or demo.", show_default=False),
     target: Path = typer.Argument(None, metavar="DST", help="Folder to write, which must not exist."),
     scheme: str = typer.Option(..., help="fp8-w8a8c8, int8 or int8-w8a8; see below.", show_default=False),
     calibration: Path = typer.Option(
@@ -97,6 +98,7 @@ def quantize(
     options = Options(
         scheme, clip, smooth, calibration_tokens, headroom, parse_size(shard_size), _device(device)
     )
+    source = demo.folder(source)
     if plan:
         _show_plan(source, options)
         return

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-__all__ = ["NAME", "path"]
+__all__ = ["NAME", "folder", "path"]
 
 NAME = "demo"  # what commands call it, where a checkpoint's folder may be named
 
@@ -10,3 +10,8 @@ NAME = "demo"  # what commands call it, where a checkpoint's folder may be named
 def path() -> Path:
     """Folder of the checkpoint."""
     return Path(__file__).parent
+
+
+def folder(given: Path) -> Path:
+    """The folder that `given` names: the demo model's for `demo`, unless there is one of that name."""
+    return path() if str(given) == NAME and not given.exists() else given

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from hunyuan_vllm import demo
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.tokenizer import load_tokenizer
@@ -54,7 +55,7 @@ class Start:
         training, model = arguments.training, arguments.model
         given = training.resume_from_checkpoint
         resume = resume_folder(given, Path(training.output_dir)) if given else None
-        named = Path(model.model_name_or_path) if model.model_name_or_path else None
+        named = demo.folder(Path(model.model_name_or_path)) if model.model_name_or_path else None
         if resume is not None:
             named = _take_over(arguments, resume, named)
         if named is not None:

@@ -39,11 +39,12 @@ def test_the_demo_model_to_fp8(run: Callable, tmp_path: Path) -> None:
     chats = tmp_path / "chats.jsonl"
     chats.write_text('{"messages": [{"role": "user", "content": "Rank the four oceans by area."}]}\n' * 9)
     code, out, err = run(
-        demo.path(), tmp_path / "fp8", "--scheme", "fp8-w8a8c8", "--calibration", chats, "--calibration-tokens", 99
+        "demo", tmp_path / "fp8", "--scheme", "fp8-w8a8c8", "--calibration", chats, "--calibration-tokens", 99
     )
     assert (code, out) == (0, "")
     assert "fp8-w8a8c8: relative errors" in err
     assert "experts were routed few of the" in err and "holds 3.8 MB, from 6.7 MB; every tensor was read back" in err
+    assert f"serve it: MODEL_PATH={tmp_path}/fp8 " in err and err.endswith(" --scheme fp8-w8a8c8\n")
     report = json.loads((tmp_path / "fp8" / "quantize_report.json").read_text())
     assert report["calibration"]["text"] == "chats.jsonl" and report["calibration"]["tokens"] <= 99
     assert {"hy.tiktoken", "tokenizer_config.json", "generation_config.json"} < {
@@ -72,7 +73,7 @@ def test_the_plan_writes_nothing(run: Callable, tmp_path: Path, monkeypatch: pyt
         (["SRC", "--scheme", "int8"], "name DST, the folder to write, after SRC"),
         (["absent", "DST", "--scheme", "int8"], "absent does not exist"),
         (["SRC", "SRC", "--scheme", "int8"], "exists: name a folder that does not"),
-        (["SRC", "DST", "--scheme", "int8", "--clip", "most"], "--clip most: it is max, mse"),
+        (["SRC", "DST", "--scheme", "int8", "--clip", "most"], "--clip most: it is one of max, mse"),
         (["SRC", "DST", "--scheme", "int8", "--smooth", "2"], "--smooth 2: it is a number from 0 to 1"),
         (["SRC", "DST", "--scheme", "int8", "--shard-size", "big"], "--shard-size big"),
         (["SRC", "DST", "--scheme", "int8", "--device", "tpu"], "--device tpu: it is auto, cpu"),

@@ -19,8 +19,12 @@ from adapters import ALPHA, RANK, adapter_pairs, write_adapter
 from checkpoints import rewrite, tiny_config, write_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typer.testing import CliRunner
 
+from hunyuan_vllm import demo
 from hunyuan_vllm.adapter import ADAPTER_FILE
+from hunyuan_vllm.cli import app
+from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.quantize.source import Source
 from hunyuan_vllm.train import merge as merging
@@ -342,4 +346,12 @@ def test_the_script_with_the_published_flags(base: Path, adapter: Path, tmp_path
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "6 of 49 tensors change" in done.stderr
+    assert f"serve it: MODEL_PATH={tmp_path}/out " in done.stderr
     assert digests(tmp_path / "out") == digests(merge(base, adapter, tmp_path / "again", "fp32"))
+
+
+def test_the_demo_model_by_its_name(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", adapter_pairs(HunYuanConfig.from_pretrained(demo.path())))
+    flags = ["--base_model_path", "demo", "--adapter_model_path", str(adapter), "--output_path", str(tmp_path / "out")]
+    assert CliRunner().invoke(app, ["merge-lora", *flags]).exit_code == 0
+    assert (tmp_path / "out" / "hy.tiktoken").read_bytes() == (demo.path() / "hy.tiktoken").read_bytes()

@@ -52,8 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="the script that goes on in the environment, and its arguments; --dry-run or --help there count here",
     )  # fmt: skip
     wanted = parser.parse_args(argv)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        signal.signal(signal.SIGHUP, _interrupt)
     root = Path(__file__).resolve().parents[2]
     try:
         plan = Plan.make(root, os.environ, with_tests=wanted.test, with_training=wanted.train)

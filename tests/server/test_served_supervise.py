@@ -84,6 +84,7 @@ def test_the_engine_is_killed(server):
     (engine,) = [process for process in family(server) if "EngineCore" in " ".join(process.cmdline())]
     kill_amid_streams(server, engine)
     assert restarts(server) == 1
+    assert re.search(r"s of service: process EngineCore\S* was killed by SIGKILL", server.said)
 
 
 def test_the_front_end_is_killed_once_too_often(server):
@@ -98,5 +99,6 @@ def test_the_front_end_is_killed_once_too_often(server):
     client.join(HEARD_WITHIN)
     assert client.error is not None
     assert server.process.wait(60) == 69
+    assert "the API server was killed by SIGKILL" in server.said
     assert "giving up after 2 such deaths in a row" in server.said
     eventually(lambda: not any(process.is_running() for process in left))

@@ -88,7 +88,7 @@ def test_a_second_server_on_the_port_says_so(server):
     second = subprocess.run(
         [COMMAND, "serve"], env={**os.environ, "PORT": str(server.port)}, capture_output=True, text=True, timeout=60
     )
-    assert second.returncode == 2
+    assert second.returncode == 75
     assert f"port {server.port} on 127.0.0.1 is taken by process" in second.stderr
     assert "Traceback" not in second.stderr
 

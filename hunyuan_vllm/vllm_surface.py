@@ -45,7 +45,15 @@ USED: tuple[Symbol, ...] = (
     Symbol(
         "vllm.config",
         "VllmConfig",
-        members=("model_config", "cache_config", "parallel_config", "load_config", "quant_config", "lora_config"),
+        members=(
+            "model_config",
+            "cache_config",
+            "parallel_config",
+            "load_config",
+            "quant_config",
+            "lora_config",
+            "kernel_config",
+        ),
     ),
     Symbol("vllm.config.load", "LoadConfig", members=("use_tqdm_on_load", "load_format")),
     Symbol("vllm.config.lora", "LoRAConfig", members=("target_modules",)),
@@ -133,7 +141,11 @@ USED: tuple[Symbol, ...] = (
     Symbol(f"{_LAYERS}.utils", "check_cpu_sgl_kernel", keywords=("n", "k", "dtype")),
     Symbol(f"{_LAYERS}.fused_moe.modular_kernel", "FusedMoEExperts", members=("is_supported_config",)),
     Symbol(f"{_LAYERS}.fused_moe.activation", "MoEActivation", members=("SILU",)),
-    Symbol(f"{_LAYERS}.fused_moe.config", "FusedMoEConfig", members=("in_dtype", "has_bias", "activation")),
+    Symbol(
+        f"{_LAYERS}.fused_moe.config",
+        "FusedMoEConfig",
+        members=("in_dtype", "has_bias", "activation", "moe_backend", "moe_parallel_config"),
+    ),
     Symbol(
         f"{_LAYERS}.fused_moe.experts.cpu_moe",
         "CPUUnquantizedExperts",
@@ -261,6 +273,10 @@ USED: tuple[Symbol, ...] = (
     # The batch runner: vLLM's server without HTTP.
     Symbol("vllm.engine.protocol", "EngineClient", members=("vllm_config", "errored", "generate", "collective_rpc")),
     Symbol("vllm.exceptions", "VLLMUnprocessableEntityError"),
+    Symbol("vllm.envs", "VLLM_MOE_SKIP_PADDING"),
+    Symbol("vllm.forward_context", "get_forward_context"),
+    Symbol("vllm.forward_context", "is_forward_context_available"),
+    Symbol("vllm.forward_context", "ForwardContext", members=("is_padding",)),
     Symbol(f"{_LAYERS}.fused_moe.router.base_router", "BaseRouter", members=("set_capture_fn",)),
     Symbol("vllm.entrypoints.cli.serve", "make_arg_parser"),
     Symbol("vllm.entrypoints.launchers.api_server.app_state", "init_app_state"),

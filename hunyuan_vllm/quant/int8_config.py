@@ -26,6 +26,7 @@ from hunyuan_vllm.quant.scheme import is_quantised
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 __all__ = ["Int8Config", "Int8W8A8Config"]
@@ -74,6 +75,8 @@ class Int8Config(RegisteredQuantization):
         if self.ignored.covers(prefix):
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
         if not current_platform.is_cpu():
+            if isinstance(layer, RoutedExperts) and self.form == PACKED:
+                _prefer_marlin(layer.moe_config)
             return self._stock.get_quant_method(layer, prefix)
         if isinstance(layer, LinearBase):
             from hunyuan_vllm.quant.int8_linear import Int8LinearMethod
@@ -143,6 +146,16 @@ class Int8W8A8Config(Int8Config):
         from hunyuan_vllm.quant.cpu import w8a8
 
         return w8a8
+
+
+def _prefer_marlin(experts: FusedMoEConfig) -> None:
+    """Choose Marlin's kernel where vLLM would choose by itself.
+
+    Of its kernels for experts with int8 weights only Marlin's takes one scale an output channel. At compute capability
+    9.0 vLLM 0.32 and 0.33 prefer Humming's, and then fail. A batched format has a Marlin kernel of another name.
+    """
+    if experts.moe_backend == "auto" and not experts.moe_parallel_config.use_batched_activation_format:
+        experts.moe_backend = "marlin"
 
 
 def _of_type(name: str, tensor: Tensor, *types: torch.dtype) -> Tensor:

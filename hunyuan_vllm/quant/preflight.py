@@ -56,6 +56,12 @@ def _check_int8_on_gpus(vllm_config: VllmConfig) -> None:
             "quantization='hunyuan_int8_w8a8': vLLM's int8 products end with compute capability 9.0, and this GPU is "
             "newer: use 'hunyuan_int8', or an FP8 checkpoint"
         )
+    experts = vllm_config.kernel_config.moe_backend
+    if model.quantization == "hunyuan_int8" and experts not in ("auto", "marlin"):
+        raise ValueError(
+            f"moe_backend={experts!r}: quantization='hunyuan_int8' has one scale for each output channel of an expert, "
+            "and of vLLM's kernels only Marlin's takes these: use 'auto' or 'marlin'"
+        )
     config: HunYuanConfig = model.hf_config
     ranks = vllm_config.parallel_config.tensor_parallel_size
     widths = {config.intermediate_at(layer) // ranks for layer in range(config.num_hidden_layers)}

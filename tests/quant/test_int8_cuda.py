@@ -70,7 +70,7 @@ def kernels(model: nn.Module) -> dict[str, str]:
     ("quantization", "capability", "linears", "experts"),
     [
         ("hunyuan_int8", (8, 0), "MarlinLinearKernel", "MarlinExperts"),
-        ("hunyuan_int8", (9, 0), "MarlinLinearKernel", "MarlinExperts"),
+        ("hunyuan_int8", (9, 0), "HummingLinearKernel", "MarlinExperts"),
         ("hunyuan_int8", (10, 0), "MarlinLinearKernel", "MarlinExperts"),
         ("hunyuan_int8_w8a8", (8, 0), "CutlassInt8ScaledMMLinearKernel", "TritonExperts"),
         ("hunyuan_int8_w8a8", (9, 0), "CutlassInt8ScaledMMLinearKernel", "TritonExperts"),
@@ -111,11 +111,25 @@ def test_what_no_kernel_can_do_is_refused_at_once(
     capability: tuple[int, int], quantization: str, changes: dict[str, int], ranks: int, message: str
 ) -> None:
     config = HunYuanConfig(**PUBLISHED | changes, num_hidden_layers=2)
-    parallel = SimpleNamespace(tensor_parallel_size=ranks)
-    model = SimpleNamespace(hf_config=config, quantization=quantization)
-    vllm_config = SimpleNamespace(model_config=model, parallel_config=parallel)
     with fake_cuda(*capability), pytest.raises(ValueError, match=message):
-        check_quantisation(vllm_config)
+        check_quantisation(engine_config(config, quantization, ranks))
+
+
+@pytest.mark.parametrize("backend", ["humming", "triton"])
+def test_experts_kernels_without_scales_by_channel_are_refused(backend: str) -> None:
+    config = HunYuanConfig(**PUBLISHED, num_hidden_layers=2)
+    with fake_cuda(9, 0), pytest.raises(ValueError, match=f"moe_backend='{backend}': .* use 'auto' or 'marlin'"):
+        check_quantisation(engine_config(config, "hunyuan_int8", 8, backend))
+
+
+def engine_config(config: HunYuanConfig, quantization: str, ranks: int, moe_backend: str = "auto") -> Any:
+    """The parts of vLLM's config that are looked at."""
+    return SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=config, quantization=quantization),
+        parallel_config=SimpleNamespace(tensor_parallel_size=ranks),
+        kernel_config=SimpleNamespace(moe_backend=moe_backend),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+    )
 
 
 def test_bytes_a_gpu() -> None:

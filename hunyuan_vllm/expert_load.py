@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.envs import VLLM_MOE_SKIP_PADDING
+from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
 __all__ = ["EXTENSION", "ExpertLoad", "Loads", "count_expert_load"]
@@ -26,15 +28,29 @@ Loads = dict[int, list[int]]  # layer → tokens given to each expert
 
 
 class _Count:
-    """A router's callback. Adds in place, so that it may be part of a compiled graph or a CUDA graph."""
+    """A router's callback: counts the rows that are tokens of a request.
+
+    A batch may be filled up to the size of a CUDA graph, and engines of a data-parallel group that have nothing to do
+    run batches of such rows alone. Adds in place and branches on no value, so that it may be part of a graph.
+    """
 
     def __init__(self, experts: int) -> None:
         self.tokens = torch.zeros(experts, dtype=torch.int64)  # on the device that the model is built on
 
     def __call__(self, chosen: Tensor) -> None:
         """`chosen` is [tokens, top k]."""
-        ids = chosen.reshape(-1).long()
-        self.tokens.index_add_(0, ids, torch.ones_like(ids))
+        counted = chosen >= 0  # vLLM's kernels on GPUs choose -1 for a row of padding
+        padding = _padding()
+        if padding is not None and len(padding) == len(chosen):
+            counted &= ~padding.unsqueeze(1)
+        self.tokens.index_add_(0, chosen.clamp(min=0).flatten().long(), counted.flatten().long())
+
+
+def _padding() -> Tensor | None:
+    """Which rows of the batch are padding, where the model runner says so: vLLM's buffer, filled before each step."""
+    if not VLLM_MOE_SKIP_PADDING or not is_forward_context_available():
+        return None  # without the variable, Model Runner V2 leaves the buffer as it was
+    return get_forward_context().is_padding
 
 
 def count_expert_load(model: nn.Module, vllm_config: VllmConfig) -> None:

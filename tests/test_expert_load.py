@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from checkpoints import tiny_config, write_checkpoint
 from engine import engine, random_prompts
-from vllm import SamplingParams, TokensPrompt
+from vllm import LLM, SamplingParams, TokensPrompt
+from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 
 from hunyuan_vllm import reference
-from hunyuan_vllm.expert_load import EXTENSION
+from hunyuan_vllm.expert_load import EXTENSION, _Count
 
 pytestmark = pytest.mark.engine
 
@@ -44,14 +46,47 @@ def test_counts_are_the_reference_s(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     config = tiny_config(moe_topk=topk)
     folder = write_checkpoint(tmp_path / "checkpoint", config)
     prompts = random_prompts(config.vocab_size, [40, 23, 61])
-    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
     with engine(folder, worker_extension_cls=EXTENSION, enforce_eager=eager) as llm:
-        llm.collective_rpc("expert_load", args=(True,))
-        llm.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], params, use_tqdm=False)
-        (loads,) = llm.collective_rpc("expert_load")
-    assert [loads[layer] for layer in sorted(loads)] == loads_of_reference(folder, prompts, monkeypatch)
-    assert sum(loads[min(loads)]) == topk * sum(map(len, prompts))
+        loads = loads_of_engine(llm, prompts)
+    assert loads == loads_of_reference(folder, prompts, monkeypatch)
+    assert sum(loads[0]) == topk * sum(map(len, prompts))
     assert len(loads) == config.num_hidden_layers
+
+
+def loads_of_engine(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
+    llm.collective_rpc("expert_load", args=(True,))
+    llm.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], params, use_tqdm=False)
+    (loads,) = llm.collective_rpc("expert_load")
+    return [loads[layer] for layer in sorted(loads)]
+
+
+def test_padding_is_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the rows that fill a batch up, as to the size of a CUDA graph, nor the batches of an idle DP rank."""
+    stock, sizes = CudagraphDispatcher.dispatch, []
+
+    def dispatch_padded(self: CudagraphDispatcher, num_tokens: int, *args: Any, **options: Any) -> Any:
+        sizes.append((num_tokens, -(-num_tokens // 64) * 64))
+        return stock(self, sizes[-1][1], *args, **options)
+
+    config = tiny_config()
+    folder = write_checkpoint(tmp_path / "checkpoint", config)
+    prompts = random_prompts(config.vocab_size, [40, 23])
+    with engine(folder, worker_extension_cls=EXTENSION) as llm:
+        monkeypatch.setattr(CudagraphDispatcher, "dispatch", dispatch_padded)
+        loads = loads_of_engine(llm, prompts)
+        llm.collective_rpc("execute_dummy_batch")
+        (after,) = llm.collective_rpc("expert_load")
+    assert any(padded > tokens for tokens, padded in sizes)
+    assert loads == loads_of_reference(folder, prompts, monkeypatch)
+    assert [after[layer] for layer in sorted(after)] == loads
+
+
+def test_rows_without_an_expert_are_not_counted() -> None:
+    """vLLM's routing kernels on GPUs give rows of padding no expert: -1, which is no index."""
+    count = _Count(3)
+    count(torch.tensor([[2, 0], [-1, -1], [2, 1]], dtype=torch.int32))
+    assert count.tokens.tolist() == [1, 1, 2]
 
 
 def test_nothing_is_counted_unless_asked_for(tmp_path: Path) -> None:

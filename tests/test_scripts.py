@@ -22,7 +22,8 @@ SCRIPTS = [*POSIX_SCRIPTS, ROOT / ".ci" / "run"]
 def test_all_scripts_are_here():
     assert {script.name for script in SCRIPTS} == {
         "openapi.sh", "ray_head.sh", "ray_stop.sh", "ray_worker.sh", "run_server.sh", "run_server_fp8.sh",
-        "run_server_int8.sh", "setup_env.sh", "run.sh", "container.sh", "run", "train.sh", "merge_lora_weight.sh",
+        "run_server_int8.sh", "setup_env.sh", "run.sh", "container.sh", "cuda.sh", "run",
+        "train.sh", "merge_lora_weight.sh",
     }  # fmt: skip
 
 
@@ -203,3 +204,27 @@ def test_openapi_without_a_server_says_how_to_start_one():
     result = ask(port=9)
     assert result.returncode == 1
     assert "no server answers at http://127.0.0.1:9: start one with sh deploy/run_server.sh" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"CC": "no-such-compiler"}, "needs a C compiler"),
+        ({"PATH": "{tools}:{path}"}, "needs 20 GB"),
+        ({"HUNYUAN_CUDA_VENV": "{tools}"}, "holds something else"),
+    ],
+    ids=["compiler", "disk", "folder"],
+)
+def test_the_cuda_bench_says_what_it_lacks(tmp_path, environment, message):
+    df = tmp_path / "df"
+    df.write_text("#!/bin/sh\necho Filesystem\necho /dev/disk 99000000 98000000 1000000 99% /\n")
+    df.chmod(0o755)
+    given = {name: value.format(tools=tmp_path, path=os.environ["PATH"]) for name, value in environment.items()}
+    result = subprocess.run(
+        ["sh", ROOT / "tests" / "cuda.sh"],
+        env=os.environ | {"HUNYUAN_CUDA_VENV": str(tmp_path / "cuda"), "CC": "sh"} | given,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    assert message in result.stderr and result.stderr.count("\n") == 1

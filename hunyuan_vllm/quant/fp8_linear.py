@@ -37,7 +37,7 @@ def method(config: Fp8Config) -> LinearMethodBase:
 def _channel_scales(layer: Any) -> Tensor:
     """One weight scale an output channel, float32 `[out]`, from one a fused part."""
     widths = torch.tensor(layer.logical_widths, device=layer.weight_scale.device)
-    return layer.weight_scale.data.repeat_interleave(widths)
+    return layer.weight_scale.data.repeat_interleave(widths, output_size=sum(layer.logical_widths))
 
 
 @register_weight_loader_v2_supported_method

@@ -1,0 +1,45 @@
+"""The networks and schemes of the bench. A further network is a row of NETWORKS and its rows of test_kernels.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from fake_cuda import fake_cuda
+from meta_model import meta_model
+from vllm import _custom_ops as ops
+from vllm.model_executor.models.registry import ModelRegistry
+
+from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.model import HunYuanForCausalLM
+from hunyuan_vllm.plugin import register
+
+__all__ = ["E4M3_STATIC", "NETWORKS", "SCHEMES", "built"]
+
+E4M3_STATIC = {"quant_method": "fp8", "activation_scheme": "static"}
+SCHEMES: dict[str, dict[str, Any]] = {
+    "bf16": {},
+    "int8": {"quantization": "hunyuan_int8"},
+    "int8-w8a8": {"quantization": "hunyuan_int8_w8a8"},
+    "fp8": {"quantization_config": E4M3_STATIC},
+}
+NETWORKS: dict[str, HunYuanConfig] = {
+    "Hunyuan-Large": HunYuanConfig(
+        architectures=["HunYuanForCausalLM"], torch_dtype="bfloat16", vocab_size=129024, hidden_size=6400,
+        intermediate_size=18304, num_hidden_layers=2, num_attention_heads=80, num_key_value_heads=8, num_experts=16,
+        use_mixed_mlp_moe=True, use_cla=True, cla_share_factor=2, use_qk_norm=True, tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+
+
+@contextmanager
+def built(config: HunYuanConfig, capability: tuple[int, int], scheme: str, **options: Any) -> Iterator[Any]:
+    """The model of a rank as a GPU of this capability has it, before its weights are loaded; see `meta_model`."""
+    register()
+    ModelRegistry.register_model("HunYuanForCausalLM", HunYuanForCausalLM)  # no process that imports it to look at it
+    # The wheel asks the driver whether it may; the answer is that of every driver that CUDA 12 and newer need.
+    supports_fp8 = patch.object(ops, "cutlass_scaled_mm_supports_fp8", lambda capability: capability >= 89)
+    with supports_fp8, fake_cuda(*capability), meta_model(config, **SCHEMES[scheme], **options) as model:
+        yield model

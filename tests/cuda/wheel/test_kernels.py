@@ -1,0 +1,72 @@
+"""Which kernels of vLLM's wheel each scheme gets, on which GPU and how many of them; and that each layer builds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from networks import NETWORKS, built
+from torch import nn
+
+BY_CAPABILITY = {"8.0 (A100)": (8, 0), "9.0 (H100, H20)": (9, 0), "10.0 (B200)": (10, 0)}
+# Network, scheme, GPUs; ranks; kernels of linear layers ("part: kernel" where parts differ); of experts.
+ROWS = [
+    ("Hunyuan-Large", "bf16", "8.0 (A100)", (8, 16), "torch", "Triton"),
+    ("Hunyuan-Large", "bf16", "9.0 (H100, H20)", (8, 16), "torch", "Triton"),
+    ("Hunyuan-Large", "bf16", "10.0 (B200)", (8, 16), "torch", "FlashInfer"),
+    ("Hunyuan-Large", "int8", "8.0 (A100)", (8, 16), "Marlin", "Marlin"),
+    ("Hunyuan-Large", "int8", "9.0 (H100, H20)", (8, 16), "Humming", "Marlin"),
+    ("Hunyuan-Large", "int8", "10.0 (B200)", (8, 16), "Marlin", "Marlin"),
+    ("Hunyuan-Large", "int8-w8a8", "8.0 (A100)", (8, 16), "CutlassInt8", "Triton"),
+    ("Hunyuan-Large", "int8-w8a8", "9.0 (H100, H20)", (8, 16), "CutlassInt8", "Triton"),
+    ("Hunyuan-Large", "int8-w8a8", "10.0 (B200)", (8, 16),
+     "refused: vLLM's int8 products end with compute capability 9.0", ""),
+    ("Hunyuan-Large", "fp8", "8.0 (A100)", (8, 16), "MarlinFP8", "Marlin"),  # no FP8 arithmetic: FP8 weights alone
+    ("Hunyuan-Large", "fp8", "9.0 (H100, H20)", (8, 16), "CutlassFP8", "FlashInfer"),
+    ("Hunyuan-Large", "fp8", "10.0 (B200)", (8,),
+     "down_proj, o_proj, q_proj: FlashInferFP8; gate_up_proj, qkv_proj: CutlassFP8", "FlashInfer"),
+    ("Hunyuan-Large", "fp8", "10.0 (B200)", (16,),
+     "down_proj, gate_up_proj, qkv_proj: CutlassFP8; o_proj, q_proj: FlashInferFP8", "FlashInfer"),
+]  # fmt: skip
+CASES = [(*row[:3], ranks, *row[4:]) for row in ROWS for ranks in row[3]]
+
+
+@pytest.mark.parametrize(("network", "scheme", "gpu", "ranks", "linears", "experts"), CASES)
+def test_kernels(
+    network: str, scheme: str, gpu: str, ranks: int, linears: str, experts: str, table: Callable[..., None]
+) -> None:
+    try:
+        with built(NETWORKS[network], BY_CAPABILITY[gpu], scheme, tensor_parallel=ranks) as model:
+            found = *linear_kernels(model), attention(model)
+            assert all(parameter.numel() for parameter in model.parameters())
+    except ValueError as error:
+        assert linears.startswith("refused: ") and linears.removeprefix("refused: ") in str(error)
+        table(network, scheme, gpu, ranks, linears)
+        return
+    table(network, scheme, gpu, ranks, *found)
+    assert found == (linears, experts, "FlashAttention")
+
+
+def linear_kernels(model: nn.Module) -> tuple[str, str]:
+    """Those of linear layers, and those of experts."""
+    by_kernel: dict[str, set[str]] = {}
+    experts = set()
+    for name, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        kernel = getattr(getattr(module, "scheme", None), "kernel", None) or getattr(method, "fp8_linear", None)
+        if chosen := getattr(method, "experts_cls", None):
+            experts.add(chosen.__name__.removesuffix("Experts"))
+        elif name.endswith("_proj"):
+            kind = "torch" if kernel is None else type(kernel).__name__
+            for ending in ("LinearKernel", "ScaledMM"):
+                kind = kind.removesuffix(ending)
+            by_kernel.setdefault(kind, set()).add(name.rpartition(".")[2])
+    if len(by_kernel) == 1:
+        return next(iter(by_kernel)), ", ".join(sorted(experts))
+    parts = sorted(f"{', '.join(sorted(names))}: {kind}" for kind, names in by_kernel.items())
+    return "; ".join(parts), ", ".join(sorted(experts))
+
+
+def attention(model: nn.Module) -> str:
+    kinds = {type(module.impl).__name__.removesuffix("Impl") for module in model.modules() if hasattr(module, "impl")}
+    return ", ".join(sorted(kinds))

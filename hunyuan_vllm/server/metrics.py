@@ -15,9 +15,10 @@ from vllm.v1.metrics.prometheus import get_prometheus_registry
 from hunyuan_vllm import envs
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.expert_load import EXTENSION, Loads
-from hunyuan_vllm.server.asgi import App, Receive, Scope, Send, inner_path
+from hunyuan_vllm.server.asgi import App, Receive, Scope, Send
 from hunyuan_vllm.server.described import describe
 from hunyuan_vllm.server.shared_metrics import adding, are_shared, plainly
+from hunyuan_vllm.server.token_counts import count_tokens
 
 __all__ = ["EngineMetrics", "OwnMetrics", "sharing_factor"]
 
@@ -123,13 +124,14 @@ class OwnMetrics:
         if scope["type"] == "lifespan":
             engine = scope["app"].state.engine_client
             info = describe(engine.vllm_config)
+            count_tokens(engine)
             self._metrics = EngineMetrics(engine)
             if are_shared():
                 self._added = CollectorRegistry()
                 self._added.register(info)
             (self._added or REGISTRY).register(self._metrics)
             await self._metrics.fetch(afresh=True)
-        elif scope["type"] == "http" and self._metrics is not None and inner_path(scope) == METRICS:
+        elif scope["type"] == "http" and self._metrics is not None and scope["path"] == METRICS:
             await self._metrics.fetch()
             if self._added is not None:
                 scope, send = plainly(scope), adding(send, self._added)

@@ -17,6 +17,7 @@ from vllm.logger import init_logger
 
 from hunyuan_vllm.server.answers import count_answer
 from hunyuan_vllm.server.asgi import App, Message, Receive, Scope, Send, notes, refuse
+from hunyuan_vllm.server.token_counts import GENERATED, PROMPT, REQUEST
 
 __all__ = ["RequestLog"]
 
@@ -40,6 +41,8 @@ class RequestLog:
             await self._app(scope, receive, send)
             return
         exchange = _Exchange(scope, receive, send)
+        is_quiet = scope["path"] in self._quiet
+        REQUEST.set(None if is_quiet else notes(scope))
         try:
             await self._app(scope, exchange.receive, exchange.send)
         except Exception as error:
@@ -52,7 +55,6 @@ class RequestLog:
                 frames = "".join(traceback.format_tb(error.__traceback__))
                 logger.error("%s in request %s:\n%s", type(error).__name__, notes(scope)["request_id"], frames)
         finally:
-            is_quiet = scope["path"] in self._quiet
             if not is_quiet:
                 count_answer(exchange.status)
             if not is_quiet or exchange.status >= HTTPStatus.BAD_REQUEST:
@@ -99,6 +101,8 @@ class _Exchange:
             "first_byte_seconds": round(self._first - self._begun, 4) if self._first else None,
             "bytes_in": self._received,
             "bytes_out": self._sent,
+            PROMPT: notes(self._scope).get(PROMPT),
+            GENERATED: notes(self._scope).get(GENERATED),
         }
         text = " ".join(f"{name}={value}" for name, value in fields.items() if value is not None)
         # The same as fields of their own where logs are JSON.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -31,3 +32,13 @@ def keyed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KeyedServ
     """A server of the demo model with several keys, TLS, limits, adapters, administrative routes and JSON logs."""
     with start_keyed_server(tmp_path_factory.mktemp("keyed")) as server:
         yield server
+
+
+@pytest.fixture
+def caplog_vllm(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """`caplog` for loggers below vLLM's, which does not hand its records on."""
+    logger = logging.getLogger("vllm")
+    logger.addHandler(caplog.handler)
+    caplog.set_level(logging.INFO, logger="vllm")
+    yield caplog
+    logger.removeHandler(caplog.handler)

@@ -33,6 +33,9 @@ class Engine:
             parallel_config=SimpleNamespace(worker_extension_cls=extension),
         )
 
+    async def generate(self):
+        yield
+
     async def collective_rpc(self, method, args):
         assert method == "expert_load"
         if self.loads is None:

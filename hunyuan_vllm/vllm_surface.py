@@ -328,5 +328,7 @@ USED: tuple[Symbol, ...] = (
     Symbol("vllm.v1.structured_output.backend_xgrammar", "has_xgrammar_unsupported_json_features"),
     Symbol("vllm.entrypoints.generate.base.protocol", "ExtractedToolCallInformation"),
     Symbol("vllm.entrypoints.openai.responses.protocol", "ResponsesRequest"),
+    Symbol("vllm.entrypoints.anthropic.protocol", "AnthropicMessagesRequest"),
+    Symbol("vllm.entrypoints.anthropic.protocol", "AnthropicCountTokensRequest"),
     Symbol("vllm.exceptions", "VLLMValidationError", keywords=("parameter",)),
 )

@@ -6,16 +6,19 @@ from functools import cache
 
 import httpx
 import pytest
+from vllm.config.model import _get_and_verify_max_len
+from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.expert_load import EXTENSION
+from hunyuan_vllm.server.child import cause_of_death
 from hunyuan_vllm.server.flags import Flags
 from hunyuan_vllm.server.launch import Launch, decide
 from hunyuan_vllm.server.machine import Machine
-from hunyuan_vllm.server.model_source import ModelSource
+from hunyuan_vllm.server.model_source import ModelSource, longest_context
 from hunyuan_vllm.server.ray_cluster import RayCluster
 from hunyuan_vllm.server.settings import Settings
 from hunyuan_vllm.server.surface import Surface
@@ -212,6 +215,100 @@ def test_a_key_is_asked_for_beyond_loopback(environ, insecure, key_file, needs_k
     assert "secret" not in made.shell()
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--host="],
+        ["--host", ""],
+        ["--host", "None"],
+        ["--hos", "0.0.0.0"],
+        ["--host=127.0.0.1", "--hos=0.0.0.0"],
+        ["--config", "CONFIG"],
+        ["--uds="] + ["--host=0.0.0.0"],
+    ],
+)
+def test_no_spelling_of_an_address_goes_without_a_key(flags, tmp_path):
+    file = tmp_path / "options.yaml"
+    file.write_text("host: 0.0.0.0\n")
+    flags = [str(file) if word == "CONFIG" else word for word in flags]
+    made = launch(GPU8, MODEL, *flags)
+    assert made.needs_key and parsed(made).middleware == [KEYED]
+    assert made.host == "0.0.0.0" and (parsed(made).host or made.host) == made.host
+    admitted = launch(GPU8, MODEL, *flags, insecure=True)
+    assert not admitted.needs_key and Surface.read(admitted.env).insecure
+
+
+def test_what_the_launch_says_of_the_server_is_what_vllm_understands():
+    flags = ["--por", "7", "--ud=/run/s", "--headl", "--ssl-certf=c", "--served-model=mine", "-tp=2"]
+    made = launch(GPU8, MODEL, *flags, HOST="0.0.0.0")
+    assert (made.port, made.uds, made.headless, made.tls, made.model_name) == (7, "/run/s", True, True, "mine")
+    assert not made.needs_key and parsed(made).tensor_parallel_size == 2
+    assert launch(GPU8, MODEL, "--uds=", "--ssl-certfile=").uds is None
+    assert not launch(GPU8, MODEL, "--ssl-certfile=").tls
+
+
+def test_a_key_in_the_command_line_is_refused_in_every_spelling():
+    for flags in (["--api-k", "secret"], ["--api_key=secret"], ["--api-key", "secret"]):
+        with pytest.raises(UserError, match="--api-key would show") as raised:
+            launch(GPU8, MODEL, *flags)
+        assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ"),
+    [
+        (["--grpc"], {"HOST": "0.0.0.0"}),
+        (["--grpc", "--hos", "10.0.0.5"], {}),
+        (["--grpc"], {"VLLM_API_KEY": "k"}),
+        (["--grpc-port", "9"], {"HOST": "0.0.0.0"}),
+        ([], {"VLLM_USE_RUST_FRONTEND": "1", "HOST": "0.0.0.0"}),
+    ],
+)
+def test_servers_that_know_no_keys_are_refused_where_one_is_needed(flags, environ):
+    with pytest.raises(UserError, match="asks for no API key"):
+        launch(GPU8, MODEL, *flags, **environ)
+
+
+def test_grpc_on_loopback_needs_no_key():
+    assert parsed(launch(GPU8, MODEL, "--grpc")).grpc
+
+
+def test_the_context_is_at_most_the_models():
+    with pytest.raises(UserError, match=r"--max-model-len 140000 is more than the 131072 tokens"):
+        launch(GPU8, MODEL, "--max-model-l", "140k")
+    for flags, environ in (
+        (["--max-model-len", "128K"], {}),
+        (["--max-model-len", "140k"], {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}),
+        (["--max-model-len", "140k", "--hf-overrides.max_position_embeddings", "262144"], {}),
+    ):
+        assert parsed(launch(GPU8, MODEL, *flags, **environ)).max_model_len in (131072, 140000)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 8.0}},
+        {"model_max_length": 1024},
+        {"seq_length": 512},
+    ],
+)
+def test_the_longest_context_is_by_vllms_rules(fields):
+    config = HunYuanConfig(max_position_embeddings=2048, **fields)
+    convertor = ModelArchConfigConvertorBase(config, config)
+
+    def accepts(length: int) -> bool:
+        arch = Namespace(derived_max_model_len_and_key=convertor.derive_max_model_len_and_key())
+        try:
+            _get_and_verify_max_len(config, arch, None, length, False, None)
+        except ValueError:
+            return False
+        return True
+
+    assert accepts(longest_context(config)) and not accepts(longest_context(config) + 1)
+
+
 def test_a_users_middleware_stays_beside_ours():
     made = launch(GPU8, MODEL, "--middleware", "mine.Class", VLLM_API_KEY="k")
     assert parsed(made).middleware == [KEYED, "mine.Class"]
@@ -223,12 +320,55 @@ async def test_our_middleware_is_what_vllm_takes(monkeypatch):
         await send({"type": "http.response.body", "body": b""})
 
     monkeypatch.setenv("VLLM_API_KEY", "k")
-    for name, status in ((OPEN, 200), (KEYED, 401)):
+    for name, host, status in ((OPEN, "127.0.0.1", 200), (OPEN, "", 503), (KEYED, "", 401)):
         middleware = resolve_obj_by_qualname(name)
         assert isinstance(middleware, type)  # vLLM takes a function otherwise
-        transport = httpx.ASGITransport(middleware(application))
+        transport = httpx.ASGITransport(_as_vllms(middleware(application), host))
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
             assert (await client.get("/v1/models")).status_code == status
+
+
+def _as_vllms(app, host: str | None, uds: str | None = None):
+    """`app` with the arguments of vLLM's server, as that has them."""
+    state = Namespace(args=Namespace(host=host, uds=uds))
+
+    async def called(scope, receive, send):
+        await app({**scope, "app": Namespace(state=state)}, receive, send)
+
+    return called
+
+
+@pytest.mark.parametrize(
+    ("host", "uds", "insecure", "serves"),
+    [
+        ("127.0.0.1", None, False, True),
+        ("::1", None, False, True),
+        ("0.0.0.0", "/run/s", False, True),
+        ("", None, False, False),
+        (None, None, False, False),
+        ("10.0.0.5", None, False, False),
+        ("0.0.0.0", None, True, True),
+    ],
+)
+async def test_the_open_server_does_not_start_where_others_reach_it(monkeypatch, host, uds, insecure, serves):
+    for name, value in Surface(insecure=insecure).environment({}).items():
+        monkeypatch.setenv(name, value)
+    sent = []
+
+    async def application(scope, receive, send):
+        await send({"type": "lifespan.startup.complete"})
+
+    async def receive():
+        return {"type": "lifespan.startup"}
+
+    async def send(message):
+        sent.append(message)
+
+    monkeypatch.setattr("hunyuan_vllm.server.layers._around", lambda app, keys: app)
+    app = _as_vllms(resolve_obj_by_qualname(OPEN)(application), host, uds)
+    await app({"type": "lifespan"}, receive, send)
+    assert [message["type"] for message in sent] == [f"lifespan.startup.{'complete' if serves else 'failed'}"]
+    assert serves or "ask for no API key" in cause_of_death([f"ERROR:    {sent[0]['message']}"])
 
 
 def test_the_shown_command_reads_back_as_what_is_run():

@@ -1,13 +1,15 @@
 """MODEL_PATH: what is wrong with it is said before anything starts."""
 
 import json
+import shutil
 
 import pytest
 from checkpoints import rewrite, tiny_config, write_checkpoint
 from golden_data import GOLDEN
 
 from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.server.model_source import open_model
+from hunyuan_vllm.server.flags import Flags
+from hunyuan_vllm.server.model_source import check_files, open_model
 
 
 def test_a_checkpoint_is_opened_with_its_size():
@@ -16,6 +18,18 @@ def test_a_checkpoint_is_opened_with_its_size():
     assert model.local
     assert model.config.num_key_value_heads == 2
     assert model.weight_bytes == sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def test_a_folder_without_a_tokenizer_is_noticed_before_a_start(tmp_path):
+    folder = shutil.copytree(GOLDEN / "cla2_top1", tmp_path / "model")
+    (folder / "hy.tiktoken").touch()
+    check_files(open_model(str(folder)), Flags(), {})
+    (folder / "hy.tiktoken").unlink()
+    model = open_model(str(folder))
+    with pytest.raises(UserError, match="has no tokenizer: copy hy.tiktoken"):
+        check_files(model, Flags(), {})
+    check_files(model, Flags(["--tokenizer", "/elsewhere"]), {})
+    check_files(model, Flags(["--skip-tokenizer-init"]), {})
 
 
 def test_a_hub_name_is_taken_as_it_is():

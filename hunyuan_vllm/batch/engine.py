@@ -64,6 +64,8 @@ def plan(model: ModelSource, flags: Sequence[str], environ: Mapping[str, str]) -
     settings = replace(Settings.read(environ), host=LOOPBACK, api_key=False, api_key_file=None)
     machine = probe(environ, sys.executable)
     options = Flags(flags)
+    if options.model:
+        raise UserError(f"{options.model}: the model is named by --model or MODEL_PATH, before vLLM's flags")
     launch = decide(settings, options, machine, model, environ)
     notes = list(launch.notes)
     # A server's log says it, and here the log is quiet.

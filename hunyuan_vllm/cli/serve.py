@@ -57,13 +57,14 @@ def serve(
 ) -> None:
     """Serve a Hunyuan model with an OpenAI-compatible API.
 
-    vLLM's own flags may follow and win over ours (vllm serve --help=all).
+    A model may follow, instead of MODEL_PATH, and vLLM's own flags, which win
+    over ours (vllm serve --help=all).
 
     \b
     Examples:
       hunyuan-vllm serve
           the demo model on 127.0.0.1:8020
-      MODEL_PATH=/models/hunyuan-large hunyuan-vllm serve
+      hunyuan-vllm serve /models/hunyuan-large
           a checkpoint, on all GPUs of this machine
       MODEL_PATH=/models/hunyuan-large LOCAL_IP=10.0.0.5 hunyuan-vllm serve
           the same, on all GPUs of the Ray cluster this node belongs to
@@ -113,6 +114,7 @@ def serve(
     from hunyuan_vllm import envs
     from hunyuan_vllm.cluster.joined import cluster_variables
     from hunyuan_vllm.compat import check_engine
+    from hunyuan_vllm.errors import UserError
     from hunyuan_vllm.server import keys, ready, supervise
     from hunyuan_vllm.server.flags import Flags
     from hunyuan_vllm.server.gpu_wait import wait_for_gpus
@@ -133,9 +135,12 @@ def serve(
     joined = cluster_variables(environ)
     environ |= {name: value for name, value in joined.items() if name.startswith("RAY_")}
     settings = Settings.read(environ)
-    flags = Flags(context.args)
+    flags = Flags(context.args, [name for option in context.command.params for name in option.opts])
     scheme = scheme_named(scheme_name)
-    source = model = open_model(settings.model) if settings.model else demo_model()
+    if flags.model and settings.model and flags.model != settings.model:
+        raise UserError(f"the model is given twice: {flags.model}, and MODEL_PATH={settings.model}; leave one out")
+    given = flags.model or settings.model
+    source = model = open_model(given) if given else demo_model()
     if scheme and model.demo:
         model = scheme.with_demo(source, settings.cache_home)
     surface = options.surface_of(
@@ -162,7 +167,7 @@ def serve(
             print(f"hunyuan-vllm: a start converts the demo model to {model.name} first", file=sys.stderr)
         print(launch.shell())
         return
-    if "uds" not in flags and "headless" not in flags:
+    if not launch.uds and not launch.headless:
         ready.check_port(launch.host, launch.port)
     if launch.key_file is not None:
         if settings.api_key_file is None and not launch.key_file.exists():
@@ -174,7 +179,8 @@ def serve(
     stop = Stop()
     if launch.ray_gpus:
         wait_for_gpus(launch.ray_gpus, environ, settings.gpu_wait, settings.node_ips, stop)
-    print(f"hunyuan-vllm: starting {model.given} on {launch.host} port {launch.port}", file=sys.stderr, flush=True)
+    where = launch.uds or f"{launch.host} port {launch.port}"
+    print(f"hunyuan-vllm: starting {model.given} on {where}", file=sys.stderr, flush=True)
     if not supervised:
         raise typer.Exit(supervise.run(launch, environ, stop))
     surroundings = RayNodes(launch.ray_gpus, environ) if launch.ray_gpus else OneMachine()

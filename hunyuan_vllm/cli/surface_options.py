@@ -68,7 +68,7 @@ def surface_of(admin: bool, routes: list[str] | None, max_body: float | None, **
 
     for route in routes or ():
         if not route.startswith("/"):
-            raise UserError(f"--allow-route {route} is no path: give one as in --allow-route /v1/messages")
+            raise UserError(f"--allow-route {route} is no path: give one as in --allow-route /load")
     given: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
     if admin:
         given["admin"] = True

@@ -10,7 +10,7 @@ from http import HTTPStatus
 
 from vllm.logger import init_logger
 
-from hunyuan_vllm.server.asgi import App, Receive, Scope, Send, inner_path, notes, refuse
+from hunyuan_vllm.server.asgi import App, Receive, Scope, Send, notes, refuse
 from hunyuan_vllm.server.keys import KeyRing
 from hunyuan_vllm.server.refusals import count_refusal
 from hunyuan_vllm.server.routes import KEYLESS, Paths
@@ -19,12 +19,15 @@ __all__ = ["RequireApiKey"]
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
 SCHEME = b"bearer "
+CREDENTIALS = (b"authorization", b"x-api-key")
+PREFLIGHT = {b"origin", b"access-control-request-method"}
 
 
 class RequireApiKey:
-    """Answers 401 to a request without `Authorization: Bearer KEY`, the same for every reason.
+    """Answers 401 to a request without `Authorization: Bearer KEY` or `x-api-key: KEY`, the same for every reason.
 
-    Open are CORS preflights (OPTIONS), which browsers send without credentials, and to be read the keyless paths.
+    Open are CORS preflights, which browsers send without credentials and vLLM answers itself, whatever the path; and to
+    be read the keyless paths.
     """
 
     def __init__(self, app: App, keys: KeyRing, keyless: Iterable[str] = KEYLESS) -> None:
@@ -43,13 +46,15 @@ class RequireApiKey:
 
     def _may_pass(self, scope: Scope) -> bool:
         self._refresh()
+        given = _given(scope)
+        if given is not None and (owner := self._keys.owner(given)) is not None:
+            notes(scope).update(key=owner, admin=self._keys.may_administrate(owner))
+            # vLLM itself asks for VLLM_API_KEY, where that is set, in this form alone.
+            others = [pair for pair in scope["headers"] if pair[0] not in CREDENTIALS]
+            scope["headers"] = [*others, (b"authorization", b"Bearer " + given)]
+            return True
         method = scope.get("method")
-        given = [value for name, value in scope["headers"] if name == b"authorization"]
-        if len(given) == 1 and given[0][: len(SCHEME)].lower() == SCHEME:
-            if (owner := self._keys.owner(given[0][len(SCHEME) :])) is not None:
-                notes(scope).update(key=owner, admin=self._keys.may_administrate(owner))
-                return True
-        return method == "OPTIONS" or (method in ("GET", "HEAD") and inner_path(scope) in self._keyless)
+        return _is_preflight(scope) or (method in ("GET", "HEAD") and scope["path"] in self._keyless)
 
     def _refresh(self) -> None:
         if self._keys.refresh():
@@ -57,3 +62,17 @@ class RequireApiKey:
                 logger.error("The API keys stay as they were: %s", self._keys.problem)
             else:
                 logger.info("The API keys were read again: there are %d", len(self._keys))
+
+
+def _given(scope: Scope) -> bytes | None:
+    """The key that a request carries: of OpenAI's clients as a bearer, of Anthropic's as x-api-key. None if unclear."""
+    bearers = [value for name, value in scope["headers"] if name == b"authorization"]
+    if len(bearers) == 1 and bearers[0][: len(SCHEME)].lower() == SCHEME:
+        return bearers[0][len(SCHEME) :]
+    plain = [value for name, value in scope["headers"] if name == b"x-api-key"]
+    return plain[0] if len(plain) == 1 and not bearers else None
+
+
+def _is_preflight(scope: Scope) -> bool:
+    names = {name for name, _ in scope["headers"]}
+    return scope.get("method") == "OPTIONS" and names >= PREFLIGHT

@@ -9,7 +9,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.staticfiles import NotModifiedResponse, StaticFiles
 
-from hunyuan_vllm.server.asgi import App, Message, Receive, Scope, Send, inner_path
+from hunyuan_vllm.server.asgi import App, Message, Receive, Scope, Send
 from hunyuan_vllm.server.chat_bundle import bundle
 
 __all__ = ["PAGE", "SECURITY_HEADERS", "ChatPage"]
@@ -44,7 +44,7 @@ class ChatPage:
         self._etag = f'"{hashlib.sha256(self._script).hexdigest()[:32]}"'
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = inner_path(scope) if scope["type"] == "http" and scope["method"] in ("GET", "HEAD") else None
+        path = scope["path"] if scope["type"] == "http" and scope["method"] in ("GET", "HEAD") else None
         if path not in self._paths:
             await self._app(scope, receive, send)
             return

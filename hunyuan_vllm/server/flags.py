@@ -3,48 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-
-import yaml
+from typing import Any
 
 from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.server.vllm_parser import parse
 
 __all__ = ["Flags"]
 
-# The short forms of the options that the launch decides about.
-ALIASES = {
-    "tp": "tensor-parallel-size",
-    "pp": "pipeline-parallel-size",
-    "dp": "data-parallel-size",
-    "cc": "compilation-config",
-    "O": "optimization-level",
-    "q": "quantization",
-}
+MODEL = ("model_tag", "model")
 
 
 class Flags:
-    """A user's vLLM arguments, kept as they are, with look-up by the option's long name."""
+    """A user's vLLM arguments as vLLM's parser understands them, by the option's long name.
 
-    def __init__(self, argv: Sequence[str] = ()) -> None:
-        """Raises UserError if a file named by --config cannot be read."""
+    Attributes:
+        argv: the arguments without the model.
+        model: the model among them, or in a file named by --config; None if there is none.
+    """
+
+    def __init__(self, argv: Sequence[str] = (), own_options: Sequence[str] = ()) -> None:
+        """Raises UserError if vLLM would not take them; `own_options` are names that may have been meant, too."""
         self.argv = list(argv)
-        self._given: dict[str, str | None] = {}
-        for at, argument in enumerate(self.argv):
-            if not argument.startswith("-") or argument in ("-", "--"):
-                continue
-            name, has_value, value = argument.partition("=")
-            following = self.argv[at + 1] if at + 1 < len(self.argv) else "-"
-            self._given[_long_name(name)] = value if has_value else None if following.startswith("-") else following
-        if config := self._given.get("config"):
-            # vLLM reads such a file as options that come before those on the command line.
-            self._given = {**_read_config(config), **self._given}
+        self._given = parse(self.argv, own_options)
+        models = {name: self._given.pop(name) for name in MODEL if name in self._given}
+        if len(set(models.values())) > 1:
+            raise UserError(f"the model is given twice: {' and '.join(models.values())}; leave one out")
+        self.model: str | None = next(iter(models.values()), None)
+        for name in models:
+            self._leave_out(name)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._given or f"no-{name}" in self._given
+        return name.replace("-", "_") in self._given
 
-    def get(self, name: str) -> str | None:
-        """The option's value; None if it is absent or a switch."""
-        return self._given.get(name)
+    def get(self, name: str) -> Any:
+        """The option's value; None if it is absent."""
+        return self._given.get(name.replace("-", "_"))
 
     def integer(self, name: str, default: int) -> int:
         """The option's value as a number of at least 1.
@@ -52,28 +45,26 @@ class Flags:
         Raises:
             UserError: it is not one.
         """
-        text = self.get(name)
-        if text is None:
+        value = self.get(name)
+        if value is None:
             return default
-        if not text.isascii() or not text.isdigit() or int(text) < 1:
-            raise UserError(f"--{name} {text} is not a number of at least 1")
-        return int(text)
+        if int(value) < 1:
+            raise UserError(f"--{name} {value} is not a number of at least 1")
+        return int(value)
 
+    def _leave_out(self, name: str) -> None:
+        """Take a model's words out of `argv`: those without which vLLM would understand the same, but for the model.
 
-def _long_name(option: str) -> str:
-    name = option.lstrip("-").replace("_", "-").split(".")[0]
-    if option.startswith("-O") and not option.startswith("--"):
-        name = "O"
-    return ALIASES.get(name, name)
-
-
-def _read_config(path: str) -> dict[str, str | None]:
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path} is not a mapping of option names to values")
-    return {
-        str(name).replace("_", "-"): None if isinstance(value, bool) else str(value) for name, value in content.items()
-    }
+        None are there to take if the model is named in a file.
+        """
+        wanted = {key: value for key, value in parse(self.argv).items() if key != name}
+        for start in range(len(self.argv)):
+            for words in (1, 2):
+                rest = [*self.argv[:start], *self.argv[start + words :]]
+                try:
+                    same = parse(rest) == wanted
+                except UserError:
+                    continue
+                if same:
+                    self.argv = rest
+                    return

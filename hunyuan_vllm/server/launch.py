@@ -12,17 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hunyuan_vllm import envs
-from hunyuan_vllm.checkpoint import missing_weights
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.server.adapters import check_adapters
 from hunyuan_vllm.server.context_parallel import choose_context_ranks
 from hunyuan_vllm.server.flags import Flags
 from hunyuan_vllm.server.machine import Machine
-from hunyuan_vllm.server.model_source import ModelSource
+from hunyuan_vllm.server.model_source import ModelSource, check_files
 from hunyuan_vllm.server.network import interface_env
 from hunyuan_vllm.server.parallel import Ranks, choose_ranks
 from hunyuan_vllm.server.scheme import Scheme, cpu_weight_bytes, gpu_weight_bytes
-from hunyuan_vllm.server.settings import KEY_FILE_VARIABLE, Settings, is_loopback
+from hunyuan_vllm.server.settings import KEY_FILE_VARIABLE, LOOPBACK, Settings, is_loopback
 from hunyuan_vllm.server.surface import SURFACE_VARIABLE, Surface
 
 __all__ = ["Launch", "decide"]
@@ -36,6 +35,7 @@ PROCESS_MEMORY = 2 * GIB  # a CPU server's own: front end, engine core and worke
 OPEN = "hunyuan_vllm.server.layers.Open"
 BEHIND_KEY = "hunyuan_vllm.server.layers.BehindKey"
 DEFAULT_SURFACE = Surface()
+ANY_ADDRESS = "0.0.0.0"  # what vLLM makes of an empty --host
 EXPERT_LOAD = "hunyuan_vllm.expert_load.ExpertLoad"
 ADMIN_VARIABLES = ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
 DECIDED = (KEY_FILE_VARIABLE, SURFACE_VARIABLE, *ADMIN_VARIABLES)  # set even where they are inherited
@@ -111,22 +111,17 @@ def decide(
             f"--api-key would show the key to every user of this machine: put it into a file and name that with "
             f"{KEY_FILE_VARIABLE}=, or set VLLM_API_KEY"
         )
-    if model.local and not model.weight_bytes and "load-format" not in flags:
-        raise UserError(f"{model.given} {': '.join(missing_weights(Path(model.name)))}")
+    check_files(model, flags, environ)
     check_adapters(flags, model.config, cpu=not machine.cuda)
-    host = flags.get("host") or settings.host
-    port = flags.integer("port", settings.port)
     if scheme and not model.demo:
         scheme.check(model)
     quantization = flags.get("quantization") or (scheme.options.get("quantization") if scheme else None)
     weights = gpu_weight_bytes(model, quantization)
     ranks = choose_ranks(settings, flags, machine, model, scheme.ranks if scheme else None, weights)
-    key_file = _key_file(settings, host, insecure or "uds" in flags, surface)
-    needs_key = key_file is not None or settings.api_key
 
     notes = list(ranks.notes)
     names = ["hunyuan", model.given]
-    ours: dict[str, list[str]] = {"host": [host], "port": [str(port)], "served-model-name": names}
+    ours: dict[str, list[str]] = {"host": [settings.host], "port": [str(settings.port)], "served-model-name": names}
     if ranks.tensor > 1:
         ours["tensor-parallel-size"] = [str(ranks.tensor)]
     if ranks.executor:
@@ -149,27 +144,33 @@ def decide(
     if not machine.cuda:
         ours |= _cpu_options(flags, machine, model, ranks, quantization, environ, notes)
 
-    argv = [*machine.vllm_command, model.name]
-    for name, values in ours.items():
-        if name not in flags:
-            argv += [f"--{name}", *values]
+    argv = [*(word for name, values in ours.items() if name not in flags for word in (f"--{name}", *values))]
+    # What follows rests on what vLLM will make of the whole line.
+    understood = Flags([*argv, *flags.argv])
+    host, port = understood.get("host") or ANY_ADDRESS, understood.integer("port", settings.port)
+    uds = understood.get("uds") or None
+    reachable = not (uds or is_loopback(host))
+    surface = surface.model_copy(update={"insecure": insecure})
+    key_file = _key_file(settings, reachable and not insecure, insecure or uds is not None, surface)
+    needs_key = key_file is not None or settings.api_key
+    _check_front_end(understood, environ, needs_key)
     argv += ["--middleware", BEHIND_KEY if needs_key else OPEN]  # a user's own stay beside it
-    env = _environment(settings, flags, machine, model, ranks) | surface.environment()
+    env = _environment(settings, flags, machine, model, ranks) | surface.environment(environ)
     if surface.admin:
         env |= dict.fromkeys(ADMIN_VARIABLES, "1")
     if key_file is not None:
         env[KEY_FILE_VARIABLE] = str(key_file)
     return Launch(
-        argv=argv + flags.argv,
+        argv=[*machine.vllm_command, model.name, *argv, *flags.argv],
         env={name: value for name, value in env.items() if name not in environ or name in DECIDED},
         host=host,
         port=port,
-        model_name=flags.get("served-model-name") or names[0],
+        model_name=understood.get("served-model-name")[0] or names[0],
         key_file=key_file,
         needs_key=needs_key,
-        tls="ssl-certfile" in flags,
-        uds=flags.get("uds"),
-        headless="headless" in flags,
+        tls=bool(understood.get("ssl-certfile")),
+        uds=uds,
+        headless=bool(understood.get("headless")),
         ray_gpus=ranks.world if ranks.executor == "ray" else 0,
         notes=notes,
     )
@@ -193,7 +194,7 @@ def _front_end_options(flags: Flags, surface: Surface, json_logs: bool) -> dict[
         options["logging-config.formatter"] = ["json"]
     if surface.admin:
         options["no-log-error-stack"] = []  # which comes with development mode, and quotes what clients sent
-    if "ssl-certfile" in flags:
+    if flags.get("ssl-certfile"):
         options["enable-ssl-refresh"] = []  # a renewed certificate is taken without a restart
     if surface.max_output_tokens:
         if "override-generation-config" in flags:
@@ -206,7 +207,7 @@ def _front_end_options(flags: Flags, surface: Surface, json_logs: bool) -> dict[
     return options
 
 
-def _key_file(settings: Settings, host: str, open_allowed: bool, surface: Surface) -> Path | None:
+def _key_file(settings: Settings, required: bool, open_allowed: bool, surface: Surface) -> Path | None:
     """The file with the key to require, if the key is to come from a file."""
     if settings.api_key_file and settings.api_key:
         raise UserError(f"VLLM_API_KEY and {KEY_FILE_VARIABLE} are both set: unset one")
@@ -216,9 +217,21 @@ def _key_file(settings: Settings, host: str, open_allowed: bool, surface: Surfac
         return None
     if surface.admin and open_allowed:
         raise UserError("--admin-routes are for those who have a key: leave out --insecure, or set one")
-    if not surface.admin and (open_allowed or is_loopback(host)):
-        return None
-    return settings.config_home / "hunyuan-vllm" / "api-key"
+    return settings.config_home / "hunyuan-vllm" / "api-key" if required or surface.admin else None
+
+
+def _check_front_end(understood: Flags, environ: Mapping[str, str], needs_key: bool) -> None:
+    """Refuse servers that know no keys where one is needed: vLLM's gRPC server, and its front end in Rust."""
+    others = {
+        "--grpc": understood.get("grpc"),
+        "--grpc-port": "grpc-port" in understood,
+        "VLLM_USE_RUST_FRONTEND": environ.get("VLLM_USE_RUST_FRONTEND", "0").strip() not in ("", "0"),
+    }
+    for name, chosen in others.items():
+        if chosen and needs_key:
+            raise UserError(
+                f"{name} starts a server that asks for no API key: leave it out, or listen on {LOOPBACK} without a key"
+            )
 
 
 def _cpu_options(

@@ -12,7 +12,7 @@ from typing import Any
 from vllm.logger import init_logger
 
 from hunyuan_vllm import envs
-from hunyuan_vllm.server.asgi import App, Receive, Scope, Send, inner_path
+from hunyuan_vllm.server.asgi import App, Receive, Scope, Send, refuse
 from hunyuan_vllm.server.cause import ENGINE_DIED
 from hunyuan_vllm.server.drain import Drain
 from hunyuan_vllm.server.readiness import DEAD, Readiness
@@ -47,9 +47,9 @@ class Lifecycle:
             self._drain.take_sigterm()
             await self._app(scope, receive, send)
             self._has_died(scope)  # which is worth a line even where nobody asked meanwhile
-        elif scope["type"] == "http" and inner_path(scope) in (LIVE, READY):
+        elif scope["type"] == "http" and scope["path"] in (LIVE, READY):
             await self._probe(scope, send)
-        elif self._drain.draining and inner_path(scope) not in WHILE_DRAINING:
+        elif self._drain.draining and scope["path"] not in WHILE_DRAINING:
             await _refuse(scope, send, DRAINING)
         elif not self._drain.draining and self._has_died(scope):
             await _refuse(scope, send, DEAD)
@@ -60,7 +60,7 @@ class Lifecycle:
     async def _probe(self, scope: Scope, send: Send) -> None:
         if scope["method"] not in ("GET", "HEAD"):
             await _answer(send, HTTPStatus.METHOD_NOT_ALLOWED, {"status": "probes are GET"}, [(b"allow", b"GET, HEAD")])
-        elif inner_path(scope) == LIVE:
+        elif scope["path"] == LIVE:
             dead = not self._drain.draining and self._has_died(scope)
             status = HTTPStatus.SERVICE_UNAVAILABLE if dead else HTTPStatus.OK
             await _answer(send, status, {"status": "dead" if dead else "alive"})
@@ -89,12 +89,8 @@ def _log_exit_code(engine: Any) -> None:
 
 
 async def _refuse(scope: Scope, send: Send, verdict: Verdict) -> None:
-    if scope["type"] == "websocket":
-        await send({"type": "websocket.close", "code": 1012})  # "service restart"
-        return
-    status = HTTPStatus.SERVICE_UNAVAILABLE
-    error = {"message": verdict.reason, "type": status.phrase, "param": None, "code": status}
-    await _answer(send, status, {"error": error}, [(b"retry-after", RETRY_AFTER), (b"connection", b"close")])
+    headers = [(b"retry-after", RETRY_AFTER), (b"connection", b"close")]
+    await refuse(scope, send, HTTPStatus.SERVICE_UNAVAILABLE, verdict.reason, headers=headers)
 
 
 async def _answer(

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from vllm.engine.protocol import EngineClient
 
-from hunyuan_vllm.server.asgi import App, Message, Receive, Scope, Send, inner_path, notes, refuse
+from hunyuan_vllm.server.asgi import App, Message, Receive, Scope, Send, notes, refuse
 from hunyuan_vllm.server.json_body import BadJson, read_json
 from hunyuan_vllm.server.prompt_limit import limit_prompts
 from hunyuan_vllm.server.refusals import count_refusal
@@ -69,7 +69,7 @@ class Limits:
             if body is None:  # the client has gone
                 return
             request = _parsed(body)
-            if inner_path(scope) in GENERATING:
+            if scope["path"] in GENERATING:
                 await self._generate(scope, _Replay(body, receive), send, request)
             else:
                 await self._app(scope, _Replay(body, receive), send)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,9 +14,22 @@ from hunyuan_vllm.errors import UserError
 if TYPE_CHECKING:
     from hunyuan_vllm.config import HunYuanConfig
     from hunyuan_vllm.layout import Layout
+    from hunyuan_vllm.server.flags import Flags
 
-__all__ = ["ModelSource", "demo_model", "open_model"]
+__all__ = ["ModelSource", "check_files", "demo_model", "longest_context", "open_model"]
 
+TOKENIZER_FILES = ("hy.tiktoken", "tokenizer.json")
+# Fields of config.json that vLLM takes for a length; the smallest counts.
+LENGTHS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "seq_length",
+    "max_target_positions",
+    "max_sequence_length",
+    "max_seq_length",
+    "seq_len",
+)
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -29,6 +43,7 @@ class ModelSource:
         config: the checkpoint's; None for a hub name, which vLLM downloads.
         weight_bytes: size of its weights; 0 where that is unknown.
         demo: it is the model that comes with the package.
+        tokenizer: it brings one; True for a hub name.
     """
 
     name: str
@@ -36,6 +51,7 @@ class ModelSource:
     config: HunYuanConfig | None = None
     weight_bytes: int = 0
     demo: bool = False
+    tokenizer: bool = True
 
     @property
     def local(self) -> bool:
@@ -76,6 +92,42 @@ def open_model(given: str) -> ModelSource:
     raise UserError(f"the model {given} does not exist: name a folder, a hub name such as owner/model, or {demo.NAME}")
 
 
+def check_files(model: ModelSource, flags: Flags, environ: Mapping[str, str]) -> None:
+    """Look for what vLLM would miss in a checkpoint's folder only after seconds or minutes.
+
+    Raises:
+        UserError: no weights, no tokenizer, or the context asked for is longer than config.json allows.
+    """
+    from hunyuan_vllm.checkpoint import missing_weights
+
+    if model.config is None:
+        return
+    if not model.weight_bytes and "load-format" not in flags:
+        raise UserError(f"{model.given} {': '.join(missing_weights(Path(model.name)))}")
+    elsewhere = any(name in flags for name in ("tokenizer", "tokenizer-mode", "skip-tokenizer-init"))
+    if not (model.tokenizer or elsewhere):
+        raise UserError(
+            f"{model.given} has no tokenizer: copy hy.tiktoken or tokenizer.json there from the published checkpoint, "
+            "or name a folder that has one with --tokenizer"
+        )
+    overridden = any(name in flags for name in ("hf-overrides", "hf-config-path"))
+    allowed = environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "0").strip().lower() in ("1", "true")
+    asked, longest = flags.get("max-model-len"), longest_context(model.config)
+    if asked and asked > longest and not (overridden or allowed):
+        raise UserError(
+            f"--max-model-len {asked} is more than the {longest} tokens of the model's config.json: give at most that "
+            "(VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 tries more, at the risk of nonsense)"
+        )
+
+
+def longest_context(config: HunYuanConfig) -> int:
+    """The longest context that vLLM accepts for a checkpoint, by its rules."""
+    lengths = [value for name in LENGTHS if (value := getattr(config, name, None)) is not None]
+    own = getattr(config, "model_max_length", None)
+    factor = (config.rope_parameters or {}).get("factor") or 1.0
+    return max(int((own or min(lengths)) * factor), own or 0)
+
+
 def _open_folder(folder: Path, given: str, demo: bool = False) -> ModelSource:
     from hunyuan_vllm.checkpoint import check_headers, missing_config, shard_files
 
@@ -97,7 +149,8 @@ def _open_folder(folder: Path, given: str, demo: bool = False) -> ModelSource:
             check_headers(folder, layout)
     except ValueError as error:
         raise UserError(str(error)) from None
-    return ModelSource(str(folder), given, parsed, sum(shard.stat().st_size for shard in shards), demo)
+    tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
+    return ModelSource(str(folder), given, parsed, sum(shard.stat().st_size for shard in shards), demo, tokenizer)
 
 
 def _layout(config: HunYuanConfig) -> Layout | None:

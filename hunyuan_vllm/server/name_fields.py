@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from hunyuan_vllm.server.asgi import App, Message, Receive, Scope, Send, refuse
+from hunyuan_vllm.server.asgi import ANTHROPIC, App, Message, Receive, Scope, Send, error_body, refuse
 from hunyuan_vllm.server.bad_requests import (
     Problem,
     constraint,
@@ -118,11 +118,16 @@ class _Exchange:
                 error = _bad_request(problem)
             elif start["status"] == error["code"]:
                 error = None  # as it is
-        elif error and error["code"] in ABOUT_THE_REQUEST and self._path in (CHAT, COMPLETIONS):
+        elif error and error["code"] in ABOUT_THE_REQUEST and self._path in (CHAT, COMPLETIONS, *ANTHROPIC):
             problem = _problem(self._path, b"".join(self._request), str(error.get("message")), error.get("param"))
             error |= {"message": problem.message, "param": problem.field}
-        if error:
-            answer = json.dumps({"error": error}, ensure_ascii=False).encode()
+        if error or self._path in ANTHROPIC:
+            error = error or _error_of(answer, start["status"]) or _error_of(b"{}", start["status"])
+            assert error is not None
+            if self._path in ANTHROPIC:
+                answer = error_body(self._path, error["code"], str(error["message"]))
+            else:
+                answer = json.dumps({"error": error}, ensure_ascii=False).encode()
             own = {b"content-length": str(len(answer)).encode(), b"content-type": b"application/json"}
             headers = [header for header in start["headers"] if header[0].lower() not in own]
             start = {**start, "status": error["code"], "headers": headers + list(own.items())}
@@ -140,6 +145,8 @@ def _error_of(answer: bytes, status: int) -> dict[str, Any] | None:
     if isinstance(error, dict) and isinstance(error.get("code"), int):
         return error
     phrase = HTTPStatus(status).phrase
+    if isinstance(error, dict) and isinstance(error.get("message"), str):  # in Anthropic's form
+        return {"message": error["message"], "type": phrase, "param": None, "code": status}
     detail = content.get("detail", phrase) if isinstance(content, dict) else phrase
     return {"message": str(detail), "type": phrase, "param": None, "code": status}
 
@@ -176,7 +183,7 @@ def _problem(path: str, request: bytes, message: str, param: str | None) -> Prob
         return explain_validation(error, body)
     except Exception:  # what vLLM's own checks raise: its message says it
         pass
-    return explain(message, param, body)
+    return Problem(param, message) if path in ANTHROPIC else explain(message, param, body)
 
 
 def _model(path: str) -> type[BaseModel] | None:
@@ -193,4 +200,8 @@ def _model(path: str) -> type[BaseModel] | None:
         from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
         return ResponsesRequest
+    if path in ANTHROPIC:
+        from vllm.entrypoints.anthropic.protocol import AnthropicCountTokensRequest, AnthropicMessagesRequest
+
+        return AnthropicMessagesRequest if path == ANTHROPIC[0] else AnthropicCountTokensRequest
     return None

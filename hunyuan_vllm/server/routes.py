@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator
 from http import HTTPStatus
 
 from fastapi import FastAPI
+from fastapi.responses import JSONResponse
 
-from hunyuan_vllm.server.asgi import App, Receive, Scope, Send, inner_path, notes, refuse
+from hunyuan_vllm.server.asgi import App, Receive, Scope, Send, notes, refuse
 from hunyuan_vllm.server.refusals import count_refusal
 
 __all__ = ["KEYLESS", "SERVED", "AllowedRoutes", "Paths"]
@@ -20,14 +21,20 @@ __all__ = ["KEYLESS", "SERVED", "AllowedRoutes", "Paths"]
 # What may be read without a key: says only whether the server is alive, and load balancers carry none.
 KEYLESS = ("/health", "/livez", "/readyz")
 DOCUMENT = "/openapi.json"
+MODELS = "/v1/models/"
+VARIABLE = re.compile(r"\\\{\w+(:path)?\\\}")
+LONGEST = 200  # characters of a path that is named
 SERVED = (
     *KEYLESS,
     "/v1/models",
+    "/v1/models/{model:path}",
     "/v1/chat/completions",
     "/v1/completions",
     "/v1/responses",
     "/v1/responses/{response_id}",
     "/v1/responses/{response_id}/cancel",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
     "/tokenize",
     "/detokenize",
     "/metrics",
@@ -37,10 +44,10 @@ SERVED = (
 
 
 class Paths:
-    """A set of paths, of which some have a variable part, as in `/v1/responses/{response_id}`."""
+    """A set of paths, of which some have a variable part: `/v1/responses/{response_id}`, or of any depth `{x:path}`."""
 
     def __init__(self, templates: Iterable[str]) -> None:
-        parts = (re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(template)) for template in templates)
+        parts = (VARIABLE.sub(lambda found: ".+" if found[1] else "[^/]+", re.escape(each)) for each in templates)
         self._pattern = re.compile("|".join(parts) or r"(?!)")
 
     def __contains__(self, path: object) -> bool:
@@ -64,10 +71,12 @@ class AllowedRoutes:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        path = inner_path(scope)
+        path = scope["path"]
         if not (path in self._served or (self._admin and notes(scope).get("admin"))):
             count_refusal("route")
-            await refuse(scope, send, HTTPStatus.NOT_FOUND, "Not Found")
+            named = f"{path[:LONGEST]} is not served here"
+            remedy = f"if vLLM has it, hunyuan-vllm serve --allow-route {path[:LONGEST]} serves it"
+            await refuse(scope, send, HTTPStatus.NOT_FOUND, f"{named}; {remedy}")
             return
         if path == DOCUMENT and not self._admin and not self._trimmed:
             self._trim(scope["app"])
@@ -79,6 +88,25 @@ class AllowedRoutes:
         for path in list(_others(paths, self._served)):
             del paths[path]
         self._trimmed = True
+
+
+class OneModel:
+    """Answers GET /v1/models/NAME, which OpenAI's clients know and vLLM has not, from vLLM's list of models."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] not in ("GET", "HEAD") or not scope["path"].startswith(MODELS):
+            await self._app(scope, receive, send)
+            return
+        name = scope["path"].removeprefix(MODELS)
+        listed = await scope["app"].state.openai_serving_models.show_available_models()
+        for model in listed.data:
+            if model.id == name.removeprefix("/") or model.id == name:
+                await JSONResponse(model.model_dump())(scope, receive, send)
+                return
+        await refuse(scope, send, HTTPStatus.NOT_FOUND, f"The model `{name[:LONGEST]}` does not exist.", "model")
 
 
 def _others(paths: Iterable[str], served: Paths) -> Iterator[str]:

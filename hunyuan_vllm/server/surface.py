@@ -18,6 +18,7 @@ class Surface(BaseModel):
     """Routes and limits. A limit of 0 is none.
 
     Attributes:
+        insecure: others than this machine may use it without a key.
         admin: vLLM's administrative routes are there, for the key that may use them.
         extra_routes: paths of vLLM's that are open beside the usual ones.
         max_body: bytes of a request.
@@ -30,6 +31,7 @@ class Surface(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    insecure: bool = False
     admin: bool = False
     extra_routes: tuple[str, ...] = ()
     max_body: Limit = 16 * MIB
@@ -45,7 +47,8 @@ class Surface(BaseModel):
         text = environ.get(SURFACE_VARIABLE)
         return cls.model_validate_json(text) if text else cls()
 
-    def environment(self) -> dict[str, str]:
-        """The variable that tells the server's process; none where everything is as by default."""
-        text = self.model_dump_json(exclude_defaults=True)
-        return {} if text == "{}" else {SURFACE_VARIABLE: text}
+    def environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
+        """The variable that tells the server's process; none where that would find everything so by itself."""
+        if self == Surface.read(inherited):
+            return {}
+        return {SURFACE_VARIABLE: self.model_dump_json(exclude_defaults=True)}

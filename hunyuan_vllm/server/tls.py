@@ -19,7 +19,7 @@ def check_certificate(flags: Flags) -> None:
     Raises:
         UserError: a file is missing, they do not belong together, or others can read the private key.
     """
-    certificate, key = flags.get("ssl-certfile"), flags.get("ssl-keyfile")
+    certificate, key = flags.get("ssl-certfile") or None, flags.get("ssl-keyfile") or None
     if certificate is None:
         if key is not None:
             raise UserError("--ssl-keyfile says nothing without --ssl-certfile: give both")

@@ -41,14 +41,16 @@ async def _counted(outputs: AsyncGenerator[Any, None], notes: dict[str, Any]) ->
     prompt = generated = 0
     try:
         async for output in outputs:
-            prompt = len(output.prompt_token_ids or ())
-            for sequence in output.outputs:
-                generated += len(sequence.token_ids)
+            if not prompt:
+                prompt = len(output.prompt_token_ids or ())
+                notes[PROMPT] = notes.get(PROMPT, 0) + prompt
+            new = sum(len(sequence.token_ids) for sequence in output.outputs)
+            generated += new
+            # At once: of several prompts, vLLM closes the generators when it has answered.
+            notes[GENERATED] = notes.get(GENERATED, 0) + new
             yield output
     finally:
         await outputs.aclose()
         key = notes.get("key", NOBODY)
         _prompt.labels(key).inc(prompt)
         _generated.labels(key).inc(generated)
-        notes[PROMPT] = notes.get(PROMPT, 0) + prompt
-        notes[GENERATED] = notes.get(GENERATED, 0) + generated

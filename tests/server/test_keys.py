@@ -1,6 +1,5 @@
 """API keys: asked for on every path but probes, several by name, kept private, rotated while serving."""
 
-import logging
 import os
 import stat
 import time
@@ -32,14 +31,6 @@ def client_with(environ: dict[str, str]) -> httpx.AsyncClient:
 @pytest.fixture
 def client():
     return client_with({"VLLM_API_KEY": KEY})
-
-
-@pytest.fixture
-def caplog_vllm(caplog):
-    logger = logging.getLogger("vllm")  # which does not hand its records on
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -79,9 +70,26 @@ async def test_probes_and_preflights_need_no_key(client):
     assert (await client.get("/health")).status_code == 200
     assert (await client.head("/health")).status_code == 200
     assert (await client.post("/health")).status_code == 401
-    assert (await client.options("/v1/chat/completions")).status_code == 200
+    asked = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
+    assert (await client.options("/v1/chat/completions", headers=asked)).status_code == 200
     assert (await client.get("/health/../v1/models")).status_code == 401
     assert (await client.get("/healthx")).status_code == 401
+
+
+@pytest.mark.parametrize("left_out", ["Origin", "Access-Control-Request-Method"])
+async def test_an_options_request_that_is_no_preflight_needs_the_key(client, left_out):
+    asked = {"Origin": "https://page.example", "Access-Control-Request-Method": "GET"}
+    del asked[left_out]
+    assert (await client.options("/metrics", headers=asked)).status_code == 401
+    assert (await client.options("/metrics", headers=asked | bearer(KEY))).status_code == 200
+
+
+async def test_anthropics_header_carries_a_key(client):
+    assert (await client.post("/v1/messages", headers={"x-api-key": KEY})).text == "inside default"
+    for wrong in ({"x-api-key": f"{KEY}x"}, {"x-api-key": f"Bearer {KEY}"}, {"x-api-key": KEY, **bearer("wrong")}):
+        assert (await client.post("/v1/messages", headers=wrong)).status_code == 401
+    twice = [("x-api-key", KEY), ("x-api-key", KEY)]
+    assert (await client.post("/v1/messages", headers=twice)).status_code == 401
 
 
 async def test_a_websocket_is_closed():

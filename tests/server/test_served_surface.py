@@ -7,10 +7,12 @@ import ssl
 import subprocess
 from pathlib import Path
 
+import anthropic
 import httpx
 import openai
 import pytest
 from keyed_server import KEYS, LIMITS, KeyedServer, write_keys
+from prometheus_client.parser import text_string_to_metric_families
 from waiting import eventually
 
 pytestmark = pytest.mark.server
@@ -42,8 +44,13 @@ def test_every_guarded_route_is_refused_without_a_key(keyed_server):
             for method in methods:
                 answer = client.request(method, path.replace("{response_id}", "x"), json={})
                 if path != "/health":
-                    refusals.add((answer.status_code, answer.text))
-        assert refusals == {(401, client.get("/metrics").text)}
+                    assert answer.status_code == 401
+                    refusals.add(answer.json()["error"]["message"])
+        assert refusals == {"missing or wrong API key"}
+        for headers in ({}, {"Origin": "https://page.example"}, {"Access-Control-Request-Method": "GET"}):
+            assert client.options("/metrics", headers=headers).status_code == 401
+        preflight = {"Origin": "https://page.example", "Access-Control-Request-Method": "GET"}
+        assert len(client.options("/metrics", headers=preflight).content) < 500
 
 
 def test_every_refusal_of_a_key_is_the_same(keyed_server):
@@ -98,7 +105,7 @@ def test_keys_change_while_the_server_runs(keyed_server):
 def test_administration_is_for_the_admin_key(keyed_server, path):
     with keyed_server.http("alice") as client:
         answer = client.post(path, json={})
-        assert (answer.status_code, answer.json()["error"]["message"]) == (404, "Not Found")
+        assert answer.status_code == 404 and f"--allow-route {path}" in answer.json()["error"]["message"]
 
 
 def test_the_admin_key_administrates(keyed_server):
@@ -112,6 +119,75 @@ def test_a_route_more(keyed_server):
         assert client.get("/load").json() == {"server_load": 0}
         assert client.get("/version").json()["version"]
         assert client.get("/docs").status_code == 404
+
+
+def test_one_model_or_adapter(keyed_server):
+    client = keyed_server.openai()
+    assert client.models.retrieve("hunyuan").id == "hunyuan"
+    assert client.models.retrieve("style").parent == "hunyuan"
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        client.models.retrieve("nothing")
+
+
+def test_anthropics_client_gets_answers_and_its_own_errors(keyed_server):
+    http = anthropic.DefaultHttpxClient(verify=keyed_server.trust, trust_env=False)
+    client = anthropic.Anthropic(base_url=keyed_server.url, api_key=KEYS["bob"], http_client=http, max_retries=0)
+    asked = {"model": "hunyuan", "messages": SALT["messages"], "extra_body": {"temperature": 0}}
+    whole = client.messages.create(max_tokens=30, **asked)
+    assert whole.content[0].text and whole.usage.output_tokens <= 30
+    with client.messages.stream(max_tokens=30, **asked) as stream:
+        assert stream.get_final_text() == whole.content[0].text
+    counted = client.messages.count_tokens(model="hunyuan", messages=SALT["messages"])
+    assert counted.input_tokens == whole.usage.input_tokens
+    with pytest.raises(anthropic.UnprocessableEntityError, match="at most 256 tokens") as raised:
+        client.messages.create(max_tokens=10_000, **asked)
+    assert raised.value.body["error"]["type"] == "invalid_request_error"
+    with pytest.raises(anthropic.NotFoundError) as raised:
+        client.messages.create(**asked | {"model": "nothing", "max_tokens": 3})
+    assert raised.value.body["error"]["type"] == "not_found_error"
+    stranger = client.with_options(api_key="wrong")
+    with pytest.raises(anthropic.AuthenticationError) as raised:
+        stranger.messages.create(max_tokens=3, **asked)
+    assert raised.value.body["error"]["type"] == "authentication_error"
+
+
+# Tokens of a key
+
+
+def tokens_of(keyed_server: KeyedServer, name: str) -> tuple[float, float]:
+    with keyed_server.http() as client:
+        families = text_string_to_metric_families(client.get("/metrics").text)
+    samples = [sample for family in families for sample in family.samples if sample.labels.get("key") == name]
+    found = {sample.name: sample.value for sample in samples}
+    return found.get("hunyuan_prompt_tokens_total", 0), found.get("hunyuan_generated_tokens_total", 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, SALT | {"n": 2, "temperature": 1}),
+        ("/v1/completions", {"prompt": ["Salt is", "Water is"], "ignore_eos": True}),
+        ("/v1/responses", {"input": "Why is sea water salty?", "temperature": 0}),
+    ],
+)
+def test_tokens_are_counted_for_the_key(keyed_server, path, body, stream):
+    before = tokens_of(keyed_server, "bob")
+    request = f"tokens-{path.rpartition('/')[2]}-{stream}"
+    body = body | {"max_output_tokens" if "responses" in path else "max_tokens": 16, "stream": stream}
+    with keyed_server.http("bob") as client:
+        answer = client.post(path, json=body, headers={"X-Request-Id": request})
+    assert answer.status_code == 200, answer.text
+    after = tokens_of(keyed_server, "bob")
+    prompt, generated = (int(now - was) for now, was in zip(after, before, strict=True))
+    assert prompt > 3 and generated > 3
+    if not stream:
+        usage = answer.json()["usage"]
+        told = [usage.get("prompt_tokens", usage.get("input_tokens"))]
+        told += [usage.get("completion_tokens", usage.get("output_tokens"))]
+        assert [prompt, generated] == told
+    line = next(line for line in json_log(keyed_server, request) if line.get("request_id") == request)
+    assert (line["prompt_tokens"], line["generated_tokens"]) == (prompt, generated)
 
 
 # Limits

@@ -20,12 +20,14 @@ def test_the_way_there_and_back():
     surface = surface_of(True, ["/load"], 0.5, max_queue=0, max_sequences=None, max_output_tokens=7)
     expected = dict(admin=True, extra_routes=("/load",), max_body=2**19, max_queue=0, max_output_tokens=7)
     assert surface == Surface(**expected)
-    assert Surface.read(surface.environment()) == surface
+    assert Surface.read(surface.environment({})) == surface
 
 
 def test_by_default_nothing_is_set():
     assert surface_of(False, None, None) == Surface()
-    assert Surface().environment() == {}
+    assert Surface().environment({}) == {}
+    insecure = Surface(insecure=True).environment({})
+    assert Surface.read(Surface().environment(insecure)) == Surface()  # an inherited one does not shine through
 
 
 def test_options_win_over_the_variable(monkeypatch):
@@ -47,8 +49,8 @@ def test_a_route_that_is_no_path():
 
 
 def test_the_options_of_the_command():
-    shown = CliRunner().invoke(app, ["serve", "--dry-run", "--max-body", "2", "--max-n-not-ours", "3", "--max-queue=0"])
+    shown = CliRunner().invoke(app, ["serve", "--dry-run", "--max-body", "2", "--max-num-seqs", "3", "--max-queue=0"])
     assert shown.exit_code == 0, shown.output
     (setting,) = [word for word in shown.stdout.split() if word.startswith(SURFACE_VARIABLE)]
     assert json.loads(setting.split("=", 1)[1].strip("'")) == {"max_body": 2 * 2**20, "max_queue": 0}
-    assert "--max-n-not-ours 3" in shown.stdout and "--max-queue" not in shown.stdout
+    assert "--max-num-seqs 3" in shown.stdout and "--max-queue" not in shown.stdout

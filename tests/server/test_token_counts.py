@@ -98,6 +98,20 @@ async def test_a_task_of_the_request_counts_for_it(engine):
     assert counted("-") >= (2, 4)
 
 
+async def test_several_prompts_are_noted_before_their_generators_are_closed(engine):
+    streams = []
+
+    async def answer():
+        streams.extend([engine.generate(2, [3]), engine.generate(4, [5])])
+        for stream in streams:
+            await anext(stream)
+
+    found = await request(answer, "alice")
+    assert (found["prompt_tokens"], found["generated_tokens"]) == (6, 8)
+    for stream in streams:
+        await stream.aclose()
+
+
 async def test_probes_count_for_nobody(engine):
     async def answer():
         async for _ in engine.generate(2, [4]):

@@ -1,0 +1,213 @@
+"""vLLM's own parser of server options, without the seconds that importing all of vLLM takes.
+
+The options are read from vLLM once, in a process of its own, and kept in vLLM's cache folder; what turns words into
+values (spellings, abbreviations, --config, options with dots) is vLLM's parser class itself, loaded from its file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib.util
+import json
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+from hunyuan_vllm import __version__, envs
+from hunyuan_vllm.compat import check_vllm_version, installed_version
+from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.util.files import replacing
+
+__all__ = ["parse"]
+
+PARSER_FILE = Path("utils", "argparse_utils.py")
+OPTION_FILES = (Path("engine", "arg_utils.py"), PARSER_FILE)
+ACTIONS: dict[str, Any] = {
+    "BooleanOptionalAction": argparse.BooleanOptionalAction,
+    "_StoreTrueAction": "store_true",
+    "_AppendAction": "append",
+}
+TYPES: dict[str, Callable[[str], Any]] = {
+    "int": int,
+    "float": float,
+    "str": str,
+    "_optional_type": lambda text: None if text in ("", "None") else text,
+}
+UNKNOWN = "unrecognized arguments: "
+
+
+def parse(argv: Sequence[str], own_options: Sequence[str] = ()) -> dict[str, Any]:
+    """What vLLM's server would understand: destination → value, of those options alone that are given.
+
+    Values are text where only vLLM itself can make more of them.
+
+    Args:
+        argv: the server's arguments; a model, if there is one, first.
+        own_options: names that a mistyped option may have been meant for, beside vLLM's.
+
+    Raises:
+        UserError: vLLM would refuse them, or is not installed. The message shows no value of an unknown option.
+    """
+    parser = _parser(tuple(own_options))
+    try:
+        namespace = vars(parser.parse_args(list(argv)))
+    except UserError:
+        raise
+    except IndexError:
+        raise UserError(f"{argv[-1].split('=')[0]} wants a value") from None
+    except OSError as error:
+        raise UserError(f"--config {error.filename} cannot be read: {error.strerror}") from None
+    except Exception as error:  # of a --config file, too: whatever taking it apart raises
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"--config cannot be used: {reason}") from None
+    if "config" in namespace:  # of a file that is read, nothing is left but its options
+        raise UserError("vLLM does not read --config=FILE: write --config FILE")
+    return namespace
+
+
+@cache
+def _parser(own_options: tuple[str, ...]) -> argparse.ArgumentParser:
+    flexible: type[argparse.ArgumentParser] = _parser_module().FlexibleArgumentParser
+
+    class Parser(flexible):  # type: ignore[valid-type, misc]
+        def error(self, message: str) -> NoReturn:
+            raise UserError(_explain(message, (*self._option_string_actions, *own_options)))
+
+    parser: argparse.ArgumentParser = Parser(prog="serve", add_help=False)
+    for option in _options():
+        flags, choices = option["flags"], option.get("choices")
+        keywords: dict[str, Any] = {"default": argparse.SUPPRESS}
+        if (action := ACTIONS.get(option["action"])) is not None:
+            keywords["action"] = action
+        else:
+            keywords |= {"nargs": option["nargs"], "const": option["const"], "choices": choices}
+            keywords["type"] = TYPES.get(option["type"]) or getattr(_parser_module(), option["type"])
+        if flags[0].startswith("-"):
+            keywords["dest"] = option["dest"]
+        parser.add_argument(*flags, **keywords)
+    return parser
+
+
+def _explain(message: str, known: Sequence[str]) -> str:
+    """argparse's complaint as one line."""
+    if not message.startswith(UNKNOWN):
+        message = re.sub(r"^argument ([^:]+): ", lambda match: f"{match[1].split('/')[0]}: ", message)
+        return f"{message[:300]} (vllm serve --help=all lists vLLM's options)"
+    words = [word.split("=")[0].split(".")[0] for word in message.removeprefix(UNKNOWN).split()]
+    option = next((word for word in words if word.startswith("-")), None)
+    if option is None:
+        return "there is an argument too many: one model, then options (vllm serve --help=all lists vLLM's)"
+    close = difflib.get_close_matches(option.replace("_", "-"), known, n=1, cutoff=0.6)
+    meant = f": did you mean {close[0]}?" if close else " (vllm serve --help=all lists vLLM's)"
+    return f"{option} is no option of this command or of vLLM{meant}"
+
+
+@cache
+def _parser_module() -> ModuleType:
+    """vLLM's module with the parser class, loaded alone where vLLM itself has not been imported."""
+    if "vllm" in sys.modules:
+        return importlib.import_module("vllm.utils.argparse_utils")
+    spec = importlib.util.spec_from_file_location("_vllm_argparse_utils", _vllm_folder() / PARSER_FILE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with _stand_in_logger():
+        spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def _stand_in_logger() -> Iterator[None]:
+    """While in the block, `vllm.logger` is all there is of vLLM, and silent: the server says what it has to say."""
+
+    class Silent(logging.Logger):
+        warning_once = logging.Logger.warning
+
+    silent = Silent(__name__, logging.CRITICAL + 1)
+    package, logger = ModuleType("vllm"), ModuleType("vllm.logger")
+    logger.init_logger = lambda name: silent  # type: ignore[attr-defined]
+    sys.modules |= {"vllm": package, "vllm.logger": logger}
+    try:
+        yield
+    finally:
+        del sys.modules["vllm"], sys.modules["vllm.logger"]
+
+
+def _vllm_folder() -> Path:
+    try:
+        check_vllm_version()
+    except RuntimeError as error:
+        raise UserError(str(error)) from None
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("vLLM is installed, but its package is not there: install it again")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _options() -> list[dict[str, Any]]:
+    """Those of vLLM's server, as `_describe` has them: from vLLM where it is imported, else from the cache."""
+    if "vllm.engine.arg_utils" in sys.modules:
+        return _describe()
+    folder = _vllm_folder()
+    _, version = installed_version() or ("", "")
+    changed = max((folder / file).stat().st_mtime_ns for file in OPTION_FILES)
+    kept = envs.cache_folder() / f"options-{__version__}-{version}-{changed:x}.json"
+    with suppress(OSError, ValueError):
+        return list(json.loads(kept.read_text()))
+    print("hunyuan-vllm: reading vLLM's options, once for this version", file=sys.stderr, flush=True)
+    text = _asked_of_vllm()
+    with suppress(OSError, UserError):  # a cache that cannot be written costs seconds at the next start
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(kept) as beside:
+            beside.write_text(text)
+    return list(json.loads(text))
+
+
+def _asked_of_vllm() -> str:
+    done = subprocess.run([sys.executable, "-m", __name__], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    lines = done.stdout.splitlines()  # vLLM's log goes there, too
+    if done.returncode or not lines:
+        last = (done.stderr.splitlines() or lines or ["it says nothing"])[-1]
+        raise UserError(f"vLLM cannot be imported to read its options: {last}")
+    return lines[-1]
+
+
+def _describe() -> list[dict[str, Any]]:
+    """Every option of vLLM's server, as what this module can make a parser of."""
+    from vllm.entrypoints.cli.serve import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    described = []
+    for action in make_arg_parser(FlexibleArgumentParser(add_help=False))._actions:
+        kind = action.type or str
+        name = getattr(kind, "__name__", "")
+        plain = kind in (int, float, str) or getattr(kind, "__module__", "") == FlexibleArgumentParser.__module__
+        flags = [flag for flag in action.option_strings if not _is_negation(flag, action)]
+        described.append(
+            {
+                "flags": flags or [action.dest],
+                "dest": action.dest,
+                "action": type(action).__name__,
+                "nargs": action.nargs,
+                "const": action.const,
+                "type": name if plain or name in TYPES else "str",
+                "choices": list(action.choices) if plain and action.choices is not None else None,
+            }
+        )
+    return described
+
+
+def _is_negation(flag: str, action: argparse.Action) -> bool:
+    """Whether argparse makes this flag itself, of another."""
+    return isinstance(action, argparse.BooleanOptionalAction) and flag.startswith("--no-")
+
+
+if __name__ == "__main__":
+    print("\n" + json.dumps(_describe()))

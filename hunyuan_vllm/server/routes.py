@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse
 from hunyuan_vllm.server.asgi import App, Receive, Scope, Send, notes, refuse
 from hunyuan_vllm.server.refusals import count_refusal
 
-__all__ = ["KEYLESS", "SERVED", "AllowedRoutes", "Paths"]
+__all__ = ["KEYLESS", "SERVED", "AllowedRoutes", "OneModel", "Paths"]
 
 # What may be read without a key: says only whether the server is alive, and load balancers carry none.
 KEYLESS = ("/health", "/livez", "/readyz")
@@ -97,13 +97,13 @@ class OneModel:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] not in ("GET", "HEAD") or not scope["path"].startswith(MODELS):
+        if scope["type"] != "http" or scope["method"] != "GET" or not scope["path"].startswith(MODELS):
             await self._app(scope, receive, send)
             return
         name = scope["path"].removeprefix(MODELS)
         listed = await scope["app"].state.openai_serving_models.show_available_models()
         for model in listed.data:
-            if model.id == name.removeprefix("/") or model.id == name:
+            if model.id == name:
                 await JSONResponse(model.model_dump())(scope, receive, send)
                 return
         await refuse(scope, send, HTTPStatus.NOT_FOUND, f"The model `{name[:LONGEST]}` does not exist.", "model")

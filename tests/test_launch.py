@@ -14,7 +14,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.expert_load import EXTENSION
-from hunyuan_vllm.server.child import cause_of_death
+from hunyuan_vllm.server.cause import cause_of_death
 from hunyuan_vllm.server.flags import Flags
 from hunyuan_vllm.server.launch import Launch, decide
 from hunyuan_vllm.server.machine import Machine

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -175,7 +176,13 @@ async def test_one_class_for_both(tmp_path, monkeypatch):
     key.write_text("secret\n")
     key.chmod(0o600)
     monkeypatch.setenv(KEY_FILE_VARIABLE, str(key))
-    app = BehindKey(answering(404, [JSON], b'{"detail": "Not Found"}'))
+    layers = BehindKey(answering(404, [JSON], b'{"detail": "Not Found"}'))
+    engine = SimpleNamespace(errored=False)
+
+    async def app(scope, receive, send):
+        in_vllm = SimpleNamespace(state=SimpleNamespace(engine_client=engine))
+        await layers({**scope, "app": in_vllm}, receive, send)
+
     assert (await ask(app, "/v1/x")).status_code == 401
     answer = await ask(app, "/v1/x", headers={"Authorization": "Bearer secret"})
     error = answer.json()["error"]

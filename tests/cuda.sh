@@ -36,7 +36,7 @@ if [ ! -e "$cuda/complete" ]; then
     echo "Installing vllm $version for CUDA into $cuda (about 9 GB)"
     "$cpu/bin/uv" venv --quiet --clear --python "$cpu/bin/python" "$cuda"
     : >"$cuda/incomplete"
-    "$cpu/bin/uv" pip install --python "$cuda/bin/python" "vllm==$version" -e "$root[cuda]" pytest pytest-asyncio pytest-timeout pytest-xdist
+    "$cpu/bin/uv" pip install --python "$cuda/bin/python" "vllm==$version" -e "${root}[cuda]" pytest pytest-asyncio pytest-timeout pytest-xdist
     packages=$("$cuda/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     # The wheel's libraries want the driver's, which comes with a GPU. What they name of it is not called here.
     mkdir "$cuda/driver" "$cuda/triton"

@@ -121,6 +121,7 @@ def _decode(decode: Decode) -> dict[str, Any]:
         "batch": decode.batch,
         "bound_tokens_per_second": decode.bound,
         "estimate_tokens_per_second": decode.estimate,
+        "estimate_low_tokens_per_second": decode.low,
         "per_sequence_tokens_per_second": decode.per_sequence,
         "limited_by": decode.step.limited_by,
         "step": _step(decode.step),

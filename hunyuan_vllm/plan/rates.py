@@ -9,6 +9,8 @@ from hunyuan_vllm.plan.scenario import Scenario
 
 __all__ = ["BATCHES", "Decode", "Prefill", "decode", "prefill", "served"]
 
+# The least share of the bound that the published rates reached, from a batch on: `tests/plan/test_roofline.py`.
+PUBLISHED_SHARES = {1: 0.032, 4: 0.065}
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -19,7 +21,7 @@ class Decode:
     Attributes:
         batch: sequences of one engine.
         step: the slowest stage's step; of `batch` sequences divided among the stages.
-        bound, estimate: tokens a second, of all engines.
+        bound, estimate: tokens a second, of all engines; the estimate was not validated on GPUs.
         per_sequence: tokens a second that one user sees, estimated.
     """
 
@@ -28,6 +30,12 @@ class Decode:
     bound: float
     estimate: float
     per_sequence: float
+
+    @property
+    def low(self) -> float:
+        """The low end of what to expect: the share of the bound that the only published rates reached."""
+        share = max(share for batch, share in PUBLISHED_SHARES.items() if batch <= self.batch)
+        return min(self.estimate, share * self.bound)
 
 
 @dataclass(frozen=True)

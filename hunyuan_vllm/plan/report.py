@@ -13,6 +13,7 @@ from hunyuan_vllm.plan.gpus import known_gpus
 from hunyuan_vllm.plan.improvements import BATCH
 from hunyuan_vllm.plan.memory import Budget
 from hunyuan_vllm.plan.plan import Plan
+from hunyuan_vllm.plan.rates import Decode
 from hunyuan_vllm.plan.scenario import GIB, Scenario
 
 __all__ = ["show_assumptions", "show_gpus", "show_plan"]
@@ -45,11 +46,32 @@ def _headline(plan: Plan) -> Panel:
         shared, longest = verdict.shared, scenario.max_model_len
         each = "Each engine's cache" if scenario.replicas > 1 else "The cache"
         holds = f"{each} holds {shared.tokens:,} tokens: {shared.sequences(longest):,} sequences of {longest:,}."
-        body = Text.assemble(("It fits. ", "bold green"), holds)
+        body = Text.assemble(("It fits. ", "bold green"), holds, *(f"\n{line}" for line in _speed(plan)))
     else:
         say = "It cannot work: " if verdict.problems else "It does not fit: "
         body = Text("\n").join(Text.assemble((say, "bold red"), why) for why in verdict.problems or verdict.reasons)
     return Panel(body, title=Text(_title(scenario), style="bold"), title_align="left")
+
+
+def _speed(plan: Plan) -> list[str]:
+    """What to expect, and how much is known of it."""
+    published = {rate.batch: rate.rate for rate in plan.published}
+    lines = []
+    for rate in plan.rates:
+        decode = rate.decode
+        if decode.batch == 1 or decode.batch in published:
+            line = f"Batch {decode.batch}: at most {decode.bound:,.0f} tokens/s (bound), estimated {_range(decode)}"
+            known = published.get(decode.batch)
+            lines.append(f"{line}, published {known:g}." if known else f"{line}.")
+    lines.append(
+        "The estimate has not been validated on GPUs; its low end is the share of the bound that the only published "
+        "rates reached."
+    )
+    return lines
+
+
+def _range(decode: Decode) -> str:
+    return f"{decode.low:,.0f}–{decode.estimate:,.0f}"
 
 
 def _title(scenario: Scenario) -> str:
@@ -123,7 +145,7 @@ def _decoding(plan: Plan) -> RenderableType:
         table.add_row(
             str(decode.batch),
             f"{decode.bound:,.0f}",
-            Text(f"{decode.estimate:,.0f}", style="bold"),
+            Text(_range(decode), style="bold"),
             f"{decode.per_sequence:,.1f}",
             f"{rate.served:,.0f}",
             f"{step.experts:.1f}",
@@ -133,13 +155,11 @@ def _decoding(plan: Plan) -> RenderableType:
             step.limited_by,
         )
     legend = (
-        "bound: at the datasheet's rates; served: with each request's prefill; experts:\n"
-        "distinct ones a layer reads; weights, cache: GiB that a GPU reads in a step;\n"
-        "reduce: MiB of an all-reduce; limit: what takes most of the estimated step"
+        "bound: at the datasheet's rates; estimate: not validated; a user: at its high end;\n"
+        "served: with each request's prefill; experts: distinct ones a layer reads;\n"
+        "weights, cache: GiB that a GPU reads in a step; reduce: MiB of an all-reduce;\n"
+        "limit: what takes most of the estimated step"
     )
-    if plan.published:
-        reached = " and ".join(f"{rate.rate:g} at batch {rate.batch} ({rate.share:.1%})" for rate in plan.published)
-        legend += f"\npublished for this set-up: {reached} of the bound"
     reading = (
         f"{prefill.bound:,.0f} bound, {prefill.estimate:,.0f} estimated; the first token after "
         f"{prefill.first_token:.2f} s on an idle server"

@@ -101,8 +101,11 @@ def stage_step(scenario: Scenario, stage: Stage, tokens: int, context: float, se
     heads = config.num_attention_heads / scenario.tensor
     attention = 4 * heads * config.head_dim * tokens * context * len(stage.layers)
     bf16 = 1e12 * (scenario.gpu.bf16_tflops or 0)
+    # Backends may round queries too, and multiply in FP8, where the cache is FP8.
+    fp8 = 1e12 * (scenario.gpu.fp8_tflops or 0)
+    attention_rate = fp8 if scenario.kv == "fp8" and fp8 else bf16
     memory = (weight_bytes + cache_bytes) / scenario.gpu.bandwidth
-    compute = products[True] / scheme.rate(scenario.gpu) + (products[False] + attention) / bf16
+    compute = products[True] / scheme.rate(scenario.gpu) + products[False] / bf16 + attention / attention_rate
     assumed = scenario.assumptions
     return Step(
         tokens=tokens,

@@ -14,7 +14,7 @@ from hunyuan_vllm.layout import expected_tensors
 from hunyuan_vllm.plan.assumptions import Assumptions
 from hunyuan_vllm.plan.collectives import all_reduce_bytes, collective_seconds
 from hunyuan_vllm.plan.published import published_rates
-from hunyuan_vllm.plan.rates import decode, prefill, served
+from hunyuan_vllm.plan.rates import PUBLISHED_SHARES, decode, prefill, served
 from hunyuan_vllm.plan.roofline import expected_experts, stage_step
 from hunyuan_vllm.plan.scenario import Scenario
 
@@ -79,7 +79,24 @@ def test_published_rates_lie_at_3_to_8_percent_of_the_bound() -> None:
         ("fp8", 1): 3.3,
         ("fp8", 4): 6.6,
     }
-    assert all(3 <= share <= 8 for share in shares.values())
+    for batch, least in PUBLISHED_SHARES.items():
+        assert min(share for (_, at), share in shares.items() if at == batch) == 100 * least
+
+
+def test_an_estimate_is_a_range_from_the_share_that_was_published() -> None:
+    for scheme, gpus in (("bf16", 16), ("int8", 8), ("fp8", 8)):
+        scenario = planned(gpus=gpus, tensor=gpus, scheme=scheme)
+        for rate in published_rates(scenario):
+            expected = decode(scenario, rate.batch)
+            assert 0.95 * rate.rate <= expected.low <= 1.05 * rate.rate
+            assert expected.low < expected.estimate < expected.bound
+
+
+def test_an_fp8_cache_is_bound_by_the_rate_of_fp8() -> None:
+    """Backends round queries too, and multiply in FP8: long contexts then cost half the operations' time."""
+    scenarios = [planned(gpus=8, tensor=8, scheme="fp8", kv=kv) for kv in ("fp8", "auto")]
+    fp8, auto = (stage_step(one, whole(one), 2048, 1_000_000, sequences=1).compute for one in scenarios)
+    assert 0.5 < fp8 / auto < 0.55
 
 
 def test_no_published_rates_for_another_set_up() -> None:

@@ -25,9 +25,9 @@ from typing import Any
 from common import Report, Spread, checkpoint_option, interleaved, mid_checkpoint, options, ratios
 
 from hunyuan_vllm.check.content import read_through
-from hunyuan_vllm.check.formats import stored_format, types_of
 from hunyuan_vllm.check.shards import ITEM_BYTES, read_shards
 from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.quant.formats import stored_format
 from hunyuan_vllm.quant.int8_format import PLAIN, describe
 
 PUBLISHED: dict[str, Any] = dict(
@@ -45,13 +45,12 @@ SHARD_BYTES = 10e9
 
 def hollow_checkpoint(folder: Path, quantization: dict[str, Any] | None) -> Path:
     """Shards with true headers and no data behind them, their index and config; returns the folder, which is made."""
-    config, form = HunYuanConfig(**PUBLISHED), stored_format(quantization)
-    assert form is not None
-    layout = form.layout(config)
+    config = HunYuanConfig(**PUBLISHED)
+    layout = stored_format(quantization).layout(config)
     shards: list[dict[str, Any]] = [{}]
     end = 0
     for name, shape in layout.expected.items():
-        kind = types_of(name, form, layout)[0]
+        kind = layout.types(name)[0]
         kind = "F32" if name.endswith(("_scale", "gate.wg.weight")) else kind
         size = math.prod(shape) * ITEM_BYTES[kind]
         if end + size > SHARD_BYTES:

@@ -18,6 +18,7 @@ __all__ = [
     "missing_weights",
     "read_index",
     "shard_files",
+    "tensor_names",
 ]
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -51,6 +52,12 @@ def missing_config(folder: Path) -> tuple[str, str]:
     """What is wrong with a folder that has no config.json, as the end of the sentence "FOLDER …"; and what to do."""
     if inner := sorted(path.parent.name for path in folder.glob("*/config.json")):
         return f"is no checkpoint, and has some in its folders ({', '.join(inner)})", "name one of them"
+    if (folder / "adapters.safetensors").exists():
+        return "is an adapter of MLX, not a checkpoint", "merge it with mlx_lm.fuse, or train one with hunyuan-vllm"
+    if (folder / "adapter_config.json").exists():
+        return "is an adapter, not a checkpoint", "name its checkpoint, or merge both with hunyuan-vllm merge-lora"
+    if gguf := _gguf(folder):
+        return gguf
     return "has no config.json", f"copy it from the checkpoint that its weights are of; published: {PUBLISHED_AT}"
 
 
@@ -58,7 +65,14 @@ def missing_weights(folder: Path) -> tuple[str, str]:
     """The same of a folder that has no *.safetensors."""
     if any(folder.glob("pytorch_model*.bin")):
         return "has pickled weights (*.bin) and no *.safetensors", f"convert them with {UNPICKLE.format(folder)}"
+    if gguf := _gguf(folder):
+        return gguf
     return "has no *.safetensors", f"copy all files of the checkpoint there; published: {PUBLISHED_AT}"
+
+
+def _gguf(folder: Path) -> tuple[str, str] | None:
+    files = sorted(file.name for file in folder.glob("*.gguf"))
+    return (f"has {_some(files)} of llama.cpp, which is not served", "take the safetensors files") if files else None
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -91,14 +105,7 @@ def check_headers(folder: Path, layout: Layout) -> int:
     shards = shard_files(folder)
     found: dict[str, Path] = {}
     for shard in shards:
-        try:
-            with safe_open(shard, framework="np") as tensors:
-                slices = {name: tensors.get_slice(name) for name in tensors.keys()}
-                headers = {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{shard} is cut short or not a safetensors file ({error}): download it again"
-            ) from None
+        headers = _header(shard)
         for name, (shape, dtype) in headers.items():
             layout.check_type(name, dtype)
             for part in layout.names(name, shape):
@@ -108,6 +115,29 @@ def check_headers(folder: Path, layout: Layout) -> int:
     if shards and (missing := layout.missing(found)):
         raise CheckpointError(f"{folder} lacks checkpoint tensor {_some(missing)}")
     return len(found)
+
+
+def tensor_names(folder: Path) -> list[str]:
+    """The names of all tensors of a checkpoint.
+
+    Raises:
+        CheckpointError: a file is missing, cut short or unreadable.
+    """
+    return [name for shard in shard_files(folder) for name in _header(shard)]
+
+
+def _header(shard: Path) -> dict[str, tuple[list[int], str]]:
+    """Tensor → its shape and type."""
+    try:
+        with safe_open(shard, framework="np") as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}
+            return {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{shard} is cut short or not a safetensors file ({error}): download it again") from None
+
+
+def _names(paths: list[Path]) -> list[str]:
+    return [path.name for path in paths]
 
 
 def _some(names: list[str], limit: int = 3) -> str:

@@ -12,9 +12,11 @@ from typing import Any
 
 from hunyuan_vllm.config import HunYuanConfig
 
-__all__ = ["CheckpointError", "Layout", "Shape", "expected_tensors"]
+__all__ = ["FLOATS", "CheckpointError", "Layout", "Shape", "expected_tensors", "tensor_parallel_sizes"]
 
 Shape = tuple[int, ...]
+
+FLOATS = ("BF16", "F16", "F32")  # as safetensors' headers spell them
 
 _FUSED_QKV = re.compile(r"^(.*\.self_attn\.)qkv_proj\.(weight|bias)$")
 _FUSED_GATE_UP = re.compile(r"^(.*\.)gate_and_up_proj\.(weight|bias)$")
@@ -80,6 +82,17 @@ def _linear(name: str, outputs: int, inputs: int, bias: bool) -> Iterator[tuple[
         yield f"{name}.bias", (outputs,)
 
 
+def tensor_parallel_sizes(config: HunYuanConfig) -> list[int]:
+    """Sizes that divide the query heads and every MLP's width; KV heads may also be replicated."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    sizes = {heads, *(config.intermediate_at(layer) for layer in range(config.num_hidden_layers))}
+    return [
+        ranks
+        for ranks in range(1, heads + 1)
+        if (kv_heads % ranks == 0 or ranks % kv_heads == 0) and all(size % ranks == 0 for size in sizes)
+    ]
+
+
 class Layout:
     """Decides, tensor by tensor, what a checkpoint's tensor is; use one instance a checkpoint.
 
@@ -126,6 +139,10 @@ class Layout:
             width = self.known[parts[0]][0]
             return [(parts[0], tensor[:width]), (parts[1], tensor[width:])]
         return [(part, tensor) for part in parts]
+
+    def types(self, part: str) -> tuple[str, ...]:
+        """The types, as safetensors spells them, that the canonical tensor `part` may have."""
+        return FLOATS
 
     def check_type(self, name: str, dtype: str) -> None:
         """Compare the type of the checkpoint's tensor `name`, as safetensors spells it, with what belongs there.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from hunyuan_vllm.checkpoint import check_headers
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.layout import tensor_parallel_sizes
 from hunyuan_vllm.pipeline import check_pipeline
 from hunyuan_vllm.quant.preflight import check_quantisation
 from hunyuan_vllm.quant.scheme import layout_of
@@ -69,18 +70,12 @@ def check_tensor_parallel(config: HunYuanConfig, size: int) -> None:
     Raises:
         ValueError: names the widths and the sizes that would work.
     """
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    widths = sorted({config.intermediate_at(layer) for layer in range(config.num_hidden_layers)})
-
-    def fits(ranks: int) -> bool:
-        kv_fits = kv_heads % ranks == 0 or ranks % kv_heads == 0
-        return kv_fits and heads % ranks == 0 and all(width % ranks == 0 for width in widths)
-
-    if not fits(size):
+    if size not in (sizes := tensor_parallel_sizes(config)):
+        widths = sorted({config.intermediate_at(layer) for layer in range(config.num_hidden_layers)})
         raise ValueError(
-            f"tensor_parallel_size={size} does not divide this network (num_attention_heads {heads}, "
-            f"num_key_value_heads {kv_heads}, intermediate_size {widths}): "
-            f"use one of {[ranks for ranks in range(1, heads + 1) if fits(ranks)]}"
+            f"tensor_parallel_size={size} does not divide this network (num_attention_heads "
+            f"{config.num_attention_heads}, num_key_value_heads {config.num_key_value_heads}, intermediate_size "
+            f"{widths}): use one of {sizes}"
         )
 
 
@@ -137,5 +132,5 @@ def _check_files(vllm_config: VllmConfig) -> None:
     folder = Path(vllm_config.model_config.model)
     load_format = vllm_config.load_config.load_format
     layout = layout_of(vllm_config)
-    if folder.is_dir() and load_format in ("auto", "hf", "safetensors") and layout is not None:
+    if folder.is_dir() and load_format in ("auto", "hf", "safetensors"):
         check_headers(folder, layout)

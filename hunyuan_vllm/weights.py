@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import CheckpointError, Layout
 from hunyuan_vllm.load_progress import LoadProgress
 from hunyuan_vllm.qk_norm import FoldedQueryNorm
-from hunyuan_vllm.quant.scheme import CheckpointScheme, is_quantised
+from hunyuan_vllm.quant.scheme import CheckpointScheme, is_quantised, scheme_layout
 
 if TYPE_CHECKING:
     from hunyuan_vllm.model import HunYuanForCausalLM
@@ -54,7 +55,7 @@ def load_checkpoint(model: HunYuanForCausalLM, weights: Iterable[tuple[str, torc
         CheckpointError: a tensor is unknown, misshapen, not finite, there twice, or missing; the message names it.
     """
     scheme = model.quant_config if isinstance(model.quant_config, CheckpointScheme) else None
-    layout = scheme.layout(model.config) if scheme else Layout(model.config)
+    layout = scheme_layout(model.quant_config, model.config)
     seen: set[str] = set()
     use_bar = model.vllm_config.load_config.use_tqdm_on_load
     progress = LoadProgress(layout, shown=get_world_group().rank_in_group == 0, bar=use_bar)
@@ -62,7 +63,8 @@ def load_checkpoint(model: HunYuanForCausalLM, weights: Iterable[tuple[str, torc
     if scheme:
         tensors = _converted(model, scheme, tensors, progress)
     loader = AutoWeightsLoader(model)
-    loaded = loader.load_weights(tensors, mapper=_names_for(model.config))
+    with _refusals_explained(model):
+        loaded = loader.load_weights(tensors, mapper=_names_for(model.config))
     if model.expects_whole_checkpoint:
         _require_all(model, layout, seen)
         model.expects_whole_checkpoint = False
@@ -70,6 +72,27 @@ def load_checkpoint(model: HunYuanForCausalLM, weights: Iterable[tuple[str, torc
         if isinstance(module, FoldedQueryNorm):
             module.fold()
     return loaded
+
+
+@contextmanager
+def _refusals_explained(model: HunYuanForCausalLM) -> Iterator[None]:
+    """A quantisation of vLLM's own may take another view of which layers are quantised than the file shows.
+
+    Raises:
+        CheckpointError: it has no place for a tensor; the message says which.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (ValueError, AttributeError) as error:
+        if model.quant_config is None or isinstance(model.quant_config, CheckpointScheme):
+            raise
+        reason = str(error).partition(". The available")[0]
+        raise CheckpointError(
+            f"vLLM's quantisation {model.quant_config.get_name()} does not load the checkpoint as it is: {reason}. "
+            "Correct which layers quantization_config leaves unquantised"
+        ) from error
 
 
 def _names_for(config: HunYuanConfig) -> WeightsMapper:
@@ -86,13 +109,6 @@ def _checked(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     for name, tensor in weights:
-        if (
-            model.quant_config is not None
-            and name.endswith("_scale")
-            and not isinstance(model.quant_config, CheckpointScheme)
-        ):
-            yield name, tensor  # a quantisation of vLLM's own
-            continue
         parts = layout.split(name, tensor)
         if parts:
             _check_finite(name, tensor, rank, ranks)

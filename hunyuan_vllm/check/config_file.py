@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hunyuan_vllm.check.formats import Format, stored_format
 from hunyuan_vllm.checkpoint import PUBLISHED_AT
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.findings import Section
-from hunyuan_vllm.layout import expected_tensors
+from hunyuan_vllm.layout import expected_tensors, tensor_parallel_sizes
+from hunyuan_vllm.quant.formats import Format, UnservedFormat, read_format
 
 __all__ = ["ConfigFile", "check_config", "parameters", "read_object"]
 
@@ -66,7 +65,7 @@ def check_config(folder: Path, section: Section) -> ConfigFile:
     section.ok("network", _describe(found.network))
     _check_architecture(found.fields, section)
     _check_ids(found.network, section)
-    _check_format(found, section)
+    _check_format(found, folder, section)
     return found
 
 
@@ -137,17 +136,16 @@ def _check_ids(config: HunYuanConfig, section: Section) -> None:
                 section.problem("config.json", text, AGAIN)
 
 
-def _check_format(found: ConfigFile, section: Section) -> None:
-    quantization = found.fields.get("quantization_config")
+def _check_format(found: ConfigFile, folder: Path, section: Section) -> None:
+    assert found.network is not None
     try:
-        found.format = stored_format(quantization)
-    except (AttributeError, TypeError, re.error):
-        section.problem("quantization_config", f"it has a form nobody reads: {quantization!r:.100}", AGAIN)
+        found.format = read_format(found.fields, folder)
+    except UnservedFormat as error:
+        section.problem("quantization_config", error.text, error.remedy)
         return
-    if found.format is None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        text = f"{method!r} in this form is not one of ours; its tensors are not compared with the network"
-        remedy = "vLLM may know it; for a checkpoint that is known to work, hunyuan-vllm quantize the BF16 one"
-        section.warning("quantization_config", text, remedy)
-    else:
-        section.ok("format", found.format.name)
+    section.ok("format", found.format.name)
+    sizes = found.format.rank_sizes(found.network)
+    if sizes != tensor_parallel_sizes(found.network):
+        section.ok("ranks", f"tensor_parallel_size {sizes or 'none'}: others cut through what has one scale")
+    if found.format.hardware:
+        section.ok("hardware", found.format.hardware)

@@ -46,7 +46,7 @@ def open_folder(given: str) -> Path:
     """
     folder = Path(given).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").exists() and not any(folder.glob("*.safetensors*")):
+        if not (folder / "config.json").exists() and not any(folder.glob("model*.safetensors*")):
             raise UserError(f"{given} {': '.join(missing_config(folder))}")
         return folder.resolve()
     if given == demo.NAME:

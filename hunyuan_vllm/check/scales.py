@@ -11,11 +11,11 @@ from statistics import median
 import numpy as np
 
 from hunyuan_vllm.check.config_file import ConfigFile
-from hunyuan_vllm.check.formats import FLOATS, is_scale
 from hunyuan_vllm.check.shards import StoredTensor
 from hunyuan_vllm.check.tensors import Used
 from hunyuan_vllm.findings import Section
-from hunyuan_vllm.layout import expected_tensors
+from hunyuan_vllm.layout import FLOATS, expected_tensors
+from hunyuan_vllm.quant.formats import is_scale
 
 __all__ = ["check_scales", "read_values"]
 

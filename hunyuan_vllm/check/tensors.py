@@ -7,11 +7,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from hunyuan_vllm.check.config_file import ConfigFile
-from hunyuan_vllm.check.formats import FLOATS, Format, is_scale, types_of
 from hunyuan_vllm.check.shards import StoredTensor
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.findings import Section
-from hunyuan_vllm.layout import CheckpointError, Layout, Shape
+from hunyuan_vllm.layout import FLOATS, CheckpointError, Layout
+from hunyuan_vllm.quant.formats import Format, is_scale
 
 __all__ = ["check_tensors"]
 
@@ -45,7 +45,9 @@ def check_tensors(tensors: Sequence[StoredTensor], config: ConfigFile, complete:
             unused.append(tensor)
             continue
         used[tensor] = parts
-        if _shape(tensor) != layout.shape(parts):
+        try:
+            layout.names(tensor.name, tensor.shape)
+        except CheckpointError:
             misshapen.append(f"{tensor.name} is {list(tensor.shape)}, not {list(layout.shape(parts))}")
     contradictions = _contradictions(tensors, config.network, complete)
     remedy = "config.json is from another checkpoint: download both again" if contradictions else ""
@@ -61,11 +63,6 @@ def check_tensors(tensors: Sequence[StoredTensor], config: ConfigFile, complete:
     if section.sound:
         section.ok("tensors", f"{len(used):,}, each of the name, shape and type that config.json asks for")
     return used
-
-
-def _shape(tensor: StoredTensor) -> Shape:
-    """A single scale may be stored as `[]` or as `[1]`."""
-    return () if is_scale(tensor.name) and tensor.shape == (1,) else tensor.shape
 
 
 def _report_names(
@@ -110,7 +107,7 @@ def _report_names(
 def _report_types(used: Used, format: Format, layout: Layout, section: Section) -> None:
     surprising = defaultdict(list)
     for tensor, parts in used.items():
-        allowed = types_of(parts[0], format, layout)
+        allowed = layout.types(parts[0])
         if tensor.dtype not in allowed:
             surprising[tensor.dtype, allowed].append(tensor.name)
     for (dtype, allowed), names in surprising.items():

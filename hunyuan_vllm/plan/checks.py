@@ -21,6 +21,8 @@ def problems(scenario: Scenario) -> list[str]:
     """Each reason why this cannot work; none if it can, memory aside."""
     found = [_tensor(scenario), _pipeline(scenario), _gpus(scenario), _dcp(scenario), _length(scenario)]
     found += [scenario.scheme.problem(scenario.gpu), _attention(scenario)]
+    if form := scenario.scheme.format:
+        found.append(_refusal(form.check_ranks, scenario.config, scenario.tensor))
     return [problem for problem in found if problem]
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hunyuan_vllm import demo
+from hunyuan_vllm.checkpoint import missing_config
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.quant.formats import Format, read_format
 
 __all__ = ["PUBLISHED", "PlannedModel", "open_planned"]
 
 PUBLISHED = "hunyuan-large"
-UNQUANTISED = ("ignored_layers", "modules_to_not_convert", "ignore")  # fields of a quantization_config
+UNQUANTISED = ("lm_head", "embed_tokens", "wg", "gate")  # modules that no scheme here quantises
 
 
 @dataclass(frozen=True)
@@ -23,19 +24,18 @@ class PlannedModel:
 
     Attributes:
         name: what the user called it.
-        quantization: its config's `quantization_config`, None for an unquantised checkpoint.
+        format: how the checkpoint stores its weights.
     """
 
     name: str
     config: HunYuanConfig
-    quantization: dict[str, Any] | None = None
+    format: Format = Format()
 
     @property
     def remarks(self) -> tuple[str, ...]:
         """What a plan does not account for."""
-        described = self.quantization or {}
-        names = [name for key in UNQUANTISED for name in described.get(key) or []]
-        left = [name for name in names if name.rsplit(".", 1)[-1] not in ("lm_head", "embed_tokens", "wg")]
+        names = self.format.ignored.entries if self.format.ignored else []
+        left = [name for name in names if name.rsplit(".", 1)[-1].strip("*") not in UNQUANTISED]
         if not left:
             return ()
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
@@ -54,6 +54,8 @@ def open_planned(given: str) -> PlannedModel:
         path = demo.path() / "config.json"
     else:
         path = Path(given).expanduser()
+        if path.is_dir() and not (path / "config.json").exists():
+            raise UserError(f"--model {given} {': '.join(missing_config(path))}")
         path = path / "config.json" if path.is_dir() else path
     try:
         fields = json.loads(path.read_text())
@@ -69,6 +71,7 @@ def open_planned(given: str) -> PlannedModel:
         raise UserError(f"--model {given} has model_type {kind!r}; this planner knows 'hunyuan' (Hunyuan-Large)")
     try:
         config = HunYuanConfig.from_dict(fields)
+        form = read_format(fields, path.parent)
     except ValueError as error:
         raise UserError(f"--model {given}: {error}") from None
-    return PlannedModel(given, config, fields.get("quantization_config"))
+    return PlannedModel(given, config, form)

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Literal
 
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.preflight import check_tensor_parallel
+from hunyuan_vllm.layout import tensor_parallel_sizes
 
 __all__ = ["Matrix", "Network", "Part", "layer_matrices", "padded_vocabulary", "vectors"]
 
@@ -55,14 +55,7 @@ class Network:
     @cached_property
     def tensor_sizes(self) -> list[int]:
         """Tensor-parallel sizes that it divides over."""
-        return [size for size in range(1, self.config.num_attention_heads + 1) if self._divides(size)]
-
-    def _divides(self, size: int) -> bool:
-        try:
-            check_tensor_parallel(self.config, size)
-        except ValueError:
-            return False
-        return True
+        return tensor_parallel_sizes(self.config)
 
     def kinds(self, layers: range) -> list[tuple[int, int]]:
         """(a layer, how many of `layers` are like it): there are few kinds, and a sum over layers needs one of each."""

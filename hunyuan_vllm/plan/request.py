@@ -85,16 +85,18 @@ def make_scenario(request: Request) -> tuple[Scenario, bool]:
             f"--input-len {scenario.input_len} and --output-len {scenario.output_len} are together longer than "
             f"--max-model-len {scenario.max_model_len}"
         )
-    return _with_ranks(scenario, request), model.quantization is not None
+    return _with_ranks(scenario, request), model.format.kind is not None
 
 
 def _scheme(request: Request, model: PlannedModel) -> Scheme:
+    held = scheme_of_checkpoint(model.format)
     if request.scheme is None:
-        return scheme_of_checkpoint(model.quantization)
+        return held
     scheme = find_scheme(request.scheme)
-    if model.quantization is not None and scheme is not scheme_of_checkpoint(model.quantization):
-        held = scheme_of_checkpoint(model.quantization).name
-        raise UserError(f"--scheme {scheme.name}: {request.model} is quantised already, as {held}: leave --scheme out")
+    if model.format.kind is not None and scheme.name != held.name:
+        raise UserError(
+            f"--scheme {scheme.name}: {request.model} is quantised already, as {held.name}: leave --scheme out"
+        )
     return scheme
 
 
@@ -107,8 +109,10 @@ def _with_ranks(scenario: Scenario, request: Request) -> Scenario:
 
 
 def _largest(scenario: Scenario, ranks: int) -> int:
-    """The most tensor-parallel ranks that the network divides over, as a server takes them by default."""
-    return max((size for size in scenario.network.tensor_sizes if size <= ranks), default=1)
+    """The most tensor-parallel ranks that the weights divide over, as a server takes them by default."""
+    form = scenario.scheme.format
+    sizes = form.rank_sizes(scenario.config) if form else scenario.network.tensor_sizes
+    return max((size for size in sizes if size <= ranks), default=1)
 
 
 def _fewest(scenario: Scenario, request: Request) -> Scenario:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
-from typing import Any, Literal
 
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.plan.gpus import Gpu
 from hunyuan_vllm.plan.network import Matrix
+from hunyuan_vllm.quant.formats import FP8, Format
+from hunyuan_vllm.quant.int8_format import PACKED, PLAIN
+from hunyuan_vllm.quant.method_layout import StoredTensors
 
 __all__ = ["SCHEMES", "Scheme", "find_scheme", "scheme_of_checkpoint"]
 
@@ -28,18 +29,22 @@ class Scheme:
         packs: on GPUs the weight's shape is kept beside it: two int64, of an expert two BF16.
         operands: what its products are computed in, on GPUs that have the units.
         capability: least compute capability of its kernels, and the first that they are not made for.
+        stored: how one of vLLM's own methods keeps a matrix, for a checkpoint that is stored so.
+        format: the format of such a checkpoint.
         marlin_below: below this compute capability its kernels are Marlin's, which compute in BF16 and pad to tiles.
     """
 
     name: str
     flags: tuple[str, ...] = ()
-    itemsize: int = BF16
+    itemsize: float = BF16
     channel_scales: tuple[int, int] = (0, 0)
     tensor_scales: bool = False
     packs: bool = False
-    operands: Literal["bf16", "fp8", "int8"] = "bf16"
+    operands: str = "bf16"
     capability: tuple[tuple[int, int], tuple[float, int]] = ((8, 0), (inf, 0))
     marlin_below: tuple[float, int] = (0, 0)
+    stored: StoredTensors | None = None
+    format: Format | None = None
 
     @property
     def quantises(self) -> bool:
@@ -52,13 +57,15 @@ class Scheme:
         bias = BF16 * matrix.copies * matrix.bias
         if not self.quantises or not matrix.quantised:
             return BF16 * matrix.elements + bias
+        if self.stored is not None:
+            return matrix.copies * self.stored.bytes(matrix.outputs, matrix.inputs) + bias
         scales = matrix.copies * matrix.outputs * self.channel_scales[on_cpu]
         if self.tensor_scales:  # an expert's fused tensors have one input scale together
             inputs = matrix.copies if matrix.part == "experts" else matrix.shards
             scales += FLOAT32 * (matrix.copies * matrix.shards + inputs)
         if self.packs and not on_cpu:
             scales += 2 * BF16 * matrix.copies if matrix.part == "experts" else 2 * INT64
-        return self.itemsize * matrix.elements + scales + bias
+        return int(self.itemsize * matrix.elements) + scales + bias
 
     def uses_marlin(self, gpu: Gpu) -> bool:
         return gpu.capability < self.marlin_below
@@ -69,7 +76,7 @@ class Scheme:
             return 0
         padded = _marlin_shape(matrix) if self.uses_marlin(gpu) else self._cutlass_shape(matrix)
         more = padded[0] * padded[1] - matrix.outputs * matrix.inputs
-        return matrix.copies * (self.itemsize * more + self.channel_scales[0] * (padded[0] - matrix.outputs))
+        return matrix.copies * (int(self.itemsize * more) + self.channel_scales[0] * (padded[0] - matrix.outputs))
 
     def _cutlass_shape(self, matrix: Matrix) -> tuple[int, int]:
         """CUTLASS' FP8 products of linears take multiples of 16; its int8 ones leave other shapes to Triton."""
@@ -80,7 +87,8 @@ class Scheme:
     def rate(self, gpu: Gpu) -> float:
         """Operations a second in its products, dense."""
         operands = "bf16" if self.uses_marlin(gpu) else self.operands
-        tera = {"bf16": gpu.bf16_tflops, "fp8": gpu.fp8_tflops, "int8": gpu.int8_tops}[operands]
+        fp8 = gpu.fp8_tflops or 0
+        tera = {"bf16": gpu.bf16_tflops, "fp8": fp8, "fp4": 2 * fp8, "int8": gpu.int8_tops}[operands]
         return 1e12 * (tera or 0)
 
     def problem(self, gpu: Gpu) -> str | None:
@@ -138,26 +146,19 @@ def find_scheme(name: str) -> Scheme:
     return SCHEMES[name]
 
 
-def scheme_of_checkpoint(quantization: Mapping[str, Any] | None) -> Scheme:
-    """The scheme that a checkpoint's `quantization_config` names.
-
-    Raises:
-        UserError: it is a quantisation the planner does not know.
-    """
-    from hunyuan_vllm.quant.int8_format import PACKED, PLAIN, recognise
-
-    if quantization is None:
-        return SCHEMES["bf16"]
-    if quantization.get("quant_method") == "fp8":
-        return SCHEMES["fp8"]
-    form = recognise(quantization)
-    if form is None:
-        method = quantization.get("quant_method")
-        raise UserError(
-            f"the checkpoint's quantization_config ({method!r}) is none that is served here ({', '.join(SCHEMES)}): "
-            "plan for the unquantised checkpoint"
-        )
-    return SCHEMES[{PACKED: "int8", PLAIN: "int8-w8a8"}[form]]
+def scheme_of_checkpoint(form: Format) -> Scheme:
+    """The scheme of a checkpoint that is stored in this format."""
+    if form.method is None:
+        return SCHEMES[{None: "bf16", FP8: "fp8", PACKED: "int8", PLAIN: "int8-w8a8"}[form.kind]]
+    marlin: dict[str, tuple[float, int]] = {"bf16": (inf, 0), "fp8": (8, 9), "fp4": (10, 0), "int8": (0, 0)}
+    return Scheme(
+        str(form.kind),
+        itemsize=form.bits / 8,
+        operands=form.operands,
+        marlin_below=marlin[form.operands],
+        stored=form.method("model.layers.0.self_attn.q_proj"),
+        format=form,
+    )
 
 
 def _marlin_shape(matrix: Matrix) -> tuple[int, int]:

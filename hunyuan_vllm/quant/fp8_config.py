@@ -19,6 +19,7 @@ from vllm.platforms import current_platform
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import CheckpointError
+from hunyuan_vllm.quant.formats import quantization_of
 from hunyuan_vllm.quant.fp8 import E4M3
 from hunyuan_vllm.quant.fp8_format import E4M3_NAME, Fp8Layout, IgnoredLayers, ignored_layers, is_static_per_tensor
 from hunyuan_vllm.quant.kv_scales import CacheScales, is_cache_scale
@@ -67,9 +68,10 @@ class HunYuanFp8Config(RegisteredQuantization):
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """Takes over static per-tensor FP8 checkpoints of Hunyuan networks from vLLM's own "fp8"."""
+        """Takes over static per-tensor FP8 checkpoints of Hunyuan networks from vLLM's own methods."""
         ours = is_static_per_tensor(hf_quant_cfg) and is_hunyuan(hf_config)
-        return cls.name if ours and user_quant in (None, "fp8", cls.name) else None
+        methods = (None, cls.name, "fp8", "compressed-tensors", "modelopt")
+        return cls.name if ours and user_quant in methods else None
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Raises ValueError for a model of another kind, or a GPU with another kind of FP8."""
@@ -97,7 +99,7 @@ class HunYuanFp8Config(RegisteredQuantization):
     # What the loader asks of a scheme.
 
     def layout(self, config: HunYuanConfig) -> Fp8Layout:
-        if getattr(config, "quantization_config", None) is None:
+        if quantization_of(vars(config)) is None:
             raise CheckpointError(
                 f"quantization={self.name!r} needs an FP8 checkpoint, and this one is not quantised: make one with "
                 "hunyuan-vllm quantize SOURCE DESTINATION --scheme fp8-w8a8c8"

@@ -10,7 +10,7 @@ from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import CheckpointError, Shape, expected_tensors
 from hunyuan_vllm.quant.scheme import is_quantised
 
-__all__ = ["IgnoredLayers", "quantised_linears"]
+__all__ = ["IgnoredLayers", "product_of", "quantised_linears"]
 
 _FUSED_NAMES = {  # the last is vLLM's own spelling
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), ("qkv_proj",)),
@@ -26,7 +26,7 @@ class IgnoredLayers:
     """
 
     def __init__(self, entries: Iterable[str] = ()) -> None:
-        entries = list(entries)
+        self.entries = entries = list(entries)
         self.names = [f".{entry}." for entry in entries if not entry.startswith("re:")]
         self.patterns = [re.compile(entry.removeprefix("re:")) for entry in entries if entry.startswith("re:")]
 
@@ -55,7 +55,7 @@ def quantised_linears(config: HunYuanConfig, ignored: IgnoredLayers) -> dict[str
     }
     products: dict[str, list[str]] = defaultdict(list)
     for linear in shapes:
-        products[_product(linear)].append(linear)
+        products[product_of(linear)].append(linear)
     for linears in products.values():
         _refuse_partly_ignored(linears, ignored)
     return {linear: shape for linear, shape in shapes.items() if linear not in ignored}
@@ -67,7 +67,7 @@ def _spellings(linear: str) -> list[str]:
     return [linear, *(f"{module}.{name}" for name in _FUSED_NAMES.get(projection, ()))]
 
 
-def _product(linear: str) -> str:
+def product_of(linear: str) -> str:
     """What the engine computes this linear with: its fused projection, all experts of its layer, or itself."""
     module, _, projection = linear.rpartition(".")
     if ".experts." in module:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.layout import CheckpointError, Layout, Shape, expected_tensors
+from hunyuan_vllm.layout import FLOATS, CheckpointError, Layout, Shape, expected_tensors
 from hunyuan_vllm.quant.ignored import IgnoredLayers, quantised_linears
 
 __all__ = ["PACKED", "PLAIN", "Int8Layout", "describe", "recognise", "stored_tensors"]
@@ -17,9 +17,7 @@ __all__ = ["PACKED", "PLAIN", "Int8Layout", "describe", "recognise", "stored_ten
 PACKED = "pack-quantized"
 PLAIN = "int-quantized"
 
-# As safetensors' headers spell them.
-_FLOATS = ("BF16", "F16", "F32")
-_TYPES = {"weight": ("I8",), "weight_packed": ("I32",), "weight_scale": _FLOATS, "weight_shape": ("I32", "I64")}
+_TYPES = {"weight": ("I8",), "weight_packed": ("I32",), "weight_scale": FLOATS, "weight_shape": ("I32", "I64")}
 
 
 def describe(form: str, ignore: Sequence[str] = ()) -> dict[str, Any]:
@@ -85,11 +83,13 @@ class Int8Layout(Layout):
         packed = self.quantised if form == PACKED else ()
         super().__init__(config, expected, {f"{linear}.weight_shape": (2,) for linear in packed})
 
+    def types(self, part: str) -> tuple[str, ...]:
+        linear, _, kind = part.rpartition(".")
+        return _TYPES[kind] if linear in self.quantised and kind != "bias" else FLOATS
+
     def check_type(self, name: str, dtype: str) -> None:
         for part in self.parts(name):
-            linear, _, kind = part.rpartition(".")
-            types = _TYPES[kind] if linear in self.quantised and kind != "bias" else _FLOATS
-            if dtype not in types:
+            if dtype not in (types := self.types(part)):
                 raise CheckpointError(
                     f"checkpoint tensor {name!r} is {dtype} where config.json's quantization_config promises "
                     f"{' or '.join(types)}: copy the config.json that belongs to the checkpoint"

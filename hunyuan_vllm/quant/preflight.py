@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.quant.formats import OLDER_CPU, UnservedFormat, quantization_of, stored_format
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -21,28 +22,31 @@ def check_quantisation(vllm_config: VllmConfig) -> None:
     Raises:
         ValueError: the message names the option, or the checkpoint's property, and what to use instead.
     """
-    _check_foreign_fp8(vllm_config)
+    _check_format(vllm_config)
     if vllm_config.model_config.quantization in ("hunyuan_int8", "hunyuan_int8_w8a8"):
         _check_int8_on_gpus(vllm_config)
     if vllm_config.cache_config.cache_dtype.startswith("fp8"):
         _check_fp8_cache(vllm_config)
 
 
-def _check_foreign_fp8(vllm_config: VllmConfig) -> None:
-    """FP8 checkpoints of other kinds than ours are vLLM's to load, where it can."""
+def _check_format(vllm_config: VllmConfig) -> None:
+    """What vLLM's own quantisations load is bound to hardware, and to ranks that leave whole what has one scale."""
     from vllm.platforms import current_platform
 
-    if vllm_config.model_config.quantization != "fp8":
-        return
-    described = getattr(vllm_config.model_config.hf_config, "quantization_config", None) or {}
-    remedy = "convert the BF16 checkpoint with hunyuan-vllm quantize SOURCE DESTINATION --scheme fp8-w8a8c8"
-    if block := described.get("weight_block_size"):
-        raise ValueError(
-            f"the checkpoint has FP8 weights with a scale for each block of {block}, which is not supported: ranks of "
-            f"the published network cut through such blocks (18304 / 8 columns are 17.875 × 128); {remedy}"
-        )
-    if current_platform.is_cpu():
-        raise ValueError(f"vLLM runs FP8 with dynamic activation scales on GPUs only; for a CPU, {remedy}")
+    config: HunYuanConfig = vllm_config.model_config.hf_config
+    form = stored_format(quantization_of(vars(config)))
+    form.check_ranks(config, vllm_config.parallel_config.tensor_parallel_size)
+    if current_platform.is_cpu() and (reason := form.cpus or (form.is_int4 and lacks_int4_kernels(config))):
+        raise UnservedFormat(form.name, str(reason))
+
+
+def lacks_int4_kernels(config: HunYuanConfig) -> str:
+    """Why this CPU cannot run a network with 4-bit weights; "" if it can."""
+    import torch
+
+    has_experts = any(config.experts_at(layer) > 1 for layer in range(config.num_hidden_layers))
+    runs = torch.cpu._is_amx_tile_supported() if has_experts else torch.cpu._is_avx512_supported()
+    return "" if runs else OLDER_CPU
 
 
 def _check_int8_on_gpus(vllm_config: VllmConfig) -> None:

@@ -15,8 +15,9 @@ from hunyuan_vllm.layout import Layout
 if TYPE_CHECKING:
     from torch import Tensor
     from vllm.config import VllmConfig
+    from vllm.model_executor.layers.quantization import QuantizationConfig
 
-__all__ = ["CheckpointScheme", "is_quantised", "layout_of"]
+__all__ = ["CheckpointScheme", "is_quantised", "layout_of", "scheme_layout"]
 
 
 class CheckpointScheme(ABC):
@@ -43,8 +44,12 @@ def is_quantised(name: str) -> bool:
     return name.endswith("_proj.weight")
 
 
-def layout_of(vllm_config: VllmConfig) -> Layout | None:
-    """What the engine's checkpoint should hold; None where a quantisation of vLLM's own decides that."""
+def layout_of(vllm_config: VllmConfig) -> Layout:
+    """What the engine's checkpoint should hold.
+
+    Raises:
+        UnservedFormat: it is in a format that cannot be loaded.
+    """
     from vllm.model_executor.model_loader.weight_utils import get_quant_config
 
     model_config = vllm_config.model_config
@@ -53,4 +58,17 @@ def layout_of(vllm_config: VllmConfig) -> Layout | None:
         return Layout(config)
     # vLLM fills in `vllm_config.quant_config` only after its model hooks have run.
     quant_config = vllm_config.quant_config or get_quant_config(model_config, vllm_config.load_config)
-    return quant_config.layout(config) if isinstance(quant_config, CheckpointScheme) else None
+    return scheme_layout(quant_config, config)
+
+
+def scheme_layout(quant_config: QuantizationConfig | None, config: HunYuanConfig) -> Layout:
+    """What a checkpoint that `quant_config` loads holds: as our scheme says, or as config.json does.
+
+    Raises:
+        UnservedFormat: it is in a format that cannot be loaded.
+    """
+    from hunyuan_vllm.quant.formats import quantization_of, stored_format
+
+    if isinstance(quant_config, CheckpointScheme):
+        return quant_config.layout(config)
+    return stored_format(quantization_of(vars(config))).layout(config)

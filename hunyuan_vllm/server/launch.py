@@ -112,6 +112,8 @@ def decide(
             f"{KEY_FILE_VARIABLE}=, or set VLLM_API_KEY"
         )
     check_files(model, flags, environ)
+    if not machine.cuda and model.format is not None and model.format.cpus:
+        raise UserError(f"{model.given} ({model.format.name}): {model.format.cpus}")
     check_adapters(flags, model.config, cpu=not machine.cuda)
     if scheme and not model.demo:
         scheme.check(model)

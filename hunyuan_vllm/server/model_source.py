@@ -13,7 +13,7 @@ from hunyuan_vllm.errors import UserError
 
 if TYPE_CHECKING:
     from hunyuan_vllm.config import HunYuanConfig
-    from hunyuan_vllm.layout import Layout
+    from hunyuan_vllm.quant.formats import Format
     from hunyuan_vllm.server.flags import Flags
 
 __all__ = ["ModelSource", "check_files", "demo_model", "longest_context", "open_model"]
@@ -44,6 +44,7 @@ class ModelSource:
         weight_bytes: size of its weights; 0 where that is unknown.
         demo: it is the model that comes with the package.
         tokenizer: it brings one; True for a hub name.
+        format: how its weights are stored; None where that is unknown.
     """
 
     name: str
@@ -52,6 +53,7 @@ class ModelSource:
     weight_bytes: int = 0
     demo: bool = False
     tokenizer: bool = True
+    format: Format | None = None
 
     @property
     def local(self) -> bool:
@@ -141,28 +143,15 @@ def _open_folder(folder: Path, given: str, demo: bool = False) -> ModelSource:
         kind = config.get("model_type") if isinstance(config, dict) else None
         raise UserError(f"MODEL_PATH={given} has model_type {kind!r}; this server serves 'hunyuan' (Hunyuan-Large)")
     from hunyuan_vllm.config import HunYuanConfig
+    from hunyuan_vllm.quant.formats import read_format
 
     try:
         parsed = HunYuanConfig.from_pretrained(folder)
         shards = shard_files(folder)
-        if layout := _layout(parsed):
-            check_headers(folder, layout)
+        form = read_format(config, folder)
+        check_headers(folder, form.layout(parsed))
     except ValueError as error:
         raise UserError(str(error)) from None
     tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
-    return ModelSource(str(folder), given, parsed, sum(shard.stat().st_size for shard in shards), demo, tokenizer)
-
-
-def _layout(config: HunYuanConfig) -> Layout | None:
-    """What the folder should hold; None where only vLLM knows."""
-    from hunyuan_vllm.layout import Layout
-    from hunyuan_vllm.quant.fp8_format import Fp8Layout, ignored_layers, is_static_per_tensor
-    from hunyuan_vllm.quant.ignored import IgnoredLayers
-    from hunyuan_vllm.quant.int8_format import Int8Layout, recognise
-
-    described = getattr(config, "quantization_config", None)
-    if described is None:
-        return Layout(config)
-    if form := recognise(described):
-        return Int8Layout(config, form, IgnoredLayers(described.get("ignore") or []))
-    return Fp8Layout(config, ignored_layers(described)) if is_static_per_tensor(described) else None
+    weights = sum(shard.stat().st_size for shard in shards)
+    return ModelSource(str(folder), given, parsed, weights, demo, tokenizer, form)

@@ -112,12 +112,14 @@ def _check_cut(model: ModelSource, size: int) -> None:
 
 def _cut_problem(model: ModelSource, size: int) -> str | None:
     """Why the network cannot be divided over `size` ranks; None if it can, or if its config is not here yet."""
-    if model.config is None or size == 1:
+    if model.config is None:
         return None
     from hunyuan_vllm.preflight import check_tensor_parallel
 
     try:
         check_tensor_parallel(model.config, size)
+        if model.format is not None:
+            model.format.check_ranks(model.config, size)
     except ValueError as error:
         return str(error)
     return None

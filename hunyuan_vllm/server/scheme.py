@@ -64,32 +64,29 @@ class Scheme:
 
 
 def _check_fp8(model: ModelSource) -> None:
-    from hunyuan_vllm.quant.fp8_format import is_static_per_tensor
+    from hunyuan_vllm.quant import formats
 
-    if model.config is None:  # on the hub: vLLM says so later
+    if model.format is None or model.format.kind == formats.FP8:  # None: on the hub, where vLLM says so later
         return
-    described = getattr(model.config, "quantization_config", None)
-    if described is None:
+    if model.format.kind is None:
         raise UserError(
             f"MODEL_PATH={model.given} is not quantised: make an FP8 checkpoint of it with hunyuan-vllm quantize "
             f"{model.given} DESTINATION --scheme {FP8.name}, or serve it with deploy/run_server.sh"
         )
-    if not is_static_per_tensor(described):
-        raise UserError(
-            f"MODEL_PATH={model.given} is no FP8 checkpoint with static scales (its quantization_config says "
-            f"{described.get('quant_method')!r}): convert the BF16 checkpoint, or serve it with deploy/run_server.sh"
-        )
+    raise UserError(
+        f"MODEL_PATH={model.given} has no static FP8 scales ({model.format.name}): serve it as it is with "
+        "deploy/run_server.sh, or convert the unquantised checkpoint"
+    )
 
 
 def _check_int8(model: ModelSource) -> None:
-    from hunyuan_vllm.quant.int8_format import recognise
+    from hunyuan_vllm.quant.int8_format import PACKED, PLAIN
 
-    described = getattr(model.config, "quantization_config", None)
-    if described is not None and recognise(described) is None:
+    if model.format is not None and model.format.kind not in (None, PACKED, PLAIN):
         raise UserError(
-            f"MODEL_PATH={model.given} is quantised otherwise (its quantization_config says "
-            f"{described.get('quant_method')!r}): int8 is made of the BF16 checkpoint while it loads, or read from one "
-            "that hunyuan-vllm quantize wrote with --scheme int8 or int8-w8a8"
+            f"MODEL_PATH={model.given} is quantised otherwise ({model.format.name}): int8 is made of the unquantised "
+            "checkpoint while it loads, or read from one that hunyuan-vllm quantize wrote with --scheme int8 or "
+            "int8-w8a8; deploy/run_server.sh serves this one as it is"
         )
 
 
@@ -116,7 +113,7 @@ def gpu_weight_bytes(model: ModelSource, quantization: str | None) -> int:
     Args:
         quantization: vLLM's option of that name.
     """
-    quantised = getattr(model.config, "quantization_config", None) is not None
+    quantised = model.format is not None and model.format.kind is not None
     return model.weight_bytes if quantised else cpu_weight_bytes(model, quantization)
 
 
@@ -126,13 +123,13 @@ def cpu_weight_bytes(model: ModelSource, quantization: str | None) -> int:
     Args:
         quantization: vLLM's option of that name.
     """
-    described = getattr(model.config, "quantization_config", None)
-    if described is not None:
-        expanded = described.get("quant_method") == "fp8"  # to bfloat16
+    from hunyuan_vllm.quant import formats
+    from hunyuan_vllm.quant.ignored import IgnoredLayers, quantised_linears
+
+    if model.format is not None and model.format.kind is not None:
+        expanded = model.format.kind == formats.FP8  # to bfloat16
         return model.weight_bytes * (2 if expanded else 1)
     if model.config is None or quantization not in [scheme.options["quantization"] for scheme in (INT8, INT8_W8A8)]:
         return model.weight_bytes
-    from hunyuan_vllm.quant.ignored import IgnoredLayers, quantised_linears
-
     quantised = sum(map(prod, quantised_linears(model.config, IgnoredLayers()).values()))
     return model.weight_bytes - quantised  # from two bytes each to one; the scales are less than a thousandth

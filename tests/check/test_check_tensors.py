@@ -223,8 +223,7 @@ def test_int8_scales_and_shapes(tmp_path: Path) -> None:
     }
 
 
-def test_a_quantisation_of_another_kind_is_said_to_be_unknown(tmp_path: Path) -> None:
-    edit_json(copy_demo(tmp_path) / "config.json", quantization_config={"quant_method": "awq"})
-    report = check_folder(tmp_path)
-    assert [warning.subject for warning in findings(report, Status.WARNING)] == ["quantization_config"]
-    assert [skip.subject for skip in findings(report, Status.SKIPPED)] == ["tensors"]
+def test_a_quantisation_of_another_kind_is_refused(tmp_path: Path) -> None:
+    edit_json(copy_demo(tmp_path) / "config.json", quantization_config={"quant_method": "hqq"})
+    assert only_problem(tmp_path).subject == "quantization_config"
+    assert [skip.subject for skip in findings(check_folder(tmp_path), Status.SKIPPED)] == ["tensors"]

@@ -49,7 +49,9 @@ def test_the_first_screen_answers() -> None:
         "KV cache    39.21 10 KiB a token on a rank",
         "with CLA's shared cache 2,007   501    125      31 4,111,024",
         "without                 1,003   250     62      15 2,055,504",
-        "20.2 at batch 1 (3.3%) and 75.5 at batch 4 (6.6%) of the bound",
+        "Batch 1: at most 614 tokens/s (bound), estimated 20–94, published 20.2.",
+        "Batch 4: at most 1,137 tokens/s (bound), estimated 74–304, published 75.5.",
+        "The estimate has not been validated on GPUs",
         "--dcp 2",
         "TP_SIZE=16 LOCAL_IP=10.0.0.5 hunyuan-vllm serve --max-model-len 131072",
     ):
@@ -139,8 +141,8 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
         ('{"model_type": "llama"}', "has model_type 'llama'; this planner knows 'hunyuan'"),
         ('{"model_type": "hunyuan", "num_experts": -1}', "num_experts is -1"),
         (
-            '{"model_type": "hunyuan", "quantization_config": {"quant_method": "awq"}}',
-            "'awq'.* plan for the unquantised checkpoint",
+            '{"model_type": "hunyuan", "quantization_config": {"quant_method": "hqq"}}',
+            "'hqq', which is not served here",
         ),
     ):
         config.write_text(text)

@@ -35,11 +35,15 @@ def configured(folder: Path, described: dict[str, Any] | None = None, *, network
 @pytest.mark.parametrize(
     ("described", "options", "message"),
     [
-        (STATIC | {"activation_scheme": "dynamic"}, {}, "dynamic activation scales on GPUs only; for a CPU, convert"),
+        (
+            STATIC | {"activation_scheme": "dynamic"},
+            {},
+            "activations scaled while computing: vLLM loads it on GPUs only; for a CPU, convert",
+        ),
         (
             STATIC | {"activation_scheme": "dynamic", "weight_block_size": [128, 128]},
             {},
-            "a scale for each block of [128, 128], which is not supported",
+            "outputs of k_proj, and the checkpoint (FP8 weights, a scale for each block of 128 × 128) keeps",
         ),
         (STATIC, {}, "down_proj.weight' is BF16 where quantization_config promises F8_E4M3"),
         (

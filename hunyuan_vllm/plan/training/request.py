@@ -48,7 +48,7 @@ def make_setup(request: TrainingRequest) -> TrainingSetup:
         UserError: a name is unknown, or two options contradict each other.
     """
     model, gpu = open_planned(request.model), find_gpu(request.gpu)
-    if model.quantization is not None:
+    if model.format.kind is not None:
         raise UserError(f"--model {request.model} is quantised: training starts from the BF16 checkpoint")
     if request.mode not in get_args(Mode):
         raise UserError(f"--train {request.mode}: it is full or lora")

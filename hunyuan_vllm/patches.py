@@ -72,7 +72,6 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.punica_wrapper import punica_cpu
 from vllm.lora.request import LoRARequest
-from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.model_executor.layers import utils as layer_utils
 from vllm.model_executor.layers.fused_moe import modular_kernel
@@ -123,7 +122,9 @@ def check_adapters_of_requests() -> None:
         config = self.model_config.hf_config
         if lora_request is None or lora_request.lora_path in sound or not isinstance(config, HunYuanConfig):
             return
-        folder = Path(get_adapter_absolute_path(lora_request.lora_path))
+        folder = Path(lora_request.lora_path).expanduser()
+        if not folder.is_dir():  # on the hub, or there for the workers only
+            return
         try:
             check_adapter(folder, config, current_platform.is_cpu(), self.lora_config.max_lora_rank)
         except UserError as error:

@@ -161,7 +161,6 @@ USED: tuple[Symbol, ...] = (
     Symbol("vllm.lora.punica_wrapper.punica_cpu", "bgmv_shrink"),
     Symbol("vllm.lora.worker_manager", "WorkerLoRAManager", members=("_load_adapter",)),
     Symbol("vllm.lora.lora_model", "LoRAModel"),
-    Symbol("vllm.lora.utils", "get_adapter_absolute_path"),
     Symbol("vllm.v1.engine.input_processor", "InputProcessor", members=("_validate_lora",)),
     Symbol("vllm.lora.request", "LoRARequest", members=("lora_name", "lora_path")),
     Symbol(f"{_LAYERS}.quantization.utils.quant_utils", "QuantKey"),

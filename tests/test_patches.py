@@ -152,14 +152,16 @@ def test_stock_still_takes_adapters_of_which_nothing_applies(tmp_path: Path) -> 
 def test_stock_still_hands_any_adapter_to_the_engine(tmp_path: Path) -> None:
     patches.check_adapters_of_requests()
     config = tiny_config()
-    request = LoRARequest("far", 1, str(tmp_path / "nowhere"))
+    folder = rename_modules(write_adapter(tmp_path / "a", adapter_pairs(config)), lambda name: f"model.{name}")
+    request = LoRARequest("far", 1, str(folder))
     processor = MagicMock(lora_config=LoRAConfig(max_lora_rank=8), tokenizer=None)
     processor.model_config.hf_config = config
     validate = InputProcessor._validate_lora
     stock(validate)(processor, request)
-    with pytest.raises(ValueError, match="adapter far: .*/nowhere is not a directory"):
+    with pytest.raises(ValueError, match="adapter far: .*: none of its"):
         validate(processor, request)
-    validate(processor, LoRARequest("near", 2, str(write_adapter(tmp_path / "a", adapter_pairs(config)))))
+    validate(processor, LoRARequest("near", 2, str(write_adapter(tmp_path / "b", adapter_pairs(config)))))
+    validate(processor, LoRARequest("on the hub", 3, "somebody/adapter"))
     processor.model_config.hf_config = None  # another model
     validate(processor, request)
 

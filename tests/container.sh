@@ -59,7 +59,7 @@ inspect() { buildah inspect --type image --format "$1" "$image"; }
 user=$(inspect '{{.Docker.Config.User}}')
 [ "$user" = 10001 ] || fail "the image runs as $user"
 
-# What `docker run --read-only --cap-drop all --security-opt no-new-privileges` does, with the mounts of docs/deploy.md.
+# What `docker run --read-only --cap-drop all --security-opt no-new-privileges` does, with the mounts of docs/serving.md.
 mkdir -p "$mounted/model" "$mounted/run/secrets/hunyuan"
 umask 077
 mkdir "$work/keys"
@@ -86,7 +86,8 @@ mount --bind "$root/hunyuan_vllm/demo" "$mounted/model"
 mount --bind "$work/keys" "$mounted/run/secrets/hunyuan"
 for folder in "$mounted/model" "$mounted/run/secrets/hunyuan" "$mounted"; do mount -o remount,bind,ro "$folder"; done
 exec chroot "$mounted" setpriv --reuid="$user" --regid="$user" --clear-groups \
-    --no-new-privs --bounding-set=-all --inh-caps=-all env -i $(cat "$work/env") HOME=/home/hunyuan sh -c 'cd && exec "$@"' sh $(cat "$work/entrypoint")
+    --no-new-privs --bounding-set=-all --inh-caps=-all \
+    env -i $(cat "$work/env") HOME=/home/hunyuan sh -c 'cd && exec "$@"' sh $(cat "$work/entrypoint")
 SCRIPT
 export root work mounted user
 say "the container"
@@ -125,6 +126,8 @@ until check >/dev/null 2>&1; do
     sleep 1
 done
 
+grep -q '^[^ ]* / [^ ]* ro' "/proc/$server/mounts" || fail "its root can be written to: $(cat "/proc/$server/mounts")"
+
 say "an answer"
 cp "$work/keys/api-key" "$work/first"
 echo wrong >"$work/wrong"
@@ -136,7 +139,6 @@ say "another key, while it serves"
 openssl rand -hex 32 >"$work/keys/.new"
 chown "$user" "$work/keys/.new"
 mv "$work/keys/.new" "$work/keys/api-key"
-sleep 2
 expect 401 "$work/first"
 expect 200 "$work/keys/api-key"
 

@@ -20,11 +20,13 @@ __all__ = ["FOLDER", "NodeSetup", "parse_variables", "without_secrets"]
 # Below the home directory, which SSH sessions and shells agree about; XDG_CONFIG_HOME is set in some of them only.
 FOLDER = Path(".config/hunyuan-vllm/cluster")
 RAY_SETTINGS = {
-    # A node that is silent counts as dead after about 6 seconds instead of a minute.
+    # A node is dead after five checks in a row without an answer, about 25 s; Ray's own minute is long for clients.
+    # With three checks of 2 s a node whose raylet stands still for 10 s is ended, and the model has to be loaded anew:
+    # docs/deploy.md.
     "RAY_health_check_initial_delay_ms": "2000",
     "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "2000",
-    "RAY_health_check_failure_threshold": "3",
+    "RAY_health_check_timeout_ms": "4000",
+    "RAY_health_check_failure_threshold": "5",
     # Ray lets all else on a node run before its workers (nice 15, ray-project/ray#24928); here they are vLLM's ranks.
     "RAY_worker_niceness": "0",
 }

@@ -19,7 +19,7 @@ from hunyuan_vllm.cluster.port_table import TABLE
 
 pytestmark = pytest.mark.slow
 
-GIVEN_UP = 9.0  # seconds after which the head has surely given up a node that is silent
+GIVEN_UP = 30.0  # seconds after which the head has surely given up a node that is silent
 UP = ["--ssh-port", str(PORT), "--gpus-per-node", "1", "--logical-gpus", "--despite-warnings", "--json"]
 TOKEN = f"{HOME}/.ray/auth_token"
 DEPLOY = Path(__file__).parents[2] / "deploy"

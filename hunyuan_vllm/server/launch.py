@@ -137,7 +137,8 @@ def decide(
         ours["worker-extension-cls"] = [EXPERT_LOAD]
     if scheme:
         ours |= {name: [value] for name, value in scheme.options.items()}
-    if not machine.fp8_cache and ours.pop("kv-cache-dtype", None) and "kv-cache-dtype" not in flags:
+    if not machine.fp8_cache and "kv-cache-dtype" in ours and "kv-cache-dtype" not in flags:
+        del ours["kv-cache-dtype"]
         notes.append("an FP8 KV cache needs a CPU with AVX-512 or AMX: here the cache keeps the model's own type")
     fp8_cache = (flags.get("kv-cache-dtype") or ours.get("kv-cache-dtype", ["auto"])[0]).startswith("fp8")
     context = choose_context_ranks(flags, machine.gpu, model, ranks.tensor, fp8_cache)

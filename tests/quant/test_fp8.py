@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 import torch
+from engine import needs_fp8_cache
 from fp8_reference import e4m3, rounded
 from torch import Tensor, nn
 from torch.nn.functional import silu
@@ -152,6 +153,7 @@ def test_gate_and_up_share_a_scale_without_being_rounded_again() -> None:
         assert (now_output - output).norm() / output.norm() < 0.01
 
 
+@needs_fp8_cache
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("prepared", [True, False])
 def test_what_the_cpu_kernel_stores_in_an_fp8_cache(dtype: torch.dtype, prepared: bool) -> None:

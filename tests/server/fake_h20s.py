@@ -64,8 +64,9 @@ class FakeHead:
         (modules / "ray" / "_private").mkdir(parents=True)
         self._tools.mkdir()
         self._deploy.mkdir()
-        for script in (ROOT / "deploy").glob("run_server*.sh"):
-            (self._deploy / script.name).write_text(script.read_text())
+        (self._deploy / "bootstrap").mkdir()
+        for script in [*(ROOT / "deploy").glob("run_server*.sh"), ROOT / "deploy" / "bootstrap" / "help.sh"]:
+            (self._deploy / script.relative_to(ROOT / "deploy")).write_text(script.read_text())
         (self._deploy / "setup_env.sh").write_text("#!/bin/sh\n")
         (self._tools / "nvidia-smi").write_text(NVIDIA_SMI)
         (self._tools / "nvidia-smi").chmod(0o755)

@@ -27,7 +27,7 @@ def check_adapters(flags: Flags, config: HunYuanConfig | None, cpu: bool) -> Non
         return
     if "enable-lora" not in flags:
         raise UserError("--lora-modules needs --enable-lora beside it")
-    for item in [given] if isinstance(given, str) else given:
+    for item in given:
         name, path = _name_and_path(item)
         folder = Path(path).expanduser()
         if config is None or not folder.exists() and HUB_NAME.fullmatch(path):

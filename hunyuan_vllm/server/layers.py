@@ -25,9 +25,9 @@ QUIET = ("/health", LIVE, READY, "/metrics")
 
 
 class Open:
-    """For a server that needs no key. It serves nothing where others than this machine could use it unasked for.
+    """For a server that needs no key. It does not start where other machines could reach it without --insecure.
 
-    The launch has seen to that. Here it is looked at once more, in what the server has really been told.
+    The launch has checked that already; this checks it again, by the arguments that vLLM itself has parsed.
     """
 
     def __init__(self, app: App) -> None:

@@ -171,6 +171,7 @@ def test_ranks_that_cut_through_what_has_one_scale(tmp_path: Path) -> None:
 
 def test_formats_for_gpus_only_are_refused_where_there_is_none(source: Path, tmp_path: Path) -> None:
     stored, _ = quantise(source, tmp_path, "modelopt_nvfp4")
+    (stored / "tokenizer.json").touch()
     settings, machine = Settings.read({}), Machine(cuda=False, memory=2**35)
     with pytest.raises(UserError, match="NVFP4.*: vLLM loads it on GPUs only; for a CPU, convert"):
         decide(settings, Flags([]), machine, open_model(str(stored)), {})

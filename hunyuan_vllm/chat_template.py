@@ -1,6 +1,9 @@
 """The built-in chat template, and what a checkpoint's own template is known to get wrong of the same format.
 
 <|startoftext|>system<|extra_4|>user<|extra_0|>assistant<|eos|><|startoftext|>user<|extra_0|>assistant<|eos|> …
+
+The format has one system text, in front: several system messages are joined. Where there is no user message, an answer
+to the system message alone is asked for by an empty one.
 """
 
 from __future__ import annotations
@@ -36,17 +39,20 @@ CHAT_TEMPLATE = r"""
     {{ content | map(attribute='text') | select | join('\n') }}
   {%- endif -%}
 {%- endmacro -%}
-{%- set turn = namespace(open=false) -%}
+{%- set turn = namespace(open=false, system='') -%}
+{%- for message in messages if message['role'] == 'system' -%}
+  {%- set content = text_of(message['content']) -%}
+  {%- if content -%}
+    {%- set turn.system = turn.system + ('\n\n' if turn.system else '') + content -%}
+  {%- endif -%}
+{%- endfor -%}
+{%- if turn.system -%}
+  {{ '<|startoftext|>' + turn.system + '<|extra_4|>' }}
+  {%- set turn.open = true -%}
+{%- endif -%}
 {%- for message in messages -%}
   {%- set content = text_of(message['content']) -%}
   {%- if message['role'] == 'system' -%}
-    {%- if not loop.first -%}
-      {{ raise_exception('A system message must be the first message, and the only one.') }}
-    {%- endif -%}
-    {%- if content -%}
-      {{ '<|startoftext|>' + content + '<|extra_4|>' }}
-      {%- set turn.open = true -%}
-    {%- endif -%}
   {%- elif message['role'] == 'user' -%}
     {{ ('' if turn.open else '<|startoftext|>') + content + '<|extra_0|>' }}
     {%- set turn.open = false -%}
@@ -58,6 +64,9 @@ CHAT_TEMPLATE = r"""
     {{ raise_exception('Unknown role in message ' ~ loop.index ~ '; use system, user or assistant.') }}
   {%- endif -%}
 {%- endfor -%}
+{%- if turn.open and add_generation_prompt -%}
+  {{ '<|extra_0|>' }}
+{%- endif -%}
 """.lstrip()
 
 

@@ -19,6 +19,7 @@ from hunyuan_vllm import envs
 from hunyuan_vllm.chat_template import CHAT_TEMPLATE, known_faults, replacement
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.rendered_chat import RenderedChat, SpecialTokens, new_mark
 from hunyuan_vllm.text_encoder import TextEncoder
 from hunyuan_vllm.vocab import END_OF_TEXT, EOS, PAD, SPECIAL_TOKENS, START_OF_TEXT, build_tokenizer, read_tokens
 
@@ -31,6 +32,14 @@ _PLAIN = {
     "add_special_tokens", "max_length", "pad_to_multiple_of", "padding_side", "padding_strategy",
     "return_attention_mask", "split_special_tokens", "truncation_strategy", "verbose",
 }  # fmt: skip
+
+# Arguments of `apply_chat_template` that are not for the template itself.
+_NOT_RENDERED = {
+    "add_generation_prompt", "chat_template", "continue_final_message", "max_length", "padding",
+    "return_assistant_tokens_mask", "return_dict", "return_tensors", "truncation",
+}  # fmt: skip
+_FINISHING = {"pad_to_multiple_of", "padding_side", "padding_strategy", "return_tensors"}
+_TOKENIZING = {"max_length", "padding", "return_tensors", "truncation"}
 
 _Text = TypeVar("_Text")
 
@@ -95,8 +104,53 @@ class HYTokenizer(TokenizersBackend):
             special_tokens=[*zip(head, self._head, strict=True), *zip(tail, self._tail, strict=True)],
         )
 
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        tools: Any = None,
+        documents: Any = None,
+        *args: Any,
+        tokenize: bool = True,
+        tokenizer_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the base class, but special tokens in messages, tools, documents and template variables are plain text.
+
+        A conversation that ends with an answer is left open where an answer is asked for: the model goes on with it.
+
+        Args:
+            tokenizer_kwargs: for the tokenizer. With {"split_special_tokens": False} special tokens in messages are
+                special, as they are with the base class.
+        """
+        if kwargs.get("add_generation_prompt") and _ends_with_answer(conversation):
+            kwargs |= {"add_generation_prompt": False, "continue_final_message": True}
+        given = [conversation, tools, documents, {name: kwargs[name] for name in kwargs.keys() - _NOT_RENDERED}]
+        mark = new_mark()
+        special = (tokenizer_kwargs or {}).get("split_special_tokens") is False
+        marked = given if special or args else self._special.mark(given, mark)
+        if marked == given:
+            return super().apply_chat_template(
+                conversation, tools, documents, *args, tokenize=tokenize, tokenizer_kwargs=tokenizer_kwargs, **kwargs
+            )
+        *marked, variables = marked
+        rendered = super().apply_chat_template(*marked, tokenize=False, **kwargs | variables)
+        batch = not isinstance(rendered, str)
+        text = [self._special.unmark(one, mark) for one in rendered] if batch else self._special.unmark(rendered, mark)
+        if not tokenize:
+            return text
+        if kwargs.get("return_assistant_tokens_mask"):
+            raise ValueError("return_assistant_tokens_mask is not supported where messages quote special tokens")
+        options = {name: kwargs[name] for name in kwargs.keys() & _TOKENIZING} | (tokenizer_kwargs or {})
+        encoded = self(text, add_special_tokens=False, **options)
+        return encoded if kwargs.get("return_dict", True) else encoded["input_ids"]
+
+    @cached_property
+    def _special(self) -> SpecialTokens:
+        return SpecialTokens(self.get_added_vocab())
+
     def _add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
         added = super()._add_tokens(new_tokens, special_tokens)
+        self.__dict__.pop("_special", None)
         if self._text_encoder is not None and len(self) > self._text_encoder.n_vocab:
             self._text_encoder = None  # its vocabulary is fixed; the pipeline encodes alike, only slower
         return added
@@ -104,6 +158,10 @@ class HYTokenizer(TokenizersBackend):
     def _encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> BatchEncoding:
         """Where every public way to encode ends: one text goes to tiktoken, anything else to the pipeline."""
         pipeline = super()._encode_plus
+        if isinstance(text, RenderedChat):
+            return self._encode_rendered(text, kwargs)
+        if isinstance(text, list) and any(isinstance(one, RenderedChat) for one in text):
+            return self._encode_batch(text, kwargs)
         if self._as_given:
             return pipeline(text, text_pair, **kwargs)
 
@@ -119,13 +177,54 @@ class HYTokenizer(TokenizersBackend):
             return by_pipeline()
         ids = self._text_encoder(_nfc(text), special_tokens=not kwargs.get("split_special_tokens"))
         head, tail = (self._head, self._tail) if kwargs.get("add_special_tokens", True) else ([], [])
-        if kwargs.get("truncation_strategy", "do_not_truncate") != "do_not_truncate":
-            room = max(kwargs["max_length"] - len(head) - len(tail), 0)
-            ids = ids[:room] if self.truncation_side == "right" else ids[max(len(ids) - room, 0) :]
-        data = {"input_ids": [*head, *ids, *tail]}
+        data = {"input_ids": [*head, *self._cut(ids, len(head) + len(tail), kwargs), *tail]}
         if kwargs.get("return_attention_mask") is not False:
             data["attention_mask"] = [1] * len(data["input_ids"])
         return _LateEncoding(data, lambda: by_pipeline().encodings)
+
+    def _cut(self, tokens: list[Any], others: int, kwargs: dict[str, Any]) -> list[Any]:
+        """`tokens` as truncated under these arguments of `_encode_plus`, with room left for `others` around them."""
+        if kwargs.get("truncation_strategy", "do_not_truncate") == "do_not_truncate":
+            return tokens
+        room = max(kwargs["max_length"] - others, 0)
+        return tokens[:room] if self.truncation_side == "right" else tokens[max(len(tokens) - room, 0) :]
+
+    def _encode_rendered(self, text: RenderedChat, kwargs: dict[str, Any]) -> BatchEncoding:
+        """A conversation piece by piece: ids, a mask of ones and, where asked for, the pieces' offsets."""
+        tokens: list[tuple[int, tuple[int, int]]] = []
+        want_offsets = bool(kwargs.get("return_offsets_mapping"))
+        for piece, place, special in self._special.pieces(text):
+            part = self._encode_plus(
+                piece, add_special_tokens=False, split_special_tokens=not special, return_offsets_mapping=want_offsets
+            )
+            offsets = part["offset_mapping"] if want_offsets else [(0, 0)] * len(part["input_ids"])
+            tokens += zip(part["input_ids"], [(place + start, place + end) for start, end in offsets], strict=True)
+        around = self._encode_plus("")["input_ids"] if kwargs.get("add_special_tokens", True) else []
+        head = around if self._as_given else around[: len(self._head)]
+        tail = around[len(head) :]
+        tokens = (
+            [(id_, (0, 0)) for id_ in head] + self._cut(tokens, len(around), kwargs) + [(id_, (0, 0)) for id_ in tail]
+        )
+        data: dict[str, Any] = {"input_ids": [id_ for id_, _ in tokens], "attention_mask": [1] * len(tokens)}
+        if want_offsets:
+            data["offset_mapping"] = [offsets for _, offsets in tokens]
+        return self._finished(BatchEncoding(data), kwargs, batch=False)
+
+    def _encode_batch(self, texts: list[str], kwargs: dict[str, Any]) -> BatchEncoding:
+        single = {name: value for name, value in kwargs.items() if name not in _FINISHING}
+        rows = [self._encode_plus(text, **single) for text in texts]
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        return self._finished(BatchEncoding(columns), kwargs, batch=True)
+
+    def _finished(self, encoded: BatchEncoding, kwargs: dict[str, Any], batch: bool) -> BatchEncoding:
+        """Padded and made tensors as these arguments of `_encode_plus` say."""
+        if kwargs.get("padding_strategy", "do_not_pad") != "do_not_pad":
+            names = ("max_length", "pad_to_multiple_of", "padding_side")
+            options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+            encoded = self.pad(encoded, padding=kwargs["padding_strategy"], **options)
+        if kwargs.get("return_tensors"):
+            encoded.convert_to_tensors(kwargs["return_tensors"], prepend_batch_axis=not batch)
+        return encoded
 
     def _is_plain(self, kwargs: dict[str, Any]) -> bool:
         """Whether one text under these arguments of `_encode_plus` needs nothing but its ids and a mask of ones."""
@@ -192,6 +291,17 @@ def load_tokenizer(name: str | Path) -> HYTokenizer:
 def _say_replaced(faults: tuple[str, ...]) -> None:
     """Once a process."""
     logger.warning("For chats, %s", replacement(faults))
+
+
+def _ends_with_answer(conversation: Any) -> bool:
+    """Whether the last message is the beginning of an answer: an assistant's, with a text and without calls."""
+    last = conversation[-1] if isinstance(conversation, list) and conversation else None
+    if not isinstance(last, dict) or last.get("role") != "assistant" or last.get("tool_calls"):
+        return False
+    content = last.get("content")
+    if isinstance(content, list):
+        content = content[-1].get("text") if content and isinstance(content[-1], dict) else None
+    return isinstance(content, str) and bool(content.strip())
 
 
 def _with_defaults(kwargs: dict[str, Any]) -> dict[str, Any]:

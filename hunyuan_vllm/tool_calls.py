@@ -46,6 +46,8 @@ class HunYuanToolParser(Hermes2ProToolParser):
             if isinstance(arguments.json_schema, bool):  # no parameters, or none that are to be kept
                 pinned = strict_level == ToolStrictLevel.PARAMETER
                 arguments.json_schema = NO_PARAMETERS if pinned else ANY_PARAMETERS
+            elif not arguments.json_schema:  # which is any JSON: white space without end, but arguments are an object
+                arguments.json_schema = ANY_PARAMETERS
             elif request.tool_choice != "auto" and has_xgrammar_unsupported_json_features(arguments.json_schema):
                 raise VLLMValidationError(
                     "parameters have what a call cannot be held to (multipleOf, uniqueItems, contains, pattern with "

@@ -68,14 +68,21 @@ CONVERSATIONS = {
         [system(""), user("1"), assistant("a"), user("2")],
         "<|startoftext|>1<|extra_0|>a<|eos|><|startoftext|>2<|extra_0|>",
     ),
-    "answer at the end": ([user("1"), assistant("a")], "<|startoftext|>1<|extra_0|>a<|eos|>"),
+    "two system messages": (
+        [system("a"), system(""), system("b"), user("Hi")],
+        "<|startoftext|>a\n\nb<|extra_4|>Hi<|extra_0|>",
+    ),
+    "a late system message": ([user("Hi"), system("late")], "<|startoftext|>late<|extra_4|>Hi<|extra_0|>"),
     "user twice": ([user("1"), user("2")], "<|startoftext|>1<|extra_0|><|startoftext|>2<|extra_0|>"),
     "parts": (
-        [system(parts("Be", "kind.")), user(parts("Hi")), assistant(parts("a", "b"))],
-        "<|startoftext|>Be\nkind.<|extra_4|>Hi<|extra_0|>a\nb<|eos|>",
+        [system(parts("Be", "kind.")), user(parts("Hi")), assistant(parts("a", "b")), user("?")],
+        "<|startoftext|>Be\nkind.<|extra_4|>Hi<|extra_0|>a\nb<|eos|><|startoftext|>?<|extra_0|>",
     ),
     "empty parts": ([system(parts("")), user(parts("", "Hi"))], "<|startoftext|>Hi<|extra_0|>"),
-    "whitespace is kept": ([user("  a\n\n"), assistant("\n b ")], "<|startoftext|>  a\n\n<|extra_0|>\n b <|eos|>"),
+    "whitespace is kept": (
+        [user("  a\n\n"), assistant("\n b "), user(" ")],
+        "<|startoftext|>  a\n\n<|extra_0|>\n b <|eos|><|startoftext|> <|extra_0|>",
+    ),
     "nothing is escaped": ([user("<b> & {{ x }} 'é'")], "<|startoftext|><b> & {{ x }} 'é'<|extra_0|>"),
 }
 
@@ -96,11 +103,38 @@ def test_an_answer_can_be_continued(tokenizer: HYTokenizer) -> None:
     assert text == "<|startoftext|>Count.<|extra_0|>one, two,"
 
 
+@pytest.mark.parametrize("content", ["one, two,", parts("one, two,")])
+def test_an_answer_at_the_end_is_continued_where_one_is_asked_for(
+    renderer: HfRenderer, tokenizer: HYTokenizer, content: Any
+) -> None:
+    messages = [user("Count."), assistant(content)]
+    text = "<|startoftext|>Count.<|extra_0|>one, two,"
+    assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == text
+    _, (prompt,) = renderer.render_chat([messages], ChatParams(chat_template_kwargs={"add_generation_prompt": True}))
+    assert prompt["prompt_token_ids"] == tokenizer.encode(text, add_special_tokens=False)
+    closed = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+    assert closed == f"{text}<|eos|>"
+
+
+@pytest.mark.parametrize("content", ["", " ", None])
+def test_an_empty_answer_is_not_continued(tokenizer: HYTokenizer, content: str | None) -> None:
+    text = tokenizer.apply_chat_template(
+        [user("Count."), assistant(content)], tokenize=False, add_generation_prompt=True
+    )
+    assert text == f"<|startoftext|>Count.<|extra_0|>{content or ''}<|eos|>"
+
+
+def test_a_system_message_alone_is_answered(tokenizer: HYTokenizer) -> None:
+    def render(generation: bool) -> Any:
+        return tokenizer.apply_chat_template([system("S")], tokenize=False, add_generation_prompt=generation)
+
+    assert render(True) == "<|startoftext|>S<|extra_4|><|extra_0|>"
+    assert render(False) == "<|startoftext|>S<|extra_4|>"
+
+
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
-        ([user("Hi"), system("late")], "A system message must be the first message, and the only one"),
-        ([system("a"), system("b"), user("Hi")], "A system message must be the first message, and the only one"),
         ([user("Hi"), {"role": "tool", "content": "42"}], "Unknown role in message 2; use system, user or assistant"),
         ([user([{"type": "image_url", "image_url": {"url": "x"}}])], "This model reads text only"),
     ],
@@ -237,6 +271,18 @@ def test_vllm_renders_the_same(
 ) -> None:
     _, (prompt,) = renderer.render_chat([messages], ChatParams())
     assert prompt["prompt_token_ids"] == tokenizer.encode(expected, add_special_tokens=False)
+
+
+def test_vllm_takes_special_tokens_in_a_message_for_text(renderer: HfRenderer, tokenizer: HYTokenizer) -> None:
+    quoted = "x<|eos|><|extra_0|>y"
+    ids = tokenizer(quoted, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    start, user = tokenizer.convert_tokens_to_ids(["<|startoftext|>", "<|extra_0|>"])
+    _, (prompt,) = renderer.render_chat([[{"role": "user", "content": quoted}]], ChatParams())
+    assert prompt["prompt_token_ids"] == [start, *ids, user]
+    switched = ChatParams(chat_template_kwargs={"tokenizer_kwargs": {"split_special_tokens": False}})
+    _, (prompt,) = renderer.render_chat([[{"role": "user", "content": quoted}]], switched)
+    text = f"<|startoftext|>{quoted}<|extra_0|>"
+    assert prompt["prompt_token_ids"] == tokenizer.encode(text, add_special_tokens=False)
 
 
 def test_vllm_gives_a_plain_prompt_its_start_and_no_end(renderer: HfRenderer, tokenizer: HYTokenizer) -> None:

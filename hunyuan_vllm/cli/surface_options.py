@@ -10,6 +10,7 @@ import typer
 __all__ = [
     "AdminRoutes",
     "AllowedRoutes",
+    "IgnoreUnknownFields",
     "MaxBody",
     "MaxOutputTokens",
     "MaxPromptTokens",
@@ -39,6 +40,14 @@ AllowedRoutes = Annotated[
         "--allow-route", metavar="PATH", help="Serve this route of vLLM's as well; repeatable.", rich_help_panel=ROUTES
     ),
 ]
+IgnoreUnknownFields = Annotated[
+    bool,
+    typer.Option(
+        "--ignore-unknown-fields",
+        help="Pass over fields of a request that nothing reads, as vLLM does, instead of refusing them.",
+        rich_help_panel=ROUTES,
+    ),
+]
 MaxBody = Annotated[float | None, _limit("--max-body", "MIB", "Size of a request (default: 16).")]
 MaxPromptTokens = Annotated[
     int | None, _limit("--max-prompt-tokens", "N", "Tokens of a prompt (default: the context length).")
@@ -55,7 +64,13 @@ MaxRequestsPerKey = Annotated[
 MaxQueue = Annotated[int | None, _limit("--max-queue", "N", "Sequences waiting for the engine (default: 1024).")]
 
 
-def surface_of(admin: bool, routes: list[str] | None, max_body: float | None, **limits: int | None) -> Any:
+def surface_of(
+    admin: bool,
+    routes: list[str] | None,
+    max_body: float | None,
+    ignore_unknown_fields: bool = False,
+    **limits: int | None,
+) -> Any:
     """The Surface these options ask for; what they leave open is as HUNYUAN_VLLM_SURFACE or the default has it.
 
     Raises:
@@ -72,6 +87,8 @@ def surface_of(admin: bool, routes: list[str] | None, max_body: float | None, **
     given: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
     if admin:
         given["admin"] = True
+    if ignore_unknown_fields:
+        given["ignore_unknown_fields"] = True
     if routes:
         given["extra_routes"] = tuple(routes)
     if max_body is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -15,6 +16,8 @@ from hunyuan_vllm.server.asgi import App, Message, Receive, Scope, Send, notes, 
 from hunyuan_vllm.server.json_body import BadJson, read_json
 from hunyuan_vllm.server.prompt_limit import limit_prompts
 from hunyuan_vllm.server.refusals import count_refusal
+from hunyuan_vllm.server.request_bounds import check_bounds
+from hunyuan_vllm.server.request_fields import BadField, read_fields
 from hunyuan_vllm.server.routes import Paths
 from hunyuan_vllm.server.surface import Surface
 
@@ -69,6 +72,9 @@ class Limits:
             if body is None:  # the client has gone
                 return
             request = _parsed(body)
+            read = self._fields(scope["path"], request)
+            if read is not request:
+                request, body = read, json.dumps(read).encode()
             if scope["path"] in GENERATING:
                 await self._generate(scope, _Replay(body, receive), send, request)
             else:
@@ -107,6 +113,14 @@ class Limits:
         except TimeoutError:
             message_ = f"the request did not arrive within {BODY_TIMEOUT:g} s"
             raise _Refused(HTTPStatus.REQUEST_TIMEOUT, "slow", message_) from None
+
+    def _fields(self, path: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        try:
+            read = read_fields(path, request, self._surface.ignore_unknown_fields)
+            check_bounds(read)
+            return read
+        except BadField as bad:
+            raise _Refused(HTTPStatus.BAD_REQUEST, "field", bad.message, bad.field) from None
 
     async def _generate(self, scope: Scope, receive: Receive, send: Send, request: Mapping[str, Any]) -> None:
         sequences = self._check(request)

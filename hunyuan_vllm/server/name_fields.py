@@ -9,7 +9,7 @@ import json
 from http import HTTPStatus
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from hunyuan_vllm.server.asgi import ANTHROPIC, App, Message, Receive, Scope, Send, error_body, refuse
 from hunyuan_vllm.server.bad_requests import (
@@ -22,12 +22,13 @@ from hunyuan_vllm.server.bad_requests import (
     explain_unread,
     explain_validation,
 )
+from hunyuan_vllm.server.request_fields import request_model
 
 __all__ = ["NameFields"]
 
 STREAMED_ERROR = b'data: {"error"'
 ABOUT_THE_REQUEST = (HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY)
-CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 
 class NameFields:
@@ -97,7 +98,7 @@ class _Exchange:
 
     def crash(self, error: Exception | None = None) -> Problem | None:
         """What is wrong with a request that the application failed on; None if nothing is, or an answer has begun."""
-        if self._begun or (body := self._body()) is None or (model := _model(self._path)) is None:
+        if self._begun or (body := self._body()) is None or (model := request_model(self._path)) is None:
             return None
         return explain_crash(model, body) or (explain_unread(error, body) if error else None)
 
@@ -175,7 +176,7 @@ def _problem(path: str, request: bytes, message: str, param: str | None) -> Prob
         return Problem(None, f"the request's body is not JSON: {error}")
     if not isinstance(body, dict):
         return Problem(None, "the request's body is not a JSON object")
-    model = _model(path)
+    model = request_model(path)
     assert model is not None
     try:
         model.model_validate(body)
@@ -184,24 +185,3 @@ def _problem(path: str, request: bytes, message: str, param: str | None) -> Prob
     except Exception:  # what vLLM's own checks raise: its message says it
         pass
     return Problem(param, message) if path in ANTHROPIC else explain(message, param, body)
-
-
-def _model(path: str) -> type[BaseModel] | None:
-    """What vLLM reads a request to `path` as."""
-    if path == CHAT:
-        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-
-        return ChatCompletionRequest
-    if path == COMPLETIONS:
-        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-
-        return CompletionRequest
-    if path == RESPONSES:
-        from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
-
-        return ResponsesRequest
-    if path in ANTHROPIC:
-        from vllm.entrypoints.anthropic.protocol import AnthropicCountTokensRequest, AnthropicMessagesRequest
-
-        return AnthropicMessagesRequest if path == ANTHROPIC[0] else AnthropicCountTokensRequest
-    return None

@@ -27,6 +27,7 @@ class Surface(BaseModel):
         max_sequences: sequences one request may ask for: its prompts times n.
         max_requests_per_key: generating requests a key may have under way at once.
         max_queue: sequences that may wait for a place in the engine's batch.
+        ignore_unknown_fields: a field of a request that nothing reads is passed over instead of refused.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,6 +41,7 @@ class Surface(BaseModel):
     max_sequences: Limit = 256
     max_requests_per_key: Limit = 512
     max_queue: Limit = 1024
+    ignore_unknown_fields: bool = False
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Surface:

@@ -96,14 +96,17 @@ async def test_a_body_too_large(path, streamed):
     assert (await server.post(path, content=b" " * 1000)).status_code == 200
 
 
-@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens", "max_output_tokens"])
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [(CHAT, "max_tokens"), (CHAT, "max_completion_tokens"), ("/v1/responses", "max_output_tokens")],
+)
 @pytest.mark.parametrize("value", [101, "101", 101.0])
-async def test_too_many_tokens_asked_for(field, value):
+async def test_too_many_tokens_asked_for(path, field, value):
     server = Server(max_output_tokens=100)
-    message = error_of(await server.post(**{field: value}), 422, field)["message"]
+    message = error_of(await server.post(path, **{field: value}), 422, field)["message"]
     assert message == f"{field} is 101, and this server generates at most 100 tokens"
-    assert (await server.post(**{field: 100})).status_code == 200
-    assert (await server.post(**{field: "many"})).status_code == 200  # vLLM says what is wrong with that
+    assert (await server.post(path, **{field: 100})).status_code == 200
+    assert (await server.post(path, **{field: "many"})).status_code == 200  # vLLM says what is wrong with that
 
 
 @pytest.mark.parametrize(
@@ -184,7 +187,7 @@ async def test_no_limits():
     server = await Server(
         max_body=0, max_sequences=0, max_requests_per_key=0, max_queue=0, max_output_tokens=0
     ).started()
-    assert (await server.post(n=10**6, max_tokens=10**9, x="x" * 20_000_000)).status_code == 200
+    assert (await server.post(n=10**6, max_tokens=10**9, user="x" * 20_000_000)).status_code == 200
 
 
 async def test_a_sender_that_stops(monkeypatch):
@@ -235,3 +238,22 @@ async def test_an_answer_of_vllm_s_about_a_prompt_too_long_names_the_field():
         answer = await client.post(CHAT, json={"messages": [{"role": "user", "content": "x"}]})
     error = error_of(answer, 422, "messages")
     assert error["message"] == "messages: the prompt has 6 tokens, and this server takes at most 5"
+
+
+async def test_a_field_that_nothing_reads_is_refused_unless_that_is_switched_off():
+    error = error_of(await Server().post(temprature=1), 400, "temprature")
+    assert "temperature" in error["message"]
+    assert (await Server(ignore_unknown_fields=True).post(temprature=1)).status_code == 200
+
+
+async def test_what_reaches_the_application_has_the_fields_present_names():
+    server = Server()
+    assert (await server.post(n=1, guided_choice=["a", "b"])).status_code == 200
+    assert json.loads(server.application.bodies[0]) == {"n": 1, "structured_outputs": {"choice": ["a", "b"]}}
+
+
+async def test_a_grammar_beyond_the_bounds_does_not_reach_the_application():
+    server = Server()
+    for path in (CHAT, COMPLETIONS, "/v1/responses"):
+        error_of(await server.post(path, guided_grammar="x" * 20_000), 400, "structured_outputs.grammar")
+    assert server.application.bodies == []

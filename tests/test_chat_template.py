@@ -177,11 +177,12 @@ def test_the_faults_that_published_templates_have() -> None:
     assert len(known_faults(FAULTY)) == 4
 
 
-SECOND_SYSTEM = CHAT_TEMPLATE.replace("not loop.first", "false").replace(
-    "{%- if content -%}", "{%- if not loop.first -%}{{ content }}{%- elif content -%}"
+SECOND_SYSTEM = CHAT_TEMPLATE.replace("in messages if", "in messages[:1] if").replace(
+    "{%- elif message['role'] == 'user'", "{{ '' if loop.first else content }}{%- elif message['role'] == 'user'"
 )
 EMPTY_SYSTEM = CHAT_TEMPLATE.replace(
-    "{%- if content -%}", "{%- if not content -%}{{ '<|startoftext|>' }}{%- elif content -%}"
+    "{%- if turn.system -%}",
+    "{%- if not turn.system and messages[0]['role'] == 'system' -%}{{ '<|startoftext|>' }}{%- elif turn.system -%}",
 )
 
 

@@ -15,7 +15,7 @@ from hunyuan_vllm import envs
 from hunyuan_vllm.server.asgi import App, Receive, Scope, Send, refuse
 from hunyuan_vllm.server.cause import ENGINE_DIED
 from hunyuan_vllm.server.drain import Drain
-from hunyuan_vllm.server.readiness import DEAD, Readiness
+from hunyuan_vllm.server.readiness import DEAD, Readiness, exit_codes, has_ended
 from hunyuan_vllm.server.restarts import export_restarts
 from hunyuan_vllm.server.verdict import Verdict
 
@@ -45,13 +45,14 @@ class Lifecycle:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             self._drain.take_sigterm()
+            engine = _engine(scope)  # vLLM deletes its state in the end
             await self._app(scope, receive, send)
-            self._has_died(scope)  # which is worth a line even where nobody asked meanwhile
+            self._has_died(engine)  # which is worth a line even where nobody asked meanwhile
         elif scope["type"] == "http" and scope["path"] in (LIVE, READY):
             await self._probe(scope, send)
         elif self._drain.draining and scope["path"] not in WHILE_DRAINING:
             await _refuse(scope, send, DRAINING)
-        elif not self._drain.draining and self._has_died(scope):
+        elif self._has_died(_engine(scope)):
             await _refuse(scope, send, DEAD)
         else:
             with self._drain.request():
@@ -61,7 +62,7 @@ class Lifecycle:
         if scope["method"] not in ("GET", "HEAD"):
             await _answer(send, HTTPStatus.METHOD_NOT_ALLOWED, {"status": "probes are GET"}, [(b"allow", b"GET, HEAD")])
         elif scope["path"] == LIVE:
-            dead = not self._drain.draining and self._has_died(scope)
+            dead = self._has_died(_engine(scope))
             status = HTTPStatus.SERVICE_UNAVAILABLE if dead else HTTPStatus.OK
             await _answer(send, status, {"status": "dead" if dead else "alive"})
         else:
@@ -69,23 +70,19 @@ class Lifecycle:
             status = HTTPStatus.OK if verdict.ready else HTTPStatus.SERVICE_UNAVAILABLE
             await _answer(send, status, {"status": verdict.status, "reason": verdict.reason})
 
-    def _has_died(self, scope: Scope) -> bool:
-        """Whether the engine has ended; the first time, the log says how its process did, which vLLM does not."""
-        engine = getattr(scope["app"].state, "engine_client", None)
-        if engine is None or not engine.errored:
+    def _has_died(self, engine: Any) -> bool:
+        """Whether the engine has ended unasked; the log says once how its process did, which vLLM does not."""
+        if self._drain.draining or engine is None or not has_ended(engine):
             return False
         if not self._death_logged:
-            self._death_logged = True
-            _log_exit_code(engine)
+            for name, code in exit_codes(engine).items():
+                logger.error(ENGINE_DIED, name, code)
+                self._death_logged = True
         return True
 
 
-def _log_exit_code(engine: Any) -> None:
-    resources = getattr(getattr(engine, "engine_core", None), "resources", None)
-    manager = getattr(resources, "engine_manager", None)  # None in one of several API servers
-    name = getattr(manager, "failed_proc_name", None)
-    if manager is not None and name:
-        logger.error(ENGINE_DIED, name, manager.finished_procs().get(name))
+def _engine(scope: Scope) -> Any:
+    return getattr(getattr(scope["app"], "state", None), "engine_client", None)
 
 
 async def _refuse(scope: Scope, send: Send, verdict: Verdict) -> None:

@@ -17,7 +17,7 @@ from prometheus_client import REGISTRY
 from hunyuan_vllm.server.asgi import App, Receive, Scope, Send
 from hunyuan_vllm.server.verdict import Verdict
 
-__all__ = ["DEAD", "Readiness"]
+__all__ = ["DEAD", "Readiness", "exit_codes", "has_ended"]
 
 KEPT = 1.0  # seconds for which an answer stands, so that probes cost one completion however many there are
 REQUEST = {"prompt": "1", "max_tokens": 1, "temperature": 0}
@@ -41,7 +41,7 @@ class Readiness:
 
     async def verdict(self, scope: Scope) -> Verdict:
         """The answer, at most KEPT seconds old. `scope` is that of a request to the same application."""
-        if scope["app"].state.engine_client.errored:
+        if has_ended(scope["app"].state.engine_client):
             return DEAD
         if self._verdict is not None and time.monotonic() < self._until:
             return self._verdict
@@ -64,7 +64,7 @@ class Readiness:
         stepping = step.done() and step.result()
         for task in (completion, step):
             task.cancel()  # which withdraws the request, too
-        if engine.errored:
+        if has_ended(engine):
             return DEAD
         if completion.done():
             status = completion.result()
@@ -91,6 +91,18 @@ class Readiness:
                 return (await client.post("/v1/completions", json=REQUEST)).status_code
             except Exception:
                 return "no answer"
+
+
+def has_ended(engine: Any) -> bool:
+    """Whether vLLM's engine client has lost its engine; seen by the processes, too, a moment before vLLM says so."""
+    return engine.errored or bool(exit_codes(engine))
+
+
+def exit_codes(engine: Any) -> dict[str, int]:
+    """Of the engine's processes that have ended, by name; none are known in one of several API servers, or over Ray."""
+    resources = getattr(getattr(engine, "engine_core", None), "resources", None)
+    finished = getattr(getattr(resources, "engine_manager", None), "finished_procs", None)
+    return finished() if finished else {}
 
 
 async def _succeeds_after(delay: float, call: Callable[[], Awaitable[object]]) -> bool:

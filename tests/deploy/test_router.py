@@ -186,6 +186,8 @@ def test_a_replicas_death_ends_its_own_requests_alone(router, replicas):
         finally:
             engines[survivor].resume()
         killed = time.monotonic()
+        # Until then some would still find a connection to the dying replica, and be lost as well.
+        eventually(lambda: not router.is_up(victim))
         later = [pool.submit(ask_once, router, 20) for _ in range(6)]
         answers = [future.result() for future in asked]
         after = [future.result() for future in later]

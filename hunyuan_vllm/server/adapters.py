@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hunyuan_vllm.adapter import check_adapter
-from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.server.flags import Flags
 from hunyuan_vllm.server.model_source import HUB_NAME
+
+if TYPE_CHECKING:
+    from hunyuan_vllm.config import HunYuanConfig
 
 __all__ = ["check_adapters"]
 
@@ -25,6 +27,8 @@ def check_adapters(flags: Flags, config: HunYuanConfig | None, cpu: bool) -> Non
     given = flags.get("lora-modules")
     if not given:
         return
+    from hunyuan_vllm.adapter import check_adapter  # with transformers, which takes seconds
+
     if "enable-lora" not in flags:
         raise UserError("--lora-modules needs --enable-lora beside it")
     for item in given:

@@ -1,7 +1,8 @@
 """vLLM's own parser of server options, without the seconds that importing all of vLLM takes.
 
-The options are read from vLLM once, in a process of its own, and kept in vLLM's cache folder; what turns words into
-values (spellings, abbreviations, --config, options with dots) is vLLM's parser class itself, loaded from its file.
+The options are read from vLLM once, by the set-up (which keeps them in the environment) or else in a process of its own
+(in vLLM's cache folder). What turns words into values (spellings, abbreviations, --config, options with dots) is vLLM's
+parser class itself, loaded from its file.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from hunyuan_vllm.compat import check_vllm_version, installed_version
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.util.files import replacing
 
-__all__ = ["parse"]
+__all__ = ["keep_in_environment", "parse"]
 
+ENVIRONMENT_CACHE = Path(sys.prefix, "share", "hunyuan-vllm")
 PARSER_FILE = Path("utils", "argparse_utils.py")
 OPTION_FILES = (Path("engine", "arg_utils.py"), PARSER_FILE)
 ACTIONS: dict[str, Any] = {
@@ -155,19 +157,33 @@ def _options() -> list[dict[str, Any]]:
     """Those of vLLM's server, as `_describe` has them: from vLLM where it is imported, else from the cache."""
     if "vllm.engine.arg_utils" in sys.modules:
         return _describe()
-    folder = _vllm_folder()
-    _, version = installed_version() or ("", "")
-    changed = max((folder / file).stat().st_mtime_ns for file in OPTION_FILES)
-    kept = envs.cache_folder() / f"options-{__version__}-{version}-{changed:x}.json"
-    with suppress(OSError, ValueError):
-        return list(json.loads(kept.read_text()))
+    name = _cache_name()
+    for folder in (ENVIRONMENT_CACHE, envs.cache_folder()):
+        with suppress(OSError, ValueError):
+            return list(json.loads((folder / name).read_text()))
     print("hunyuan-vllm: reading vLLM's options, once for this version", file=sys.stderr, flush=True)
     text = _asked_of_vllm()
     with suppress(OSError, UserError):  # a cache that cannot be written costs seconds at the next start
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(kept) as beside:
-            beside.write_text(text)
+        _write(envs.cache_folder() / name, text)
     return list(json.loads(text))
+
+
+def keep_in_environment() -> None:
+    """Write the options where every user of this Python environment finds them. Imports vLLM; the set-up calls it."""
+    _write(ENVIRONMENT_CACHE / _cache_name(), json.dumps(_describe()))
+
+
+def _cache_name() -> str:
+    folder = _vllm_folder()
+    _, version = installed_version() or ("", "")
+    changed = max((folder / file).stat().st_mtime_ns for file in OPTION_FILES)
+    return f"options-{__version__}-{version}-{changed:x}.json"
+
+
+def _write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as temporary:
+        temporary.write_text(text)
 
 
 def _asked_of_vllm() -> str:

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.server import vllm_parser
 from hunyuan_vllm.server.flags import Flags
 from hunyuan_vllm.server.vllm_parser import parse
 
@@ -112,20 +114,34 @@ def test_a_model_in_a_config_file(tmp_path):
     assert (flags.model, flags.get("port"), flags.argv) == ("/m", 9, ["--config", str(file)])
 
 
-@pytest.mark.slow
-def test_vllm_is_imported_once(tmp_path):
-    """For the options of its version; from then on they are in the cache."""
+def said_by_a_parse(cache: Path, environment_cache: Path) -> str:
+    """What a new process says on standard error while it parses options; it must not import vLLM itself."""
     program = "\n".join(
         [
             "import sys",
-            "from hunyuan_vllm.server.vllm_parser import parse",
-            "print(parse(['--hos', '0.0.0.0', '--max-model-len=4k']), 'torch' in sys.modules, 'vllm' in sys.modules)",
+            "from pathlib import Path",
+            "from hunyuan_vllm.server import vllm_parser",
+            "vllm_parser.ENVIRONMENT_CACHE = Path(sys.argv[1])",
+            "options = vllm_parser.parse(['--hos', '0.0.0.0', '--max-model-len=4k'])",
+            "print(options, 'torch' in sys.modules, 'vllm' in sys.modules)",
         ]
     )
-    for said in ("reading vLLM's options", ""):
-        done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, timeout=600,
-            env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "VLLM_CACHE_ROOT": str(tmp_path)},
-        )  # fmt: skip
-        assert done.stdout == "{'host': '0.0.0.0', 'max_model_len': 4000} False False\n", done.stderr
-        assert (said in done.stderr) and bool(done.stderr) == bool(said)
+    done = subprocess.run(
+        [sys.executable, "-c", program, environment_cache], capture_output=True, text=True, timeout=600,
+        env={"PATH": "/usr/bin:/bin", "HOME": str(cache), "VLLM_CACHE_ROOT": str(cache)},
+    )  # fmt: skip
+    assert done.stdout == "{'host': '0.0.0.0', 'max_model_len': 4000} False False\n", done.stderr
+    return done.stderr
+
+
+@pytest.mark.slow
+def test_vllm_is_imported_once(tmp_path):
+    """For the options of its version; from then on they are in the cache."""
+    assert "reading vLLM's options" in said_by_a_parse(tmp_path, tmp_path / "none")
+    assert said_by_a_parse(tmp_path, tmp_path / "none") == ""
+
+
+def test_the_set_up_keeps_the_options_in_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm_parser, "ENVIRONMENT_CACHE", tmp_path / "share")
+    vllm_parser.keep_in_environment()
+    assert said_by_a_parse(tmp_path / "home", tmp_path / "share") == ""

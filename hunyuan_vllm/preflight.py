@@ -5,9 +5,11 @@ vLLM calls the hook in the user's own process, so an error arrives there, as one
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -26,13 +28,21 @@ if TYPE_CHECKING:
 
 __all__ = ["HunYuanPreflight", "check_main_guard", "check_tensor_parallel"]
 
+logger = logging.getLogger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
+
 
 class HunYuanPreflight:
     """vLLM's per-architecture config hook (`vllm.model_executor.models.config.VerifyAndUpdateConfig`)."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
-        """Nothing to change: a Hunyuan config is complete when read."""
+        """Make temperature 0 the default where `do_sample` is false, which vLLM does not read."""
+        given = model_config.override_generation_config
+        stored = {} if model_config.generation_config == "vllm" else model_config.try_get_generation_config()
+        if (stored | given).get("do_sample") is False and "temperature" not in given:
+            model_config.override_generation_config = given | {"temperature": 0.0}
+        if model_config.generation_config == "auto" and "max_new_tokens" not in given:
+            _say_answers_end(stored.get("max_new_tokens"))
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
@@ -105,6 +115,18 @@ def check_main_guard() -> None:
         raise UserError(
             f"{os.path.basename(script)} makes its engine on import, and the engine's processes import it again: "
             f'put `if __name__ == "__main__":` before line {frame.f_lineno}, and the lines from there below it'
+        )
+
+
+@cache
+def _say_answers_end(after: int | None) -> None:
+    """Once a process."""
+    if after is not None:
+        logger.warning(
+            "generation_config.json has max_new_tokens %s: answers end after %s tokens unless a request says otherwise; "
+            "--override-generation-config '{\"max_new_tokens\": null}' takes this default away",
+            after,
+            after,
         )
 
 

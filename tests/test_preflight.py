@@ -1,16 +1,23 @@
-"""What is refused in the user's own process, before any of the engine's exists."""
+"""What is refused, said or set in the user's own process, before any of the engine's exists."""
 
 from __future__ import annotations
 
+import json
+import logging
 import runpy
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from vllm.config import ModelConfig
 from vllm.platforms import current_platform
+from vllm.plugins import load_general_plugins
 
+from hunyuan_vllm import preflight
 from hunyuan_vllm.errors import UserError
 
-pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="vLLM spawns its processes on CPUs only")
+spawning = pytest.mark.skipif(not current_platform.is_cpu(), reason="vLLM spawns its processes on CPUs only")
 
 CALL = "from hunyuan_vllm.preflight import check_main_guard\n"
 BARE = CALL + "x = 1\ncheck_main_guard()\n"
@@ -24,6 +31,7 @@ def run(tmp_path: Path, source: str) -> None:
     runpy.run_path(str(script), run_name="__main__")
 
 
+@spawning
 @pytest.mark.parametrize(("source", "line"), [(BARE, 3), (IN_A_FUNCTION, 4)])
 def test_a_script_that_would_start_itself_again_is_refused(
     source: str, line: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -33,7 +41,61 @@ def test_a_script_that_would_start_itself_again_is_refused(
         run(tmp_path, source)
 
 
+@spawning
 @pytest.mark.parametrize(("source", "multiprocessing"), [(GUARDED, "1"), (BARE, "0")])
 def test_other_scripts_pass(source: str, multiprocessing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", multiprocessing)
     run(tmp_path, source)
+
+
+def sampling(folder: Path, stored: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """vLLM's defaults for requests to a checkpoint with `stored` in generation_config.json."""
+    load_general_plugins()
+    shutil.copy(Path(__file__).parent / "golden" / "cla2_top1" / "config.json", folder)
+    (folder / "generation_config.json").write_text(json.dumps(stored))
+    return ModelConfig(model=str(folder), dtype="float32", **options).get_diff_sampling_param()
+
+
+@pytest.mark.parametrize(
+    ("stored", "options", "temperature"),
+    [
+        ({"do_sample": False}, {}, 0),
+        ({"do_sample": False, "temperature": 0.7}, {}, 0),
+        ({"do_sample": True, "temperature": 0.7}, {}, 0.7),
+        ({"temperature": 0.7}, {}, 0.7),
+        ({"do_sample": False}, {"override_generation_config": {"temperature": 0.5}}, 0.5),
+        ({"do_sample": False, "temperature": 0.7}, {"override_generation_config": {"do_sample": True}}, 0.7),
+        ({"temperature": 0.7}, {"override_generation_config": {"do_sample": False}}, 0),
+        ({"do_sample": False}, {"generation_config": "vllm"}, None),
+    ],
+)
+def test_a_checkpoint_that_does_not_sample_is_greedy(
+    tmp_path: Path, stored: dict[str, Any], options: dict[str, Any], temperature: float | None
+) -> None:
+    assert sampling(tmp_path, stored, **options).get("temperature") == temperature
+
+
+def test_other_overrides_stay_beside_greedy(tmp_path: Path) -> None:
+    given = {"max_new_tokens": 99}
+    found = sampling(tmp_path, {"do_sample": False, "top_k": 20}, override_generation_config=given)
+    assert found == {"temperature": 0, "top_k": 20, "max_tokens": 99} and given == {"max_new_tokens": 99}
+
+
+def test_a_default_length_of_answers_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+
+    def said(**options: Any) -> list[str]:
+        preflight._say_answers_end.cache_clear()
+        caplog.clear()
+        for _ in range(2):
+            found = sampling(tmp_path, {"max_new_tokens": 8}, **options)
+        lines = [record.getMessage() for record in caplog.records if record.name == preflight.logger.name]
+        assert ("max_tokens" in found) == bool(lines)
+        return lines
+
+    (line,) = said()
+    assert "answers end after 8 tokens" in line
+    remedy = line.split("--override-generation-config '")[1].split("'")[0]
+    assert said(override_generation_config=json.loads(remedy)) == said(generation_config="vllm") == []

@@ -52,8 +52,17 @@ def check_generation(folder: Path, config: ConfigFile, section: Section) -> None
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is not None and not (number and least <= value <= most and not (excluded and value == least)):
             section.problem(name, f"it is {value!r}; it must be {words}", f"correct it ({PUBLISHED})")
+    do_sample, length = fields.get("do_sample"), fields.get("max_new_tokens")
+    if do_sample is not None and not isinstance(do_sample, bool):
+        section.problem("do_sample", f"it is {do_sample!r}; it must be true or false", f"correct it ({PUBLISHED})")
+    if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
+        section.problem("max_new_tokens", f"it is {length!r}; it must be at least 1", "correct it, or leave it out")
+    elif length is not None:
+        text = f"answers end after {length:,} tokens unless a request says otherwise"
+        section.warning("max_new_tokens", text, "leave it out, and answers may fill the context")
     if section.sound:
-        sampling = ", ".join(f"{name} {fields[name]}" for name in RANGES if fields.get(name) is not None)
+        defaults = fields if do_sample is not False else fields | {"temperature": "0 (do_sample is false)"}
+        sampling = ", ".join(f"{name} {defaults[name]}" for name in RANGES if defaults.get(name) is not None)
         stops = ", ".join(map(str, ids_of(fields.get("eos_token_id"))))
         section.ok("generation", f"ends at {stops or 'the end token'}; {sampling or 'no sampling defaults'}")
 

@@ -153,11 +153,24 @@ def test_a_template_that_refuses_a_conversation(tmp_path: Path) -> None:
         ("top_p", 1.2),
         ("top_k", "20"),
         ("repetition_penalty", 0),
+        ("do_sample", "false"),
+        ("max_new_tokens", 0),
     ],
 )
 def test_generation_settings_out_of_range(tmp_path: Path, field: str, value: object) -> None:
     edit_json(copy_demo(tmp_path) / "generation_config.json", **{field: value})
     assert field in {problem.subject for problem in findings(check_folder(tmp_path))}
+
+
+def test_generation_settings_that_greedy_answers_and_their_length_come_from(tmp_path: Path) -> None:
+    """As tests/test_preflight.py finds it served."""
+    edit_json(copy_demo(tmp_path) / "generation_config.json", do_sample=False, max_new_tokens=8, temperature=0.7)
+    report = check_folder(tmp_path)
+    assert report.sound
+    (warning,) = findings(report, Status.WARNING)
+    assert (warning.subject, warning.text.split(" unless")[0]) == ("max_new_tokens", "answers end after 8 tokens")
+    (generation,) = (found for found in findings(report, Status.OK) if found.subject == "generation")
+    assert "temperature 0 " in generation.text and "0.7" not in generation.text
 
 
 def test_no_generation_settings(tmp_path: Path) -> None:

@@ -23,8 +23,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from hunyuan_vllm.envs import CHECKPOINT_CHAT_TEMPLATE
 
-__all__ = ["CHAT_TEMPLATE", "Refused", "known_faults", "render", "replacement", "stored_template"]
+__all__ = ["CHAT_TEMPLATE", "WITH_TOOLS", "Refused", "known_faults", "render", "replacement", "stored_template"]
 
+WITH_TOOLS = Path(__file__).with_name("chat_template_with_tools.jinja")  # for `hunyuan-vllm serve --tools`
 TEMPLATE_FILE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 START, SYSTEM_END, ANSWER_END = "<|startoftext|>", "<|extra_4|>", "<|eos|>"
 

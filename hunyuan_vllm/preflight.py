@@ -123,8 +123,8 @@ def _say_answers_end(after: int | None) -> None:
     """Once a process."""
     if after is not None:
         logger.warning(
-            "generation_config.json has max_new_tokens %s: answers end after %s tokens unless a request says otherwise; "
-            "--override-generation-config '{\"max_new_tokens\": null}' takes this default away",
+            "generation_config.json has max_new_tokens %s: answers end after %s tokens unless a request says "
+            "otherwise; --override-generation-config '{\"max_new_tokens\": null}' takes this default away",
             after,
             after,
         )

@@ -23,7 +23,7 @@ from vllm.tokenizers import get_tokenizer
 
 from hunyuan_vllm import envs
 from hunyuan_vllm import tokenizer as tokenizer_module
-from hunyuan_vllm.chat_template import CHAT_TEMPLATE, known_faults, render
+from hunyuan_vllm.chat_template import CHAT_TEMPLATE, WITH_TOOLS, known_faults, render
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.tokenizer import HYTokenizer, register_tokenizer
 
@@ -95,6 +95,18 @@ def test_conversation(tokenizer: HYTokenizer, messages: list[Any], expected: str
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=generation, return_dict=False)
     assert ids == tokenizer.encode(expected, add_special_tokens=False)
     assert ids.count(tokenizer.bos_token_id) == expected.count("<|startoftext|>")
+
+
+@pytest.mark.parametrize("generation", [True, False])
+@pytest.mark.parametrize("messages", [*(messages for messages, _ in CONVERSATIONS.values()), [system("S")]])
+def test_without_tools_the_template_with_tools_renders_the_same(
+    tokenizer: HYTokenizer, messages: list[Any], generation: bool
+) -> None:
+    plain, other = (
+        tokenizer.apply_chat_template(messages, None, chat_template=template, add_generation_prompt=generation)
+        for template in (CHAT_TEMPLATE, WITH_TOOLS.read_text())
+    )
+    assert other["input_ids"] == plain["input_ids"]
 
 
 def test_an_answer_can_be_continued(tokenizer: HYTokenizer) -> None:

@@ -11,6 +11,7 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
+from hunyuan_vllm.chat_template import WITH_TOOLS
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.expert_load import EXTENSION
@@ -405,6 +406,16 @@ def test_a_limit_on_answers_is_also_their_default():
     theirs = Flags(["--override-generation-config", "{}"])
     with pytest.raises(UserError, match="--max-output-tokens"):
         decide(Settings.read({}), theirs, CPU, DEMO, {}, surface=limited)
+
+
+def test_tools_choose_a_template_and_the_parser_of_its_markup():
+    made = parsed(decide(Settings.read({}), Flags([]), CPU, DEMO, {}, tools=True))
+    assert made.chat_template == str(WITH_TOOLS) and WITH_TOOLS.is_file()
+    assert made.tool_call_parser == "hunyuan_large" and made.enable_auto_tool_choice
+    assert parsed(decide(Settings.read({}), Flags([]), CPU, DEMO, {})).chat_template is None
+    theirs = Flags(["--chat-template", "mine.jinja", "--tool-call-parser", "hermes"])
+    made = parsed(decide(Settings.read({}), theirs, CPU, DEMO, {}, tools=True))
+    assert (made.chat_template, made.tool_call_parser) == ("mine.jinja", "hermes")
 
 
 def test_json_logs():

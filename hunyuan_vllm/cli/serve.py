@@ -53,6 +53,9 @@ def serve(
     max_sequences: options.MaxSequences = None,
     max_requests_per_key: options.MaxRequestsPerKey = None,
     max_queue: options.MaxQueue = None,
+    tools: bool = typer.Option(
+        False, "--tools", help="A chat template with tools: their definitions, calls and results are in prompts."
+    ),
     json_logs: bool = typer.Option(False, "--json-logs", help="Log a JSON object a line."),
     expert_load: bool = typer.Option(False, "--expert-load", help="Count the tokens of each expert in /metrics."),
 ) -> None:
@@ -156,7 +159,7 @@ def serve(
         max_queue=max_queue,
     )
     machine = probe(environ, sys.executable)
-    launch = decide(settings, flags, machine, model, environ, insecure, scheme, surface, json_logs, expert_load)
+    launch = decide(settings, flags, machine, model, environ, insecure, scheme, surface, json_logs, expert_load, tools)
     if launch.ray_gpus:
         launch.env.update({name: value for name, value in joined.items() if name not in launch.env})
     check_certificate(flags)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hunyuan_vllm import envs
+from hunyuan_vllm.chat_template import WITH_TOOLS
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.server.adapters import check_adapters
 from hunyuan_vllm.server.context_parallel import choose_context_ranks
@@ -92,6 +93,7 @@ def decide(
     surface: Surface = DEFAULT_SURFACE,
     json_logs: bool = False,
     expert_load: bool = False,
+    tools: bool = False,
 ) -> Launch:
     """Decide on the server to start.
 
@@ -102,6 +104,7 @@ def decide(
         surface: the routes and limits of the server.
         json_logs: its log is a JSON object a line.
         expert_load: its /metrics say how many tokens each expert has had.
+        tools: prompts show the model tools, its calls and their results.
 
     Raises:
         UserError: what the user asked for cannot work, or not safely.
@@ -130,7 +133,7 @@ def decide(
         ours["distributed-executor-backend"] = [ranks.executor]
     # The model's full length where its KV cache fits, else what does.
     ours["max-model-len"] = ["auto"]
-    ours |= _front_end_options(flags, surface, json_logs)
+    ours |= _front_end_options(flags, surface, json_logs, tools)
     if expert_load:
         if "worker-extension-cls" in flags:
             raise UserError("--expert-load is a worker extension, and vLLM takes one: leave out --worker-extension-cls")
@@ -179,7 +182,7 @@ def decide(
     )
 
 
-def _front_end_options(flags: Flags, surface: Surface, json_logs: bool) -> dict[str, list[str]]:
+def _front_end_options(flags: Flags, surface: Surface, json_logs: bool, tools: bool) -> dict[str, list[str]]:
     options: dict[str, list[str]] = {
         "disable-uvicorn-access-log": [],  # our own log has more of each request
         # vLLM lets the pages of any site use a server that the browser reaches, one on loopback without a key included.
@@ -193,6 +196,8 @@ def _front_end_options(flags: Flags, surface: Surface, json_logs: bool) -> dict[
         "enable-auto-tool-choice": [],
         "tool-strict-level": ["parameter"],
     }
+    if tools:
+        options["chat-template"] = [str(WITH_TOOLS)]
     if json_logs and "logging-config" not in flags:
         options["logging-config.formatter"] = ["json"]
     if surface.admin:

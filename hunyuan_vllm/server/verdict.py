@@ -14,9 +14,9 @@ class Verdict:
     """Whether the server can generate.
 
     Attributes:
-        status: "ready"; "busy", no token in time but others got theirs; "slow", nobody got a token but the engine goes
-            on stepping (long prompts); "stalled", it does not even step; "failed", the completion was refused; "dead",
-            the engine has ended; "draining", it is about to stop.
+        status: "warming", before the first token; "ready"; "busy", no token in time but others got theirs; "slow",
+            nobody got a token but the engine goes on stepping (long prompts); "stalled", it does not even step;
+            "failed", the completion was refused; "dead", the engine has ended; "draining", it is about to stop.
         reason: why not, for people. Says nothing of the model, its users or the machine.
     """
 

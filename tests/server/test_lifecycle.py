@@ -1,6 +1,7 @@
 """Probes and the refusal of requests while draining, around an application that does as it is told."""
 
 import asyncio
+import json
 import logging
 import os
 import signal
@@ -27,9 +28,11 @@ class Application:
     """Stands for vLLM's: `answer` is what a completion comes to, `steps` what its engine does between."""
 
     def __init__(self):
-        self.asked = []
+        self.asked, self.warm_ups = [], []  # headers of the plain completions; bodies of those before the first
         self.answer = self.at_once
-        self.engine = SimpleNamespace(errored=False, is_sleeping=self.at_once)
+        parallel = SimpleNamespace(data_parallel_size=2)
+        config = SimpleNamespace(parallel_config=parallel)
+        self.engine = SimpleNamespace(errored=False, is_sleeping=self.at_once, vllm_config=config)
         self.state = SimpleNamespace(engine_client=self.engine)
 
     async def at_once(self):
@@ -48,7 +51,11 @@ class Application:
         assert scope["app"] is self
         if scope["type"] == "lifespan":
             return
-        self.asked.append(dict(scope["headers"]))
+        body = json.loads((await receive()).get("body") or "{}") if scope["path"] == "/v1/completions" else {}
+        if self.asked or body == readiness.REQUEST:
+            self.asked.append(dict(scope["headers"]))
+        else:
+            self.warm_ups.append(body)
         status = await self.answer()
         await send({"type": "http.response.start", "status": status, "headers": []})
         await send({"type": "http.response.body", "body": b"{}"})
@@ -86,6 +93,54 @@ async def test_ready_is_a_completion(application):
     assert len(application.asked) == 1
 
 
+async def test_the_first_requests_warm_up_what_clients_can_ask_for(application):
+    async with client_of(around(application), application) as client:
+        assert (await client.get("/readyz")).json()["status"] == "ready"
+        asked = {name for body in application.warm_ups for name in body}
+        assert asked >= {"prompt_logprobs", "logprobs", "structured_outputs", "top_p", "top_k"}
+        assert {len(body["prompt"]) for body in application.warm_ups} == {2}  # one for each engine
+        warm_ups = len(application.warm_ups)
+        await asyncio.sleep(readiness.KEPT)
+        assert (await client.get("/readyz")).json()["status"] == "ready"
+    assert (len(application.warm_ups), len(application.asked)) == (warm_ups, 2)
+
+
+async def test_a_slow_warm_up_is_not_ready_nor_busy_by_its_own_tokens(application, tokens):
+    compiled = asyncio.Event()
+
+    async def compiling():
+        tokens.inc()
+        await compiled.wait()
+        return 200
+
+    application.answer = compiling
+    async with client_of(around(application), application) as client:
+        answer = await client.get("/readyz")
+        assert (answer.status_code, answer.json()["status"]) == (503, "warming")
+        assert len(application.warm_ups) == 1
+        await asyncio.sleep(readiness.KEPT)
+        compiled.set()
+        assert (await client.get("/readyz")).status_code == 200
+    assert application.warm_ups[0] == application.warm_ups[1], "what was withdrawn is asked again"
+    assert len(application.asked) == 1
+
+
+@pytest.mark.parametrize("failure", ["refused", "failing"])
+async def test_a_warm_up_that_fails_does_not_keep_a_server_from_being_ready(application, failure):
+    async def only_plain_ones():
+        return 200 if application.asked else await getattr(application, failure)()
+
+    application.answer = only_plain_ones
+    assert (await probe(application)).json()["status"] == "ready"
+    assert len(application.warm_ups) == len(readiness.WARM_UP)
+
+
+@pytest.fixture
+def warm(monkeypatch):
+    """The server's first requests are over."""
+    monkeypatch.setattr(readiness, "WARM_UP", ())
+
+
 @pytest.fixture
 def tokens(monkeypatch):
     """vLLM's counter of generated tokens, for as long as a test runs: among no others, an engine may have run here."""
@@ -105,7 +160,7 @@ def tokens(monkeypatch):
         ("at_once", {"errored": True}, "dead"),
     ],
 )
-async def test_what_is_not_ready(application, tokens, completion, engine, status):
+async def test_what_is_not_ready(application, warm, tokens, completion, engine, status):
     application.answer = getattr(application, completion)
     for name, value in engine.items():
         setattr(application.engine, name, getattr(application, value) if isinstance(value, str) else value)
@@ -115,7 +170,7 @@ async def test_what_is_not_ready(application, tokens, completion, engine, status
     assert "boom" not in answer.text
 
 
-async def test_a_full_queue_is_no_fault(application, tokens):
+async def test_a_full_queue_is_no_fault(application, warm, tokens):
     async def others_first():
         tokens.inc(5)
         await asyncio.Event().wait()

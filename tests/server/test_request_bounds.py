@@ -17,6 +17,11 @@ def nested(depth: int) -> dict[str, Any]:
     return schema
 
 
+def lengths(least: int, fields: int) -> dict[str, Any]:
+    texts = {f"f{i}": {"type": "string", "maxLength": least + i} for i in range(fields)}
+    return {"type": "object", "properties": texts}
+
+
 def tool(schema: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "f", "parameters": schema}}
 
@@ -28,6 +33,11 @@ def tool(schema: Any) -> dict[str, Any]:
         ({"structured_outputs": {"regex": "abc" * 60_000}}, "structured_outputs.regex", "8192"),
         ({"structured_outputs": {"regex": "(a?b?)" * 100}}, "structured_outputs.regex", "128"),
         ({"structured_outputs": {"regex": "a{0,3}" * 129}}, "structured_outputs.regex", "128"),
+        ({"structured_outputs": {"regex": "(a?b?)" * 33}}, "structured_outputs.regex", "64"),
+        ({"structured_outputs": {"regex": "[^a]?" * 17}}, "structured_outputs.regex", "16"),
+        ({"structured_outputs": {"grammar": "root ::= " + "[^a]? " * 17}}, "structured_outputs.grammar", "16"),
+        ({"structured_outputs": {"json": lengths(100, 6)}}, "structured_outputs.json", "512"),
+        ({"text": {"schema": {"pattern": ".{200}.{201,}.{1,202}.{,203}.{" + "9" * 5000 + "}"}}}, "text", "512"),
         ({"structured_outputs": {"choice": ["x"] * 1025}}, "structured_outputs.choice", "1024"),
         ({"structured_outputs": {"choice": ["x" * 1024] * 65}}, "structured_outputs.choice", "65536"),
         ({"structured_outputs": {"json": nested(10)}}, "structured_outputs.json", "65536"),
@@ -58,6 +68,9 @@ def test_what_is_beyond_a_bound_is_refused_by_name(request_: dict[str, Any], fie
     [
         {"structured_outputs": {"grammar": 'root ::= "yes" | "no"'}, "stop": ["a", "b"], "logit_bias": {"1": -100}},
         {"structured_outputs": {"regex": r"\d{4}-\d{2}-\d{2}(T\d{2}:\d{2})?", "choice": None}},
+        {"structured_outputs": {"regex": "(a?b?)" * 32}},
+        {"structured_outputs": {"json": lengths(1000, 4)}, "response_format": lengths(10, 20)},
+        {"tools": [tool({"properties": {f"f{i}": {"pattern": ".*", "maxLength": 300} for i in range(60)}})]},
         {"structured_outputs": {"json": nested(5)}, "tools": [tool(nested(3))] * 20},
         {"structured_outputs": 5, "tools": 5, "stop": 5, "response_format": "json", "logit_bias": None, "text": []},
         {"structured_outputs": {"json": "{", "regex": 5, "choice": {"a": 1}, "grammar": []}, "tools": [5, None]},

@@ -57,13 +57,25 @@
              refuses, the CPU has to count as one without AMX.
    upstream  not reported yet (0.32.0 and 0.33.0 have it; vLLM's benchmarks of CPU kernels call torch._C._cpu._init_amx)
    until     tests/test_patches.py::test_stock_still_chooses_amx_without_permission fails
+
+9. Compilation of grammars behind everything else, and not for ever.
+   where     vllm/v1/structured_output/__init__.py, StructuredOutputManager._create_grammar, and request.py there,
+             StructuredOutputRequest._check_grammar_completion
+   why       xgrammar compiles a grammar on up to 8 threads in the process that schedules, at the priority of the
+             engine, and vLLM limits the time of regexes only. A thread cannot be ended: it gets the processors that
+             others leave (threads inherit the priority), and the request ends with an error.
+   upstream  not reported yet (0.32.0 and 0.33.0 have it)
+   until     tests/test_patches.py::test_stock_still_compiles_grammars_at_the_engines_priority_without_end fails
 """
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
+from time import monotonic
 
 import torch
 from torch import Tensor, nn
@@ -81,16 +93,22 @@ from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedM
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.platforms import current_platform
 from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
+from vllm.v1.structured_output.request import StructuredOutputRequest
 
 from hunyuan_vllm.adapter import check_adapter, check_modules
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.cpu_kernels import PackedCPUExperts, packs
 from hunyuan_vllm.errors import UserError
 
-__all__ = ["apply_patches", "check_adapters_of_requests"]
+__all__ = ["apply_patches", "check_adapters_of_requests", "limit_compilation"]
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
-_applied = _requests_checked = False
+_applied = _requests_checked = _compilation_limited = False
+COMPILATION_NICENESS = 10
+COMPILATION_LIMIT = 30.0  # seconds
 
 
 def apply_patches() -> None:
@@ -133,6 +151,39 @@ def check_adapters_of_requests() -> None:
 
     InputProcessor._validate_lora = _validate_lora
     _requests_checked = True
+
+
+def limit_compilation() -> None:
+    """Apply patch 9, once. Called in each process that may schedule requests: of its own, or forked from another."""
+    global _compilation_limited
+    if _compilation_limited:
+        return
+    create, is_complete = StructuredOutputManager._create_grammar, StructuredOutputRequest._check_grammar_completion
+
+    @wraps(create)
+    def _create_grammar(self: StructuredOutputManager, request: Request) -> StructuredOutputGrammar:
+        # Not where the engine's own thread compiles.
+        if self._use_async_grammar_compilation and isinstance(self.vllm_config.model_config.hf_config, HunYuanConfig):
+            thread = threading.get_native_id()
+            niceness = max(os.getpriority(os.PRIO_PROCESS, thread), COMPILATION_NICENESS)
+            os.setpriority(os.PRIO_PROCESS, thread, niceness)
+            request.structured_output_request.compiling_since = monotonic()
+        return create(self, request)
+
+    @wraps(is_complete)
+    def _check_grammar_completion(self: StructuredOutputRequest) -> bool:
+        if is_complete(self):
+            return True
+        since = getattr(self, "compiling_since", None)
+        if since is None or monotonic() - since < COMPILATION_LIMIT:
+            return False
+        self._grammar = TimeoutError(f"the grammar was not compiled within {COMPILATION_LIMIT:g} s")
+        logger.warning("A request is refused: %s", self._grammar)
+        return True
+
+    StructuredOutputManager._create_grammar = _create_grammar
+    StructuredOutputRequest._check_grammar_completion = _check_grammar_completion
+    _compilation_limited = True
 
 
 def _repack_cpu_experts_on_reload() -> None:

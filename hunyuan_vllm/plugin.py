@@ -6,6 +6,8 @@ over names; the classes behind them are imported when a Hunyuan checkpoint is op
 
 from __future__ import annotations
 
+import sys
+
 __all__ = ["ARCHITECTURE", "register"]
 
 ARCHITECTURE = "HunYuanForCausalLM"
@@ -49,4 +51,8 @@ def register() -> None:
     ToolParserManager.register_lazy_module("hunyuan_large", "hunyuan_vllm.tool_calls", "HunYuanToolParser")
     MODELS_CONFIG_MAP[ARCHITECTURE] = HunYuanPreflight
     MODEL_ARCH_CONFIG_CONVERTORS[HunYuanConfig.model_type] = HunYuanArchConfigConvertor
+    if "vllm.v1.engine.core" in sys.modules:  # an engine's process, which configures nothing and may build no model
+        from hunyuan_vllm.patches import limit_compilation
+
+        limit_compilation()
     _registered = True

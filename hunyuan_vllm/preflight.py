@@ -67,9 +67,10 @@ class HunYuanPreflight:
         check_main_guard()
         check_quantisation(vllm_config)
         limit_targets_on_cpu(vllm_config)
-        if vllm_config.lora_config is not None:
-            from hunyuan_vllm.patches import check_adapters_of_requests
+        from hunyuan_vllm.patches import check_adapters_of_requests, limit_compilation
 
+        limit_compilation()
+        if vllm_config.lora_config is not None:
             check_adapters_of_requests()
         _check_files(vllm_config)
 

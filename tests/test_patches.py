@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import Queue
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -27,10 +30,13 @@ from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 from vllm.model_executor.layers.fused_moe.oracle import unquantized
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.platforms import current_platform
+from vllm.sampling_params import StructuredOutputsParams
 from vllm.tool_parsers.structural_tag_registry import get_model_structural_tag
 from vllm.tool_parsers.tool_strict_level import ToolStrictLevel
+from vllm.v1 import structured_output
 from vllm.v1.attention.backends import cpu_attn
 from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.structured_output.request import StructuredOutputRequest
 
 from hunyuan_vllm import model, patches
 from hunyuan_vllm.cpu_kernels import PackedCPUExperts, has_avx512_bf16_without_amx
@@ -247,3 +253,73 @@ def test_patches_apply_once() -> None:
     once = (UnquantizedFusedMoEMethod.process_weights_after_loading, unquantized.backend_to_kernel_cls)
     patches.apply_patches()
     assert (UnquantizedFusedMoEMethod.process_weights_after_loading, unquantized.backend_to_kernel_cls) == once
+
+
+@pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], SimpleNamespace]]:
+    """A request whose grammar does not get compiled: its `niceness` meanwhile, and what the scheduler reads of it."""
+    end = threading.Event()
+    monkeypatch.setattr(structured_output, "cached_tokenizer_from_config", lambda **_: None)
+
+    def start() -> SimpleNamespace:
+        niceness: Queue[int] = Queue()
+
+        def compile_grammar(*_: object, **__: object) -> None:
+            niceness.put(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+            end.wait(60)
+
+        config = MagicMock()
+        config.scheduler_config.max_num_seqs, config.model_config.skip_tokenizer_init = 1, False
+        config.model_config.hf_config = tiny_config()
+        options = config.structured_outputs_config
+        options.reasoning_parser_plugin = options.reasoning_parser = ""
+        manager = structured_output.StructuredOutputManager(config)
+        manager.backend = SimpleNamespace(compile_grammar=compile_grammar)
+        asked = StructuredOutputRequest(StructuredOutputsParams(regex="a"))
+        manager.grammar_init(SimpleNamespace(structured_output_request=asked, sampling_params=None, request_id="1"))
+        return SimpleNamespace(niceness=niceness.get(timeout=60), asked=asked)
+
+    yield start
+    end.set()
+
+
+def unpatch_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    for owner, name in (
+        (structured_output.StructuredOutputManager, "_create_grammar"),
+        (StructuredOutputRequest, "_check_grammar_completion"),
+    ):
+        monkeypatch.setattr(owner, name, stock(getattr(owner, name)))
+
+
+def test_stock_still_compiles_grammars_at_the_engines_priority_without_end(
+    compiling: Callable[[], SimpleNamespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unpatch_compilation(monkeypatch)
+    monkeypatch.setattr(patches, "COMPILATION_LIMIT", 0.0)
+    request = compiling()
+    assert request.niceness == os.getpriority(os.PRIO_PROCESS, 0)
+    assert request.asked.grammar is None
+
+
+def test_a_grammar_is_compiled_behind_everything_else_and_not_for_ever(
+    compiling: Callable[[], SimpleNamespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    patches.limit_compilation()
+    request = compiling()
+    assert request.niceness == max(own, patches.COMPILATION_NICENESS)
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own, "only the thread that compiles"
+    assert not request.asked.is_grammar_ready
+    monkeypatch.setattr(patches, "COMPILATION_LIMIT", 0.0)
+    assert isinstance(request.asked.grammar, TimeoutError)
+
+
+def test_the_process_of_an_engine_limits_compilation() -> None:
+    """It registers the plugin, but configures nothing, and where workers compute builds no model."""
+    code = (
+        "import vllm.v1.engine.core\nfrom vllm.plugins import load_general_plugins\nload_general_plugins()\n"
+        "from vllm.v1.structured_output import StructuredOutputManager as manager\n"
+        "print(hasattr(manager._create_grammar, '__wrapped__'))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert result.stdout.split()[-1:] == ["True"], result.stderr

@@ -115,7 +115,9 @@ def explain_dead_end(message: str, field: str | None) -> Problem | None:
     """
     if message != ENGINE_ERROR or field is None:
         return None
-    return Problem(field, f"{field}: it, and what else the request allows, leave no token to go on with")
+    return Problem(
+        field, f"{field} took too long to compile, or with what else the request allows leaves no token to go on with"
+    )
 
 
 def explain_adapter(path: str, message: str) -> Problem | None:

@@ -26,6 +26,10 @@ def look() -> None:
     registered = "HunYuanForCausalLM" in ModelRegistry.get_supported_archs()
     say(registered=registered, plugin=getattr(sys.modules.get("hunyuan_vllm"), "__file__", None))
     if not registered:
+        say(step="register hunyuan_vllm")
+        from hunyuan_vllm.plugin import register  # which raises what the entry point only warns of
+
+        register()
         return
     say(step="load vLLM's kernels")
     import torch

@@ -65,7 +65,7 @@ def test_files_are_looked_at_first(tmp_path, source):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (gzip.compress(b'{"prompt": "a"}'), "is compressed with gzip: write it as JSONL first, with gunzip -k "),
+        (gzip.compress(b"{}", mtime=0), "is compressed with gzip: write it as JSONL first, with gunzip -k "),
         ('{"prompt": "a"}'.encode("utf-16"), "is UTF-16: convert it to UTF-8 first"),
         ('{"prompt": "汉"}'.encode("gb18030"), "has no line of JSON; line 1: 'utf-8' codec can't decode"),
         (b'[\n {"prompt": "a",\n', r"has no line of JSON; line 1: .* one JSON array: write one object a line \(jq -c"),

@@ -14,6 +14,7 @@ from test_launch import CPU, DEMO, GIB, GPU8, HUB, LARGE, MODEL, NODE1, SMALL, p
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.quant.formats import stored_format
 from hunyuan_vllm.server.flags import Flags
 from hunyuan_vllm.server.launch import Launch, decide
 from hunyuan_vllm.server.machine import Machine
@@ -25,7 +26,12 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 STATIC = {"quant_method": "fp8", "activation_scheme": "static"}
-FP8_LARGE = replace(MODEL, config=HunYuanConfig(**LARGE.to_diff_dict() | {"quantization_config": STATIC}))
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
+FP8_LARGE = replace(
+    MODEL,
+    config=HunYuanConfig(**LARGE.to_diff_dict() | {"quantization_config": STATIC}),
+    format=stored_format(STATIC),
+)
 FP8_SMALL = replace(FP8_LARGE, weight_bytes=4 * GIB)
 
 
@@ -66,14 +72,14 @@ def test_idle_gpus_are_mentioned() -> None:
             None,
             "MODEL_PATH=/models/small is not quantised: make an FP8 checkpoint of it with hunyuan-vllm quantize /mo",
         ),
-        (STATIC | {"activation_scheme": "dynamic"}, "is no FP8 checkpoint with static scales .* says 'fp8'"),
-        ({"quant_method": "compressed-tensors"}, "is no FP8 checkpoint .* says 'compressed-tensors'"),
+        (STATIC | {"activation_scheme": "dynamic"}, r"has no static FP8 scales \(.*FP8.*\): serve it as it is"),
+        (GPTQ, r"has no static FP8 scales \(.*GPTQ.*\): serve it as it is"),
     ],
 )
 def test_checkpoints_of_another_kind(described: dict | None, message: str) -> None:
     config = HunYuanConfig(**LARGE.to_diff_dict() | ({"quantization_config": described} if described else {}))
     with pytest.raises(UserError, match=message):
-        launch(GPU8, replace(SMALL, config=config))
+        launch(GPU8, replace(SMALL, config=config, format=stored_format(described)))
 
 
 def test_schemes_by_name() -> None:

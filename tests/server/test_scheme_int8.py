@@ -15,6 +15,7 @@ from test_launch import CPU, DEMO, GIB, GPU8, HUB, LARGE, MODEL, NODE1, parsed
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.layout import expected_tensors
+from hunyuan_vllm.quant.formats import stored_format
 from hunyuan_vllm.quant.int8_format import PACKED, PLAIN, describe
 from hunyuan_vllm.server.flags import Flags
 from hunyuan_vllm.server.launch import Launch, decide
@@ -32,7 +33,8 @@ ONE_LAYER = replace(MODEL, config=LAYER, weight_bytes=2 * sum(map(prod, TENSORS.
 
 
 def described(fields: dict) -> ModelSource:
-    return replace(MODEL, config=HunYuanConfig(**LARGE.to_diff_dict() | {"quantization_config": fields}))
+    config = HunYuanConfig(**LARGE.to_diff_dict() | {"quantization_config": fields})
+    return replace(MODEL, config=config, format=stored_format(fields))
 
 
 def launch(scheme: Scheme | None, machine: Machine, model: ModelSource, *flags: str, **environ: str) -> Launch:
@@ -73,7 +75,7 @@ def test_memory_for_the_cache_is_counted_from_quantised_weights(scheme: Scheme |
 
 
 def test_checkpoints_quantised_otherwise() -> None:
-    with pytest.raises(UserError, match="is quantised otherwise .* says 'fp8'.: int8 is made of the BF16"):
+    with pytest.raises(UserError, match=r"is quantised otherwise \(.*FP8.*\): int8 is made of the unquantised"):
         launch(INT8, GPU8, described({"quant_method": "fp8", "activation_scheme": "static"}))
 
 

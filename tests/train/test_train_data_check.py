@@ -95,7 +95,7 @@ def test_the_forms_of_the_lines_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (gzip.compress(b"{}"), "compressed with gzip: write it as JSONL first, with gunzip -k "),
+        (gzip.compress(b"{}", mtime=0), "compressed with gzip: write it as JSONL first, with gunzip -k "),
         (b"PAR1\x15\x04", "is a Parquet table: "),
         (line("Hi", "Hello.").encode("utf-16"), "is UTF-16: convert it to UTF-8 first (iconv -f UTF-16 -t UTF-8 "),
         (line("Hi", "Hello.").encode("utf-16-le"), "(iconv -f UTF-16LE -t UTF-8 "),

@@ -93,12 +93,13 @@ class FakeHead:
 
 
 def write_published(folder: Path, fp8: bool = False) -> Path:
-    """A checkpoint of the published network, of which only the header and the size of its one file are real."""
+    """A checkpoint of the published network: real are the header and the size of its one file, and nothing else."""
     fields = json.loads(_published_config().read_text())
     if fp8:
         fields["quantization_config"] = FP8
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(fields))
+    (folder / "hy.tiktoken").touch()
     config = HunYuanConfig(**fields)
     layout: Layout = Fp8Layout(config, IgnoredLayers()) if fp8 else Layout(config)
     quantised = layout.quantised if isinstance(layout, Fp8Layout) else set()

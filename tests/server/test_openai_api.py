@@ -398,7 +398,7 @@ def test_other_refusals_have_the_same_form(server):
     wrong_kind = post(server, "/v1/chat/completions", b"{}", "text/plain")
     assert (wrong_kind.status_code, wrong_kind.json()["error"]["param"]) == (400, "Content-Type")
     nowhere = post(server, "/v1/nowhere", b"{}")
-    assert (nowhere.status_code, nowhere.json()["error"]["message"]) == (404, "Not Found")
+    assert nowhere.status_code == 404 and "/v1/nowhere" in nowhere.json()["error"]["message"]
     wrong_way = httpx.get(f"{server.url}/v1/chat/completions", trust_env=False)
     assert (wrong_way.status_code, wrong_way.json()["error"]["code"]) == (405, 405)
 

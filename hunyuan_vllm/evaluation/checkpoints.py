@@ -9,6 +9,8 @@ from pathlib import Path
 
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.evaluation.schemes import Scheme
+from hunyuan_vllm.quant import formats
+from hunyuan_vllm.quant.int8_format import PACKED, PLAIN
 from hunyuan_vllm.quantize.progress import Progress, gigabytes
 from hunyuan_vllm.server.model_source import ModelSource, open_model
 from hunyuan_vllm.server.scheme import FP8
@@ -16,8 +18,8 @@ from hunyuan_vllm.server.settings import Settings
 
 __all__ = ["checkpoint_of"]
 
-# What a scheme's weights may be on disk, as quantization_config calls it, beside BF16.
-METHODS = {"bf16": None, "int8": "compressed-tensors", "int8-w8a8": "compressed-tensors", "fp8": "fp8"}
+# What a scheme's weights may be on disk, beside unquantised.
+KINDS = {"bf16": (), "int8": (PACKED, PLAIN), "int8-w8a8": (PACKED, PLAIN), "fp8": (formats.FP8,)}
 LARGEST_COPY = 32 * 10**9  # bytes of a checkpoint that is converted without having been asked to
 
 
@@ -28,13 +30,13 @@ def checkpoint_of(scheme: Scheme, model: ModelSource, progress: Progress) -> Mod
         UserError: it is not there, or holds the network in another way.
     """
     source = open_model(scheme.path) if scheme.path else model
-    method = (getattr(source.config, "quantization_config", None) or {}).get("quant_method")
-    if method not in (None, METHODS[scheme.weights]):
+    stored = source.format or formats.Format()
+    if stored.kind is not None and stored.kind not in KINDS[scheme.weights]:
         raise UserError(
-            f"{source.given} is quantised ({method}), which {scheme.name} cannot start from: name another checkpoint, "
-            f"as in {scheme.name}:PATH"
+            f"{source.given} is quantised ({stored.name}), which {scheme.name} cannot start from: name another "
+            f"checkpoint, as in {scheme.name}:PATH"
         )
-    return _fp8_copy(source, progress) if scheme.weights == "fp8" and method is None else source
+    return _fp8_copy(source, progress) if scheme.weights == "fp8" and stored.kind is None else source
 
 
 def _fp8_copy(source: ModelSource, progress: Progress) -> ModelSource:

@@ -12,7 +12,7 @@ from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
 from hunyuan_vllm import demo
-from hunyuan_vllm.server.asgi import Receive, Scope, Send
+from hunyuan_vllm.server.asgi import Receive, Scope, Send, without_prefix
 from hunyuan_vllm.server.chat_bundle import bundle
 from hunyuan_vllm.server.chat_page import PAGE, SECURITY_HEADERS, ChatPage
 
@@ -62,7 +62,10 @@ def test_all_else_is_the_applications(client: TestClient, method: str, path: str
 
 
 def test_below_a_prefix() -> None:
-    client = TestClient(ChatPage(behind), root_path="/llm")
+    async def with_prefix(scope: Scope, receive: Receive, send: Send) -> None:
+        await ChatPage(behind)(without_prefix(scope), receive, send)
+
+    client = TestClient(with_prefix, root_path="/llm")
     assert "<h1>Hunyuan</h1>" in client.get("/llm/").text
     assert client.get("/llm/chat/app.js").status_code == 200
     assert client.get("/llm/v1/models").text == "the application"

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from hunyuan_vllm import demo
+from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.evaluation import compare
 from hunyuan_vllm.evaluation.checkpoints import checkpoint_of
 from hunyuan_vllm.evaluation.passages import Passage
 from hunyuan_vllm.evaluation.runs import Contestant, Work
 from hunyuan_vllm.evaluation.schemes import Scheme
+from hunyuan_vllm.quant.formats import stored_format
+from hunyuan_vllm.quant.int8_format import PACKED, describe
 from hunyuan_vllm.quantize.progress import Progress
-from hunyuan_vllm.server.model_source import ModelSource, demo_model, open_model
+from hunyuan_vllm.server.model_source import ModelSource, demo_model
 
 SILENT = Console(quiet=True)
 
@@ -51,23 +53,28 @@ def test_no_such_scheme(text: str) -> None:
         Scheme.parse(text)
 
 
-def quantised(folder: Path, method: str) -> ModelSource:
-    """A folder that says it is quantised, for checks that look no further."""
-    shutil.copytree(demo.path(), folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
-    return open_model(str(folder))
+STATIC_FP8 = {"quant_method": "fp8", "activation_scheme": "static"}
 
 
-@pytest.mark.parametrize(("scheme", "method"), [("bf16", "fp8"), ("int8", "fp8"), ("fp8", "compressed-tensors")])
-def test_a_checkpoint_of_another_kind(scheme: str, method: str, tmp_path: Path) -> None:
-    model = quantised(tmp_path / "model", method)
-    with pytest.raises(UserError, match=rf"is quantised \({method}\), which {scheme} cannot start from"):
+def quantised(described: dict) -> ModelSource:
+    """The demo model, if it were stored like this."""
+    model = demo_model()
+    config = HunYuanConfig(**model.config.to_diff_dict() | {"quantization_config": described})
+    return replace(model, demo=False, config=config, format=stored_format(described))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "described", "name"),
+    [("bf16", STATIC_FP8, "FP8"), ("int8", STATIC_FP8, "FP8"), ("fp8", describe(PACKED), "int8")],
+)
+def test_a_checkpoint_of_another_kind(scheme: str, described: dict, name: str) -> None:
+    model = quantised(described)
+    with pytest.raises(UserError, match=rf"is quantised \(.*{name}.*\), which {scheme} cannot start from"):
         checkpoint_of(Scheme.parse(scheme), model, Progress(SILENT))
 
 
-def test_an_int8_checkpoint_says_itself_what_it_is(tmp_path: Path) -> None:
-    model = quantised(tmp_path / "model", "compressed-tensors")
+def test_an_int8_checkpoint_says_itself_what_it_is() -> None:
+    model = quantised(describe(PACKED))
     scheme = Scheme.parse("int8")
     assert checkpoint_of(scheme, model, Progress(SILENT)) is model
     argv, _ = Contestant(scheme, model).argv(64, {})

@@ -102,5 +102,5 @@ def test_folders_of_no_use(tiny: Path, tmp_path: Path) -> None:
         Source(tmp_path)
     (tmp_path / "config.json").write_text((tiny / "config.json").read_text())
     (tmp_path / "pytorch_model.bin").write_text("x")
-    with pytest.raises(UserError, match=r"has no \*.safetensors: copy"):
+    with pytest.raises(UserError, match=r"has pickled weights \(\*\.bin\) and no \*\.safetensors: convert"):
         Source(tmp_path)

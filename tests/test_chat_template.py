@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 from chat_templates import FAULTY, FINE_TUNED
 from jinja2 import TemplateError
+from logged import messages_of
 from tokenizer_texts import SMALL_VOCAB
 from transformers import AutoConfig
 from vllm.config import ModelConfig, VllmConfig
@@ -233,16 +233,12 @@ def checkpoint(folder: Path, template: str) -> Path:
 
 
 def test_vllm_serves_the_built_in_template_instead_of_a_wrong_one(
-    tmp_path: Path, tokenizer: HYTokenizer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, tokenizer: HYTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Unless the environment, or vLLM's --chat-template, asks for the checkpoint's own."""
     load_general_plugins()
     model = ModelConfig(model=str(checkpoint(tmp_path, FAULTY)), dtype="float32")
     renderer = renderer_from_config(VllmConfig(model_config=model))
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-
-    def said() -> list[str]:
-        return [record.getMessage() for record in caplog.records if record.name == tokenizer_module.logger.name]
 
     def prompt(**params: Any) -> list[int]:
         _, (rendered,) = renderer.render_chat([[user("Hi")]], ChatParams(**params))
@@ -253,10 +249,11 @@ def test_vllm_serves_the_built_in_template_instead_of_a_wrong_one(
         tokenizer.encode(text, add_special_tokens=False)
         for text in ("<|startoftext|>Hi<|extra_0|>", faulty_in([user("Hi")]))
     )
-    assert prompt(chat_template=FAULTY) == wrong
-    assert not said()
-    assert prompt() == prompt() == right
-    (line,) = said()
+    with messages_of(tokenizer_module.logger) as said:
+        assert prompt(chat_template=FAULTY) == wrong
+        assert not said
+        assert prompt() == prompt() == right
+    (line,) = said
     assert "<|extra_4|>" in line and f"{envs.CHECKPOINT_CHAT_TEMPLATE}=1" in line
     monkeypatch.setenv(envs.CHECKPOINT_CHAT_TEMPLATE, "1")
     assert prompt() == wrong

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
 import runpy
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from logged import messages_of
 from vllm.config import ModelConfig
 from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
@@ -81,17 +81,12 @@ def test_other_overrides_stay_beside_greedy(tmp_path: Path) -> None:
     assert found == {"temperature": 0, "top_k": 20, "max_tokens": 99} and given == {"max_new_tokens": 99}
 
 
-def test_a_default_length_of_answers_is_said_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-
+def test_a_default_length_of_answers_is_said_once(tmp_path: Path) -> None:
     def said(**options: Any) -> list[str]:
         preflight._say_answers_end.cache_clear()
-        caplog.clear()
-        for _ in range(2):
-            found = sampling(tmp_path, {"max_new_tokens": 8}, **options)
-        lines = [record.getMessage() for record in caplog.records if record.name == preflight.logger.name]
+        with messages_of(preflight.logger) as lines:
+            for _ in range(2):
+                found = sampling(tmp_path, {"max_new_tokens": 8}, **options)
         assert ("max_tokens" in found) == bool(lines)
         return lines
 

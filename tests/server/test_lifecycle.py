@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+from logged import messages_of
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
@@ -211,12 +211,8 @@ async def test_a_dead_engine_is_not_ready_a_moment_longer_and_gets_no_more_reque
 @pytest.fixture
 def caplog_vllm():
     """Messages of the server's own log."""
-    messages = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    lifecycle.logger.addHandler(handler)
-    yield messages
-    lifecycle.logger.removeHandler(handler)
+    with messages_of(lifecycle.logger) as messages:
+        yield messages
 
 
 async def test_a_late_completion_is_withdrawn(application):
@@ -234,14 +230,16 @@ async def test_a_late_completion_is_withdrawn(application):
     await asyncio.wait_for(withdrawn.wait(), 1)
 
 
-async def test_probes_do_not_pile_up(application):
+async def test_probes_do_not_pile_up(application, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(readiness, "time", SimpleNamespace(monotonic=lambda: now[0]))
     async with client_of(around(application), application) as client:
         answers = await asyncio.gather(*(client.get("/readyz") for _ in range(50)))
         assert {answer.status_code for answer in answers} == {200}
         assert len(application.asked) == 1
         await client.get("/readyz")
         assert len(application.asked) == 1  # it stands for a while
-        await asyncio.sleep(readiness.KEPT)
+        now[0] += readiness.KEPT
         application.answer = application.refused
         assert (await client.get("/readyz")).status_code == 503
         assert len(application.asked) == 2

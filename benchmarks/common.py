@@ -132,7 +132,7 @@ class Report:
         given = {name: str(v) if isinstance(v, Path) else v for name, v in vars(arguments).items() if name != "json"}
         self._file: Path | None = arguments.json
         if self._file is not None and not self._file.parent.is_dir():
-            raise SystemExit(f"--json {self._file}: there is no folder {self._file.parent}")
+            raise SystemExit(f"--json {self._file}: {self._file.parent} does not exist")
         self._record: dict[str, Any] = {"benchmark": benchmark, "settings": given, "machine": machine(), **facts}
         self._tables: dict[str, list[dict[str, Any]]] = {}
 

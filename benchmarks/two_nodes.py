@@ -49,7 +49,7 @@ def main() -> int:
     for number in range(arguments.rounds):
         rounds.append(one_round(arguments.by_hand))
         print(f"round {number + 1}: " + ", ".join(f"{step} {taken:.1f} s" for step, taken in rounds[-1].items()))
-    print("| step | median | least to most |\n|---|---|---|")
+    print("| step | median | min–max |\n|---|---|---|")
     for step in rounds[0]:
         taken = sorted(one[step] for one in rounds)
         print(f"| {step} | {taken[len(taken) // 2]:.1f} s | {taken[0]:.1f} to {taken[-1]:.1f} s |")

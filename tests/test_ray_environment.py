@@ -18,7 +18,9 @@ from hunyuan_vllm.ray_environment import kept_from_workers, limit_copied_variabl
 @pytest.fixture
 def copied(monkeypatch):
     """Names that would be copied, once our limit is set, of the variables that a test gives."""
+    monkeypatch.delenv("HUNYUAN_VLLM_LIMIT_RAY_VARIABLES", raising=False)
     before = set(ray_env.RAY_NON_CARRY_OVER_ENV_VARS)
+    ray_env.RAY_NON_CARRY_OVER_ENV_VARS.clear()  # what another test's engine in this process left
 
     def names(**environ: str) -> set[str]:
         for name, value in environ.items():

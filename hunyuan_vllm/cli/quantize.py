@@ -95,9 +95,7 @@ def quantize(
     from hunyuan_vllm.quantize.options import Options, parse_size
 
     console = Console(stderr=True)
-    options = Options(
-        scheme, clip, smooth, calibration_tokens, headroom, parse_size(shard_size), _device(device)
-    )
+    options = Options(scheme, clip, smooth, calibration_tokens, headroom, parse_size(shard_size), _device(device))
     source = demo.folder(source)
     if plan:
         _show_plan(source, options)

@@ -1,6 +1,6 @@
 """One engine in a process of its own, so that its memory is free again afterwards: what it is asked, what it answers.
 
-    python -m hunyuan_vllm.evaluation.contestant FD     # reads a job as JSON, writes JSON lines to that descriptor
+python -m hunyuan_vllm.evaluation.contestant FD     # reads a job as JSON, writes JSON lines to that descriptor
 """
 
 from __future__ import annotations

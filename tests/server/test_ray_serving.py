@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 PROMPT_LENGTHS = (5, 16, 33, 64)
 TOKENS = 24
-TOLD = 45.0  # seconds until each client knows of a fault: a silent host is given up after 25
-RECOVERED = 90.0
+TOLD = 60.0  # seconds until each client knows of a fault: a silent host is given up after 25
+RECOVERED = 300.0  # a bound for hangs; benchmarks/ray_faults.py measures
 
 
 PROGRAM = f"""

@@ -59,7 +59,7 @@ def test_a_small_sweep(keyed_server: KeyedServer, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "key", "says"),
     [
-        ([], KEYS["alice"], "2048 tokens in and 256 out do not fit into the 512 tokens"),
+        ([], KEYS["alice"], "2048 tokens in and 256 out do not fit into the model's context of 512 tokens"),
         (["--model=gpt"], KEYS["alice"], "the server has no model gpt: it has hunyuan, hunyuan-demo, style"),
         ([], "wrong", "does not accept this API key"),
         (["--output=/nowhere/run.json"], KEYS["alice"], "/nowhere does not exist"),

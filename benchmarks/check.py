@@ -24,11 +24,11 @@ from typing import Any
 
 from common import Report, Spread, checkpoint_option, interleaved, mid_checkpoint, options, ratios
 
-from hunyuan_vllm.check.content import read_through
-from hunyuan_vllm.check.shards import ITEM_BYTES, read_shards
+from hunyuan_vllm.check.deep import read_through
+from hunyuan_vllm.check.files import ITEM_BYTES, read_shards
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.quant.formats import stored_format
-from hunyuan_vllm.quant.int8_format import PLAIN, describe
+from hunyuan_vllm.quant.layouts import PLAIN, describe
 
 PUBLISHED: dict[str, Any] = dict(
     architectures=["HunYuanForCausalLM"], torch_dtype="bfloat16", tie_word_embeddings=True, num_key_value_heads=8,

@@ -27,7 +27,7 @@ import torch
 from common import REPOSITORY, Report, note, options
 
 from hunyuan_vllm.demo import path as demo_path
-from hunyuan_vllm.evaluation.held_out import MAX_ANSWER, held_out_questions
+from hunyuan_vllm.evaluation.passages import MAX_ANSWER, held_out_questions
 from hunyuan_vllm.quantize.source import Source
 from hunyuan_vllm.reference import HunYuanForCausalLM
 from hunyuan_vllm.tokenizer import load_tokenizer

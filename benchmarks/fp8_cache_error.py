@@ -26,11 +26,10 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from hunyuan_vllm import demo
-from hunyuan_vllm.evaluation.held_out import held_out_questions
-from hunyuan_vllm.evaluation.passages import Passage
+from hunyuan_vllm.evaluation.passages import Passage, held_out_questions
 from hunyuan_vllm.plugin import register
-from hunyuan_vllm.quant.fp8 import E4M3_MAX, round_through_fp8
-from hunyuan_vllm.quant.kv_scales import normalised_key_scale
+from hunyuan_vllm.quant.fp8 import normalised_key_scale
+from hunyuan_vllm.quant.rounding import E4M3_MAX, round_through_fp8
 from hunyuan_vllm.reference import HunYuanForCausalLM
 
 # E4M3 repeats itself with every factor of 2, so which numbers lie near which of its values is luck between these.

@@ -4,7 +4,7 @@
 
 Each engine starts in a process of its own, on the attention shape of Hunyuan-Large (8 KV heads of 128), 8 of its 64
 layers and a narrow network without trained weights: only the cache is looked at. Expected is the CLA factor, exactly,
-what `hunyuan_vllm.cache_shape` predicts, and tensors of that size; the exit status is 1 where one does not hold.
+what `hunyuan_vllm.kv_cache` predicts, and tensors of that size; the exit status is 1 where one does not hold.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Capacity(Engine):
 
     def predicted(self, memory: int, itemsize: int, sharing: bool) -> int:
         """KV blocks by the package's arithmetic."""
-        from hunyuan_vllm.cache_shape import CacheShape
+        from hunyuan_vllm.kv_cache import CacheShape
 
         config = self.llm.llm_engine.vllm_config
         shape = CacheShape.of(config.model_config.hf_config, itemsize=itemsize, sharing=sharing)

@@ -70,7 +70,7 @@ class Loader:
 
         # What would be imported meanwhile is none of the load's memory.
         from hunyuan_vllm import model as _model  # noqa: F401
-        from hunyuan_vllm.quant import int8_experts, int8_linear  # noqa: F401
+        from hunyuan_vllm.quant import int8_layers  # noqa: F401
         from hunyuan_vllm.quant.cpu import w8a8, w8a16  # noqa: F401
 
         stock = BaseModelLoader.load_model
@@ -103,7 +103,7 @@ def by_arithmetic(model: Path) -> tuple[dict[str, int], int]:
     """Bytes of the model in each scheme, and of one layer's BF16 experts."""
     from hunyuan_vllm.config import HunYuanConfig
     from hunyuan_vllm.layout import expected_tensors
-    from hunyuan_vllm.quant.ignored import IgnoredLayers, quantised_linears
+    from hunyuan_vllm.quant.layouts import IgnoredLayers, quantised_linears
 
     config = HunYuanConfig.from_pretrained(model)
     linears = quantised_linears(config, IgnoredLayers()).values()

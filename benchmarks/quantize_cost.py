@@ -21,8 +21,8 @@ from common import Report, Spread, interleaved, note, options, random_checkpoint
 from processes import Child
 
 from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.quantize.estimate import Plan, Rates, measure_rates
 from hunyuan_vllm.quantize.options import SCHEMES, Options
-from hunyuan_vllm.quantize.plan import Plan, Rates, measure_rates
 
 WIDE: dict[str, Any] = dict(
     vocab_size=8192, hidden_size=4096, intermediate_size=12288, num_hidden_layers=2, num_attention_heads=32,

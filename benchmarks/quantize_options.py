@@ -19,7 +19,7 @@ from common import REPOSITORY, Report, note, options
 from transformers import AutoTokenizer
 
 from hunyuan_vllm import demo
-from hunyuan_vllm.evaluation.held_out import held_out_questions
+from hunyuan_vllm.evaluation.passages import held_out_questions
 from hunyuan_vllm.quantize.convert import quantize_checkpoint
 from hunyuan_vllm.reference import HunYuanForCausalLM
 from hunyuan_vllm.tokenizer import register_tokenizer

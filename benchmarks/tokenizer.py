@@ -25,8 +25,8 @@ from typing import Any
 import tiktoken
 from transformers import PreTrainedTokenizer
 
+from hunyuan_vllm.bpe import SPECIAL_TOKENS, START_OF_TEXT, TOKEN_START, read_tokens
 from hunyuan_vllm.tokenizer import HYTokenizer
-from hunyuan_vllm.vocab import SPECIAL_TOKENS, START_OF_TEXT, TOKEN_START, read_tokens
 
 PUBLISHED_PATTERN = TOKEN_START + r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 

@@ -48,7 +48,7 @@ class Network:
         self.collator = PaddingCollator(0)
 
     def rows(self, tokens: int) -> Any:
-        from hunyuan_vllm.train.dummy import DummyDataset
+        from hunyuan_vllm.train.collate import DummyDataset
 
         return DummyDataset(self.vocabulary, tokens, 4096)
 

@@ -15,8 +15,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.layout import expected_tensors
+from hunyuan_vllm.util.errors import UserError
 
 __all__ = [
     "ADAPTER_CONFIG",

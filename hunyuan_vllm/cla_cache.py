@@ -17,14 +17,14 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 
 from hunyuan_vllm import envs
-from hunyuan_vllm.cache_shape import CacheShape
 from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.kv_cache import CacheShape
 from hunyuan_vllm.quant.cpu import fp8 as cpu_fp8
-from hunyuan_vllm.quant.fp8 import E4M3_MAX
-from hunyuan_vllm.quant.kv_scales import normalised_key_scale
+from hunyuan_vllm.quant.fp8 import normalised_key_scale
+from hunyuan_vllm.quant.rounding import E4M3_MAX
 
 if TYPE_CHECKING:
-    from hunyuan_vllm.quant.kv_scales import CacheScales
+    from hunyuan_vllm.quant.fp8 import CacheScales
 
 __all__ = [
     "CLAAttention",

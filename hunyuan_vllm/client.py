@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 import httpx
 import psutil
 
-from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.server.keys import parse_keys, read_key_file
-from hunyuan_vllm.server.settings import Settings, is_loopback
+from hunyuan_vllm.server.options import Settings, is_loopback
+from hunyuan_vllm.util.errors import UserError
 
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 TIMEOUT = 30  # seconds

@@ -14,7 +14,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.vllm_surface import USED, Symbol
 
 __all__ = ["GET_VLLM", "SUPPORTED", "check_engine", "check_symbols", "check_vllm_version", "installed_version"]

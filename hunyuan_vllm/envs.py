@@ -9,7 +9,7 @@ import math
 import os
 from pathlib import Path
 
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.util.errors import UserError
 
 __all__ = [
     "CHECKPOINT_CHAT_TEMPLATE",

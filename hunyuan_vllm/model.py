@@ -39,16 +39,14 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.sequence import IntermediateTensors
 
+from hunyuan_vllm.attention import FoldedQueryNorm, make_rotary
 from hunyuan_vllm.cla_cache import CLAAttention, OwnerAttention, SharedKV, kv_sharing_target, passes_kv
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.cpu_routing import NativeGate, choose_experts, routes_natively
+from hunyuan_vllm.cpu import NativeGate, choose_experts, experts_without_lora_on_cpu, routes_natively
 from hunyuan_vllm.expert_load import count_expert_load
-from hunyuan_vllm.lora import experts_without_lora_on_cpu
+from hunyuan_vllm.loader import CHECKPOINT_NAMES, load_checkpoint
 from hunyuan_vllm.patches import apply_patches
-from hunyuan_vllm.qk_norm import FoldedQueryNorm
-from hunyuan_vllm.quant.int8_shared import computes_shared_mlp, join_shared_mlp
-from hunyuan_vllm.rope import make_rotary
-from hunyuan_vllm.weights import CHECKPOINT_NAMES, load_checkpoint
+from hunyuan_vllm.quant.int8_layers import computes_shared_mlp, join_shared_mlp
 
 __all__ = ["HunYuanForCausalLM"]
 

@@ -100,8 +100,8 @@ from vllm.v1.structured_output.request import StructuredOutputRequest
 
 from hunyuan_vllm.adapter import check_adapter, check_modules
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.cpu_kernels import PackedCPUExperts, packs
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.cpu import PackedCPUExperts, packs
+from hunyuan_vllm.util.errors import UserError
 
 __all__ = ["apply_patches", "check_adapters_of_requests", "limit_compilation"]
 

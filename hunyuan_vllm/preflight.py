@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 
 from hunyuan_vllm.checkpoint import check_headers
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.kv_cache import check_pipeline
 from hunyuan_vllm.layout import tensor_parallel_sizes
-from hunyuan_vllm.pipeline import check_pipeline
 from hunyuan_vllm.quant.preflight import check_quantisation
 from hunyuan_vllm.quant.scheme import layout_of
 from hunyuan_vllm.ray_environment import join_own_cluster
+from hunyuan_vllm.util.errors import UserError
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -53,7 +53,7 @@ class HunYuanPreflight:
             CheckpointError: a checkpoint file or tensor is wrong.
             UserError: the script that makes the engine would make another in each of the engine's processes.
         """
-        from hunyuan_vllm.lora import limit_targets_on_cpu  # brings vLLM, which the checks below do without
+        from hunyuan_vllm.cpu import limit_targets_on_cpu  # brings vLLM, which the checks below do without
 
         config = vllm_config.model_config.hf_config
         if not isinstance(config, HunYuanConfig):

@@ -1,9 +1,4 @@
-"""The environment of an engine over Ray: what it needs to join the cluster, and what vLLM may copy to its workers.
-
-vLLM copies all, so whatever the operator has exported for other programs would be in processes on every node. A
-variable that a worker needs beyond those that steer it is exported on its node before Ray starts there, or named in
-VLLM_RAY_EXTRA_ENV_VARS_TO_COPY.
-"""
+"""The environment of an engine over Ray: what it needs to join the cluster, and what vLLM may copy to its workers"""
 
 from __future__ import annotations
 
@@ -11,9 +6,13 @@ import os
 import re
 from collections.abc import Mapping
 
-from hunyuan_vllm.secret_names import names_a_secret
+SECRET = re.compile(r"KEY|TOKEN(?!IZ)|SECRET|PASSW|CREDENTIAL|AUTH|COOKIE|PRIVATE", re.IGNORECASE)
 
-__all__ = ["join_own_cluster", "kept_from_workers", "limit_copied_variables"]
+
+def names_a_secret(variable: str) -> bool:
+    """Whether the variable of that name is to be kept from other processes and nodes."""
+    return SECRET.search(variable) is not None
+
 
 STEERING = re.compile(
     r"(VLLM|HUNYUAN_VLLM|NCCL|GLOO|TP|UCX|OMP|MKL|KMP|TORCH|TORCHINDUCTOR|PYTORCH|CUDA|CUBLAS|TRITON|FLASHINFER"

@@ -16,12 +16,19 @@ from transformers import AutoConfig, AutoTokenizer, BatchEncoding, TokenizersBac
 from transformers.models.auto import tokenization_auto
 
 from hunyuan_vllm import envs
-from hunyuan_vllm.chat_template import CHAT_TEMPLATE, known_faults, replacement
+from hunyuan_vllm.bpe import (
+    END_OF_TEXT,
+    EOS,
+    PAD,
+    SPECIAL_TOKENS,
+    START_OF_TEXT,
+    TextEncoder,
+    build_tokenizer,
+    read_tokens,
+)
+from hunyuan_vllm.chat_template import CHAT_TEMPLATE, RenderedChat, SpecialTokens, known_faults, new_mark, replacement
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.rendered_chat import RenderedChat, SpecialTokens, new_mark
-from hunyuan_vllm.text_encoder import TextEncoder
-from hunyuan_vllm.vocab import END_OF_TEXT, EOS, PAD, SPECIAL_TOKENS, START_OF_TEXT, build_tokenizer, read_tokens
+from hunyuan_vllm.util.errors import UserError
 
 __all__ = ["HYTokenizer", "load_tokenizer", "register_tokenizer"]
 

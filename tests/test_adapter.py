@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from hunyuan_vllm.adapter import ADAPTER_CONFIG, ADAPTER_FILE, check_adapter, check_modules
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.util.errors import UserError
 
 ATTENTION = "model.layers.0.self_attn.q_proj"
 MLP = "model.layers.0.mlp.shared_mlp.up_proj"

@@ -14,21 +14,21 @@ import psutil
 import pytest
 from waiting import eventually
 
-from hunyuan_vllm.errors import NotYetError, UserError
-from hunyuan_vllm.server import cause as cause_module
-from hunyuan_vllm.server.cause import cause_of_death, oom_kills
-from hunyuan_vllm.server.ready import check_port
+from hunyuan_vllm.server import health_status as cause_module
+from hunyuan_vllm.server.health_status import cause_of_death, oom_kills
+from hunyuan_vllm.server.run import check_port
+from hunyuan_vllm.util.errors import NotYetError, UserError
 
 RUNNER = """
 import os, pathlib, sys
 from hunyuan_vllm.server.launch import Launch
-from hunyuan_vllm.server.stop import Stop
-from hunyuan_vllm.server.supervise import run
-from hunyuan_vllm.server.verdict import Verdict
+from hunyuan_vllm.server.process import Stop
+from hunyuan_vllm.server.supervisor import run_once
+from hunyuan_vllm.server.health_status import Verdict
 key_file = pathlib.Path(os.environ["KEY_FILE"]) if "KEY_FILE" in os.environ else None
 launch = Launch([sys.executable, "-c", sys.argv[1]], {"FROM_LAUNCH": "yes"}, "127.0.0.1", 8020, "hunyuan", key_file)
 ask = lambda launch: Verdict("ready" if os.path.exists(sys.argv[2]) else "silent")
-sys.exit(run(launch, os.environ, Stop(), ask))
+sys.exit(run_once(launch, os.environ, Stop(), ask))
 """
 # As vLLM says it, with the exit code to fill in.
 WORKER_DIED = (

@@ -15,10 +15,10 @@ from vllm import _custom_ops as ops
 from vllm.model_executor.layers.attention import Attention
 
 from hunyuan_vllm import cla_cache, model
-from hunyuan_vllm.cache_shape import CacheShape
 from hunyuan_vllm.cla_cache import kv_sharing_target
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.plan.network import Network
+from hunyuan_vllm.kv_cache import CacheShape
+from hunyuan_vllm.plan.model import Network
 from hunyuan_vllm.plan.schemes import SCHEMES
 from hunyuan_vllm.plan.weights import rank_weights
 

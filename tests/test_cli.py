@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hunyuan_vllm import __version__, cli
-from hunyuan_vllm.errors import NotYetError, UserError
+from hunyuan_vllm.util.errors import NotYetError, UserError
 
 SCRIPT = Path(sys.executable).with_name("hunyuan-vllm")
 

@@ -15,7 +15,7 @@ from certificates import own_certificate
 from serving import free_port
 
 from hunyuan_vllm.client import connect, default_url, find_key
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.util.errors import UserError
 
 KEY = "the-key-of-this-test"
 

@@ -6,8 +6,8 @@ import io
 
 from rich.console import Console
 
-from hunyuan_vllm.cli.show_findings import show_sections, tally
-from hunyuan_vllm.findings import Section, exit_status, sections_json, some, some_alike
+from hunyuan_vllm.cli.show import show_sections, tally
+from hunyuan_vllm.util.findings import Section, exit_status, sections_json, some, some_alike
 
 
 def section() -> Section:

@@ -13,19 +13,18 @@ from checkpoints import rewrite, tiny_config, write_checkpoint
 from method_checkpoints import FORMATS, INT4, compressed, quantise
 from typer.testing import CliRunner
 
-from hunyuan_vllm.check.folder import open_folder
+from hunyuan_vllm.check.files import open_folder
 from hunyuan_vllm.check.run import check_folder
 from hunyuan_vllm.cli import app
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.findings import Finding, Status
-from hunyuan_vllm.plan.models import open_planned
+from hunyuan_vllm.plan.model import open_planned
 from hunyuan_vllm.quant.formats import quantization_of, stored_format
-from hunyuan_vllm.server.flags import Flags
+from hunyuan_vllm.server.hardware import Machine
 from hunyuan_vllm.server.launch import decide
-from hunyuan_vllm.server.machine import Machine
-from hunyuan_vllm.server.model_source import open_model
+from hunyuan_vllm.server.models import open_model
+from hunyuan_vllm.server.options import Flags, Settings
 from hunyuan_vllm.server.parallel import choose_ranks
-from hunyuan_vllm.server.settings import Settings
+from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.findings import Finding, Status
 
 NETWORK: dict[str, Any] = dict(num_hidden_layers=2, intermediate_size=128, hidden_size=256)
 

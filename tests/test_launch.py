@@ -13,16 +13,14 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from hunyuan_vllm.chat_template import WITH_TOOLS
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.expert_load import EXTENSION
-from hunyuan_vllm.server.cause import cause_of_death
-from hunyuan_vllm.server.flags import Flags
+from hunyuan_vllm.server.hardware import Machine
+from hunyuan_vllm.server.health_status import cause_of_death
 from hunyuan_vllm.server.launch import Launch, decide
-from hunyuan_vllm.server.machine import Machine
-from hunyuan_vllm.server.model_source import ModelSource, longest_context
+from hunyuan_vllm.server.models import ModelSource, longest_context
+from hunyuan_vllm.server.options import Flags, Settings, Surface
 from hunyuan_vllm.server.ray_cluster import RayCluster
-from hunyuan_vllm.server.settings import Settings
-from hunyuan_vllm.server.surface import Surface
+from hunyuan_vllm.util.errors import UserError
 
 try:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
@@ -30,7 +28,7 @@ except ImportError:  # vLLM 0.33
     from vllm.entrypoints.common.cli_args import make_arg_parser
 
 GIB = 2**30
-OPEN, KEYED = "hunyuan_vllm.server.layers.Open", "hunyuan_vllm.server.layers.BehindKey"
+OPEN, KEYED = "hunyuan_vllm.server.middleware.stack.Open", "hunyuan_vllm.server.middleware.stack.BehindKey"
 LARGE = HunYuanConfig(use_cla=True, cla_share_factor=2, num_key_value_heads=8, num_experts=16, use_mixed_mlp_moe=True)
 MODEL = ModelSource("/models/large", "/models/large", LARGE, weight_bytes=777 * GIB)
 SMALL = ModelSource("/models/small", "/models/small", LARGE, weight_bytes=4 * GIB)
@@ -365,7 +363,7 @@ async def test_the_open_server_does_not_start_where_others_reach_it(monkeypatch,
     async def send(message):
         sent.append(message)
 
-    monkeypatch.setattr("hunyuan_vllm.server.layers._around", lambda app, keys: app)
+    monkeypatch.setattr("hunyuan_vllm.server.middleware.stack._around", lambda app, keys: app)
     app = _as_vllms(resolve_obj_by_qualname(OPEN)(application), host, uds)
     await app({"type": "lifespan"}, receive, send)
     assert [message["type"] for message in sent] == [f"lifespan.startup.{'complete' if serves else 'failed'}"]

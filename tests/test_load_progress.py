@@ -8,9 +8,9 @@ import pytest
 import torch
 from checkpoints import random_tensors, tiny_config
 
-from hunyuan_vllm import load_progress
+from hunyuan_vllm import loader
 from hunyuan_vllm.layout import Layout
-from hunyuan_vllm.load_progress import LoadProgress
+from hunyuan_vllm.loader import LoadProgress
 
 CONFIG = tiny_config()
 TENSORS = len(Layout(CONFIG).expected)
@@ -27,7 +27,7 @@ def load(**options: bool) -> int:
 def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is logged, as the test goes on."""
     said: list[str] = []
-    monkeypatch.setattr(load_progress.logger, "info", lambda text, *values: said.append(text % values))
+    monkeypatch.setattr(loader.logger, "info", lambda text, *values: said.append(text % values))
     return said
 
 
@@ -37,8 +37,8 @@ def test_a_short_load_is_silent(lines: list[str], capfd: pytest.CaptureFixture[s
 
 
 def test_lines_where_there_is_no_terminal(lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load_progress, "QUIET", 0.0)
-    monkeypatch.setattr(load_progress, "LINE_EVERY", 0.0)
+    monkeypatch.setattr(loader, "QUIET", 0.0)
+    monkeypatch.setattr(loader, "LINE_EVERY", 0.0)
     load(shown=True)
     *during, last = lines
     shares = [int(line.removeprefix("Loading weights: ").split("%")[0]) for line in during]
@@ -53,8 +53,8 @@ def test_lines_where_there_is_no_terminal(lines: list[str], monkeypatch: pytest.
 def test_a_bar_on_a_terminal(
     lines: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(load_progress, "QUIET", 0.0)
-    monkeypatch.setattr(load_progress, "LINE_EVERY", 0.0)
+    monkeypatch.setattr(loader, "QUIET", 0.0)
+    monkeypatch.setattr(loader, "LINE_EVERY", 0.0)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     load(shown=True)
     assert f"| 00:00, 00:00 left, {TENSORS} of {TENSORS} tensors, 0.0 GB read" in capsys.readouterr().err
@@ -64,7 +64,7 @@ def test_a_bar_on_a_terminal(
 
 
 def test_bytes_are_counted(lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load_progress, "QUIET", 0.0)
+    monkeypatch.setattr(loader, "QUIET", 0.0)
     progress = LoadProgress(Layout(CONFIG), shown=True)
     big = torch.zeros(1).expand(3_000_000_000)  # 12 GB by count, of which 4 bytes are in memory
     list(progress.reading([("model.norm.weight", big)]))

@@ -13,9 +13,8 @@ from golden_data import FLOAT32_TOLERANCE, Golden, load_golden, reference_answer
 from torch import nn
 
 from hunyuan_vllm import model as model_module
+from hunyuan_vllm.attention import FoldedQueryNorm, PlainRotaryEmbedding
 from hunyuan_vllm.model import HunYuanAttention, HunYuanForCausalLM
-from hunyuan_vllm.qk_norm import FoldedQueryNorm
-from hunyuan_vllm.rope import PlainRotaryEmbedding
 
 pytestmark = pytest.mark.engine
 

@@ -7,9 +7,9 @@ import pytest
 from checkpoints import rewrite, tiny_config, write_checkpoint
 from golden_data import GOLDEN
 
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.server.flags import Flags
-from hunyuan_vllm.server.model_source import check_files, open_model
+from hunyuan_vllm.server.models import check_files, open_model
+from hunyuan_vllm.server.options import Flags
+from hunyuan_vllm.util.errors import UserError
 
 
 def test_a_checkpoint_is_opened_with_its_size():

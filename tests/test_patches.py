@@ -39,7 +39,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.structured_output.request import StructuredOutputRequest
 
 from hunyuan_vllm import model, patches
-from hunyuan_vllm.cpu_kernels import PackedCPUExperts, has_avx512_bf16_without_amx
+from hunyuan_vllm.cpu import PackedCPUExperts, has_avx512_bf16_without_amx
 
 without_amx = pytest.mark.skipif(
     not has_avx512_bf16_without_amx(), reason="needs a CPU with AVX-512 BF16 and without AMX, where the patch acts"

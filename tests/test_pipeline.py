@@ -8,7 +8,7 @@ import pytest
 from checkpoints import tiny_config
 from vllm.distributed.utils import get_pp_indices
 
-from hunyuan_vllm.pipeline import check_pipeline, even_partition, legal_partition
+from hunyuan_vllm.kv_cache import check_pipeline, even_partition, legal_partition
 
 
 @pytest.mark.parametrize("layers", [4, 7, 10, 61, 64])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hunyuan_vllm import compat
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.util.errors import UserError
 
 pytestmark = pytest.mark.slow
 

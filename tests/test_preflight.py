@@ -15,7 +15,7 @@ from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 
 from hunyuan_vllm import preflight
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.util.errors import UserError
 
 spawning = pytest.mark.skipif(not current_platform.is_cpu(), reason="vLLM spawns its processes on CPUs only")
 

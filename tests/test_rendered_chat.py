@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tokenizer_texts import SMALL_VOCAB
 
-from hunyuan_vllm.rendered_chat import RenderedChat
+from hunyuan_vllm.chat_template import RenderedChat
 from hunyuan_vllm.tokenizer import HYTokenizer
 
 START, USER, SYSTEM, EOS = "<|startoftext|>", "<|extra_0|>", "<|extra_4|>", "<|eos|>"

@@ -14,9 +14,9 @@ from vllm.tokenizers import get_tokenizer
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer, IncrementalDetokenizer
 
+from hunyuan_vllm.bpe import read_tokens
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.tokenizer import HYTokenizer, register_tokenizer
-from hunyuan_vllm.vocab import read_tokens
 
 CONFIG = Path(__file__).parent / "golden" / "cla2_top1" / "config.json"
 BYTE_IDS = {token[0]: rank for rank, token in enumerate(read_tokens(SMALL_VOCAB)) if len(token) == 1}

@@ -14,7 +14,7 @@ from waiting import eventually
 # A service that writes a line for each number it is told, and says on a pipe of its own how far it is.
 WRITER = """
 import os, sys
-from hunyuan_vllm.streams import make_output_unfailing
+from hunyuan_vllm.util.streams import make_output_unfailing
 make_output_unfailing()
 for line in sys.stdin:
     for number in range(int(line)):
@@ -107,7 +107,7 @@ def test_once_a_disk_has_room_again_the_log_says_what_is_missing(tmp_path):
     log = tmp_path / "log"
     program = """
     import os, resource, signal, sys, time
-    from hunyuan_vllm.streams import make_output_unfailing
+    from hunyuan_vllm.util.streams import make_output_unfailing
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     make_output_unfailing()
     resource.setrlimit(resource.RLIMIT_FSIZE, (5, resource.RLIM_INFINITY))
@@ -129,7 +129,7 @@ def test_once_a_disk_has_room_again_the_log_says_what_is_missing(tmp_path):
 def test_a_signal_handler_may_write_while_its_thread_does():
     program = """
     import os, signal, sys
-    from hunyuan_vllm.streams import make_output_unfailing
+    from hunyuan_vllm.util.streams import make_output_unfailing
     make_output_unfailing()
     signal.setitimer(signal.ITIMER_REAL, 0.0001, 0.0001)
     signal.signal(signal.SIGALRM, lambda *_: print("alarm"))

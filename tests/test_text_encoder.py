@@ -8,30 +8,29 @@ from pathlib import Path
 import pytest
 from tokenizer_texts import SMALL_VOCAB, VOCABS, random_texts, reference, reference_of, telling_texts, telling_tokens
 
-from hunyuan_vllm import text_encoder
-from hunyuan_vllm.text_encoder import TextEncoder
-from hunyuan_vllm.vocab import build_tokenizer, read_tokens
+from hunyuan_vllm import bpe
+from hunyuan_vllm.bpe import TextEncoder, build_tokenizer, read_tokens
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_chunks_change_no_id(vocab: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_encoder, "_CHUNK", size)
-    monkeypatch.setattr(text_encoder, "_MAX_THREADS", 1)
+    monkeypatch.setattr(bpe, "_CHUNK", size)
+    monkeypatch.setattr(bpe, "_MAX_THREADS", 1)
     encode, encoding = TextEncoder(read_tokens(vocab)), reference(vocab)
     cut = 0
     for text in random_texts(2500, seed=size):
         text = unicodedata.normalize("NFC", text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
         assert encode(text) == encoding.encode(text, allowed_special="all"), ascii(text)
         assert encode(text, special_tokens=False) == encoding.encode_ordinary(text), ascii(text)
-        cut += len(list(text_encoder._chunks(text))) > 1
+        cut += len(list(bpe._chunks(text))) > 1
     assert cut > 500
 
 
 @pytest.mark.parametrize("size", [1 << 16, 1, 2, 5])
 def test_text_is_split_as_the_published_pattern_splits_it(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_encoder, "_CHUNK", size)
-    monkeypatch.setattr(text_encoder, "_MAX_THREADS", 1)
+    monkeypatch.setattr(bpe, "_CHUNK", size)
+    monkeypatch.setattr(bpe, "_MAX_THREADS", 1)
     tokens = telling_tokens()
     encode, encoding = TextEncoder(tokens), reference_of(tokens)
     for text in telling_texts(10_000, seed=size):
@@ -40,7 +39,7 @@ def test_text_is_split_as_the_published_pattern_splits_it(size: int, monkeypatch
 
 def test_threads_keep_the_order() -> None:
     text = "\n".join(f"{number}: the salt in the sea water 海水里的盐" for number in range(20_000))
-    assert len(text) > 8 * text_encoder._CHUNK
+    assert len(text) > 8 * bpe._CHUNK
     expected = reference(SMALL_VOCAB).encode(text, allowed_special="all")
     assert TextEncoder(read_tokens(SMALL_VOCAB))(text) == expected
 

@@ -21,7 +21,7 @@ from tokenizer_texts import (
 )
 from tokenizers import pre_tokenizers
 
-from hunyuan_vllm.vocab import SPECIAL_TOKENS, build_tokenizer, byte_alphabet, read_tokens
+from hunyuan_vllm.bpe import SPECIAL_TOKENS, build_tokenizer, byte_alphabet, read_tokens
 
 BYTES = [bytes([byte]) for byte in range(256)]
 

@@ -23,7 +23,7 @@ MODULES = [
     "torch._inductor.compile_fx",
     "uvicorn.protocols.http.auto",
     "hunyuan_vllm.cli",
-    "hunyuan_vllm.server.ready",
+    "hunyuan_vllm.server.run",
 ]
 WORKERS = {"cpu": "vllm.v1.worker.cpu_worker", "cuda": "vllm.v1.worker.gpu_worker"}
 # Packages that a server imports piecemeal, as its model and its compiler ask for them.

@@ -16,13 +16,12 @@ from hunyuan_vllm import envs
 from hunyuan_vllm.batch.requests import BadLine, Request
 from hunyuan_vllm.chat_template import known_faults, replacement, stored_template
 from hunyuan_vllm.cluster.joined import cluster_variables
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.server.bad_requests import explain
-from hunyuan_vllm.server.flags import Flags
+from hunyuan_vllm.server.hardware import probe
 from hunyuan_vllm.server.launch import decide
-from hunyuan_vllm.server.machine import probe
-from hunyuan_vllm.server.model_source import ModelSource
-from hunyuan_vllm.server.settings import LOOPBACK, Settings
+from hunyuan_vllm.server.middleware.errors import explain
+from hunyuan_vllm.server.models import ModelSource
+from hunyuan_vllm.server.options import LOOPBACK, Flags, Settings
+from hunyuan_vllm.util.errors import UserError
 
 if TYPE_CHECKING:
     from argparse import Namespace

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.util.errors import UserError
 
 __all__ = ["Index", "Line", "parse", "read_lines", "refuse_other_encodings", "scan"]
 

@@ -12,8 +12,8 @@ from typing import Any
 from pydantic_core import from_json
 
 from hunyuan_vllm.batch.lines import Index, digest
-from hunyuan_vllm.batch.records import Record, Settings
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.batch.requests import Record, Settings
+from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.files import sync
 
 __all__ = ["Output", "State"]

@@ -1,24 +1,23 @@
-"""From a line to a request: the forms a line may have, the defaults it is completed with, and what is wrong with it."""
+"""The requests of a batch and the records of their results"""
 
 from __future__ import annotations
 
 import difflib
+import json
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hunyuan_vllm.batch.lines import Index, Line, read_lines
-from hunyuan_vllm.server.bad_requests import Problem, explain, explain_validation
+from hunyuan_vllm.server.middleware.errors import Problem, explain, explain_validation
 
 if TYPE_CHECKING:
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-
-__all__ = ["BadLine", "Request", "Requests", "build", "is_batch_api"]
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
@@ -147,3 +146,74 @@ def _token_limit(request: BaseModel) -> int:
     fields = vars(request)  # read so, pydantic does not warn that max_tokens is deprecated in chats
     limits = (fields.get("max_completion_tokens"), fields["max_tokens"])
     return next((limit for limit in limits if limit is not None), sys.maxsize)
+
+
+REST: tuple[str, ...] = ("prompt_logprobs", "prompt_token_ids", "usage")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all answers in one output file have in common, and each record says of itself.
+
+    Attributes:
+        model: the checkpoint, as the user named it.
+        defaults: the fields that lines are completed with.
+    """
+
+    model: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A line of the output file.
+
+    Attributes:
+        number: the input line's.
+        text: the record as JSON, with its line feed.
+        failed: it holds an error.
+        tokens: tokens generated for it.
+    """
+
+    number: int
+    text: bytes
+    failed: bool
+    tokens: int = 0
+
+
+def answered(line: Line, settings: Settings, response: BaseModel) -> Record:
+    """Record an OpenAI chat completion or completion."""
+    body = response.model_dump(mode="json", exclude_none=True)
+    answer: dict[str, Any]
+    if is_batch_api(line.given):
+        answer = {"response": {"status_code": 200, "request_id": body["id"], "body": body}, "error": None}
+    else:
+        outputs = [_output(choice) for choice in body["choices"]]
+        answer = {"outputs": outputs, **{name: body[name] for name in REST if name in body}, "error": None}
+    return _record(line, settings, answer, failed=False, tokens=body["usage"].get("completion_tokens", 0))
+
+
+def failed(line: Line, settings: Settings, bad: BadLine) -> Record:
+    """Record what is wrong with a line."""
+    error = {"message": bad.problem.message, "type": bad.kind, "param": bad.problem.field, "code": bad.code}
+    return _record(line, settings, {"error": error}, failed=True)
+
+
+def _output(choice: dict[str, Any]) -> dict[str, Any]:
+    """A choice with its text in front, wherever the API has it."""
+    message = choice.pop("message", {})
+    message.pop("role", None)
+    text = choice.pop("text", None) or message.pop("content", "")
+    del choice["index"]
+    return {"text": text, **choice, **message}
+
+
+def _record(line: Line, settings: Settings, answer: dict[str, Any], failed: bool, tokens: int = 0) -> Record:
+    content: dict[str, Any] = {"line": line.number}
+    if is_batch_api(line.given):
+        content |= {"id": f"batch_req_{line.number}", "custom_id": line.id}
+    elif line.id is not None:
+        content["id"] = line.id
+    content |= {"input": line.given, **answer, **asdict(settings)}
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n"
+    return Record(line.number, text.encode(), failed, tokens)

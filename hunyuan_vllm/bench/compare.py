@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.table import Table
 
 from hunyuan_vllm.bench.run import Point, Run
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.util.errors import UserError
 
 
 def check_machines(a: Run, b: Run, names: tuple[Path, Path]) -> None:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.table import Table
 
 from hunyuan_vllm.client import ServedModel, is_this_machine
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.files import replacing
 
 MACHINE = ("device", "devices", "cores")

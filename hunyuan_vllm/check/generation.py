@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hunyuan_vllm.check.config_file import ConfigFile, read_object
-from hunyuan_vllm.check.tokenizer_files import ids_of
+from hunyuan_vllm.check.configs import ConfigFile, read_object
+from hunyuan_vllm.check.text import ids_of
 from hunyuan_vllm.checkpoint import PUBLISHED_AT
-from hunyuan_vllm.findings import Section
-
-__all__ = ["check_generation", "read_generation"]
+from hunyuan_vllm.util.findings import Section
 
 # Field → (least, whether that one is excluded, most, in words).
 RANGES: dict[str, tuple[float, bool, float, str]] = {
@@ -20,6 +18,8 @@ RANGES: dict[str, tuple[float, bool, float, str]] = {
     "min_p": (0, False, 1, "from 0 to 1"),
     "repetition_penalty": (0, True, 10, "above 0; 1 is none"),
 }
+
+
 PUBLISHED = "the published one has eos ids 127960 and 127967, temperature 0.7, top_p 0.6, top_k 20"
 
 
@@ -46,7 +46,7 @@ def check_generation(folder: Path, config: ConfigFile, section: Section) -> None
     if not ids_of(fields.get("eos_token_id")):
         text = "it names no eos_token_id, so answers end only at the tokenizer's end token"
         section.warning("eos_token_id", text, f"add it ({PUBLISHED})")
-    _check_ids(fields, config, section)
+    _check_generation_ids(fields, config, section)
     for name, (least, excluded, most, words) in RANGES.items():
         value = fields.get(name)
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -67,7 +67,7 @@ def check_generation(folder: Path, config: ConfigFile, section: Section) -> None
         section.ok("generation", f"ends at {stops or 'the end token'}; {sampling or 'no sampling defaults'}")
 
 
-def _check_ids(fields: dict[str, Any], config: ConfigFile, section: Section) -> None:
+def _check_generation_ids(fields: dict[str, Any], config: ConfigFile, section: Section) -> None:
     for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
         for token in ids_of(fields.get(name)):
             whole = isinstance(token, int) and not isinstance(token, bool) and token >= 0

@@ -6,16 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hunyuan_vllm.check.config_file import ConfigFile, check_config, parameters
+from hunyuan_vllm.check.configs import ConfigFile, check_config, parameters
 from hunyuan_vllm.check.deep import Deep
-from hunyuan_vllm.check.folder import check_index, check_shards, look_at
+from hunyuan_vllm.check.files import Shard, check_index, check_shards, look_at, read_shards
 from hunyuan_vllm.check.generation import check_generation, read_generation
-from hunyuan_vllm.check.scales import check_scales
-from hunyuan_vllm.check.shards import Shard, read_shards
-from hunyuan_vllm.check.template import check_template
-from hunyuan_vllm.check.tensors import Used, check_tensors
-from hunyuan_vllm.check.tokenizer_files import check_tokenizer, stop_ids
-from hunyuan_vllm.findings import Section, exit_status
+from hunyuan_vllm.check.tensors import Used, check_scales, check_tensors
+from hunyuan_vllm.check.text import check_template, check_tokenizer, stop_ids
+from hunyuan_vllm.util.findings import Section, exit_status
 
 __all__ = ["Report", "check_folder"]
 

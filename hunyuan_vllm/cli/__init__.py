@@ -26,8 +26,8 @@ from hunyuan_vllm.cli.quantize import quantize
 from hunyuan_vllm.cli.serve import serve
 from hunyuan_vllm.cli.train import train
 from hunyuan_vllm.compat import GET_VLLM, installed_version
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.streams import prepare_output
+from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.streams import prepare_output
 
 __all__ = ["app", "main"]
 

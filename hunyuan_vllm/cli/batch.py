@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.util.errors import UserError
 
 __all__ = ["batch"]
 
@@ -100,7 +100,7 @@ def batch(
         warnings.simplefilter("ignore")
 
         from hunyuan_vllm.batch.job import Job
-        from hunyuan_vllm.server.model_source import demo_model, open_model
+        from hunyuan_vllm.server.models import demo_model, open_model
 
         path = model or os.environ.get("MODEL_PATH", "").strip()
         checkpoint = open_model(path) if path else demo_model()

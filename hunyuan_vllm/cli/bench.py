@@ -10,7 +10,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.util.errors import UserError
 
 FAILED, INTERRUPTED = 1, 130  # exit statuses
 

@@ -19,9 +19,9 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from hunyuan_vllm.cli.show_findings import show_sections, tally
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.findings import Section, exit_status, sections_json
+from hunyuan_vllm.cli.show import show_sections, tally
+from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.findings import Section, exit_status, sections_json
 
 if TYPE_CHECKING:
     from hunyuan_vllm.check.deep import Deep
@@ -71,7 +71,7 @@ def check(
     Exit status: 0 sound (there may be warnings), 1 problems were found, 2 the
     command was wrong or PATH holds no checkpoint, 130 interrupted.
     """
-    from hunyuan_vllm.check.folder import open_folder
+    from hunyuan_vllm.check.files import open_folder
     from hunyuan_vllm.check.run import check_folder
 
     if write_sums and not deep:

@@ -1,25 +1,77 @@
-"""`hunyuan-vllm cluster`: several hosts as one: checked, brought up with Ray, looked at, and ended."""
+"""`hunyuan-vllm cluster`"""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
 
-from hunyuan_vllm.cli.cluster_run import cluster_run
-from hunyuan_vllm.cli.show_findings import show_sections, tally
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.findings import Section, exit_status, sections_json
+from hunyuan_vllm.cli.show import show_sections, tally
+from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.findings import Section, exit_status, sections_json
 
 if TYPE_CHECKING:
+    from hunyuan_vllm.cluster.hosts import Host
+    from hunyuan_vllm.cluster.logins import Logins
     from hunyuan_vllm.cluster.record import ClusterRecord
 
-__all__ = ["app"]
+
+@dataclass(frozen=True)
+class Run:
+    """The hosts, as they were named; the connections to them; and the home of who runs this."""
+
+    hosts: Sequence[Host]
+    logins: Logins
+    home: Path
+
+
+@contextmanager
+def cluster_run(
+    hosts: str | Sequence[Host],
+    ssh_port: int,
+    user: str | None,
+    python: str,
+    jobs: int,
+    timeout: float,
+    quiet: bool = False,
+) -> Iterator[Run]:
+    """Log in to the hosts, which are an operator's list or known already.
+
+    Raises:
+        UserError: the list cannot be meant.
+    """
+    from hunyuan_vllm.cluster.credentials import default_keys, this_user
+    from hunyuan_vllm.cluster.host_keys import read_known_hosts
+    from hunyuan_vllm.cluster.hosts import parse_hosts
+    from hunyuan_vllm.cluster.logins import Logins, Steps
+    from hunyuan_vllm.cluster.ssh import Credentials
+
+    me = this_user()
+    home = Path(me.pw_dir)
+    if isinstance(hosts, str):
+        hosts = parse_hosts(hosts, ssh_port, user if user is not None else me.pw_name, option="--hosts")
+    steps = Steps(jobs, Console(stderr=True, quiet=quiet))
+    logins = Logins(hosts, Credentials(default_keys(home)), read_known_hosts(home), steps, timeout, python)
+    try:
+        logins.open()
+        yield Run(hosts, logins, home)
+    except KeyboardInterrupt:
+        print(
+            "hunyuan-vllm: interrupted; what was begun on a host may end there within a minute or two", file=sys.stderr
+        )
+        sys.stderr.flush()
+        os._exit(130)  # an ordinary exit would wait for threads that wait for hosts
+    finally:
+        logins.close()
+
 
 app = typer.Typer(no_args_is_help=True, help="Several hosts as one.")
 
@@ -83,8 +135,7 @@ def check(
     command was wrong, 130 interrupted.
     """
     from hunyuan_vllm.cluster.check import ClusterCheck, Wanted
-    from hunyuan_vllm.cluster.port_table import checked_ports
-    from hunyuan_vllm.cluster.ports import parse_ports
+    from hunyuan_vllm.cluster.ports import checked_ports, parse_ports
 
     try:
         wanted_ports = checked_ports() if ports is None else parse_ports(ports)
@@ -144,7 +195,7 @@ def up(
 
     from hunyuan_vllm.cluster.check import Wanted
     from hunyuan_vllm.cluster.node_setup import parse_variables
-    from hunyuan_vllm.cluster.port_table import checked_ports
+    from hunyuan_vllm.cluster.ports import checked_ports
     from hunyuan_vllm.cluster.ray_token import PATH_VARIABLE, token_file
     from hunyuan_vllm.cluster.record import ClusterRecord
     from hunyuan_vllm.cluster.up import Plan, Up
@@ -221,7 +272,7 @@ def down(
     Exit status: 0 nothing runs any more, 1 a host was not reached or did not
     let go, 2 the command was wrong, 130 interrupted.
     """
-    from hunyuan_vllm.cluster.down import bring_down
+    from hunyuan_vllm.cluster.up import bring_down
 
     record = _noted() if hosts is None else None
     named = record.hosts if record else hosts

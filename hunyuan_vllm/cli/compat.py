@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.util.errors import UserError
 
 __all__ = ["compat"]
 

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.util.errors import UserError
 
 if TYPE_CHECKING:
     from hunyuan_vllm.train.data_report import Sample
@@ -89,7 +89,7 @@ def check(
     from hunyuan_vllm import demo
     from hunyuan_vllm.tokenizer import load_tokenizer
     from hunyuan_vllm.train import data_report
-    from hunyuan_vllm.train.scan import Encoding, scan
+    from hunyuan_vllm.train.dataset import Encoding, scan
 
     model = demo.folder(model) if model is not None else demo.path()
     if not model.is_dir():

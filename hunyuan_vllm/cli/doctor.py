@@ -8,8 +8,8 @@ import sys
 import typer
 from rich.console import Console
 
-from hunyuan_vllm.cli.show_findings import show_sections, tally
-from hunyuan_vllm.findings import exit_status, sections_json
+from hunyuan_vllm.cli.show import show_sections, tally
+from hunyuan_vllm.util.findings import exit_status, sections_json
 
 __all__ = ["doctor"]
 
@@ -42,8 +42,8 @@ def doctor(
     Exit status: 0 no problems (there may be warnings), 1 problems, 2 the
     command was wrong, 130 interrupted.
     """
+    from hunyuan_vllm.doctor.probes import System
     from hunyuan_vllm.doctor.run import examine
-    from hunyuan_vllm.doctor.system import System
 
     try:
         with Console(stderr=True).status("looking around, and starting a worker process"):

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hunyuan_vllm.cli.batch import QUIET
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.util.errors import UserError
 
 __all__ = ["app"]
 
@@ -86,7 +86,7 @@ def compare(
     Exit status: 0 done, 1 a limit is broken, 2 nothing was run, 3 an engine
     gave out, 130 interrupted.
     """
-    from hunyuan_vllm.evaluation.report import Limits
+    from hunyuan_vllm.evaluation.compare import Limits
     from hunyuan_vllm.evaluation.schemes import Scheme
 
     path, flags = _model_first(model, context.args)
@@ -94,11 +94,10 @@ def compare(
     limits = Limits(min_agreement, max_kl, max_perplexity_ratio)
 
     def run() -> int:
-        from hunyuan_vllm.evaluation.compare import default_passages, measure
+        from hunyuan_vllm.evaluation.compare import default_passages, distance_table, distances_json, measure
+        from hunyuan_vllm.evaluation.engines import Work
         from hunyuan_vllm.evaluation.passages import limited, read_passages
-        from hunyuan_vllm.evaluation.report import distance_table, distances_json
-        from hunyuan_vllm.evaluation.runs import Work
-        from hunyuan_vllm.server.model_source import demo_model, open_model
+        from hunyuan_vllm.server.models import demo_model, open_model
         from hunyuan_vllm.tokenizer import load_tokenizer
 
         source = open_model(path) if path else demo_model()
@@ -146,8 +145,8 @@ def demo(
 
     def run() -> int:
         from hunyuan_vllm.evaluation.demo import demo_rows, demo_table, rows_json
-        from hunyuan_vllm.server.machine import reads_fp8_caches
-        from hunyuan_vllm.server.model_source import demo_model
+        from hunyuan_vllm.server.hardware import reads_fp8_caches
+        from hunyuan_vllm.server.models import demo_model
 
         schemes = scheme or ["int8", "int8-w8a8", "fp8" if reads_fp8_caches() else "fp8+kv-bf16"]
         rows = demo_rows(demo_model(), schemes, each, context.args, Console(stderr=True))
@@ -210,22 +209,22 @@ def tasks(
     Exit status: 0 done, 2 nothing was run, 3 the server stopped answering,
     130 interrupted.
     """
-    from hunyuan_vllm.evaluation import tasks_run
+    from hunyuan_vllm.evaluation import tasks
 
-    wanted = tasks_run.Wanted(names, num_fewshot, chat, limit, samples, output)
-    where = tasks_run.Where(url, model, tokenizer, api_key_file, include, concurrency)
+    wanted = tasks.Wanted(names, num_fewshot, chat, limit, samples, output)
+    where = tasks.Where(url, model, tokenizer, api_key_file, include, concurrency)
     try:
-        results = tasks_run.run(wanted, where)
-    except tasks_run.ServerFailed as error:
+        results = tasks.run(wanted, where)
+    except tasks.ServerFailed as error:
         print(f"hunyuan-vllm: {error}", file=sys.stderr)
         raise typer.Exit(STOPPED) from None
     except KeyboardInterrupt:
         print("hunyuan-vllm: interrupted", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
     if as_json:
-        print(json.dumps(tasks_run.scores_json(results), indent=1))
+        print(json.dumps(tasks.scores_json(results), indent=1))
     else:
-        _show(tasks_run.scores_table(results))
+        _show(tasks.scores_table(results))
 
 
 def _model_first(model: str | None, rest: list[str]) -> tuple[str | None, list[str]]:
@@ -255,7 +254,7 @@ def _guarded(run: Callable[[], int]) -> None:
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
         warnings.simplefilter("ignore")
-        from hunyuan_vllm.evaluation.runs import EngineFailed
+        from hunyuan_vllm.evaluation.engines import EngineFailed
 
         try:
             return run()

@@ -12,18 +12,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from hunyuan_vllm.cluster.connection import Credentials
 from hunyuan_vllm.cluster.credentials import default_keys, read_identity, read_password_file, this_user
+from hunyuan_vllm.cluster.host_keys import Fingerprints, PublicKey, read_known_hosts
 from hunyuan_vllm.cluster.hosts import Host, parse_hosts
-from hunyuan_vllm.cluster.known_hosts import read_known_hosts
+from hunyuan_vllm.cluster.login_report import show
+from hunyuan_vllm.cluster.logins import Steps
 from hunyuan_vllm.cluster.mutual_login import MutualLogin
-from hunyuan_vllm.cluster.public_key import PublicKey
-from hunyuan_vllm.cluster.report_text import show
-from hunyuan_vllm.cluster.steps import Steps
-from hunyuan_vllm.cluster.trust import Fingerprints
+from hunyuan_vllm.cluster.ssh import Credentials
 from hunyuan_vllm.envs import take_ssh_password
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.streams import prepare_output
+from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.streams import prepare_output
 
 __all__ = ["main"]
 

@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 
 from hunyuan_vllm import demo
-from hunyuan_vllm.cli.resumable import resumable
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.cli.show import resumable
+from hunyuan_vllm.util.errors import UserError
 
 __all__ = ["merge_lora"]
 
@@ -51,11 +51,11 @@ def merge_lora(
     disk gave out, 130 interrupted.
     """
     from hunyuan_vllm.quantize.options import parse_size
-    from hunyuan_vllm.quantize.progress import Progress, gigabytes
     from hunyuan_vllm.quantize.source import Source
     from hunyuan_vllm.serving_command import checkpoint_command
     from hunyuan_vllm.train.adapter import Adapter
     from hunyuan_vllm.train.merge import SAVE_DTYPES, Merge
+    from hunyuan_vllm.util.progress import Progress, gigabytes
 
     if save_dtype not in SAVE_DTYPES:
         raise UserError(f"--save_dtype {save_dtype}: it is {', '.join(SAVE_DTYPES)}")

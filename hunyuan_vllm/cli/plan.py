@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.util.errors import UserError
 
 __all__ = ["plan"]
 
@@ -117,17 +117,16 @@ def plan(
     \b
     Exit status: 0 it fits, 1 it does not fit or cannot work, 2 bad input.
     """
-    from hunyuan_vllm.plan.assumptions import Assumptions
-    from hunyuan_vllm.plan.charts import save_png
     from hunyuan_vllm.plan.document import to_json
     from hunyuan_vllm.plan.plan import make_plan
-    from hunyuan_vllm.plan.report import show_assumptions, show_gpus, show_plan
+    from hunyuan_vllm.plan.report import save_png, show_assumptions, show_gpus, show_plan
     from hunyuan_vllm.plan.request import Request, make_scenario
+    from hunyuan_vllm.plan.scenario import Assumptions
 
     console = Console(highlight=False)
     given = {name for name in context.params if _was_given(context, name)}
     if train is not None:
-        from hunyuan_vllm.plan.training.assumptions import TrainingAssumptions
+        from hunyuan_vllm.plan.training_setup import TrainingAssumptions
 
         _refuse(given - SHARED - set(_training_options()), "belongs to a server's plan: leave it out with --train")
         assumed_training = TrainingAssumptions().changed(assume)
@@ -135,7 +134,7 @@ def plan(
             return show_assumptions(assumed_training, console)
         if not list_gpus:
             from hunyuan_vllm.cli.plan_train import plan_training
-            from hunyuan_vllm.plan.training.request import TrainingRequest
+            from hunyuan_vllm.plan.training_report import TrainingRequest
 
             asked = TrainingRequest(
                 model, gpu, gpus, train, lora_rank, lora_targets, zero_stage, offload, seq_length, micro_batch,

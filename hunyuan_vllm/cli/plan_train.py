@@ -6,10 +6,8 @@ import json
 
 from rich.console import Console
 
-from hunyuan_vllm.plan.training.document import to_json
-from hunyuan_vllm.plan.training.memory import TrainingMemory
-from hunyuan_vllm.plan.training.report import show_training
-from hunyuan_vllm.plan.training.request import TrainingRequest, make_setup
+from hunyuan_vllm.plan.training import TrainingMemory
+from hunyuan_vllm.plan.training_report import TrainingRequest, make_setup, show_training, to_json
 
 __all__ = ["plan_training"]
 

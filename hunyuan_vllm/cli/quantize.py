@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 
 from hunyuan_vllm import demo
-from hunyuan_vllm.cli.resumable import resumable
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.cli.show import resumable
+from hunyuan_vllm.util.errors import UserError
 
 if TYPE_CHECKING:
     from hunyuan_vllm.quantize.options import Options
@@ -108,10 +108,10 @@ def quantize(
 
 def _convert(source: Path, target: Path, options: Options, calibration: Path | None, console: Console) -> None:
     from hunyuan_vllm.quantize.convert import Conversion
-    from hunyuan_vllm.quantize.progress import Progress, gigabytes
-    from hunyuan_vllm.quantize.report import show
     from hunyuan_vllm.quantize.source import Source
+    from hunyuan_vllm.quantize.verify import show
     from hunyuan_vllm.serving_command import checkpoint_command
+    from hunyuan_vllm.util.progress import Progress, gigabytes
 
     progress = Progress(console)
     report = Conversion(Source(source), target.absolute(), options, calibration, progress).run()
@@ -130,8 +130,8 @@ def _convert(source: Path, target: Path, options: Options, calibration: Path | N
 
 
 def _show_plan(source: Path, options: Options) -> None:
-    from hunyuan_vllm.plan.models import PUBLISHED, open_planned
-    from hunyuan_vllm.quantize.plan import Plan, measure_rates
+    from hunyuan_vllm.plan.model import PUBLISHED, open_planned
+    from hunyuan_vllm.quantize.estimate import Plan, measure_rates
     from hunyuan_vllm.quantize.source import read_config
 
     given = str(source)

@@ -1,16 +1,93 @@
-"""`hunyuan-vllm serve`: decide what to start, show it or start it."""
+"""`hunyuan-vllm serve`: decide what to start, show it or start it"""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from hunyuan_vllm.cli import surface_options as options
+MIB = 2**20
+ROUTES, LIMITS = "What is served", "Limits (0 is none)"
 
-__all__ = ["serve"]
+
+def _limit(name: str, metavar: str, text: str) -> Any:
+    return typer.Option(name, min=0, metavar=metavar, help=text, rich_help_panel=LIMITS, show_default=False)
+
+
+AdminRoutes = Annotated[
+    bool,
+    typer.Option(
+        "--admin-routes", help="Serve vLLM's administrative routes, too, to the admin key.", rich_help_panel=ROUTES
+    ),
+]
+AllowedRoutes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-route", metavar="PATH", help="Serve this route of vLLM's as well; repeatable.", rich_help_panel=ROUTES
+    ),
+]
+IgnoreUnknownFields = Annotated[
+    bool,
+    typer.Option(
+        "--ignore-unknown-fields",
+        help="Pass over fields of a request that nothing reads, as vLLM does, instead of refusing them.",
+        rich_help_panel=ROUTES,
+    ),
+]
+MaxBody = Annotated[float | None, _limit("--max-body", "MIB", "Size of a request (default: 16).")]
+MaxPromptTokens = Annotated[
+    int | None, _limit("--max-prompt-tokens", "N", "Tokens of a prompt (default: the context length).")
+]
+MaxOutputTokens = Annotated[
+    int | None, _limit("--max-output-tokens", "N", "Tokens of an answer (default: the context length).")
+]
+MaxSequences = Annotated[
+    int | None, _limit("--max-sequences", "N", "Answers to one request: its prompts times n (default: 256).")
+]
+MaxRequestsPerKey = Annotated[
+    int | None, _limit("--max-requests-per-key", "N", "Requests of a key under way at once (default: 512).")
+]
+MaxQueue = Annotated[int | None, _limit("--max-queue", "N", "Sequences waiting for the engine (default: 1024).")]
+
+
+def surface_of(
+    admin: bool,
+    routes: list[str] | None,
+    max_body: float | None,
+    ignore_unknown_fields: bool = False,
+    **limits: int | None,
+) -> Any:
+    """The Surface these options ask for; what they leave open is as HUNYUAN_VLLM_SURFACE or the default has it.
+
+    Raises:
+        UserError: a route is no path, or the variable is no surface.
+    """
+    from pydantic import ValidationError
+
+    from hunyuan_vllm.server.options import SURFACE_VARIABLE, Surface
+    from hunyuan_vllm.util.errors import UserError
+
+    for route in routes or ():
+        if not route.startswith("/"):
+            raise UserError(f"--allow-route {route} is no path: give one as in --allow-route /load")
+    given: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
+    if admin:
+        given["admin"] = True
+    if ignore_unknown_fields:
+        given["ignore_unknown_fields"] = True
+    if routes:
+        given["extra_routes"] = tuple(routes)
+    if max_body is not None:
+        given["max_body"] = round(max_body * MIB)
+    try:
+        return Surface.read(os.environ).model_copy(update=given)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise UserError(f"{SURFACE_VARIABLE}: {where}{': ' if where else ''}{problem['msg']}") from None
 
 
 def serve(
@@ -44,15 +121,15 @@ def serve(
     start_timeout: float = typer.Option(
         3600, "--start-timeout", min=1, metavar="SECONDS", help="With --supervise: a start may take this long."
     ),
-    admin_routes: options.AdminRoutes = False,
-    allowed_routes: options.AllowedRoutes = None,
-    ignore_unknown_fields: options.IgnoreUnknownFields = False,
-    max_body: options.MaxBody = None,
-    max_prompt_tokens: options.MaxPromptTokens = None,
-    max_output_tokens: options.MaxOutputTokens = None,
-    max_sequences: options.MaxSequences = None,
-    max_requests_per_key: options.MaxRequestsPerKey = None,
-    max_queue: options.MaxQueue = None,
+    admin_routes: AdminRoutes = False,
+    allowed_routes: AllowedRoutes = None,
+    ignore_unknown_fields: IgnoreUnknownFields = False,
+    max_body: MaxBody = None,
+    max_prompt_tokens: MaxPromptTokens = None,
+    max_output_tokens: MaxOutputTokens = None,
+    max_sequences: MaxSequences = None,
+    max_requests_per_key: MaxRequestsPerKey = None,
+    max_queue: MaxQueue = None,
     tools: bool = typer.Option(
         False, "--tools", help="A chat template with tools: their definitions, calls and results are in prompts."
     ),
@@ -118,19 +195,17 @@ def serve(
     from hunyuan_vllm import envs
     from hunyuan_vllm.cluster.joined import cluster_variables
     from hunyuan_vllm.compat import check_engine
-    from hunyuan_vllm.errors import UserError
-    from hunyuan_vllm.server import keys, ready, supervise
-    from hunyuan_vllm.server.flags import Flags
-    from hunyuan_vllm.server.gpu_wait import wait_for_gpus
+    from hunyuan_vllm.server import keys, run, supervisor
+    from hunyuan_vllm.server.hardware import probe
     from hunyuan_vllm.server.launch import decide
-    from hunyuan_vllm.server.machine import probe
-    from hunyuan_vllm.server.model_source import demo_model, open_model
-    from hunyuan_vllm.server.scheme import scheme_named
-    from hunyuan_vllm.server.settings import Settings
-    from hunyuan_vllm.server.stop import Stop
-    from hunyuan_vllm.server.surroundings import OneMachine, RayNodes
-    from hunyuan_vllm.server.tls import check_certificate
-    from hunyuan_vllm.streams import make_output_unfailing
+    from hunyuan_vllm.server.models import demo_model, open_model, scheme_named
+    from hunyuan_vllm.server.network import check_certificate
+    from hunyuan_vllm.server.options import Flags, Settings
+    from hunyuan_vllm.server.parallel import wait_for_gpus
+    from hunyuan_vllm.server.process import Stop
+    from hunyuan_vllm.server.supervisor import OneMachine, RayNodes
+    from hunyuan_vllm.util.errors import UserError
+    from hunyuan_vllm.util.streams import make_output_unfailing
 
     if not dry_run:
         make_output_unfailing()
@@ -147,7 +222,7 @@ def serve(
     source = model = open_model(given) if given else demo_model()
     if scheme and model.demo:
         model = scheme.with_demo(source, settings.cache_home)
-    surface = options.surface_of(
+    surface = surface_of(
         admin_routes,
         allowed_routes,
         max_body,
@@ -173,7 +248,7 @@ def serve(
         print(launch.shell())
         return
     if not launch.uds and not launch.headless:
-        ready.check_port(launch.host, launch.port)
+        run.check_port(launch.host, launch.port)
     if launch.key_file is not None:
         if settings.api_key_file is None and not launch.key_file.exists():
             keys.create_key_file(launch.key_file)
@@ -187,7 +262,7 @@ def serve(
     where = launch.uds or f"{launch.host} port {launch.port}"
     print(f"hunyuan-vllm: starting {model.given} on {where}", file=sys.stderr, flush=True)
     if not supervised:
-        raise typer.Exit(supervise.run(launch, environ, stop))
+        raise typer.Exit(supervisor.run_once(launch, environ, stop))
     surroundings = RayNodes(launch.ray_gpus, environ) if launch.ray_gpus else OneMachine()
-    tolerance = supervise.Tolerance(start_timeout, hang_timeout, max_restarts, max_wait)
-    raise typer.Exit(supervise.supervise(launch, environ, stop, surroundings, tolerance))
+    tolerance = supervisor.Tolerance(start_timeout, hang_timeout, max_restarts, max_wait)
+    raise typer.Exit(supervisor.supervise(launch, environ, stop, surroundings, tolerance))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import paramiko
 
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.util.errors import UserError
 
 __all__ = ["default_keys", "read_identity", "read_password_file", "this_user"]
 

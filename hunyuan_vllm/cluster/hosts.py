@@ -6,7 +6,7 @@ import ipaddress
 import re
 from dataclasses import dataclass
 
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.util.errors import UserError
 
 __all__ = ["Host", "normalise_address", "parse_hosts"]
 

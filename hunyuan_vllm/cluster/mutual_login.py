@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from hunyuan_vllm.cluster.connection import Credentials
+from hunyuan_vllm.cluster.host_keys import Fingerprints, PublicKey, Trust
 from hunyuan_vllm.cluster.hosts import Host
+from hunyuan_vllm.cluster.login_report import HostReport, Pair, Report
+from hunyuan_vllm.cluster.logins import Steps
 from hunyuan_vllm.cluster.machine import Machine
 from hunyuan_vllm.cluster.problems import Problem
-from hunyuan_vllm.cluster.public_key import PublicKey
-from hunyuan_vllm.cluster.report import HostReport, Pair, Report
-from hunyuan_vllm.cluster.steps import Steps
-from hunyuan_vllm.cluster.trust import Fingerprints, Trust
+from hunyuan_vllm.cluster.ssh import Credentials
 
 __all__ = ["Dialogue", "MutualLogin"]
 

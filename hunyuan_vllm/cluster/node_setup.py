@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hunyuan_vllm.cluster.port_table import GCS_PORT, ray_flags
+from hunyuan_vllm.cluster.ports import GCS_PORT, ray_flags
 from hunyuan_vllm.cluster.ray_token import PATH_VARIABLE
 from hunyuan_vllm.cluster.tls import NodeFiles
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.secret_names import names_a_secret
+from hunyuan_vllm.ray_environment import names_a_secret
 from hunyuan_vllm.server.network import READERS
+from hunyuan_vllm.util.errors import UserError
 
 __all__ = ["FOLDER", "NodeSetup", "parse_variables", "without_secrets"]
 

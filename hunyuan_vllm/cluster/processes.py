@@ -1,8 +1,4 @@
-"""Ray's processes on this machine, found by what they are: Ray's own programs, and whatever writes into its sessions.
-
-A name alone proves nothing: workers give themselves titles, and an orphan's parent is gone. But every process that Ray
-starts has its output, or a log, in the folder of Ray's session, and hands that on to its children.
-"""
+"""Processes of Ray and of GPUs on this host"""
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import psutil
 
-__all__ = ["count_raylets", "end_processes", "ray_processes", "raylet_of", "shown", "works"]
+from hunyuan_vllm.doctor.probes import System
 
 RAYLET = "raylet"
 PROGRAM = re.compile(r"/ray/core/src/ray/(raylet/raylet|gcs/gcs_server)$")
@@ -155,3 +151,23 @@ def _name(process: psutil.Process) -> str:
         return process.name()
     except psutil.Error:
         return ""
+
+
+def processes_on_gpus(system: System) -> list[str]:
+    """What they are and how much they hold; empty also where there is no GPU, or the driver does not say."""
+    try:
+        listing = system.output(
+            "nvidia-smi", "--query-compute-apps=pid,used_gpu_memory", "--format=csv,noheader,nounits"
+        )
+    except OSError:
+        return []
+    held = []
+    for line in listing.splitlines():
+        number, _, mebibytes = line.partition(",")
+        try:
+            process = psutil.Process(int(number))
+            if process.uids().real == os.getuid():
+                held.append(f"{shown(process)}: {mebibytes.strip()} MiB")
+        except (ValueError, psutil.Error):
+            continue
+    return held

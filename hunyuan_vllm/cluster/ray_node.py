@@ -16,13 +16,20 @@ from typing import Any
 import psutil
 
 from hunyuan_vllm.cluster import tls
-from hunyuan_vllm.cluster.gpu_processes import processes_on_gpus
 from hunyuan_vllm.cluster.node_setup import NodeSetup
-from hunyuan_vllm.cluster.processes import count_raylets, end_processes, ray_processes, raylet_of, shown, works
+from hunyuan_vllm.cluster.processes import (
+    count_raylets,
+    end_processes,
+    processes_on_gpus,
+    ray_processes,
+    raylet_of,
+    shown,
+    works,
+)
 from hunyuan_vllm.cluster.ray_start import CURRENT, NodeError, noted_setup, start, temporary
-from hunyuan_vllm.doctor.gpus import read_gpus
-from hunyuan_vllm.doctor.system import System
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.doctor.hardware import read_gpus
+from hunyuan_vllm.doctor.probes import System
+from hunyuan_vllm.util.errors import UserError
 
 __all__ = ["Looked", "look", "stop"]
 

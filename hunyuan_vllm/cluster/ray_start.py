@@ -15,13 +15,13 @@ import psutil
 
 from hunyuan_vllm.cluster import tls
 from hunyuan_vllm.cluster.node_setup import FOLDER, NodeSetup, without_secrets
-from hunyuan_vllm.cluster.port_table import fixed_ports
-from hunyuan_vllm.cluster.private_file import write_private
+from hunyuan_vllm.cluster.ports import fixed_ports
 from hunyuan_vllm.cluster.processes import end_processes, ray_processes, shown
 from hunyuan_vllm.cluster.ray_token import read_token, store_token
 from hunyuan_vllm.cluster.reach import why_unreached
 from hunyuan_vllm.cluster.start_hook import HOOK
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.files import write_private
 
 __all__ = ["CURRENT", "NodeError", "START_TIMEOUT", "find_ray", "noted_setup", "start", "temporary"]
 

@@ -6,8 +6,8 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
-from hunyuan_vllm.cluster.private_file import make_private, read_private, write_private
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.files import make_private, read_private, write_private
 
 __all__ = ["PATH_VARIABLE", "make_token", "read_token", "store_token", "token_file"]
 

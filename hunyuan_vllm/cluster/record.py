@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hunyuan_vllm.cluster.hosts import Host
 from hunyuan_vllm.cluster.node_setup import FOLDER, NodeSetup
-from hunyuan_vllm.cluster.private_file import write_private
+from hunyuan_vllm.util.files import write_private
 
 __all__ = ["ClusterRecord"]
 

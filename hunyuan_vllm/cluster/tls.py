@@ -16,8 +16,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from hunyuan_vllm.cluster.private_file import make_private, read_private, write_private
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.files import make_private, read_private, write_private
 
 __all__ = ["NodeFiles", "has_certificate", "request_certificate", "sign", "store_certificate"]
 

@@ -1,4 +1,4 @@
-"""`cluster up`: hosts looked at, an old Ray ended, all checked, and Ray started: the head first, then the others."""
+"""`cluster up` and `cluster down`"""
 
 from __future__ import annotations
 
@@ -19,10 +19,33 @@ from hunyuan_vllm.cluster.ray_start import find_ray
 from hunyuan_vllm.cluster.ray_token import make_token
 from hunyuan_vllm.cluster.remote_node import RemoteNodes
 from hunyuan_vllm.cluster.tls import sign
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.findings import Section, Status, some
+from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.findings import Section, Status, some
 
-__all__ = ["Plan", "Up", "missing"]
+
+def bring_down(logins: Logins) -> Section:
+    """End what runs, on every host that can be reached."""
+    nodes = RemoteNodes(logins)
+    ended: dict[str, list[str]] = {}
+    holding: dict[str, list[str]] = {}
+
+    def end(login: Login) -> None:
+        ended[login.name], holding[login.name] = nodes.stop(login)
+
+    logins.each("ending Ray", logins.usable, end)
+    section = Section("Down")
+    for login in logins.all:
+        for problem in login.problems:
+            section.problem(login.name, problem.what, problem.remedy)
+        if login.problems:
+            continue
+        done = ended[login.name]
+        section.ok(login.name, f"{len(done)} processes were ended: {some(done)}" if done else "no Ray ran")
+        if left := holding[login.name]:
+            text = f"GPU memory is still held by {some(left)}, which Ray did not start"
+            section.warning(login.name, text, "end them, if they are not meant to be")
+    return section
+
 
 JOIN_TIMEOUT = 30.0  # seconds for nodes that were started to be counted by the head
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import psutil
 
 from hunyuan_vllm.cluster.reach import why_unreached
-from hunyuan_vllm.doctor.system import System
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.findings import Section
+from hunyuan_vllm.doctor.probes import System
 from hunyuan_vllm.server.network import READERS
-from hunyuan_vllm.server.ready import check_port
-from hunyuan_vllm.server.settings import Settings
+from hunyuan_vllm.server.options import Settings
+from hunyuan_vllm.server.run import check_port
+from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.findings import Section
 
 __all__ = ["check_interfaces", "check_name", "check_ports", "check_ray", "check_settings"]
 

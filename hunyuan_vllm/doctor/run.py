@@ -6,10 +6,10 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from hunyuan_vllm.doctor import cpus, gpus, import_probe, limits, network, plugin, software, variables, worker_probe
-from hunyuan_vllm.doctor.probe import Probe, run_probe
-from hunyuan_vllm.doctor.system import System
-from hunyuan_vllm.findings import Section
+from hunyuan_vllm.doctor import hardware as host_hardware
+from hunyuan_vllm.doctor import host, import_probe, network, software, worker_probe
+from hunyuan_vllm.doctor.probes import Probe, System, run_probe
+from hunyuan_vllm.util.findings import Section
 
 __all__ = ["examine"]
 
@@ -25,17 +25,17 @@ def examine(system: System) -> list[Section]:
 def _sections(system: System, imports: Future[Probe], worker: Future[Probe]) -> list[Section]:
     cuda = software.is_cuda_build()
     hardware, limited = Section("Hardware"), Section("Limits")
-    usable: list[gpus.Gpu] = []
-    _look(hardware, "GPUs", lambda section: usable.extend(gpus.check_gpus(section, system, cuda)))
-    _look(hardware, "CPU", lambda section: cpus.check_cpu(section, system, cuda))
-    _look(hardware, "NUMA", lambda section: cpus.check_numa(section, system, cuda))
-    _look(hardware, "memory", lambda section: cpus.check_memory(section, system))
-    _look(hardware, "compiler", lambda section: cpus.check_compiler(section, system, cuda))
+    usable: list[host_hardware.Gpu] = []
+    _look(hardware, "GPUs", lambda section: usable.extend(host_hardware.check_gpus(section, system, cuda)))
+    _look(hardware, "CPU", lambda section: host_hardware.check_cpu(section, system, cuda))
+    _look(hardware, "NUMA", lambda section: host_hardware.check_numa(section, system, cuda))
+    _look(hardware, "memory", lambda section: host_hardware.check_memory(section, system))
+    _look(hardware, "compiler", lambda section: host_hardware.check_compiler(section, system, cuda))
 
-    _look(limited, "/dev/shm", lambda section: limits.check_shared_memory(section, system, cuda))
-    _look(limited, "limits", lambda section: limits.check_limits(section, system))
-    _look(limited, "disk", lambda section: limits.check_disk(section, system))
-    _look(limited, "clock", lambda section: limits.check_clock(section, system))
+    _look(limited, "/dev/shm", lambda section: host.check_shared_memory(section, system, cuda))
+    _look(limited, "limits", lambda section: host.check_limits(section, system))
+    _look(limited, "disk", lambda section: host.check_disk(section, system))
+    _look(limited, "clock", lambda section: host.check_clock(section, system))
 
     connected = Section("Network")
     settings = network.check_settings(connected, system)
@@ -45,18 +45,18 @@ def _sections(system: System, imports: Future[Probe], worker: Future[Probe]) -> 
     _look(connected, "interfaces", lambda section: network.check_interfaces(section, system, settings))
 
     environment = Section("Environment")
-    known = variables.known_to_vllm()
-    _look(environment, "variables", lambda section: variables.check_variables(section, system, cuda, known))
+    known = host.known_to_vllm()
+    _look(environment, "variables", lambda section: host.check_variables(section, system, cuda, known))
 
     programs, found = Section("Software"), Section("Plugin")
     _look(programs, "Python", software.check_python)
     _look(programs, "vLLM", software.check_vllm)
     _look(programs, "packages", software.check_packages)
     _look(programs, "imports", lambda section: software.check_imports(section, imports.result()))
-    _look(found, "entry point", lambda section: plugin.check_entry_point(section, system))
-    _look(found, "shadowing", lambda section: plugin.check_shadows(section, system))
-    _look(found, "worker", lambda section: plugin.check_worker(section, worker.result()))
-    _look(hardware, "driver", lambda section: gpus.check_torch_cuda(section, system, imports.result(), usable))
+    _look(found, "entry point", lambda section: software.check_entry_point(section, system))
+    _look(found, "shadowing", lambda section: software.check_shadows(section, system))
+    _look(found, "worker", lambda section: software.check_worker(section, worker.result()))
+    _look(hardware, "driver", lambda section: host_hardware.check_torch_cuda(section, system, imports.result(), usable))
     return [programs, found, hardware, limited, connected, environment]
 
 

@@ -11,13 +11,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hunyuan_vllm.evaluation.compare import measure
-from hunyuan_vllm.evaluation.held_out import MAX_ANSWER, Question, held_out_questions
-from hunyuan_vllm.evaluation.report import percent
-from hunyuan_vllm.evaluation.runs import Outcome, Work
+from hunyuan_vllm.evaluation.compare import Distance, measure, percent
+from hunyuan_vllm.evaluation.engines import Outcome, Work
+from hunyuan_vllm.evaluation.passages import MAX_ANSWER, Question, held_out_questions
 from hunyuan_vllm.evaluation.schemes import Scheme
-from hunyuan_vllm.evaluation.statistics import Distance
-from hunyuan_vllm.server.model_source import ModelSource
+from hunyuan_vllm.server.models import ModelSource
 from hunyuan_vllm.tokenizer import load_tokenizer
 
 __all__ = ["Row", "demo_rows", "demo_table", "held_out_work", "row_of", "rows_json"]

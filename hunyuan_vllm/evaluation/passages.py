@@ -1,16 +1,16 @@
-"""What is scored: token ids, and which of them count. From a text file, a JSONL file, or the built-in text."""
+"""Texts that an evaluation scores"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.evaluation.tasks import TASKS_FOLDER
 from hunyuan_vllm.quantize.texts import read_documents
-
-__all__ = ["BUILT_IN_TEXT", "Passage", "chat_passage", "limited", "read_passages", "text_passages"]
+from hunyuan_vllm.util.errors import UserError
 
 BUILT_IN_TEXT = Path(__file__).with_name("bilingual.txt")
 
@@ -106,3 +106,39 @@ def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], add_generatio
         )
     except Exception as error:  # whatever a template's own code raises
         raise ValueError(f"the chat template refuses the messages: {error}") from None
+
+
+MAX_ANSWER = 96  # tokens; the longest right answer has about 60
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its setting and the right answer; `group` names the kind of problem."""
+
+    group: str
+    language: str
+    system: str | None
+    question: str
+    answer: str
+
+    def passage(self, tokenizer: Any) -> Passage:
+        """Question and right answer; the answer's tokens count."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        turns = [{"role": "user", "content": self.question}, {"role": "assistant", "content": self.answer}]
+        return chat_passage(system + turns, tokenizer, 2**30)
+
+
+def held_out_questions(each: int | None = None) -> list[Question]:
+    """All of them, or the first `each` of every kind and language."""
+    fields = Question.__dataclass_fields__
+    lines = (TASKS_FOLDER / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
+    rows: Sequence[dict[str, Any]] = [json.loads(line) for line in lines]
+    asked: dict[tuple[str, str], int] = {}
+    questions = []
+    for row in rows:
+        question = Question(**{name: row[name] for name in fields})
+        kind = (question.group, question.language)
+        asked[kind] = asked.get(kind, 0) + 1
+        if each is None or asked[kind] <= each:
+            questions.append(question)
+    return questions

@@ -7,9 +7,8 @@ from typing import Any
 
 from hunyuan_vllm.plan.memory import Budget, Capacity
 from hunyuan_vllm.plan.plan import Plan
-from hunyuan_vllm.plan.rates import Decode
-from hunyuan_vllm.plan.roofline import Step
 from hunyuan_vllm.plan.scenario import Scenario
+from hunyuan_vllm.plan.speed import Decode, Step
 
 __all__ = ["to_json"]
 

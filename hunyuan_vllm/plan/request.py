@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.plan.assumptions import Assumptions
-from hunyuan_vllm.plan.changes import COUNTS, arrangements
-from hunyuan_vllm.plan.gpus import find_gpu
-from hunyuan_vllm.plan.models import PlannedModel, open_planned
-from hunyuan_vllm.plan.network import Network
-from hunyuan_vllm.plan.scenario import Scenario, vllm_limits
+from hunyuan_vllm.plan.advice import COUNTS, arrangements
+from hunyuan_vllm.plan.hardware import find_gpu
+from hunyuan_vllm.plan.model import Network, PlannedModel, open_planned
+from hunyuan_vllm.plan.scenario import Assumptions, Scenario, vllm_limits
 from hunyuan_vllm.plan.schemes import Scheme, find_scheme, scheme_of_checkpoint
 from hunyuan_vllm.plan.verdict import judge
+from hunyuan_vllm.util.errors import UserError
 
 __all__ = ["Request", "make_scenario"]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.plan.gpus import Gpu
-from hunyuan_vllm.plan.network import Matrix
+from hunyuan_vllm.plan.hardware import Gpu
+from hunyuan_vllm.plan.model import Matrix
 from hunyuan_vllm.quant.formats import FP8, Format
-from hunyuan_vllm.quant.int8_format import PACKED, PLAIN
+from hunyuan_vllm.quant.layouts import PACKED, PLAIN
 from hunyuan_vllm.quant.method_layout import StoredTensors
+from hunyuan_vllm.util.errors import UserError
 
 __all__ = ["SCHEMES", "Scheme", "find_scheme", "scheme_of_checkpoint"]
 

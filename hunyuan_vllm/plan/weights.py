@@ -9,8 +9,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.plan.gpus import Gpu
-from hunyuan_vllm.plan.network import Network, layer_matrices, padded_vocabulary, vectors
+from hunyuan_vllm.plan.hardware import Gpu
+from hunyuan_vllm.plan.model import Network, layer_matrices, padded_vocabulary, vectors
 from hunyuan_vllm.plan.schemes import BF16, FLOAT32, Scheme
 
 __all__ = ["Stage", "Weights", "rank_weights", "stages"]

@@ -16,8 +16,8 @@ from typing import Any
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import CheckpointError, Layout, tensor_parallel_sizes
-from hunyuan_vllm.quant import fp8_format, int8_format, method_layout
-from hunyuan_vllm.quant.ignored import IgnoredLayers
+from hunyuan_vllm.quant import layouts, method_layout
+from hunyuan_vllm.quant.layouts import IgnoredLayers
 from hunyuan_vllm.quant.method_layout import MethodLayout, StoredTensors
 
 __all__ = [
@@ -79,8 +79,8 @@ class Format:
         if self.kind is None:
             return Layout(config)
         if self.kind == FP8:
-            return fp8_format.Fp8Layout(config, ignored)
-        return int8_format.Int8Layout(config, self.kind, ignored)
+            return layouts.Fp8Layout(config, ignored)
+        return layouts.Int8Layout(config, self.kind, ignored)
 
     def rank_problem(self, config: HunYuanConfig, ranks: int) -> str | None:
         """Why tensor-parallel ranks cannot share this network's weights in this format; None if they can."""
@@ -214,17 +214,17 @@ def stored_format(described: Mapping[str, Any] | None) -> Format:
     if not described:
         return Format()
     try:
-        if fp8_format.is_static_per_tensor(described):
+        if layouts.is_static_per_tensor(described):
             name = "FP8 weights and activations, one scale a tensor"
-            return Format(FP8, name, fp8_format.ignored_layers(described), bits=8, operands="fp8")
-        if form := int8_format.recognise(described):
-            activations = " and activations" if form == int8_format.PLAIN else ", packed"
+            return Format(FP8, name, layouts.ignored_layers(described), bits=8, operands="fp8")
+        if form := layouts.recognise(described):
+            activations = " and activations" if form == layouts.PLAIN else ", packed"
             return Format(
                 form,
                 f"int8 weights{activations}, one scale an output channel",
                 IgnoredLayers(described.get("ignore") or ()),
                 bits=8,
-                operands="int8" if form == int8_format.PLAIN else "bf16",
+                operands="int8" if form == layouts.PLAIN else "bf16",
             )
         method = described.get("quant_method")
         if read := _METHODS.get(str(method)):
@@ -270,7 +270,7 @@ def _awq(described: Mapping[str, Any]) -> Format:
 
 
 def _fp8(described: Mapping[str, Any]) -> Format:
-    ignored = fp8_format.ignored_layers(described)
+    ignored = layouts.ignored_layers(described)
     if block := described.get("weight_block_size"):
         rows, columns = map(int, block)
         stored = method_layout.fp8(block=(rows, columns))
@@ -298,7 +298,7 @@ def _compressed_tensors(described: Mapping[str, Any]) -> Format:
             raise CheckpointError(f"quantization_config has no config group for {linear!r}: add it to ignore")
         return found.method(linear)  # type: ignore[misc]
 
-    return replace(kinds[0], ignored=fp8_format.ignored_layers(described), method=method)
+    return replace(kinds[0], ignored=layouts.ignored_layers(described), method=method)
 
 
 def _matches(target: str, linear: str) -> bool:
@@ -340,13 +340,13 @@ def _compressed_group(group: Mapping[str, Any], form: str | None) -> Format:
 
 
 def _modelopt(described: Mapping[str, Any]) -> Format:
-    settings = fp8_format.modelopt(described)
+    settings = layouts.modelopt(described)
     algorithm = str(settings.get("quant_algo")).upper()
     if algorithm not in ("NVFP4", "W4A16_NVFP4"):
         raise UnservedFormat(f"ModelOpt's {algorithm} is not served here", f"use its FP8 or NVFP4, or {CONVERT}")
     stored = method_layout.nvfp4("weight", "weight_scale_2", "input_scale" if algorithm == "NVFP4" else None)
     name = f"ModelOpt, {algorithm}, {_scales(method_layout.NVFP4_GROUP)}"
-    return Format("modelopt", name, fp8_format.ignored_layers(described), lambda linear: stored, 4, "fp4", GPUS_ONLY)
+    return Format("modelopt", name, layouts.ignored_layers(described), lambda linear: stored, 4, "fp4", GPUS_ONLY)
 
 
 def _bitsandbytes(described: Mapping[str, Any]) -> Format:

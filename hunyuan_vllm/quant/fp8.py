@@ -1,34 +1,189 @@
-"""E4M3 rounding with one scale a tensor: what FP8 weights, activations and caches go through.
-
-An FP8 tensor stands for `values * scale`. Pure torch, on any device and in any order of calls.
-"""
+"""`hunyuan_fp8`: W8A8 in FP8 with static scales, and the scales of an FP8 KV cache"""
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Iterable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
-__all__ = ["E4M3", "E4M3_MAX", "quantize_per_tensor", "round_through_fp8"]
+from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.layout import CheckpointError
+from hunyuan_vllm.quant.base import RegisteredQuantization, is_hunyuan
+from hunyuan_vllm.quant.formats import quantization_of
+from hunyuan_vllm.quant.layouts import E4M3_NAME, Fp8Layout, IgnoredLayers, ignored_layers, is_static_per_tensor
+from hunyuan_vllm.quant.rounding import E4M3, E4M3_MAX
+from hunyuan_vllm.quant.scheme import is_quantised
 
-E4M3 = torch.float8_e4m3fn
-E4M3_MAX = 448.0  # the largest finite value; quantisation saturates there, where a plain cast may give NaN
-_SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # a subnormal one would flush to zero on some devices
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+    from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+
+_NAME = re.compile(r"^model\.layers\.(\d+)\.self_attn\.(kv|k|v)_scale$")
 
 
-def quantize_per_tensor(x: Tensor, scale: Tensor | float | None = None) -> tuple[Tensor, Tensor]:
-    """E4M3 values in the shape of `x`, and their scale, float32 `[]`.
+def is_cache_scale(name: str) -> bool:
+    """Whether a canonical tensor is a KV-cache scale."""
+    return _NAME.match(name) is not None
 
-    Without `scale` it is max |x| / 448, which uses the whole range, or 1 for a tensor of zeros. Values beyond
-    448 * scale saturate. As vLLM's kernels do, `x` is multiplied by the scale's reciprocal, in float32.
+
+def normalised_key_scale(head_dim: int) -> float:
+    """The E4M3 scale at which no k̂ saturates: the bound sqrt(head_dim) becomes 448."""
+    return math.sqrt(head_dim) / E4M3_MAX
+
+
+class CacheScales:
+    """The KV scales of one checkpoint, by layer. A cross layer's own are never asked for."""
+
+    def __init__(self) -> None:
+        self._given: dict[tuple[int, str], float] = {}
+
+    def keep(self, name: str, scale: float) -> None:
+        """Remember the scale with this canonical name."""
+        match = _NAME.match(name)
+        assert match is not None
+        self._given[int(match[1]), match[2]] = scale
+
+    def k(self, layer: int) -> float | None:
+        """The scale of an owner layer's K, or None; a `kv_scale` counts where there is no `k_scale`."""
+        return self._of(layer, "k")
+
+    def v(self, layer: int) -> float | None:
+        """The same of its V."""
+        return self._of(layer, "v")
+
+    def _of(self, layer: int, which: str) -> float | None:
+        return self._given.get((layer, which), self._given.get((layer, "kv")))
+
+
+logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
+
+
+_EXPERT_INPUT_SCALE = re.compile(r"^(.*\.experts\.\d+)\.(?:gate|up)_proj\.input_scale$")
+
+
+class HunYuanFp8Config(RegisteredQuantization):
+    """Weights and activations in E4M3 with one static scale a tensor.
+
+    Args:
+        ignored: the linears that the checkpoint left unquantised.
     """
-    if scale is None:
-        amax = x.abs().amax().float() if x.numel() else torch.zeros((), device=x.device)
-        scale = torch.where(amax > 0, (amax / E4M3_MAX).clamp(min=_SMALLEST_SCALE), torch.ones_like(amax))
-    scale = torch.as_tensor(scale, dtype=torch.float32, device=x.device).reshape(())
-    return (x.float() * scale.reciprocal()).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3), scale
+
+    name: ClassVar[str] = "hunyuan_fp8"
+
+    def __init__(self, ignored: IgnoredLayers | None = None) -> None:
+        super().__init__()
+        self.ignored = ignored or IgnoredLayers()
+        self.cache_scales = CacheScales()
+        self._input_scales: dict[str, Tensor] = {}
+
+    # What vLLM asks of a quantisation.
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> HunYuanFp8Config:
+        if not is_static_per_tensor(config):
+            raise ValueError(
+                f"quantization={cls.name!r} reads FP8 checkpoints with one static scale a tensor, and in config.json "
+                f"quantization_config is {config}: make one with hunyuan-vllm quantize --scheme fp8-w8a8c8"
+            )
+        return cls(ignored_layers(config))
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Takes over static per-tensor FP8 checkpoints of Hunyuan networks from vLLM's own methods."""
+        ours = is_static_per_tensor(hf_quant_cfg) and is_hunyuan(hf_config)
+        methods = (None, cls.name, "fp8", "compressed-tensors", "modelopt")
+        return cls.name if ours and user_quant in methods else None
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Raises ValueError for a model of another kind, or a GPU with another kind of FP8."""
+        super().maybe_update_config(model_name, hf_config, revision)
+        if current_platform.is_fp8_fnuz():
+            raise ValueError(f"quantization={self.name!r} needs E4M3 as NVIDIA GPUs and CPUs have it, not E4M3 FNUZ")
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+        if isinstance(layer, LinearBase):
+            if self.ignored.covers(prefix):
+                return UnquantizedLinearMethod()
+            from hunyuan_vllm.quant import fp8_layers
+
+            self._say_how_cpus_compute()
+            return fp8_layers.linear_method(self.stock)
+        if isinstance(layer, RoutedExperts) and not self.ignored.covers(prefix):
+            from hunyuan_vllm.quant import fp8_layers
+
+            return fp8_layers.experts_method(self.stock, layer)
+        return None
+
+    # What the loader asks of a scheme.
+
+    def layout(self, config: HunYuanConfig) -> Fp8Layout:
+        if quantization_of(vars(config)) is None:
+            raise CheckpointError(
+                f"quantization={self.name!r} needs an FP8 checkpoint, and this one is not quantised: make one with "
+                "hunyuan-vllm quantize SOURCE DESTINATION --scheme fp8-w8a8c8"
+            )
+        return Fp8Layout(config, self.ignored)
+
+    def load(self, name: str, tensor: Tensor) -> Iterable[tuple[str, Tensor]]:
+        if name.endswith("_scale"):
+            tensor = _checked_scale(name, tensor)
+        elif is_quantised(name):
+            self._check_weight(name, tensor)
+        if is_cache_scale(name):
+            self.cache_scales.keep(name, tensor.item())  # `cla_cache.py` takes it from there
+        elif match := _EXPERT_INPUT_SCALE.match(name):
+            yield from self._greater_input_scale(match[1], tensor)
+        else:
+            yield name, tensor
+
+    def _greater_input_scale(self, expert: str, scale: Tensor) -> Iterable[tuple[str, Tensor]]:
+        """The greater of an expert's gate's and up's, once both are there: they have one input, and vLLM has one place
+        for both scales, where the last one read would stay."""
+        if expert not in self._input_scales:
+            self._input_scales[expert] = scale
+        else:
+            yield f"{expert}.gate_proj.input_scale", torch.maximum(scale, self._input_scales.pop(expert))
+
+    def _check_weight(self, name: str, weight: Tensor) -> None:
+        promised = name.removesuffix(".weight") not in self.ignored
+        if promised != (weight.dtype == E4M3):
+            raise CheckpointError(
+                f"tensor {name!r} is {str(weight.dtype).removeprefix('torch.')}, and config.json says that it is "
+                f"{E4M3_NAME if promised else 'unquantised'}: correct quantization_config's ignored_layers"
+            )
+
+    # Between the two.
+
+    @cached_property
+    def stock(self) -> Fp8Config:
+        """vLLM's own config for the same quantisation, which its methods ask."""
+        from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+
+        return Fp8Config(activation_scheme="static")
+
+    def _say_how_cpus_compute(self) -> None:
+        if current_platform.is_cpu():
+            logger.info_once(
+                "FP8 on a CPU: weights are expanded to the model's type once, and activations are rounded as GPUs "
+                "round them. This shows a GPU's numbers; it saves no memory (int8 does: hunyuan_int8)"
+            )
 
 
-def round_through_fp8(x: Tensor, scale: Tensor | float) -> Tensor:
-    """The nearest values to `x` that an E4M3 tensor of this scale can stand for, in `x`'s dtype."""
-    values, scale = quantize_per_tensor(x, scale)
-    return (values.float() * scale).to(x.dtype)
+def _checked_scale(name: str, scale: Tensor) -> Tensor:
+    """float32 `[]`."""
+    value = scale.item()
+    if not math.isfinite(value) or value <= 0:
+        raise CheckpointError(f"checkpoint tensor {name!r} is {value:g}: a scale is a positive number")
+    return scale.float()

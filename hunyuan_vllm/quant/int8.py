@@ -1,41 +1,170 @@
-"""Symmetric int8 weights, one scale an output channel: rounding to them, and four of them in an int32.
+"""`hunyuan_int8` and `hunyuan_int8_w8a8`: the quantisations as vLLM knows them, and what their loading does.
 
-What the quantised loader, the converter and the tests of the kernels share.
+The checkpoint is BF16, quantised tensor by tensor as it streams in, or already int8 (see `int8_format.py`). On CUDA
+the layers are vLLM's own for compressed-tensors; on CPUs they are `int8_linear.py` and `int8_experts.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from vllm.model_executor.layers.quantization import QuantizationConfig
+from vllm.platforms import current_platform
 
-__all__ = ["LEVELS", "pack_int8", "quantize_per_channel", "unpack_int8"]
+from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.layout import CheckpointError, Layout
+from hunyuan_vllm.quant.base import RegisteredQuantization, is_hunyuan
+from hunyuan_vllm.quant.layouts import PACKED, PLAIN, IgnoredLayers, Int8Layout, describe, recognise
+from hunyuan_vllm.quant.rounding import pack_int8, quantize_per_channel, unpack_int8
+from hunyuan_vllm.quant.scheme import is_quantised
 
-LEVELS = 127  # a side: -128 stays unused, so that the range is symmetric
-_CPU_BLOCK = 1 << 19  # weights expanded to float32 at a time: from a core's cache, several times as fast as from memory
-_BLOCK = 1 << 24  # the same on an accelerator, where it bounds the memory
-_SIGN_BIT = -2139062144  # 0x80808080 as an int32: flips four int8 to their offset-binary form and back
+if TYPE_CHECKING:
+    from types import ModuleType
 
-
-def quantize_per_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round each row of `weight [out, in]` to 127 levels a side: int8 `[out, in]` and float32 `[out, 1]`, with
-    weight ≈ int8 · scale. A row of zeros has scale 1. On `weight`'s device, in float32."""
-    levels = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    scale = torch.empty(len(weight), 1, dtype=torch.float32, device=weight.device)
-    rows = max(1, (_CPU_BLOCK if weight.device.type == "cpu" else _BLOCK) // weight.shape[1])
-    for block, block_levels, block_scale in zip(weight.split(rows), levels.split(rows), scale.split(rows), strict=True):
-        block = block.float()
-        torch.div(block.abs().amax(dim=-1, keepdim=True), LEVELS, out=block_scale)
-        block_scale.masked_fill_(block_scale == 0, 1)
-        block_levels.copy_((block / block_scale).round_())
-    return levels, scale
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 
-def pack_int8(weight: Tensor) -> Tensor:
-    """int8 `[out, in]` → int32 `[out, in / 4]`: four input channels, the first in the lowest byte, each plus 128
-    (compressed-tensors' `pack-quantized`). `in` must be a multiple of 4."""
-    return weight.contiguous().view(torch.int32) ^ _SIGN_BIT
+class Int8Config(RegisteredQuantization):
+    """Weights in int8, activations as they are.
+
+    Args:
+        stored: how the checkpoint holds its weights: `PACKED`, `PLAIN`, or None for BF16 (or another float type).
+        ignored: the linears that a quantised checkpoint left as they were; see `IgnoredLayers`.
+    """
+
+    name: ClassVar[str] = "hunyuan_int8"
+    form: ClassVar[str] = PACKED
+    """The format of quantised checkpoints that ask for this method, and of vLLM's parameters for it on CUDA."""
+
+    def __init__(self, stored: str | None = None, ignored: Iterable[str] = ()) -> None:
+        super().__init__()
+        self.stored = stored
+        self.ignored = IgnoredLayers(ignored)
+
+    # What vLLM asks of a quantisation.
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Int8Config:
+        return cls(recognise(config), config.get("ignore") or [])
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Takes over a Hunyuan checkpoint in this method's format; and one in the other's, if the user names this."""
+        stored = recognise(hf_quant_cfg)
+        if stored is None or not is_hunyuan(hf_config):
+            return None
+        wanted = cls.name if user_quant is None and stored == cls.form else user_quant
+        return cls.name if wanted == cls.name else None
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+        if not isinstance(layer, LinearBase | RoutedExperts):
+            return None
+        if self.ignored.covers(prefix):
+            return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+        if not current_platform.is_cpu():
+            if isinstance(layer, RoutedExperts) and self.form == PACKED:
+                _prefer_marlin(layer.moe_config)
+            return self._stock.get_quant_method(layer, prefix)
+        if isinstance(layer, LinearBase):
+            from hunyuan_vllm.quant.int8_layers import Int8LinearMethod
+
+            return Int8LinearMethod(self._kernels)
+        from hunyuan_vllm.quant.int8_layers import BiasedInt8ExpertsMethod, Int8ExpertsMethod
+
+        method = BiasedInt8ExpertsMethod if layer.moe_config.has_bias else Int8ExpertsMethod
+        return method(layer.moe_config, self._kernels)
+
+    # What the loader asks of a scheme.
+
+    def layout(self, config: HunYuanConfig) -> Layout:
+        return Layout(config) if self.stored is None else Int8Layout(config, self.stored, self.ignored)
+
+    def load(self, name: str, tensor: Tensor) -> Iterable[tuple[str, Tensor]]:
+        linear, _, kind = name.rpartition(".")
+        if not is_quantised(f"{linear}.weight") or kind == "bias" or linear in self.ignored:
+            yield name, tensor
+        elif kind == "weight_scale":
+            yield name, _checked_scale(name, tensor)
+        elif kind == "weight_packed":
+            packed = _of_type(name, tensor, torch.int32)
+            yield from self._weight(linear, unpack_int8(packed, 4 * packed.shape[1]))
+        elif kind == "weight" and self.stored == PLAIN:
+            yield from self._weight(linear, _of_type(name, tensor, torch.int8))
+        elif kind == "weight":
+            weight = _of_type(name, tensor, torch.bfloat16, torch.float16, torch.float32)
+            levels, scale = quantize_per_channel(weight.to(current_platform.device_type))
+            yield from self._weight(linear, levels)
+            yield f"{linear}.weight_scale", scale
+
+    def _weight(self, projection: str, levels: Tensor) -> Iterable[tuple[str, Tensor]]:
+        """int8 `[out, in]` as the layers' parameters hold it."""
+        if self.form == PLAIN or current_platform.is_cpu():
+            yield f"{projection}.weight", levels
+        else:
+            yield f"{projection}.weight_packed", pack_int8(levels)
+            yield f"{projection}.weight_shape", torch.tensor(levels.shape)
+
+    # Between the two.
+
+    @property
+    def _kernels(self) -> ModuleType:
+        from hunyuan_vllm.quant.cpu import w8a16
+
+        return w8a16
+
+    @cached_property
+    def _stock(self) -> QuantizationConfig:
+        """vLLM's own config for the same quantisation."""
+        from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+            CompressedTensorsConfig,
+        )
+
+        return CompressedTensorsConfig.from_config(describe(self.form))
 
 
-def unpack_int8(packed: Tensor, in_features: int) -> Tensor:
-    """The inverse of `pack_int8`: int8 `[out, in_features]`."""
-    return (packed.contiguous() ^ _SIGN_BIT).view(torch.int8)[..., :in_features]
+class Int8W8A8Config(Int8Config):
+    """Weights in int8, and activations too: rounded while computing, with one scale a token."""
+
+    name = "hunyuan_int8_w8a8"
+    form = PLAIN
+
+    @property
+    def _kernels(self) -> ModuleType:
+        from hunyuan_vllm.quant.cpu import w8a8
+
+        return w8a8
+
+
+def _prefer_marlin(experts: FusedMoEConfig) -> None:
+    """Choose Marlin's kernel where vLLM would choose by itself.
+
+    Of its kernels for experts with int8 weights only Marlin's takes one scale an output channel. At compute capability
+    9.0 vLLM 0.32 and 0.33 prefer Humming's, and then fail. A batched format has a Marlin kernel of another name.
+    """
+    if experts.moe_backend == "auto" and not experts.moe_parallel_config.use_batched_activation_format:
+        experts.moe_backend = "marlin"
+
+
+def _of_type(name: str, tensor: Tensor, *types: torch.dtype) -> Tensor:
+    if tensor.dtype not in types:
+        raise CheckpointError(
+            f"checkpoint tensor {name!r} is {tensor.dtype} and should be {' or '.join(map(str, types))}: "
+            "copy the config.json that belongs to the checkpoint"
+        )
+    return tensor
+
+
+def _checked_scale(name: str, scale: Tensor) -> Tensor:
+    if not bool((scale.isfinite() & (scale > 0)).all()):
+        raise CheckpointError(f"checkpoint tensor {name!r} holds scales that are not positive numbers")
+    return scale

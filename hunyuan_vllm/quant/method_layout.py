@@ -14,8 +14,15 @@ from typing import Any
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import FLOATS, CheckpointError, Layout, Shape, expected_tensors
-from hunyuan_vllm.quant.fp8_format import E4M3_NAME, SCALAR, cache_scale, cache_scales
-from hunyuan_vllm.quant.ignored import IgnoredLayers, product_of, quantised_linears
+from hunyuan_vllm.quant.layouts import (
+    E4M3_NAME,
+    SCALAR,
+    IgnoredLayers,
+    cache_scale,
+    cache_scales,
+    product_of,
+    quantised_linears,
+)
 
 __all__ = ["MethodLayout", "StoredTensors", "awq", "fp8", "gptq", "nvfp4", "packed"]
 

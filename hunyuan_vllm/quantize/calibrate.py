@@ -1,24 +1,160 @@
-"""Calibration: the calibration tokens go through the network layer by layer, and each layer's activations are noted.
-
-Kept between layers, and on the disk so that a killed run goes on there: the hidden states, and the group's K and V.
-"""
+"""Calibration: the network run layer by layer over texts, and what is recorded of its activations"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.quantize.observe import ENOUGH, LayerStats, ObservedLayer
-from hunyuan_vllm.quantize.progress import Progress
+from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.quantize.source import Source
 from hunyuan_vllm.quantize.texts import Tokens
-from hunyuan_vllm.quantize.workspace import Workspace
-from hunyuan_vllm.reference import rotation
+from hunyuan_vllm.quantize.writer import Workspace
+from hunyuan_vllm.reference import DecoderLayer, MoE, rotation
+from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.progress import Progress
 
-__all__ = ["Calibration"]
+SAMPLE = 16  # inputs kept of every projection, to measure what quantising it does to its outputs
+ENOUGH = 64  # tokens an expert has to see; below that it is shown those that come closest to being routed to it
+
+
+@dataclass
+class LayerStats:
+    """What calibration learnt of one layer. Keys are projections within the layer, as `mlp.experts.3.gate_proj`.
+
+    k_proj and v_proj have the inputs of q_proj, and up_proj those of gate_proj: these are kept once.
+
+    Attributes:
+        inputs: largest magnitude of each input channel, float32 `[in]`.
+        columns: largest magnitude of each column of the weight, float32 `[in]`.
+        samples: some inputs, `[at most SAMPLE, in]`.
+        tokens: inputs seen.
+        routed: for experts, tokens that the router sent there; the rest of `tokens` was shown to it besides.
+        k_amax: an owner's largest magnitude of K as a cache without qk-norm holds it, float32 `[]`.
+        v_amax: an owner's largest magnitude of each channel of V, float32 `[kv_heads * head_dim]`.
+    """
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    samples: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    routed: dict[str, int] = field(default_factory=dict)
+    k_amax: Tensor | None = None
+    v_amax: Tensor | None = None
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """A flat form for a safetensors file."""
+        flat = {f"inputs/{name}": tensor for name, tensor in self.inputs.items()}
+        flat |= {f"columns/{name}": tensor for name, tensor in self.columns.items()}
+        flat |= {f"samples/{name}": tensor for name, tensor in self.samples.items()}
+        flat |= {f"tokens/{name}": torch.tensor(count) for name, count in self.tokens.items()}
+        flat |= {f"routed/{name}": torch.tensor(count) for name, count in self.routed.items()}
+        if self.k_amax is not None and self.v_amax is not None:
+            flat |= {"k_amax/": self.k_amax, "v_amax/": self.v_amax}
+        return flat
+
+    @classmethod
+    def from_tensors(cls, flat: dict[str, Tensor]) -> LayerStats:
+        """The inverse of `to_tensors`."""
+        stats = cls()
+        for key, tensor in flat.items():
+            kind, name = key.split("/", 1)
+            if kind in ("k_amax", "v_amax"):
+                setattr(stats, kind, tensor)
+            else:
+                getattr(stats, kind)[name] = int(tensor) if kind in ("tokens", "routed") else tensor
+        return stats
+
+
+class ObservedLayer:
+    """A decoder layer of the plain model that holds one projection's weight at a time.
+
+    Args:
+        read: a canonical tensor of the checkpoint.
+        device: where the layer runs.
+    """
+
+    def __init__(
+        self, config: HunYuanConfig, layer: int, read: Callable[[str], Tensor], device: torch.device | str
+    ) -> None:
+        self._prefix, self._device, self._read_tensor = f"model.layers.{layer}.", device, read
+        self._owner = not config.is_cross(layer)
+        self.stats = LayerStats()
+        with torch.device("meta"):
+            self._layer = DecoderLayer(config, layer).eval().requires_grad_(False)
+        for name, module in self._layer.named_modules():
+            if isinstance(module, nn.Linear) and name.endswith("_proj"):
+                module.register_forward_pre_hook(self._load_and_see(name))
+                module.register_forward_hook(_drop)
+            else:
+                self._load(module, name)
+        if isinstance(self._layer.mlp, MoE):
+            self._layer.mlp.register_forward_hook(self._show_idle_experts)
+
+    @torch.inference_mode()
+    def __call__(
+        self, x: Tensor, k: Tensor | None, v: Tensor | None, cos: Tensor, sin: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The layer's outputs, and the K and V of its group; arguments as the plain model's layer has them."""
+        x, k, v, _ = self._layer(x, k, v, cos, sin, mask)
+        if self._owner:
+            self.stats.k_amax = k.abs().amax().float().cpu()
+            self.stats.v_amax = v.abs().amax(dim=(0, 2)).flatten().float().cpu()  # [batch, kv_heads, tokens, head_dim]
+        return x, k, v
+
+    def _load(self, module: nn.Module, name: str) -> None:
+        for part, _ in list(module.named_parameters(recurse=False)):
+            tensor = self._read_tensor(f"{self._prefix}{name}.{part}").to(self._device)
+            if name.endswith("gate.wg"):
+                tensor = tensor.float()  # the router's, whatever the checkpoint keeps it in
+            setattr(module, part, nn.Parameter(tensor, requires_grad=False))
+
+    def _load_and_see(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        shares = name.endswith(("k_proj", "v_proj", "up_proj"))
+
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            self._load(module, name)
+            assert isinstance(module.weight, Tensor)
+            if name not in self.stats.columns:
+                self.stats.columns[name] = _amax_of_columns(module.weight)
+            if not shares:
+                self._see(name, arguments[0].flatten(0, -2))
+
+        return hook
+
+    def _see(self, name: str, inputs: Tensor) -> None:
+        """`inputs` is `[tokens, in]`; an expert that the router and we show tokens sees some twice."""
+        amax, stats = _amax_of_columns(inputs), self.stats
+        stats.inputs[name] = torch.maximum(stats.inputs[name], amax) if name in stats.inputs else amax
+        stats.tokens[name] = stats.tokens.get(name, 0) + len(inputs)
+        if name not in stats.samples:
+            spread = torch.linspace(0, len(inputs) - 1, min(SAMPLE, len(inputs))).long()
+            stats.samples[name] = inputs[spread.to(inputs.device)].cpu()
+
+    def _show_idle_experts(self, moe: MoE, arguments: tuple[Tensor, ...], outputs: tuple[Tensor, Tensor]) -> None:
+        """An expert that saw little is shown the tokens with the greatest router logits for it: of all there are, the
+        likeliest to be routed to it by another text."""
+        tokens, logits = arguments[0].flatten(0, -2), outputs[1]
+        routed = logits.topk(moe.topk, dim=-1).indices.flatten().bincount(minlength=len(moe.experts)).tolist()
+        for number, (expert, count) in enumerate(zip(moe.experts, routed, strict=True)):
+            self.stats.routed[f"mlp.experts.{number}"] = count
+            if count < ENOUGH:
+                likeliest = logits[:, number].topk(min(ENOUGH, len(tokens))).indices
+                expert(tokens[likeliest])
+
+
+def _drop(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+    for part, tensor in list(module.named_parameters(recurse=False)):
+        setattr(module, part, nn.Parameter(tensor.to("meta"), requires_grad=False))
+
+
+def _amax_of_columns(matrix: Tensor) -> Tensor:
+    # aminmax along the first dimension is ten times as slow on CPUs.
+    return torch.maximum(-matrix.amin(dim=0), matrix.amax(dim=0)).float().cpu()
+
 
 STATE = "activations"
 

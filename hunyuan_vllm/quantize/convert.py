@@ -14,22 +14,20 @@ from rich.console import Console
 from torch import Tensor
 
 from hunyuan_vllm.checkpoint import INDEX_FILE
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.quantize import report
+from hunyuan_vllm.quantize import verify
 from hunyuan_vllm.quantize.calibrate import Calibration
-from hunyuan_vllm.quantize.encode import Encoder, specs_of
+from hunyuan_vllm.quantize.encode import ActivationScales, Encoder, specs_of
+from hunyuan_vllm.quantize.estimate import state_bytes
+from hunyuan_vllm.quantize.formats import scheme_named
 from hunyuan_vllm.quantize.options import Options
-from hunyuan_vllm.quantize.plan import state_bytes
-from hunyuan_vllm.quantize.progress import Progress, gigabytes
-from hunyuan_vllm.quantize.scales import ActivationScales
-from hunyuan_vllm.quantize.schemes import scheme_named
-from hunyuan_vllm.quantize.shards import Shard, ShardWriter, index_of, plan_shards
 from hunyuan_vllm.quantize.smooth import Migration
 from hunyuan_vllm.quantize.source import Source
 from hunyuan_vllm.quantize.texts import Tokens, calibration_tokens
 from hunyuan_vllm.quantize.units import kept_linears, units
 from hunyuan_vllm.quantize.verify import Verifier
-from hunyuan_vllm.quantize.workspace import Workspace
+from hunyuan_vllm.quantize.writer import Shard, ShardWriter, Workspace, index_of, plan_shards
+from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.progress import Progress, gigabytes
 
 __all__ = ["Conversion", "quantize_checkpoint"]
 
@@ -114,7 +112,7 @@ class Conversion:
             if tokens is not None:
                 self._calibrate(workspace, tokens)
             self._write_shards(workspace)
-            made = report.assemble(self._facts(tokens), self._measured(workspace))
+            made = verify.assemble(self._facts(tokens), self._measured(workspace))
             self._write_the_rest(workspace, made)
             workspace.finish()
         return made

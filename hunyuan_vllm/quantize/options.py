@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.util.errors import UserError
 
 __all__ = ["SCHEMES", "Options", "parse_size"]
 

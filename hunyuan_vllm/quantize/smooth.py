@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.quantize.observe import LayerStats
+from hunyuan_vllm.quantize.calibrate import LayerStats
 from hunyuan_vllm.quantize.units import layer_of, place
 
 __all__ = ["Migration", "factors"]

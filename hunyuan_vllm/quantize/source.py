@@ -13,11 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hunyuan_vllm.check.digests import SUMS_FILE
+from hunyuan_vllm.check.files import SUMS_FILE
 from hunyuan_vllm.checkpoint import INDEX_FILE, check_headers, missing_weights, shard_files
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.layout import CheckpointError, Layout, expected_tensors
+from hunyuan_vllm.util.errors import UserError
 
 __all__ = ["Source", "read_config"]
 

@@ -14,7 +14,7 @@ from pydantic_core import from_json
 from torch import Tensor
 
 from hunyuan_vllm.batch.lines import refuse_other_encodings
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.util.errors import UserError
 
 __all__ = ["Tokens", "calibration_tokens", "pack", "read_documents", "tokenise"]
 

@@ -10,9 +10,9 @@ from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import expected_tensors
 from hunyuan_vllm.quant.scheme import is_quantised
 
-__all__ = ["Unit", "input_of", "kept_linears", "layer_of", "place", "units"]
-
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+
+
 # The first projection of a fused one → all of it.
 _FUSED = {"q_proj": ("q_proj", "k_proj", "v_proj"), "gate_proj": ("gate_proj", "up_proj")}
 

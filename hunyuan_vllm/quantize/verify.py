@@ -1,4 +1,4 @@
-"""Reading back a written file: every weight is compared with its source, and the difference is measured."""
+"""The written checkpoint read back and compared, and the report of the errors"""
 
 from __future__ import annotations
 
@@ -6,21 +6,87 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.quantize.blocks import in_blocks
-from hunyuan_vllm.quantize.encode import static_scales
-from hunyuan_vllm.quantize.scales import ActivationScales
-from hunyuan_vllm.quantize.schemes import Scheme
-from hunyuan_vllm.quantize.shards import Shard
+from hunyuan_vllm.quantize.encode import ActivationScales, static_scales
+from hunyuan_vllm.quantize.formats import Scheme, in_blocks
 from hunyuan_vllm.quantize.units import Unit, place
+from hunyuan_vllm.quantize.writer import Shard
+from hunyuan_vllm.util.errors import UserError
 
-__all__ = ["Comparison", "Measured", "Verifier", "compare"]
+KINDS = ("attention", "shared MLP", "dense MLP", "experts")
+
+
+def kind_of(projection: str) -> str:
+    """Which of `KINDS` a projection belongs to."""
+    for mark, kind in ((".self_attn.", "attention"), (".shared_mlp.", "shared MLP"), (".experts.", "experts")):
+        if mark in projection:
+            return kind
+    return "dense MLP"
+
+
+def assemble(facts: Mapping[str, Any], measured: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The report: `facts` about the run, a summary of each layer, and each projection as `verify.Measured` has it."""
+    projections = sorted(measured, key=lambda one: place(one["projection"])[0])
+    by_layer: dict[int, list[Mapping[str, Any]]] = {}
+    for one in projections:
+        by_layer.setdefault(place(one["projection"])[0], []).append(one)
+    return {**facts, "layers": [_layer(number, ones) for number, ones in by_layer.items()], "projections": projections}
+
+
+def show(report: Mapping[str, Any], console: Console) -> None:
+    """Print a table with a line a layer."""
+    layers = report["layers"]
+    with_outputs = layers[0]["output_error"] is not None
+    kinds = [kind for kind in KINDS if any(kind in layer["weight_error"] for layer in layers)]
+    table = Table(title=f"{report['scheme']}: relative errors, mean of each layer", title_justify="left")
+    after = ["outputs", "outlier\nchannels"] if with_outputs else []
+    for title in ["layer", *(f"weights,\n{kind}" for kind in kinds), "saturated\nweights", *after]:
+        table.add_column(title, justify="right")
+    for layer in layers:
+        cells = [str(layer["layer"])]
+        cells += [_percent(layer["weight_error"][kind]) if kind in layer["weight_error"] else "" for kind in kinds]
+        cells.append(_percent(layer["saturated"]))
+        if with_outputs:
+            cells += [_percent(layer["output_error"]), str(layer["outlier_channels"])]
+        table.add_row(*cells)
+    console.print(table)
+    key = "output_error" if with_outputs else "relative_error"
+    worst = max(report["projections"], key=lambda one: one[key])
+    console.print(f"largest: {_percent(worst[key])}, {worst['projection']}", highlight=False, soft_wrap=True)
+
+
+def _layer(number: int, ones: list[Mapping[str, Any]]) -> dict[str, Any]:
+    summary: dict[str, Any] = {
+        "layer": number,
+        "weight_error": {
+            kind: _mean(one["relative_error"] for one in ones if kind_of(one["projection"]) == kind)
+            for kind in KINDS
+            if any(kind_of(one["projection"]) == kind for one in ones)
+        },
+        "saturated": _mean(one["saturated"] for one in ones),
+        "output_error": None,
+    }
+    if ones[0]["output_error"] is not None:
+        summary["output_error"] = _mean(one["output_error"] for one in ones)
+        summary["outlier_channels"] = sum(len(one["outliers"]) for one in ones)
+    return summary
+
+
+def _mean(values: Iterable[float]) -> float:
+    known = list(values)
+    return sum(known) / len(known)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g}%" if share else "0"
+
 
 OUTLIER = 10  # times the median channel's largest input
 REMEDY = "the disk or the memory is at fault; run the same command again"

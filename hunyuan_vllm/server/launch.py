@@ -13,17 +13,27 @@ from pathlib import Path
 
 from hunyuan_vllm import envs
 from hunyuan_vllm.chat_template import WITH_TOOLS
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.server.adapters import check_adapters
-from hunyuan_vllm.server.context_parallel import choose_context_ranks
-from hunyuan_vllm.server.flags import Flags
-from hunyuan_vllm.server.machine import Machine
-from hunyuan_vllm.server.model_source import ModelSource, check_files
+from hunyuan_vllm.server.hardware import Machine
+from hunyuan_vllm.server.models import (
+    ModelSource,
+    Scheme,
+    check_adapters,
+    check_files,
+    cpu_weight_bytes,
+    gpu_weight_bytes,
+)
 from hunyuan_vllm.server.network import interface_env
-from hunyuan_vllm.server.parallel import Ranks, choose_ranks
-from hunyuan_vllm.server.scheme import Scheme, cpu_weight_bytes, gpu_weight_bytes
-from hunyuan_vllm.server.settings import KEY_FILE_VARIABLE, LOOPBACK, Settings, is_loopback
-from hunyuan_vllm.server.surface import SURFACE_VARIABLE, Surface
+from hunyuan_vllm.server.options import (
+    KEY_FILE_VARIABLE,
+    LOOPBACK,
+    SURFACE_VARIABLE,
+    Flags,
+    Settings,
+    Surface,
+    is_loopback,
+)
+from hunyuan_vllm.server.parallel import Ranks, choose_context_ranks, choose_ranks
+from hunyuan_vllm.util.errors import UserError
 
 __all__ = ["Launch", "decide"]
 
@@ -33,8 +43,8 @@ DEMO_KV_CACHE = 256 * MIB
 LEAST_KV_CACHE = 256 * MIB
 MOST_KV_CACHE = 4 * GIB
 PROCESS_MEMORY = 2 * GIB  # a CPU server's own: front end, engine core and worker processes, activations
-OPEN = "hunyuan_vllm.server.layers.Open"
-BEHIND_KEY = "hunyuan_vllm.server.layers.BehindKey"
+OPEN = "hunyuan_vllm.server.middleware.stack.Open"
+BEHIND_KEY = "hunyuan_vllm.server.middleware.stack.BehindKey"
 DEFAULT_SURFACE = Surface()
 ANY_ADDRESS = "0.0.0.0"  # what vLLM makes of an empty --host
 EXPERT_LOAD = "hunyuan_vllm.expert_load.ExpertLoad"

@@ -1,15 +1,15 @@
-"""Which network interface the ranks talk over, and the variables that tell vLLM, NCCL and Gloo.
-
-Their ports ask nobody for a key, so on one machine they stay on its loopback interface.
-"""
+"""The interface the ranks talk over, and the certificate of the server"""
 
 from __future__ import annotations
 
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.server.machine import Machine
-from hunyuan_vllm.server.settings import LOOPBACK, Settings
+import os
+import ssl
+import stat
+from pathlib import Path
 
-__all__ = ["interface_env"]
+from hunyuan_vllm.server.hardware import Machine
+from hunyuan_vllm.server.options import LOOPBACK, Flags, Settings
+from hunyuan_vllm.util.errors import UserError
 
 LOOPBACK_INTERFACE = "lo"
 USUAL_INTERFACE = "bond1"
@@ -49,3 +49,33 @@ def _carrying(address: str, machine: Machine) -> str | None:
         if address in addresses:
             return name
     return None
+
+
+def check_certificate(flags: Flags) -> None:
+    """Look at what vLLM's --ssl-certfile and --ssl-keyfile name; without them there is nothing to look at.
+
+    Raises:
+        UserError: a file is missing, they do not belong together, or others can read the private key.
+    """
+    certificate, key = flags.get("ssl-certfile") or None, flags.get("ssl-keyfile") or None
+    if certificate is None:
+        if key is not None:
+            raise UserError("--ssl-keyfile says nothing without --ssl-certfile: give both")
+        return
+    for option, name in (("ssl-certfile", certificate), ("ssl-keyfile", key)):
+        if name is not None and not Path(name).is_file():
+            raise UserError(f"--{option} {name} is not a file")
+    private = Path(key or certificate)
+    status = private.stat()
+    if status.st_uid == os.geteuid() and status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise UserError(f"the private key {private} is open to other users: chmod 600 {private}")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # A key with a passphrase would be asked for on the terminal, by vLLM as well.
+        context.load_cert_chain(certificate, key, password=lambda: "")
+    except (ssl.SSLError, OSError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise UserError(
+            f"--ssl-certfile {certificate} and its key {private} cannot be used ({reason}): they must be PEM files "
+            "that belong together, the key without a passphrase"
+        ) from None

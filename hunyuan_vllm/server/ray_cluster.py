@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hunyuan_vllm.cluster.reach import why_unreached
-from hunyuan_vllm.errors import NotYetError, UserError
+from hunyuan_vllm.util.errors import NotYetError, UserError
 
 __all__ = ["RayCluster", "RayNode", "find_ray_cluster"]
 

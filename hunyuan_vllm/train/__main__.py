@@ -2,9 +2,9 @@
 
 import sys
 
-from hunyuan_vllm.streams import prepare_output
-from hunyuan_vllm.train.ending import end_process
+from hunyuan_vllm.train.nodes import end_process
 from hunyuan_vllm.train.run import main
+from hunyuan_vllm.util.streams import prepare_output
 
 if __name__ == "__main__":
     prepare_output()

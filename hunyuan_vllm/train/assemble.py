@@ -1,4 +1,4 @@
-"""Puts a run together: data, collator, model, Trainer, and what watches it."""
+"""Puts a run together: data, collator, model, Trainer, result"""
 
 from __future__ import annotations
 
@@ -11,21 +11,39 @@ import torch
 from rich.console import Console
 from transformers.trainer_callback import PrinterCallback
 
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.train.board import Board
-from hunyuan_vllm.train.collate import PackingCollator, PaddingCollator
-from hunyuan_vllm.train.dataset import ConversationDataset, PackedDataset
-from hunyuan_vllm.train.dummy import DummyDataset
+from hunyuan_vllm.train.arguments import Arguments
+from hunyuan_vllm.train.checkpoints import STAGING, name_whole, saving
+from hunyuan_vllm.train.collate import DummyDataset, PackingCollator, PaddingCollator
+from hunyuan_vllm.train.dataset import ConversationDataset, Encoding, PackedDataset
+from hunyuan_vllm.train.export import copy_served_files, set_dtype, write_origin
 from hunyuan_vllm.train.model import make_moe_leaves
-from hunyuan_vllm.train.parse import Arguments
 from hunyuan_vllm.train.processes import join_processes
 from hunyuan_vllm.train.progress import Display
-from hunyuan_vllm.train.published import copy_served_files, write_origin
-from hunyuan_vllm.train.scan import Encoding
 from hunyuan_vllm.train.start import Start
-from hunyuan_vllm.train.trainer import HunYuanTrainer
+from hunyuan_vllm.train.trainer import Board, HunYuanTrainer
+from hunyuan_vllm.util.errors import UserError
 
-__all__ = ["assemble"]
+
+def save_result(trainer: HunYuanTrainer, folder: Path, dtype: torch.dtype) -> str:
+    """Save the trained weights to `folder`, which gets its name when it is whole; says in words what it is.
+
+    Every process must call this: under ZeRO-3 each holds a part. A full model is saved in `dtype`, routers in float32.
+
+    Raises:
+        DiskError: it could not be written.
+    """
+    beside = folder.parent / STAGING / folder.name
+    is_adapter = hasattr(trainer.model, "peft_config")
+    with saving("the result", folder.parent):
+        trainer.served_dtype = dtype
+        trainer.save_model(str(beside))
+        trainer.served_dtype = None
+        if trainer.args.should_save:
+            if not is_adapter:
+                set_dtype(beside, dtype)
+            name_whole(beside, folder)
+    return "an adapter" if is_adapter else "a checkpoint"
+
 
 TENSOR_CORES = 8  # rows a multiple of so many tokens long suit them
 

@@ -1,4 +1,4 @@
-"""Examples to the tensors of one batch: padded to the longest, or packed several to a row."""
+"""Examples to the tensors of a batch"""
 
 from __future__ import annotations
 
@@ -9,7 +9,22 @@ from torch import Tensor
 
 from hunyuan_vllm.train.tokens import IGNORED, Example
 
-__all__ = ["PackingCollator", "PaddingCollator"]
+
+class DummyDataset(torch.utils.data.Dataset[Example]):
+    """`length` rows of `tokens` ids below `vocabulary`, all learned; the same each time."""
+
+    def __init__(self, vocabulary: int, tokens: int, length: int = 1000) -> None:
+        self._vocabulary, self._tokens, self._length = vocabulary, tokens, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < self._length:
+            raise IndexError(index)
+        generator = torch.Generator().manual_seed(index)
+        ids = torch.randint(self._vocabulary, (self._tokens,), generator=generator).tolist()
+        return Example(ids, list(ids))
 
 
 class PaddingCollator:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from hunyuan_vllm.batch.lines import parse
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.train.scan import Encoding, Scan
+from hunyuan_vllm.train.dataset import Encoding, Scan
 from hunyuan_vllm.train.tokens import IGNORED, Example
+from hunyuan_vllm.util.errors import UserError
 
 __all__ = ["PERCENTILES", "Sample", "as_json", "percentiles", "read_sample"]
 

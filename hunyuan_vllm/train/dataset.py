@@ -1,21 +1,213 @@
-"""A file of conversations as a dataset: looked through once, then read and encoded line by line as it is needed."""
+"""A file of conversations as a dataset"""
 
 from __future__ import annotations
 
 import logging
+import os
 from array import array
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 
-from hunyuan_vllm.batch.lines import parse
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.train.scan import Encoding, Scan, scan
-from hunyuan_vllm.train.tokens import Example
+from hunyuan_vllm.batch.lines import Line, parse, refuse_other_encodings
+from hunyuan_vllm.train.messages import DEFAULT_SYSTEM, BadConversation, form_of, parse_line
+from hunyuan_vllm.train.tokens import Example, encode
+from hunyuan_vllm.util.errors import UserError
 
-__all__ = ["ConversationDataset", "PackedDataset"]
+CHUNK = 256  # lines that a process is given at a time
+LARGE = 8 << 20  # bytes of a file from which several processes read it
+MOST_BAD = 1000  # bad lines that are kept
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How a line becomes token ids. Picklable.
+
+    Args:
+        tokenizer: the checkpoint's, as `load_tokenizer` gives it.
+        max_seq_length: tokens beyond it are cut off; None for no limit.
+        train_on_all: see `encode`.
+        default_system: see `encode`.
+    """
+
+    tokenizer: Any
+    max_seq_length: int | None = None
+    train_on_all: bool = False
+    default_system: str = DEFAULT_SYSTEM
+
+    def __call__(self, line: Line) -> Example:
+        """The conversation in a line, uncut.
+
+        Raises:
+            BadConversation: there is none.
+        """
+        conversation = parse_line(line)
+        return encode(conversation, self.tokenizer, train_on_all=self.train_on_all, default_system=self.default_system)
+
+    def cut(self, example: Example) -> Example:
+        """`example` as far as `max_seq_length` goes."""
+        return example if self.max_seq_length is None else example.cut(self.max_seq_length)
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line of no use."""
+
+    number: int
+    cause: str
+
+
+@dataclass
+class Scan:
+    """What a file holds, in 24 bytes a conversation.
+
+    Attributes:
+        numbers: line numbers of the conversations, counted from 1.
+        offsets: where each begins, in bytes.
+        lengths: tokens of each, uncut.
+        learned: learned tokens of each, after cutting; 0 where none is left, and so nothing to train on.
+        forms: how many conversations were in which form (see forms.py).
+        bad: the first thousand lines of no use.
+        bad_count: all of them.
+    """
+
+    max_seq_length: int | None
+    numbers: array[int] = field(default_factory=lambda: array("Q"))
+    offsets: array[int] = field(default_factory=lambda: array("Q"))
+    lengths: array[int] = field(default_factory=lambda: array("I"))
+    learned: array[int] = field(default_factory=lambda: array("I"))
+    forms: Counter[str] = field(default_factory=Counter)
+    bad: list[BadLine] = field(default_factory=list)
+    bad_count: int = 0
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    @property
+    def truncated(self) -> int:
+        """Conversations longer than `max_seq_length`."""
+        limit = self.max_seq_length
+        return 0 if limit is None else sum(length > limit for length in self.lengths)
+
+    @property
+    def without_answer(self) -> int:
+        """Conversations of which cutting leaves nothing to learn."""
+        return sum(count == 0 for count in self.learned)
+
+    def add(self, found: _Found) -> None:
+        """Take in what a line is."""
+        if isinstance(found, BadLine):
+            self.bad_count += 1
+            if len(self.bad) < MOST_BAD:
+                self.bad.append(found)
+            return
+        form, *values = found
+        self.forms[form] += 1
+        for column, value in zip((self.numbers, self.offsets, self.lengths, self.learned), values, strict=True):
+            column.append(value)
+
+
+_Raw = tuple[int, int, bytes]  # number, offset, line
+_Found = BadLine | tuple[str, int, int, int, int]  # form, number, offset, length, learned
+
+
+def scan(
+    path: Path,
+    encoding: Encoding,
+    *,
+    processes: int | None = None,
+    advance: Callable[[int], object] = lambda size: None,
+) -> Scan:
+    """Read and encode the whole file once.
+
+    Args:
+        processes: how many work at a time; default: one for a small file, else this rank's share of the cores.
+        advance: told of bytes that are done.
+
+    Raises:
+        UserError: it cannot be read, or holds no line.
+    """
+    result = Scan(encoding.max_seq_length)
+    try:
+        refuse_other_encodings(path)
+        if processes is None:
+            processes = _cores() if path.stat().st_size >= LARGE else 1
+        for size, found in _looked_at(path, encoding, processes):
+            for one in found:
+                result.add(one)
+            advance(size)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if not len(result) and not result.bad_count:
+        raise UserError(f"{path} is empty: it needs one conversation a line")
+    return result
+
+
+def _cores() -> int:
+    """Those of this machine, divided among the ranks that torchrun has started on it."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _looked_at(path: Path, encoding: Encoding, processes: int) -> Iterator[tuple[int, list[_Found]]]:
+    """Results of `_look` in the file's order, with no more than a few chunks in memory."""
+    chunks = _chunks(path)
+    if processes == 1:
+        yield from (_look(chunk, encoding) for chunk in chunks)
+        return
+    # Forked, as torch's DataLoader forks its workers: they have all modules, and the tokenizer, at once.
+    with ProcessPoolExecutor(processes, get_context("fork"), initializer=_begin, initargs=(encoding,)) as pool:
+        waiting = deque(pool.submit(_look, chunk) for chunk in islice(chunks, 2 * processes))
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(pool.submit(_look, chunk) for chunk in islice(chunks, 1))
+
+
+_encoding: Encoding
+"""In a process of the pool: what it works with."""
+
+
+def _begin(encoding: Encoding) -> None:
+    global _encoding
+    _encoding = encoding
+
+
+def _look(chunk: Iterable[_Raw], encoding: Encoding | None = None) -> tuple[int, list[_Found]]:
+    encoding = encoding or _encoding
+    size = 0
+    found: list[_Found] = []
+    for number, offset, raw in chunk:
+        size += len(raw)
+        line = parse(number, raw)
+        if line is None:
+            continue
+        try:
+            example = encoding(line)
+        except BadConversation as error:
+            found.append(BadLine(number, str(error)))
+            continue
+        found.append((form_of(line.given), number, offset, len(example), encoding.cut(example).learned))
+    return size, found
+
+
+def _chunks(path: Path) -> Iterator[list[_Raw]]:
+    offset = 0
+    with path.open("rb") as file:
+        numbered = enumerate(file, start=1)
+        while lines := list(islice(numbered, CHUNK)):
+            chunk = []
+            for number, raw in lines:
+                chunk.append((number, offset, raw))
+                offset += len(raw)
+            yield chunk
+
 
 SHOWN = 5  # bad lines in a message
 

@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from hunyuan_vllm.cluster.node_setup import without_secrets
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.train.node import torchrun_arguments, torchrun_variables
-from hunyuan_vllm.train.nodes import NodeOfRun, carrying, read_nodes
-from hunyuan_vllm.train.same import compare
+from hunyuan_vllm.train.nodes import NodeOfRun, carrying, compare, read_nodes, torchrun_arguments, torchrun_variables
+from hunyuan_vllm.util.errors import UserError
 
 __all__ = ["Launch", "main"]
 
@@ -131,7 +129,7 @@ class Launch:
 
     def _start(self, rank: int, output: int | None) -> subprocess.Popen[bytes]:
         node = self._nodes[rank]
-        module = [sys.executable, "-m", "hunyuan_vllm.train.node"]
+        module = [sys.executable, "-m", "hunyuan_vllm.train.nodes"]
         command = module if rank == 0 else [*self._ssh(node), shlex.join(module)]
         # A session of its own: Ctrl-C comes to us alone, and we end all nodes alike.
         return subprocess.Popen(

@@ -12,16 +12,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hunyuan_vllm.checkpoint import INDEX_FILE, check_headers
-from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.layout import CheckpointError, Layout
-from hunyuan_vllm.quantize.blocks import in_blocks
-from hunyuan_vllm.quantize.progress import Progress
-from hunyuan_vllm.quantize.schemes import Spec
-from hunyuan_vllm.quantize.shards import Shard, ShardWriter, index_of, plan_shards
+from hunyuan_vllm.quantize.formats import Spec, in_blocks
 from hunyuan_vllm.quantize.source import Source
 from hunyuan_vllm.quantize.units import Unit
-from hunyuan_vllm.quantize.workspace import Workspace
+from hunyuan_vllm.quantize.writer import Shard, ShardWriter, Workspace, index_of, plan_shards
 from hunyuan_vllm.train.adapter import Adapter
+from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.progress import Progress
 
 __all__ = ["SAVE_DTYPES", "Merge"]
 

@@ -1,4 +1,4 @@
-"""The model as it is trained: opened or made anew, with LoRA or in parts, its experts as leaves of ZeRO-3."""
+"""The model as it is trained"""
 
 from __future__ import annotations
 
@@ -8,18 +8,49 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import safe_open
 from torch import nn
+from transformers import GenerationConfig
 
-from hunyuan_vllm.checkpoint import check_headers, missing_config, missing_weights
+from hunyuan_vllm.checkpoint import check_headers, missing_config, missing_weights, shard_files
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.layout import CheckpointError, Layout
 from hunyuan_vllm.reference import HunYuanForCausalLM, MoE
+from hunyuan_vllm.util.errors import UserError
 
-__all__ = [
-    "ATTENTION", "add_lora", "check_base", "count_parameters", "load_model", "make_moe_leaves", "new_model",
-    "train_attention_only",
-]  # fmt: skip
+
+def load_partitioned(folder: Path, dtype: torch.dtype) -> HunYuanForCausalLM:
+    """The checkpoint in `folder`, of which each process keeps its part. Every process must call this.
+
+    transformers' own loader reads the whole checkpoint in every process: 780 GB, eight times a node, for 389B.
+    """
+    config = HunYuanConfig.from_pretrained(folder)
+    model = HunYuanForCausalLM._from_config(config, dtype=dtype)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    layout = Layout(config)
+    first = torch.distributed.get_rank() == 0
+    for shard in shard_files(folder):
+        with safe_open(shard, framework="pt") as tensors:
+            for name in tensors.keys():
+                _load(parameters, layout, name, tensors, first)
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.name_or_path = model.config.name_or_path = str(folder)
+    return model
+
+
+def _load(parameters: dict[str, nn.Parameter], layout: Layout, name: str, tensors: safe_open, first: bool) -> None:
+    """Give `name`'s values to the parameters that hold them."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    names = layout.names(name, tensors.get_slice(name).get_shape())
+    parts = dict(layout.split(name, tensors.get_tensor(name))) if first and names else {}
+    wanted = [parameters[one] for one in names]
+    with GatheredParameters(wanted, modifier_rank=0):
+        for one, parameter in zip(names, wanted, strict=True):
+            if first:
+                parameter.data.copy_(parts[one])
+
 
 ATTENTION: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
 """What LoRA is put on unless told otherwise; cross layers have no k_proj and v_proj."""
@@ -59,8 +90,6 @@ def load_model(folder: Path, dtype: torch.dtype) -> HunYuanForCausalLM:
 
     try:
         if is_deepspeed_zero3_enabled():
-            from hunyuan_vllm.train.zero3 import load_partitioned
-
             return load_partitioned(folder, dtype)
         return HunYuanForCausalLM.from_pretrained(folder, dtype=dtype)
     except (CheckpointError, OSError) as error:

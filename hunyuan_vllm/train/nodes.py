@@ -1,16 +1,42 @@
-"""Which nodes a run is on, and how many processes each has, from the published script's variables."""
+"""The nodes of a run: which, what they have in common, and their processes"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import atexit
+import hashlib
+import json
+import logging
+import os
+import platform
+import signal
+import sys
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final, NoReturn
 
 import psutil
 
 from hunyuan_vllm.cluster.hosts import normalise_address
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.server.network import READERS
+from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.findings import some
 
-__all__ = ["NodeOfRun", "carrying", "read_nodes"]
+
+def end_process(status: int) -> NoReturn:
+    """End with this status, after what was registered for the end.
+
+    The threads of PyTorch's process groups outlive the groups (DistributedDataParallel keeps them), and one that needs
+    Python while that is being taken apart aborts the process: status 134 of a run that had succeeded.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
+
 
 DEFAULT_PORT = 29500
 
@@ -94,3 +120,139 @@ def _number(environ: Mapping[str, str], name: str) -> int | None:
 
 def _own_addresses() -> dict[str, str]:
     return {entry.address: name for name, entries in psutil.net_if_addrs().items() for entry in entries}
+
+
+PACKAGES: Final = ("torch", "transformers", "accelerate", "peft", "deepspeed", "tokenizers")
+EDGE: Final = 1 << 20  # bytes that are read at each end of a file of weights, which is too large to be read whole
+ABSENT: Final = "absent"
+
+
+def facts(paths: Sequence[str]) -> dict[str, str]:
+    """What must agree: name → a short text. `paths` are files, read whole, and folders of checkpoints."""
+    found = {"Python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = ABSENT
+    package = Path(__file__).parents[1]
+    for file in sorted(package.rglob("*.py")):
+        found[f"hunyuan_vllm/{file.relative_to(package)}"] = _digest(file)
+    for path in map(Path, paths):
+        if path.is_dir():
+            files = [file for file in sorted(path.iterdir()) if file.is_file() and not file.name.startswith(".")]
+            found |= {str(file): _digest(file) for file in files}
+        else:
+            found[str(path)] = _digest(path)
+    return found
+
+
+def compare(nodes: Mapping[str, Mapping[str, str]]) -> None:
+    """Compare the facts of all nodes.
+
+    Raises:
+        UserError: something is not the same everywhere; the message names it, and who has what.
+    """
+    names = sorted({name for known in nodes.values() for name in known})
+    differing: dict[str, dict[str, list[str]]] = {}
+    for name in names:
+        who = defaultdict(list)
+        for node, known in nodes.items():
+            who[known.get(name, ABSENT)].append(node)
+        if len(who) > 1:
+            differing[name] = dict(who)
+    if not differing:
+        return
+    first = next(iter(differing))
+    kinds = "; ".join(f"{what} on {', '.join(who)}" for what, who in differing[first].items())
+    rest = f" (also {some(list(differing)[1:])})" if len(differing) > 1 else ""
+    raise UserError(
+        f"the nodes are not alike: {first} is {kinds}{rest}: bring the same checkout, environment, checkpoint and data "
+        "to each, at the same paths"
+    )
+
+
+def _digest(file: Path) -> str:
+    """Size and part of a SHA-256 of a file: of all of it, or of both ends where it holds weights."""
+    try:
+        size = file.stat().st_size
+        sha = hashlib.sha256()
+        with file.open("rb") as content:
+            if file.suffix == ".safetensors" and size > 2 * EDGE:
+                sha.update(content.read(EDGE))
+                content.seek(-EDGE, 2)
+                sha.update(content.read(EDGE))
+            else:
+                while chunk := content.read(1 << 22):
+                    sha.update(chunk)
+    except OSError:
+        return ABSENT
+    return f"{size} bytes {sha.hexdigest()[:12]}"
+
+
+def torchrun_arguments(order: dict[str, Any]) -> list[str]:
+    """What follows `torchrun`."""
+    address, port = order["master"]
+    return [
+        f"--nnodes={order['nodes']}", f"--node-rank={order['rank']}", f"--nproc-per-node={order['processes']}",
+        f"--master-addr={address}", f"--master-port={port}", "-m", "hunyuan_vllm.train", *order["flags"],
+    ]  # fmt: skip
+
+
+def torchrun_variables(order: dict[str, Any], interface: str | None) -> dict[str, str]:
+    """The variables it is started with; between nodes, `interface` is what the processes talk over."""
+    # PyTorch warns of each connection whose other end has no name.
+    variables = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **order["variables"]}
+    if order["nodes"] > 1 and interface is not None:
+        variables = dict.fromkeys(READERS, interface) | variables
+    return variables
+
+
+def main() -> int:
+    """Read an order, and do it; the exit status is that of the first process that failed."""
+    line = _read_line()
+    if not line:
+        return 1  # whoever was to tell us is gone
+    order = json.loads(line)
+    os.chdir(order["folder"])
+    if order["do"] == "facts":
+        print(json.dumps(facts(order["paths"])))
+        return 0
+    os.environ.update(torchrun_variables(order, order["interface"] or carrying(order["address"])))
+    threading.Thread(target=_end_with_input, daemon=True).start()
+    return _torchrun(torchrun_arguments(order))
+
+
+def _read_line() -> bytes:
+    """A line of standard input, without a buffer, whose lock a thread would hold when this ends."""
+    line = b""
+    while not line.endswith(b"\n") and (more := os.read(0, 65536)):
+        line += more
+    return line
+
+
+def _end_with_input() -> None:
+    while os.read(0, 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _torchrun(arguments: list[str]) -> int:
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    # The process that failed has said why: what torchrun's loggers add, each at a level of its own, tells of torchrun.
+    logging.disable(logging.CRITICAL)
+    try:
+        torchrun(arguments)
+    except ChildFailedError as error:
+        failed = error.get_first_failure()[1].exitcode
+        return failed if failed > 0 else 128 - failed
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return 0
+
+
+if __name__ == "__main__":
+    end_process(main())

@@ -1,23 +1,53 @@
-"""A run of fine-tuning, from the flags to a folder that serves."""
+"""A run of fine-tuning, from the flags to a folder that serves"""
 
 from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
 
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.train.needed import need_extra, need_writable
+from hunyuan_vllm.util.errors import UserError
 
 if TYPE_CHECKING:
-    from hunyuan_vllm.train.parse import Arguments
+    from hunyuan_vllm.train.arguments import Arguments
     from hunyuan_vllm.train.start import Start
 
-__all__ = ["CURVE", "FINAL", "flag_value", "main", "train"]
+EXTRA: Final = ("accelerate", "peft", "tensorboard", "matplotlib")
+
+
+def need_extra(deepspeed: bool = False) -> None:
+    """Check that the libraries of fine-tuning are installed.
+
+    Raises:
+        UserError: one is not.
+    """
+    wanted = (*EXTRA, "deepspeed") if deepspeed else EXTRA
+    if missing := [name for name in wanted if find_spec(name) is None]:
+        raise UserError(
+            f"fine-tuning needs {', '.join(missing)}: sh deploy/setup_env.sh --train, "
+            "or pip install 'hunyuan-vllm[train]'"
+        )
+
+
+def need_writable(output: Path) -> None:
+    """Make the output folder, and write to it once.
+
+    Raises:
+        UserError: that is not possible.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise UserError(f"--output_dir {output} cannot be written to ({error.strerror}): name another folder") from None
+
 
 FINAL: Final = "final"
 CURVE: Final = "loss.png"
@@ -25,7 +55,7 @@ CURVE: Final = "loss.png"
 
 def main(argv: Sequence[str]) -> int:
     """Train as the flags say; returns the exit status. A user's mistake is one line on standard error."""
-    from hunyuan_vllm.train.disk import DiskError
+    from hunyuan_vllm.train.checkpoints import DiskError
     from hunyuan_vllm.train.processes import is_first, leave_processes, wait_for_first
 
     try:
@@ -57,13 +87,12 @@ def train(argv: Sequence[str]) -> None:
 
     import torch
 
-    from hunyuan_vllm.train.deepspeed_config import fitted, read_config
+    from hunyuan_vllm.train.processes import fitted, read_config
 
     config, changes = fitted(read_config(file)) if file else (None, [])
     prepare(deepspeed=file is not None)
 
-    from hunyuan_vllm.train.ignored import ignored
-    from hunyuan_vllm.train.parse import parse
+    from hunyuan_vllm.train.arguments import ignored, parse
     from hunyuan_vllm.train.start import Start
 
     console = Console(stderr=True, quiet=not is_first())
@@ -88,11 +117,9 @@ def train(argv: Sequence[str]) -> None:
 def _run(arguments: Arguments, start: Start, console: Console, say: Callable[[str], None]) -> None:
     from transformers import set_seed
 
-    from hunyuan_vllm.train.assemble import assemble
+    from hunyuan_vllm.train.assemble import assemble, save_result
     from hunyuan_vllm.train.model import count_parameters
-    from hunyuan_vllm.train.plot import save_curve
-    from hunyuan_vllm.train.progress import close_displays
-    from hunyuan_vllm.train.result import save_result
+    from hunyuan_vllm.train.progress import close_displays, save_curve
 
     training, output = arguments.training, Path(arguments.training.output_dir)
     set_seed(training.seed)

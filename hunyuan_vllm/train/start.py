@@ -11,13 +11,12 @@ import torch
 
 from hunyuan_vllm import demo
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.tokenizer import load_tokenizer
+from hunyuan_vllm.train.arguments import Arguments
+from hunyuan_vllm.train.checkpoints import resume_folder
+from hunyuan_vllm.train.export import read_origin, read_routers, split_routers
 from hunyuan_vllm.train.model import add_lora, check_base, load_model, new_model, train_attention_only
-from hunyuan_vllm.train.parse import Arguments
-from hunyuan_vllm.train.published import read_origin
-from hunyuan_vllm.train.router import read_routers, split_routers
-from hunyuan_vllm.train.whole import resume_folder
+from hunyuan_vllm.util.errors import UserError
 
 __all__ = ["Start"]
 

@@ -1,23 +1,110 @@
-"""transformers' Trainer for this architecture: the balance loss, the experts' load, and saving that loses nothing."""
+"""transformers' Trainer with the balance loss and the experts' load"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from transformers.integrations import TensorBoardCallback
 
-from hunyuan_vllm.train.balance import ExpertLoad, balance_loss
-from hunyuan_vllm.train.disk import saving
-from hunyuan_vllm.train.published import as_published
-from hunyuan_vllm.train.whole import STAGING, name_whole, remove_old
+from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.train.checkpoints import STAGING, name_whole, remove_old, saving
+from hunyuan_vllm.train.export import as_published
 
-__all__ = ["HunYuanTrainer"]
+if TYPE_CHECKING:
+    pass
+
+
+def moe_layers(config: HunYuanConfig) -> list[int]:
+    """The layers that have a router, in the order of a model's `router_logits`."""
+    return [layer for layer in range(config.num_hidden_layers) if config.experts_at(layer) > 1]
+
+
+def balance_loss(router_logits: Sequence[Tensor], topk: Sequence[int], real: Tensor | None = None) -> Tensor:
+    """The load-balancing loss of Switch Transformers, mean over layers: 1 if even, up to the number of experts if not.
+
+    Of a layer with E experts: E · Σ f_e · p_e, where f_e is the share of the routed (token, choice) pairs that expert e
+    is given and p_e the mean probability of e. Gradients flow through p alone. It is of one batch of one process, as is
+    usual: over several, it is the mean of theirs.
+
+    Args:
+        router_logits: [tokens, experts] of each MoE layer.
+        topk: experts a token is given, of each of them.
+        real: [tokens], which are no padding; all where it is None.
+    """
+    losses = []
+    for logits, k in zip(router_logits, topk, strict=True):
+        experts = logits.shape[-1]
+        probabilities = logits.softmax(-1)
+        chosen = F.one_hot(probabilities.topk(k, dim=-1).indices, experts).sum(1).to(logits.dtype)  # [tokens, experts]
+        weights = torch.ones_like(logits[:, 0]) if real is None else real.to(logits.device, logits.dtype)
+        count = weights.sum()
+        given = (chosen * weights[:, None]).sum(0) / (count * k)
+        likely = (probabilities * weights[:, None]).sum(0) / count
+        losses.append(experts * (given.detach() * likely).sum())
+    return torch.stack(losses).mean()
+
+
+class ExpertLoad:
+    """Tokens given to each expert of each MoE layer since they were last taken."""
+
+    def __init__(self, config: HunYuanConfig) -> None:
+        self.layers = moe_layers(config)
+        self.topk = [config.topk_at(layer) for layer in self.layers]
+        self._experts = [config.experts_at(layer) for layer in self.layers]
+        self._counts: list[Tensor] = []
+
+    @torch.no_grad()
+    def add(self, router_logits: Sequence[Tensor], real: Tensor | None = None) -> None:
+        """Count one batch; the arguments are `balance_loss`'s."""
+        new = []
+        for logits, k in zip(router_logits, self.topk, strict=True):
+            ids = logits.topk(k, dim=-1).indices
+            ids = ids if real is None else ids[real.to(ids.device)]
+            new.append(ids.flatten().bincount(minlength=logits.shape[-1]))
+        self._counts = [a + b for a, b in zip(self._counts, new, strict=True)] if self._counts else new
+
+    def take(self) -> dict[int, list[float]]:
+        """Layer → share of each expert, over all processes (which all call it); empty where nothing was counted."""
+        if not self._counts:
+            return {}
+        counts, self._counts = torch.cat(self._counts), []
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(counts)
+        parts = counts.double().split(self._experts)
+        shares = [(part / part.sum().clamp(min=1)).tolist() for part in parts]
+        return dict(zip(self.layers, shares, strict=True))
+
+
+class Board(TensorBoardCallback):
+    """Writes to `folder`; `watch` it a trainer before it trains."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.logging_dir = folder
+        self._trainer: HunYuanTrainer | None = None
+
+    def watch(self, trainer: HunYuanTrainer) -> None:
+        """Take the experts' shares from `trainer`."""
+        self._trainer = trainer
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **others: Any) -> None:
+        super().on_log(args, state, control, logs=logs, **others)
+        if self.tb_writer is None or self._trainer is None or "loss" not in (logs or {}):
+            return
+        for layer, shares in self._trainer.expert_shares.items():
+            for expert, share in enumerate(shares):
+                self.tb_writer.add_scalar(f"expert_load/layer_{layer}/expert_{expert}", share, state.global_step)
+            self.tb_writer.add_scalar(f"expert_load_max/layer_{layer}", max(shares), state.global_step)
+
 
 SHARD = "5GB"
 

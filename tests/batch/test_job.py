@@ -20,12 +20,11 @@ from hunyuan_vllm.batch.engine import parse_options, plan
 from hunyuan_vllm.batch.job import FAILED_LINES, Job
 from hunyuan_vllm.batch.lines import read_lines
 from hunyuan_vllm.batch.output import Output
-from hunyuan_vllm.batch.progress import LINE_EVERY, Reporter
-from hunyuan_vllm.batch.records import Record, Settings, failed
-from hunyuan_vllm.batch.requests import BadLine
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.server.bad_requests import Problem
-from hunyuan_vllm.server.model_source import demo_model, open_model
+from hunyuan_vllm.batch.requests import BadLine, Record, Settings, failed
+from hunyuan_vllm.batch.runner import LINE_EVERY, Reporter
+from hunyuan_vllm.server.middleware.errors import Problem
+from hunyuan_vllm.server.models import demo_model, open_model
+from hunyuan_vllm.util.errors import UserError
 
 
 def console() -> Console:

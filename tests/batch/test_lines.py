@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pydantic_core import from_json
 
 from hunyuan_vllm.batch.lines import digest, read_lines, scan
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.util.errors import UserError
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

@@ -9,10 +9,9 @@ import pytest
 
 from hunyuan_vllm.batch.lines import Line, read_lines, scan
 from hunyuan_vllm.batch.output import Output
-from hunyuan_vllm.batch.records import Record, Settings, failed
-from hunyuan_vllm.batch.requests import BadLine
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.server.bad_requests import Problem
+from hunyuan_vllm.batch.requests import BadLine, Record, Settings, failed
+from hunyuan_vllm.server.middleware.errors import Problem
+from hunyuan_vllm.util.errors import UserError
 
 SETTINGS = Settings("model", {"temperature": 0.5})
 LINES = [{"prompt": "eins"}, {"prompt": "二", "id": 2}, "no json", {"prompt": "four"}]

@@ -8,10 +8,9 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest, Compl
 from vllm.entrypoints.serve.engine.protocol import UsageInfo
 
 from hunyuan_vllm.batch.lines import Line
-from hunyuan_vllm.batch.records import Settings
-from hunyuan_vllm.batch.requests import BadLine, Request
+from hunyuan_vllm.batch.requests import BadLine, Request, Settings
 from hunyuan_vllm.batch.runner import Runner
-from hunyuan_vllm.server.bad_requests import Problem
+from hunyuan_vllm.server.middleware.errors import Problem
 
 BAD = BadLine(Problem("prompt", "prompt: empty"))
 

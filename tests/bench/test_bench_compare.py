@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from hunyuan_vllm.bench.run import Point, Run, Times, check_fits, read_run
 from hunyuan_vllm.cli import app
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.util.errors import UserError
 
 H20 = {"device": "NVIDIA H20", "devices": "8"}
 

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from hunyuan_vllm.server.chat_page import ChatPage
+from hunyuan_vllm.server.middleware.page import ChatPage
 
 __all__ = ["MODEL", "FakeServer", "fake_server"]
 

@@ -12,9 +12,8 @@ from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
 from hunyuan_vllm import demo
-from hunyuan_vllm.server.asgi import Receive, Scope, Send, without_prefix
-from hunyuan_vllm.server.chat_bundle import bundle
-from hunyuan_vllm.server.chat_page import PAGE, SECURITY_HEADERS, ChatPage
+from hunyuan_vllm.server.middleware.asgi import Receive, Scope, Send, without_prefix
+from hunyuan_vllm.server.middleware.page import PAGE, SECURITY_HEADERS, ChatPage, bundle
 
 VENDOR = PAGE / "chat" / "vendor"
 OWN = [file for file in PAGE.rglob("*") if file.is_file() and VENDOR not in file.parents]

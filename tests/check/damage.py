@@ -15,11 +15,10 @@ from torch import Tensor
 
 from hunyuan_vllm import demo
 from hunyuan_vllm.check.run import Report, check_folder
-from hunyuan_vllm.findings import Finding, Status
-from hunyuan_vllm.quant.fp8 import quantize_per_tensor
-from hunyuan_vllm.quant.int8 import pack_int8, quantize_per_channel
-from hunyuan_vllm.quant.int8_format import PACKED, PLAIN, describe
+from hunyuan_vllm.quant.layouts import PACKED, PLAIN, describe
+from hunyuan_vllm.quant.rounding import pack_int8, quantize_per_channel, quantize_per_tensor
 from hunyuan_vllm.quant.scheme import is_quantised
+from hunyuan_vllm.util.findings import Finding, Status
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "static"}
 SHARD_BYTES = 2 << 20

@@ -17,12 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from hunyuan_vllm.check.content import CHUNK, Interrupted, read_through
-from hunyuan_vllm.check.deep import Deep
-from hunyuan_vllm.check.shards import read_shards
+from hunyuan_vllm.check.deep import CHUNK, Deep, Interrupted, read_through
+from hunyuan_vllm.check.files import read_shards
 from hunyuan_vllm.cli import app
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.findings import Section, Status
+from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.findings import Section, Status
 
 TYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2]
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from hunyuan_vllm import demo
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.findings import Status
+from hunyuan_vllm.util.findings import Status
 
 WEIGHT = "model.layers.1.mlp.experts.2.up_proj."
 

@@ -10,7 +10,7 @@ from chat_templates import FAULTY, FINE_TUNED
 from damage import check_folder, copy_demo, edit_json, findings, only_problem
 
 from hunyuan_vllm.chat_template import CHAT_TEMPLATE
-from hunyuan_vllm.findings import Status
+from hunyuan_vllm.util.findings import Status
 
 VOCABULARY = "hy.tiktoken"
 

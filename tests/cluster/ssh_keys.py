@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from hunyuan_vllm.cluster.public_key import PublicKey
+from hunyuan_vllm.cluster.host_keys import PublicKey
 
 __all__ = ["keygen", "make_key", "public_key"]
 

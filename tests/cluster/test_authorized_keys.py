@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from ssh_keys import public_key
 
-from hunyuan_vllm.cluster.authorized_keys import admit
+from hunyuan_vllm.cluster.host_keys import admit
 
 
 def line(number: int) -> str:

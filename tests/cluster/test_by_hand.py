@@ -11,10 +11,10 @@ import psutil
 import pytest
 from typer.testing import CliRunner, Result
 
-from hunyuan_vllm.cluster import by_hand
+from hunyuan_vllm.cluster import ray_command
 from hunyuan_vllm.cluster.node_setup import NodeSetup
 from hunyuan_vllm.cluster.ray_node import Looked
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.util.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 NODES = ("10.0.0.1", "10.0.0.2")
@@ -31,16 +31,16 @@ def node(monkeypatch, tmp_path):
     for name in ("LOCAL_IP", "SOCKET_IFNAME", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(
-        by_hand, "look",
+        ray_command, "look",
         lambda address: Looked(str(tmp_path), {}, 8, there.setup, there.processes, len(there.works), there.works),
     )  # fmt: skip
     for name in ("start", "stop"):
-        monkeypatch.setattr(by_hand, name, lambda *_: pytest.fail("a dry run changed something"))
+        monkeypatch.setattr(ray_command, name, lambda *_: pytest.fail("a dry run changed something"))
     return there
 
 
 def dry_run(*words: str) -> Result:
-    return CliRunner().invoke(by_hand.app, [*words, "--dry-run"])
+    return CliRunner().invoke(ray_command.app, [*words, "--dry-run"])
 
 
 def parsed(shown: str) -> tuple[dict[str, str], dict[str, object]]:
@@ -81,16 +81,16 @@ def test_what_is_there_already_is_said(node, tmp_path):
 
 def test_without_ray_no_token_is_left_behind(node, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
-    done = CliRunner().invoke(by_hand.app, ["head", "--address", NODES[0]])
+    done = CliRunner().invoke(ray_command.app, ["head", "--address", NODES[0]])
     assert isinstance(done.exception, UserError) and "Ray is not installed" in str(done.exception)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_stop(node, monkeypatch):
-    monkeypatch.setattr(by_hand, "ray_processes", lambda: [])
+    monkeypatch.setattr(ray_command, "ray_processes", lambda: [])
     assert "no Ray runs here" in dry_run("stop").stderr
-    monkeypatch.setattr(by_hand, "ray_processes", lambda: [psutil.Process()])
-    assert f"these would be ended: {by_hand.shown(psutil.Process())}" in dry_run("stop").stderr
+    monkeypatch.setattr(ray_command, "ray_processes", lambda: [psutil.Process()])
+    assert f"these would be ended: {ray_command.shown(psutil.Process())}" in dry_run("stop").stderr
 
 
 def test_documents_show_them(node, tmp_path):

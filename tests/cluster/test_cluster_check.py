@@ -12,7 +12,7 @@ from hosts import HOME
 from operator_at_host import PORT, cluster
 
 from hunyuan_vllm.cli.cluster import app
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.util.errors import UserError
 
 MODEL = f"{HOME}/model"
 LATE_CLOCK = """#!/bin/sh
@@ -149,13 +149,14 @@ def test_what_cannot_be_looked_at_is_named_and_the_rest_is(joined):
     )
     assert shown.returncode == 1
     assert (
-        f"PROBLEM  {c.address}: /opt/python runs no hunyuan_vllm.cluster.node: no Python at /opt/python" in shown.stdout
+        f"PROBLEM  {c.address}: /opt/python runs no hunyuan_vllm.cluster.probe: no Python at /opt/python"
+        in shown.stdout
     )
     assert "2 problems" in shown.stdout and "nodes: 2 done in" in shown.stderr
 
 
 def test_nodes_are_looked_at_without_loading_the_engine():
-    script = "import sys, hunyuan_vllm.cluster.node; print({'torch', 'vllm', 'ray'} & set(sys.modules))"
+    script = "import sys, hunyuan_vllm.cluster.probe; print({'torch', 'vllm', 'ray'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 

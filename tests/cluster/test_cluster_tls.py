@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from hunyuan_vllm.cluster.tls import NodeFiles, has_certificate, request_certificate, sign, store_certificate
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.util.errors import UserError
 
 pytestmark = pytest.mark.slow
 

@@ -15,7 +15,7 @@ from operator_at_host import PASSWORD, PORT, cluster, log_in, options
 from ray_hosts.faults import kill
 
 from hunyuan_vllm.cluster.node_setup import RAY_SETTINGS
-from hunyuan_vllm.cluster.port_table import TABLE
+from hunyuan_vllm.cluster.ports import TABLE
 
 pytestmark = pytest.mark.slow
 

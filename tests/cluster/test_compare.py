@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from hunyuan_vllm.cluster.compare import compare_clocks, compare_files, compare_gpus, compare_versions
-from hunyuan_vllm.cluster.node import Node
-from hunyuan_vllm.findings import Section, Status
+from hunyuan_vllm.cluster.check import compare_clocks, compare_files, compare_gpus, compare_versions
+from hunyuan_vllm.cluster.probe import Node
+from hunyuan_vllm.util.findings import Section, Status
 
 VERSIONS = {"Python": "3.11.7", "vllm": "0.32.0", "ray": "2.60.0"}
 

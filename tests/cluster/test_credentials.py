@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from ssh_keys import make_key
 
-from hunyuan_vllm.cluster.connection import Credentials
 from hunyuan_vllm.cluster.credentials import default_keys, read_identity, read_password_file
+from hunyuan_vllm.cluster.ssh import Credentials
 from hunyuan_vllm.envs import take_ssh_password
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.util.errors import UserError
 
 
 def test_a_password_file_must_be_private_and_say_something(tmp_path):

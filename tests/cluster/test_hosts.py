@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hunyuan_vllm.cluster.hosts import Host, normalise_address, parse_hosts
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.util.errors import UserError
 
 
 def addresses(text: str) -> list[str]:

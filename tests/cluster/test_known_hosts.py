@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from ssh_keys import keygen, public_key
 
-from hunyuan_vllm.cluster.known_hosts import keys_of, pin, revoked_keys_of
+from hunyuan_vllm.cluster.host_keys import keys_of, pin, revoked_keys_of
 
 NAMES = ["[10.0.0.1]:36000", "10.0.0.1", "[fd00::1]:36000", "fd00::1", "node1.example.org", "[node1]:2222"]
 

@@ -10,8 +10,8 @@ import pytest
 
 from hunyuan_vllm.cluster import joined
 from hunyuan_vllm.cluster.node_setup import FOLDER, NodeSetup, parse_variables, without_secrets
-from hunyuan_vllm.cluster.port_table import TABLE, checked_ports, fixed_ports, worker_ports
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.cluster.ports import TABLE, checked_ports, fixed_ports, worker_ports
+from hunyuan_vllm.util.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "/home/you/.ray/auth_token"

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from hunyuan_vllm.cluster.private_file import make_private, read_private, write_private
 from hunyuan_vllm.cluster.ray_token import make_token, read_token, store_token, token_file
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.files import make_private, read_private, write_private
 
 
 @pytest.fixture(autouse=True)

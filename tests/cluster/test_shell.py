@@ -13,18 +13,18 @@ from pathlib import Path
 import pytest
 from ssh_keys import keygen, make_key
 
-from hunyuan_vllm.cluster import shell
-from hunyuan_vllm.cluster.account import AUTHORIZED_KEYS, KNOWN_HOSTS, look
+from hunyuan_vllm.cluster import ssh
+from hunyuan_vllm.cluster.machine import AUTHORIZED_KEYS, KNOWN_HOSTS, look
 from hunyuan_vllm.cluster.problems import HostError
-from hunyuan_vllm.cluster.shell import LocalShell, compose, load_script
+from hunyuan_vllm.cluster.ssh import LocalShell, compose, load_script
 
-REMOTE = Path(shell.__file__).with_name("remote")
+REMOTE = Path(ssh.__file__).with_name("remote")
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Path:
     """The home that LocalShell gives its scripts."""
-    monkeypatch.setattr(shell.pwd, "getpwuid", lambda uid: type("Entry", (), {"pw_dir": str(tmp_path)}))
+    monkeypatch.setattr(ssh.pwd, "getpwuid", lambda uid: type("Entry", (), {"pw_dir": str(tmp_path)}))
     return tmp_path
 
 

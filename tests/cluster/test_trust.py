@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from ssh_keys import keygen, public_key
 
+from hunyuan_vllm.cluster.host_keys import Fingerprints, Trust, judge
 from hunyuan_vllm.cluster.hosts import parse_hosts
 from hunyuan_vllm.cluster.problems import HostError
-from hunyuan_vllm.cluster.trust import Fingerprints, Trust, judge
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.util.errors import UserError
 
 HOSTS = parse_hosts("10.0.0.1,node2,fd00::3", 36000, "root")
 NODE = HOSTS[0]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-from hunyuan_vllm.vocab import TOKEN_START, byte_alphabet
+from hunyuan_vllm.bpe import TOKEN_START, byte_alphabet
 
 RANKS = 2200
 PATTERN = TOKEN_START + r"|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -15,11 +15,11 @@ from waiting import eventually
 
 from hunyuan_vllm import envs
 from hunyuan_vllm.cluster.node_setup import NodeSetup
-from hunyuan_vllm.cluster.port_table import TABLE
+from hunyuan_vllm.cluster.ports import TABLE
 from hunyuan_vllm.cluster.ray_token import PATH_VARIABLE
-from hunyuan_vllm.server import lifecycle
+from hunyuan_vllm.server.middleware import health
 from hunyuan_vllm.server.network import READERS
-from hunyuan_vllm.server.settings import DEFAULT_PORT, KEY_FILE_VARIABLE, Settings
+from hunyuan_vllm.server.options import DEFAULT_PORT, KEY_FILE_VARIABLE, Settings
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "deploy/Dockerfile").read_text()
@@ -76,7 +76,7 @@ def test_a_worker_joins_when_its_leader_is_there_and_ends_with_its_ray(tmp_path)
         with pytest.raises(subprocess.TimeoutExpired):
             worker.wait(timeout=1)
     assert worker.wait(timeout=20) == 1 and "Ray has ended" in worker.stderr.read()
-    assert (tmp_path / "asked").read_text() == "-m hunyuan_vllm.cluster.by_hand worker 10.0.0.4\n" * 2
+    assert (tmp_path / "asked").read_text() == "-m hunyuan_vllm.cluster.ray_command worker 10.0.0.4\n" * 2
 
 
 def test_a_workers_probes_ask_its_ray():
@@ -112,7 +112,7 @@ def test_services_select_leaders_and_routers():
 
 def test_probes_ask_what_the_server_answers():
     leader = container("leader")
-    for name, path in (("startup", lifecycle.READY), ("readiness", lifecycle.READY), ("liveness", lifecycle.LIVE)):
+    for name, path in (("startup", health.READY), ("readiness", health.READY), ("liveness", health.LIVE)):
         assert leader[f"{name}Probe"]["httpGet"] == {"path": path, "port": "http"}
         patient = name == "liveness" or leader[f"{name}Probe"]["timeoutSeconds"] >= envs.ready_timeout()
         assert patient, "a probe waits as long as /readyz may take"

@@ -14,9 +14,9 @@ from typer.main import get_command
 from hunyuan_vllm.cli import app
 from hunyuan_vllm.cluster.node_setup import RAY_SETTINGS, NodeSetup
 from hunyuan_vllm.cluster.start_hook import HOOK
-from hunyuan_vllm.errors import NotYetError, UserError
-from hunyuan_vllm.server.life import OVERTIME
-from hunyuan_vllm.server.supervise import GAVE_UP
+from hunyuan_vllm.server.run import OVERTIME
+from hunyuan_vllm.server.supervisor import GAVE_UP
+from hunyuan_vllm.util.errors import NotYetError, UserError
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "systemd"
 ROOT = "/opt/hunyuan-vllm"

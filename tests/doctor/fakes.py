@@ -6,8 +6,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from hunyuan_vllm.doctor.system import System
-from hunyuan_vllm.findings import Finding, Section, Status
+from hunyuan_vllm.doctor.probes import System
+from hunyuan_vllm.util.findings import Finding, Section, Status
 
 GPU = "{index}, NVIDIA H20, 570.86.15, 9.0, 97871, 4, Disabled, 0"
 BANNER = "| NVIDIA-SMI 570.86.15    Driver Version: 570.86.15    CUDA Version: {cuda} |"

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from fakes import GPU, look, machine, nvidia_smi, statuses
 
-from hunyuan_vllm.doctor.gpus import Gpu, check_gpus, check_torch_cuda, read_gpus
-from hunyuan_vllm.doctor.probe import Probe
+from hunyuan_vllm.doctor.hardware import Gpu, check_gpus, check_torch_cuda, read_gpus
+from hunyuan_vllm.doctor.probes import Probe
 
 TORCH = {"torch": {"version": "2.13.0"}, "cuda": "12.8", "available": True, "devices": 2, "nccl": "2.27.5"}
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from fakes import look, machine, statuses
 
-from hunyuan_vllm.doctor import cpus, limits, network, variables
-from hunyuan_vllm.server.settings import Settings
+from hunyuan_vllm.doctor import hardware, host, network
+from hunyuan_vllm.server.options import Settings
 
 CPUINFO = "processor\t: 0\nmodel name\t: Imaginary 9000\nflags\t\t: fpu {flags}\n"
 
@@ -31,32 +31,32 @@ CPUINFO = "processor\t: 0\nmodel name\t: Imaginary 9000\nflags\t\t: fpu {flags}\
 )
 def test_the_processor_says_which_kernels(tmp_path: Path, flags: str, kernels: str) -> None:
     system = machine(tmp_path, {"proc/cpuinfo": CPUINFO.format(flags=flags)})
-    found = look(cpus.check_cpu, system, False)
+    found = look(hardware.check_cpu, system, False)
     assert statuses(found) == {"CPU": "ok"}
     assert kernels in found["CPU"].text and "Imaginary 9000" in found["CPU"].text
 
 
 def test_a_processor_that_is_too_old_and_a_containers_quota(tmp_path: Path) -> None:
     files = {"proc/cpuinfo": CPUINFO.format(flags="sse2"), "sys/fs/cgroup/cpu.max": "50000 100000\n"}
-    found = look(cpus.check_cpu, machine(tmp_path, files), False)
+    found = look(hardware.check_cpu, machine(tmp_path, files), False)
     assert statuses(found) == {"CPU": "problem", "CPU quota": "warning"}
     assert "0.5 cores" in found["CPU quota"].text
-    assert statuses(look(cpus.check_cpu, machine(tmp_path / "none"), False)) == {"CPU": "skipped"}
+    assert statuses(look(hardware.check_cpu, machine(tmp_path / "none"), False)) == {"CPU": "skipped"}
 
 
 def test_numa(tmp_path: Path) -> None:
     one = machine(tmp_path / "1", {"sys/devices/system/node/node0/x": "", "proc/sys/kernel/numa_balancing": "1"})
     two = {"sys/devices/system/node/node0/x": "", "sys/devices/system/node/node1/x": ""}
-    assert statuses(look(cpus.check_numa, one, True)) == {"NUMA": "ok"}
-    found = look(cpus.check_numa, machine(tmp_path / "2", two | {"proc/sys/kernel/numa_balancing": "1"}), True)
+    assert statuses(look(hardware.check_numa, one, True)) == {"NUMA": "ok"}
+    found = look(hardware.check_numa, machine(tmp_path / "2", two | {"proc/sys/kernel/numa_balancing": "1"}), True)
     assert statuses(found) == {"NUMA": "warning"}
     quiet = machine(tmp_path / "3", two | {"proc/sys/kernel/numa_balancing": "0"})
-    assert statuses(look(cpus.check_numa, quiet, True)) == {"NUMA": "ok"}
+    assert statuses(look(hardware.check_numa, quiet, True)) == {"NUMA": "ok"}
 
 
 def test_no_compiler(tmp_path: Path) -> None:
-    assert statuses(look(cpus.check_compiler, machine(tmp_path), False)) == {"compiler": "warning"}
-    assert statuses(look(cpus.check_compiler, machine(tmp_path), True)) == {"compiler": "problem"}
+    assert statuses(look(hardware.check_compiler, machine(tmp_path), False)) == {"compiler": "warning"}
+    assert statuses(look(hardware.check_compiler, machine(tmp_path), True)) == {"compiler": "problem"}
 
 
 @pytest.mark.parametrize(
@@ -73,11 +73,11 @@ def test_shared_memory(
 ) -> None:
     system = machine(tmp_path, {"dev/shm/.keep": ""})
     fake = type("Usage", (), {"total": total << 20, "used": 0, "free": free << 20})
-    monkeypatch.setattr(limits.shutil, "disk_usage", lambda folder: fake)
-    found = look(limits.check_shared_memory, system, cuda)
+    monkeypatch.setattr(host.shutil, "disk_usage", lambda folder: fake)
+    found = look(host.check_shared_memory, system, cuda)
     assert statuses(found) == {"/dev/shm": status}
     assert status == "ok" or "--ipc=host" in found["/dev/shm"].remedy
-    assert statuses(look(limits.check_shared_memory, machine(tmp_path / "none"), cuda)) == {"/dev/shm": "problem"}
+    assert statuses(look(host.check_shared_memory, machine(tmp_path / "none"), cuda)) == {"/dev/shm": "problem"}
 
 
 def test_limits(tmp_path: Path) -> None:
@@ -89,34 +89,34 @@ def test_limits(tmp_path: Path) -> None:
     rdma = machine(tmp_path / "rdma", {"sys/class/infiniband/mlx5_0/x": "", "sys/fs/cgroup/pids.max": "100"})
     infinite = resource.RLIM_INFINITY
     good = {"open files": "ok", "locked memory": "ok"}
-    assert statuses(look(limits.check_limits, plain, limit(1 << 20, 8 << 20))) == good
-    assert statuses(look(limits.check_limits, plain, limit(1024, 8 << 20)))["open files"] == "problem"
-    assert statuses(look(limits.check_limits, plain, limit(20000, 8 << 20)))["open files"] == "warning"
-    found = look(limits.check_limits, rdma, limit(infinite, 8 << 20, 500))
+    assert statuses(look(host.check_limits, plain, limit(1 << 20, 8 << 20))) == good
+    assert statuses(look(host.check_limits, plain, limit(1024, 8 << 20)))["open files"] == "problem"
+    assert statuses(look(host.check_limits, plain, limit(20000, 8 << 20)))["open files"] == "warning"
+    found = look(host.check_limits, rdma, limit(infinite, 8 << 20, 500))
     assert statuses(found) == {"open files": "ok", "locked memory": "problem", "processes": "warning"}
     assert "mlx5_0" in found["locked memory"].text
-    assert look(limits.check_limits, rdma, limit(infinite, infinite))["locked memory"].status == "ok"
+    assert look(host.check_limits, rdma, limit(infinite, infinite))["locked memory"].status == "ok"
 
 
 def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     system = machine(tmp_path, TMPDIR=str(tmp_path), HF_HOME=str(tmp_path / "not" / "yet" / "there"))
     fake = type("Usage", (), {"free": 50 * 10**9})
-    monkeypatch.setattr(limits.shutil, "disk_usage", lambda folder: fake)
-    assert statuses(look(limits.check_disk, system)) == {"disk": "ok"}
+    monkeypatch.setattr(host.shutil, "disk_usage", lambda folder: fake)
+    assert statuses(look(host.check_disk, system)) == {"disk": "ok"}
     fake.free = 5 * 10**9
-    assert statuses(look(limits.check_disk, system)) == {"disk": "warning"}
+    assert statuses(look(host.check_disk, system)) == {"disk": "warning"}
     fake.free = 10**9
-    found = look(limits.check_disk, system)
+    found = look(host.check_disk, system)
     assert statuses(found) == {"disk": "problem"}
-    monkeypatch.setattr(limits.os, "access", lambda folder, mode: False)
-    assert "is not writable" in look(limits.check_disk, system)["disk"].text
+    monkeypatch.setattr(host.os, "access", lambda folder, mode: False)
+    assert "is not writable" in look(host.check_disk, system)["disk"].text
 
 
 def test_clock(tmp_path: Path) -> None:
-    found = look(limits.check_clock, machine(tmp_path), lambda: 1e9)
+    found = look(host.check_clock, machine(tmp_path), lambda: 1e9)
     assert statuses(found) == {"clock": "problem"} and "2001-09-09" in found["clock"].text
     # What this kernel says is not ours to choose; alone, a machine needs no synchronised clock.
-    assert look(limits.check_clock, machine(tmp_path))["clock"].status in ("ok", "skipped")
+    assert look(host.check_clock, machine(tmp_path))["clock"].status in ("ok", "skipped")
 
 
 def test_a_taken_port_names_its_owner() -> None:
@@ -198,7 +198,7 @@ def test_interfaces(tmp_path: Path, environ: dict[str, str], status: str) -> Non
     ],
 )
 def test_variables_that_hurt(tmp_path: Path, environ: dict[str, str], cuda: bool, subject: str) -> None:
-    found = look(variables.check_variables, machine(tmp_path, **environ), cuda, variables.known_to_vllm())
+    found = look(host.check_variables, machine(tmp_path, **environ), cuda, host.known_to_vllm())
     assert statuses(found) == {subject: "warning"}
 
 
@@ -212,12 +212,12 @@ def test_variables_that_hurt(tmp_path: Path, environ: dict[str, str], cuda: bool
     ],
 )
 def test_variables_that_do_not(tmp_path: Path, environ: dict[str, str]) -> None:
-    found = look(variables.check_variables, machine(tmp_path, **environ), True, variables.known_to_vllm())
+    found = look(host.check_variables, machine(tmp_path, **environ), True, host.known_to_vllm())
     assert statuses(found) == {"variables": "ok"}
 
 
 def test_a_misspelt_variable_gets_a_suggestion_and_no_value_is_shown(tmp_path: Path) -> None:
     system = machine(tmp_path, VLLM_LOGING_LEVEL="secret")
-    found = look(variables.check_variables, system, True, variables.known_to_vllm())["VLLM_*"]
+    found = look(host.check_variables, system, True, host.known_to_vllm())["VLLM_*"]
     assert found.items == ("VLLM_LOGING_LEVEL (is VLLM_LOGGING_LEVEL meant?)",)
     assert "secret" not in repr(found)

@@ -14,9 +14,8 @@ import pytest
 from fakes import look, machine, statuses
 
 from hunyuan_vllm import compat
-from hunyuan_vllm.doctor import import_probe, plugin, software, worker_probe
-from hunyuan_vllm.doctor.probe import Probe, run_probe
-from hunyuan_vllm.doctor.system import System
+from hunyuan_vllm.doctor import import_probe, software, worker_probe
+from hunyuan_vllm.doctor.probes import Probe, System, run_probe
 
 pytestmark = pytest.mark.slow
 
@@ -97,16 +96,16 @@ def test_a_spawned_worker_knows_the_model(tmp_path: Path) -> None:
     assert seen.failure == ""
     assert seen.values["model"] == "HunYuanForCausalLM" and seen.values["kernels"] is True
     assert Path(seen.values["plugin"]) == Path(sys.modules["hunyuan_vllm"].__file__ or "")
-    assert statuses(look(plugin.check_worker, seen)) == {"worker": "ok"}
+    assert statuses(look(software.check_worker, seen)) == {"worker": "ok"}
 
 
 def test_a_plugin_that_vllm_is_told_not_to_load(tmp_path: Path) -> None:
-    found = look(plugin.check_entry_point, machine(tmp_path, VLLM_PLUGINS="other,more"))
+    found = look(software.check_entry_point, machine(tmp_path, VLLM_PLUGINS="other,more"))
     assert statuses(found) == {"entry point": "problem"} and "VLLM_PLUGINS=other,more" in found["entry point"].text
-    assert statuses(look(plugin.check_entry_point, machine(tmp_path, VLLM_PLUGINS="other, hunyuan"))) == {
+    assert statuses(look(software.check_entry_point, machine(tmp_path, VLLM_PLUGINS="other, hunyuan"))) == {
         "entry point": "ok"
     }
-    found = look(plugin.check_worker, Probe({"vllm": "/there", "registered": False}))
+    found = look(software.check_worker, Probe({"vllm": "/there", "registered": False}))
     assert statuses(found) == {"worker": "problem"} and "does not know the model" in found["worker"].text
 
 
@@ -114,12 +113,12 @@ def test_shadows(tmp_path: Path) -> None:
     system = machine(tmp_path)
     (system.cwd / "vllm").mkdir()  # a folder without __init__.py hides nothing
     (system.cwd / "notes.py").touch()
-    assert statuses(look(plugin.check_shadows, system)) == {"shadowing": "ok"}
+    assert statuses(look(software.check_shadows, system)) == {"shadowing": "ok"}
     package(system.cwd, "transformers", "")
     (system.cwd / "random.py").touch()
     package(tmp_path / "other", "torch", "")
     system = machine(tmp_path, PYTHONPATH=str(tmp_path / "other"))
-    found = look(plugin.check_shadows, system)["shadowing"]
+    found = look(software.check_shadows, system)["shadowing"]
     assert [Path(item).relative_to(tmp_path) for item in found.items] == [
         Path("cwd/transformers/__init__.py"), Path("cwd/random.py"), Path("other/torch/__init__.py"),
     ]  # fmt: skip
@@ -128,7 +127,7 @@ def test_shadows(tmp_path: Path) -> None:
 def test_our_own_checkout_is_no_shadow(tmp_path: Path) -> None:
     checkout = Path(sys.modules["hunyuan_vllm"].__file__ or "").parents[1]
     system = System({}, checkout, tmp_path)
-    assert statuses(look(plugin.check_shadows, system)) == {"shadowing": "ok"}
+    assert statuses(look(software.check_shadows, system)) == {"shadowing": "ok"}
 
 
 def test_the_command_where_a_folder_hides_the_package(tmp_path: Path) -> None:

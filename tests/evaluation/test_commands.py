@@ -20,7 +20,7 @@ from serving import COMMAND
 from torch import Tensor
 
 from hunyuan_vllm import demo
-from hunyuan_vllm.evaluation.held_out import MAX_ANSWER, held_out_questions
+from hunyuan_vllm.evaluation.passages import MAX_ANSWER, held_out_questions
 from hunyuan_vllm.reference import HunYuanForCausalLM
 from hunyuan_vllm.tokenizer import load_tokenizer
 

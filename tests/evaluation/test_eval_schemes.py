@@ -10,16 +10,15 @@ import pytest
 from rich.console import Console
 
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.evaluation import compare
-from hunyuan_vllm.evaluation.checkpoints import checkpoint_of
+from hunyuan_vllm.evaluation.engines import Contestant, Work
 from hunyuan_vllm.evaluation.passages import Passage
-from hunyuan_vllm.evaluation.runs import Contestant, Work
-from hunyuan_vllm.evaluation.schemes import Scheme
+from hunyuan_vllm.evaluation.schemes import Scheme, checkpoint_of
 from hunyuan_vllm.quant.formats import stored_format
-from hunyuan_vllm.quant.int8_format import PACKED, describe
-from hunyuan_vllm.quantize.progress import Progress
-from hunyuan_vllm.server.model_source import ModelSource, demo_model
+from hunyuan_vllm.quant.layouts import PACKED, describe
+from hunyuan_vllm.server.models import ModelSource, demo_model
+from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.progress import Progress
 
 SILENT = Console(quiet=True)
 

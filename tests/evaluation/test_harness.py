@@ -15,12 +15,11 @@ from serving import COMMAND, Server, running_server
 
 from hunyuan_vllm import demo
 from hunyuan_vllm.client import ServedModel, connect
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.evaluation.benchmarks import PUBLISHED, TASKS_FOLDER
-from hunyuan_vllm.evaluation.harness import Harness
-from hunyuan_vllm.evaluation.held_out import MAX_ANSWER, held_out_questions
+from hunyuan_vllm.evaluation.passages import MAX_ANSWER, held_out_questions
+from hunyuan_vllm.evaluation.tasks import PUBLISHED, TASKS_FOLDER, Harness
 from hunyuan_vllm.reference import HunYuanForCausalLM
 from hunyuan_vllm.tokenizer import load_tokenizer
+from hunyuan_vllm.util.errors import UserError
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 

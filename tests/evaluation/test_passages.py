@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 
 from hunyuan_vllm import demo
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.evaluation.held_out import held_out_questions
 from hunyuan_vllm.evaluation.passages import (
     BUILT_IN_TEXT,
     Passage,
     chat_passage,
+    held_out_questions,
     limited,
     read_passages,
     text_passages,
 )
 from hunyuan_vllm.tokenizer import HYTokenizer, load_tokenizer
+from hunyuan_vllm.util.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "train" / "demo"))
 

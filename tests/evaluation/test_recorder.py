@@ -15,7 +15,7 @@ from torch import Tensor
 from vllm import LLM, SamplingParams, TokensPrompt
 
 from hunyuan_vllm.evaluation import recorder
-from hunyuan_vllm.evaluation.contestant import RECORDER
+from hunyuan_vllm.evaluation.engines import RECORDER
 from hunyuan_vllm.evaluation.recorder import Scores, score_block
 from hunyuan_vllm.reference import HunYuanForCausalLM
 

@@ -11,14 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from hunyuan_vllm import demo
-from hunyuan_vllm.evaluation.compare import Compared
+from hunyuan_vllm.evaluation.compare import Compared, Distance, Limits, distance, distance_table
 from hunyuan_vllm.evaluation.demo import Row, demo_table, held_out_work, row_of
-from hunyuan_vllm.evaluation.held_out import held_out_questions
-from hunyuan_vllm.evaluation.report import Limits, distance_table
-from hunyuan_vllm.evaluation.runs import Answer, Contestant, Outcome
+from hunyuan_vllm.evaluation.engines import Answer, Contestant, Outcome
+from hunyuan_vllm.evaluation.passages import held_out_questions
 from hunyuan_vllm.evaluation.schemes import Scheme
-from hunyuan_vllm.evaluation.statistics import Distance, distance
-from hunyuan_vllm.server.model_source import demo_model
+from hunyuan_vllm.server.models import demo_model
 from hunyuan_vllm.tokenizer import load_tokenizer
 
 

@@ -6,9 +6,8 @@ from functools import cache
 from typing import Any
 
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.plan.gpus import find_gpu
-from hunyuan_vllm.plan.models import open_planned
-from hunyuan_vllm.plan.network import Network
+from hunyuan_vllm.plan.hardware import find_gpu
+from hunyuan_vllm.plan.model import Network, open_planned
 from hunyuan_vllm.plan.scenario import Scenario, vllm_limits
 from hunyuan_vllm.plan.schemes import SCHEMES
 

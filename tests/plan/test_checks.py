@@ -17,10 +17,8 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 from vllm.v1.attention.backends.flex_attention import FlexAttentionBackend
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 
-from hunyuan_vllm.plan.attention import FLASHINFER_HEADS, Backend, choose_backend
-from hunyuan_vllm.plan.checks import notes, problems
-from hunyuan_vllm.plan.gpus import find_gpu, known_gpus
-from hunyuan_vllm.plan.verdict import judge
+from hunyuan_vllm.plan.hardware import FLASHINFER_HEADS, Backend, choose_backend, find_gpu, known_gpus
+from hunyuan_vllm.plan.verdict import judge, notes, problems
 from hunyuan_vllm.plugin import register
 
 

@@ -18,11 +18,11 @@ from vllm.entrypoints.cli.serve import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from hunyuan_vllm.cli import app
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.plan.command import serve_command, serve_flags
-from hunyuan_vllm.plan.gpus import find_gpu, known_gpus
+from hunyuan_vllm.plan.hardware import find_gpu, known_gpus
+from hunyuan_vllm.plan.plan import serve_command, serve_flags
 from hunyuan_vllm.plan.schemes import SCHEMES
-from hunyuan_vllm.quant.int8_format import PACKED, describe
+from hunyuan_vllm.quant.layouts import PACKED, describe
+from hunyuan_vllm.util.errors import UserError
 
 
 def run(*arguments: str) -> Result:

@@ -7,8 +7,16 @@ import re
 import pytest
 from scenarios import planned
 
-from hunyuan_vllm.plan.activations import activation_peak, captured_sizes, forward_peak, graph_memory, sampling_peak
-from hunyuan_vllm.plan.memory import Capacity, budgets, capacity
+from hunyuan_vllm.plan.memory import (
+    Capacity,
+    activation_peak,
+    budgets,
+    capacity,
+    captured_sizes,
+    forward_peak,
+    graph_memory,
+    sampling_peak,
+)
 from hunyuan_vllm.plan.scenario import GIB
 from hunyuan_vllm.plan.verdict import judge
 from hunyuan_vllm.plan.weights import Stage

@@ -21,7 +21,7 @@ from vllm.model_executor.model_loader import base_loader
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.plan.memory import Capacity, budgets, capacity
-from hunyuan_vllm.plan.network import Network
+from hunyuan_vllm.plan.model import Network
 from hunyuan_vllm.plan.schemes import SCHEMES
 from hunyuan_vllm.plan.weights import rank_weights
 

@@ -15,8 +15,8 @@ from vllm.model_executor.layers.quantization.utils.marlin_utils import marlin_mo
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import expected_tensors
-from hunyuan_vllm.plan.gpus import Gpu, find_gpu
-from hunyuan_vllm.plan.network import Network, layer_matrices
+from hunyuan_vllm.plan.hardware import Gpu, find_gpu
+from hunyuan_vllm.plan.model import Network, layer_matrices
 from hunyuan_vllm.plan.schemes import SCHEMES
 from hunyuan_vllm.plan.weights import rank_weights, stages
 

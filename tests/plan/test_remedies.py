@@ -10,9 +10,7 @@ from scenarios import network, planned
 from typer.testing import CliRunner
 
 from hunyuan_vllm.cli import app
-from hunyuan_vllm.plan.changes import arrangements
-from hunyuan_vllm.plan.improvements import improvements
-from hunyuan_vllm.plan.remedies import remedies
+from hunyuan_vllm.plan.advice import arrangements, improvements, remedies
 from hunyuan_vllm.plan.verdict import judge
 
 SHORT_BY = {

@@ -11,12 +11,18 @@ from checkpoints import tiny_config
 from scenarios import planned, published
 
 from hunyuan_vllm.layout import expected_tensors
-from hunyuan_vllm.plan.assumptions import Assumptions
-from hunyuan_vllm.plan.collectives import all_reduce_bytes, collective_seconds
-from hunyuan_vllm.plan.published import published_rates
-from hunyuan_vllm.plan.rates import PUBLISHED_SHARES, decode, prefill, served
-from hunyuan_vllm.plan.roofline import expected_experts, stage_step
-from hunyuan_vllm.plan.scenario import Scenario
+from hunyuan_vllm.plan.plan import published_rates
+from hunyuan_vllm.plan.scenario import Assumptions, Scenario
+from hunyuan_vllm.plan.speed import (
+    PUBLISHED_SHARES,
+    all_reduce_bytes,
+    collective_seconds,
+    decode,
+    expected_experts,
+    prefill,
+    served,
+    stage_step,
+)
 
 
 def active_elements() -> int:

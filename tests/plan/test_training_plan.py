@@ -13,17 +13,13 @@ from typer.testing import CliRunner
 
 from hunyuan_vllm.cli import app
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.plan.gpus import find_gpu
-from hunyuan_vllm.plan.models import open_planned
-from hunyuan_vllm.plan.training import activations
-from hunyuan_vllm.plan.training.choices import fewest
-from hunyuan_vllm.plan.training.memory import GIB, TrainingMemory
-from hunyuan_vllm.plan.training.parameters import Parameters
-from hunyuan_vllm.plan.training.published import against_published
-from hunyuan_vllm.plan.training.setup import ATTENTION, TrainingSetup
-from hunyuan_vllm.plan.training.time import iteration
+from hunyuan_vllm.plan import training
+from hunyuan_vllm.plan.hardware import find_gpu
+from hunyuan_vllm.plan.model import open_planned
+from hunyuan_vllm.plan.training import GIB, TrainingMemory, against_published, fewest, iteration
+from hunyuan_vllm.plan.training_setup import ATTENTION, Parameters, TrainingSetup
 from hunyuan_vllm.reference import HunYuanForCausalLM
+from hunyuan_vllm.util.errors import UserError
 
 TOKENS = 64
 SHAPES: dict[str, dict[str, Any]] = {
@@ -115,9 +111,9 @@ def kept(config: HunYuanConfig, checkpointing: bool) -> int:
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_activations_to_the_byte(shape: dict[str, Any]) -> None:
     config = tiny_config(**shape)
-    once = activations.input_bytes(config) + activations.head_bytes(config, 0) - 2 * config.hidden_size
+    once = training.input_bytes(config) + training.head_bytes(config, 0) - 2 * config.hidden_size
     for checkpointing in (False, True):
-        of_layer = activations.checkpoint_bytes if checkpointing else activations.layer_bytes
+        of_layer = training.checkpoint_bytes if checkpointing else training.layer_bytes
         each = sum(of_layer(config, layer) for layer in range(config.num_hidden_layers))
         assert kept(config, checkpointing) == TOKENS * (each + once)
 

@@ -13,8 +13,8 @@ from torch.nn.functional import silu
 from vllm import _custom_ops as ops
 
 from hunyuan_vllm.quant.cpu import fp8 as cpu_fp8
-from hunyuan_vllm.quant.fp8 import E4M3, quantize_per_tensor, round_through_fp8
-from hunyuan_vllm.quant.fp8_experts import share_scales
+from hunyuan_vllm.quant.fp8_layers import share_scales
+from hunyuan_vllm.quant.rounding import E4M3, quantize_per_tensor, round_through_fp8
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 
 from hunyuan_vllm import cla_cache
-from hunyuan_vllm.quant.kv_scales import CacheScales, is_cache_scale
+from hunyuan_vllm.quant.fp8 import CacheScales, is_cache_scale
 from hunyuan_vllm.reference import HunYuanForCausalLM
 
 PROMPTS = random_prompts(320, [8] * 48)

@@ -24,7 +24,7 @@ from vllm.model_executor.layers.quantization.utils.fp8_utils import process_fp8_
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.plugin import register
-from hunyuan_vllm.quant.fp8 import E4M3
+from hunyuan_vllm.quant.rounding import E4M3
 from hunyuan_vllm.quant.scheme import is_quantised
 
 STATIC = {"quant_method": "fp8", "activation_scheme": "static"}
@@ -152,7 +152,7 @@ def loaded(flashinfer: bool = False) -> Iterator[tuple[nn.Module, dict[str, Tens
     with (
         gpu(9, 0, flashinfer),
         meta_model(NETWORK, quantization_config=STATIC, tensor_parallel=2, rank=1, device="cpu") as model,
-        patch("hunyuan_vllm.weights.get_tensor_model_parallel_rank", lambda: 1),
+        patch("hunyuan_vllm.loader.get_tensor_model_parallel_rank", lambda: 1),
     ):
         model.load_weights(tensors.items())
         yield model, tensors

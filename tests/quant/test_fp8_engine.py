@@ -17,8 +17,8 @@ from vllm import LLM
 
 from hunyuan_vllm.cla_cache import CLAAttention, _set_scale
 from hunyuan_vllm.quant.cpu import fp8 as cpu_fp8
-from hunyuan_vllm.quant.fp8_config import HunYuanFp8Config
-from hunyuan_vllm.quant.fp8_linear import CPUFp8LinearMethod
+from hunyuan_vllm.quant.fp8 import HunYuanFp8Config
+from hunyuan_vllm.quant.fp8_layers import CPUFp8LinearMethod
 
 pytestmark = pytest.mark.engine
 

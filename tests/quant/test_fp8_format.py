@@ -16,11 +16,9 @@ from torch import Tensor
 from hunyuan_vllm.checkpoint import check_headers
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import CheckpointError, Layout, expected_tensors
-from hunyuan_vllm.quant.fp8 import E4M3, quantize_per_tensor
-from hunyuan_vllm.quant.fp8_config import HunYuanFp8Config
-from hunyuan_vllm.quant.fp8_format import Fp8Layout
-from hunyuan_vllm.quant.ignored import IgnoredLayers
-from hunyuan_vllm.quant.kv_scales import normalised_key_scale
+from hunyuan_vllm.quant.fp8 import HunYuanFp8Config, normalised_key_scale
+from hunyuan_vllm.quant.layouts import Fp8Layout, IgnoredLayers
+from hunyuan_vllm.quant.rounding import E4M3, quantize_per_tensor
 from hunyuan_vllm.quant.scheme import is_quantised
 
 Tensors = dict[str, Tensor]

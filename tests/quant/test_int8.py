@@ -21,10 +21,9 @@ from vllm.scalar_type import scalar_types
 
 from hunyuan_vllm.checkpoint import check_headers
 from hunyuan_vllm.layout import CheckpointError, Layout
-from hunyuan_vllm.quant.ignored import IgnoredLayers
-from hunyuan_vllm.quant.int8 import pack_int8, quantize_per_channel, unpack_int8
-from hunyuan_vllm.quant.int8_config import Int8Config, Int8W8A8Config
-from hunyuan_vllm.quant.int8_format import PACKED, PLAIN, Int8Layout, describe, recognise
+from hunyuan_vllm.quant.int8 import Int8Config, Int8W8A8Config
+from hunyuan_vllm.quant.layouts import PACKED, PLAIN, IgnoredLayers, Int8Layout, describe, recognise
+from hunyuan_vllm.quant.rounding import pack_int8, quantize_per_channel, unpack_int8
 
 Fields = dict[str, Any]
 CONFIG = tiny_config()

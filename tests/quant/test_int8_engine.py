@@ -21,9 +21,9 @@ from vllm.lora.request import LoRARequest
 
 from hunyuan_vllm.model import HunYuanForCausalLM
 from hunyuan_vllm.native import operators
-from hunyuan_vllm.quant.int8_config import Int8Config
-from hunyuan_vllm.quant.int8_format import PACKED, PLAIN
-from hunyuan_vllm.quant.int8_linear import Int8LinearMethod
+from hunyuan_vllm.quant.int8 import Int8Config
+from hunyuan_vllm.quant.int8_layers import Int8LinearMethod
+from hunyuan_vllm.quant.layouts import PACKED, PLAIN
 
 pytestmark = pytest.mark.engine
 
@@ -184,7 +184,7 @@ def test_one_scale_for_a_whole_tensor(square: tuple[LLM, Golden], monkeypatch: p
         scale = (weight.float().abs().amax() / 127).expand(len(weight), 1)
         return (weight / scale).round().to(torch.int8), scale
 
-    monkeypatch.setattr("hunyuan_vllm.quant.int8_config.quantize_per_channel", per_tensor)
+    monkeypatch.setattr("hunyuan_vllm.quant.int8.quantize_per_channel", per_tensor)
     assert difference_after_reload(square) > SEEN
 
 

@@ -12,8 +12,8 @@ from meta_model import meta_model
 from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
-from hunyuan_vllm.quant import int8_config
-from hunyuan_vllm.quant.int8 import quantize_per_channel
+from hunyuan_vllm.quant import int8
+from hunyuan_vllm.quant.rounding import quantize_per_channel
 
 CONFIG = tiny_config(num_hidden_layers=2, num_experts=[4, 1])
 ROW_PARALLEL = ("o_proj.", "down_proj.", ".w2_")
@@ -72,7 +72,7 @@ def test_scales_of_a_ranks_own_part_are_seen(monkeypatch: pytest.MonkeyPatch) ->
         _, scale = quantize_per_channel(share)
         return (weight / scale).round().clamp(-127, 127).to(torch.int8), scale
 
-    monkeypatch.setattr(int8_config, "quantize_per_channel", own)
+    monkeypatch.setattr(int8, "quantize_per_channel", own)
     changed = differing("hunyuan_int8")
     assert {name for name in changed if any(part in name for part in ROW_PARALLEL)} == {
         f"model.layers.{module}"
@@ -112,13 +112,13 @@ def test_one_tensor_is_in_flight() -> None:
 def test_a_pipeline_stage_quantises_its_own_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config()
     quantised: list[str] = []
-    load = int8_config.Int8Config.load
+    load = int8.Int8Config.load
 
-    def spy(self: int8_config.Int8Config, name: str, tensor: Tensor) -> Iterable[tuple[str, Tensor]]:
+    def spy(self: int8.Int8Config, name: str, tensor: Tensor) -> Iterable[tuple[str, Tensor]]:
         quantised.append(name)
         return load(self, name, tensor)
 
-    monkeypatch.setattr(int8_config.Int8Config, "load", spy)
+    monkeypatch.setattr(int8.Int8Config, "load", spy)
     options = dict(quantization="hunyuan_int8", pipeline_parallel=2, stage=1, device="cpu")
     with meta_model(config, **options) as model:
         loaded = model.load_weights(random_tensors(config, seed=0))

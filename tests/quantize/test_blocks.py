@@ -7,16 +7,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from hunyuan_vllm.quantize import blocks
-from hunyuan_vllm.quantize.blocks import in_blocks
+from hunyuan_vllm.quantize import formats
+from hunyuan_vllm.quantize.formats import in_blocks, scheme_named
 from hunyuan_vllm.quantize.options import SCHEMES
-from hunyuan_vllm.quantize.schemes import scheme_named
 from hunyuan_vllm.quantize.verify import compare
 
 
 @pytest.fixture(params=[1, 2])
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    monkeypatch.setattr(blocks, "ELEMENTS", 64)
+    monkeypatch.setattr(formats, "ELEMENTS", 64)
     # vLLM's CPU worker, where one ran in this process, leaves a function in its place that changes nothing.
     monkeypatch.setattr(torch, "set_num_threads", torch._C.set_num_threads)
     before = torch.get_num_threads()
@@ -56,7 +55,7 @@ def test_results_do_not_depend_on_blocks(threads: int, scheme: str, monkeypatch:
         return stored, compare(made, weight, stored)
 
     stored, found = run()
-    monkeypatch.setattr(blocks, "ELEMENTS", 1 << 20)
+    monkeypatch.setattr(formats, "ELEMENTS", 1 << 20)
     whole, wanted = run()
     assert all(torch.equal(stored[key].float(), whole[key].float()) for key in whole)
     assert found == pytest.approx(wanted) and found.wrong == 0 and found.clipped == wanted.clipped

@@ -12,15 +12,15 @@ from checkpoints import VARIANTS, rewrite, tiny_config, write_checkpoint
 from rich.console import Console
 from torch import Tensor, nn
 
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.quantize import observe
+from hunyuan_vllm.quantize import calibrate
 from hunyuan_vllm.quantize.calibrate import Calibration
-from hunyuan_vllm.quantize.progress import Progress
-from hunyuan_vllm.quantize.scales import ActivationScales
+from hunyuan_vllm.quantize.encode import ActivationScales
 from hunyuan_vllm.quantize.source import Source
 from hunyuan_vllm.quantize.texts import Tokens, pack
-from hunyuan_vllm.quantize.workspace import Workspace
+from hunyuan_vllm.quantize.writer import Workspace
 from hunyuan_vllm.reference import HunYuanForCausalLM
+from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.progress import Progress
 
 
 def calibrated(folder: Path, target: Path, tokens: Tokens) -> Calibration:
@@ -66,7 +66,7 @@ def seen_by_a_whole_pass(folder: Path, documents: list[list[int]]) -> tuple[dict
 def test_channels_as_in_a_whole_pass(
     tmp_path: Path, variant: str, documents: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(observe, "ENOUGH", 0)  # experts see what is routed to them, no more
+    monkeypatch.setattr(calibrate, "ENOUGH", 0)  # experts see what is routed to them, no more
     config = tiny_config(**VARIANTS.get(variant, {}))
     folder = write_checkpoint(tmp_path / "src", config)
     rewrite(folder, widen)  # in bfloat16 a packed row rounds otherwise than a document alone, and routes differ
@@ -121,15 +121,15 @@ def test_it_goes_on_after_the_last_finished_layer(
     whole = calibrated(tiny, tmp_path / "whole", tokens)
     wanted = [whole.layer(layer).to_tensors() for layer in range(4)]
     made: list[int] = []
-    real = observe.ObservedLayer.__init__
+    real = calibrate.ObservedLayer.__init__
 
-    def third_fails(self: observe.ObservedLayer, config: Any, layer: int, *rest: Any) -> None:
+    def third_fails(self: calibrate.ObservedLayer, config: Any, layer: int, *rest: Any) -> None:
         made.append(layer)
         if made == [0, 1, 2]:
             raise KeyboardInterrupt
         real(self, config, layer, *rest)
 
-    monkeypatch.setattr(observe.ObservedLayer, "__init__", third_fails)
+    monkeypatch.setattr(calibrate.ObservedLayer, "__init__", third_fails)
     with pytest.raises(KeyboardInterrupt):
         calibrated(tiny, tmp_path / "cut", tokens)
     again = calibrated(tiny, tmp_path / "cut", tokens)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hunyuan_vllm.quant.int8 import quantize_per_channel
-from hunyuan_vllm.quantize.clip import row_scales, tensor_scale
+from hunyuan_vllm.quant.rounding import quantize_per_channel
+from hunyuan_vllm.quantize.formats import row_scales, tensor_scale
 
 MSE, TOP = "mse", "max"
 

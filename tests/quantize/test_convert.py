@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hunyuan_vllm.checkpoint import check_headers
-from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.layout import Layout
-from hunyuan_vllm.quant.fp8_config import HunYuanFp8Config
-from hunyuan_vllm.quant.int8_config import Int8Config, Int8W8A8Config
+from hunyuan_vllm.quant.fp8 import HunYuanFp8Config
+from hunyuan_vllm.quant.int8 import Int8Config, Int8W8A8Config
 from hunyuan_vllm.quantize.convert import quantize_checkpoint
 from hunyuan_vllm.quantize.source import Source
 from hunyuan_vllm.quantize.verify import Verifier
+from hunyuan_vllm.util.errors import UserError
 
 Documents = list[list[int]]
 Stored = Callable[[Path], dict[str, Tensor]]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.quantize.options import Options, parse_size
+from hunyuan_vllm.util.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from checkpoints import ALPHA_ROPE, VARIANTS, tiny_config, write_checkpoint
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.quantize.convert import quantize_checkpoint
+from hunyuan_vllm.quantize.estimate import Plan, Rates, active_parameters, measure_rates, state_bytes
 from hunyuan_vllm.quantize.options import SCHEMES, Options
-from hunyuan_vllm.quantize.plan import Plan, Rates, active_parameters, measure_rates, state_bytes
-from hunyuan_vllm.quantize.workspace import Workspace
+from hunyuan_vllm.quantize.writer import Workspace
 
 PUBLISHED = HunYuanConfig(
     num_experts=16, num_key_value_heads=8, use_mixed_mlp_moe=True, use_cla=True, cla_share_factor=2, use_qk_norm=True,
@@ -67,7 +67,7 @@ def test_state_grows_with_tokens() -> None:
 
 
 def test_rates_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hunyuan_vllm.quantize.plan.PROBE", 256)
+    monkeypatch.setattr("hunyuan_vllm.quantize.estimate.PROBE", 256)
     rates = measure_rates(Options("int8-w8a8", "mse"))
     assert rates.look > 1e6 and rates.multiply > 1e6 and rates.convert > 1e3
     assert rates.convert < measure_rates(Options("int8-w8a8")).convert

@@ -12,8 +12,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from hunyuan_vllm import cli, demo
-from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.quantize.convert import Conversion
+from hunyuan_vllm.util.errors import UserError
 
 Run = Callable[..., Result]
 
@@ -53,7 +53,7 @@ def test_the_demo_model_to_fp8(run: Callable, tmp_path: Path) -> None:
 
 
 def test_the_plan_writes_nothing(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hunyuan_vllm.quantize.plan.PROBE", 256)
+    monkeypatch.setattr("hunyuan_vllm.quantize.estimate.PROBE", 256)
     config = tmp_path / "config.json"
     config.write_text((demo.path() / "config.json").read_text())
     code, out, _ = run("hunyuan-large", "--scheme", "int8", "--plan")

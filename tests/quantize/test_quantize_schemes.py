@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hunyuan_vllm.quantize.formats import Fp8, scheme_named
 from hunyuan_vllm.quantize.options import SCHEMES
-from hunyuan_vllm.quantize.schemes import Fp8, scheme_named
 
 
 def test_every_fp8_value_is_expanded_exactly() -> None:

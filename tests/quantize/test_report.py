@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from hunyuan_vllm.quantize.report import assemble, show
+from hunyuan_vllm.quantize.verify import assemble, show
 
 
 def one(projection: str, error: float, output: float | None = None, outliers: dict[int, float] | None = None) -> dict:
@@ -53,7 +53,7 @@ def test_the_table(calibrated: bool) -> None:
 
 
 def test_progress_off_a_terminal_is_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hunyuan_vllm.quantize import progress
+    from hunyuan_vllm.util import progress
 
     now = iter([0.0, *(10.0 * step for step in range(1, 100))])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
@@ -68,7 +68,7 @@ def test_progress_off_a_terminal_is_lines(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_progress_on_a_terminal_is_a_bar() -> None:
-    from hunyuan_vllm.quantize.progress import Progress
+    from hunyuan_vllm.util.progress import Progress
 
     out = io.StringIO()
     shown: Any = Progress(Console(file=out, width=160, force_terminal=True))

@@ -12,9 +12,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from hunyuan_vllm.quantize.schemes import Spec
-from hunyuan_vllm.quantize.shards import Shard, ShardWriter, index_of, plan_shards
+from hunyuan_vllm.quantize.formats import Spec
 from hunyuan_vllm.quantize.units import Unit
+from hunyuan_vllm.quantize.writer import Shard, ShardWriter, index_of, plan_shards
 
 TENSORS = {
     "b.weight": torch.randn(3, 5).to(torch.float8_e4m3fn),

@@ -10,8 +10,8 @@ import pytest
 import torch
 from checkpoints import rewrite, tiny_config, write_checkpoint
 
-from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.quantize.source import Source, read_config
+from hunyuan_vllm.util.errors import UserError
 
 FP8 = torch.float8_e4m3fn
 NAME = "model.layers.1.mlp.experts.2.down_proj.weight"

@@ -10,10 +10,10 @@ import torch
 from transformers import AutoTokenizer
 
 from hunyuan_vllm import demo
-from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.quantize import texts
 from hunyuan_vllm.quantize.texts import calibration_tokens, pack, read_documents
 from hunyuan_vllm.tokenizer import register_tokenizer
+from hunyuan_vllm.util.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod, Fp8MoEMethod
 from vllm.model_executor.layers.quantization.utils.fp8_utils import process_fp8_weight_tensor_strategy
 
-from hunyuan_vllm.quant.fp8_config import HunYuanFp8Config
+from hunyuan_vllm.quant.fp8 import HunYuanFp8Config
 from hunyuan_vllm.quantize.convert import quantize_checkpoint
 
 Documents = list[list[int]]

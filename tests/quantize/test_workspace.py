@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from checkpoints import tiny_config, write_checkpoint
 
-from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.quantize import convert
 from hunyuan_vllm.quantize.convert import quantize_checkpoint
-from hunyuan_vllm.quantize.workspace import Workspace
+from hunyuan_vllm.quantize.writer import Workspace
+from hunyuan_vllm.util.errors import UserError
 
 pytestmark = pytest.mark.slow
 

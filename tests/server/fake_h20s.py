@@ -18,8 +18,8 @@ from pathlib import Path
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import Layout, expected_tensors
-from hunyuan_vllm.plan.models import PUBLISHED, open_planned
-from hunyuan_vllm.quant.fp8_format import Fp8Layout, IgnoredLayers
+from hunyuan_vllm.plan.model import PUBLISHED, open_planned
+from hunyuan_vllm.quant.layouts import Fp8Layout, IgnoredLayers
 
 __all__ = ["FakeHead", "ROOT", "write_published"]
 
@@ -108,7 +108,7 @@ def write_published(folder: Path, fp8: bool = False) -> Path:
 
 
 def _published_config() -> Path:
-    import hunyuan_vllm.plan.models as models
+    import hunyuan_vllm.plan.model as models
 
     assert open_planned(PUBLISHED)
     return Path(models.__file__).parent / "data" / PUBLISHED / "config.json"

@@ -12,10 +12,9 @@ from adapters import adapter_pairs, rename_modules, write_adapter
 from hunyuan_vllm import demo
 from hunyuan_vllm.batch.engine import plan
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.server.adapters import check_adapters
-from hunyuan_vllm.server.flags import Flags
-from hunyuan_vllm.server.model_source import demo_model
+from hunyuan_vllm.server.models import check_adapters, demo_model
+from hunyuan_vllm.server.options import Flags
+from hunyuan_vllm.util.errors import UserError
 
 CONFIG = HunYuanConfig.from_pretrained(demo.path())
 

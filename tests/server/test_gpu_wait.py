@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import pytest
 
-from hunyuan_vllm.errors import NotYetError, UserError
-from hunyuan_vllm.server import gpu_wait
-from hunyuan_vllm.server.gpu_wait import describe, wait_for_gpus
+from hunyuan_vllm.server import parallel
+from hunyuan_vllm.server.parallel import describe, wait_for_gpus
 from hunyuan_vllm.server.ray_cluster import RayCluster, RayNode
+from hunyuan_vllm.util.errors import NotYetError, UserError
 
 HEAD, WORKER = RayNode("10.0.0.1", 8, 8), RayNode("10.0.0.2", 8, 8)
 BUSY, GONE = RayNode("10.0.0.2", 8, 2), RayNode("10.0.0.2", 8, 0, alive=False)
@@ -19,7 +19,7 @@ WHOLE = RayCluster.of([HEAD, WORKER])
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(gpu_wait, "PERIOD", 0.01)
+    monkeypatch.setattr(parallel, "PERIOD", 0.01)
 
 
 class Terminal(io.StringIO):
@@ -62,7 +62,7 @@ def test_each_change_is_said_once():
 
 
 def test_a_terminal_gets_a_countdown(monkeypatch):
-    monkeypatch.setattr(gpu_wait, "PERIOD", 1.2)
+    monkeypatch.setattr(parallel, "PERIOD", 1.2)
     monkeypatch.setenv("TERM", "xterm")
     said = waited(RayCluster.of([HEAD]), WHOLE, stream=Terminal())
     assert "giving up in 0:19" in said and "giving up in 0:18" in said

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from hunyuan_vllm.server.json_body import BadJson, read_json
+from hunyuan_vllm.server.middleware.bounds import BadJson, read_json
 
 HALF = "half of a surrogate pair"
 BEYOND = "beyond 64 bits"

@@ -8,10 +8,10 @@ from statistics import median
 import httpx
 import pytest
 
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.server.asgi import notes
-from hunyuan_vllm.server.auth import RequireApiKey
 from hunyuan_vllm.server.keys import KeyRing, create_key_file, parse_keys, read_key_file
+from hunyuan_vllm.server.middleware.asgi import notes
+from hunyuan_vllm.server.middleware.auth import RequireApiKey
+from hunyuan_vllm.util.errors import UserError
 
 KEY = "a-key-of-32-characters-or-so"
 WRONG = [f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", f"Basic {KEY}", KEY, "Bearer ", "Bearer", f"Bearer é{KEY}"]

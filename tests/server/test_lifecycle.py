@@ -15,11 +15,10 @@ from logged import messages_of
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.server import lifecycle, readiness
-from hunyuan_vllm.server.cause import cause_of_death
-from hunyuan_vllm.server.lifecycle import Lifecycle
-from hunyuan_vllm.server.restarts import export_restarts
+from hunyuan_vllm.server.health_status import cause_of_death
+from hunyuan_vllm.server.middleware import health
+from hunyuan_vllm.server.middleware.health import Lifecycle, export_restarts
+from hunyuan_vllm.util.errors import UserError
 
 TIMEOUT = 0.2
 
@@ -52,7 +51,7 @@ class Application:
         if scope["type"] == "lifespan":
             return
         body = json.loads((await receive()).get("body") or "{}") if scope["path"] == "/v1/completions" else {}
-        if self.asked or body == readiness.REQUEST:
+        if self.asked or body == health.REQUEST:
             self.asked.append(dict(scope["headers"]))
         else:
             self.warm_ups.append(body)
@@ -64,7 +63,7 @@ class Application:
 @pytest.fixture
 def application(monkeypatch):
     monkeypatch.setenv("HUNYUAN_VLLM_READY_TIMEOUT", str(TIMEOUT))
-    monkeypatch.setattr(readiness, "KEPT", 0.1)
+    monkeypatch.setattr(health, "KEPT", 0.1)
     return Application()
 
 
@@ -100,7 +99,7 @@ async def test_the_first_requests_warm_up_what_clients_can_ask_for(application):
         assert asked >= {"prompt_logprobs", "logprobs", "structured_outputs", "top_p", "top_k"}
         assert {len(body["prompt"]) for body in application.warm_ups} == {2}  # one for each engine
         warm_ups = len(application.warm_ups)
-        await asyncio.sleep(readiness.KEPT)
+        await asyncio.sleep(health.KEPT)
         assert (await client.get("/readyz")).json()["status"] == "ready"
     assert (len(application.warm_ups), len(application.asked)) == (warm_ups, 2)
 
@@ -118,7 +117,7 @@ async def test_a_slow_warm_up_is_not_ready_nor_busy_by_its_own_tokens(applicatio
         answer = await client.get("/readyz")
         assert (answer.status_code, answer.json()["status"]) == (503, "warming")
         assert len(application.warm_ups) == 1
-        await asyncio.sleep(readiness.KEPT)
+        await asyncio.sleep(health.KEPT)
         compiled.set()
         assert (await client.get("/readyz")).status_code == 200
     assert application.warm_ups[0] == application.warm_ups[1], "what was withdrawn is asked again"
@@ -132,20 +131,20 @@ async def test_a_warm_up_that_fails_does_not_keep_a_server_from_being_ready(appl
 
     application.answer = only_plain_ones
     assert (await probe(application)).json()["status"] == "ready"
-    assert len(application.warm_ups) == len(readiness.WARM_UP)
+    assert len(application.warm_ups) == len(health.WARM_UP)
 
 
 @pytest.fixture
 def warm(monkeypatch):
     """The server's first requests are over."""
-    monkeypatch.setattr(readiness, "WARM_UP", ())
+    monkeypatch.setattr(health, "WARM_UP", ())
 
 
 @pytest.fixture
 def tokens(monkeypatch):
     """vLLM's counter of generated tokens, for as long as a test runs: among no others, an engine may have run here."""
     registry = CollectorRegistry()
-    monkeypatch.setattr(readiness, "REGISTRY", registry)
+    monkeypatch.setattr(health, "REGISTRY", registry)
     return Counter("vllm:generation_tokens", "as in vLLM", ["engine"], registry=registry).labels("0")
 
 
@@ -211,7 +210,7 @@ async def test_a_dead_engine_is_not_ready_a_moment_longer_and_gets_no_more_reque
 @pytest.fixture
 def caplog_vllm():
     """Messages of the server's own log."""
-    with messages_of(lifecycle.logger) as messages:
+    with messages_of(health.logger) as messages:
         yield messages
 
 
@@ -232,14 +231,14 @@ async def test_a_late_completion_is_withdrawn(application):
 
 async def test_probes_do_not_pile_up(application, monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr(readiness, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(health, "time", SimpleNamespace(monotonic=lambda: now[0]))
     async with client_of(around(application), application) as client:
         answers = await asyncio.gather(*(client.get("/readyz") for _ in range(50)))
         assert {answer.status_code for answer in answers} == {200}
         assert len(application.asked) == 1
         await client.get("/readyz")
         assert len(application.asked) == 1  # it stands for a while
-        now[0] += readiness.KEPT
+        now[0] += health.KEPT
         application.answer = application.refused
         assert (await client.get("/readyz")).status_code == 503
         assert len(application.asked) == 2
@@ -384,7 +383,7 @@ def test_restarts_are_a_metric():
 
 def test_restarts_are_a_metric_of_several_api_servers_too(tmp_path):
     """As vLLM scrapes them: each process writes its metrics into files, and one reads them all."""
-    one = "from hunyuan_vllm.server.restarts import export_restarts; export_restarts(3)"
+    one = "from hunyuan_vllm.server.middleware.health import export_restarts; export_restarts(3)"
     for _ in range(2):
         subprocess.run([sys.executable, "-c", one], env={"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}, check=True)
     registry = CollectorRegistry()

@@ -8,12 +8,11 @@ import httpx
 import pytest
 from vllm.exceptions import VLLMUnprocessableEntityError
 
-from hunyuan_vllm.server import limits
-from hunyuan_vllm.server.asgi import notes
-from hunyuan_vllm.server.limits import Limits
-from hunyuan_vllm.server.name_fields import NameFields
-from hunyuan_vllm.server.prompt_limit import limit_prompts
-from hunyuan_vllm.server.surface import Surface
+from hunyuan_vllm.server.middleware import limits
+from hunyuan_vllm.server.middleware.asgi import notes
+from hunyuan_vllm.server.middleware.errors import NameFields
+from hunyuan_vllm.server.middleware.limits import Limits, limit_prompts
+from hunyuan_vllm.server.options import Surface
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 PLACES = 2

@@ -12,8 +12,8 @@ from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.expert_load import EXTENSION
-from hunyuan_vllm.server import metrics
-from hunyuan_vllm.server.metrics import EngineMetrics, sharing_factor
+from hunyuan_vllm.server.middleware import metrics
+from hunyuan_vllm.server.middleware.metrics import EngineMetrics, sharing_factor
 
 USAGE = "vllm:kv_cache_usage_perc"
 

@@ -9,10 +9,9 @@ import pytest
 from vllm.entrypoints.openai.responses.utils import construct_input_messages
 from vllm.renderers.chat_utils import _parse_chat_message_content_mm_part
 
-from hunyuan_vllm.server.bad_requests import explain
-from hunyuan_vllm.server.layers import BehindKey
-from hunyuan_vllm.server.name_fields import NameFields
-from hunyuan_vllm.server.settings import KEY_FILE_VARIABLE
+from hunyuan_vllm.server.middleware.errors import NameFields, explain
+from hunyuan_vllm.server.middleware.stack import BehindKey
+from hunyuan_vllm.server.options import KEY_FILE_VARIABLE
 
 JSON = (b"content-type", b"application/json")
 STREAM = (b"content-type", b"text/event-stream")

@@ -8,14 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.server.backoff import Backoff
-from hunyuan_vllm.server.patience import Patience
+from hunyuan_vllm.server.health_status import Verdict
+from hunyuan_vllm.server.process import notify, remove_deserted_sockets
 from hunyuan_vllm.server.ray_cluster import RayCluster
-from hunyuan_vllm.server.surroundings import RayNodes
-from hunyuan_vllm.server.systemd import notify
-from hunyuan_vllm.server.temporary_files import remove_deserted_sockets
-from hunyuan_vllm.server.verdict import Verdict
+from hunyuan_vllm.server.run import Patience
+from hunyuan_vllm.server.supervisor import Backoff, RayNodes
+from hunyuan_vllm.util.errors import UserError
 
 START, HANG = 600.0, 60.0
 

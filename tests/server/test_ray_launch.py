@@ -5,14 +5,12 @@ from __future__ import annotations
 import pytest
 
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.server.flags import Flags
+from hunyuan_vllm.server.hardware import GpuKind, Machine
 from hunyuan_vllm.server.launch import Launch, decide
-from hunyuan_vllm.server.machine import GpuKind, Machine
-from hunyuan_vllm.server.model_source import ModelSource
+from hunyuan_vllm.server.models import FP8, INT8, ModelSource, Scheme
+from hunyuan_vllm.server.options import Flags, Settings
 from hunyuan_vllm.server.ray_cluster import RayCluster, RayNode
-from hunyuan_vllm.server.scheme import FP8, INT8, Scheme
-from hunyuan_vllm.server.settings import Settings
+from hunyuan_vllm.util.errors import UserError
 
 GIB = 2**30
 LARGE = HunYuanConfig(

@@ -14,7 +14,7 @@ from ray_hosts.ordeal import endure, reference
 from ray_service import CANARIES, RayService
 
 from hunyuan_vllm import demo
-from hunyuan_vllm.cluster.port_table import fixed_ports, worker_ports
+from hunyuan_vllm.cluster.ports import fixed_ports, worker_ports
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.server, pytest.mark.slow]

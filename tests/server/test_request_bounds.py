@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from hunyuan_vllm.server.request_bounds import check_bounds
-from hunyuan_vllm.server.request_fields import BadField
+from hunyuan_vllm.server.middleware.bounds import check_bounds
+from hunyuan_vllm.server.middleware.fields import BadField
 
 RULES = "root ::= r0\n" + "\n".join(f'r{i} ::= r{i + 1} | "a{i}"' for i in range(2000)) + '\nr2000 ::= "x"'
 

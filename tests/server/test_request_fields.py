@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
-from hunyuan_vllm.server.request_fields import BadField, read_fields, request_model
+from hunyuan_vllm.server.middleware.fields import BadField, read_fields, request_model
 
 CHAT, COMPLETIONS, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"
 

@@ -8,8 +8,8 @@ import httpx
 import pytest
 from prometheus_client import REGISTRY
 
-from hunyuan_vllm.server.asgi import notes
-from hunyuan_vllm.server.request_log import RequestLog
+from hunyuan_vllm.server.middleware.access_log import RequestLog
+from hunyuan_vllm.server.middleware.asgi import notes
 
 SECRET = "what-the-client-said"
 

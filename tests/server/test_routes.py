@@ -13,8 +13,8 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from hunyuan_vllm.server.asgi import notes
-from hunyuan_vllm.server.routes import SERVED, AllowedRoutes, Paths
+from hunyuan_vllm.server.middleware.asgi import notes
+from hunyuan_vllm.server.middleware.routes import SERVED, AllowedRoutes, Paths
 
 try:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
@@ -22,7 +22,7 @@ except ImportError:  # vLLM 0.33
     from vllm.entrypoints.common.cli_args import make_arg_parser
 
 KEY = "the-key-of-these-tests"
-BEHIND_KEY = "hunyuan_vllm.server.layers.BehindKey"
+BEHIND_KEY = "hunyuan_vllm.server.middleware.stack.BehindKey"
 ADMINISTRATIVE = {
     "/pause", "/resume", "/sleep", "/wake_up", "/update_weights", "/reset_prefix_cache", "/collective_rpc",
     "/server_info", "/invocations", "/scale_elastic_ep", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/load",

@@ -13,14 +13,12 @@ from serving import running_server
 from test_launch import CPU, DEMO, GIB, GPU8, HUB, LARGE, MODEL, NODE1, SMALL, parsed
 
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.quant.formats import stored_format
-from hunyuan_vllm.server.flags import Flags
+from hunyuan_vllm.server.hardware import Machine
 from hunyuan_vllm.server.launch import Launch, decide
-from hunyuan_vllm.server.machine import Machine
-from hunyuan_vllm.server.model_source import ModelSource, demo_model, open_model
-from hunyuan_vllm.server.scheme import FP8, scheme_named
-from hunyuan_vllm.server.settings import Settings
+from hunyuan_vllm.server.models import FP8, ModelSource, demo_model, open_model, scheme_named
+from hunyuan_vllm.server.options import Flags, Settings
+from hunyuan_vllm.util.errors import UserError
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 

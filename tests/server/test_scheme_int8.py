@@ -13,16 +13,14 @@ from serving import running_server
 from test_launch import CPU, DEMO, GIB, GPU8, HUB, LARGE, MODEL, NODE1, parsed
 
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.layout import expected_tensors
 from hunyuan_vllm.quant.formats import stored_format
-from hunyuan_vllm.quant.int8_format import PACKED, PLAIN, describe
-from hunyuan_vllm.server.flags import Flags
+from hunyuan_vllm.quant.layouts import PACKED, PLAIN, describe
+from hunyuan_vllm.server.hardware import Machine
 from hunyuan_vllm.server.launch import Launch, decide
-from hunyuan_vllm.server.machine import Machine
-from hunyuan_vllm.server.model_source import ModelSource
-from hunyuan_vllm.server.scheme import INT8, INT8_W8A8, Scheme
-from hunyuan_vllm.server.settings import Settings
+from hunyuan_vllm.server.models import INT8, INT8_W8A8, ModelSource, Scheme
+from hunyuan_vllm.server.options import Flags, Settings
+from hunyuan_vllm.util.errors import UserError
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 

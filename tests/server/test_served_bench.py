@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from hunyuan_vllm.bench.run import read_run
 from hunyuan_vllm.cli import app
-from hunyuan_vllm.errors import UserError
+from hunyuan_vllm.util.errors import UserError
 
 pytestmark = pytest.mark.server
 

@@ -12,11 +12,11 @@ from serving import free_port
 
 SUPERVISOR = """
 import os, sys
-from hunyuan_vllm.server.backoff import Backoff
+from hunyuan_vllm.server.supervisor import Backoff
 from hunyuan_vllm.server.launch import Launch
-from hunyuan_vllm.server.stop import Stop
-from hunyuan_vllm.server.supervise import Tolerance, supervise
-from hunyuan_vllm.server.surroundings import OneMachine
+from hunyuan_vllm.server.process import Stop
+from hunyuan_vllm.server.supervisor import Tolerance, supervise
+from hunyuan_vllm.server.supervisor import OneMachine
 program, port, hang_timeout, max_restarts, first = sys.argv[1:]
 launch = Launch([sys.executable, "-c", program, port], {}, "127.0.0.1", int(port), "hunyuan")
 tolerance = Tolerance(start_timeout=10, hang_timeout=float(hang_timeout), max_restarts=int(max_restarts))

@@ -6,9 +6,9 @@ import pytest
 from typer.testing import CliRunner
 
 from hunyuan_vllm.cli import app
-from hunyuan_vllm.cli.surface_options import surface_of
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.server.surface import SURFACE_VARIABLE, Surface
+from hunyuan_vllm.cli.serve import surface_of
+from hunyuan_vllm.server.options import SURFACE_VARIABLE, Surface
+from hunyuan_vllm.util.errors import UserError
 
 
 @pytest.fixture(autouse=True)

@@ -3,9 +3,9 @@
 import pytest
 from certificates import own_certificate
 
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.server.flags import Flags
-from hunyuan_vllm.server.tls import check_certificate
+from hunyuan_vllm.server.network import check_certificate
+from hunyuan_vllm.server.options import Flags
+from hunyuan_vllm.util.errors import UserError
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 from prometheus_client import REGISTRY
 
-from hunyuan_vllm.server.asgi import notes
-from hunyuan_vllm.server.request_log import RequestLog
-from hunyuan_vllm.server.token_counts import count_tokens
+from hunyuan_vllm.server.middleware.access_log import RequestLog
+from hunyuan_vllm.server.middleware.asgi import notes
+from hunyuan_vllm.server.middleware.counters import count_tokens
 
 
 class Engine:

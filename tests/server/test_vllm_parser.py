@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.server import vllm_parser
-from hunyuan_vllm.server.flags import Flags
+from hunyuan_vllm.server.options import Flags
 from hunyuan_vllm.server.vllm_parser import parse
+from hunyuan_vllm.util.errors import UserError
 
 try:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser

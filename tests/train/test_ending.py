@@ -5,7 +5,7 @@ import sys
 
 SCRIPT = """
 import atexit, sys
-from hunyuan_vllm.train.ending import end_process
+from hunyuan_vllm.train.nodes import end_process
 
 class Held:
     def __del__(self):

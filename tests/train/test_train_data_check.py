@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from hunyuan_vllm.cli import app
-from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.train.data_report import percentiles
+from hunyuan_vllm.util.errors import UserError
 
 
 def line(user: str, assistant: str, **more: str) -> str:

@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 
 from hunyuan_vllm.demo import path as demo_path
-from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.tokenizer import HYTokenizer, load_tokenizer
-from hunyuan_vllm.train.dataset import ConversationDataset, PackedDataset
-from hunyuan_vllm.train.scan import BadLine, Encoding, scan
+from hunyuan_vllm.train.dataset import BadLine, ConversationDataset, Encoding, PackedDataset, scan
+from hunyuan_vllm.util.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from hunyuan_vllm.batch.lines import parse
-from hunyuan_vllm.train.forms import form_of
-from hunyuan_vllm.train.messages import BadConversation, Conversation, parse_line
+from hunyuan_vllm.train.messages import BadConversation, Conversation, form_of, parse_line
 
 
 def system(content: Any = "S") -> dict[str, Any]:

@@ -10,13 +10,13 @@ import pytest
 from checkpoints import tiny_config, write_checkpoint
 
 from hunyuan_vllm import demo
-from hunyuan_vllm.errors import UserError
-from hunyuan_vllm.train import needed, processes
-from hunyuan_vllm.train.deepspeed_config import fitted, read_config
-from hunyuan_vllm.train.ignored import ignored
-from hunyuan_vllm.train.parse import parse
+from hunyuan_vllm.train import processes
+from hunyuan_vllm.train import run as needed
+from hunyuan_vllm.train.arguments import ignored, parse
+from hunyuan_vllm.train.checkpoints import STAGING, check_checkpoint, checkpoints, name_whole, remove_old, resume_folder
+from hunyuan_vllm.train.processes import fitted, read_config
 from hunyuan_vllm.train.run import main
-from hunyuan_vllm.train.whole import STAGING, check_checkpoint, checkpoints, name_whole, remove_old, resume_folder
+from hunyuan_vllm.util.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 DEMO = Path(demo.__file__).parent

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from hosts import HOME, Host, Network, Sshd, need_hosts
 
-from hunyuan_vllm.errors import UserError
 from hunyuan_vllm.train.launch import Launch, main
-from hunyuan_vllm.train.nodes import NodeOfRun, read_nodes
-from hunyuan_vllm.train.same import compare, facts
+from hunyuan_vllm.train.nodes import NodeOfRun, compare, facts, read_nodes
+from hunyuan_vllm.util.errors import UserError
 
 pytestmark = pytest.mark.slow
 
@@ -80,7 +79,7 @@ class TestAlike:
         (weights / "model.safetensors").write_bytes(b"1" * (3 << 20))
         known = facts([str(data), str(weights)])
         compare({"a": known, "b": dict(known)})
-        assert {"Python", "torch", "hunyuan_vllm/train/same.py", str(data)} <= known.keys()
+        assert {"Python", "torch", "hunyuan_vllm/train/nodes.py", str(data)} <= known.keys()
         data.write_text("two\n")
         (weights / "model.safetensors").write_bytes(b"1" * (3 << 20) + b"2")
         changed = facts([str(data), str(weights)])

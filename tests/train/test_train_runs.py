@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from hunyuan_vllm import demo
 from hunyuan_vllm.reference import HunYuanForCausalLM
 from hunyuan_vllm.train import trainer
-from hunyuan_vllm.train.whole import STAGING, checkpoints
+from hunyuan_vllm.train.checkpoints import STAGING, checkpoints
 
 pytestmark = pytest.mark.slow
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from hunyuan_vllm.demo import path as demo_path
-from hunyuan_vllm.evaluation.held_out import held_out_questions
+from hunyuan_vllm.evaluation.passages import held_out_questions
 from hunyuan_vllm.tokenizer import load_tokenizer
-from hunyuan_vllm.train.scan import Encoding, scan
+from hunyuan_vllm.train.dataset import Encoding, scan
 
 FOLDER = Path(__file__).parents[2] / "train" / "data"
 sys.path.insert(0, str(FOLDER))

@@ -12,8 +12,7 @@ import torch
 from corpus.dialogue import Chat, Corpus, Document, Exchange
 from torch import Tensor
 
-from hunyuan_vllm.text_encoder import TextEncoder
-from hunyuan_vllm.vocab import EOS, PAD, SPECIAL_TOKENS, START_OF_TEXT, read_tokens
+from hunyuan_vllm.bpe import EOS, PAD, SPECIAL_TOKENS, START_OF_TEXT, TextEncoder, read_tokens
 
 __all__ = ["IGNORED", "Batch", "Encoder", "batches"]
 

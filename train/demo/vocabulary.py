@@ -15,7 +15,7 @@ from typing import Final
 from corpus.dialogue import Corpus, texts
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from hunyuan_vllm.vocab import TOKEN_START
+from hunyuan_vllm.bpe import TOKEN_START
 
 __all__ = ["RANKS", "VOCABULARY_FILE", "learn_ranks", "write_ranks"]
 

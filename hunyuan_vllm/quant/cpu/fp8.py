@@ -13,8 +13,8 @@ from torch.nn.functional import linear as plain_linear
 from torch.nn.functional import silu
 from vllm import _custom_ops as ops
 
-from hunyuan_vllm.cpu_kernels import packs
-from hunyuan_vllm.quant.fp8 import quantize_per_tensor
+from hunyuan_vllm.cpu import packs
+from hunyuan_vllm.quant.rounding import quantize_per_tensor
 
 __all__ = ["expand", "experts", "linear", "to_be_truncated"]
 

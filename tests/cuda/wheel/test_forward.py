@@ -54,7 +54,7 @@ def meta_operators() -> Iterator[None]:
 def test_a_step_reads_no_value(network: str, scheme: str, capability: tuple[int, int]) -> None:
     # While loading, FP8 experts warn by value if their inputs' scales differ.
     greatest = patch(
-        "hunyuan_vllm.quant.fp8_experts.process_fp8_input_tensor_strategy_moe", lambda w13, w2, _: (w13.max(), w2.max())
+        "hunyuan_vllm.quant.fp8_layers.process_fp8_input_tensor_strategy_moe", lambda w13, w2, _: (w13.max(), w2.max())
     )
     config = NETWORKS[network]
     with greatest, built(config, capability, scheme, tensor_parallel=8) as model:

@@ -20,8 +20,7 @@ from vllm.model_executor.layers.fused_moe import fused_experts
 from vllm.model_executor.layers.fused_moe.config import int8_w8a16_moe_quant_config
 from vllm.v1.worker.workspace import init_workspace_manager
 
-from hunyuan_vllm.quant.fp8 import quantize_per_tensor
-from hunyuan_vllm.quant.int8 import unpack_int8
+from hunyuan_vllm.quant.rounding import quantize_per_tensor, unpack_int8
 from hunyuan_vllm.quant.scheme import is_quantised
 
 EXPERTS = "model.layers.1.mlp.experts"

@@ -1,0 +1,91 @@
+"""The query/key norms with the key's weight folded into the query's, and the rotary embedding"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding, get_rope
+
+from hunyuan_vllm.config import HunYuanConfig
+
+
+class _FoldAfterLoading(QuantizeMethodBase):
+    """vLLM's post-load hook: it also runs after dummy loading and after a layer-wise reload."""
+
+    def create_weights(self, layer: nn.Module, *args: object, **kwargs: object) -> None:
+        raise RuntimeError("FoldedQueryNorm creates its own weights")
+
+    def apply(self, layer: nn.Module, *args: object, **kwargs: object) -> torch.Tensor:
+        raise RuntimeError("FoldedQueryNorm is applied by its forward")
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        assert isinstance(layer, FoldedQueryNorm)
+        layer.fold()
+
+
+class FoldedQueryNorm(RMSNorm):
+    """RMSNorm of queries, `[..., head_dim]`, by w_q ⊙ w_k.
+
+    `query_weight` and `key_weight` (`[head_dim]`) are what a checkpoint holds and stay as loaded, so that either can
+    be reloaded alone; `weight` is their product, taken in float32 and rounded once.
+    """
+
+    def __init__(self, head_dim: int, eps: float) -> None:
+        super().__init__(head_dim, eps)
+        weight = self.weight.data
+        del self.weight
+        self.register_buffer("weight", weight)  # persistent: vLLM's layer-wise reload carries no others over
+        self.query_weight = nn.Parameter(torch.ones_like(weight), requires_grad=False)
+        self.key_weight = nn.Parameter(torch.ones_like(weight), requires_grad=False)
+        self.quant_method = _FoldAfterLoading()
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Recompute `weight` in place, so that captured graphs keep seeing it."""
+        self.weight.copy_(self.query_weight.float() * self.key_weight.float())
+
+    def bound(self) -> float:
+        """The most that |q| can be after this norm: every element of q / rms(q) is within ± sqrt(head_dim)."""
+        return math.sqrt(self.hidden_size) * self.weight.abs().max().item()
+
+
+class PlainRotaryEmbedding(RotaryEmbedding):
+    """Unscaled RoPE with inverse frequencies rounded to bfloat16, as the published network was trained.
+
+    Without the rounding float32 log-probabilities move by whole units; in bfloat16 the mistake hides.
+    """
+
+    def _compute_inv_freq(self, base: float) -> torch.Tensor:
+        return super()._compute_inv_freq(base).to(torch.bfloat16).to(torch.float32)
+
+
+def make_rotary(config: HunYuanConfig) -> RotaryEmbedding:
+    """Build the rotary embedding for a whole head, rotate-half style, shared by all layers.
+
+    `rope_type` "dynamic" with `alpha` is NTK-alpha (base·alpha^(d/(d-2)), independent of the length); "linear" and
+    "dynamic" with `factor` alone are vLLM's.
+    """
+    rope = config.rope_parameters
+    if rope.get("rope_type", "default") == "default":
+        return PlainRotaryEmbedding(
+            head_size=config.head_dim,
+            rotary_dim=config.head_dim,
+            max_position_embeddings=config.max_position_embeddings,
+            base=rope["rope_theta"],
+            is_neox_style=True,
+            dtype=torch.get_default_dtype(),
+        )
+    length = config.max_position_embeddings
+    if rope["rope_type"] == "dynamic" and "alpha" not in rope:  # vLLM wants the extended length beside the trained one
+        rope = rope | {"max_trained_positions": length}
+        length = int(length * rope["factor"])
+    return get_rope(
+        head_size=config.head_dim,
+        max_position=length,
+        is_neox_style=True,
+        rope_parameters=rope,
+    )

@@ -1,0 +1,88 @@
+"""Output that several commands share"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from hunyuan_vllm.util.findings import Finding, Section, Status, some_alike
+
+STYLES = {Status.OK: "green", Status.WARNING: "yellow", Status.PROBLEM: "bold red", Status.SKIPPED: "cyan"}
+WORDS = {Status.OK: "ok", Status.WARNING: "warning", Status.PROBLEM: "PROBLEM", Status.SKIPPED: "skipped"}
+WIDTH = 9  # of the column of words
+LEAST_WIDTH = 60
+
+
+def show_sections(sections: Iterable[Section], console: Console) -> None:
+    """Print them; lines wrap to the terminal, or not at all where there is none."""
+    for section in sections:
+        if section.findings:
+            console.print(Text(section.title, style="bold"))
+            for finding in section.findings:
+                _show(finding, console)
+
+
+def tally(sections: Iterable[Section]) -> str:
+    """How many problems and warnings, in words."""
+    found = [finding.status for section in sections for finding in section.findings]
+    counts = {name: found.count(Status(name)) for name in ("problem", "warning")}
+    words = [f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items() if count]
+    if skipped := found.count(Status.SKIPPED):
+        words.append(f"{skipped} not looked at")
+    return ", ".join(words) or "nothing wrong"
+
+
+def _show(finding: Finding, console: Console) -> None:
+    line = Text.assemble(
+        (WORDS[finding.status].ljust(WIDTH), STYLES[finding.status]), (finding.subject, "bold"), ": ", finding.text
+    )
+    # What is wrapped goes on under the text.
+    _print(line, console, hang=WIDTH)
+    for item in some_alike(finding.items):
+        _print(Text(f"- {item}"), console, indent=WIDTH + 2, hang=2)
+    if finding.remedy:
+        _print(Text(f"→ {finding.remedy}" if _has_arrows(console) else f"-> {finding.remedy}"), console, WIDTH + 2, 2)
+
+
+def _print(text: Text, console: Console, indent: int = 0, hang: int = 0) -> None:
+    indent += 2
+    if not console.is_terminal or console.width < LEAST_WIDTH:
+        console.print(Text(" " * indent) + text, soft_wrap=True)
+        return
+    lines = text.wrap(console, console.width - indent - hang)
+    for number, line in enumerate(lines):
+        console.print(Text(" " * (indent + (hang if number else 0))) + line, soft_wrap=True)
+
+
+def _has_arrows(console: Console) -> bool:
+    return console.encoding.lower().startswith("utf")
+
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
+
+@contextmanager
+def resumable(target: Path) -> Iterator[None]:
+    """Say in a line why the body, which writes `target`, ended: with exit status 130 if interrupted, 3 if the disk
+    gave out. All other errors pass.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("hunyuan-vllm: stopped; the same command goes on where it was", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        print(
+            f"hunyuan-vllm: {error.strerror} while writing {target}: the same command goes on where it was",
+            file=sys.stderr,
+        )
+        raise typer.Exit(3) from None

@@ -1,0 +1,246 @@
+"""Host keys and public keys: known_hosts, authorized_keys, and what is trusted"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import fnmatch
+import hashlib
+import hmac
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from hunyuan_vllm.cluster.hosts import Host, normalise_address
+from hunyuan_vllm.cluster.problems import HostError
+from hunyuan_vllm.util.errors import UserError
+
+FINGERPRINT = re.compile(r"SHA256:[A-Za-z0-9+/]{43}")
+TYPES = re.compile(r"(ssh-(ed25519|rsa|dss)|ecdsa-sha2-nistp\d+|sk-[\w@.-]+)", re.ASCII)
+
+
+@dataclass(frozen=True)
+class PublicKey:
+    """The public half of a host's or a user's key.
+
+    Attributes:
+        type: such as "ssh-ed25519".
+        data: the key itself, in base64.
+    """
+
+    type: str
+    data: str
+
+    @classmethod
+    def parse(cls, words: list[str]) -> PublicKey | None:
+        """The key that starts a list of words (type, data, comment …), or None where none does."""
+        if len(words) < 2 or not TYPES.fullmatch(words[0]):
+            return None
+        try:
+            base64.b64decode(words[1], validate=True)
+        except binascii.Error:
+            return None
+        return cls(words[0], words[1])
+
+    @property
+    def fingerprint(self) -> str:
+        """As OpenSSH shows it: SHA256: and the unpadded base64 of the digest."""
+        digest = hashlib.sha256(base64.b64decode(self.data)).digest()
+        return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
+
+    @property
+    def kind(self) -> str:
+        """As people call it: ED25519, ECDSA, RSA."""
+        return self.type.removeprefix("ssh-").removeprefix("sk-").partition("-")[0].upper()
+
+    def __str__(self) -> str:
+        return f"{self.type} {self.data}"
+
+
+def admit(text: str, lines: Iterable[str]) -> str:
+    """`text` with the public keys in `lines` (type, data, comment) let in; everything else stays byte for byte.
+
+    A key that stands there with options, such as `from="10.0.0.0/8"`, is there: whoever wrote them meant them.
+    """
+    for line in lines:
+        key = PublicKey.parse(line.split())
+        if key is None:
+            raise ValueError(f"not a public key: {line!r}")
+        if not any(key.data in entry.split() for entry in text.splitlines() if not entry.lstrip().startswith("#")):
+            text = text if not text or text.endswith("\n") else text + "\n"
+            text += line.strip() + "\n"
+    return text
+
+
+GLOBAL_FILE = Path("/etc/ssh/ssh_known_hosts")
+
+
+def read_known_hosts(home: Path) -> str:
+    """What a user of this machine knows: the user's own file, and the machine's."""
+    texts = []
+    for file in (home / ".ssh" / "known_hosts", GLOBAL_FILE):
+        try:
+            texts.append(file.read_text(errors="surrogateescape"))
+        except OSError:
+            continue  # there is none, or it is no one's to read
+    return "\n".join(texts)
+
+
+def keys_of(text: str, name: str) -> list[PublicKey]:
+    """The keys that `text` has for a host.
+
+    Args:
+        name: as `Host.known_hosts_name` gives it. Hashed entries and patterns are understood; lines with a marker
+            (certificate authorities, revoked keys) give no key.
+    """
+    return _keys((line.split() for line in text.splitlines()), name)
+
+
+def revoked_keys_of(text: str, name: str) -> list[PublicKey]:
+    """The keys that `text` forbids for a host."""
+    words = (line.split() for line in text.splitlines())
+    return _keys((line[1:] for line in words if line[:1] == ["@revoked"]), name)
+
+
+def _keys(lines: Iterable[list[str]], name: str) -> list[PublicKey]:
+    found = [PublicKey.parse(words[1:]) for words in lines if len(words) >= 3 and _names(words[0], name)]
+    return [key for key in found if key is not None]
+
+
+def pin(text: str, keys: Mapping[str, PublicKey], replace: Iterable[str] = ()) -> str:
+    """`text` with a line for each key that it has not yet; everything else stays byte for byte.
+
+    Args:
+        keys: known_hosts name → key.
+        replace: names whose other keys go.
+    """
+    outdated = set(replace)
+    lines = text.splitlines(keepends=True)
+    kept = [line for line in lines if not any(_is_outdated(line, name, keys[name]) for name in outdated)]
+    text = "".join(kept)
+    missing = [f"{name} {key}\n" for name, key in keys.items() if key not in keys_of(text, name)]
+    if missing and text and not text.endswith("\n"):
+        text += "\n"
+    return text + "".join(missing)
+
+
+def _is_outdated(line: str, name: str, key: PublicKey) -> bool:
+    """Whether a line pins another key for `name`; one with wildcards stays, for it speaks of other hosts too."""
+    old = keys_of(line, name)
+    return bool(old) and key not in old and not set("*?") & set(line.split()[0])
+
+
+def _names(field: str, name: str) -> bool:
+    """Whether the names of a line (its first field; a marker is no name) stand for the host `name`."""
+    if field.startswith("|"):
+        return _is_hash_of(field, name)
+    patterns = field.lower().split(",")
+    if any(_matches(pattern[1:], name) for pattern in patterns if pattern.startswith("!")):
+        return False
+    return any(_matches(pattern, name) for pattern in patterns)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    # In these patterns only * and ? are special, and brackets belong to names.
+    return fnmatch.fnmatchcase(name, pattern.replace("[", "[[]"))
+
+
+def _is_hash_of(field: str, name: str) -> bool:
+    """As `ssh-keygen -H` writes it: |1|salt|HMAC-SHA1 of the name|."""
+    try:
+        _, version, salt, digest = field.split("|")
+        given = base64.b64decode(digest)
+        expected = hmac.digest(base64.b64decode(salt), name.encode(), hashlib.sha1)
+    except (ValueError, binascii.Error):
+        return False
+    return version == "1" and hmac.compare_digest(given, expected)
+
+
+class Trust(StrEnum):
+    """Why a host key is believed."""
+
+    KNOWN = "known before"
+    GIVEN = "fingerprint given"
+    CONFIRMED = "confirmed by you"
+
+
+@dataclass(frozen=True)
+class Fingerprints:
+    """Fingerprints that the operator vouches for: address → those of its keys."""
+
+    of: Mapping[str, frozenset[str]]
+
+    @classmethod
+    def parse(cls, text: str | None, hosts: Iterable[Host]) -> Fingerprints:
+        """From `HOST=SHA256:…,HOST=SHA256:…`, or a file with one `HOST SHA256:…` a line.
+
+        A file may name more hosts than are asked for now; on the command line that is a mistake.
+
+        Raises:
+            UserError: a part of it is something else, or the file cannot be read.
+        """
+        if not text or not text.strip():
+            return cls({})
+        from_file = "=" not in text
+        entries = _read(Path(text)) if from_file else re.split(r"[\s,]+", text.strip())
+        addresses = {host.address for host in hosts}
+        given: dict[str, set[str]] = {}
+        for entry in filter(None, entries):
+            name, _, fingerprint = re.sub(r"\s+", "=", entry.strip()).partition("=")
+            if not FINGERPRINT.fullmatch(fingerprint):
+                raise UserError(
+                    f"--fingerprints: {entry!r} is not HOST=SHA256:… with the 43 characters that "
+                    "`ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub` shows on the host"
+                )
+            address = normalise_address(name)
+            if address in addresses:
+                given.setdefault(address, set()).add(fingerprint)
+            elif not from_file:
+                raise UserError(f"--fingerprints names {name}, which is not among the hosts of --ips")
+        return cls({address: frozenset(prints) for address, prints in given.items()})
+
+    def vouch_for(self, host: Host, key: PublicKey) -> bool:
+        return key.fingerprint in self.of.get(host.address, ())
+
+
+def _read(file: Path) -> list[str]:
+    try:
+        lines = file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise UserError(f"--fingerprints: cannot read the file {file}: {reason}") from None
+    return [line for line in lines if not line.lstrip().startswith("#")]
+
+
+def judge(host: Host, key: PublicKey, known_hosts: str, fingerprints: Fingerprints) -> Trust | None:
+    """Why `key` is believed to be the host's; None where only a person can tell.
+
+    Args:
+        known_hosts: text of the files of this machine.
+
+    Raises:
+        HostError: it is not the key that is known, or not the one whose fingerprint was given.
+    """
+    if key in revoked_keys_of(known_hosts, host.known_hosts_name):
+        raise HostError(f"its host key is revoked: {key.fingerprint}", "give the host a new key (ssh-keygen -A)")
+    shown = f"{key.kind} {key.fingerprint}"
+    if host.address in fingerprints.of:
+        if fingerprints.vouch_for(host, key):
+            return Trust.GIVEN
+        raise HostError(
+            f"its host key is not the one of --fingerprints: it presents {shown}",
+            "compare at its console (ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub); if that differs too, something "
+            "else answers at this address",
+        )
+    known = keys_of(known_hosts, host.known_hosts_name)
+    if key in known:
+        return Trust.KNOWN
+    if known:
+        raise HostError(
+            f"its host key changed: it presents {shown}, known is {known[0].kind} {known[0].fingerprint}",
+            "if the host was installed anew, compare at its console and run again with --fingerprints "
+            f"{host}=SHA256:…, which replaces the old key everywhere; if not, something else answers in its place",
+        )
+    return None

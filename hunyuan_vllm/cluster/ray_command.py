@@ -1,0 +1,183 @@
+"""One node, by hand on it: what `ray_head.sh`, `ray_worker.sh` and `ray_stop.sh` run; `cluster up` does all hosts."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import sys
+from pathlib import Path
+
+import psutil
+import typer
+
+from hunyuan_vllm.cluster.node_setup import FOLDER, NodeSetup, parse_variables
+from hunyuan_vllm.cluster.ports import GCS_PORT
+from hunyuan_vllm.cluster.processes import ray_processes, shown
+from hunyuan_vllm.cluster.ray_node import look, stop
+from hunyuan_vllm.cluster.ray_start import find_ray, start
+from hunyuan_vllm.cluster.ray_token import make_token, token_file
+from hunyuan_vllm.server.options import Settings
+from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.findings import some
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+ADDRESS = typer.Option(
+    None, "--address", help="This node's address.  [default: LOCAL_IP, else the one that leads to the others]"
+)
+INTERFACE = typer.Option(
+    None, "--ifname", help="Interface that carries it.  [default: SOCKET_IFNAME, else it is found]"
+)
+GPUS = typer.Option(None, "--gpus", min=0, help="GPUs that Ray is told of.  [default: all there are]")
+ENCRYPT = typer.Option(False, "--tls", help="Use the certificates that `hunyuan-vllm cluster up --tls` made.")
+VARIABLES = typer.Option([], "--env", metavar="NAME=VALUE", help="Set a variable for Ray and all it starts.")
+FORCE = typer.Option(False, "--force", help="End another Ray even while something runs on it.")
+DRY_RUN = typer.Option(False, "--dry-run", help="Print the exact command and environment, change nothing.")
+
+
+@app.command()
+def head(
+    address: str = ADDRESS, interface: str = INTERFACE, gpus: int = GPUS, encrypt: bool = ENCRYPT,
+    variables: list[str] = VARIABLES, force: bool = FORCE, dry_run: bool = DRY_RUN,
+) -> None:  # fmt: skip
+    """Start Ray on this machine as the head of a cluster. Makes the token if there is none."""
+    own = address or Settings.read(os.environ).local_ip or _own_address()
+    setup = _setup(own, own, interface, gpus, encrypt, variables)
+    if dry_run:
+        return _show(setup, force)
+    find_ray()
+    make_token(Path(setup.token_file))
+    _start(setup, force)
+    _say(f"the head runs at {setup.gcs}; on each other node: sh deploy/ray_worker.sh {own}")
+
+
+@app.command()
+def worker(
+    head_address: str = typer.Argument(..., metavar="HEAD_IP", help="The head's address."),
+    address: str = ADDRESS, interface: str = INTERFACE, gpus: int = GPUS, encrypt: bool = ENCRYPT,
+    variables: list[str] = VARIABLES, force: bool = FORCE, dry_run: bool = DRY_RUN,
+) -> None:  # fmt: skip
+    """Start Ray on this machine as a node of the cluster whose head is at HEAD_IP. Needs the head's token."""
+    own = address or Settings.read(os.environ).local_ip or _address_towards(head_address)
+    setup = _setup(own, head_address, interface, gpus, encrypt, variables)
+    if setup.is_head:
+        raise UserError(f"{head_address} is this machine: sh deploy/ray_head.sh starts the head")
+    if dry_run:
+        return _show(setup, force)
+    _start(setup, force)
+    _say(f"{own} joined the cluster at {setup.gcs}")
+
+
+@app.command("stop")
+def end(dry_run: bool = typer.Option(False, "--dry-run", help="Say what would be ended, change nothing.")) -> None:
+    """End all of Ray on this machine that is this user's, workers that outlived it too."""
+    if dry_run:
+        found = [shown(process) for process in ray_processes()]
+        _say(f"these would be ended: {some(found)}" if found else "no Ray runs here")
+        return
+    ended, stuck = stop()
+    if stuck:
+        raise UserError(f"these processes of Ray do not end: {some(stuck)}; reboot")
+    _say(f"{len(ended)} processes of Ray were ended" if ended else "no Ray ran here")
+
+
+def _setup(
+    own: str, head_address: str, interface: str | None, gpus: int | None, encrypt: bool, variables: list[str]
+) -> NodeSetup:
+    interfaces = {name: [entry.address for entry in entries] for name, entries in psutil.net_if_addrs().items()}
+    carrying = next((name for name, addresses in interfaces.items() if own in addresses), None)
+    if carrying is None:
+        here = sorted(address for addresses in interfaces.values() for address in addresses if ":" not in address)
+        raise UserError(f"{own} is not this machine's address: it has {', '.join(here)}")
+    wanted = interface or Settings.read(os.environ).socket_ifname or carrying
+    if own not in interfaces.get(wanted, []):
+        raise UserError(f"{wanted} does not have {own}: {carrying} does")
+    home = Path.home()
+    return NodeSetup(
+        address=own,
+        head=head_address,
+        interface=wanted,
+        gpus=look(own).gpus if gpus is None else gpus,
+        token_file=str(token_file(os.environ, home)),
+        tls=str(home / FOLDER / "tls") if encrypt else None,
+        variables=parse_variables(variables),
+    )
+
+
+def _start(setup: NodeSetup, force: bool) -> None:
+    in_the_way = _in_the_way(setup, force)
+    if in_the_way is None:
+        _say("Ray runs here as asked for; nothing was changed")
+        return
+    if in_the_way:
+        ended, stuck = stop()
+        if stuck:
+            raise UserError(f"these processes of an old Ray do not end: {some(stuck)}; reboot")
+        _say(f"a Ray from before was ended: {len(ended)} processes")
+    for line in start(setup):
+        _say(line)
+
+
+def _show(setup: NodeSetup, force: bool) -> None:
+    """What `_start` would do; the command as a line to paste into a shell."""
+    in_the_way = _in_the_way(setup, force)
+    if in_the_way is None:
+        _say("Ray runs here as asked for; nothing would be changed")
+        return
+    if in_the_way:
+        _say(f"a Ray from before would be ended: {some(in_the_way)}")
+    variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in setup.environment().items())
+    print(f"env {variables} \\\n  ray {shlex.join(setup.ray_arguments())}")
+
+
+def _in_the_way(setup: NodeSetup, force: bool) -> list[str] | None:
+    """Processes of another Ray that must end first; None where Ray runs as asked for.
+
+    Raises:
+        UserError: something computes on that Ray.
+    """
+    looked = look(setup.address)
+    if looked.setup == setup:
+        return None
+    if looked.raylets and looked.works and not force:
+        raise UserError(f"another Ray runs here, and on it {some(looked.works)}: stop that, or give --force")
+    return looked.processes
+
+
+def _own_address() -> str:
+    """The only address that others could reach; which one of several, only a person knows."""
+    found = [
+        entry.address
+        for entries in psutil.net_if_addrs().values()
+        for entry in entries
+        if entry.family == socket.AF_INET and not entry.address.startswith("127.")
+    ]
+    if len(found) != 1:
+        has = f"has several addresses ({', '.join(found)})" if found else "has no address that others reach"
+        raise UserError(f"this machine {has}: name one with LOCAL_IP=")
+    return found[0]
+
+
+def _address_towards(other: str) -> str:
+    """The address that a connection to `other` would come from; nothing is sent."""
+    family = socket.AF_INET6 if ":" in other else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((other, GCS_PORT))
+            address: str = probe.getsockname()[0]
+            return address
+    except OSError as error:
+        raise UserError(f"{other} cannot be reached from here ({error.strerror or error}): give its IP") from None
+
+
+def _say(text: str) -> None:
+    print(f"hunyuan-vllm: {text}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    try:
+        app()
+    except UserError as mistake:
+        _say(str(mistake))
+        sys.exit(mistake.status)

@@ -1,0 +1,268 @@
+"""SSH connections to hosts, and commands over them"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pwd
+import shlex
+import socket
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import paramiko
+
+from hunyuan_vllm.cluster.host_keys import PublicKey
+from hunyuan_vllm.cluster.hosts import Host
+from hunyuan_vllm.cluster.problems import HostError, connection_problem, last_line
+
+# Its transports log tracebacks of what is raised here anyway.
+logging.getLogger("paramiko").addHandler(logging.NullHandler())
+logging.getLogger("paramiko").propagate = False
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """What to log in with: keys first, then the password."""
+
+    keys: Sequence[paramiko.PKey] = ()
+    password: str | None = field(default=None, repr=False)
+
+
+class PasswordNeeded(HostError):
+    """No key let us in, and there is no password to try, but one would be taken."""
+
+
+def fetch_host_key(host: Host, known: Iterable[PublicKey], timeout: float) -> PublicKey:
+    """The key with which `host` signs a key exchange; no login is tried.
+
+    Args:
+        known: keys known for it: their types are asked for first, so that they can be compared at all.
+
+    Raises:
+        HostError: it is not reached, or is no SSH server.
+    """
+    with _handshake(host, [key.type for key in known], timeout) as transport:
+        key = _presented(transport)
+        transport.close()
+        return key
+
+
+def log_in(host: Host, pinned: PublicKey, credentials: Credentials, timeout: float) -> paramiko.Transport:
+    """A connection that is logged in to `host`; nothing is sent to a host that presents another key than `pinned`.
+
+    Raises:
+        PasswordNeeded: see there.
+        HostError: it is not reached, presents another key, or refuses the credentials.
+    """
+    with _handshake(host, [pinned.type], timeout) as transport:
+        presented = _presented(transport)
+        if presented != pinned:
+            raise HostError(
+                f"its host key changed while this ran: {presented.kind} {presented.fingerprint}",
+                "something answers in its place at times: find out what before you log in",
+            )
+        _authenticate(transport, host, credentials)
+        transport.set_keepalive(15)
+        return transport
+
+
+@contextmanager
+def _handshake(host: Host, key_types: Sequence[str], timeout: float) -> Iterator[paramiko.Transport]:
+    """A connection after the key exchange; closed if the block raises, whose errors become the host's."""
+    try:
+        connected = socket.create_connection((host.address, host.port), timeout)
+    except OSError as error:
+        problem = connection_problem(error, host, timeout)
+        raise HostError(problem.what, problem.remedy) from None
+    transport = paramiko.Transport(connected)
+    try:
+        _prefer(transport, key_types)
+        transport.banner_timeout = transport.handshake_timeout = transport.auth_timeout = timeout
+        transport.channel_timeout = timeout
+        transport.start_client(timeout=2 * timeout)
+        yield transport
+    except HostError:
+        transport.close()
+        raise
+    except (paramiko.SSHException, EOFError, OSError) as error:
+        transport.close()
+        reason = last_line(str(error)) or "it closed the connection"
+        if "banner" in reason:
+            reason = f"something listens there, but says nothing within {timeout:g} s"
+        raise HostError(
+            f"no SSH connection to {host.address} port {host.port}: {reason}",
+            "check that an SSH server listens there and is not overloaded; --timeout waits longer",
+        ) from None
+    except BaseException:
+        transport.close()
+        raise
+
+
+def _prefer(transport: paramiko.Transport, key_types: Sequence[str]) -> None:
+    """Ask for host keys of these types before others."""
+    options = transport.get_security_options()
+    first = {"rsa-sha2-512", "rsa-sha2-256"} if "ssh-rsa" in key_types else set()
+    first.update(key_types)
+    options.key_types = sorted(options.key_types, key=lambda name: name not in first)
+
+
+def _presented(transport: paramiko.Transport) -> PublicKey:
+    key = transport.get_remote_server_key()
+    return PublicKey(key.get_name(), key.get_base64())
+
+
+def _authenticate(transport: paramiko.Transport, host: Host, credentials: Credentials) -> None:
+    """Log in by the first of the credentials that the host takes."""
+    methods = _methods_after(transport, partial(transport.auth_none, host.user))
+    for key in credentials.keys if "publickey" in methods else ():
+        methods = _methods_after(transport, partial(transport.auth_publickey, host.user, key)) or methods
+        if transport.is_authenticated():
+            return
+    takes_passwords = bool({"password", "keyboard-interactive"} & set(methods))
+    if credentials.password is not None and takes_passwords:
+        methods = _methods_after(transport, partial(transport.auth_password, host.user, credentials.password))
+    if not transport.is_authenticated():
+        raise _refusal(host, credentials, methods, takes_passwords)
+
+
+def _methods_after(transport: paramiko.Transport, attempt: Callable[[], list[str]]) -> list[str]:
+    """The methods that the host would take after one was tried; empty if it does not say."""
+    try:
+        return attempt()
+    except paramiko.BadAuthenticationType as error:
+        return error.allowed_types
+    except paramiko.AuthenticationException as error:
+        if not transport.is_active() or "timeout" in str(error).lower():
+            raise
+        return []
+
+
+def _refusal(host: Host, credentials: Credentials, methods: list[str], takes_passwords: bool) -> HostError:
+    account = f"{host.user}@{host.address}"
+    if not takes_passwords:
+        return HostError(
+            f"{account} takes no password, and none of the keys at hand",
+            "give a key that it takes with --identity, or allow PasswordAuthentication in its sshd_config for this run",
+        )
+    if credentials.password is None:
+        return PasswordNeeded(
+            f"{account} takes none of the keys at hand, and there is no password",
+            "give one (--password-file, HUNYUAN_SSH_PASSWORD, or a terminal to ask at), or a key with --identity",
+        )
+    if methods:
+        return HostError(
+            f"{account} wants more than the password: {', '.join(methods)}", "give a key that it takes with --identity"
+        )
+    return HostError(
+        f"{account} refuses the password",
+        "check password and --user; for root, sshd_config there may have PermitRootLogin prohibit-password",
+    )
+
+
+# Before it stands what start-up files such as .bashrc print.
+MARK = b"--hunyuan-vllm--\n"
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a script printed, and its exit status."""
+
+    out: bytes
+    errors: str
+    status: int
+
+
+class Shell(Protocol):
+    """Where scripts run."""
+
+    def run(self, script: str, timeout: float, **variables: str) -> Output:
+        """Run a POSIX shell script with these variables set.
+
+        Raises:
+            HostError: it did not run, or not to its end within `timeout` seconds.
+        """
+
+
+def load_script(name: str) -> str:
+    """A script from the folder `remote`."""
+    return Path(__file__).with_name("remote").joinpath(f"{name}.sh").read_text()
+
+
+def compose(script: str, variables: Mapping[str, str]) -> bytes:
+    """What goes to the shell's standard input, so that nothing is in anyone's arguments.
+
+    The shell reads the braces to their end before it runs anything in them: of a script that arrives only in part,
+    because the connection broke, nothing runs.
+    """
+    # Unset first: a variable that was exported would stay so, and be in the environment of all that the script runs.
+    settings = "".join(f"unset {name}; {name}={shlex.quote(value)}\n" for name, value in variables.items())
+    mark = MARK.decode().strip()
+    return f"{{\nLC_ALL=C\nexport LC_ALL\nprintf '%s\\n' {mark}\n{settings}{script}\n}}\n".encode()
+
+
+def _after_mark(out: bytes, errors: bytes, status: int) -> Output:
+    before, mark, after = out.partition(MARK)
+    text = errors.decode(errors="replace")
+    if not mark:
+        said = last_line(text) or last_line(before.decode(errors="replace")) or f"status {status}"
+        raise HostError(
+            f"the account runs no commands: {said}",
+            "give it a POSIX login shell (usermod --shell /bin/bash), no forced command, no expired password",
+        )
+    return Output(after, text, status)
+
+
+class LocalShell:
+    """This machine, as the user who runs this program."""
+
+    def __init__(self) -> None:
+        # ssh looks into the home that the system has for the user, whatever HOME says.
+        self._environ = {**os.environ, "HOME": pwd.getpwuid(os.geteuid()).pw_dir}
+
+    def run(self, script: str, timeout: float, **variables: str) -> Output:
+        try:
+            done = subprocess.run(
+                ["sh", "-s"], input=compose(script, variables), env=self._environ, capture_output=True, timeout=timeout
+            )
+        except subprocess.TimeoutExpired:
+            raise HostError(f"a command took longer than {timeout:g} s", "try again with a longer --timeout") from None
+        return _after_mark(done.stdout, done.stderr, done.returncode)
+
+
+class RemoteShell:
+    """A host that is logged in to."""
+
+    def __init__(self, transport: paramiko.Transport) -> None:
+        self._transport = transport
+
+    def run(self, script: str, timeout: float, **variables: str) -> Output:
+        try:
+            with self._transport.open_session(timeout=timeout) as channel:
+                channel.settimeout(timeout)
+                channel.exec_command("sh -s")
+                channel.sendall(compose(script, variables))
+                channel.shutdown_write()
+                out = channel.makefile("rb").read()
+                errors = channel.makefile_stderr("rb").read()
+                return _after_mark(out, errors, channel.recv_exit_status())
+        except TimeoutError:
+            raise HostError(f"a command took longer than {timeout:g} s", "try again with a longer --timeout") from None
+        except (paramiko.SSHException, EOFError, OSError) as error:
+            raise HostError(
+                f"the connection broke: {last_line(str(error)) or type(error).__name__}", "run again"
+            ) from None
+
+    @property
+    def address(self) -> str:
+        """The IP address that the host was reached at."""
+        address: str = self._transport.getpeername()[0]
+        return address
+
+    def close(self) -> None:
+        self._transport.close()

@@ -1,0 +1,164 @@
+"""What the model does differently on CPUs: bfloat16 kernels, routing, and LoRA without Triton"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from torch import Tensor, nn
+from vllm import _custom_ops as ops
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import GateLinear
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.utils.quant_utils import QuantKey
+from vllm.model_executor.utils import replace_parameter
+from vllm.platforms import current_platform
+
+from hunyuan_vllm.adapter import ATTENTION
+from hunyuan_vllm.native import operators
+
+_REDUCTION_ALIGNMENT = 32  # input features a packed tile takes
+_OUTPUT_ALIGNMENT = 16
+
+
+def has_avx512_bf16_without_amx() -> bool:
+    """Whether this is a CPU on which vLLM leaves the packed kernels unused and they run."""
+    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+
+
+def packs(outputs: int, inputs: int, dtype: torch.dtype) -> bool:
+    """Whether a weight `[outputs, inputs]` has a shape and type the packed linear kernel takes."""
+    return (
+        dtype == torch.bfloat16
+        and inputs % _REDUCTION_ALIGNMENT == 0
+        and outputs % _OUTPUT_ALIGNMENT == 0
+        and has_avx512_bf16_without_amx()
+    )
+
+
+class PackedCPUExperts(CPUUnquantizedExperts):
+    """SiLU-gated bfloat16 experts on the packed kernel; intermediate sizes are padded to a multiple of 32."""
+
+    reduction_alignment = 32
+
+    @staticmethod
+    def is_supported_config(
+        cls: type[mk.FusedMoEExperts],
+        moe_config: FusedMoEConfig,
+        weight_key: QuantKey | None,
+        activation_key: QuantKey | None,
+        activation_format: mk.FusedMoEActivationFormat,
+    ) -> tuple[bool, str | None]:
+        if not has_avx512_bf16_without_amx():
+            return False, "packed experts are for CPUs with AVX-512 BF16 and without AMX"
+        if moe_config.in_dtype != torch.bfloat16 or moe_config.has_bias:
+            return False, "packed experts take bfloat16 without biases"
+        if moe_config.activation != MoEActivation.SILU:
+            return False, "packed experts compute SiLU"
+        return CPUUnquantizedExperts.is_supported_config(cls, moe_config, weight_key, activation_key, activation_format)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        self._pad_moe_intermediate(layer)
+        for name in ("w13_weight", "w2_weight"):
+            replace_parameter(layer, name, torch.ops._C.convert_weight_packed(getattr(layer, name)))
+
+    def apply(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: MoEActivation,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        a1q_scale: torch.Tensor | None,
+        a2_scale: torch.Tensor | None,
+        workspace13: torch.Tensor,
+        workspace2: torch.Tensor,
+        expert_tokens_meta: mk.ExpertTokensMetadata | None,
+        apply_router_weight_on_input: bool,
+    ) -> None:
+        """`hidden_states` and `output` are `[tokens, hidden]`, `topk_*` `[tokens, k]`; see vLLM's base class."""
+        ops.fused_experts_cpu(
+            output,
+            hidden_states,
+            w1,
+            w2,
+            topk_weights,
+            topk_ids,
+            ops.CPUQuantMethod.UNQUANT,
+            w1_scale=None,
+            w2_scale=None,
+            w1_zero=None,
+            w2_zero=None,
+            block_size=None,
+        )
+
+
+def routes_natively() -> bool:
+    """Whether the model that is being built routes by our kernels."""
+    return current_platform.is_cpu() and torch.get_default_dtype() == torch.bfloat16 and operators.available()
+
+
+class _KeptWeight(UnquantizedLinearMethod):
+    """Leaves the weight as it is loaded: vLLM packs it for another kernel."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        pass
+
+
+class NativeGate(GateLinear):
+    """A router's linear: float32 logits `[tokens, experts]` of bfloat16 rows, with a float32 weight."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.quant_method = _KeptWeight()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return torch.ops.hunyuan_vllm.router_logits(x, self.weight), None
+
+
+def choose_experts(hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+    """vLLM's `custom_routing_function`: float32 weights and int32 ids, `[tokens, topk]`, by softmax."""
+    return torch.ops.hunyuan_vllm.choose_experts(gating_output, topk, renormalize)
+
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+def limit_targets_on_cpu(vllm_config: VllmConfig) -> None:
+    """Restrict `--lora-target-modules` to attention on CPUs.
+
+    Raises:
+        ValueError: the user asked for other modules there.
+    """
+    lora = vllm_config.lora_config
+    if lora is None or not current_platform.is_cpu():
+        return
+    if lora.target_modules is None:
+        lora.target_modules = list(ATTENTION)
+        logger.info("LoRA on CPUs acts on attention (%s) only", ", ".join(ATTENTION))
+    elif others := sorted(set(lora.target_modules) - set(ATTENTION)):
+        raise ValueError(f"--lora-target-modules {' '.join(others)} is not possible on CPUs: use {' '.join(ATTENTION)}")
+
+
+@contextmanager
+def experts_without_lora_on_cpu() -> Iterator[None]:
+    """Build experts as if LoRA were off, on CPUs: with it on, vLLM picks its Triton kernel whatever the targets."""
+    vllm_config = get_current_vllm_config()
+    lora = vllm_config.lora_config
+    if current_platform.is_cpu():
+        vllm_config.lora_config = None
+    try:
+        yield
+    finally:
+        vllm_config.lora_config = lora

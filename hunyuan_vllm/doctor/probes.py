@@ -1,0 +1,128 @@
+"""The machine as the checks see it, and probes that run in a process of their own"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+TOOL_TIMEOUT = 10.0  # seconds; nvidia-smi takes a few where the driver was not loaded yet
+
+
+@dataclass(frozen=True)
+class System:
+    """Where checks look.
+
+    Attributes:
+        environ: the environment that a server would inherit.
+        cwd: the folder that it would be started in.
+        root: what /proc, /sys and /dev are below.
+        python: the interpreter it would run on.
+        timeout: seconds that imports in other processes may take.
+    """
+
+    environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+    cwd: Path = field(default_factory=Path.cwd)
+    root: Path = Path("/")
+    python: str = sys.executable
+    timeout: float = 18.0
+
+    @property
+    def among_several(self) -> bool:
+        """Whether the environment speaks of several nodes, where clocks and names count."""
+        return bool(self.environ.get("LOCAL_IP") or self.environ.get("RAY_ADDRESS"))
+
+    def path(self, below_root: str) -> Path:
+        return self.root / below_root
+
+    def read(self, below_root: str) -> str | None:
+        """The text of a file of the kernel's, None where it is not there."""
+        try:
+            return self.path(below_root).read_text().strip()
+        except OSError:
+            return None
+
+    def tool(self, name: str) -> str | None:
+        return shutil.which(name, path=self.environ.get("PATH"))
+
+    def output(self, *command: str) -> str:
+        """What a tool prints.
+
+        Raises:
+            OSError: it is not there, failed or did not end; the message says so.
+        """
+        tool = self.tool(command[0])
+        if tool is None:
+            raise OSError(f"{command[0]} is not there")
+        try:
+            result = subprocess.run(
+                [tool, *command[1:]], env=dict(self.environ), capture_output=True, text=True, timeout=TOOL_TIMEOUT
+            )
+        except subprocess.TimeoutExpired:
+            raise OSError(f"{command[0]} gave no answer in {TOOL_TIMEOUT:.0f} s") from None
+        if result.returncode:
+            said = (result.stderr.strip() or result.stdout.strip()).splitlines()
+            raise OSError(f"{' '.join(command)} failed: {said[-1] if said else f'exit status {result.returncode}'}")
+        return result.stdout
+
+
+MARK = "HUNYUAN-PROBE "  # before each line of JSON, among whatever libraries print
+
+
+@dataclass
+class Probe:
+    """What a child process said.
+
+    Attributes:
+        values: of all its JSON lines together.
+        failure: why it ended before it had said everything, with the step it was at; "" if it did not.
+        timed_out: it was ended by us.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    failure: str = ""
+    timed_out: bool = False
+
+
+def run_probe(system: System, script: Path, cwd: Path) -> Probe:
+    """Run a script's text as `python -c`, so that `cwd` comes first on its import path, as it does for `python -m`.
+
+    The script prints `MARK` and a JSON object whenever it knows something; "step" names what it does next.
+    """
+    child = subprocess.Popen(
+        [system.python, "-c", script.read_text()],
+        env=dict(system.environ),
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # so that its own children end with it
+    )
+    probe = Probe()
+    try:
+        output, errors = child.communicate(timeout=system.timeout)
+    except subprocess.TimeoutExpired:
+        probe.timed_out = True
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        output, errors = child.communicate()
+    for line in output.splitlines():
+        if line.startswith(MARK):
+            probe.values |= json.loads(line.removeprefix(MARK))
+    step = probe.values.pop("step", "start")
+    if probe.timed_out:
+        probe.failure = f"no answer in {system.timeout:.0f} s, at {step}"
+    elif child.returncode:
+        said = errors.strip().splitlines()
+        cause = f"signal {-child.returncode}" if child.returncode < 0 else said[-1] if said else "no message"
+        probe.failure = f"it ended at {step}: {cause}"
+    return probe

@@ -1,0 +1,263 @@
+"""Engine runs of an evaluation, each in a process of its own"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hunyuan_vllm.batch.engine import plan
+from hunyuan_vllm.evaluation.passages import Passage
+from hunyuan_vllm.evaluation.schemes import Scheme
+from hunyuan_vllm.server.health_status import cause_of_death
+from hunyuan_vllm.server.models import ModelSource
+from hunyuan_vllm.server.options import Flags
+from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.progress import Progress
+
+TAIL_LINES = 400
+# Ours, and without effect on what is measured unless changed.
+RESERVED = ("quantization", "kv-cache-dtype", "max-model-len", "worker-extension-cls", "enable-prefix-caching")
+COMPILING = ("enforce-eager", "compilation-config", "optimization-level")
+
+
+class EngineFailed(Exception):
+    """An engine did not start, or ended before it was done; says which and why."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A scheme on a checkpoint, and the user's vLLM flags."""
+
+    scheme: Scheme
+    model: ModelSource
+    flags: Sequence[str] = ()
+
+    def argv(self, tokens: int, environ: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+        """vLLM's options for passages of up to `tokens` tokens, and variables to set for it.
+
+        Raises:
+            UserError: the flags cannot work, or are not the user's to give here.
+        """
+        given = Flags(self.flags)
+        for name in RESERVED:
+            if name in given:
+                raise UserError(f"--{name} is set by the evaluation itself: leave it out")
+        if given.integer("data-parallel-size", 1) > 1:
+            raise UserError("--data-parallel-size: one replica is what is evaluated; use --tensor-parallel-size")
+        flags = [] if any(name in given for name in COMPILING) else ["--enforce-eager"]
+        flags += [] if "dtype" in given else ["--dtype", "bfloat16"]
+        flags += [*self.scheme.options(_quantised(self.model)), *self.flags]
+        # A prompt token from the prefix cache would not be computed, and so not be seen.
+        flags += ["--max-model-len", str(tokens), "--no-enable-prefix-caching", "--worker-extension-cls", RECORDER]
+        engine = plan(self.model, flags, environ)
+        return engine.argv, engine.env
+
+
+@dataclass(frozen=True)
+class Work:
+    """What each contestant does: score passages, and answer questions, given as token ids, at temperature 0."""
+
+    passages: Sequence[Passage]
+    questions: Sequence[list[int]] = ()
+    max_tokens: int = 1
+
+    @property
+    def steps(self) -> int:
+        return sum(len(passage.scored) for passage in self.passages) + len(self.questions)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the engine must be able to hold of a sequence."""
+        passages = [len(passage.ids) + 1 for passage in self.passages]
+        return max([*passages, *(len(ids) + self.max_tokens for ids in self.questions)])
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Token ids, and whether the model ended them itself."""
+
+    ids: list[int]
+    stopped: bool
+
+
+@dataclass
+class Outcome:
+    """What one contestant did: for each passage its scores (see `recorder.score_block`), and its answers.
+
+    Attributes:
+        format: (vocabulary size, type) of its logits.
+    """
+
+    passages: list[dict[str, list[float]]] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+    format: tuple[int, str] | None = None
+
+    def joined(self, name: str) -> list[float]:
+        """A score of all tokens, in order."""
+        return [value for scores in self.passages for value in scores[name]]
+
+
+def run(
+    contestant: Contestant, work: Work, record: Path, format: tuple[int, str] | None, progress: Progress
+) -> Outcome:
+    """Let a contestant do its work.
+
+    Args:
+        record: the file of logits, written where `format` is None, else compared with.
+        format: what the contestant's outcome said that wrote it.
+
+    Raises:
+        UserError: vLLM's flags cannot work.
+        EngineFailed: it could not.
+    """
+    name = contestant.scheme.label
+    argv, env = contestant.argv(work.longest, os.environ)
+    job = {
+        "argv": argv,
+        "file": str(record),
+        "format": format,
+        "passages": [(passage.ids, passage.scored) for passage in work.passages],
+        "questions": work.questions,
+        "max_tokens": work.max_tokens,
+    }
+    outcome = Outcome()
+    last: dict[str, Any] = {}
+    with tempfile.TemporaryFile() as log, ExitStack() as shown:
+        messages = _messages(job, env, log)
+        progress.say(f"{name}: starting the engine")
+        with progress.console.status(f"{name}: starting"):
+            last = next(messages, last)
+        shown.enter_context(progress.stage(name, work.steps, unit="tokens and answers" if work.questions else "tokens"))
+        for last in messages:
+            if "scores" in last:
+                outcome.format = (last["format"][0], last["format"][1])
+                outcome.passages.append(last["scores"])
+                progress.advance(len(last["scores"]["nll"]))
+            elif "answers" in last:
+                outcome.answers += [Answer(ids, stopped) for ids, stopped in last["answers"]]
+                progress.advance(len(last["answers"]))
+        if "mistake" in last:
+            raise UserError(last["mistake"])
+        if "done" not in last:
+            error = last.get("error", "Worker")
+            raise EngineFailed(f"{name}: {_cause(log) if 'Worker' in error else error}")
+    return outcome
+
+
+def _messages(job: Mapping[str, Any], env: Mapping[str, str], log: Any) -> Iterator[dict[str, Any]]:
+    """What the contestant's process says, until it ends."""
+    ours, theirs = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hunyuan_vllm.evaluation.engines", str(theirs)],
+        stdin=subprocess.PIPE,
+        stdout=log,
+        stderr=log,
+        pass_fds=[theirs],
+        # In this process the engine starts in a fraction of the time, and errors arrive as they were raised.
+        env={**os.environ, **env, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        text=True,
+    )
+    os.close(theirs)
+    try:
+        with open(ours) as channel:
+            assert process.stdin is not None
+            with suppress(BrokenPipeError):  # it has ended, and its output says why
+                json.dump(job, process.stdin)
+                process.stdin.close()
+            for line in channel:
+                yield json.loads(line)
+        process.wait()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _cause(log: Any) -> str:
+    log.seek(0)
+    lines = collections.deque(log.read().decode(errors="replace").splitlines(), maxlen=TAIL_LINES)
+    return cause_of_death(lines) or (lines[-1] if lines else "it ended without a word")
+
+
+def _quantised(model: ModelSource) -> bool:
+    return getattr(model.config, "quantization_config", None) is not None
+
+
+RECORDER = "hunyuan_vllm.evaluation.recorder.Recorder"
+QUESTIONS_AT_ONCE = 512
+
+Message = dict[str, Any]
+
+
+def perform(job: Message) -> Iterator[Message]:
+    """Start the engine and do the job, as messages: one `started`, one of `scores` for each passage, one of `answers`
+    for each batch of questions.
+
+    Args:
+        job: "argv", vLLM's options, model first; "file" and "format", as of `Recorder.quality_open`; "passages", as
+            pairs of ids and scored indices; "questions", ids; "max_tokens" of an answer.
+
+    Raises:
+        UserError: an option is none of vLLM's.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.entrypoints.llm import LLM
+    from vllm.inputs import TokensPrompt
+    from vllm.sampling_params import SamplingParams
+
+    from hunyuan_vllm.batch.engine import parse_options
+
+    llm = LLM.from_engine_args(EngineArgs.from_cli_args(parse_options(job["argv"])))
+    yield {"started": True}
+    one_token = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+    if job["passages"]:
+        llm.collective_rpc("quality_open", args=(job["file"], job["format"]))
+    for ids, scored in job["passages"]:
+        llm.collective_rpc("quality_begin", args=(len(ids),))
+        llm.generate(TokensPrompt(prompt_token_ids=ids), one_token, use_tqdm=False)
+        answers = llm.collective_rpc("quality_end", args=(scored, ids))
+        format, scores = next(answer for answer in answers if answer is not None)
+        yield {"format": format, "scores": scores}
+    if job["passages"]:
+        llm.collective_rpc("quality_close")
+
+    greedy = SamplingParams(temperature=0, max_tokens=job["max_tokens"], detokenize=False)
+    for start in range(0, len(job["questions"]), QUESTIONS_AT_ONCE):
+        prompts = [TokensPrompt(prompt_token_ids=ids) for ids in job["questions"][start : start + QUESTIONS_AT_ONCE]]
+        outputs = [output.outputs[0] for output in llm.generate(prompts, greedy, use_tqdm=False)]
+        yield {"answers": [[list(one.token_ids), one.finish_reason == "stop"] for one in outputs]}
+    llm.llm_engine.engine_core.shutdown()
+
+
+def main() -> None:
+    from hunyuan_vllm.batch.engine import one_line
+    from hunyuan_vllm.util.errors import UserError
+
+    with os.fdopen(int(sys.argv[1]), "w") as channel:
+
+        def say(message: Message) -> None:
+            channel.write(json.dumps(message) + "\n")
+            channel.flush()
+
+        try:
+            for message in perform(json.load(sys.stdin)):
+                say(message)
+        except UserError as error:
+            say({"mistake": str(error)})
+            return
+        except Exception as error:
+            say({"error": one_line(error)})
+            raise
+        say({"done": True})
+
+
+if __name__ == "__main__":
+    main()

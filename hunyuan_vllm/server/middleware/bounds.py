@@ -1,0 +1,215 @@
+"""Bounds on what a request may contain and asks the engine to prepare"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final, TypeGuard
+
+from hunyuan_vllm.server.middleware.fields import BadField
+
+# Bytes without which there is nothing to look for: half a surrogate pair, as an escape or in UTF-8; a long number, an
+# exponent, NaN or Infinity; UTF-16 and UTF-32, which Python reads as well.
+SUSPICIOUS = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]|[0-9]{19}|[0-9][eE]\+?[0-9]{3}|NaN|Infinity|\0")
+SURROGATE = re.compile("[\ud800-\udfff]")
+LONGEST = 200  # characters of a place that is named
+LEAST, BEYOND = -(2**63), 2**64
+
+
+class BadJson(Exception):
+    """`field` is where, as in "messages.0.content"; None for the whole."""
+
+    def __init__(self, field: str | None, message: str) -> None:
+        super().__init__(message)
+        self.field, self.message = field, message
+
+
+def read_json(body: bytes) -> object:
+    """The content of a request; None where it is no JSON, which vLLM says.
+
+    Raises:
+        BadJson: there is something in it that no field can mean.
+    """
+    try:
+        content: object = json.loads(body)
+    except ValueError:
+        return None
+    except RecursionError:
+        raise BadJson(None, "the request's JSON is nested too deeply") from None
+    if SUSPICIOUS.search(body):
+        for path, value in _leaves(content):
+            if problem := _problem(value):
+                field = SURROGATE.sub("\N{REPLACEMENT CHARACTER}", ".".join(path))[:LONGEST] or None
+                raise BadJson(field, f"{field or 'the request'} {problem}")
+    return content
+
+
+def _leaves(content: object) -> Iterator[tuple[tuple[str, ...], object]]:
+    """Every value, and every name of a field."""
+    waiting: list[tuple[tuple[str, ...], object]] = [((), content)]
+    while waiting:
+        path, value = waiting.pop()
+        if isinstance(value, dict):
+            yield from ((path, name) for name in value)
+            waiting.extend(((*path, name), inner) for name, inner in value.items())
+        elif isinstance(value, list):
+            waiting.extend(((*path, str(index)), inner) for index, inner in enumerate(value))
+        else:
+            yield path, value
+
+
+def _problem(value: object) -> str | None:
+    if isinstance(value, str) and SURROGATE.search(value):
+        return "has half of a surrogate pair, which is no Unicode text"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "is no finite number"
+    if isinstance(value, int) and not LEAST <= value < BEYOND:
+        return "is a number beyond 64 bits"
+    return None
+
+
+KIB = 2**10
+GRAMMAR: Final = 16 * KIB  # characters
+REGEX: Final = 8 * KIB  # characters; the patterns of one schema count together
+OPTIONAL: Final = 128  # parts that may be left out, of all patterns of a schema
+IN_A_ROW: Final = 64  # of one pattern or rule: the time grows with their square, and more
+WIDE: Final = 16  # of one pattern or rule with as many parts that take any character, or any but some
+REPEATED: Final = 512  # repetitions that are written out, over all different lengths
+WRITTEN_OUT: Final = 128  # of one length
+SCHEMA: Final = 64 * KIB  # characters of one schema, as JSON without white space
+SCHEMAS: Final = 256 * KIB  # of all tools together
+LISTS: Final = {  # entries
+    "stop": 64,
+    "stop_sequences": 64,
+    "stop_token_ids": 1024,
+    "bad_words": 1024,
+    "logit_bias": 1024,
+    "choice": 1024,
+}
+LONGEST_STRING: Final = 1024  # characters of a stop string or a bad word
+MAY_BE_LEFT_OUT = re.compile(r"[?*]|\{0?,|\{0\}")
+ANY_CHARACTER = re.compile(r"\[\^|\\[DSW]|(?<!\\)\.")
+REPETITION = re.compile(r"\{(?:\d*,)?(\d+),?\}")
+
+
+def check_bounds(request: Mapping[str, Any]) -> None:
+    """Refuse a request over a bound; a field of the wrong type is left to vLLM.
+
+    Raises:
+        BadField: with the field's name and the bound.
+    """
+    for name in LISTS.keys() - {"choice"}:
+        _list(name, request.get(name), LISTS[name], LONGEST_STRING)
+    constraint = request.get("structured_outputs")
+    if isinstance(constraint, dict):
+        within = "structured_outputs."
+        _text(f"{within}grammar", constraint.get("grammar"), GRAMMAR)
+        _rules(f"{within}grammar", constraint.get("grammar"))
+        _regex(f"{within}regex", constraint.get("regex"))
+        _list(f"{within}choice", constraint.get("choice"), LISTS["choice"], KIB)
+        _text(f"{within}choice", "".join(filter(_is_text, _items(constraint.get("choice")))), SCHEMA)
+        _schema(f"{within}json", constraint.get("json"))
+        _schema(f"{within}structural_tag", constraint.get("structural_tag"))
+    _schema("response_format", request.get("response_format"))
+    _schema("text", request.get("text"))
+    _schema("output_config", request.get("output_config"))
+    tools = [_schema(f"tools.{at}", tool) for at, tool in enumerate(_items(request.get("tools")))]
+    if sum(tools) > SCHEMAS:
+        raise BadField("tools", f"tools have {sum(tools)} characters, and this server takes at most {SCHEMAS}")
+
+
+def _text(field: str, text: object, most: int) -> None:
+    if isinstance(text, str) and len(text) > most:
+        raise BadField(field, f"{field} has {len(text)} characters, and this server takes at most {most}")
+
+
+def _regex(field: str, *patterns: object, lengths: Iterable[int] = ()) -> None:
+    texts = list(filter(_is_text, patterns))
+    _text(field, "".join(texts), REGEX)
+    optional = sum(len(MAY_BE_LEFT_OUT.findall(text)) for text in texts)
+    if optional > OPTIONAL:
+        raise BadField(
+            field, f"{field} has {optional} optional parts (?, *, {{0,n}}), and this server takes at most {OPTIONAL}"
+        )
+    _rules(field, *texts, lengths=lengths)
+
+
+def _rules(field: str, *patterns: object, lengths: Iterable[int] = ()) -> None:
+    """Check what lies within one rule of a grammar, or one pattern; and the lengths of all."""
+    different: set[float] = set(lengths)
+    for rule in "\n".join(filter(_is_text, patterns)).splitlines():
+        optional = len(MAY_BE_LEFT_OUT.findall(rule))
+        wide = min(optional, len(ANY_CHARACTER.findall(rule)))
+        if optional > IN_A_ROW:
+            what = f"{optional} optional parts (?, *, {{0,n}}) in one pattern or rule"
+            raise BadField(field, f"{field} has {what}, and this server takes at most {IN_A_ROW}")
+        if wide > WIDE:
+            what = f"{wide} optional parts in one pattern or rule with as many of any character (., [^…], \\S)"
+            raise BadField(field, f"{field} has {what}, and this server takes at most {WIDE}")
+        different.update(map(float, REPETITION.findall(rule)))  # an int has at most 4300 digits
+    repeated = sum(int(min(length, WRITTEN_OUT)) for length in different)
+    if repeated > REPEATED:
+        counted = f"each different one counted once and up to {WRITTEN_OUT}"
+        what = f"lengths (minLength, maxLength, {{n,m}}) that come to {repeated}, {counted}"
+        raise BadField(field, f"{field} has {what}, and this server takes at most {REPEATED}")
+
+
+def _list(field: str, given: object, most: int, longest: int) -> None:
+    entries = list(given) if isinstance(given, list | dict) else []
+    if len(entries) > most:
+        raise BadField(field, f"{field} has {len(entries)} entries, and this server takes at most {most}")
+    for entry in entries:
+        _text(field, entry, longest)
+
+
+def _schema(field: str, schema: object) -> int:
+    """Check a schema, as text or as an object, and return its characters."""
+    if isinstance(schema, str):
+        _text(field, schema, SCHEMA)
+        try:
+            schema = json.loads(schema)
+        except (ValueError, RecursionError):
+            return len(str(schema))
+    if not isinstance(schema, dict):
+        return 0
+    size = len(json.dumps(schema, ensure_ascii=False, separators=(",", ":")))
+    if size > SCHEMA:
+        raise BadField(field, f"{field} has {size} characters, and this server takes at most {SCHEMA}")
+    _regex(field, *_patterns(schema), lengths=_lengths(schema))
+    return size
+
+
+def _patterns(schema: object) -> Iterator[str]:
+    for inner in _objects(schema):
+        if isinstance(pattern := inner.get("pattern"), str):
+            yield pattern
+        if isinstance(named := inner.get("patternProperties"), dict):
+            yield from named
+        # A structural tag may hold a grammar or a regex of its own.
+        yield from (inner[name] for name in ("regex", "grammar") if isinstance(inner.get(name), str))
+
+
+def _lengths(schema: object) -> Iterator[int]:
+    for inner in _objects(schema):
+        yield from (inner[name] for name in ("minLength", "maxLength") if isinstance(inner.get(name), int))
+
+
+def _objects(schema: object) -> Iterator[dict[str, Any]]:
+    waiting = [schema]
+    while waiting:
+        inner = waiting.pop()
+        if isinstance(inner, dict):
+            yield inner
+            waiting.extend(inner.values())
+        elif isinstance(inner, list):
+            waiting.extend(inner)
+
+
+def _items(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _is_text(value: object) -> TypeGuard[str]:
+    return isinstance(value, str)

@@ -1,0 +1,132 @@
+"""The fields of a request: those that vLLM reads, those that the usual clients send beside, and no others.
+
+vLLM passes over a field that it does not know, so a misspelt one changes nothing and says nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from typing import Any, Final
+
+from pydantic import BaseModel
+
+_VLLM: Final = "vllm.entrypoints"
+# By path: what vLLM reads a request as (several: any of them), and what the clients' SDKs have for it.
+MODELS: Final[dict[str, tuple[str, ...]]] = {
+    "/v1/chat/completions": (f"{_VLLM}.openai.chat_completion.protocol:ChatCompletionRequest",),
+    "/v1/completions": (f"{_VLLM}.openai.completion.protocol:CompletionRequest",),
+    "/v1/responses": (f"{_VLLM}.openai.responses.protocol:ResponsesRequest",),
+    "/v1/messages": (f"{_VLLM}.anthropic.protocol:AnthropicMessagesRequest",),
+    "/v1/messages/count_tokens": (f"{_VLLM}.anthropic.protocol:AnthropicCountTokensRequest",),
+    "/tokenize": (
+        f"{_VLLM}.serve.tokenize.protocol:TokenizeChatRequest",
+        f"{_VLLM}.serve.tokenize.protocol:TokenizeCompletionRequest",
+    ),
+    "/detokenize": (f"{_VLLM}.serve.tokenize.protocol:DetokenizeRequest",),
+}
+PARAMETERS: Final[dict[str, str]] = {
+    "/v1/chat/completions": "openai.types.chat.completion_create_params:CompletionCreateParamsBase",
+    "/v1/completions": "openai.types.completion_create_params:CompletionCreateParamsBase",
+    "/v1/responses": "openai.types.responses.response_create_params:ResponseCreateParamsBase",
+    "/v1/messages": "anthropic.types.beta.message_create_params:MessageCreateParamsBase",
+    "/v1/messages/count_tokens": "anthropic.types.beta.message_count_tokens_params:MessageCountTokensParams",
+}
+GUIDED: Final = {  # vLLM's fields until 0.11, and where they are now: names within `structured_outputs`
+    "guided_json": "json",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+    "guided_json_object": "json_object",
+    "guided_whitespace_pattern": "whitespace_pattern",
+}
+DROPPED: Final = ("guided_decoding_backend",)  # the server's choice now; what is generated is the same
+# What clients label requests with, for their provider: of no meaning here, on any route.
+LABELS: Final = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"})
+UNSUPPORTED: Final = {
+    "conversation": "conversation is not supported: this server keeps none; send it in input",
+    "functions": "functions is not supported: use tools",
+    "function_call": "function_call is not supported: use tool_choice",
+    "best_of": "best_of is not supported: use n, and choose among the answers",
+    "enable_thinking": "enable_thinking is not a field of the request: put it into chat_template_kwargs",
+    "extra_body": "extra_body is an argument of OpenAI's Python client: put its fields into the request itself",
+    "max_new_tokens": "max_new_tokens is not a field of the request: use max_tokens",
+}
+STORE_VARIABLE: Final = "VLLM_ENABLE_RESPONSES_API_STORE"
+
+
+class BadField(Exception):
+    """`field` of the request is one that the server cannot act upon."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field, self.message = field, message
+
+
+def request_model(path: str) -> type[BaseModel] | None:
+    """What vLLM reads a request to `path` as; None for a path where that is not one model."""
+    names = MODELS.get(path, ())
+    return _named(names[0]) if len(names) == 1 else None
+
+
+def read_fields(path: str, request: Mapping[str, Any], lenient: bool = False) -> Mapping[str, Any]:
+    """The request with fields of older versions under their present names.
+
+    Args:
+        lenient: a field that nothing reads is passed over, as vLLM does.
+
+    Raises:
+        BadField: a field is unknown, or known and not supported.
+    """
+    if path not in MODELS:
+        return request
+    request = _without_guided(path, request)
+    if request.get("previous_response_id") is not None and os.environ.get(STORE_VARIABLE) != "1":
+        raise BadField(
+            "previous_response_id",
+            "previous_response_id: this server keeps no responses; send the conversation in input",
+        )
+    if lenient:
+        return request
+    for name in request:
+        if name in UNSUPPORTED and request[name] is not None and name not in _vllm_fields(path):
+            raise BadField(name, UNSUPPORTED[name])
+        if name not in _known(path) and name not in UNSUPPORTED:
+            near = difflib.get_close_matches(name, sorted(_known(path)), n=1)
+            raise BadField(name, f"{name} is not a field of this request{f': did you mean {near[0]}?' if near else ''}")
+    return request
+
+
+def _without_guided(path: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
+    old = {name for name in request if name in GUIDED or name in DROPPED} - _vllm_fields(path)
+    if not old or "structured_outputs" not in _vllm_fields(path):
+        return request
+    guided = {GUIDED[name]: request[name] for name in old if name in GUIDED and request[name] is not None}
+    request = {name: value for name, value in request.items() if name not in old}
+    if not guided:
+        return request
+    if request.get("structured_outputs") is not None:
+        name = min(old)
+        raise BadField(name, f"{name} is an older form of structured_outputs: give only one of them")
+    return {**request, "structured_outputs": guided}
+
+
+@cache
+def _vllm_fields(path: str) -> frozenset[str]:
+    models = [_named(name) for name in MODELS[path]]
+    fields = ((name, field) for model in models for name, field in model.model_fields.items())
+    return frozenset(known for name, field in fields for known in (name, field.alias) if known)
+
+
+@cache
+def _known(path: str) -> frozenset[str]:
+    clients = _named(PARAMETERS[path]).__annotations__ if path in PARAMETERS else {}
+    return _vllm_fields(path) | (clients.keys() - UNSUPPORTED.keys() - {"betas"}) | LABELS
+
+
+def _named(name: str) -> Any:
+    module, _, symbol = name.partition(":")
+    return getattr(import_module(module), symbol)

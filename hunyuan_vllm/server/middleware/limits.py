@@ -1,0 +1,223 @@
+"""The limits of one request and of all at once: 413, 422 or 429, before the engine hears of it"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import wraps
+from http import HTTPStatus
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from vllm.engine.protocol import EngineClient
+from vllm.exceptions import VLLMUnprocessableEntityError
+
+from hunyuan_vllm.server.middleware.asgi import App, Message, Receive, Scope, Send, notes, refuse
+from hunyuan_vllm.server.middleware.bounds import BadJson, check_bounds, read_json
+from hunyuan_vllm.server.middleware.counters import count_refusal
+from hunyuan_vllm.server.middleware.fields import BadField, read_fields
+from hunyuan_vllm.server.middleware.routes import Paths
+from hunyuan_vllm.server.options import Surface
+
+
+def limit_prompts(engine: EngineClient, most: int) -> None:
+    """Have `engine.generate` refuse a prompt of more than `most` tokens.
+
+    All handlers call it with the tokens of a whole prompt, so nothing is tokenised twice and no API is forgotten. It
+    raises before it returns its generator: a stream has not begun then. Not for beam search, which calls it with what
+    has been generated so far.
+    """
+    stock: Callable[..., Any] = engine.generate
+
+    @wraps(stock)
+    def generate(prompt: Any, *args: Any, **keywords: Any) -> Any:
+        tokens = len(prompt.get("prompt_token_ids") or ()) if isinstance(prompt, dict) else 0
+        if tokens > most:
+            count_refusal("prompt_tokens")
+            raise VLLMUnprocessableEntityError(f"the prompt has {tokens} tokens, and this server takes at most {most}")
+        return stock(prompt, *args, **keywords)
+
+    engine.generate = generate
+
+
+GENERATING = Paths(
+    (
+        "/v1/chat/completions",
+        "/v1/chat/completions/batch",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/cohere/v2/chat",
+        "/generative_scoring",
+        "/inference/v1/generate",
+        "/invocations",
+    )
+)
+MAX_TOKENS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+RETRY_AFTER = [(b"retry-after", b"1")]  # seconds: at any load, some request ends in that time
+BODY_TIMEOUT = 120.0  # seconds; a sender slower than this gives up its connection
+NOBODY = "-"  # whom requests count for on a server without keys
+_integer = TypeAdapter(int)
+
+
+class _Refused(Exception):
+    """A request over a limit. `reason` is the limit's name in the metrics."""
+
+    def __init__(self, status: HTTPStatus, reason: str, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.reason, self.message, self.param = status, reason, message, param
+
+
+class Limits:
+    """Lets a request through if it is within the limits, and counts it until its answer has ended."""
+
+    def __init__(self, app: App, surface: Surface) -> None:
+        self._app = app
+        self._surface = surface
+        self._requests: Counter[str] = Counter()  # by key
+        self._sequences = 0
+        self._places = 0  # in the engine's batches; known once the server starts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            self._meet(scope["app"].state.engine_client)
+        if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
+            await self._app(scope, receive, send)
+            return
+        try:
+            body = await self._body(scope, receive)
+            if body is None:  # the client has gone
+                return
+            request = _parsed(body)
+            read = self._fields(scope["path"], request)
+            if read is not request:
+                request, body = read, json.dumps(read).encode()
+            if scope["path"] in GENERATING:
+                await self._generate(scope, _Replay(body, receive), send, request)
+            else:
+                await self._app(scope, _Replay(body, receive), send)
+        except _Refused as refusal:
+            count_refusal(refusal.reason)
+            headers = RETRY_AFTER if refusal.status == HTTPStatus.TOO_MANY_REQUESTS else []
+            await refuse(scope, send, refusal.status, refusal.message, refusal.param, headers)
+
+    def _meet(self, engine: EngineClient) -> None:
+        scheduler, parallel = engine.vllm_config.scheduler_config, engine.vllm_config.parallel_config
+        self._places = scheduler.max_num_seqs * parallel.data_parallel_size
+        if self._surface.max_prompt_tokens:
+            limit_prompts(engine, self._surface.max_prompt_tokens)
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
+        most = self._surface.max_body
+        too_large = _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "body", f"the request is larger than {most} bytes")
+        length = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
+        if most and length.isdigit() and int(length) > most:
+            raise too_large
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    parts.append(message.get("body", b""))
+                    size += len(parts[-1])
+                    if most and size > most:
+                        raise too_large
+                    if not message.get("more_body", False):
+                        return b"".join(parts)
+        except TimeoutError:
+            message_ = f"the request did not arrive within {BODY_TIMEOUT:g} s"
+            raise _Refused(HTTPStatus.REQUEST_TIMEOUT, "slow", message_) from None
+
+    def _fields(self, path: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        try:
+            read = read_fields(path, request, self._surface.ignore_unknown_fields)
+            check_bounds(read)
+            return read
+        except BadField as bad:
+            raise _Refused(HTTPStatus.BAD_REQUEST, "field", bad.message, bad.field) from None
+
+    async def _generate(self, scope: Scope, receive: Receive, send: Send, request: Mapping[str, Any]) -> None:
+        sequences = self._check(request)
+        key = notes(scope).get("key", NOBODY)
+        self._check_load(key, sequences)
+        self._requests[key] += 1
+        self._sequences += sequences
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._sequences -= sequences
+            self._requests[key] -= 1
+
+    def _check(self, request: Mapping[str, Any]) -> int:
+        """Check one request, and return the sequences it asks for."""
+        most = self._surface.max_output_tokens
+        for field in MAX_TOKENS:
+            wanted = _number(request.get(field))
+            if most and wanted is not None and wanted > most:
+                message = f"{field} is {wanted}, and this server generates at most {most} tokens"
+                raise _Refused(HTTPStatus.UNPROCESSABLE_ENTITY, "max_tokens", message, field)
+        if self._surface.max_prompt_tokens and request.get("use_beam_search"):
+            message = "use_beam_search is not to be had on this server, which limits prompts"
+            raise _Refused(HTTPStatus.UNPROCESSABLE_ENTITY, "prompt_tokens", message, "use_beam_search")
+        number, prompts = max(_number(request.get("n")) or 1, 1), _prompts(request)
+        sequences, most = number * prompts, self._surface.max_sequences
+        if most and sequences > most:
+            what = f"n is {number}" + (f" for each of {prompts} prompts" if prompts > 1 else "")
+            message = f"{what}, and this server generates at most {most} sequences a request"
+            field = "n" if number > 1 else "prompt"
+            raise _Refused(HTTPStatus.UNPROCESSABLE_ENTITY, "sequences", message, field)
+        return sequences
+
+    def _check_load(self, key: str, sequences: int) -> None:
+        most = self._surface.max_requests_per_key
+        if most and self._requests[key] >= most:
+            message = f"{most} requests with this key are under way, which is as many as it may have: try again later"
+            raise _Refused(HTTPStatus.TOO_MANY_REQUESTS, "key_requests", message)
+        full = self._sequences + sequences > self._places + self._surface.max_queue
+        if self._surface.max_queue and self._places and full and self._sequences:
+            message = f"{self._surface.max_queue} sequences are waiting already: try again later"
+            raise _Refused(HTTPStatus.TOO_MANY_REQUESTS, "queue", message)
+
+
+class _Replay:
+    """A `receive` that gives the body again, and then what comes: the client's end."""
+
+    def __init__(self, body: bytes, receive: Receive) -> None:
+        self._body: bytes | None = body
+        self._receive = receive
+
+    async def __call__(self) -> Message:
+        if self._body is None:
+            return await self._receive()
+        body, self._body = self._body, None
+        return {"type": "http.request", "body": body, "more_body": False}
+
+
+def _parsed(body: bytes) -> Mapping[str, Any]:
+    """The request as vLLM will read it; an empty one where vLLM will find that it is none."""
+    try:
+        content = read_json(body)
+    except BadJson as bad:
+        raise _Refused(HTTPStatus.BAD_REQUEST, "json", bad.message, bad.field) from None
+    return content if isinstance(content, dict) else {}
+
+
+def _number(value: object) -> int | None:
+    """A value as vLLM's request models read it, which take "5" and 5.0 for 5; None where they would refuse it."""
+    try:
+        return _integer.validate_python(value)
+    except ValidationError:
+        return None
+
+
+def _prompts(request: Mapping[str, Any]) -> int:
+    for field in ("prompt", "messages"):
+        value = request.get(field)
+        if isinstance(value, list) and value and isinstance(value[0], str | list):
+            return len(value)
+    return 1

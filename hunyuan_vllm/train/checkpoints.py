@@ -1,0 +1,150 @@
+"""Checkpoints of a run: written completely or not at all, and found again"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from safetensors import SafetensorError
+
+from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.files import sync
+
+STAGING: Final = ".saving"
+"""In an output folder, where a checkpoint is until it is whole; what a killed run leaves there is never read."""
+
+STATE: Final = "trainer_state.json"
+NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """The checkpoints in an output folder, oldest first."""
+    found = [(int(match[1]), path) for path in output.glob("checkpoint-*") if (match := NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def resume_folder(given: str, output: Path) -> Path:
+    """The checkpoint that `--resume_from_checkpoint` names: a folder, or `last` (or `True`) for the newest there is.
+
+    Raises:
+        UserError: there is none, or it is not whole.
+    """
+    if given.lower() in ("last", "true"):
+        if not (found := checkpoints(output)):
+            raise UserError(
+                f"--resume_from_checkpoint {given}: {output} has no checkpoint-N; leave the flag out to start"
+            )
+        return check_checkpoint(found[-1])
+    folder = Path(given)
+    if not folder.is_dir():
+        raise UserError(f"--resume_from_checkpoint {given} is no folder: name a checkpoint-N, or `last`")
+    return check_checkpoint(folder)
+
+
+def check_checkpoint(folder: Path) -> Path:
+    """`folder`, if it holds all that training goes on from.
+
+    Raises:
+        UserError: it does not; the message names what is missing.
+    """
+    if STAGING in folder.absolute().parts:
+        raise UserError(f"{folder} was being written when its run ended: resume from a checkpoint-N beside {STAGING}")
+    state = folder / STATE
+    if not state.is_file():
+        raise UserError(f"{folder} is no checkpoint to go on from: it has no {STATE}")
+    try:
+        json.loads(state.read_text())
+    except ValueError:
+        raise UserError(f"{folder} is damaged: {STATE} is not JSON; resume from another checkpoint") from None
+    patterns = {
+        "weights": ("*.safetensors", "global_step*"),
+        "optimiser state": ("optimizer.pt", "global_step*"),
+        "random state": ("rng_state*.pth",),
+    }
+    for what, names in patterns.items():
+        if not any(next(folder.glob(name), None) for name in names):
+            raise UserError(f"{folder} is no checkpoint to go on from: it has no {what} ({' or '.join(names)})")
+    return folder
+
+
+def name_whole(beside: Path, final: Path) -> None:
+    """Give a folder that is complete its name, after all of it is on the disk.
+
+    Of several processes on a shared disk one does it, and the others find it done.
+    """
+    _to_disk(beside)
+    old = beside.with_name(beside.name + ".old")
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(final, old)
+    os.replace(beside, final)
+    sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_old(output: Path, limit: int | None) -> list[Path]:
+    """Delete the oldest checkpoints beyond `limit`, and return them. Each loses its name first."""
+    gone = checkpoints(output)[:-limit] if limit else []
+    for folder in gone:
+        aside = output / STAGING / f"{folder.name}.old"
+        aside.parent.mkdir(exist_ok=True)
+        os.replace(folder, aside)
+        shutil.rmtree(aside, ignore_errors=True)
+    return gone
+
+
+def _to_disk(folder: Path) -> None:
+    for parent, _, files in os.walk(folder):
+        for file in files:
+            sync(Path(parent, file))
+        sync(Path(parent))
+
+
+ERRNOS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+# torch and safetensors write by C++ and Rust, and raise errors of their own.
+WORDS = re.compile(
+    r"no space left|disk quota|file too large|os error (5|27|28|30|122)|file write failed|iostream error", re.I
+)
+
+
+class DiskError(UserError):
+    """What could not be written, and why; exit status 3."""
+
+
+@contextmanager
+def saving(what: str, output: Path) -> Iterator[None]:
+    """Turn a full or broken disk in the body into one line.
+
+    Raises:
+        DiskError: `what` could not be written; the message says what to go on from.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if (reason := _reason(error)) is None:
+            raise
+        whole = checkpoints(output)
+        rest = (
+            f"{whole[-1].name} is whole: make room and go on with --resume_from_checkpoint last"
+            if whole
+            else "there is no checkpoint yet: make room, or name another --output_dir, and start again"
+        )
+        raise DiskError(f"{what} could not be written to {output} ({reason}); {rest}") from error
+
+
+def _reason(error: BaseException | None) -> str | None:
+    """What a disk did that made this error, or one that this came of; None where no disk did."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in ERRNOS:
+            return error.strerror
+        if found := WORDS.search(str(error)):
+            return found[0].lower()
+        error = error.__cause__ or error.__context__
+    return None

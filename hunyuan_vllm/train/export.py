@@ -1,0 +1,144 @@
+"""A trained model's tensors and files as they are served"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from hunyuan_vllm.checkpoint import shard_files
+from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.reference import Float32Linear
+
+ROUTER = ".gate.wg.weight"
+START = ".gate.wg.start"
+
+
+class SplitLinear(nn.Module):
+    """A router's linear whose weight is `start`, a float32 buffer, plus `weight`, which is trained from zero.
+
+    A buffer keeps its type. The sum is small at first, so bfloat16 (beside which DeepSpeed keeps float32) holds it far
+    more finely than it could the weight: what is computed with, saved and served is `start + weight` in float32.
+    Weight decay pulls towards `start`, not towards zero.
+
+    Args:
+        weight: the parameter to use; under ZeRO-3 a part of one.
+        start: [experts, hidden], float32.
+    """
+
+    start: Tensor
+
+    def __init__(self, weight: nn.Parameter, start: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+        self.register_buffer("start", start)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.start + self.weight.float())
+
+
+def split_routers(model: nn.Module, start: Mapping[str, Tensor] | None = None) -> None:
+    """Make every router of `model` a `SplitLinear`.
+
+    Args:
+        start: weights by name, where the model does not hold them whole and exactly (under ZeRO-3).
+    """
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, Float32Linear):
+            continue
+        weight = module.get_parameter("weight")
+        exact = weight.data.float().clone() if start is None else start[f"{name}.weight"].to(weight.device)
+        _zero(weight)
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, SplitLinear(weight, exact))
+
+
+def read_routers(folder: Path) -> dict[str, Tensor]:
+    """The routers' weights of a checkpoint, by name, in float32."""
+    found: dict[str, Tensor] = {}
+    for shard in shard_files(folder):
+        with safe_open(shard, framework="pt") as tensors:
+            found |= {name: tensors.get_tensor(name).float() for name in tensors.keys() if name.endswith(ROUTER)}
+    return found
+
+
+def merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with whole routers again."""
+    whole = {}
+    for name, tensor in state.items():
+        if name.endswith(START):
+            continue
+        start = state.get(name.removesuffix(ROUTER) + START) if name.endswith(ROUTER) else None
+        whole[name] = tensor if start is None else start.to(tensor.device) + tensor.float()
+    return whole
+
+
+def _zero(parameter: nn.Parameter) -> None:
+    if not hasattr(parameter, "ds_id"):
+        parameter.data = torch.zeros_like(parameter.data)
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters([parameter], modifier_rank=0):
+        parameter.data.zero_()
+
+
+ORIGIN: Final = "trained_from.json"
+TOKENIZER: Final = (
+    "hy.tiktoken", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+def as_published(
+    state: Mapping[str, Tensor], config: HunYuanConfig, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """`state` under the published names, in `dtype` where one is given; routers stay in float32."""
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    return {
+        name: tensor if dtype is None or name.endswith(".gate.wg.weight") else tensor.to(dtype)
+        for name, tensor in merged(state).items()
+        if name not in tied
+    }
+
+
+def copy_served_files(folder: Path, tokenizer: Path, base: Path | None) -> None:
+    """Put the tokenizer's files, and the generation config of `base`, beside a model's weights."""
+    for name in TOKENIZER:
+        if (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, folder / name)
+    for source in (base, tokenizer):
+        if source is not None and (source / "generation_config.json").is_file():
+            shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
+            return
+
+
+def write_origin(folder: Path, base: Path | None, dtype: torch.dtype) -> None:
+    """Note beside weights what they were trained from, and the type that the result is to have."""
+    origin = {"base": str(base) if base else None, "served_dtype": str(dtype).removeprefix("torch.")}
+    (folder / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
+
+
+def read_origin(folder: Path) -> tuple[Path | None, torch.dtype] | None:
+    """What `write_origin` noted; None where nothing was."""
+    try:
+        origin = json.loads((folder / ORIGIN).read_text())
+    except OSError:
+        return None
+    return Path(origin["base"]) if origin["base"] else None, getattr(torch, origin["served_dtype"])
+
+
+def set_dtype(folder: Path, dtype: torch.dtype) -> None:
+    """Have a folder's config.json name the type that its tensors have."""
+    file = folder / "config.json"
+    fields = json.loads(file.read_text())
+    fields["dtype"] = str(dtype).removeprefix("torch.")
+    file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")

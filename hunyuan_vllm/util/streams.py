@@ -1,0 +1,127 @@
+"""Standard output and error: open and able to show any text for every command, and for a service unable to fail.
+
+A full disk, a reader that has gone or one that stands still must end neither a server nor its supervisor.
+"""
+
+from __future__ import annotations
+
+import atexit
+import io
+import os
+import queue
+import select
+import sys
+import threading
+
+STREAMS = ("stdout", "stderr")
+QUEUED = 4096  # writes that wait for a reader; more are dropped
+AT_EXIT = 2.0  # seconds that a reader has for what is left when the process ends
+
+
+def prepare_output() -> None:
+    """Open what the caller closed (`>&-`), and escape characters that the terminal's encoding lacks."""
+    for name in STREAMS:
+        stream = getattr(sys, name)
+        if stream is None:
+            _occupy_standard_descriptors()
+            setattr(sys, name, open(os.devnull, "w"))
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def make_output_unfailing() -> None:
+    """From now on sys.stdout and sys.stderr accept every write at once; what cannot be written is dropped and counted.
+
+    They may be written to from any thread and from a signal handler.
+    """
+    prepare_output()
+    for name in STREAMS:
+        stream = getattr(sys, name)
+        if isinstance(getattr(stream, "buffer", None), _UnfailingOutput):
+            continue
+        try:
+            output = _UnfailingOutput(stream.fileno())
+        except (OSError, ValueError):  # in memory, which does not fail
+            continue
+        try:
+            stream.flush()
+        except OSError:
+            pass
+        setattr(sys, name, io.TextIOWrapper(output, stream.encoding, "backslashreplace", line_buffering=True))
+        atexit.register(output.finish)
+
+
+def _occupy_standard_descriptors() -> None:
+    """Else the next file or socket that is opened would be somebody's standard output."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+
+
+class _UnfailingOutput(io.RawIOBase):
+    """Hands what it is given to a thread of its own, which writes it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()  # whose put() may interrupt a put()
+        self._lock = threading.RLock()  # which a signal handler may take while its thread holds it
+        self._dropped = 0  # lines that nothing was said of
+        self._cause = ""
+        self._in_line = False  # the last byte written was no newline
+        self._finished = threading.Event()
+        threading.Thread(target=self._write_queued, name=f"output {descriptor}", daemon=True).start()
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:  # type: ignore[override]
+        piece = bytes(data)
+        if self._queue.qsize() < QUEUED:
+            self._queue.put(piece)
+        else:
+            self._drop(piece, "nobody read them")
+        return len(piece)
+
+    def finish(self) -> None:
+        """Wait until what was given before is written or dropped, but not for a reader that stands still."""
+        self._queue.put(None)
+        self._finished.wait(AT_EXIT)
+
+    def _write_queued(self) -> None:
+        while (piece := self._queue.get()) is not None:
+            try:
+                self._report_dropped()
+                self._write(piece)
+            except OSError as error:
+                self._drop(piece, error.strerror or type(error).__name__)
+        self._finished.set()
+
+    def _report_dropped(self) -> None:
+        dropped = self._dropped
+        if dropped:
+            lines = "1 line" if dropped == 1 else f"{dropped} lines"
+            start = "\n" if self._in_line else ""
+            self._write(f"{start}hunyuan-vllm: {lines} of output dropped: {self._cause}\n".encode())
+            with self._lock:
+                self._dropped -= dropped
+
+    def _write(self, piece: bytes) -> None:
+        while piece:
+            try:
+                written = os.write(self._descriptor, piece)
+            except BlockingIOError:
+                select.select([], [self._descriptor], [])
+                continue
+            self._in_line = not piece[:written].endswith(b"\n")
+            piece = piece[written:]
+
+    def _drop(self, piece: bytes, cause: str) -> None:
+        with self._lock:
+            self._dropped += piece.count(b"\n") or 1
+            self._cause = cause

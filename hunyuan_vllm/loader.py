@@ -26,6 +26,7 @@ from hunyuan_vllm.attention import FoldedQueryNorm
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import CheckpointError, Layout
 from hunyuan_vllm.quant.scheme import CheckpointScheme, is_quantised, scheme_layout
+from hunyuan_vllm.util.text import duration
 
 if TYPE_CHECKING:
     from hunyuan_vllm.model import HunYuanForCausalLM
@@ -74,7 +75,7 @@ class LoadProgress:
                 bar.update(tensor.numel())
                 self._say_where_it_is()
         if self._shown and self._seconds() >= QUIET:
-            logger.info("Loaded %s in %s", self._amounts(), _duration(self._seconds()))
+            logger.info("Loaded %s in %s", self._amounts(), duration(self._seconds()))
 
     def quantised(self, tensors: Iterable[Named]) -> Iterator[Named]:
         """Pass on what a checkpoint's tensor was quantised to."""
@@ -87,7 +88,7 @@ class LoadProgress:
             return
         self._reported = time.monotonic()
         share = self._done / self._elements
-        left = _duration(self._seconds() * (1 / share - 1)) if share < 1 else "0:00"
+        left = duration(self._seconds() * (1 / share - 1)) if share < 1 else "0:00"
         logger.info("Loading weights: %.0f%%, %s, %s left", 100 * share, self._amounts(), left)
 
     def _amounts(self) -> str:
@@ -96,11 +97,6 @@ class LoadProgress:
 
     def _seconds(self) -> float:
         return time.monotonic() - self._started
-
-
-def _duration(seconds: float) -> str:
-    """As in 1:02:03 or 2:03."""
-    return tqdm.format_interval(seconds).removeprefix("0")
 
 
 # Checkpoint name → this package's module name. An owner's q_proj is added by `_names_for`.

@@ -7,7 +7,8 @@ import io
 from rich.console import Console
 
 from hunyuan_vllm.cli.show import show_sections, tally
-from hunyuan_vllm.util.findings import Section, exit_status, sections_json, some, some_alike
+from hunyuan_vllm.util.findings import Section, exit_status, sections_json
+from hunyuan_vllm.util.text import group_similar, some
 
 
 def section() -> Section:
@@ -32,10 +33,10 @@ def test_only_problems_change_the_exit_status() -> None:
 
 def test_names_that_differ_only_in_numbers_share_a_line() -> None:
     names = [f"model.layers.{layer}.q.scale is {layer / 7:.2e}, one of 2 in 1,{layer:03}" for layer in range(64)]
-    assert some_alike([*names, "model.norm"]) == ["model.layers.*.q.scale is *, one of * in * (64)", "model.norm"]
+    assert group_similar([*names, "model.norm"]) == ["model.layers.*.q.scale is *, one of * in * (64)", "model.norm"]
     kinds = [f"{letter}.{number}" for letter in "abcdefgh" for number in range(2)]
-    assert some_alike(kinds)[-1] == "and 3 more kinds"
-    assert some_alike(names[:3]) == names[:3]
+    assert group_similar(kinds)[-1] == "and 3 more kinds"
+    assert group_similar(names[:3]) == names[:3]
     assert some(["a", "b", "c", "d", "e"]) == "a, b, c and 2 more"
 
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from hunyuan_vllm.check.files import SUMS_FILE, Digest, Shard, StoredTensor, known_digests, plain_files, write_sums
 from hunyuan_vllm.util.errors import UserError
-from hunyuan_vllm.util.findings import Section, some
+from hunyuan_vllm.util.findings import Section
+from hunyuan_vllm.util.text import some
 
 CHUNK = 1 << 20  # small enough for its hash and its scan to find it in the processor's cache
 # Type → (integers of its width, the bits without the sign, those of infinity). As an integer, a float without its sign

@@ -18,7 +18,8 @@ from hunyuan_vllm.layout import CheckpointError, Shape
 from hunyuan_vllm.server.models import HUB_NAME
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.files import replacing
-from hunyuan_vllm.util.findings import Section, some
+from hunyuan_vllm.util.findings import Section
+from hunyuan_vllm.util.text import some
 
 SUMS_FILE = "SHA256SUMS"
 SUMS_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")

@@ -11,7 +11,8 @@ from hunyuan_vllm.chat_template import CHAT_TEMPLATE, Refused, known_faults, ren
 from hunyuan_vllm.check.configs import ConfigFile
 from hunyuan_vllm.checkpoint import PUBLISHED_AT
 from hunyuan_vllm.envs import CHECKPOINT_CHAT_TEMPLATE
-from hunyuan_vllm.util.findings import Section, some
+from hunyuan_vllm.util.findings import Section
+from hunyuan_vllm.util.text import some
 
 if TYPE_CHECKING:
     from hunyuan_vllm.tokenizer import HYTokenizer

@@ -5,23 +5,15 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from hunyuan_vllm.cli.show import show_sections, tally
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.findings import Section, exit_status, sections_json
+from hunyuan_vllm.util.progress import Progress
 
 if TYPE_CHECKING:
     from hunyuan_vllm.check.deep import Deep
@@ -30,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["check"]
 
 INTERRUPTED = 130
-LINE_EVERY = 30.0  # seconds
 
 
 def check(
@@ -85,7 +76,9 @@ def check(
 
             def run_deep(work: Deep, section: Section) -> None:
                 status.stop()
-                _with_progress(work, section, console)
+                progress = Progress(console)
+                with progress.stage("reading", work.total):
+                    work.run(progress.advance, section)
 
             report = check_folder(folder, run_deep if deep else None, write_sums, jobs)
     except KeyboardInterrupt:
@@ -96,35 +89,6 @@ def check(
     else:
         _show(report)
     raise typer.Exit(exit_status(report.sections))
-
-
-def _with_progress(work: Deep, section: Section, console: Console) -> None:
-    total = work.total
-    if not console.is_terminal:
-        work.run(_Lines(total), section)
-        return
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn(), TimeRemainingColumn(), "left")
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=total)
-        work.run(lambda size: progress.advance(task, size), section)
-
-
-class _Lines:
-    """Progress where there is no terminal: a line every half minute."""
-
-    def __init__(self, total: int) -> None:
-        self._total, self._done = total, 0
-        self._started = self._said = time.monotonic()
-
-    def __call__(self, size: int) -> None:
-        self._done += size  # from several threads: at worst a line is a chunk behind
-        now = time.monotonic()
-        if now - self._said >= LINE_EVERY:
-            self._said = now
-            rate = self._done / (now - self._started)
-            left = (self._total - self._done) / rate
-            done = f"{self._done / 1e9:,.1f} of {self._total / 1e9:,.1f} GB"
-            print(f"hunyuan-vllm: {done}, {rate / 1e9:.2f} GB/s, {left:,.0f} s left", file=sys.stderr, flush=True)
 
 
 def _show(report: Report) -> None:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +20,6 @@ __all__ = ["app"]
 BAD_LINES, INTERRUPTED = 1, 130  # exit statuses
 SHOWN = 20  # bad lines without --json, unless --all
 SHOWN_CHARACTERS = 1500  # of a sample
-LINE_EVERY = 30.0  # seconds
 
 app = typer.Typer(no_args_is_help=True, help="Training data.")
 
@@ -90,14 +85,16 @@ def check(
     from hunyuan_vllm.tokenizer import load_tokenizer
     from hunyuan_vllm.train import data_report
     from hunyuan_vllm.train.dataset import Encoding, scan
+    from hunyuan_vllm.util.progress import Progress
 
     model = demo.folder(model) if model is not None else demo.path()
     if not model.is_dir():
         raise UserError(f"--model {model} is no folder: give a checkpoint's, or its tokenizer's")
     encoding = Encoding(load_tokenizer(model), max_seq_length, train_on_all, default_system)
     try:
-        with _progress(file) as advance:
-            found = scan(file, encoding, advance=advance)
+        progress = Progress(Console(stderr=True))
+        with progress.stage("reading", file.stat().st_size if file.is_file() else 0):
+            found = scan(file, encoding, advance=progress.advance)
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
     shown = data_report.read_sample(file, found, encoding, sample)
@@ -153,30 +150,3 @@ def _show_sample(sample: Sample, console: Console) -> None:
     if len(text) > SHOWN_CHARACTERS:
         text = text[:SHOWN_CHARACTERS] + Text(f" … {len(text) - SHOWN_CHARACTERS:,} characters more")
     console.print(Text("  ") + text)
-
-
-@contextmanager
-def _progress(file: Path) -> Iterator[Callable[[int], object]]:
-    """A bar on a terminal, a line every half minute elsewhere; nothing for a file that takes a second."""
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    total = file.stat().st_size if file.is_file() else 0
-    if console.is_terminal:
-        with Progress(console=console, transient=True) as bar:
-            task = bar.add_task("reading", total=total)
-            yield lambda size: bar.advance(task, size)
-        return
-    started = said = time.monotonic()
-    done = 0
-
-    def advance(size: int) -> None:
-        nonlocal done, said
-        done += size
-        now = time.monotonic()
-        if now - said >= LINE_EVERY:
-            said = now
-            left = (total - done) * (now - started) / done
-            print(f"hunyuan-vllm: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {left:,.0f} s left", file=sys.stderr)
-
-    yield advance

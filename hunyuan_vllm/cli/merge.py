@@ -55,7 +55,8 @@ def merge_lora(
     from hunyuan_vllm.serving_command import checkpoint_command
     from hunyuan_vllm.train.adapter import Adapter
     from hunyuan_vllm.train.merge import SAVE_DTYPES, Merge
-    from hunyuan_vllm.util.progress import Progress, gigabytes
+    from hunyuan_vllm.util.progress import Progress
+    from hunyuan_vllm.util.text import gigabytes
 
     if save_dtype not in SAVE_DTYPES:
         raise UserError(f"--save_dtype {save_dtype}: it is {', '.join(SAVE_DTYPES)}")

@@ -111,7 +111,8 @@ def _convert(source: Path, target: Path, options: Options, calibration: Path | N
     from hunyuan_vllm.quantize.source import Source
     from hunyuan_vllm.quantize.verify import show
     from hunyuan_vllm.serving_command import checkpoint_command
-    from hunyuan_vllm.util.progress import Progress, gigabytes
+    from hunyuan_vllm.util.progress import Progress
+    from hunyuan_vllm.util.text import gigabytes
 
     progress = Progress(console)
     report = Conversion(Source(source), target.absolute(), options, calibration, progress).run()

@@ -12,7 +12,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from hunyuan_vllm.util.findings import Finding, Section, Status, some_alike
+from hunyuan_vllm.util.findings import Finding, Section, Status
+from hunyuan_vllm.util.text import group_similar
 
 STYLES = {Status.OK: "green", Status.WARNING: "yellow", Status.PROBLEM: "bold red", Status.SKIPPED: "cyan"}
 WORDS = {Status.OK: "ok", Status.WARNING: "warning", Status.PROBLEM: "PROBLEM", Status.SKIPPED: "skipped"}
@@ -45,7 +46,7 @@ def _show(finding: Finding, console: Console) -> None:
     )
     # What is wrapped goes on under the text.
     _print(line, console, hang=WIDTH)
-    for item in some_alike(finding.items):
+    for item in group_similar(finding.items):
         _print(Text(f"- {item}"), console, indent=WIDTH + 2, hang=2)
     if finding.remedy:
         _print(Text(f"→ {finding.remedy}" if _has_arrows(console) else f"-> {finding.remedy}"), console, WIDTH + 2, 2)

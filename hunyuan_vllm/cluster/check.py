@@ -13,7 +13,8 @@ from hunyuan_vllm.cluster.logins import Login, Logins
 from hunyuan_vllm.cluster.probe import PACKAGES, Node
 from hunyuan_vllm.cluster.problems import HostError
 from hunyuan_vllm.cluster.ssh import Shell
-from hunyuan_vllm.util.findings import Section, some
+from hunyuan_vllm.util.findings import Section
+from hunyuan_vllm.util.text import some
 
 ROUNDS = 3
 

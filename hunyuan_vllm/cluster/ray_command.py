@@ -19,7 +19,7 @@ from hunyuan_vllm.cluster.ray_start import find_ray, start
 from hunyuan_vllm.cluster.ray_token import make_token, token_file
 from hunyuan_vllm.server.options import Settings
 from hunyuan_vllm.util.errors import UserError
-from hunyuan_vllm.util.findings import some
+from hunyuan_vllm.util.text import some
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 

@@ -15,7 +15,7 @@ from hunyuan_vllm.cluster.problems import Problem
 from hunyuan_vllm.cluster.ray_node import Looked
 from hunyuan_vllm.cluster.record import ClusterRecord
 from hunyuan_vllm.cluster.remote_node import RemoteNodes
-from hunyuan_vllm.util.findings import some
+from hunyuan_vllm.util.text import some
 
 __all__ = ["ClusterStatus", "NodeStatus", "look_at_cluster"]
 

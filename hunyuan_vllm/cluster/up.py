@@ -20,7 +20,8 @@ from hunyuan_vllm.cluster.ray_token import make_token
 from hunyuan_vllm.cluster.remote_node import RemoteNodes
 from hunyuan_vllm.cluster.tls import sign
 from hunyuan_vllm.util.errors import UserError
-from hunyuan_vllm.util.findings import Section, Status, some
+from hunyuan_vllm.util.findings import Section, Status
+from hunyuan_vllm.util.text import some
 
 
 def bring_down(logins: Logins) -> Section:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from hunyuan_vllm.doctor.probes import Probe, System
 from hunyuan_vllm.server.hardware import can_compile, free_memory
-from hunyuan_vllm.util.findings import Section, some
+from hunyuan_vllm.util.findings import Section
+from hunyuan_vllm.util.text import some
 
 FIELDS = (
     "index", "name", "driver_version", "compute_cap", "memory.total", "memory.used", "mig.mode.current",

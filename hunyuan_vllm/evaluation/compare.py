@@ -20,7 +20,8 @@ from hunyuan_vllm.evaluation.passages import BUILT_IN_TEXT, Passage, held_out_qu
 from hunyuan_vllm.evaluation.schemes import Scheme, checkpoint_of
 from hunyuan_vllm.server.models import ModelSource
 from hunyuan_vllm.util.errors import UserError
-from hunyuan_vllm.util.progress import Progress, gigabytes
+from hunyuan_vllm.util.progress import Progress
+from hunyuan_vllm.util.text import gigabytes
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from hunyuan_vllm.quant.layouts import PACKED, PLAIN
 from hunyuan_vllm.server.models import FP8, ModelSource, open_model
 from hunyuan_vllm.server.options import Settings
 from hunyuan_vllm.util.errors import UserError
-from hunyuan_vllm.util.progress import Progress, gigabytes
+from hunyuan_vllm.util.progress import Progress
+from hunyuan_vllm.util.text import gigabytes
 
 # vLLM's --quantization for a BF16 checkpoint; a quantised checkpoint says by itself what it is.
 QUANTIZATION = {"bf16": None, "int8": "hunyuan_int8", "int8-w8a8": "hunyuan_int8_w8a8", "fp8": None}

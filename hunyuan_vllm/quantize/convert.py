@@ -27,7 +27,8 @@ from hunyuan_vllm.quantize.units import kept_linears, units
 from hunyuan_vllm.quantize.verify import Verifier
 from hunyuan_vllm.quantize.writer import Shard, ShardWriter, Workspace, index_of, plan_shards
 from hunyuan_vllm.util.errors import UserError
-from hunyuan_vllm.util.progress import Progress, gigabytes
+from hunyuan_vllm.util.progress import Progress
+from hunyuan_vllm.util.text import gigabytes
 
 __all__ = ["Conversion", "quantize_checkpoint"]
 

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ from hunyuan_vllm.quantize.options import Options
 from hunyuan_vllm.quantize.units import units
 from hunyuan_vllm.quantize.verify import compare
 from hunyuan_vllm.quantize.writer import plan_shards
-from hunyuan_vllm.util.progress import gigabytes
+from hunyuan_vllm.util.text import duration, gigabytes
 
 PROBE = 4096  # a square weight of this size stands for the others
 WORKSPACE = 550 * 10**6  # bytes: Python and PyTorch
@@ -100,17 +99,17 @@ class Plan:
     def lines(self, rates: Rates, device: str) -> list[str]:
         """What to tell a user."""
         memory = [f"converting {gigabytes(self.memory_converting)}"]
-        hours = [f"converting {_clock(self.seconds_converting)}"]
+        hours = [f"converting {duration(self.seconds_converting)}"]
         extra = ""
         if self.seconds_calibrating:
             memory.insert(0, f"calibrating {gigabytes(self.memory_calibrating)}")
-            hours.insert(0, f"calibrating {_clock(self.seconds_calibrating)}")
+            hours.insert(0, f"calibrating {duration(self.seconds_calibrating)}")
             extra = f"; {gigabytes(self.state_bytes)} more until it is done"
         return [
             f"reads   {gigabytes(self.source_bytes)} ({self.parameters / 1e9:,.2f} billion parameters)",
             f"writes  {gigabytes(self.written_bytes)}, in {self.files} files{extra}",
             f"memory  {gigabytes(self.memory)} ({', '.join(memory)})",
-            f"time    {_clock(self.seconds)} ({', '.join(hours)}), h:mm:ss; longer if the disk reads and writes less "
+            f"time    {duration(self.seconds)} ({', '.join(hours)}), h:mm:ss; longer if the disk reads and writes less "
             f"than {gigabytes(self.disk_rate)}/s",
             f"        at the rates just measured on {device}: ranges {gigabytes(rates.look)}/s, products "
             f"{rates.multiply / 1e12:.2g} TFLOP/s, converting {gigabytes(rates.convert)}/s",
@@ -129,10 +128,6 @@ class Plan:
         """Bytes a second of reading and writing that keep up with the arithmetic."""
         passes = 3 if self.seconds_calibrating else 2
         return (passes * self.source_bytes + 2 * self.written_bytes) / self.seconds
-
-
-def _clock(seconds: float) -> str:
-    return str(timedelta(seconds=math.ceil(seconds)))
 
 
 def active_parameters(config: HunYuanConfig) -> int:

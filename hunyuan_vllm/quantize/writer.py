@@ -23,7 +23,7 @@ from hunyuan_vllm.quantize.formats import Spec
 from hunyuan_vllm.quantize.units import Unit
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.files import sync
-from hunyuan_vllm.util.progress import gigabytes
+from hunyuan_vllm.util.text import gigabytes
 
 # How safetensors writes torch's types.
 TYPE_NAMES = {

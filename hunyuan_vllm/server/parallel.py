@@ -18,6 +18,7 @@ from hunyuan_vllm.server.models import ModelSource
 from hunyuan_vllm.server.options import Flags, Settings
 from hunyuan_vllm.server.ray_cluster import RayCluster, find_ray_cluster
 from hunyuan_vllm.util.errors import NotYetError, UserError
+from hunyuan_vllm.util.text import duration
 
 # With these the user has chosen something that shared caches may not go with.
 CHOSEN_OTHERWISE = ("decode-context-parallel-size", "attention-backend", "speculative-config", "kv-transfer-config")
@@ -136,7 +137,7 @@ def _say(live: Live, head: str, lines: Sequence[str], left: float, said: tuple[s
         return said
     if not live.console.is_terminal:
         live.console.print(
-            head if text == said[0] else text, f"  giving up in {_clock(left)}", sep="\n", soft_wrap=True
+            head if text == said[0] else text, f"  giving up in {duration(left)}", sep="\n", soft_wrap=True
         )
     return text, now
 
@@ -146,12 +147,8 @@ def _count_down(
 ) -> None:
     while (now := time.monotonic()) < until and not (stop and stop.requested):
         if live.console.is_terminal:
-            live.update(Text("\n  ".join([head, *lines, f"giving up in {_clock(deadline - now)}"])), refresh=True)
+            live.update(Text("\n  ".join([head, *lines, f"giving up in {duration(deadline - now)}"])), refresh=True)
         time.sleep(min(0.5, until - now))
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 FOR_WEIGHTS = 0.85  # of a GPU's memory: vLLM takes 0.92 of it, and the cache and activations want some

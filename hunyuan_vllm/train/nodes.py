@@ -23,7 +23,7 @@ import psutil
 from hunyuan_vllm.cluster.hosts import normalise_address
 from hunyuan_vllm.server.network import READERS
 from hunyuan_vllm.util.errors import UserError
-from hunyuan_vllm.util.findings import some
+from hunyuan_vllm.util.text import some
 
 
 def end_process(status: int) -> NoReturn:

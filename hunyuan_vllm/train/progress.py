@@ -4,35 +4,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from datetime import timedelta
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import TrainerCallback
 
 from hunyuan_vllm.util.files import replacing
+from hunyuan_vllm.util.progress import Progress
+from hunyuan_vllm.util.text import duration
 
 
 class Display(TrainerCallback):
     """Shows loss, learning rate, tokens a second and the time left; of several processes the first one speaks."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
-        self._bar: Progress | None = None
+        self._console, self._progress = console, Progress(console)
+        self._bar = ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._started, self._first = time.monotonic(), state.global_step
         if state.is_world_process_zero and self._console.is_terminal:
-            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[left]}"))
-            self._bar = Progress(*columns, console=self._console)
-            self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, left="")
-            self._bar.start()
+            stage = self._progress.stage("training", state.max_steps, state.global_step, unit="steps")
+            self._bar.enter_context(stage)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=state.global_step, left=self._left(state))
+        if state.is_world_process_zero and self._console.is_terminal:
+            self._progress.advance(1)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if not state.is_world_process_zero or not logs:
@@ -53,9 +52,7 @@ class Display(TrainerCallback):
 
     def close(self) -> None:
         """Leave the terminal as it was, however the run has ended."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        self._bar.close()
 
     def _line(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -63,7 +60,7 @@ class Display(TrainerCallback):
     def _left(self, state: Any) -> str:
         done = state.global_step - self._first
         seconds = (time.monotonic() - self._started) / max(done, 1) * (state.max_steps - state.global_step)
-        return f"{timedelta(seconds=round(seconds))} left"
+        return f"{duration(seconds)} left"
 
 
 def close_displays(callbacks: Iterable[Any]) -> None:

@@ -1,17 +1,13 @@
-"""What `check` and `doctor` found: lines with a status, and a remedy where something is wrong."""
+"""What a check found: one line for each thing checked, with a remedy where something is wrong"""
 
-from __future__ import annotations
-
-import re
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
 
 class Status(StrEnum):
-    """SKIPPED: it could not be looked at; the text says why. Only a PROBLEM changes the exit status."""
+    """SKIPPED: it could not be checked; the text says why. Only a PROBLEM changes the exit status."""
 
     OK = "ok"
     WARNING = "warning"
@@ -24,17 +20,21 @@ class Finding:
     """One line.
 
     Attributes:
-        subject: what was looked at, in a word or two.
-        text: what was seen.
+        subject: what was checked, in a word or two.
+        text: what was found.
         remedy: what to do about it; every warning and problem has one.
-        items: all the tensors, files or ids it is about, which `text` may only count.
+        items: all the tensors, files or ids it is about; `text` may only count them.
     """
 
     subject: str
-    status: Status
     text: str
     remedy: str = ""
+    status: Status = Status.PROBLEM
     items: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """On one line, for an error message."""
+        return f"{self.subject}: {self.text}" + (f"; {self.remedy}" if self.remedy else "")
 
 
 @dataclass
@@ -45,16 +45,16 @@ class Section:
     findings: list[Finding] = field(default_factory=list)
 
     def ok(self, subject: str, text: str) -> None:
-        self.findings.append(Finding(subject, Status.OK, text))
+        self.findings.append(Finding(subject, text, status=Status.OK))
 
-    def skipped(self, subject: str, why: str, remedy: str = "") -> None:
-        self.findings.append(Finding(subject, Status.SKIPPED, why, remedy))
+    def skipped(self, subject: str, text: str, remedy: str = "") -> None:
+        self.findings.append(Finding(subject, text, remedy, Status.SKIPPED))
 
     def warning(self, subject: str, text: str, remedy: str, items: Iterable[str] = ()) -> None:
-        self.findings.append(Finding(subject, Status.WARNING, text, remedy, tuple(items)))
+        self.findings.append(Finding(subject, text, remedy, Status.WARNING, tuple(items)))
 
     def problem(self, subject: str, text: str, remedy: str, items: Iterable[str] = ()) -> None:
-        self.findings.append(Finding(subject, Status.PROBLEM, text, remedy, tuple(items)))
+        self.findings.append(Finding(subject, text, remedy, Status.PROBLEM, tuple(items)))
 
     @property
     def sound(self) -> bool:
@@ -69,20 +69,3 @@ def exit_status(sections: Iterable[Section]) -> int:
 def sections_json(sections: Iterable[Section]) -> list[dict[str, Any]]:
     """For --json: statuses as words, items in full."""
     return [asdict(section) for section in sections]
-
-
-def some(items: Sequence[str], limit: int = 3) -> str:
-    """The first of them, and how many more there are."""
-    shown = ", ".join(items[:limit])
-    return shown if len(items) <= limit else f"{shown} and {len(items) - limit:,} more"
-
-
-def some_alike(items: Sequence[str], limit: int = 6) -> list[str]:
-    """Lines that stand for `items`: those that differ only in numbers, as a layer's or an expert's, share one."""
-    if len(items) <= limit:
-        return list(items)
-    alike = defaultdict(list)
-    for item in items:
-        alike[re.sub(r"\d+(?:[.,]\d+)*(?:e[-+]?\d+)?", "*", item)].append(item)
-    lines = [group[0] if len(group) == 1 else f"{pattern} ({len(group):,})" for pattern, group in alike.items()]
-    return lines if len(lines) <= limit else [*lines[: limit - 1], f"and {len(lines) - limit + 1:,} more kinds"]

@@ -1,26 +1,20 @@
-"""How far a conversion is and how long it will take: bars on a terminal, a line every half minute elsewhere."""
-
-from __future__ import annotations
+"""The progress display of every long command: a bar on a terminal, a line every half minute elsewhere"""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from hunyuan_vllm.util.text import duration, gigabytes
+
 LINE_EVERY = 30.0  # seconds
 
 
-def gigabytes(count: float) -> str:
-    """As in "1.5 GB", or "12 MB" below half a gigabyte."""
-    return f"{count / 1e9:,.1f} GB" if count >= 5e8 else f"{count / 1e6:,.1f} MB"
-
-
 class Progress:
-    """Counts one stage after the other."""
+    """Shows one stage after the other."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -46,22 +40,22 @@ class Progress:
                 self._bars = None
 
     def advance(self, amount: int, detail: str = "") -> None:
-        """Count `amount` more of the stage's unit; `detail` is shown beside it."""
+        """Count `amount` more of the stage's unit; `detail` is shown beside it. Several threads may call this."""
         self._done += amount
         self._detail = detail or self._detail
         if self._bars is not None:
             self._bars.update(self._task, completed=self._done, amount=self._amount())
-        elif time.monotonic() - self._reported >= LINE_EVERY:
-            self._reported = time.monotonic()
-            seconds = (self._total - self._done) * (self._reported - self._started) / (self._done - self._at_start)
-            self.say(f"{self._name}: {self._amount()}, {timedelta(seconds=round(seconds))} left")
+        elif (now := time.monotonic()) - self._reported >= LINE_EVERY:
+            self._reported = now
+            seconds = (self._total - self._done) * (now - self._started) / max(self._done - self._at_start, 1)
+            self.say(f"{self._name}: {self._amount()}, {duration(seconds)} left")
 
     def _amount(self) -> str:
         if self._unit == "bytes":
             rate = (self._done - self._at_start) / max(time.monotonic() - self._started, 1e-3)
             amount = f"{gigabytes(self._done)} of {gigabytes(self._total)}, {gigabytes(rate)}/s"
         else:
-            amount = f"{self._done} of {self._total} {self._unit}"
+            amount = f"{self._done:,} of {self._total:,} {self._unit}"
         return f"{amount}, {self._detail}" if self._detail else amount
 
 

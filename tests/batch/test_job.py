@@ -21,10 +21,11 @@ from hunyuan_vllm.batch.job import FAILED_LINES, Job
 from hunyuan_vllm.batch.lines import read_lines
 from hunyuan_vllm.batch.output import Output
 from hunyuan_vllm.batch.requests import BadLine, Record, Settings, failed
-from hunyuan_vllm.batch.runner import LINE_EVERY, Reporter
+from hunyuan_vllm.batch.runner import Reporter
 from hunyuan_vllm.server.middleware.errors import Problem
 from hunyuan_vllm.server.models import demo_model, open_model
 from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.progress import LINE_EVERY
 
 
 def console() -> Console:
@@ -162,7 +163,7 @@ def test_progress_away_from_a_terminal(monkeypatch):
         assert said(screen) == ""
         now += 1
         reporter.advance([Record(99, b"", False, 50)])
-    assert said(screen) == "hunyuan-vllm: 200/1000 lines, 3 failed, 167 tokens/s, 4:00 left\n"
+    assert said(screen) == "hunyuan-vllm: answered: 200 of 1,000 lines, 3 failed, 167 tokens/s, 4:00 left\n"
     assert (
         reporter.summary()
         == "197 of 1000 lines answered, 3 failed; 100 in this run: 5,000 tokens in 0:30, 167 tokens/s"

@@ -21,8 +21,9 @@ from common import Report, Spread, interleaved, note, options, random_checkpoint
 from processes import Child
 
 from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.quant.schemes import WRITTEN
 from hunyuan_vllm.quantize.estimate import Plan, Rates, measure_rates
-from hunyuan_vllm.quantize.options import SCHEMES, Options
+from hunyuan_vllm.quantize.options import Options
 
 WIDE: dict[str, Any] = dict(
     vocab_size=8192, hidden_size=4096, intermediate_size=12288, num_hidden_layers=2, num_attention_heads=32,
@@ -32,7 +33,7 @@ PUBLISHED: dict[str, Any] = dict(
     num_experts=16, num_key_value_heads=8, use_mixed_mlp_moe=True, use_cla=True, cla_share_factor=2, use_qk_norm=True,
     rope_scaling={"type": "dynamic", "alpha": 1000.0, "factor": 1.0}, tie_word_embeddings=True,
 )  # fmt: skip
-RUNS = {scheme: dict(scheme=scheme) for scheme in SCHEMES} | {
+RUNS = {scheme: dict(scheme=scheme) for scheme in WRITTEN} | {
     "int8, mse": dict(scheme="int8", clip="mse"),
     "int8-w8a8, smooth": dict(scheme="int8-w8a8", smooth=0.5),
 }

@@ -24,7 +24,7 @@ from hunyuan_vllm.quantize.convert import quantize_checkpoint
 from hunyuan_vllm.reference import HunYuanForCausalLM
 from hunyuan_vllm.tokenizer import register_tokenizer
 
-FP8 = "fp8-w8a8c8"
+FP8 = "fp8"
 RUNS: list[tuple[str, dict[str, Any]]] = [
     *[(FP8, {"headroom": headroom}) for headroom in (1.0, 2.0, 4.0, 16.0)],
     *[(FP8, {"calibration_tokens": 24, "headroom": headroom}) for headroom in (1.0, 2.0, 4.0)],

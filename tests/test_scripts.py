@@ -22,7 +22,7 @@ SCRIPTS = [*POSIX_SCRIPTS, ROOT / ".ci" / "run"]
 def test_all_scripts_are_here():
     assert {script.name for script in SCRIPTS} == {
         "openapi.sh", "ray_head.sh", "ray_stop.sh", "ray_worker.sh", "run_server.sh", "run_server_fp8.sh",
-        "run_server_int8.sh", "setup_env.sh", "run.sh", "container.sh", "cuda.sh", "run",
+        "run_server_int4.sh", "run_server_int8.sh", "setup_env.sh", "run.sh", "container.sh", "cuda.sh", "run",
         "train.sh", "merge_lora_weight.sh",
     }  # fmt: skip
 

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 __all__ = ["quantize"]
 
-CALIBRATION = "Calibration (fp8-w8a8c8, and --smooth)"
+CALIBRATION = "Calibration (fp8, and --smooth)"
 OUTLIERS = "Outliers"
 
 
 def quantize(
     source: Path = typer.Argument(metavar="SRC", help="Folder of the BF16 checkpoint, or demo.", show_default=False),
     target: Path = typer.Argument(None, metavar="DST", help="Folder to write, which must not exist."),
-    scheme: str = typer.Option(..., help="fp8-w8a8c8, int8 or int8-w8a8; see below.", show_default=False),
+    scheme: str = typer.Option(..., help="fp8, int8 or int8-w8a8; see below.", show_default=False),
     calibration: Path = typer.Option(
         None,
         metavar="FILE",
@@ -60,7 +60,7 @@ def quantize(
 
     \b
     Schemes:
-      fp8-w8a8c8  FP8 weights, inputs and cache, one scale a tensor, in the
+      fp8         FP8 weights, inputs and cache, one scale a tensor, in the
                   layout of vLLM's fp8 method (AutoFP8); input scales come from
                   running the network over a calibration text
       int8        int8 weights, one scale an output channel, in the layout of
@@ -74,8 +74,8 @@ def quantize(
     Examples:
       hunyuan-vllm quantize /models/hunyuan-large /models/int8 --scheme int8
       hunyuan-vllm quantize /models/hunyuan-large /models/fp8
-          --scheme fp8-w8a8c8 --calibration chats.jsonl --calibration-tokens 65536
-      hunyuan-vllm quantize hunyuan-large --scheme fp8-w8a8c8 --plan
+          --scheme fp8 --calibration chats.jsonl --calibration-tokens 65536
+      hunyuan-vllm quantize hunyuan-large --scheme fp8 --plan
 
     \b
     A line of a .jsonl file is one of
@@ -92,10 +92,12 @@ def quantize(
     Exit status: 0 DST is complete, 2 something given is of no use, 3 the disk
     gave out, 130 interrupted.
     """
+    from hunyuan_vllm.quant.schemes import WRITTEN, find_scheme
     from hunyuan_vllm.quantize.options import Options, parse_size
 
     console = Console(stderr=True)
-    options = Options(scheme, clip, smooth, calibration_tokens, headroom, parse_size(shard_size), _device(device))
+    name = find_scheme(scheme, WRITTEN).name
+    options = Options(name, clip, smooth, calibration_tokens, headroom, parse_size(shard_size), _device(device))
     source = demo.folder(source)
     if plan:
         _show_plan(source, options)

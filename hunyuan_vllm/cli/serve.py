@@ -94,7 +94,7 @@ def serve(
     context: typer.Context,
     dry_run: bool = typer.Option(False, "--dry-run", help="Print the exact command and environment, start nothing."),
     scheme_name: str = typer.Option(
-        None, "--scheme", metavar="SCHEME", help="Serve quantised: int8, int8-w8a8 or fp8-w8a8c8; see the examples."
+        None, "--scheme", metavar="SCHEME", help="bf16, int8, int8-w8a8, fp8 or int4; default: as the checkpoint is."
     ),
     insecure: bool = typer.Option(
         False, "--insecure", help="Listen beyond this machine without an API key: anyone who can connect can use it."
@@ -152,7 +152,7 @@ def serve(
       MODEL_PATH=/models/hunyuan-large hunyuan-vllm serve --scheme int8
           the BF16 checkpoint, its weights quantised to int8 while they load,
           on up to 8 GPUs; int8-w8a8 computes with int8 activations as well
-      MODEL_PATH=/models/hunyuan-large-fp8 hunyuan-vllm serve --scheme fp8-w8a8c8
+      MODEL_PATH=/models/hunyuan-large-fp8 hunyuan-vllm serve --scheme fp8
           an FP8 checkpoint with an FP8 cache, on up to 8 GPUs
       hunyuan-vllm serve --supervise --grace 120
           a service that comes back; see docs/serving.md
@@ -195,10 +195,11 @@ def serve(
     from hunyuan_vllm import envs
     from hunyuan_vllm.cluster.joined import cluster_variables
     from hunyuan_vllm.compat import check_engine
+    from hunyuan_vllm.quant.schemes import find_scheme
     from hunyuan_vllm.server import keys, run, supervisor
     from hunyuan_vllm.server.hardware import probe
     from hunyuan_vllm.server.launch import decide
-    from hunyuan_vllm.server.models import demo_model, open_model, scheme_named
+    from hunyuan_vllm.server.models import convert, demo_in, demo_model, open_model
     from hunyuan_vllm.server.network import check_certificate
     from hunyuan_vllm.server.options import Flags, Settings
     from hunyuan_vllm.server.parallel import wait_for_gpus
@@ -215,13 +216,13 @@ def serve(
     environ |= {name: value for name, value in joined.items() if name.startswith("RAY_")}
     settings = Settings.read(environ)
     flags = Flags(context.args, [name for option in context.command.params for name in option.opts])
-    scheme = scheme_named(scheme_name)
+    scheme = find_scheme(scheme_name) if scheme_name else None
     if flags.model and settings.model and flags.model != settings.model:
         raise UserError(f"the model is given twice: {flags.model}, and MODEL_PATH={settings.model}; leave one out")
     given = flags.model or settings.model
     source = model = open_model(given) if given else demo_model()
     if scheme and model.demo:
-        model = scheme.with_demo(source, settings.cache_home)
+        model = demo_in(scheme, source, settings.cache_home)
     surface = surface_of(
         admin_routes,
         allowed_routes,
@@ -255,7 +256,7 @@ def serve(
             print(f"hunyuan-vllm: a new API key is in {launch.key_file}", file=sys.stderr)
         keys.read_key_file(launch.key_file)
     if scheme and model != source:
-        scheme.convert_demo(Path(source.name), Path(model.name))
+        convert(Path(source.name), Path(model.name), scheme, "the demo model")
     stop = Stop()
     if launch.ray_gpus:
         wait_for_gpus(launch.ray_gpus, environ, settings.gpu_wait, settings.node_ips, stop)

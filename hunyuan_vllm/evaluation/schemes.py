@@ -7,33 +7,30 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hunyuan_vllm.quant import formats
-from hunyuan_vllm.quant.layouts import PACKED, PLAIN
-from hunyuan_vllm.server.models import FP8, ModelSource, open_model
+from hunyuan_vllm.quant import schemes as quant
+from hunyuan_vllm.quant.formats import Format
+from hunyuan_vllm.server.models import ModelSource, convert, demo_in, open_model
 from hunyuan_vllm.server.options import Settings
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.progress import Progress
 from hunyuan_vllm.util.text import gigabytes
 
-# vLLM's --quantization for a BF16 checkpoint; a quantised checkpoint says by itself what it is.
-QUANTIZATION = {"bf16": None, "int8": "hunyuan_int8", "int8-w8a8": "hunyuan_int8_w8a8", "fp8": None}
 CACHES = {"kv-bf16": "bf16", "kv-fp8": "fp8"}
-NAMES = (*QUANTIZATION, "kv-fp8")
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """One way to hold a model.
+    """One way to hold a model: weights and cache.
 
     Attributes:
         name: as the user wrote it, without the path.
-        weights: a key of QUANTIZATION.
+        weights: the scheme of its weights.
         cache: "bf16" or "fp8".
         path: a checkpoint of its own; None for the common one.
     """
 
     name: str
-    weights: str
+    weights: quant.Scheme
     cache: str
     path: str | None = None
 
@@ -48,13 +45,18 @@ class Scheme:
         """
         name, _, path = text.partition(":")
         weights, _, cache = ("bf16", "", name) if name in CACHES else name.partition("+")
-        if weights not in QUANTIZATION or (cache and cache not in CACHES):
+        try:
+            scheme = quant.find_scheme(weights)
+        except UserError:
+            scheme = None
+        if scheme is None or (cache and cache not in CACHES):
             raise UserError(
-                f"{name!r} is no scheme: choose among {', '.join(NAMES)}, with +kv-fp8 or +kv-bf16 behind it for the "
-                "KV cache and :PATH for a checkpoint of its own, as in int8+kv-fp8 or fp8:/models/hunyuan-fp8"
+                f"{name!r} is not a scheme: use one of {', '.join((*quant.SCHEMES, 'kv-fp8'))}, with +kv-fp8 or "
+                "+kv-bf16 after it for the KV cache and :PATH for its own checkpoint, as in int8+kv-fp8 or "
+                "fp8:/models/hunyuan-fp8"
             )
-        default = "fp8" if weights == "fp8" else "bf16"
-        return cls(name, weights, CACHES.get(cache, default), path or None)
+        default = "fp8" if scheme.kv_cache == "fp8" else "bf16"
+        return cls(name, scheme, CACHES.get(cache, default), path or None)
 
     @property
     def label(self) -> str:
@@ -63,13 +65,11 @@ class Scheme:
 
     def options(self, quantised: bool) -> list[str]:
         """vLLM's options for it on a checkpoint that is `quantised` on disk, or BF16."""
-        quantization = None if quantised else QUANTIZATION[self.weights]
+        quantization = None if quantised else self.weights.quantization
         options = [] if quantization is None else ["--quantization", quantization]
         return options + (["--kv-cache-dtype", "fp8"] if self.cache == "fp8" else [])
 
 
-# What a scheme's weights may be on disk, beside unquantised.
-KINDS = {"bf16": (), "int8": (PACKED, PLAIN), "int8-w8a8": (PACKED, PLAIN), "fp8": (formats.FP8,)}
 LARGEST_COPY = 32 * 10**9  # bytes of a checkpoint that is converted without having been asked to
 
 
@@ -80,36 +80,33 @@ def checkpoint_of(scheme: Scheme, model: ModelSource, progress: Progress) -> Mod
         UserError: it is not there, or holds the network in another way.
     """
     source = open_model(scheme.path) if scheme.path else model
-    stored = source.format or formats.Format()
-    if stored.kind is not None and stored.kind not in KINDS[scheme.weights]:
-        raise UserError(
-            f"{source.given} is quantised ({stored.name}), which {scheme.name} cannot start from: name another "
-            f"checkpoint, as in {scheme.name}:PATH"
-        )
-    return _fp8_copy(source, progress) if scheme.weights == "fp8" and stored.kind is None else source
+    stored = (source.format or Format()).scheme
+    if stored in scheme.weights.stored:
+        return source
+    if stored == "bf16":
+        return _converted(source, scheme, progress)
+    found = source.format.name if source.format else "unquantised"
+    raise UserError(
+        f"{source.given} is {found}, and {scheme.name} starts from {scheme.weights.needs}: name another checkpoint, as "
+        f"in {scheme.name}:PATH"
+    )
 
 
-def _fp8_copy(source: ModelSource, progress: Progress) -> ModelSource:
+def _converted(source: ModelSource, scheme: Scheme, progress: Progress) -> ModelSource:
+    weights = scheme.weights
+    if not weights.written:
+        raise UserError(f"{weights.name} needs {weights.needs}: name it with {weights.name}:PATH")
     if not source.local or source.weight_bytes > LARGEST_COPY:
         what = f"is BF16 and has {gigabytes(source.weight_bytes)}" if source.local else "is a hub name"
         raise UserError(
-            f"fp8 needs an FP8 checkpoint, and {source.given} {what}: make one with hunyuan-vllm quantize "
-            f"{source.given} DESTINATION --scheme {FP8.name}, and name it with fp8:DESTINATION"
+            f"{weights.name} needs {weights.needs}, and {source.given} {what}: make one with hunyuan-vllm quantize "
+            f"{source.given} DESTINATION --scheme {weights.name}, and name it with {weights.name}:DESTINATION"
         )
     folder, cache = Path(source.name), Settings.read(os.environ).cache_home
+    target = cache / "hunyuan-vllm" / f"{folder.name}-{weights.name}-{_fingerprint(folder)}"
     if source.demo:  # the server's own copy
-        target = FP8.demo_folder(folder, cache)
-    else:
-        target = cache / "hunyuan-vllm" / f"{folder.name}-{FP8.name}-{_fingerprint(folder)}"
-    if not target.exists():
-        from hunyuan_vllm.quantize.convert import quantize_checkpoint
-
-        progress.say(f"fp8: converting {source.given}, once: {target}")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{target.parent} cannot be made ({error.strerror}): set XDG_CACHE_HOME") from None
-        quantize_checkpoint(folder, target, FP8.name, console=progress.console)
+        target = Path(demo_in(weights, source, cache).name)
+    convert(folder, target, weights, source.given, progress.console)
     return replace(open_model(str(target)), given=source.given, demo=source.demo)
 
 

@@ -34,7 +34,7 @@ def serve_flags(scenario: Scenario, quantised_checkpoint: bool = False) -> list[
         if value != default:
             flags += [name, str(value)]
     flags += ["--enforce-eager"] if scenario.eager else []
-    return flags + ([] if quantised_checkpoint else list(scenario.scheme.flags))
+    return flags + ([] if quantised_checkpoint else scenario.scheme.flags)
 
 
 def serve_command(scenario: Scenario, quantised_checkpoint: bool = False) -> str:
@@ -56,7 +56,7 @@ def preparation(scenario: Scenario, quantised_checkpoint: bool = False) -> str |
         return None
     target = shlex.quote(_checkpoint(scenario, quantised_checkpoint))
     source = shlex.quote(scenario.name)
-    return f"fp8 needs an FP8 checkpoint; make it with hunyuan-vllm quantize {source} {target} --scheme fp8-w8a8c8"
+    return f"fp8 needs an FP8 checkpoint; make it with hunyuan-vllm quantize {source} {target} --scheme fp8"
 
 
 def _checkpoint(scenario: Scenario, quantised: bool) -> str:

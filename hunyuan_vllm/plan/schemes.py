@@ -7,10 +7,9 @@ from math import inf
 
 from hunyuan_vllm.plan.hardware import Gpu
 from hunyuan_vllm.plan.model import Matrix
-from hunyuan_vllm.quant.formats import FP8, Format
-from hunyuan_vllm.quant.layouts import PACKED, PLAIN
+from hunyuan_vllm.quant import schemes as quant
+from hunyuan_vllm.quant.formats import Format
 from hunyuan_vllm.quant.method_layout import StoredTensors
-from hunyuan_vllm.util.errors import UserError
 
 __all__ = ["SCHEMES", "Scheme", "find_scheme", "scheme_of_checkpoint"]
 
@@ -22,7 +21,6 @@ class Scheme:
     """A way to hold and multiply the quantised matrices.
 
     Attributes:
-        flags: what a server is started with, where the checkpoint is BF16.
         itemsize: bytes of a quantised element.
         channel_scales: bytes of a scale an output channel, on GPUs and on CPUs.
         tensor_scales: one float32 scale a tensor, and one for its input.
@@ -35,7 +33,6 @@ class Scheme:
     """
 
     name: str
-    flags: tuple[str, ...] = ()
     itemsize: float = BF16
     channel_scales: tuple[int, int] = (0, 0)
     tensor_scales: bool = False
@@ -45,6 +42,12 @@ class Scheme:
     marlin_below: tuple[float, int] = (0, 0)
     stored: StoredTensors | None = None
     format: Format | None = None
+
+    @property
+    def flags(self) -> list[str]:
+        """What a server is started with, where the checkpoint is BF16."""
+        quantization = quant.SCHEMES[self.name].quantization
+        return ["--quantization", quantization] if quantization else []
 
     @property
     def quantises(self) -> bool:
@@ -110,7 +113,6 @@ SCHEMES = {
         Scheme("bf16"),
         Scheme(
             "int8",
-            ("--quantization", "hunyuan_int8"),
             itemsize=1,
             channel_scales=(BF16, FLOAT32),
             packs=True,
@@ -118,7 +120,6 @@ SCHEMES = {
         ),
         Scheme(
             "int8-w8a8",
-            ("--quantization", "hunyuan_int8_w8a8"),
             itemsize=1,
             channel_scales=(FLOAT32, FLOAT32),
             operands="int8",
@@ -141,15 +142,13 @@ def find_scheme(name: str) -> Scheme:
     Raises:
         UserError: there is none.
     """
-    if name not in SCHEMES:
-        raise UserError(f"--scheme {name} is not known: use one of {', '.join(SCHEMES)}")
-    return SCHEMES[name]
+    return SCHEMES[quant.find_scheme(name, SCHEMES).name]
 
 
 def scheme_of_checkpoint(form: Format) -> Scheme:
     """The scheme of a checkpoint that is stored in this format."""
     if form.method is None:
-        return SCHEMES[{None: "bf16", FP8: "fp8", PACKED: "int8", PLAIN: "int8-w8a8"}[form.kind]]
+        return SCHEMES[str(form.scheme)]
     marlin: dict[str, tuple[float, int]] = {"bf16": (inf, 0), "fp8": (8, 9), "fp4": (10, 0), "int8": (0, 0)}
     return Scheme(
         str(form.kind),

@@ -43,7 +43,7 @@ class Format:
     """How a checkpoint stores its weights.
 
     Attributes:
-        kind: None: unquantised; FP8, int8_format's `PACKED` or `PLAIN`: a format of ours; else one of vLLM's own.
+        kind: None: unquantised; FP8, `PACKED` or `PLAIN`: a format of ours; else one of vLLM's own.
         name: for people.
         ignored: the linear layers that stay unquantised, as the config lists them; None: as the tensors show.
         method: how one of vLLM's own keeps the linear layer of a name.
@@ -61,6 +61,17 @@ class Format:
     operands: str = "bf16"
     cpus: str = ""
     is_int4: bool = False
+
+    @property
+    def scheme(self) -> str | None:
+        """The name of the scheme that it is stored in; None where it has none."""
+        if self.is_int4:
+            return "int4"
+        if self.operands == "fp8":
+            return "fp8"
+        if self.method is not None:
+            return None
+        return {None: "bf16", layouts.PACKED: "int8", layouts.PLAIN: "int8-w8a8"}.get(self.kind)
 
     @property
     def hardware(self) -> str:

@@ -90,7 +90,7 @@ class HunYuanFp8Config(RegisteredQuantization):
         if not is_static_per_tensor(config):
             raise ValueError(
                 f"quantization={cls.name!r} reads FP8 checkpoints with one static scale a tensor, and in config.json "
-                f"quantization_config is {config}: make one with hunyuan-vllm quantize --scheme fp8-w8a8c8"
+                f"quantization_config is {config}: make one with hunyuan-vllm quantize --scheme fp8"
             )
         return cls(ignored_layers(config))
 
@@ -132,7 +132,7 @@ class HunYuanFp8Config(RegisteredQuantization):
         if quantization_of(vars(config)) is None:
             raise CheckpointError(
                 f"quantization={self.name!r} needs an FP8 checkpoint, and this one is not quantised: make one with "
-                "hunyuan-vllm quantize SOURCE DESTINATION --scheme fp8-w8a8c8"
+                "hunyuan-vllm quantize SOURCE DESTINATION --scheme fp8"
             )
         return Fp8Layout(config, self.ignored)
 

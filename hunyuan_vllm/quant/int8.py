@@ -21,6 +21,7 @@ from hunyuan_vllm.quant.base import RegisteredQuantization, is_hunyuan
 from hunyuan_vllm.quant.layouts import PACKED, PLAIN, IgnoredLayers, Int8Layout, describe, recognise
 from hunyuan_vllm.quant.rounding import pack_int8, quantize_per_channel, unpack_int8
 from hunyuan_vllm.quant.scheme import is_quantised
+from hunyuan_vllm.quant.schemes import INT8, INT8_W8A8
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -37,7 +38,7 @@ class Int8Config(RegisteredQuantization):
         ignored: the linears that a quantised checkpoint left as they were; see `IgnoredLayers`.
     """
 
-    name: ClassVar[str] = "hunyuan_int8"
+    name: ClassVar[str] = str(INT8.quantization)
     form: ClassVar[str] = PACKED
     """The format of quantised checkpoints that ask for this method, and of vLLM's parameters for it on CUDA."""
 
@@ -135,7 +136,7 @@ class Int8Config(RegisteredQuantization):
 class Int8W8A8Config(Int8Config):
     """Weights in int8, and activations too: rounded while computing, with one scale a token."""
 
-    name = "hunyuan_int8_w8a8"
+    name = str(INT8_W8A8.quantization)
     form = PLAIN
 
     @property

@@ -277,7 +277,7 @@ class Fp8Layout(Layout):
         if shape not in (SCALAR, (1,)):
             raise CheckpointError(
                 f"checkpoint tensor {name!r} has shape {list(shape)}; FP8 checkpoints have one scale a tensor, [] or "
-                "[1]: convert the BF16 checkpoint with hunyuan-vllm quantize --scheme fp8-w8a8c8"
+                "[1]: convert the BF16 checkpoint with hunyuan-vllm quantize --scheme fp8"
             )
         return parts
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.quant.formats import OLDER_CPU, UnservedFormat, quantization_of, stored_format
+from hunyuan_vllm.quant.schemes import INT8, INT8_W8A8
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -23,7 +24,7 @@ def check_quantisation(vllm_config: VllmConfig) -> None:
         ValueError: the message names the option, or the checkpoint's property, and what to use instead.
     """
     _check_format(vllm_config)
-    if vllm_config.model_config.quantization in ("hunyuan_int8", "hunyuan_int8_w8a8"):
+    if vllm_config.model_config.quantization in (INT8.quantization, INT8_W8A8.quantization):
         _check_int8_on_gpus(vllm_config)
     if vllm_config.cache_config.cache_dtype.startswith("fp8"):
         _check_fp8_cache(vllm_config)
@@ -55,13 +56,13 @@ def _check_int8_on_gpus(vllm_config: VllmConfig) -> None:
     if not current_platform.is_cuda():
         return
     model = vllm_config.model_config
-    if model.quantization == "hunyuan_int8_w8a8" and current_platform.has_device_capability(100):
+    if model.quantization == INT8_W8A8.quantization and current_platform.has_device_capability(100):
         raise ValueError(
             "quantization='hunyuan_int8_w8a8': vLLM's int8 products end with compute capability 9.0, and this GPU is "
             "newer: use 'hunyuan_int8', or an FP8 checkpoint"
         )
     experts = vllm_config.kernel_config.moe_backend
-    if model.quantization == "hunyuan_int8" and experts not in ("auto", "marlin"):
+    if model.quantization == INT8.quantization and experts not in ("auto", "marlin"):
         raise ValueError(
             f"moe_backend={experts!r}: quantization='hunyuan_int8' has one scale for each output channel of an expert, "
             "and of vLLM's kernels only Marlin's takes these: use 'auto' or 'marlin'"
@@ -70,7 +71,7 @@ def _check_int8_on_gpus(vllm_config: VllmConfig) -> None:
     ranks = vllm_config.parallel_config.tensor_parallel_size
     widths = {config.intermediate_at(layer) // ranks for layer in range(config.num_hidden_layers)}
     widths |= {config.hidden_size, config.num_attention_heads * config.head_dim // ranks}
-    if model.quantization == "hunyuan_int8" and any(width % PACKED for width in widths):
+    if model.quantization == INT8.quantization and any(width % PACKED for width in widths):
         raise ValueError(
             f"quantization='hunyuan_int8' packs {PACKED} inputs in a word, and on {ranks} ranks layers have "
             f"{sorted(widths)}: use 'hunyuan_int8_w8a8', or another tensor_parallel_size"

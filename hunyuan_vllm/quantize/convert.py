@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from hunyuan_vllm.checkpoint import INDEX_FILE
+from hunyuan_vllm.quant.schemes import WRITTEN, find_scheme
 from hunyuan_vllm.quantize import verify
 from hunyuan_vllm.quantize.calibrate import Calibration
 from hunyuan_vllm.quantize.encode import ActivationScales, Encoder, specs_of
@@ -54,7 +55,7 @@ def quantize_checkpoint(
     A run that was killed goes on where it stopped when it is started again alike.
 
     Args:
-        scheme: "fp8-w8a8c8", "int8" or "int8-w8a8".
+        scheme: "fp8", "int8" or "int8-w8a8".
         calibration: a text file or a JSONL file of chats, or documents as token ids; None for the built-in text.
         calibration_tokens: most tokens that calibration reads.
         headroom: how many times what calibration saw at most the static input and V scales reach.
@@ -67,6 +68,7 @@ def quantize_checkpoint(
     Raises:
         UserError: something given is of no use, or the disk is; one line that names it.
     """
+    scheme = find_scheme(scheme, WRITTEN).name
     options = Options(scheme, clip, smooth, calibration_tokens, headroom, shard_bytes, device)
     progress = Progress(console or Console(quiet=True))
     return Conversion(Source(src), dst.absolute(), options, calibration, progress).run()

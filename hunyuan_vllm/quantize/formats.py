@@ -182,7 +182,7 @@ class Scheme(ABC):
 class Fp8(Scheme):
     """E4M3 weights and inputs, one scale a tensor; the weights of a fused projection share theirs."""
 
-    name = "fp8-w8a8c8"
+    name = "fp8"
     static_inputs = True
 
     def specs(self, projection: str, shape: Shape) -> list[Spec]:
@@ -310,7 +310,7 @@ class Int8W8A8(_CompressedInt8):
 
 
 def scheme_named(name: str) -> Scheme:
-    """The scheme that --scheme names, one of `options.SCHEMES`."""
+    """The scheme that --scheme names, one of `quant.schemes.WRITTEN`."""
     schemes: tuple[Scheme, ...] = (Fp8(), Int8(), Int8W8A8())
     return {scheme.name: scheme for scheme in schemes}[name]
 

@@ -7,9 +7,6 @@ from dataclasses import dataclass
 
 from hunyuan_vllm.util.errors import UserError
 
-__all__ = ["SCHEMES", "Options", "parse_size"]
-
-SCHEMES = ("fp8-w8a8c8", "int8", "int8-w8a8")
 CLIPS = ("max", "mse")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -19,7 +16,7 @@ class Options:
     """A conversion's options, beside its source and target.
 
     Attributes:
-        scheme: one of `SCHEMES`.
+        scheme: a name of `quant.schemes.WRITTEN`.
         clip: the largest magnitude that a weight scale represents: "max", the largest weight's, or "mse", the one with
             the least squared error.
         smooth: SmoothQuant's α, from 0 (all difficulty stays in the activations) to 1; None for no migration.
@@ -42,8 +39,6 @@ class Options:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.scheme not in SCHEMES:
-            raise UserError(f"--scheme {self.scheme}: it is one of {', '.join(SCHEMES)}")
         if self.clip not in CLIPS:
             raise UserError(f"--clip {self.clip}: it is one of {', '.join(CLIPS)}")
         if self.smooth is not None and not 0 <= self.smooth <= 1:
@@ -56,7 +51,7 @@ class Options:
     @property
     def calibrates(self) -> bool:
         """Whether activations have to be seen before a weight can be written."""
-        return self.scheme == "fp8-w8a8c8" or self.smooth is not None
+        return self.scheme == "fp8" or self.smooth is not None
 
 
 def parse_size(text: str) -> int:

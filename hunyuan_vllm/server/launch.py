@@ -13,12 +13,13 @@ from pathlib import Path
 
 from hunyuan_vllm import envs
 from hunyuan_vllm.chat_template import WITH_TOOLS
+from hunyuan_vllm.quant.schemes import Scheme
 from hunyuan_vllm.server.hardware import Machine
 from hunyuan_vllm.server.models import (
     ModelSource,
-    Scheme,
     check_adapters,
     check_files,
+    check_scheme,
     cpu_weight_bytes,
     gpu_weight_bytes,
 )
@@ -128,11 +129,11 @@ def decide(
     if not machine.cuda and model.format is not None and model.format.cpus:
         raise UserError(f"{model.given} ({model.format.name}): {model.format.cpus}")
     check_adapters(flags, model.config, cpu=not machine.cuda)
-    if scheme and not model.demo:
-        scheme.check(model)
-    quantization = flags.get("quantization") or (scheme.options.get("quantization") if scheme else None)
+    if scheme:
+        check_scheme(scheme, model)
+    quantization = flags.get("quantization") or (scheme.quantization if scheme else None)
     weights = gpu_weight_bytes(model, quantization)
-    ranks = choose_ranks(settings, flags, machine, model, scheme.ranks if scheme else None, weights)
+    ranks = choose_ranks(settings, flags, machine, model, scheme.max_ranks if scheme else None, weights)
 
     notes = list(ranks.notes)
     names = ["hunyuan", model.given]

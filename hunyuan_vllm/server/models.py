@@ -6,17 +6,20 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hunyuan_vllm import __version__
+from hunyuan_vllm.quant.schemes import INT8, INT8_W8A8, Scheme
 from hunyuan_vllm.server.options import Flags
 from hunyuan_vllm.util.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from hunyuan_vllm.config import HunYuanConfig
     from hunyuan_vllm.quant.formats import Format
     from hunyuan_vllm.server.options import Flags
@@ -199,95 +202,56 @@ def _name_and_path(item: str) -> tuple[str, str]:
         raise UserError(f"--lora-modules {item} is not NAME=FOLDER, nor a JSON object with name and path") from None
 
 
-@dataclass(frozen=True)
-class Scheme:
-    """A quantisation to serve with.
-
-    Attributes:
-        name: as `hunyuan-vllm quantize --scheme` spells it.
-        options: vLLM's options for it, unless the user gives them.
-        ranks: the most GPUs it takes, unless told: the published network then fits.
-        check: refuses a checkpoint that is not fit for it.
-        converts_demo: the demo model has to be converted first.
-    """
-
-    name: str
-    options: Mapping[str, str]
-    ranks: int = 8
-    check: Callable[[ModelSource], None] = field(default=lambda model: None)
-    converts_demo: bool = False
-
-    def demo_folder(self, demo: Path, cache_home: Path) -> Path:
-        """Where the demo model is kept in this form: another for other contents or another version of this package."""
-        digest = hashlib.sha256(__version__.encode())
-        for file in sorted(demo.glob("*.safetensors")):
-            digest.update(file.read_bytes())
-        return cache_home / "hunyuan-vllm" / f"demo-{self.name}-{digest.hexdigest()[:12]}"
-
-    def convert_demo(self, demo: Path, folder: Path) -> None:
-        """Make it, once.
-
-        Raises:
-            UserError: the folder cannot be written, or another start is writing it.
-        """
-        if folder.exists():
-            return
-        from hunyuan_vllm.quantize.convert import quantize_checkpoint
-
-        print(f"hunyuan-vllm: converting the demo model to {self.name}, once: {folder}", file=sys.stderr, flush=True)
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{folder.parent} cannot be made ({error.strerror}): set XDG_CACHE_HOME") from None
-        quantize_checkpoint(demo, folder, self.name)
-
-    def with_demo(self, demo: ModelSource, cache_home: Path) -> ModelSource:
-        """The demo model in this form, which need not have been made yet."""
-        return replace(demo, name=str(self.demo_folder(Path(demo.name), cache_home))) if self.converts_demo else demo
-
-
-def _check_fp8(model: ModelSource) -> None:
-    from hunyuan_vllm.quant import formats
-
-    if model.format is None or model.format.kind == formats.FP8:  # None: on the hub, where vLLM says so later
-        return
-    if model.format.kind is None:
-        raise UserError(
-            f"MODEL_PATH={model.given} is not quantised: make an FP8 checkpoint of it with hunyuan-vllm quantize "
-            f"{model.given} DESTINATION --scheme {FP8.name}, or serve it with deploy/run_server.sh"
-        )
-    raise UserError(
-        f"MODEL_PATH={model.given} has no static FP8 scales ({model.format.name}): serve it as it is with "
-        "deploy/run_server.sh, or convert the unquantised checkpoint"
-    )
-
-
-def _check_int8(model: ModelSource) -> None:
-    from hunyuan_vllm.quant.layouts import PACKED, PLAIN
-
-    if model.format is not None and model.format.kind not in (None, PACKED, PLAIN):
-        raise UserError(
-            f"MODEL_PATH={model.given} is quantised otherwise ({model.format.name}): int8 is made of the unquantised "
-            "checkpoint while it loads, or read from one that hunyuan-vllm quantize wrote with --scheme int8 or "
-            "int8-w8a8; deploy/run_server.sh serves this one as it is"
-        )
-
-
-FP8 = Scheme("fp8-w8a8c8", {"kv-cache-dtype": "fp8"}, check=_check_fp8, converts_demo=True)
-INT8 = Scheme("int8", {"quantization": "hunyuan_int8"}, check=_check_int8)
-INT8_W8A8 = Scheme("int8-w8a8", {"quantization": "hunyuan_int8_w8a8"}, check=_check_int8)
-SCHEMES = {scheme.name: scheme for scheme in (INT8, INT8_W8A8, FP8)}
-
-
-def scheme_named(name: str | None) -> Scheme | None:
-    """The scheme of that name; None for no name.
+def check_scheme(scheme: Scheme, model: ModelSource) -> None:
+    """Refuse a checkpoint that cannot be served in this scheme; one on the hub is left to vLLM.
 
     Raises:
-        UserError: there is none.
+        UserError: the message says what to serve instead, or how to make it.
     """
-    if name is None or name in SCHEMES:
-        return SCHEMES[name] if name else None
-    raise UserError(f"--scheme {name} is none of {', '.join(SCHEMES)}")
+    form = model.format
+    if form is None or form.scheme in scheme.stored or (model.demo and scheme.written):
+        return
+    found = f"MODEL_PATH={model.given} is {form.name}, and --scheme {scheme.name} serves {scheme.needs}"
+    if form.kind is not None:
+        raise UserError(f"{found}: deploy/run_server.sh serves it as it is")
+    made = (
+        f"make one with hunyuan-vllm quantize {model.given} DESTINATION --scheme {scheme.name}"
+        if scheme.written
+        else "name a published one, or serve this one with deploy/run_server_int8.sh"
+    )
+    raise UserError(f"{found}: {made}")
+
+
+def demo_in(scheme: Scheme, demo: ModelSource, cache_home: Path) -> ModelSource:
+    """The demo model for this scheme: where that needs a checkpoint of its own, its copy, which need not exist yet.
+    The copy's name changes with the demo model's contents and with the version of this package."""
+    if scheme.while_loading or not scheme.written:
+        return demo
+    digest = hashlib.sha256(__version__.encode())
+    for file in sorted(Path(demo.name).glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return replace(demo, name=str(cache_home / "hunyuan-vllm" / f"demo-{scheme.name}-{digest.hexdigest()[:12]}"))
+
+
+def convert(source: Path, target: Path, scheme: Scheme, given: str, console: Console | None = None) -> None:
+    """Write a checkpoint in another scheme to the cache, once.
+
+    Args:
+        given: what the user calls `source`.
+
+    Raises:
+        UserError: the directory cannot be written, or another start is writing it.
+    """
+    if target.exists():
+        return
+    from hunyuan_vllm.quantize.convert import quantize_checkpoint
+
+    print(f"hunyuan-vllm: converting {given} to {scheme.name}, once: {target}", file=sys.stderr, flush=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{target.parent} cannot be created ({error.strerror}): set XDG_CACHE_HOME") from None
+    quantize_checkpoint(source, target, scheme.name, console=console)
 
 
 def gpu_weight_bytes(model: ModelSource, quantization: str | None) -> int:
@@ -312,7 +276,7 @@ def cpu_weight_bytes(model: ModelSource, quantization: str | None) -> int:
     if model.format is not None and model.format.kind is not None:
         expanded = model.format.kind == formats.FP8  # to bfloat16
         return model.weight_bytes * (2 if expanded else 1)
-    if model.config is None or quantization not in [scheme.options["quantization"] for scheme in (INT8, INT8_W8A8)]:
+    if model.config is None or quantization not in (INT8.quantization, INT8_W8A8.quantization):
         return model.weight_bytes
     quantised = sum(map(prod, quantised_linears(model.config, IgnoredLayers()).values()))
     return model.weight_bytes - quantised  # from two bytes each to one; the scales are less than a thousandth

@@ -117,7 +117,7 @@ def test_a_checkpoint_names_its_scheme(tmp_path: Path) -> None:
         (["--gpu", "H2O"], "--gpu H2O is not in the table: use one of H20, "),
         (["--gpu", "/no/such.json"], "--gpu /no/such.json cannot be read: No such file"),
         (["--model", "/no/such"], "--model /no/such: /no/such cannot be read .*: name a folder with a config.json"),
-        (["--scheme", "int4"], "--scheme int4 is not known: use one of bf16, int8, int8-w8a8, fp8"),
+        (["--scheme", "int4"], "--scheme int4 is not known here: use one of bf16, int8, int8-w8a8, fp8"),
         (["--kv", "int8"], "--kv int8 is not known: use auto or fp8"),
         (["--assume", "memory_eficiency=1"], "did you mean memory_efficiency?"),
         (["--assume", "memory_efficiency=2"], "above 0 and at most 1 is possible"),
@@ -227,7 +227,7 @@ def test_the_command_names_a_checkpoint_that_is_there(tmp_path: Path) -> None:
     assert "MODEL_PATH" not in plan("--model", "demo", "--gpu", "L40S", "--gpus", "1")["command"]
     (tmp_path / "config.json").write_text(json.dumps(published_json(tiny_config())))
     document = plan("--model", f"{tmp_path}/", "--gpus", "1", "--scheme", "fp8")
-    make = f"hunyuan-vllm quantize {tmp_path}/ {tmp_path}-FP8 --scheme fp8-w8a8c8"
+    make = f"hunyuan-vllm quantize {tmp_path}/ {tmp_path}-FP8 --scheme fp8"
     assert any(note.endswith(make) for note in document["notes"])
     assert document["command"].startswith(f"MODEL_PATH={tmp_path}-FP8 ")
     assert plan("--model", str(tmp_path), "--gpus", "1")["command"].startswith(f"MODEL_PATH={tmp_path} ")

@@ -24,7 +24,7 @@ from hunyuan_vllm.util.errors import UserError
 
 Documents = list[list[int]]
 Stored = Callable[[Path], dict[str, Tensor]]
-CONFIGS = {"fp8-w8a8c8": HunYuanFp8Config, "int8": Int8Config, "int8-w8a8": Int8W8A8Config}
+CONFIGS = {"fp8": HunYuanFp8Config, "int8": Int8Config, "int8-w8a8": Int8W8A8Config}
 
 
 def fp8(weights: list[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -57,7 +57,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory, tiny: Path, documents: D
 def test_fp8_weights_and_what_is_fused_shares_scales(
     converted: Callable[[str], Path], tiny: Path, stored: Stored
 ) -> None:
-    written, source = stored(converted("fp8-w8a8c8")), stored(tiny)
+    written, source = stored(converted("fp8")), stored(tiny)
     fused = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
     checked = 0
     for stem in {name.removesuffix(".weight").rpartition(".")[0] for name in source if "_proj.weight" in name}:
@@ -126,7 +126,7 @@ def test_fused_spellings_convert_to_the_same_bytes(tmp_path: Path, documents: Do
     config = tiny_config(num_hidden_layers=2)
     for name, fused in (("plain", False), ("fused", True)):
         source = write_checkpoint(tmp_path / name, config, fused=fused, stray=fused)
-        quantize_checkpoint(source, tmp_path / f"{name}-fp8", "fp8-w8a8c8", calibration=documents)
+        quantize_checkpoint(source, tmp_path / f"{name}-fp8", "fp8", calibration=documents)
     files = [(tmp_path / f"{name}-fp8" / "model.safetensors").read_bytes() for name in ("plain", "fused")]
     assert files[0] == files[1]
 
@@ -162,10 +162,10 @@ def test_other_files_come_along(tmp_path: Path, tiny: Path) -> None:
 def test_a_checkpoint_in_float16_keeps_its_type(tmp_path: Path, documents: Documents, stored: Stored) -> None:
     source = write_checkpoint(tmp_path / "src", tiny_config(num_hidden_layers=2))
     rewrite(source, lambda tensors: tensors.update({name: tensor.half() for name, tensor in tensors.items()}))
-    quantize_checkpoint(source, tmp_path / "dst", "fp8-w8a8c8", calibration=documents)
+    quantize_checkpoint(source, tmp_path / "dst", "fp8", calibration=documents)
     assert stored(tmp_path / "dst")["model.norm.weight"].dtype == torch.float16
     with pytest.raises(UserError, match="--smooth: float16 weights have no room"):
-        quantize_checkpoint(source, tmp_path / "smooth", "fp8-w8a8c8", calibration=documents, smooth=0.5)
+        quantize_checkpoint(source, tmp_path / "smooth", "fp8", calibration=documents, smooth=0.5)
 
 
 def test_widths_that_do_not_pack(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ class TestVerification:
 
     @pytest.mark.parametrize(
         ("scheme", "part"),
-        [*product(CONFIGS, ["weight", "kept", "scale"]), ("fp8-w8a8c8", "input"), ("fp8-w8a8c8", "cache")],
+        [*product(CONFIGS, ["weight", "kept", "scale"]), ("fp8", "input"), ("fp8", "cache")],
     )
     def test_a_flipped_bit_is_found(
         self, tmp_path: Path, tiny: Path, documents: Documents, monkeypatch: pytest.MonkeyPatch, scheme: str, part: str
@@ -235,7 +235,7 @@ class TestVerification:
 def test_the_report_measures_what_is_on_the_disk(
     tmp_path: Path, tiny: Path, documents: Documents, stored: Stored
 ) -> None:
-    report = quantize_checkpoint(tiny, tmp_path / "dst", "fp8-w8a8c8", calibration=documents)
+    report = quantize_checkpoint(tiny, tmp_path / "dst", "fp8", calibration=documents)
     assert json.loads((tmp_path / "dst" / "quantize_report.json").read_text()) == report
     written, source = stored(tmp_path / "dst"), stored(tiny)
     assert len(report["projections"]) == sum(name.endswith("_proj.weight") for name in source)

@@ -23,18 +23,16 @@ def test_what_is_no_size(text: str) -> None:
 
 
 def test_options_out_of_range() -> None:
-    with pytest.raises(UserError, match=r"--scheme int4: it is one of fp8-w8a8c8, int8, int8-w8a8"):
-        Options("int4")
     with pytest.raises(UserError, match="--clip percentile:99: it is one of max, mse"):
         Options("int8", clip="percentile:99")
     with pytest.raises(UserError, match="--smooth 1.5"):
         Options("int8", smooth=1.5)
     with pytest.raises(UserError, match="--headroom 0.5"):
-        Options("fp8-w8a8c8", headroom=0.5)
+        Options("fp8", headroom=0.5)
     with pytest.raises(UserError, match="--calibration-tokens 0"):
         Options("int8", calibration_tokens=0)
 
 
 def test_only_what_needs_activations_calibrates() -> None:
-    assert Options("fp8-w8a8c8").calibrates and Options("int8", smooth=0.5).calibrates
+    assert Options("fp8").calibrates and Options("int8", smooth=0.5).calibrates
     assert not Options("int8").calibrates and not Options("int8-w8a8").calibrates

@@ -82,8 +82,8 @@ def test_large_weights_in_int8(loss: Loss, scheme: str) -> None:
 
 @pytest.mark.parametrize("times", [2.0**17, 2.0**-17])
 def test_fp8_needs_help_only_beyond_its_wide_range(loss: Loss, times: float) -> None:
-    clean, moderate, plain = (loss(each, "fp8-w8a8c8") for each in (1.0, 256.0 if times > 1 else 1 / 256, times))
-    smooth = loss(times, "fp8-w8a8c8", smooth=0.5)
+    clean, moderate, plain = (loss(each, "fp8") for each in (1.0, 256.0 if times > 1 else 1 / 256, times))
+    smooth = loss(times, "fp8", smooth=0.5)
     assert moderate < 2 * clean
     assert plain > 5 * clean and smooth < 2 * clean
 

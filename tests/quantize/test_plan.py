@@ -8,9 +8,10 @@ import pytest
 from checkpoints import ALPHA_ROPE, VARIANTS, tiny_config, write_checkpoint
 
 from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.quant.schemes import WRITTEN
 from hunyuan_vllm.quantize.convert import quantize_checkpoint
 from hunyuan_vllm.quantize.estimate import Plan, Rates, active_parameters, measure_rates, state_bytes
-from hunyuan_vllm.quantize.options import SCHEMES, Options
+from hunyuan_vllm.quantize.options import Options
 from hunyuan_vllm.quantize.writer import Workspace
 
 PUBLISHED = HunYuanConfig(
@@ -21,7 +22,7 @@ RATES = Rates(look=10e9, multiply=1e12, convert=1e9)
 
 
 def test_the_published_network_on_paper() -> None:
-    plan = Plan.of(PUBLISHED, Options("fp8-w8a8c8"), RATES)
+    plan = Plan.of(PUBLISHED, Options("fp8"), RATES)
     assert plan.parameters == pytest.approx(388.7e9, rel=1e-3)
     assert plan.source_bytes == pytest.approx(2 * plan.parameters, rel=1e-4)
     embedding = 129024 * 6400
@@ -44,7 +45,7 @@ def test_int8_needs_no_calibration_unless_it_migrates() -> None:
     assert ["calibrating" in text for text in said] == [False, True]
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", WRITTEN)
 @pytest.mark.parametrize("variant", ["tiny", "per_layer_fields"])
 def test_bytes_on_paper_are_bytes_on_disk(
     tmp_path: Path, documents: list[list[int]], scheme: str, variant: str, monkeypatch: pytest.MonkeyPatch
@@ -59,7 +60,7 @@ def test_bytes_on_paper_are_bytes_on_disk(
     assert (plan.source_bytes, plan.written_bytes) == (report["source_bytes"], report["written_bytes"])
     # Headers come on top, and activations are in bfloat16 here.
     assert kept[0] <= plan.state_bytes * 1.3 + 50_000
-    assert (scheme == "fp8-w8a8c8") == (plan.state_bytes > 0) == (kept[0] > 0)
+    assert (scheme == "fp8") == (plan.state_bytes > 0) == (kept[0] > 0)
 
 
 def test_state_grows_with_tokens() -> None:

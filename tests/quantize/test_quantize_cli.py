@@ -39,12 +39,12 @@ def test_the_demo_model_to_fp8(run: Callable, tmp_path: Path) -> None:
     chats = tmp_path / "chats.jsonl"
     chats.write_text('{"messages": [{"role": "user", "content": "Rank the four oceans by area."}]}\n' * 9)
     code, out, err = run(
-        "demo", tmp_path / "fp8", "--scheme", "fp8-w8a8c8", "--calibration", chats, "--calibration-tokens", 99
+        "demo", tmp_path / "fp8", "--scheme", "fp8", "--calibration", chats, "--calibration-tokens", 99
     )
     assert (code, out) == (0, "")
-    assert "fp8-w8a8c8: relative errors" in err
+    assert "fp8: relative errors" in err
     assert "experts were routed few of the" in err and "holds 3.8 MB, from 6.7 MB; every tensor was read back" in err
-    assert f"serve it: MODEL_PATH={tmp_path}/fp8 " in err and err.endswith(" --scheme fp8-w8a8c8\n")
+    assert f"serve it: MODEL_PATH={tmp_path}/fp8 " in err and err.endswith(" --scheme fp8\n")
     report = json.loads((tmp_path / "fp8" / "quantize_report.json").read_text())
     assert report["calibration"]["text"] == "chats.jsonl" and report["calibration"]["tokens"] <= 99
     assert {"hy.tiktoken", "tokenizer_config.json", "generation_config.json"} < {
@@ -59,7 +59,7 @@ def test_the_plan_writes_nothing(run: Callable, tmp_path: Path, monkeypatch: pyt
     code, out, _ = run("hunyuan-large", "--scheme", "int8", "--plan")
     assert code == 0 and "777.4 GB (388.70 billion parameters)" in out
     for source in (tmp_path, config):
-        code, out, err = run(source, "--scheme", "fp8-w8a8c8", "--plan")
+        code, out, err = run(source, "--scheme", "fp8", "--plan")
         assert (code, err) == (0, "")
         assert [line.split()[0] for line in out.splitlines()[1:5]] == ["reads", "writes", "memory", "time"]
         assert "6.7 MB" in out and "3.8 MB" in out and "TFLOP/s" in out
@@ -69,7 +69,7 @@ def test_the_plan_writes_nothing(run: Callable, tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["SRC", "DST", "--scheme", "int4"], "--scheme int4: it is one of fp8-w8a8c8, int8, int8-w8a8"),
+        (["SRC", "DST", "--scheme", "int4"], "--scheme int4 is not known here: use one of int8, int8-w8a8, fp8"),
         (["SRC", "--scheme", "int8"], "name DST, the folder to write, after SRC"),
         (["absent", "DST", "--scheme", "int8"], "absent does not exist"),
         (["SRC", "SRC", "--scheme", "int8"], "exists: name a folder that does not"),
@@ -78,7 +78,7 @@ def test_the_plan_writes_nothing(run: Callable, tmp_path: Path, monkeypatch: pyt
         (["SRC", "DST", "--scheme", "int8", "--shard-size", "big"], "--shard-size big"),
         (["SRC", "DST", "--scheme", "int8", "--device", "tpu"], "--device tpu: it is auto, cpu"),
         (["SRC", "DST", "--scheme", "int8", "--device", "cuda:99"], "--device cuda:99: torch sees"),
-        (["SRC", "DST", "--scheme", "fp8-w8a8c8", "--calibration", "absent.txt"], "absent.txt cannot be read"),
+        (["SRC", "DST", "--scheme", "fp8", "--calibration", "absent.txt"], "absent.txt cannot be read"),
     ],
 )
 def test_mistakes_are_one_line(run: Callable, tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -110,5 +110,5 @@ def test_ends_that_are_no_mistake(
 
 def test_help_teaches() -> None:
     text = CliRunner().invoke(cli.app, ["quantize", "--help"], env={"COLUMNS": "100"}).stdout
-    words = ("fp8-w8a8c8", "int8-w8a8", "--calibration", "--smooth", "--clip", "--plan", "Examples:", "DST.partial")
+    words = ("fp8", "int8-w8a8", "--calibration", "--smooth", "--clip", "--plan", "Examples:", "DST.partial")
     assert [word for word in words if word not in text] == []

@@ -45,7 +45,7 @@ def logprobs(results: list[Scored]) -> Tensor:
 @pytest.mark.parametrize(
     ("scheme", "method", "agrees", "costs"),
     [
-        ("fp8-w8a8c8", "hunyuan_fp8", 0.6, 0.35),
+        ("fp8", "hunyuan_fp8", 0.6, 0.35),
         ("int8", "hunyuan_int8", 1.0, 0.1),
         ("int8-w8a8", "hunyuan_int8_w8a8", 0.6, 0.15),
     ],
@@ -60,7 +60,7 @@ def test_the_engine_computes_what_is_stored(
         agrees: share of the prompts' tokens whose log-probability is that of the few lines in served.py.
         costs: most that the mean of |Δ log p| against the BF16 checkpoint may be.
     """
-    cache = scheme == "fp8-w8a8c8" and FP8_CACHE
+    cache = scheme == "fp8" and FP8_CACHE
     quantize_checkpoint(demo.path(), tmp_path / "dst", scheme)
     with engine(tmp_path / "dst", kv_cache_dtype="fp8" if cache else "auto") as llm:
         assert llm.llm_engine.vllm_config.model_config.quantization == method

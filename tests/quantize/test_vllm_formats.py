@@ -37,7 +37,7 @@ def quantization(folder: Path) -> dict:
 @pytest.fixture(scope="module")
 def fp8(tiny: Path, documents: Documents, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stock") / "fp8"
-    quantize_checkpoint(tiny, folder, "fp8-w8a8c8", calibration=documents)
+    quantize_checkpoint(tiny, folder, "fp8", calibration=documents)
     return folder
 
 

@@ -61,7 +61,7 @@ def test_kill_9_before_every_rename(tmp_path: Path, documents: Documents) -> Non
 
     def run(target: Path) -> None:
         options = dict(calibration=documents[:1], smooth=0.5, shard_bytes=250_000)
-        quantize_checkpoint(source, target, "fp8-w8a8c8", **options)
+        quantize_checkpoint(source, target, "fp8", **options)
 
     def killed_run(target: Path, count: int) -> None:
         kill_before_rename(count)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.quant.schemes import FP8, INT8, Scheme
 from hunyuan_vllm.server.hardware import GpuKind, Machine
 from hunyuan_vllm.server.launch import Launch, decide
-from hunyuan_vllm.server.models import FP8, INT8, ModelSource, Scheme
+from hunyuan_vllm.server.models import ModelSource
 from hunyuan_vllm.server.options import Flags, Settings
 from hunyuan_vllm.server.ray_cluster import RayCluster, RayNode
 from hunyuan_vllm.util.errors import UserError
@@ -106,4 +107,4 @@ def test_settings_that_mean_nothing(environ, message):
 def test_the_wait_can_be_set():
     assert Settings.read({}).gpu_wait == 600
     assert Settings.read({"GPU_WAIT": "0"}).gpu_wait == 0
-    assert FP8.ranks == INT8.ranks == 8
+    assert FP8.max_ranks == INT8.max_ranks == 8

@@ -16,9 +16,10 @@ from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import expected_tensors
 from hunyuan_vllm.quant.formats import stored_format
 from hunyuan_vllm.quant.layouts import PACKED, PLAIN, describe
+from hunyuan_vllm.quant.schemes import INT8, INT8_W8A8, Scheme
 from hunyuan_vllm.server.hardware import Machine
 from hunyuan_vllm.server.launch import Launch, decide
-from hunyuan_vllm.server.models import INT8, INT8_W8A8, ModelSource, Scheme
+from hunyuan_vllm.server.models import ModelSource
 from hunyuan_vllm.server.options import Flags, Settings
 from hunyuan_vllm.util.errors import UserError
 
@@ -73,7 +74,7 @@ def test_memory_for_the_cache_is_counted_from_quantised_weights(scheme: Scheme |
 
 
 def test_checkpoints_quantised_otherwise() -> None:
-    with pytest.raises(UserError, match=r"is quantised otherwise \(.*FP8.*\): int8 is made of the unquantised"):
+    with pytest.raises(UserError, match=r"is FP8 .*, and --scheme int8 serves an unquantised checkpoint, or"):
         launch(INT8, GPU8, described({"quant_method": "fp8", "activation_scheme": "static"}))
 
 

@@ -1,14 +1,13 @@
 """The engine behind a batch run: vLLM's, with the request handlers of its server, without HTTP."""
 
-from __future__ import annotations
-
 import logging
 import sys
+from argparse import Namespace
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from pydantic import BaseModel, ValidationError
 
@@ -23,14 +22,7 @@ from hunyuan_vllm.server.models import ModelSource
 from hunyuan_vllm.server.options import LOOPBACK, Flags, Settings
 from hunyuan_vllm.util.errors import UserError
 
-if TYPE_CHECKING:
-    from argparse import Namespace
-
-    from vllm.engine.protocol import EngineClient
-
-__all__ = ["Engine", "EngineStopped", "Plan", "one_line", "open_engine", "parse_options", "plan"]
-
-LEAST_WINDOW = 1024
+MIN_WINDOW = 1024
 
 
 class EngineStopped(Exception):
@@ -38,13 +30,13 @@ class EngineStopped(Exception):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """An engine to start.
+class EngineOptions:
+    """How to start an engine.
 
     Attributes:
         argv: vLLM's options, model first.
         env: variables to set before vLLM is imported.
-        notes: what the user should know about the choices made.
+        notes: what the user should know about the choices made, a line each.
     """
 
     argv: list[str]
@@ -52,8 +44,8 @@ class Plan:
     notes: list[str]
 
 
-def plan(model: ModelSource, flags: Sequence[str], environ: Mapping[str, str]) -> Plan:
-    """The engine that `hunyuan-vllm serve` would start, with the user's vLLM flags.
+def engine_options(model: ModelSource, flags: Sequence[str], environ: Mapping[str, str]) -> EngineOptions:
+    """Those that `hunyuan-vllm serve` would use, with the user's vLLM flags.
 
     Raises:
         UserError: it cannot work.
@@ -67,27 +59,27 @@ def plan(model: ModelSource, flags: Sequence[str], environ: Mapping[str, str]) -
         raise UserError(f"{options.model}: the model is named by --model or MODEL_PATH, before vLLM's flags")
     launch = decide(settings, options, machine, model, environ)
     notes = list(launch.notes)
-    # A server's log says it, and here the log is quiet.
+    # The engine logs it too, and a batch run silences the log.
     if model.local and not ("chat-template" in options or envs.checkpoint_chat_template()):
         template, _ = stored_template(Path(model.name))
         if faults := known_faults(template or ""):
             notes.append(replacement(faults))
     env = joined | launch.env if launch.ray_gpus else launch.env
-    return Plan(launch.argv[len(machine.vllm_command) :], env, notes)
+    return EngineOptions(launch.argv[len(machine.vllm_command) :], env, notes)
 
 
 class Engine:
     """A running engine that answers requests."""
 
-    def __init__(self, client: EngineClient, state: Any) -> None:
+    def __init__(self, client: Any, state: Any) -> None:
         self._client = client
         self._chat, self._completions = state.openai_serving_chat, state.openai_serving_completion
 
     @property
     def window(self) -> int:
-        """Requests that keep it full while answered ones wait to be written."""
+        """How many requests keep the engine full while answered ones wait to be written."""
         config = self._client.vllm_config
-        return max(LEAST_WINDOW, 2 * config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size)
+        return max(MIN_WINDOW, 2 * config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size)
 
     async def answer(self, request: Request) -> BaseModel:
         """The response of vLLM's server.
@@ -117,10 +109,10 @@ class Engine:
 
 
 def parse_options(argv: Sequence[str]) -> Namespace:
-    """Read a plan's `argv` with the parser of vLLM's server. Its environment variables must be set.
+    """Parse `EngineOptions.argv` with the parser of vLLM's server. Its environment variables must be set.
 
     Raises:
-        UserError: an option is none of vLLM's, or has no such value.
+        UserError: an option is unknown to vLLM, or its value is invalid.
     """
     from vllm.entrypoints.cli.serve import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -131,14 +123,14 @@ def parse_options(argv: Sequence[str]) -> Namespace:
 
     args = make_arg_parser(Parser()).parse_args(argv)
     args.model = args.model_tag
-    # A server turns requests away when it is too busy. Here they wait.
+    # A busy server refuses requests; here they wait.
     args.max_num_queued_reqs = args.max_num_queued_tokens = None
     return args
 
 
 @asynccontextmanager
 async def open_engine(args: Namespace) -> AsyncIterator[Engine]:
-    """Start the engine; it ends with the block.
+    """Start the engine, and stop it when the block ends.
 
     Raises:
         UserError: it does not start; says why.
@@ -148,7 +140,7 @@ async def open_engine(args: Namespace) -> AsyncIterator[Engine]:
     from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
     from vllm.usage.usage_lib import UsageContext
 
-    # What the handlers log of a bad request is in its record.
+    # The record of a bad request holds what the handlers would log.
     logging.getLogger("vllm.entrypoints").setLevel(logging.CRITICAL)
     async with AsyncExitStack() as stack:
         try:
@@ -162,8 +154,8 @@ async def open_engine(args: Namespace) -> AsyncIterator[Engine]:
 
 
 def one_line(error: Exception) -> str:
-    """What an engine that did not start says of it, as one line."""
-    if isinstance(error, ValidationError):  # vLLM's configuration, which wraps what our checks raise
+    """Why an engine did not start, in one line."""
+    if isinstance(error, ValidationError):  # vLLM's configuration wraps what our checks raise
         first = error.errors()[0]
         if first["type"] == "value_error":
             return str(first["msg"]).removeprefix("Value error, ")

@@ -1,7 +1,5 @@
 """A batch from its input file to its output file"""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import signal
@@ -15,13 +13,14 @@ from typing import Any
 
 from rich.console import Console
 
-from hunyuan_vllm.batch.engine import EngineStopped, open_engine, parse_options, plan
-from hunyuan_vllm.batch.lines import Line, scan
-from hunyuan_vllm.batch.output import Output
-from hunyuan_vllm.batch.requests import BadLine, Record, Request, Requests, Settings, build
+from hunyuan_vllm.batch.engine import EngineStopped, engine_options, open_engine, parse_options
+from hunyuan_vllm.batch.output import Output, Record, Settings
+from hunyuan_vllm.batch.requests import BadLine, Request, Requests, build, index_file
 from hunyuan_vllm.batch.runner import Reporter, Runner
 from hunyuan_vllm.server.models import ModelSource
 from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.jsonl import Line
+from hunyuan_vllm.util.progress import Progress
 
 
 def generate(
@@ -31,18 +30,18 @@ def generate(
     append: Callable[[Sequence[Record]], None],
     reporter: Reporter,
 ) -> str | None:
-    """Start the engine and run the requests, until all are written or the user stops it.
+    """Start the engine and run the requests until all are written or the user stops it.
 
     Args:
         args: vLLM's options.
         append: puts records into the output.
 
-    Returns why it stopped of itself, or None.
+    Returns what made it stop early, or None.
 
     Raises:
         UserError: the engine does not start.
     """
-    signal.signal(signal.SIGINT, _interrupt)  # at once: asyncio's own would wait until the engine is there
+    signal.signal(signal.SIGINT, _interrupt)  # asyncio's own handler would act only once the engine is there
     try:
         asyncio.run(_generate(args, requests, settings, append, reporter))
     except KeyboardInterrupt:  # while the engine was being started
@@ -66,11 +65,11 @@ async def _generate(
         reporter.advance(records)
 
     async with AsyncExitStack() as stack:
-        with reporter.loading():
+        with reporter.progress.console.status("loading the model"):
             engine = await stack.enter_async_context(open_engine(args))
         runner = Runner(engine.answer, settings, write, engine.window)
         _obey_signals(runner, reporter)
-        with reporter:
+        with reporter.writing():
             await runner.run(requests)
 
 
@@ -80,7 +79,7 @@ def _obey_signals(runner: Runner, reporter: Reporter) -> None:
             runner.drop()
         else:
             runner.drain()
-            reporter.say(f"finishing the {runner.in_flight} lines in flight; Ctrl-C again gives them up")
+            reporter.progress.say(f"finishing the {runner.in_flight} lines in flight; press Ctrl-C again to drop them")
 
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGINT, interrupt)
@@ -124,36 +123,36 @@ class Job:
         """
         _check_files(self.source, self.target)
         with console.status(f"reading {self.source}"):
-            index = scan(self.source)
+            index = index_file(self.source)
         settings = Settings(self.model.given, self.defaults)
         with closing(Output(self.target)) as output:
             state = output.resume(index, settings, self.retry_failed)
-            reporter = Reporter(index.requests, state.pending.count(1), state.failed, console)
+            reporter = Reporter(index.requests, state.pending.count(1), state.failed, Progress(console))
             requests = Requests(self.source, index, self.defaults)
             cause = None
             if reporter.left:
-                engine_plan = plan(self.model, self.flags, os.environ)
-                os.environ.update(engine_plan.env)  # before vLLM is imported, which reads it
-                args = parse_options(engine_plan.argv)
+                options = engine_options(self.model, self.flags, os.environ)
+                os.environ.update(options.env)  # before vLLM is imported, which reads them
+                args = parse_options(options.argv)
                 _check_defaults(self.defaults)
                 if self.strict:
                     _check_lines(requests, state.pending)
-                for note in engine_plan.notes:
-                    reporter.say(note)
-                reporter.say(f"starting {self.model.given} for {_part(reporter)} lines")
+                for note in options.notes:
+                    reporter.progress.say(note)
+                reporter.progress.say(f"starting {self.model.given} for {_part(reporter)} lines")
                 cause = generate(args, requests.of(state.pending), settings, output.append, reporter)
         return _conclude(reporter, self.target, cause)
 
 
 def _conclude(reporter: Reporter, target: Path, cause: str | None) -> int:
     if cause:
-        reporter.say(cause)
-    reporter.say(reporter.summary())
+        reporter.progress.say(cause)
+    reporter.progress.say(reporter.summary())
     if reporter.left:
-        reporter.say(f"{reporter.left} lines are left: run the same command again to go on")
+        reporter.progress.say(f"{reporter.left} lines are left: run the same command again to continue")
         return STOPPED if cause else INTERRUPTED
     if reporter.failed:
-        reporter.say(f"each failed line is in {target} with its error; --retry-failed runs them again")
+        reporter.progress.say(f"each failed line is in {target} with its error; --retry-failed runs them again")
         return FAILED_LINES
     return 0
 
@@ -166,17 +165,17 @@ def _check_files(source: Path, target: Path) -> None:
     if not source.exists():
         raise UserError(f"{source} does not exist")
     if not source.is_file():
-        raise UserError(f"{source} is no file; it is read twice, so save what it would give to one")
+        raise UserError(f"{source} is not a regular file, and it is read twice: save its content to a file")
     if target.exists() and not target.is_file():
-        raise UserError(f"{target} is no file: name one, or a new one")
+        raise UserError(f"{target} is not a regular file: name another output file")
     if not target.parent.is_dir():
-        raise UserError(f"{target.parent} does not exist: make that folder, or name another output file")
+        raise UserError(f"{target.parent} does not exist: create it, or name another output file")
     if target.exists() and source.samefile(target):
         raise UserError(f"{source} is both input and output: name another output file")
 
 
 def _check_defaults(defaults: Mapping[str, Any]) -> None:
-    """Raise UserError if no line could have them, whichever form it has."""
+    """Raise UserError if neither a chat nor a completion can have them."""
     problems = []
     for form in ({"messages": [{"role": "user", "content": "?"}]}, {"prompt": "?"}):
         try:

@@ -1,24 +1,89 @@
-"""The output file: whole lines, each input line at most once, whatever ends the run; and one run at a time."""
-
-from __future__ import annotations
+"""The output file of a batch: records of results, each input line at most once, one run at a time"""
 
 import fcntl
+import json
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from pydantic_core import from_json
 
-from hunyuan_vllm.batch.lines import Index, digest
-from hunyuan_vllm.batch.requests import Record, Settings
+from hunyuan_vllm.batch.requests import BadLine, Index, digest, is_batch_api
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.files import sync
-
-__all__ = ["Output", "State"]
+from hunyuan_vllm.util.jsonl import Line
 
 RECORD_START = b'{"line":'
+REST: tuple[str, ...] = ("prompt_logprobs", "prompt_token_ids", "usage")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all answers in one output file have in common; each record repeats it.
+
+    Attributes:
+        model: the checkpoint, as the user named it.
+        defaults: the fields that lines are completed with.
+    """
+
+    model: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A line of the output file.
+
+    Attributes:
+        text: the record as JSON, with its line feed.
+        failed: it holds an error.
+        tokens: tokens generated for it.
+    """
+
+    text: bytes
+    failed: bool
+    tokens: int = 0
+
+
+def answered(line: Line, settings: Settings, response: BaseModel) -> Record:
+    """Record an OpenAI chat completion or completion."""
+    body = response.model_dump(mode="json", exclude_none=True)
+    answer: dict[str, Any]
+    if is_batch_api(line.given):
+        answer = {"response": {"status_code": 200, "request_id": body["id"], "body": body}, "error": None}
+    else:
+        outputs = [_output(choice) for choice in body["choices"]]
+        answer = {"outputs": outputs, **{name: body[name] for name in REST if name in body}, "error": None}
+    return _record(line, settings, answer, failed=False, tokens=body["usage"].get("completion_tokens", 0))
+
+
+def failed(line: Line, settings: Settings, bad: BadLine) -> Record:
+    """Record what is wrong with a line."""
+    error = {"message": bad.problem.message, "type": bad.kind, "param": bad.problem.field, "code": bad.code}
+    return _record(line, settings, {"error": error}, failed=True)
+
+
+def _output(choice: dict[str, Any]) -> dict[str, Any]:
+    """A choice with its text in front, wherever the API has it."""
+    message = choice.pop("message", {})
+    message.pop("role", None)
+    text = choice.pop("text", None) or message.pop("content", "")
+    del choice["index"]
+    return {"text": text, **choice, **message}
+
+
+def _record(line: Line, settings: Settings, answer: dict[str, Any], failed: bool, tokens: int = 0) -> Record:
+    content: dict[str, Any] = {"line": line.number}
+    if is_batch_api(line.given):
+        content |= {"id": f"batch_req_{line.number}", "custom_id": line.id}
+    elif line.id is not None:
+        content["id"] = line.id
+    content |= {"input": line.given, **answer, **asdict(settings)}
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n"
+    return Record(text.encode(), failed, tokens)
 
 
 @dataclass
@@ -54,16 +119,16 @@ class Output:
         os.close(self._file)
 
     def append(self, records: Iterable[Record]) -> None:
-        """Add records; on return they are on the disk.
+        """Add records and flush them to the disk.
 
         Raises:
-            OSError: they are not, or not all; a line cut short is removed when the file is opened the next time.
+            OSError: not all were written; `resume` removes a record that was cut short.
         """
         _write(self._file, b"".join(record.text for record in records))
         os.fsync(self._file)
 
     def resume(self, index: Index, settings: Settings, retry_failed: bool = False) -> State:
-        """Read what an earlier run left, and remove a last line that it did not finish.
+        """Read what an earlier run wrote, and remove a last record that was cut short.
 
         Args:
             index: the input file's.
@@ -95,7 +160,7 @@ class Output:
             for text in file:
                 if text.endswith(b"\n"):
                     yield text
-                elif not _may_be_torn(text):
+                elif not _may_be_cut_short(text):
                     raise _foreign(self._path, "its last line")
 
     def _check(self, record: dict[str, Any], index: Index, settings: Settings) -> None:
@@ -111,7 +176,7 @@ class Output:
                 )
 
     def _drop_failed(self) -> None:
-        """Replace the file by one without the records that hold an error; the lock passes over with it."""
+        """Replace the file by one without the records that hold an error, which is locked before it is renamed."""
         beside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         new = _locked(beside)
         try:
@@ -148,8 +213,8 @@ def _write(file: int, data: bytes) -> None:
         data = data[os.write(file, data) :]
 
 
-def _may_be_torn(text: bytes) -> bool:
-    """Whether this can be the beginning of a record; after a power failure, with zeros for the rest."""
+def _may_be_cut_short(text: bytes) -> bool:
+    """Whether this can be the start of a record, perhaps followed by zeros, which a power failure leaves."""
     text = text.rstrip(b"\0")
     return text.startswith(RECORD_START[: len(text)])
 
@@ -159,12 +224,11 @@ def _parsed(path: Path, number: int, text: bytes) -> dict[str, Any]:
         record = from_json(text)
     except ValueError:
         raise _foreign(path, f"line {number}") from None
-    if not isinstance(record, dict) or "input" not in record or not isinstance(line := record.get("line"), int):
-        raise _foreign(path, f"line {number}")
-    if line < 1:
+    line = record.get("line") if isinstance(record, dict) and "input" in record else None
+    if not isinstance(line, int) or line < 1:
         raise _foreign(path, f"line {number}")
     return record
 
 
 def _foreign(path: Path, where: str) -> UserError:
-    return UserError(f"{path} is not the output of a batch run ({where} is no such record): name another output file")
+    return UserError(f"{path} is not the output of a batch run ({where} is not a record): name another output file")

@@ -1,23 +1,22 @@
-"""The requests of a batch and the records of their results"""
+"""The input file of a batch: an index of its lines, and the requests they hold"""
 
-from __future__ import annotations
+from __future__ import annotations  # array[int]
 
 import difflib
+import hashlib
 import json
 import sys
+from array import array
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from hunyuan_vllm.batch.lines import Index, Line, read_lines
 from hunyuan_vllm.server.middleware.errors import Problem, explain, explain_validation
-
-if TYPE_CHECKING:
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.jsonl import Line, read_lines
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
@@ -32,18 +31,73 @@ class BadLine(Exception):
 
 @dataclass(frozen=True)
 class Request:
-    """A line and what vLLM is asked for it."""
+    """A line and its request, vLLM's ChatCompletionRequest or CompletionRequest."""
 
     line: Line
-    body: ChatCompletionRequest | CompletionRequest
+    body: Any
+
+
+@dataclass(frozen=True)
+class Index:
+    """What an input file holds, in 8 bytes a line.
+
+    Attributes:
+        digests: at [number - 1] the digest of a line; 0 for a blank one.
+        requests: number of lines that are not blank.
+        repeated: line → the earlier line that has the same id.
+    """
+
+    digests: array[int]
+    requests: int
+    repeated: dict[int, int]
+
+
+def index_file(path: Path) -> Index:
+    """Read the whole file once.
+
+    Raises:
+        UserError: it cannot be read, or holds no line of JSON.
+    """
+    digests, ids = array("Q"), array("Q")
+    requests = broken = 0
+    cause: str | None = None
+    for line in read_lines(path):
+        blank = [0] * (line.number - 1 - len(digests))
+        digests.extend([*blank, digest(line.given)])
+        ids.extend([*blank, 0 if line.id is None else digest(str(line.id))])
+        requests += 1
+        if line.broken:
+            broken += 1
+            cause = cause or f"line {line.number}: {line.broken}"
+    if not requests:
+        raise UserError(f"{path} is empty: it needs one request a line")
+    if broken == requests:
+        raise UserError(f"{path} has no line of JSON; {cause}")
+    return Index(digests, requests, _repeated(ids))
+
+
+def digest(value: Any) -> int:
+    """64 bits of a JSON value, never 0; the same after the value is written and read back."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) or 1
+
+
+def _repeated(ids: array[int]) -> dict[int, int]:
+    import numpy
+
+    if not ids:
+        return {}
+    values = numpy.frombuffer(ids, dtype=numpy.uint64)
+    first_at, inverse = numpy.unique(values, return_index=True, return_inverse=True)[1:]
+    earlier = first_at[inverse]
+    (later,) = numpy.nonzero((earlier != numpy.arange(len(values))) & (values != 0))
+    return {int(at) + 1: int(earlier[at]) + 1 for at in later}
 
 
 class Requests:
     """The requests of an input file, completed with the run's defaults.
 
     Args:
-        path: the input file.
-        index: what it holds.
         defaults: fields for the lines that leave them out; a seed is increased by the line's number.
     """
 
@@ -62,12 +116,12 @@ class Requests:
     def _build(self, line: Line) -> Request:
         if first := self._index.repeated.get(line.number):
             field = "custom_id" if "custom_id" in line.given else "id"
-            raise BadLine(Problem(field, f"{field} {line.id!r} is also that of line {first}: give each its own"))
+            raise BadLine(Problem(field, f"{field} {line.id!r} is also that of line {first}: ids must be unique"))
         return build(line, self._defaults)
 
 
 def is_batch_api(given: Any) -> bool:
-    """Whether a line has the form of OpenAI's Batch API, and is to be answered in it."""
+    """Whether a line has the form of OpenAI's Batch API; its response then has it too."""
     return isinstance(given, dict) and ("body" in given or "url" in given)
 
 
@@ -89,7 +143,7 @@ def build(line: Line, defaults: Mapping[str, Any]) -> Request:
         body["seed"] += line.number
     request = _checked(url, body)
     if url == COMPLETIONS and not batch_api and not ({"max_tokens", "echo"} & body.keys()):
-        # OpenAI's completions stop after 16 tokens unless told. A plain prompt goes on as far as a chat does.
+        # OpenAI's completions stop after 16 tokens by default; a plain prompt has a chat's limit.
         request.max_tokens = None
     return Request(line, request)
 
@@ -120,100 +174,24 @@ def _plain(given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     return (CHAT if forms == ["messages"] else COMPLETIONS), body
 
 
-def _checked(url: str, body: dict[str, Any]) -> ChatCompletionRequest | CompletionRequest:
+def _checked(url: str, body: dict[str, Any]) -> Any:
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
     model = ChatCompletionRequest if url == CHAT else CompletionRequest
-    for name in body.keys() - model.model_fields.keys():
-        # vLLM would ignore it: a misspelt temperature, say.
+    for name in body.keys() - model.model_fields.keys():  # vLLM would ignore it, e.g. a misspelt temperature
         close = difflib.get_close_matches(name, model.model_fields, n=1)
         raise BadLine(Problem(name, f"{name} is not a field of {url}" + (f"; {close[0]} is" if close else "")))
     if body.get("stream"):
         raise BadLine(Problem("stream", "stream: a batch run does not stream; leave it out"))
     try:
         request = model.model_validate(body)
-        # Its values, before an engine is there to check them.
-        request.to_sampling_params(_token_limit(request), {})
+        fields = vars(request)  # attribute access would warn that max_tokens is deprecated in chats
+        limits = (fields.get("max_completion_tokens"), fields["max_tokens"])
+        limit = next((limit for limit in limits if limit is not None), sys.maxsize)
+        request.to_sampling_params(limit, {})  # checks the values, before the engine is there
     except ValidationError as error:
         raise BadLine(explain_validation(error, body)) from None
     except Exception as error:  # whatever vLLM's checks raise
         raise BadLine(explain(str(error), getattr(error, "parameter", None), body)) from None
     return request
-
-
-def _token_limit(request: BaseModel) -> int:
-    fields = vars(request)  # read so, pydantic does not warn that max_tokens is deprecated in chats
-    limits = (fields.get("max_completion_tokens"), fields["max_tokens"])
-    return next((limit for limit in limits if limit is not None), sys.maxsize)
-
-
-REST: tuple[str, ...] = ("prompt_logprobs", "prompt_token_ids", "usage")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What all answers in one output file have in common, and each record says of itself.
-
-    Attributes:
-        model: the checkpoint, as the user named it.
-        defaults: the fields that lines are completed with.
-    """
-
-    model: str
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Record:
-    """A line of the output file.
-
-    Attributes:
-        number: the input line's.
-        text: the record as JSON, with its line feed.
-        failed: it holds an error.
-        tokens: tokens generated for it.
-    """
-
-    number: int
-    text: bytes
-    failed: bool
-    tokens: int = 0
-
-
-def answered(line: Line, settings: Settings, response: BaseModel) -> Record:
-    """Record an OpenAI chat completion or completion."""
-    body = response.model_dump(mode="json", exclude_none=True)
-    answer: dict[str, Any]
-    if is_batch_api(line.given):
-        answer = {"response": {"status_code": 200, "request_id": body["id"], "body": body}, "error": None}
-    else:
-        outputs = [_output(choice) for choice in body["choices"]]
-        answer = {"outputs": outputs, **{name: body[name] for name in REST if name in body}, "error": None}
-    return _record(line, settings, answer, failed=False, tokens=body["usage"].get("completion_tokens", 0))
-
-
-def failed(line: Line, settings: Settings, bad: BadLine) -> Record:
-    """Record what is wrong with a line."""
-    error = {"message": bad.problem.message, "type": bad.kind, "param": bad.problem.field, "code": bad.code}
-    return _record(line, settings, {"error": error}, failed=True)
-
-
-def _output(choice: dict[str, Any]) -> dict[str, Any]:
-    """A choice with its text in front, wherever the API has it."""
-    message = choice.pop("message", {})
-    message.pop("role", None)
-    text = choice.pop("text", None) or message.pop("content", "")
-    del choice["index"]
-    return {"text": text, **choice, **message}
-
-
-def _record(line: Line, settings: Settings, answer: dict[str, Any], failed: bool, tokens: int = 0) -> Record:
-    content: dict[str, Any] = {"line": line.number}
-    if is_batch_api(line.given):
-        content |= {"id": f"batch_req_{line.number}", "custom_id": line.id}
-    elif line.id is not None:
-        content["id"] = line.id
-    content |= {"input": line.given, **answer, **asdict(settings)}
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n"
-    return Record(line.number, text.encode(), failed, tokens)

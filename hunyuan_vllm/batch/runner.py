@@ -1,23 +1,21 @@
-"""Runs a batch's requests through the engine, with progress"""
-
-from __future__ import annotations
+"""Runs a batch's requests through the engine, and reports progress"""
 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 
 from pydantic import BaseModel
-from rich.console import Console
 
-from hunyuan_vllm.batch.lines import Line
-from hunyuan_vllm.batch.requests import BadLine, Record, Request, Settings, answered, failed
+from hunyuan_vllm.batch.output import Record, Settings, answered, failed
+from hunyuan_vllm.batch.requests import BadLine, Request
+from hunyuan_vllm.util.jsonl import Line
 from hunyuan_vllm.util.progress import Progress
 from hunyuan_vllm.util.text import duration
 
 
 class Reporter:
-    """Counts what is written, and shows it while the block it manages runs.
+    """Counts what is written.
 
     Args:
         total: lines of the input.
@@ -25,25 +23,17 @@ class Reporter:
         failed: those that earlier runs wrote with an error.
     """
 
-    def __init__(self, total: int, left: int, failed: int, console: Console) -> None:
+    def __init__(self, total: int, left: int, failed: int, progress: Progress) -> None:
         self.total, self.left, self.failed = total, left, failed
-        self._left_at_start, self._tokens = left, 0
+        self.progress = progress
+        self._left_at_start = left
+        self._tokens = 0
         self._started = time.monotonic()
-        self._console, self._progress = console, Progress(console)
-        self._shown = ExitStack()
-        self.say = self._progress.say
 
-    def loading(self) -> AbstractContextManager[object]:
-        """Show on a terminal that the block is running."""
-        return self._console.status("loading the model")
-
-    def __enter__(self) -> None:
+    def writing(self) -> AbstractContextManager[None]:
+        """Show progress while the block runs."""
         self._started = time.monotonic()
-        stage = self._progress.stage("answered", self.total, self.total - self.left, unit="lines")
-        self._shown.enter_context(stage)
-
-    def __exit__(self, *_: object) -> None:
-        self._shown.close()
+        return self.progress.stage("answered", self.total, self.total - self.left, unit="lines")
 
     def advance(self, records: Sequence[Record]) -> None:
         """Count records that have been written."""
@@ -51,37 +41,35 @@ class Reporter:
         self.failed += sum(record.failed for record in records)
         self._tokens += sum(record.tokens for record in records)
         failed = f"{self.failed:,} failed, " if self.failed else ""
-        self._progress.advance(len(records), f"{failed}{self._rate():,.0f} tokens/s")
+        self.progress.advance(len(records), f"{failed}{self._rate()}")
 
     def summary(self) -> str:
         """What has been written and how fast."""
         written = self._left_at_start - self.left
-        answered = self.total - self.left - self.failed
-        text = f"{answered} of {self.total} lines answered, {self.failed} failed"
+        text = f"{self.total - self.left - self.failed} of {self.total} lines answered, {self.failed} failed"
         if not written:
             return text
-        took = duration(time.monotonic() - self._started)
-        return f"{text}; {written} in this run: {self._tokens:,} tokens in {took}, {self._rate():,.0f} tokens/s"
+        seconds = duration(time.monotonic() - self._started)
+        return f"{text}; {written} in this run: {self._tokens:,} tokens in {seconds}, {self._rate()}"
 
-    def _rate(self) -> float:
-        """Tokens generated a second in this run."""
-        return self._tokens / max(time.monotonic() - self._started, 1e-3)
+    def _rate(self) -> str:
+        return f"{self._tokens / max(time.monotonic() - self._started, 1e-3):,.0f} tokens/s"
 
 
-WRITE_EVERY = 0.25  # seconds; what a kill can cost of the lines that are answered
+WRITE_EVERY = 0.25  # seconds; answers of the last so many seconds are lost if the process is killed
 
 
 class Runner:
     """One pass over the pending lines.
 
-    Attributes:
-        draining: no more lines are started.
-
     Args:
         answer: asks the engine; raises BadLine if the request has no answer.
         settings: the run's, for the records.
         write: puts records on the disk.
-        window: lines in flight at most, those that wait to be written included.
+        window: maximum of lines in flight, those that wait to be written included.
+
+    Attributes:
+        draining: no more lines are started.
     """
 
     def __init__(
@@ -104,7 +92,7 @@ class Runner:
     def drain(self) -> None:
         """Start no more lines; `run` returns when those in flight are written."""
         self.draining = True
-        self._slots.release()  # wakes the one who waits for a slot to start the next line
+        self._slots.release()  # wakes `_feed`, which may wait for a slot
 
     def drop(self) -> None:
         """Give up the lines in flight as well: nothing is written of them."""

@@ -1,7 +1,5 @@
 """`hunyuan-vllm batch`: a JSONL file of requests in, a JSONL file of answers out."""
 
-from __future__ import annotations
-
 import json
 import os
 import warnings
@@ -13,10 +11,8 @@ from rich.console import Console
 
 from hunyuan_vllm.util.errors import UserError
 
-__all__ = ["batch"]
-
 SAMPLING = "Defaults for lines that do not say (else generation_config.json's)"
-# The libraries' notes to developers would tear the progress bar; it and the records say what a user needs.
+# Warnings of libraries, meant for developers, would break the progress bar.
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
@@ -69,14 +65,14 @@ def batch(
     A line in the form of OpenAI's Batch API gets a "response" in that form.
     Records are in the order in which lines are finished.
 
-    Stopped at any moment, by Ctrl-C or by a power cut, the same command goes on where it was: lines with a record in
+    Stopped at any moment, by Ctrl-C or by a power cut, the same command continues: lines with a record in
     OUT.jsonl are not run again.
 
     \b
     Exit status: 0 every line has an answer, 1 some have an error, 2 nothing
     was run, 3 the engine or the disk gave out, 130 interrupted.
     """
-    from hunyuan_vllm.batch.guard import guarded
+    from hunyuan_vllm.batch.process_group import run_in_session
     from hunyuan_vllm.compat import check_engine
 
     check_engine()
@@ -107,7 +103,7 @@ def batch(
         job = Job(source, target.resolve(), checkpoint, defaults, context.args, strict, retry_failed)
         return job.run(Console(stderr=True))
 
-    raise typer.Exit(guarded(run))
+    raise typer.Exit(run_in_session(run))
 
 
 def _json_object(text: str | None) -> dict[str, Any]:

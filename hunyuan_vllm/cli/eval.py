@@ -248,7 +248,7 @@ def _show(table: Table) -> None:
 
 def _guarded(run: Callable[[], int]) -> None:
     """Run it in a process of its own, which no engine outlives, and exit with its status."""
-    from hunyuan_vllm.batch.guard import guarded
+    from hunyuan_vllm.batch.process_group import run_in_session
 
     def quietly() -> int:
         for name, value in QUIET.items():
@@ -265,4 +265,4 @@ def _guarded(run: Callable[[], int]) -> None:
             print("hunyuan-vllm: interrupted", file=sys.stderr)
             return INTERRUPTED
 
-    raise typer.Exit(guarded(quietly))
+    raise typer.Exit(run_in_session(quietly))

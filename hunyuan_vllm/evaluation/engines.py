@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hunyuan_vllm.batch.engine import plan
+from hunyuan_vllm.batch.engine import engine_options
 from hunyuan_vllm.evaluation.passages import Passage
 from hunyuan_vllm.evaluation.schemes import Scheme
 from hunyuan_vllm.server.health_status import cause_of_death
@@ -58,7 +58,7 @@ class Contestant:
         flags += [*self.scheme.options(_quantised(self.model)), *self.flags]
         # A prompt token from the prefix cache would not be computed, and so not be seen.
         flags += ["--max-model-len", str(tokens), "--no-enable-prefix-caching", "--worker-extension-cls", RECORDER]
-        engine = plan(self.model, flags, environ)
+        engine = engine_options(self.model, flags, environ)
         return engine.argv, engine.env
 
 

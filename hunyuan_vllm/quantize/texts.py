@@ -13,8 +13,8 @@ import torch
 from pydantic_core import from_json
 from torch import Tensor
 
-from hunyuan_vllm.batch.lines import refuse_other_encodings
 from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.jsonl import refuse_other_encodings
 
 __all__ = ["Tokens", "calibration_tokens", "pack", "read_documents", "tokenise"]
 

@@ -10,10 +10,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from hunyuan_vllm.batch.lines import parse
 from hunyuan_vllm.train.dataset import Encoding, Scan
 from hunyuan_vllm.train.tokens import IGNORED, Example
 from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.jsonl import parse_line
 
 __all__ = ["PERCENTILES", "Sample", "as_json", "percentiles", "read_sample"]
 
@@ -59,7 +59,7 @@ def read_sample(path: Path, found: Scan, encoding: Encoding, line: int | None = 
             raise UserError(f"--sample {line}: no conversation is in that line of {path}") from None
     with path.open("rb") as file:
         file.seek(found.offsets[place])
-        read = parse(found.numbers[place], file.readline())
+        read = parse_line(found.numbers[place], file.readline())
     assert read is not None
     example = encoding.cut(encoding(read))
     return Sample(found.numbers[place], example, list(_runs(example, encoding.tokenizer)))

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from hunyuan_vllm.batch.lines import Line, parse, refuse_other_encodings
-from hunyuan_vllm.train.messages import DEFAULT_SYSTEM, BadConversation, form_of, parse_line
+from hunyuan_vllm.train.messages import DEFAULT_SYSTEM, BadConversation, form_of, parse_conversation
 from hunyuan_vllm.train.tokens import Example, encode
 from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.jsonl import Line, parse_line, refuse_other_encodings
 
 CHUNK = 256  # lines that a process is given at a time
 LARGE = 8 << 20  # bytes of a file from which several processes read it
@@ -49,7 +49,7 @@ class Encoding:
         Raises:
             BadConversation: there is none.
         """
-        conversation = parse_line(line)
+        conversation = parse_conversation(line)
         return encode(conversation, self.tokenizer, train_on_all=self.train_on_all, default_system=self.default_system)
 
     def cut(self, example: Example) -> Example:
@@ -185,7 +185,7 @@ def _look(chunk: Iterable[_Raw], encoding: Encoding | None = None) -> tuple[int,
     found: list[_Found] = []
     for number, offset, raw in chunk:
         size += len(raw)
-        line = parse(number, raw)
+        line = parse_line(number, raw)
         if line is None:
             continue
         try:
@@ -262,7 +262,7 @@ class ConversationDataset(torch.utils.data.Dataset[Example]):
             raw = file.readline()
         if _stamp(self._path) != self._stamp:
             raise UserError(f"{self._path} has been changed while it was trained on: start again")
-        line = parse(self.scan.numbers[place], raw)
+        line = parse_line(self.scan.numbers[place], raw)
         assert line is not None, raw
         return self._encoding.cut(self._encoding(line))
 

@@ -8,7 +8,7 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
-from hunyuan_vllm.batch.lines import Line
+from hunyuan_vllm.util.jsonl import Line
 
 MESSAGES: Final = "messages"
 
@@ -216,7 +216,7 @@ class Conversation(BaseModel):
         return messages
 
 
-def parse_line(line: Line) -> Conversation:
+def parse_conversation(line: Line) -> Conversation:
     """The conversation that a line of JSONL holds.
 
     Raises:

@@ -16,16 +16,16 @@ from rich.console import Console
 
 from hunyuan_vllm import demo
 from hunyuan_vllm.batch import job as job_module
-from hunyuan_vllm.batch.engine import parse_options, plan
+from hunyuan_vllm.batch.engine import engine_options, parse_options
 from hunyuan_vllm.batch.job import FAILED_LINES, Job
-from hunyuan_vllm.batch.lines import read_lines
-from hunyuan_vllm.batch.output import Output
-from hunyuan_vllm.batch.requests import BadLine, Record, Settings, failed
+from hunyuan_vllm.batch.output import Output, Record, Settings, failed
+from hunyuan_vllm.batch.requests import BadLine
 from hunyuan_vllm.batch.runner import Reporter
 from hunyuan_vllm.server.middleware.errors import Problem
 from hunyuan_vllm.server.models import demo_model, open_model
 from hunyuan_vllm.util.errors import UserError
-from hunyuan_vllm.util.progress import LINE_EVERY
+from hunyuan_vllm.util.jsonl import read_lines
+from hunyuan_vllm.util.progress import LINE_EVERY, Progress
 
 
 def console() -> Console:
@@ -52,9 +52,9 @@ def job(source, target, **options) -> Job:
 def test_files_are_looked_at_first(tmp_path, source):
     for wrong, says in [
         (job(tmp_path / "none", tmp_path / "out"), "none does not exist"),
-        (job(tmp_path, tmp_path / "out"), "is no file"),
-        (job(source, tmp_path), "is no file"),
-        (job(source, tmp_path / "none" / "out"), "none does not exist: make that folder"),
+        (job(tmp_path, tmp_path / "out"), "is not a regular file"),
+        (job(source, tmp_path), "is not a regular file"),
+        (job(source, tmp_path / "none" / "out"), "none does not exist: create it"),
         (job(source, source), "both input and output"),
     ]:
         with pytest.raises(UserError, match=says):
@@ -82,13 +82,13 @@ def test_a_file_that_is_not_jsonl_starts_nothing(tmp_path, content, says):
 def test_a_template_that_is_replaced_is_noted(tmp_path, monkeypatch):
     checkpoint = shutil.copytree(demo.path(), tmp_path / "model")
     model = open_model(str(checkpoint))
-    plain = plan(model, [], os.environ).notes
+    plain = engine_options(model, [], os.environ).notes
     (checkpoint / "chat_template.jinja").write_text(FAULTY)
-    (note,) = [note for note in plan(model, [], os.environ).notes if note not in plain]
+    (note,) = [note for note in engine_options(model, [], os.environ).notes if note not in plain]
     assert "closed by <|extra_4|>" in note and "HUNYUAN_VLLM_CHECKPOINT_CHAT_TEMPLATE=1" in note
-    assert plan(model, ["--chat-template", "x.jinja"], os.environ).notes == plain
+    assert engine_options(model, ["--chat-template", "x.jinja"], os.environ).notes == plain
     monkeypatch.setenv("HUNYUAN_VLLM_CHECKPOINT_CHAT_TEMPLATE", "1")
-    assert plan(model, [], os.environ).notes == plain
+    assert engine_options(model, [], os.environ).notes == plain
 
 
 def test_strict_lists_the_wrong_lines_and_runs_none(tmp_path, source):
@@ -113,7 +113,9 @@ def test_a_flag_that_vllm_does_not_know(flags, says):
 
 
 def test_options_are_those_of_the_server():
-    made = plan(demo_model(), ["--max-model-len", "64"], {"HOST": "0.0.0.0", "VLLM_API_KEY": "k", "TP_SIZE": "2"})
+    made = engine_options(
+        demo_model(), ["--max-model-len", "64"], {"HOST": "0.0.0.0", "VLLM_API_KEY": "k", "TP_SIZE": "2"}
+    )
     args = parse_options(made.argv)
     assert (args.model, args.max_model_len, args.tensor_parallel_size) == (demo_model().name, 64, 2)
     assert args.kv_cache_memory_bytes == 256 * 2**20
@@ -139,9 +141,7 @@ def test_nothing_is_left_to_do(tmp_path, source, monkeypatch):
     first, second, third = read_lines(source)
     settings = Settings(demo_model().given)
     error = failed(second, settings, BadLine(Problem("top_p", "top_p: no")))
-    answers = [
-        Record(line.number, failed(line, settings, BadLine(Problem(None, ""))).text, False) for line in (first, third)
-    ]
+    answers = [Record(failed(line, settings, BadLine(Problem(None, ""))).text, False) for line in (first, third)]
     output = Output(tmp_path / "out")
     output.append([*answers, error])
     output.close()
@@ -156,13 +156,13 @@ def test_progress_away_from_a_terminal(monkeypatch):
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     screen = console()
-    reporter = Reporter(total=1000, left=900, failed=1, console=screen)
-    with reporter:
+    reporter = Reporter(total=1000, left=900, failed=1, progress=Progress(screen))
+    with reporter.writing():
         now += LINE_EVERY - 1
-        reporter.advance([Record(number, b"", number < 2, 50) for number in range(99)])
+        reporter.advance([Record(b"", number < 2, 50) for number in range(99)])
         assert said(screen) == ""
         now += 1
-        reporter.advance([Record(99, b"", False, 50)])
+        reporter.advance([Record(b"", False, 50)])
     assert said(screen) == "hunyuan-vllm: answered: 200 of 1,000 lines, 3 failed, 167 tokens/s, 4:00 left\n"
     assert (
         reporter.summary()

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic_core import from_json
 
-from hunyuan_vllm.batch.lines import digest, read_lines, scan
+from hunyuan_vllm.batch.requests import digest, index_file
 from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.jsonl import read_lines
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -28,7 +29,7 @@ def test_numbers_count_blank_lines(tmp_path):
         (1, {"id": 1}, 1),
         (4, {"id": "海"}, "海"),
     ]
-    index = scan(path)
+    index = index_file(path)
     assert index.requests == 2
     assert [bool(number) for number in index.digests] == [True, False, False, True]
 
@@ -61,12 +62,12 @@ def test_ids_that_repeat_an_earlier_one(tmp_path):
         "{}",
         '{"id": "a"}',
     ]
-    index = scan(write(tmp_path / "in", *map(str.encode, lines)))
+    index = index_file(write(tmp_path / "in", *map(str.encode, lines)))
     assert index.repeated == {4: 1, 6: 5, 9: 1}
 
 
 def test_an_empty_file_is_an_error(tmp_path):
     with pytest.raises(UserError, match="is empty"):
-        scan(write(tmp_path / "in", b"", b" "))
+        index_file(write(tmp_path / "in", b"", b" "))
     with pytest.raises(UserError, match="cannot be read"):
-        scan(tmp_path / "none")
+        index_file(tmp_path / "none")

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from hunyuan_vllm.batch.lines import Line, read_lines, scan
-from hunyuan_vllm.batch.output import Output
-from hunyuan_vllm.batch.requests import BadLine, Record, Settings, failed
+from hunyuan_vllm.batch.output import Output, Record, Settings, failed
+from hunyuan_vllm.batch.requests import BadLine, index_file
 from hunyuan_vllm.server.middleware.errors import Problem
 from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.jsonl import Line, read_lines
 
 SETTINGS = Settings("model", {"temperature": 0.5})
 LINES = [{"prompt": "eins"}, {"prompt": "二", "id": 2}, "no json", {"prompt": "four"}]
@@ -27,7 +27,7 @@ def source(tmp_path):
 def record(line: Line, error: bool = False) -> Record:
     """What a run writes for a line; an answer has the same form as an error, but for the error."""
     made = failed(line, SETTINGS, BadLine(Problem("prompt", "prompt: too 长")))
-    return made if error else Record(made.number, made.text.replace(b'"error":{', b'"error":null,"was":{'), False)
+    return made if error else Record(made.text.replace(b'"error":{', b'"error":null,"was":{'), False)
 
 
 def pending(output: Output | Path, source: Path, settings=SETTINGS, **options) -> list[int]:
@@ -35,7 +35,7 @@ def pending(output: Output | Path, source: Path, settings=SETTINGS, **options) -
     if isinstance(output, Path):
         with closing(Output(output)) as opened:
             return pending(opened, source, settings, **options)
-    state = output.resume(scan(source), settings, **options)
+    state = output.resume(index_file(source), settings, **options)
     return [number for number, left in enumerate(state.pending) if left]
 
 
@@ -54,7 +54,7 @@ def test_written_lines_are_not_pending(tmp_path, source):
     first, second, broken, _ = read_lines(source)
     write(tmp_path / "out", record(second), record(broken, error=True))
     output = Output(tmp_path / "out")
-    state = output.resume(scan(source), SETTINGS)
+    state = output.resume(index_file(source), SETTINGS)
     assert [number for number, left in enumerate(state.pending) if left] == [1, 5]
     assert state.failed == 1
 

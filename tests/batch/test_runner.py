@@ -7,10 +7,11 @@ import pytest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
 from vllm.entrypoints.serve.engine.protocol import UsageInfo
 
-from hunyuan_vllm.batch.lines import Line
-from hunyuan_vllm.batch.requests import BadLine, Request, Settings
+from hunyuan_vllm.batch.output import Settings
+from hunyuan_vllm.batch.requests import BadLine, Request
 from hunyuan_vllm.batch.runner import Runner
 from hunyuan_vllm.server.middleware.errors import Problem
+from hunyuan_vllm.util.jsonl import Line
 
 BAD = BadLine(Problem("prompt", "prompt: empty"))
 

@@ -10,7 +10,7 @@ import pytest
 from adapters import adapter_pairs, rename_modules, write_adapter
 
 from hunyuan_vllm import demo
-from hunyuan_vllm.batch.engine import plan
+from hunyuan_vllm.batch.engine import engine_options
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.server.models import check_adapters, demo_model
 from hunyuan_vllm.server.options import Flags
@@ -65,4 +65,4 @@ def test_without_lora(good: Path) -> None:
 def test_a_batch_run_refuses_it_before_the_engine(good: Path) -> None:
     rename_modules(good, lambda name: f"model.{name}")
     with pytest.raises(UserError, match="--lora-modules style: .* none of its"):
-        plan(demo_model(), ["--enable-lora", "--lora-modules", f"style={good}"], os.environ)
+        engine_options(demo_model(), ["--enable-lora", "--lora-modules", f"style={good}"], os.environ)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from hunyuan_vllm.batch.lines import parse
-from hunyuan_vllm.train.messages import BadConversation, Conversation, form_of, parse_line
+from hunyuan_vllm.train.messages import BadConversation, Conversation, form_of, parse_conversation
+from hunyuan_vllm.util.jsonl import parse_line
 
 
 def system(content: Any = "S") -> dict[str, Any]:
@@ -28,9 +28,9 @@ HUMAN, GPT = {"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}
 
 def read(given: Any, number: int = 3) -> Conversation:
     raw = given if isinstance(given, bytes) else json.dumps(given, ensure_ascii=False).encode()
-    line = parse(number, raw)
+    line = parse_line(number, raw)
     assert line is not None
-    return parse_line(line)
+    return parse_conversation(line)
 
 
 def test_accepted() -> None:

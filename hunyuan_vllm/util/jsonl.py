@@ -1,10 +1,6 @@
-"""The input file, a line at a time: read once to know what is there, and once more to run it."""
+"""JSONL files: lines with their numbers, and why a line is not JSON."""
 
-from __future__ import annotations
-
-import hashlib
 import json
-from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +10,8 @@ from pydantic_core import from_json
 
 from hunyuan_vllm.util.errors import UserError
 
-__all__ = ["Index", "Line", "parse", "read_lines", "refuse_other_encodings", "scan"]
-
 BOM = b"\xef\xbb\xbf"
-# What a file that is not JSONL begins with, what it is, and how it becomes JSONL.
+# First bytes of files that are not JSONL, what they are, and the command that converts them.
 OTHER_FILES = {
     b"\x1f\x8b": ("compressed with gzip", "gunzip -k {}"),
     b"\x28\xb5\x2f\xfd": ("compressed with zstd", "zstd -d {}"),
@@ -51,23 +45,8 @@ class Line:
         return found if isinstance(found, str | int) else None
 
 
-@dataclass(frozen=True)
-class Index:
-    """What an input file holds, in 8 bytes a line.
-
-    Attributes:
-        digests: at [number - 1] the digest of a line; 0 for a blank one.
-        requests: lines that are not blank.
-        repeated: line → the earlier line that has the same id.
-    """
-
-    digests: array[int]
-    requests: int
-    repeated: dict[int, int]
-
-
 def read_lines(path: Path) -> Iterator[Line]:
-    """The lines of an input file, in order.
+    """The lines of a file that are not blank, in order.
 
     Raises:
         UserError: it cannot be read.
@@ -76,17 +55,17 @@ def read_lines(path: Path) -> Iterator[Line]:
         refuse_other_encodings(path)
         with path.open("rb") as file:
             for number, raw in enumerate(file, start=1):
-                if line := parse(number, raw):
+                if line := parse_line(number, raw):
                     yield line
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def refuse_other_encodings(path: Path) -> None:
-    """Refuse a file that is not JSONL as a whole: its lines would be a thousand errors about bytes.
+    """Refuse a compressed, Parquet, UTF-16 or UTF-32 file with one error instead of one a line.
 
     Raises:
-        UserError: it is compressed, or not UTF-8 but UTF-16 or -32; says the command that converts it.
+        UserError: the message holds the command that converts it.
         OSError: it cannot be read.
     """
     with path.open("rb") as file:
@@ -100,39 +79,7 @@ def refuse_other_encodings(path: Path) -> None:
         raise UserError(f"{path} is {named}: convert it to UTF-8 first (iconv -f {named} -t UTF-8 {path} > NEW.jsonl)")
 
 
-def scan(path: Path) -> Index:
-    """Read the whole file once.
-
-    Raises:
-        UserError: it cannot be read, or holds no line of JSON.
-    """
-    digests, ids = array("Q"), array("Q")
-    requests = broken = 0
-    cause: str | None = None
-    for line in read_lines(path):
-        blank = line.number - 1 - len(digests)
-        digests.extend([0] * blank)
-        ids.extend([0] * blank)
-        digests.append(digest(line.given))
-        ids.append(0 if line.id is None else digest(str(line.id)))
-        requests += 1
-        if line.broken:
-            broken += 1
-            cause = cause or f"line {line.number}: {line.broken}"
-    if not requests:
-        raise UserError(f"{path} is empty: it needs one request a line")
-    if broken == requests:
-        raise UserError(f"{path} has no line of JSON; {cause}")
-    return Index(digests, requests, _repeated(ids))
-
-
-def digest(value: Any) -> int:
-    """64 bits of a JSON value, never 0; equal for a value and for what is read back after writing it."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) or 1
-
-
-def parse(number: int, raw: bytes) -> Line | None:
+def parse_line(number: int, raw: bytes) -> Line | None:
     """A line as it is in the file; None if it is blank."""
     raw = (raw.removeprefix(BOM) if number == 1 else raw).strip()
     if not raw:
@@ -145,7 +92,7 @@ def parse(number: int, raw: bytes) -> Line | None:
 
 
 def _why(raw: bytes) -> str | None:
-    """The standard library's words for what is wrong, which are plainer; it is also more lenient."""
+    """The standard library's message, which is clearer than pydantic's; None where it accepts the line."""
     try:
         json.loads(raw)
     except UnicodeDecodeError as error:
@@ -153,16 +100,3 @@ def _why(raw: bytes) -> str | None:
     except ValueError as error:
         return str(error)
     return None
-
-
-def _repeated(ids: array[int]) -> dict[int, int]:
-    """Lines whose id an earlier line has."""
-    import numpy
-
-    if not ids:
-        return {}
-    values = numpy.frombuffer(ids, dtype=numpy.uint64)
-    first_at, inverse = numpy.unique(values, return_index=True, return_inverse=True)[1:]
-    earlier = first_at[inverse]
-    (later,) = numpy.nonzero((earlier != numpy.arange(len(values))) & (values != 0))
-    return {int(at) + 1: int(earlier[at]) + 1 for at in later}

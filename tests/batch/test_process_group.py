@@ -11,7 +11,7 @@ import pytest
 
 SCRIPT = """
 import signal, subprocess, sys, time
-from hunyuan_vllm.batch.guard import guarded
+from hunyuan_vllm.batch.process_group import run_in_session
 
 def run():
     signal.signal(signal.SIGINT, lambda *_: print("child: SIGINT", flush=True))
@@ -21,7 +21,7 @@ def run():
         return 7
     time.sleep(120)
 
-sys.exit(guarded(run))
+sys.exit(run_in_session(run))
 """
 
 

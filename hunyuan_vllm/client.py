@@ -14,8 +14,9 @@ import httpx
 import psutil
 
 from hunyuan_vllm.server.keys import parse_keys, read_key_file
-from hunyuan_vllm.server.options import Settings, is_loopback
+from hunyuan_vllm.settings import Settings
 from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.net import is_loopback
 
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 TIMEOUT = 30  # seconds

@@ -16,8 +16,8 @@ from waiting import eventually
 
 from hunyuan_vllm.server import health_status as cause_module
 from hunyuan_vllm.server.health_status import cause_of_death, oom_kills
-from hunyuan_vllm.server.run import check_port
 from hunyuan_vllm.util.errors import NotYetError, UserError
+from hunyuan_vllm.util.net import check_port
 
 RUNNER = """
 import os, pathlib, sys

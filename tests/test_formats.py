@@ -21,8 +21,9 @@ from hunyuan_vllm.quant.formats import quantization_of, stored_format
 from hunyuan_vllm.server.hardware import Machine
 from hunyuan_vllm.server.launch import decide
 from hunyuan_vllm.server.models import open_model
-from hunyuan_vllm.server.options import Flags, Settings
+from hunyuan_vllm.server.options import Flags
 from hunyuan_vllm.server.parallel import choose_ranks
+from hunyuan_vllm.settings import Settings
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.findings import Finding, Status
 

@@ -18,8 +18,9 @@ from hunyuan_vllm.server.hardware import Machine
 from hunyuan_vllm.server.health_status import cause_of_death
 from hunyuan_vllm.server.launch import Launch, decide
 from hunyuan_vllm.server.models import ModelSource, longest_context
-from hunyuan_vllm.server.options import Flags, Settings, Surface
+from hunyuan_vllm.server.options import Flags, Surface
 from hunyuan_vllm.server.ray_cluster import RayCluster
+from hunyuan_vllm.settings import Settings
 from hunyuan_vllm.util.errors import UserError
 
 try:

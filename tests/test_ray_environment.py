@@ -9,8 +9,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.ray import ray_env
 from vllm.v1.executor.ray_env_utils import get_driver_env_vars
 
-from hunyuan_vllm import demo, plugin
-from hunyuan_vllm.cluster import joined
+from hunyuan_vllm import demo, plugin, ray_environment
 from hunyuan_vllm.preflight import HunYuanPreflight
 from hunyuan_vllm.ray_environment import kept_from_workers, limit_copied_variables
 
@@ -69,7 +68,7 @@ def test_an_engine_over_ray_joins_the_cluster_of_this_machine(backend, set_, mon
     """No other: the hook is that of our architecture alone."""
     config = EngineArgs(model=str(demo.path())).create_engine_config()
     config.parallel_config.distributed_executor_backend = backend
-    monkeypatch.setattr(joined, "cluster_variables", lambda: JOINED)
+    monkeypatch.setattr(ray_environment, "cluster_variables", lambda: JOINED)
     for name in SPAWNED:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)

@@ -14,13 +14,15 @@ from pydantic import BaseModel, ValidationError
 from hunyuan_vllm import envs
 from hunyuan_vllm.batch.requests import BadLine, Request
 from hunyuan_vllm.chat_template import known_faults, replacement, stored_template
-from hunyuan_vllm.cluster.joined import cluster_variables
+from hunyuan_vllm.ray_environment import cluster_variables
 from hunyuan_vllm.server.hardware import probe
 from hunyuan_vllm.server.launch import decide
 from hunyuan_vllm.server.middleware.errors import explain
 from hunyuan_vllm.server.models import ModelSource
-from hunyuan_vllm.server.options import LOOPBACK, Flags, Settings
+from hunyuan_vllm.server.options import Flags
+from hunyuan_vllm.settings import Settings
 from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.net import LOOPBACK
 
 MIN_WINDOW = 1024
 

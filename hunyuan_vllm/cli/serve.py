@@ -193,19 +193,21 @@ def serve(
       128+n signal n ended it: 137 where it had to be killed
     """
     from hunyuan_vllm import envs
-    from hunyuan_vllm.cluster.joined import cluster_variables
     from hunyuan_vllm.compat import check_engine
     from hunyuan_vllm.quant.schemes import find_scheme
-    from hunyuan_vllm.server import keys, run, supervisor
+    from hunyuan_vllm.ray_environment import cluster_variables
+    from hunyuan_vllm.server import keys, supervisor
     from hunyuan_vllm.server.hardware import probe
     from hunyuan_vllm.server.launch import decide
     from hunyuan_vllm.server.models import convert, demo_in, demo_model, open_model
     from hunyuan_vllm.server.network import check_certificate
-    from hunyuan_vllm.server.options import Flags, Settings
+    from hunyuan_vllm.server.options import Flags
     from hunyuan_vllm.server.parallel import wait_for_gpus
     from hunyuan_vllm.server.process import Stop
     from hunyuan_vllm.server.supervisor import OneMachine, RayNodes
+    from hunyuan_vllm.settings import Settings
     from hunyuan_vllm.util.errors import UserError
+    from hunyuan_vllm.util.net import check_port
     from hunyuan_vllm.util.streams import make_output_unfailing
 
     if not dry_run:
@@ -249,7 +251,7 @@ def serve(
         print(launch.shell())
         return
     if not launch.uds and not launch.headless:
-        run.check_port(launch.host, launch.port)
+        check_port(launch.host, launch.port)
     if launch.key_file is not None:
         if settings.api_key_file is None and not launch.key_file.exists():
             keys.create_key_file(launch.key_file)

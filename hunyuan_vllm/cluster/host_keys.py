@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from hunyuan_vllm.cluster.hosts import Host, normalise_address
+from hunyuan_vllm.cluster.hosts import Host
 from hunyuan_vllm.cluster.problems import HostError
 from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.net import normalise_address
 
 FINGERPRINT = re.compile(r"SHA256:[A-Za-z0-9+/]{43}")
 TYPES = re.compile(r"(ssh-(ed25519|rsa|dss)|ecdsa-sha2-nistp\d+|sk-[\w@.-]+)", re.ASCII)

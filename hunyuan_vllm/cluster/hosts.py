@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from dataclasses import dataclass
 
 from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.net import is_loopback, normalise_address
 
-__all__ = ["Host", "normalise_address", "parse_hosts"]
-
-NAME = re.compile(r"(?!-)[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?", re.ASCII)
 USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\$?", re.ASCII)
 
 
@@ -50,44 +47,8 @@ def parse_hosts(text: str, port: int, user: str, option: str = "--ips") -> list[
         example = f"{option} 10.0.0.1,10.0.0.2"
         raise UserError(f"{option} names no host: give addresses with commas between them, such as {example}")
     if len(addresses) > 1:
-        for address in addresses:
-            _refuse_loopback(address)
+        for address in filter(is_loopback, addresses):
+            raise UserError(
+                f"{address} is another machine on every host: give the address by which the others reach it"
+            )
     return [Host(address, port, user) for address in addresses]
-
-
-def normalise_address(word: str) -> str:
-    """One spelling for each address: `[FD00:0::1]` is fd00::1, `Node3` is node3.
-
-    Raises:
-        UserError: it is neither an address nor a name.
-    """
-    bare = word[1:-1] if word.startswith("[") and word.endswith("]") else word
-    try:
-        address = ipaddress.ip_address(bare)
-    except ValueError:
-        return _check_name(word)
-    if address.is_link_local and address.version == 6:
-        raise UserError(f"{word} is valid on one link only: give an address that all hosts reach")
-    if address.is_unspecified or address.is_multicast:
-        raise UserError(f"{word} is not the address of a host")
-    return str(address)
-
-
-def _check_name(word: str) -> str:
-    name = word.lower()
-    if "@" in word:
-        raise UserError(f"{word}: name the user with --user, and only the host here")
-    if re.fullmatch(r".*\]?:\d+", word) and word.count(":") == 1 or re.fullmatch(r"\[.*\]:\d+", word):
-        raise UserError(f"{word}: name the port with its own option, and only the host here")
-    if re.fullmatch(r"[\d.]+", name) or not NAME.fullmatch(name):
-        raise UserError(f"{word} is neither an IP address nor a host name")
-    return name
-
-
-def _refuse_loopback(address: str) -> None:
-    try:
-        loopback = ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        loopback = address == "localhost"
-    if loopback:
-        raise UserError(f"{address} is another machine on every host: give the address by which the others reach it")

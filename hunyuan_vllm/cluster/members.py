@@ -11,7 +11,7 @@ import sys
 from dataclasses import asdict, dataclass
 
 from hunyuan_vllm.cluster.node_setup import NodeSetup
-from hunyuan_vllm.cluster.reach import why_unreached
+from hunyuan_vllm.util.net import why_unreachable
 
 __all__ = ["Member", "ask_members"]
 
@@ -30,7 +30,7 @@ class Member:
 
 def ask_members(setup: NodeSetup) -> tuple[list[Member], str]:
     """The living nodes of the cluster that this node, set up so, is part of; and why there is no answer, or ""."""
-    if why := why_unreached(setup.gcs):
+    if why := why_unreachable(setup.gcs):
         return [], f"nothing answers at {setup.gcs} ({why})"
     try:
         done = subprocess.run(

@@ -12,13 +12,9 @@ from hunyuan_vllm.cluster.ports import GCS_PORT, ray_flags
 from hunyuan_vllm.cluster.ray_token import PATH_VARIABLE
 from hunyuan_vllm.cluster.tls import NodeFiles
 from hunyuan_vllm.ray_environment import names_a_secret
-from hunyuan_vllm.server.network import READERS
 from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.net import INTERFACE_VARIABLES, host_port
 
-__all__ = ["FOLDER", "NodeSetup", "parse_variables", "without_secrets"]
-
-# Below the home directory, which SSH sessions and shells agree about; XDG_CONFIG_HOME is set in some of them only.
-FOLDER = Path(".config/hunyuan-vllm/cluster")
 RAY_SETTINGS = {
     # A node is dead after five checks in a row without an answer, about 25 s; Ray's own minute is long for clients.
     # With three checks of 2 s a node whose raylet stands still for 10 s is ended, and the model has to be loaded anew:
@@ -62,7 +58,7 @@ class NodeSetup:
     @property
     def gcs(self) -> str:
         """Address and port that nodes and drivers join at."""
-        return f"[{self.head}]:{GCS_PORT}" if ":" in self.head else f"{self.head}:{GCS_PORT}"
+        return host_port(self.head, GCS_PORT)
 
     @property
     def tls_files(self) -> NodeFiles | None:
@@ -72,7 +68,7 @@ class NodeSetup:
         """The variables for Ray on this node, and for a program on it that joins the cluster as a driver."""
         return {
             "VLLM_HOST_IP": self.address,
-            **dict.fromkeys(READERS, self.interface),
+            **dict.fromkeys(INTERFACE_VARIABLES, self.interface),
             "RAY_ADDRESS": self.gcs,
             "RAY_AUTH_MODE": "token",
             PATH_VARIABLE: self.token_file,
@@ -116,8 +112,3 @@ def parse_variables(words: list[str]) -> dict[str, str]:
             raise UserError(f"--env {name}: the cluster sets it itself")
         variables[name] = value
     return variables
-
-
-def without_secrets(environ: Mapping[str, str]) -> dict[str, str]:
-    """Variables that Ray, and all that it starts, may inherit: those whose names do not speak of a secret."""
-    return {name: value for name, value in environ.items() if not names_a_secret(name)}

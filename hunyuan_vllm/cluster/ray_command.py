@@ -11,13 +11,14 @@ from pathlib import Path
 import psutil
 import typer
 
-from hunyuan_vllm.cluster.node_setup import FOLDER, NodeSetup, parse_variables
+from hunyuan_vllm.cluster.node_setup import NodeSetup, parse_variables
 from hunyuan_vllm.cluster.ports import GCS_PORT
 from hunyuan_vllm.cluster.processes import ray_processes, shown
 from hunyuan_vllm.cluster.ray_node import look, stop
 from hunyuan_vllm.cluster.ray_start import find_ray, start
 from hunyuan_vllm.cluster.ray_token import make_token, token_file
-from hunyuan_vllm.server.options import Settings
+from hunyuan_vllm.ray_environment import NODE_FOLDER
+from hunyuan_vllm.settings import Settings
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.text import some
 
@@ -100,7 +101,7 @@ def _setup(
         interface=wanted,
         gpus=look(own).gpus if gpus is None else gpus,
         token_file=str(token_file(os.environ, home)),
-        tls=str(home / FOLDER / "tls") if encrypt else None,
+        tls=str(home / NODE_FOLDER / "tls") if encrypt else None,
         variables=parse_variables(variables),
     )
 

@@ -14,14 +14,15 @@ from pathlib import Path
 import psutil
 
 from hunyuan_vllm.cluster import tls
-from hunyuan_vllm.cluster.node_setup import FOLDER, NodeSetup, without_secrets
+from hunyuan_vllm.cluster.node_setup import NodeSetup
 from hunyuan_vllm.cluster.ports import fixed_ports
 from hunyuan_vllm.cluster.processes import end_processes, ray_processes, shown
 from hunyuan_vllm.cluster.ray_token import read_token, store_token
-from hunyuan_vllm.cluster.reach import why_unreached
 from hunyuan_vllm.cluster.start_hook import HOOK
+from hunyuan_vllm.ray_environment import NODE_FOLDER, without_secrets
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.files import write_private
+from hunyuan_vllm.util.net import why_unreachable
 
 __all__ = ["CURRENT", "NodeError", "START_TIMEOUT", "find_ray", "noted_setup", "start", "temporary"]
 
@@ -64,15 +65,15 @@ def start(setup: NodeSetup, token: str | None = None) -> list[str]:
         _check_head(setup)
     _prune_sessions()
     _run_ray(setup)
-    write_private(_note(setup.address), json.dumps(setup.to_json()))
+    write_private(_note(setup.address), json.dumps({"setup": setup.to_json(), "environment": setup.environment()}))
     return said
 
 
 def noted_setup(address: str) -> NodeSetup | None:
     """What the node at `address` was last started with here; None where no such note is to be read."""
     try:
-        return NodeSetup.from_json(json.loads(_note(address).read_text()))
-    except (OSError, ValueError, TypeError):
+        return NodeSetup.from_json(json.loads(_note(address).read_text())["setup"])
+    except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
@@ -149,7 +150,7 @@ def _holder(port: int) -> str:
 
 def _check_head(setup: NodeSetup) -> None:
     """Ray itself would try for minutes."""
-    if why := why_unreached(setup.gcs):
+    if why := why_unreachable(setup.gcs):
         raise NodeError(f"no head answers at {setup.gcs} ({why})", "start it first, and let this node reach it")
 
 
@@ -161,7 +162,7 @@ def _fetch(setup: NodeSetup) -> str:
 
 
 def _note(address: str) -> Path:
-    return Path.home() / FOLDER / f"node-{address}.json"
+    return Path.home() / NODE_FOLDER / f"node-{address}.json"
 
 
 def _prune_sessions() -> None:

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hunyuan_vllm.cluster.hosts import Host
-from hunyuan_vllm.cluster.node_setup import FOLDER, NodeSetup
+from hunyuan_vllm.cluster.node_setup import NodeSetup
+from hunyuan_vllm.ray_environment import NODE_FOLDER
 from hunyuan_vllm.util.files import write_private
 
 __all__ = ["ClusterRecord"]
@@ -29,7 +30,7 @@ class ClusterRecord:
 
     @staticmethod
     def file(home: Path) -> Path:
-        return home / FOLDER / "cluster.json"
+        return home / NODE_FOLDER / "cluster.json"
 
     @classmethod
     def read(cls, home: Path) -> ClusterRecord | None:

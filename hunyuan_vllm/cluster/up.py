@@ -13,12 +13,13 @@ import psutil
 from hunyuan_vllm.cluster.check import ClusterCheck, Wanted
 from hunyuan_vllm.cluster.logins import Login, Logins
 from hunyuan_vllm.cluster.members import Member, ask_members
-from hunyuan_vllm.cluster.node_setup import FOLDER, NodeSetup
+from hunyuan_vllm.cluster.node_setup import NodeSetup
 from hunyuan_vllm.cluster.ray_node import Looked
 from hunyuan_vllm.cluster.ray_start import find_ray
 from hunyuan_vllm.cluster.ray_token import make_token
 from hunyuan_vllm.cluster.remote_node import RemoteNodes
 from hunyuan_vllm.cluster.tls import sign
+from hunyuan_vllm.ray_environment import NODE_FOLDER
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.findings import Section, Status
 from hunyuan_vllm.util.text import some
@@ -139,7 +140,7 @@ class Up:
         for login in self._logins.all:
             looked = self._looks[login.address]
             carrying = (name for name, addresses in looked.interfaces.items() if login.address in addresses)
-            folder = Path(looked.home) / FOLDER / "tls"
+            folder = Path(looked.home) / NODE_FOLDER / "tls"
             self.setups[login.address] = NodeSetup(
                 address=login.address,
                 head=head,
@@ -206,7 +207,7 @@ class Up:
             setup = self.setups[login.address]
             signed = None
             if setup.tls and (request := self._nodes.request_certificate(login, setup)):
-                signed = sign(Path(self._home) / FOLDER / "tls", request, setup.address)
+                signed = sign(Path(self._home) / NODE_FOLDER / "tls", request, setup.address)
             seconds[login.address] = self._nodes.start(login, setup, token, signed)
 
         head = [login for login in logins if login.address == self._head.address]

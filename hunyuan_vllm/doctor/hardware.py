@@ -9,8 +9,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from hunyuan_vllm.doctor.probes import Probe, System
-from hunyuan_vllm.server.hardware import can_compile, free_memory
 from hunyuan_vllm.util.findings import Section
+from hunyuan_vllm.util.machine import can_compile, free_memory
 from hunyuan_vllm.util.text import some
 
 FIELDS = (

@@ -9,13 +9,11 @@ from pathlib import Path
 
 import psutil
 
-from hunyuan_vllm.cluster.reach import why_unreached
 from hunyuan_vllm.doctor.probes import System
-from hunyuan_vllm.server.network import READERS
-from hunyuan_vllm.server.options import Settings
-from hunyuan_vllm.server.run import check_port
+from hunyuan_vllm.settings import Settings
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.findings import Section
+from hunyuan_vllm.util.net import INTERFACE_VARIABLES, check_port, why_unreachable
 
 __all__ = ["check_interfaces", "check_name", "check_ports", "check_ray", "check_settings"]
 
@@ -101,7 +99,7 @@ def check_interfaces(section: Section, system: System, settings: Settings) -> No
     """Interfaces that variables name, against those that are here."""
     interfaces = {name: [entry.address for entry in entries] for name, entries in psutil.net_if_addrs().items()}
     wrong = []
-    for variable in ("SOCKET_IFNAME", *READERS):
+    for variable in ("SOCKET_IFNAME", *INTERFACE_VARIABLES):
         value = system.environ.get(variable, "").strip()
         # NCCL takes a list, prefixes, "=" for whole names and "^" for what is excluded.
         names = [] if value.startswith("^") else [name.removeprefix("=") for name in value.split(",") if name]
@@ -120,7 +118,7 @@ def check_interfaces(section: Section, system: System, settings: Settings) -> No
 
 def _check_cluster(section: Section, installed: str, address: str, noted: Path) -> None:
     try:
-        why = why_unreached(address, CONNECT_TIMEOUT)
+        why = why_unreachable(address, CONNECT_TIMEOUT)
     except ValueError:
         section.problem("Ray", f"RAY_ADDRESS={address} is not host:port", "correct it, or unset it")
         return

@@ -10,7 +10,7 @@ from pathlib import Path
 from hunyuan_vllm.quant import schemes as quant
 from hunyuan_vllm.quant.formats import Format
 from hunyuan_vllm.server.models import ModelSource, convert, demo_in, open_model
-from hunyuan_vllm.server.options import Settings
+from hunyuan_vllm.settings import Settings
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.progress import Progress
 from hunyuan_vllm.util.text import gigabytes

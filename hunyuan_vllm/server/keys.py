@@ -10,7 +10,7 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
-from hunyuan_vllm.server.options import KEY_FILE_VARIABLE
+from hunyuan_vllm.settings import KEY_FILE_VARIABLE
 from hunyuan_vllm.util.errors import UserError
 
 __all__ = ["ADMIN", "UNNAMED", "KeyRing", "create_key_file", "parse_keys", "read_key_file"]

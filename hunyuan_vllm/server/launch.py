@@ -24,17 +24,11 @@ from hunyuan_vllm.server.models import (
     gpu_weight_bytes,
 )
 from hunyuan_vllm.server.network import interface_env
-from hunyuan_vllm.server.options import (
-    KEY_FILE_VARIABLE,
-    LOOPBACK,
-    SURFACE_VARIABLE,
-    Flags,
-    Settings,
-    Surface,
-    is_loopback,
-)
+from hunyuan_vllm.server.options import SURFACE_VARIABLE, Flags, Surface
 from hunyuan_vllm.server.parallel import Ranks, choose_context_ranks, choose_ranks
+from hunyuan_vllm.settings import KEY_FILE_VARIABLE, Settings
 from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.net import LOOPBACK, is_loopback
 
 __all__ = ["Launch", "decide"]
 

@@ -8,12 +8,13 @@ import stat
 from pathlib import Path
 
 from hunyuan_vllm.server.hardware import Machine
-from hunyuan_vllm.server.options import LOOPBACK, Flags, Settings
+from hunyuan_vllm.server.options import Flags
+from hunyuan_vllm.settings import Settings
 from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.net import INTERFACE_VARIABLES, LOOPBACK, interface_of
 
 LOOPBACK_INTERFACE = "lo"
 USUAL_INTERFACE = "bond1"
-READERS = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
 
 
 def interface_env(settings: Settings, machine: Machine, several_nodes: bool) -> dict[str, str]:
@@ -22,14 +23,14 @@ def interface_env(settings: Settings, machine: Machine, several_nodes: bool) -> 
     Raises:
         UserError: LOCAL_IP or SOCKET_IFNAME is not this machine's.
     """
-    if settings.local_ip and not _carrying(settings.local_ip, machine):
+    if settings.local_ip and not interface_of(settings.local_ip, machine.interfaces):
         own = sorted(address for addresses in machine.interfaces.values() for address in addresses)
         raise UserError(f"LOCAL_IP={settings.local_ip} is not this machine's address: it has {', '.join(own)}")
     if not several_nodes and not settings.socket_ifname:
-        return {"VLLM_HOST_IP": LOOPBACK} | dict.fromkeys(READERS, LOOPBACK_INTERFACE)
+        return {"VLLM_HOST_IP": LOOPBACK} | dict.fromkeys(INTERFACE_VARIABLES, LOOPBACK_INTERFACE)
     env = {"VLLM_HOST_IP": settings.local_ip} if settings.local_ip else {}
     if interface := _interface(settings, machine):
-        env |= dict.fromkeys(READERS, interface)
+        env |= dict.fromkeys(INTERFACE_VARIABLES, interface)
     return env
 
 
@@ -41,14 +42,11 @@ def _interface(settings: Settings, machine: Machine) -> str | None:
         return wanted
     if settings.local_ip is None:
         return None
-    return USUAL_INTERFACE if USUAL_INTERFACE in machine.interfaces else _carrying(settings.local_ip, machine)
-
-
-def _carrying(address: str, machine: Machine) -> str | None:
-    for name, addresses in machine.interfaces.items():
-        if address in addresses:
-            return name
-    return None
+    return (
+        USUAL_INTERFACE
+        if USUAL_INTERFACE in machine.interfaces
+        else interface_of(settings.local_ip, machine.interfaces)
+    )
 
 
 def check_certificate(flags: Flags) -> None:

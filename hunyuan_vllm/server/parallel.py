@@ -15,8 +15,9 @@ from rich.text import Text
 from hunyuan_vllm.plan.hardware import choose_backend
 from hunyuan_vllm.server.hardware import GpuKind, Machine
 from hunyuan_vllm.server.models import ModelSource
-from hunyuan_vllm.server.options import Flags, Settings
+from hunyuan_vllm.server.options import Flags
 from hunyuan_vllm.server.ray_cluster import RayCluster, find_ray_cluster
+from hunyuan_vllm.settings import Settings
 from hunyuan_vllm.util.errors import NotYetError, UserError
 from hunyuan_vllm.util.text import duration
 

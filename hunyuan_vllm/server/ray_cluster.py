@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hunyuan_vllm.cluster.reach import why_unreached
 from hunyuan_vllm.util.errors import NotYetError, UserError
+from hunyuan_vllm.util.net import why_unreachable
 
 __all__ = ["RayCluster", "RayNode", "find_ray_cluster"]
 
@@ -92,7 +92,7 @@ def find_ray_cluster(environ: Mapping[str, str] = os.environ) -> RayCluster | No
 def _ask(address: str, environ: Mapping[str, str]) -> tuple[RayCluster | None, str]:
     """The cluster, or None and why."""
     try:
-        if why := why_unreached(address):
+        if why := why_unreachable(address):
             return None, why
         probe = subprocess.run(
             [sys.executable, "-c", PROBE, address], env=dict(environ), capture_output=True, text=True, timeout=TIMEOUT

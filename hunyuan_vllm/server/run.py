@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import errno
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import httpx
-import psutil
 
 from hunyuan_vllm import envs
 from hunyuan_vllm.server.health_status import Verdict, cause_of_death, oom_kills
 from hunyuan_vllm.server.keys import UNNAMED, read_key_file
 from hunyuan_vllm.server.launch import Launch
 from hunyuan_vllm.server.process import SOCKET_VARIABLE, Child, Stop, make_folders, notify
-from hunyuan_vllm.util.errors import NotYetError, UserError
+from hunyuan_vllm.util.errors import UserError
 
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 MARGIN = 5.0  # seconds an answer may take beyond what the server itself waits for a token
@@ -49,42 +46,6 @@ def ask(launch: Launch) -> Verdict:
         return Verdict("silent", f"it does not answer ({type(error).__name__})")
     except (ValueError, KeyError, TypeError):
         return Verdict("silent", "something else answers in its place")
-
-
-def check_port(host: str, port: int) -> None:
-    """Raise UserError if a server could not listen there, NotYetError where another process does."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except socket.gaierror as error:
-        raise UserError(f"HOST={host} is not an address: {error.strerror}") from None
-    with socket.socket(family, kind, protocol) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(address)
-        except OSError as error:
-            taken = error.errno == errno.EADDRINUSE
-            raise (NotYetError if taken else UserError)(_port_problem(host, port, error)) from None
-
-
-def _port_problem(host: str, port: int, error: OSError) -> str:
-    if error.errno == errno.EADDRINUSE:
-        return f"port {port} on {host} is taken{_listener(port)}: stop that server, or choose another port with PORT="
-    if error.errno == errno.EACCES:
-        return f"port {port} is reserved for root: choose one above 1023 with PORT="
-    if error.errno == errno.EADDRNOTAVAIL:
-        return f"{host} is not an address of this machine: set HOST or LOCAL_IP to one that is"
-    return f"cannot listen on {host} port {port}: {error.strerror}"
-
-
-def _listener(port: int) -> str:
-    try:
-        for connection in psutil.net_connections("tcp"):
-            listens = connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port
-            if listens and connection.pid:
-                return f" by process {connection.pid} ({psutil.Process(connection.pid).name()})"
-    except (psutil.Error, OSError):
-        pass
-    return ""
 
 
 LAST_WORDS = 5.0  # seconds in which a server whose engine has died tells its clients, and ends by itself

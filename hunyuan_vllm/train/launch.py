@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Final
 
-from hunyuan_vllm.cluster.node_setup import without_secrets
+from hunyuan_vllm.ray_environment import without_secrets
 from hunyuan_vllm.train.nodes import NodeOfRun, carrying, compare, read_nodes, torchrun_arguments, torchrun_variables
 from hunyuan_vllm.util.errors import UserError
 

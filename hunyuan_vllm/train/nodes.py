@@ -20,9 +20,8 @@ from typing import Any, Final, NoReturn
 
 import psutil
 
-from hunyuan_vllm.cluster.hosts import normalise_address
-from hunyuan_vllm.server.network import READERS
 from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.net import INTERFACE_VARIABLES, normalise_address
 from hunyuan_vllm.util.text import some
 
 
@@ -204,7 +203,7 @@ def torchrun_variables(order: dict[str, Any], interface: str | None) -> dict[str
     # PyTorch warns of each connection whose other end has no name.
     variables = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **order["variables"]}
     if order["nodes"] > 1 and interface is not None:
-        variables = dict.fromkeys(READERS, interface) | variables
+        variables = dict.fromkeys(INTERFACE_VARIABLES, interface) | variables
     return variables
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from hunyuan_vllm.cluster.hosts import Host, normalise_address, parse_hosts
+from hunyuan_vllm.cluster.hosts import Host, parse_hosts
 from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.net import normalise_address
 
 
 def addresses(text: str) -> list[str]:

@@ -8,9 +8,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hunyuan_vllm.cluster import joined
-from hunyuan_vllm.cluster.node_setup import FOLDER, NodeSetup, parse_variables, without_secrets
+from hunyuan_vllm.cluster.node_setup import NodeSetup, parse_variables
 from hunyuan_vllm.cluster.ports import TABLE, checked_ports, fixed_ports, worker_ports
+from hunyuan_vllm.ray_environment import NODE_FOLDER, cluster_variables, without_secrets
 from hunyuan_vllm.util.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -89,17 +89,17 @@ def test_units_start_ray_alike(setup):
 def test_a_program_joins_the_node_that_was_started_here(tmp_path):
     address = next(entry.address for entry in psutil.net_if_addrs()["lo"] if "." in entry.address)
     setup = NodeSetup(address, "10.0.0.1", "lo", 1, "/t")
-    folder = tmp_path / FOLDER
+    folder = tmp_path / NODE_FOLDER
     folder.mkdir(parents=True)
     environ = {"RAY_TMPDIR": str(tmp_path)}
-    (folder / f"node-{address}.json").write_text(json.dumps(setup.to_json()))
-    assert joined.cluster_variables(environ, tmp_path) == {}  # it does not run
+    (folder / f"node-{address}.json").write_text(json.dumps({"environment": setup.environment()}))
+    assert cluster_variables(environ, tmp_path) == {}  # it does not run
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "ray_current_cluster").write_text(setup.gcs)
-    found = joined.cluster_variables(environ, tmp_path)
+    found = cluster_variables(environ, tmp_path)
     assert found | {"RAY_ADDRESS": setup.gcs} == setup.environment() and "RAY_ADDRESS" not in found
-    mine = joined.cluster_variables({**environ, "NCCL_SOCKET_IFNAME": "mine"}, tmp_path)
+    mine = cluster_variables({**environ, "NCCL_SOCKET_IFNAME": "mine"}, tmp_path)
     assert "NCCL_SOCKET_IFNAME" not in mine and mine["RAY_AUTH_MODE"] == "token"
-    assert joined.cluster_variables({**environ, "RAY_ADDRESS": "10.0.0.7:6379"}, tmp_path) == {}
+    assert cluster_variables({**environ, "RAY_ADDRESS": "10.0.0.7:6379"}, tmp_path) == {}
     (tmp_path / "ray" / "ray_current_cluster").write_text("10.0.0.7:6379")
-    assert joined.cluster_variables(environ, tmp_path) == {}
+    assert cluster_variables(environ, tmp_path) == {}

@@ -8,7 +8,7 @@ import pytest
 
 from hunyuan_vllm.cluster import members
 from hunyuan_vllm.cluster.node_setup import NodeSetup
-from hunyuan_vllm.cluster.reach import why_unreached
+from hunyuan_vllm.util.net import why_unreachable
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
@@ -18,8 +18,8 @@ def test_a_listener_is_reached(host, scheme):
     with socket.create_server((host, 0), family=family) as listener:
         port = listener.getsockname()[1]
         address = f"{scheme}[{host}]:{port}" if ":" in host else f"{scheme}{host}:{port}"
-        assert why_unreached(address) == ""
-    assert why_unreached(address) == "Connection refused"
+        assert why_unreachable(address) == ""
+    assert why_unreachable(address) == "Connection refused"
 
 
 def test_one_that_takes_no_connection():
@@ -28,13 +28,13 @@ def test_one_that_takes_no_connection():
         bound.listen(0)
         address = "{}:{}".format(*bound.getsockname())
         with socket.create_connection(bound.getsockname()):
-            assert why_unreached(address, 0.2) == "no answer"
+            assert why_unreachable(address, 0.2) == "no answer"
 
 
 @pytest.mark.parametrize("address", ["", "auto", "host", "host:port", "host:0", "host:70000"])
 def test_what_is_no_address(address):
     with pytest.raises(ValueError):
-        why_unreached(address)
+        why_unreachable(address)
 
 
 def test_the_members_of_a_cluster_that_does_not_run(monkeypatch):

@@ -18,8 +18,8 @@ from hunyuan_vllm.cluster.node_setup import NodeSetup
 from hunyuan_vllm.cluster.ports import TABLE
 from hunyuan_vllm.cluster.ray_token import PATH_VARIABLE
 from hunyuan_vllm.server.middleware import health
-from hunyuan_vllm.server.network import READERS
-from hunyuan_vllm.server.options import DEFAULT_PORT, KEY_FILE_VARIABLE, Settings
+from hunyuan_vllm.settings import DEFAULT_PORT, KEY_FILE_VARIABLE, Settings
+from hunyuan_vllm.util.net import INTERFACE_VARIABLES
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "deploy/Dockerfile").read_text()
@@ -39,7 +39,7 @@ def test_the_server_gets_what_it_reads():
 def test_the_server_joins_ray_as_ray_was_started():
     given = variables("leader")
     setup = NodeSetup(ADDRESS, ADDRESS, "eth0", 8, given[PATH_VARIABLE])
-    found_by_the_server = {"VLLM_HOST_IP", *READERS}
+    found_by_the_server = {"VLLM_HOST_IP", *INTERFACE_VARIABLES}
     wanted = {name: value for name, value in setup.environment().items() if name not in found_by_the_server}
     assert {name: value for name, value in given.items() if name.startswith("RAY_")} == wanted
     assert variables("worker")[PATH_VARIABLE] == given[PATH_VARIABLE]

@@ -13,7 +13,7 @@ import pytest
 from fakes import look, machine, statuses
 
 from hunyuan_vllm.doctor import hardware, host, network
-from hunyuan_vllm.server.options import Settings
+from hunyuan_vllm.settings import Settings
 
 CPUINFO = "processor\t: 0\nmodel name\t: Imaginary 9000\nflags\t\t: fpu {flags}\n"
 

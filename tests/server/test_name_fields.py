@@ -11,7 +11,7 @@ from vllm.renderers.chat_utils import _parse_chat_message_content_mm_part
 
 from hunyuan_vllm.server.middleware.errors import NameFields, explain
 from hunyuan_vllm.server.middleware.stack import BehindKey
-from hunyuan_vllm.server.options import KEY_FILE_VARIABLE
+from hunyuan_vllm.settings import KEY_FILE_VARIABLE
 
 JSON = (b"content-type", b"application/json")
 STREAM = (b"content-type", b"text/event-stream")

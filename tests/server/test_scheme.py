@@ -18,7 +18,8 @@ from hunyuan_vllm.quant.schemes import FP8, INT4, find_scheme
 from hunyuan_vllm.server.hardware import Machine
 from hunyuan_vllm.server.launch import Launch, decide
 from hunyuan_vllm.server.models import ModelSource, convert, demo_in, demo_model, open_model
-from hunyuan_vllm.server.options import Flags, Settings
+from hunyuan_vllm.server.options import Flags
+from hunyuan_vllm.settings import Settings
 from hunyuan_vllm.util.errors import UserError
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]

@@ -20,7 +20,8 @@ from hunyuan_vllm.quant.schemes import INT8, INT8_W8A8, Scheme
 from hunyuan_vllm.server.hardware import Machine
 from hunyuan_vllm.server.launch import Launch, decide
 from hunyuan_vllm.server.models import ModelSource
-from hunyuan_vllm.server.options import Flags, Settings
+from hunyuan_vllm.server.options import Flags
+from hunyuan_vllm.settings import Settings
 from hunyuan_vllm.util.errors import UserError
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]

@@ -16,7 +16,8 @@ from hunyuan_vllm.server.middleware.limits import Limits
 from hunyuan_vllm.server.middleware.metrics import OwnMetrics
 from hunyuan_vllm.server.middleware.page import ChatPage
 from hunyuan_vllm.server.middleware.routes import AllowedRoutes, OneModel
-from hunyuan_vllm.server.options import Surface, is_loopback
+from hunyuan_vllm.server.options import Surface
+from hunyuan_vllm.util.net import is_loopback
 
 QUIET = ("/health", LIVE, READY, "/metrics")
 

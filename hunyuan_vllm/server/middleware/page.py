@@ -47,7 +47,7 @@ def _constant(folder: PurePosixPath, statement: re.Match[str]) -> str:
     return f'const {f"{{ default: {default} }}" if default else names} = modules["{folder / path}"];'
 
 
-PAGE = Path(__file__).with_name("page")
+PAGE = Path(__file__).parents[1] / "page"
 SCRIPT = "/chat/app.js"
 # The page shows what a model wrote. Whatever that is: no inline script or style runs, nothing is fetched from or sent
 # to another origin, and no string becomes HTML but through the sanitiser (trusted types).

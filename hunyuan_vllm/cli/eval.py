@@ -1,6 +1,4 @@
-"""`hunyuan-vllm eval`: how far a quantised model is from the BF16 one, and how well a server does on benchmarks."""
-
-from __future__ import annotations
+"""`hunyuan-vllm eval`: how far a quantised model is from the BF16 one, and benchmarks on a running server"""
 
 import json
 import os
@@ -16,8 +14,6 @@ from rich.table import Table
 from hunyuan_vllm.cli.batch import QUIET
 from hunyuan_vllm.util.errors import UserError
 
-__all__ = ["app"]
-
 BROKEN_LIMIT, STOPPED, INTERRUPTED = 1, 3, 130  # exit statuses
 LIMITS = "Limits (exit status 1 where one is broken)"
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -31,7 +27,7 @@ def compare(
     model: str = typer.Argument(
         None, metavar="[MODEL]", help="Checkpoint folder or hub name; default: MODEL_PATH, else the demo model."
     ),
-    a: str = typer.Option("bf16", "--a", metavar="SCHEME", help="What the others are measured against."),
+    a: str = typer.Option("bf16", "--a", metavar="SCHEME", help="What the others are compared with."),
     b: list[str] = typer.Option(
         ..., "--b", metavar="SCHEME", help="What is measured; may be repeated.", show_default=False
     ),
@@ -48,11 +44,11 @@ def compare(
     max_kl: float = typer.Option(None, min=0, help="Mean KL in nats.", rich_help_panel=LIMITS),
     max_perplexity_ratio: float = typer.Option(None, min=0, help="As in 1.01.", rich_help_panel=LIMITS),
 ) -> None:
-    """Compare ways to hold a model, by what they predict.
+    """Compare quantisation schemes by what the model predicts.
 
-    Both run through the engine, one after the other. At every token of the text their whole distributions are
-    compared: perplexity, share of tokens at which both find the same token likeliest, and KL(A‖B) in nats, with its
-    quantiles, so that a broken tail shows. vLLM's own flags may follow (vllm serve --help=all).
+    Each runs in an engine, one after the other. At every token of the text the whole distributions are compared:
+    perplexity, share of tokens with the same most likely token, and KL(A‖B) in nats with its quantiles. vLLM's own
+    flags may follow (vllm serve --help=all).
 
     \b
     Schemes:
@@ -84,13 +80,13 @@ def compare(
 
     \b
     Exit status: 0 done, 1 a limit is broken, 2 nothing was run, 3 an engine
-    gave out, 130 interrupted.
+    failed, 130 interrupted.
     """
     from hunyuan_vllm.evaluation.compare import Limits
-    from hunyuan_vllm.evaluation.schemes import Scheme
+    from hunyuan_vllm.evaluation.variants import Variant
 
     path, flags = _model_first(model, context.args)
-    first, others = Scheme.parse(a), [Scheme.parse(one) for one in b]
+    first, others = Variant.parse(a), [Variant.parse(one) for one in b]
     limits = Limits(min_agreement, max_kl, max_perplexity_ratio)
 
     def run() -> int:
@@ -110,12 +106,12 @@ def compare(
             print(json.dumps(distances_json(source.given, first.label, compared), indent=1, ensure_ascii=False))
         else:
             _show(distance_table(first.label, compared))
-        broken = [problem for one in compared for problem in limits.broken(one.contestant.scheme.label, one.distance)]
+        broken = [problem for one in compared for problem in limits.broken(one.run.variant.label, one.distance)]
         for problem in broken:
             print(f"hunyuan-vllm: {problem}", file=sys.stderr)
         return BROKEN_LIMIT if broken else 0
 
-    _guarded(run)
+    _run_in_session(run)
 
 
 @app.command(context_settings=PASS_THROUGH)
@@ -139,7 +135,7 @@ def demo(
       hunyuan-vllm eval demo
       hunyuan-vllm eval demo --scheme int8+kv-fp8 --scheme kv-fp8 --each 10
 
-    Exit status: 0 done, 2 nothing was run, 3 an engine gave out, 130 interrupted.
+    Exit status: 0 done, 2 nothing was run, 3 an engine failed, 130 interrupted.
     """
     _only_flags(context.args)
 
@@ -156,7 +152,7 @@ def demo(
             _show(demo_table(rows))
         return 0
 
-    _guarded(run)
+    _run_in_session(run)
 
 
 @app.command()
@@ -209,12 +205,14 @@ def tasks(
     Exit status: 0 done, 2 nothing was run, 3 the server stopped answering,
     130 interrupted.
     """
+    from hunyuan_vllm.client import connect, find_key
     from hunyuan_vllm.evaluation import tasks
 
-    wanted = tasks.Wanted(names, num_fewshot, chat, limit, samples, output)
-    where = tasks.Where(url, model, tokenizer, api_key_file, include, concurrency)
+    wanted = tasks.task_names(names)
+    served = connect(url, find_key(url, api_key_file, os.environ), model)
+    harness = tasks.Harness(served, tokenizer or str(served.tokenizer), concurrency, include)
     try:
-        results = tasks.run(wanted, where)
+        results = tasks.run(harness, wanted, num_fewshot, chat, limit, output, samples)
     except tasks.ServerFailed as error:
         print(f"hunyuan-vllm: {error}", file=sys.stderr)
         raise typer.Exit(STOPPED) from None
@@ -246,8 +244,8 @@ def _show(table: Table) -> None:
     console.print(table) if console.is_terminal else Console(width=200).print(table)
 
 
-def _guarded(run: Callable[[], int]) -> None:
-    """Run it in a process of its own, which no engine outlives, and exit with its status."""
+def _run_in_session(run: Callable[[], int]) -> None:
+    """Run it in its own session, so that no engine process outlives it, and exit with its status."""
     from hunyuan_vllm.batch.process_group import run_in_session
 
     def quietly() -> int:

@@ -1,6 +1,4 @@
-"""Two schemes compared token by token: the statistics and the report"""
-
-from __future__ import annotations
+"""Variants compared token by token: the statistics and the report"""
 
 import math
 import os
@@ -15,9 +13,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from hunyuan_vllm.evaluation.engines import Contestant, Outcome, Work, run
+from hunyuan_vllm.evaluation.engines import EngineRun, Outcome, Work, execute
 from hunyuan_vllm.evaluation.passages import BUILT_IN_TEXT, Passage, held_out_questions, read_passages
-from hunyuan_vllm.evaluation.schemes import Scheme, checkpoint_of
+from hunyuan_vllm.evaluation.variants import Variant, checkpoint_of
 from hunyuan_vllm.server.models import ModelSource
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.progress import Progress
@@ -31,7 +29,7 @@ class Distance:
     Attributes:
         tokens: how many they are.
         perplexity_a, perplexity_b: exp of the mean negative log-likelihood of the text.
-        agreement: share of tokens at which both find the same token likeliest.
+        agreement: share of tokens at which both give the same token the highest probability.
         kl_mean, kl_median, kl_p99, kl_max: of KL(A‖B) over the whole vocabulary, in nats.
         worst: (passage, token) of the largest KL, both counted from 0; the token as an index into the passage.
     """
@@ -53,8 +51,8 @@ class Distance:
 
 
 def distance(a: Outcome, b: Outcome, scored: list[list[int]]) -> Distance:
-    """The distance of B, which was compared with A's record, from A; `scored` are the passages' scored indices."""
-    # KL is never negative; rounding of a sum over the vocabulary may say so.
+    """How far B is from A, with whose record it was compared; `scored` are the passages' scored indices."""
+    # Rounding may make a KL slightly negative.
     kl = np.maximum(b.joined("kl"), 0.0)
     where = [(passage, token) for passage, tokens in enumerate(scored) for token in tokens]
     return Distance(
@@ -71,7 +69,7 @@ def distance(a: Outcome, b: Outcome, scored: list[list[int]]) -> Distance:
 
 
 def default_passages(model: ModelSource, tokenizer: Any, context: int) -> list[Passage]:
-    """Of the demo model its held-out questions, of any other the built-in text."""
+    """The held-out questions for the demo model, the built-in text for any other."""
     if model.demo:
         return [question.passage(tokenizer) for question in held_out_questions()]
     return read_passages(BUILT_IN_TEXT, tokenizer, context)
@@ -79,62 +77,62 @@ def default_passages(model: ModelSource, tokenizer: Any, context: int) -> list[P
 
 @dataclass(frozen=True)
 class Compared:
-    """A contestant with what it did, and its distance from the first one."""
+    """A run, its outcome, and its distance from the first run."""
 
-    contestant: Contestant
+    run: EngineRun
     outcome: Outcome
     distance: Distance
 
 
 def measure(
     model: ModelSource,
-    a: Scheme,
-    others: Sequence[Scheme],
+    a: Variant,
+    others: Sequence[Variant],
     work: Work,
     flags: Sequence[str],
     folder: Path | None,
     console: Console,
-) -> tuple[Contestant, Outcome, list[Compared]]:
-    """Let A do the work and keep its logits, then each of the others, and compare.
+) -> tuple[EngineRun, Outcome, list[Compared]]:
+    """Run A and keep its logits, then run each of the others and compare.
 
     Args:
-        model: the checkpoint of the schemes that name none.
+        model: the checkpoint of the variants that name none.
         flags: vLLM's own options, for all of them.
         folder: where A's logits are kept until the end; None for the temporary folder.
 
     Raises:
         UserError: it cannot work, for the reason given; no engine was started.
-        EngineFailed: an engine did not start, or ended before it was done.
+        EngineFailed: an engine did not start, or exited early.
     """
     progress = Progress(console)
-    contestants = [Contestant(scheme, checkpoint_of(scheme, model, progress), flags) for scheme in (a, *others)]
-    for contestant in contestants:
-        contestant.argv(work.longest, os.environ)  # finds mistakes before the first engine starts
+    runs = [EngineRun(variant, checkpoint_of(variant, model, progress), flags) for variant in (a, *others)]
+    for run in runs:
+        run.argv(work.longest, os.environ)  # reports mistakes before the first engine starts
     scored = [passage.scored for passage in work.passages]
     with _record(folder) as record:
-        _check_space(Path(record), contestants[0], work)
+        _check_space(Path(record), runs[0], work)
         file = Path(record) / "logits"
-        first = run(contestants[0], work, file, None, progress)
+        first = execute(runs[0], work, file, None, progress)
         compared = []
-        for contestant in contestants[1:]:
-            outcome = run(contestant, work, file, first.format, progress)
-            compared.append(Compared(contestant, outcome, distance(first, outcome, scored)))
-    return contestants[0], first, compared
+        for run in runs[1:]:
+            outcome = execute(run, work, file, first.format, progress)
+            compared.append(Compared(run, outcome, distance(first, outcome, scored)))
+    return runs[0], first, compared
 
 
 def _record(folder: Path | None) -> tempfile.TemporaryDirectory[str]:
     try:
         return tempfile.TemporaryDirectory(prefix="hunyuan-vllm-eval-", dir=folder)
     except OSError as error:
-        raise UserError(f"--work {folder}: {error.strerror}; name a folder that can be written to") from None
+        raise UserError(f"--work {folder}: {error.strerror}; name a writable folder") from None
 
 
-def _check_space(folder: Path, contestant: Contestant, work: Work) -> None:
-    config = contestant.model.config
+def _check_space(folder: Path, run: EngineRun, work: Work) -> None:
+    config = run.model.config
     if config is None:  # a hub name, which vLLM has yet to fetch
         return
     tokens = sum(len(passage.scored) for passage in work.passages)
-    needed = tokens * config.vocab_size * (4 if "float32" in contestant.flags else 2)
+    needed = tokens * config.vocab_size * (4 if "float32" in run.flags else 2)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
@@ -145,14 +143,14 @@ def _check_space(folder: Path, contestant: Contestant, work: Work) -> None:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a contestant must keep to; None asks for nothing."""
+    """Limits of a comparison; None: no limit."""
 
     agreement: float | None = None
     kl: float | None = None
     perplexity_ratio: float | None = None
 
     def broken(self, name: str, found: Distance) -> list[str]:
-        """The limits that `found` breaks, each in words."""
+        """A line for each limit that `found` exceeds."""
         problems = []
         if self.agreement is not None and found.agreement < self.agreement:
             problems.append(f"top-1 agreement {percent(found.agreement)} is below {percent(self.agreement)}")
@@ -164,7 +162,7 @@ class Limits:
 
 
 def distance_table(a: str, compared: Sequence[Compared]) -> Table:
-    """One row a contestant, with what it is measured against in the title."""
+    """One row a run; the title names what it is measured against."""
     first = compared[0].distance
     table = Table(
         title=f"against {a}, whose perplexity is {first.perplexity_a:.4f}; {first.tokens:,} tokens",
@@ -177,7 +175,7 @@ def distance_table(a: str, compared: Sequence[Compared]) -> Table:
         found = one.distance
         tail = (found.kl_mean, found.kl_median, found.kl_p99, found.kl_max)
         table.add_row(
-            one.contestant.scheme.label,
+            one.run.variant.label,
             f"{found.perplexity_b:.4f}",
             f"{found.perplexity_ratio:.4f}",
             percent(found.agreement),
@@ -193,8 +191,8 @@ def distances_json(model: str, a: str, compared: Sequence[Compared]) -> dict[str
         "a": a,
         "compared": [
             {
-                "b": one.contestant.scheme.label,
-                "checkpoint": one.contestant.model.given,
+                "b": one.run.variant.label,
+                "checkpoint": one.run.model.given,
                 **asdict(one.distance),
                 "perplexity_ratio": one.distance.perplexity_ratio,
             }

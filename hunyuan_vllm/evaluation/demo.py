@@ -1,11 +1,8 @@
-"""`hunyuan-vllm eval demo`: every scheme on the demo model's held-out questions, for a table of one row a scheme."""
-
-from __future__ import annotations
+"""`hunyuan-vllm eval demo`: accuracy and distance of each scheme on the demo model's held-out questions"""
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -14,11 +11,9 @@ from rich.table import Table
 from hunyuan_vllm.evaluation.compare import Distance, measure, percent
 from hunyuan_vllm.evaluation.engines import Outcome, Work
 from hunyuan_vllm.evaluation.passages import MAX_ANSWER, Question, held_out_questions
-from hunyuan_vllm.evaluation.schemes import Scheme
+from hunyuan_vllm.evaluation.variants import Variant
 from hunyuan_vllm.server.models import ModelSource
 from hunyuan_vllm.tokenizer import load_tokenizer
-
-__all__ = ["Row", "demo_rows", "demo_table", "held_out_work", "row_of", "rows_json"]
 
 
 @dataclass(frozen=True)
@@ -26,8 +21,8 @@ class Row:
     """One scheme.
 
     Attributes:
-        right: right answers by kind of problem; an answer is right if it is the expected text, whole, and the model
-            stopped after it.
+        right: right answers by kind of problem; a right answer is exactly the expected text, after which the model
+            stopped.
         asked: questions by kind.
         distance: from BF16, over the tokens of the right answers; None for BF16 itself.
     """
@@ -63,18 +58,17 @@ def demo_rows(
     tokenizer = load_tokenizer(model.name)
     questions = held_out_questions(each)
     work = held_out_work(questions, tokenizer)
-    folder: Path | None = None
-    parsed = [Scheme.parse(scheme) for scheme in schemes]
-    first, outcome, compared = measure(model, Scheme.parse("bf16"), parsed, work, flags, folder, console)
-    rows = [row_of(first.scheme.label, outcome, questions, tokenizer)]
-    rows += [row_of(one.contestant.scheme.label, one.outcome, questions, tokenizer, one.distance) for one in compared]
+    others = [Variant.parse(scheme) for scheme in schemes]
+    first, outcome, compared = measure(model, Variant.parse("bf16"), others, work, flags, None, console)
+    rows = [row_of(first.variant.label, outcome, questions, tokenizer)]
+    rows += [row_of(one.run.variant.label, one.outcome, questions, tokenizer, one.distance) for one in compared]
     return rows
 
 
 def row_of(
     scheme: str, outcome: Outcome, questions: Sequence[Question], tokenizer: Any, distance: Distance | None = None
 ) -> Row:
-    """The row of a contestant that has answered `questions`."""
+    """The row of a run that has answered `questions`."""
     right: Counter[str] = Counter()
     for question, answer in zip(questions, outcome.answers, strict=True):
         said = tokenizer.decode(answer.ids, skip_special_tokens=True)

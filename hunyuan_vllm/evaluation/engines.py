@@ -1,6 +1,4 @@
-"""Engine runs of an evaluation, each in a process of its own"""
-
-from __future__ import annotations
+"""Engine runs of an evaluation, each in its own process"""
 
 import collections
 import json
@@ -14,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hunyuan_vllm.batch.engine import engine_options
+from hunyuan_vllm.batch.engine import engine_options, one_line, parse_options
 from hunyuan_vllm.evaluation.passages import Passage
-from hunyuan_vllm.evaluation.schemes import Scheme
+from hunyuan_vllm.evaluation.variants import Variant
 from hunyuan_vllm.server.health_status import cause_of_death
 from hunyuan_vllm.server.models import ModelSource
 from hunyuan_vllm.server.options import Flags
@@ -24,20 +22,20 @@ from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.progress import Progress
 
 TAIL_LINES = 400
-# Ours, and without effect on what is measured unless changed.
+# Options that the evaluation sets itself.
 RESERVED = ("quantization", "kv-cache-dtype", "max-model-len", "worker-extension-cls", "enable-prefix-caching")
 COMPILING = ("enforce-eager", "compilation-config", "optimization-level")
 
 
 class EngineFailed(Exception):
-    """An engine did not start, or ended before it was done; says which and why."""
+    """An engine did not start, or exited early; the message says which one and why."""
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """A scheme on a checkpoint, and the user's vLLM flags."""
+class EngineRun:
+    """A variant on its checkpoint, with the user's vLLM flags."""
 
-    scheme: Scheme
+    variant: Variant
     model: ModelSource
     flags: Sequence[str] = ()
 
@@ -45,18 +43,19 @@ class Contestant:
         """vLLM's options for passages of up to `tokens` tokens, and variables to set for it.
 
         Raises:
-            UserError: the flags cannot work, or are not the user's to give here.
+            UserError: the flags cannot work, or the evaluation sets them itself.
         """
         given = Flags(self.flags)
         for name in RESERVED:
             if name in given:
                 raise UserError(f"--{name} is set by the evaluation itself: leave it out")
         if given.integer("data-parallel-size", 1) > 1:
-            raise UserError("--data-parallel-size: one replica is what is evaluated; use --tensor-parallel-size")
+            raise UserError("--data-parallel-size: an evaluation runs one replica; use --tensor-parallel-size")
         flags = [] if any(name in given for name in COMPILING) else ["--enforce-eager"]
         flags += [] if "dtype" in given else ["--dtype", "bfloat16"]
-        flags += [*self.scheme.options(_quantised(self.model)), *self.flags]
-        # A prompt token from the prefix cache would not be computed, and so not be seen.
+        quantised = getattr(self.model.config, "quantization_config", None) is not None
+        flags += [*self.variant.options(quantised), *self.flags]
+        # The recorder would not see prompt tokens that come from the prefix cache.
         flags += ["--max-model-len", str(tokens), "--no-enable-prefix-caching", "--worker-extension-cls", RECORDER]
         engine = engine_options(self.model, flags, environ)
         return engine.argv, engine.env
@@ -64,7 +63,7 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Work:
-    """What each contestant does: score passages, and answer questions, given as token ids, at temperature 0."""
+    """Passages to score, and questions to answer at temperature 0, as token ids."""
 
     passages: Sequence[Passage]
     questions: Sequence[list[int]] = ()
@@ -76,7 +75,7 @@ class Work:
 
     @property
     def longest(self) -> int:
-        """Tokens that the engine must be able to hold of a sequence."""
+        """Tokens of the longest sequence."""
         passages = [len(passage.ids) + 1 for passage in self.passages]
         return max([*passages, *(len(ids) + self.max_tokens for ids in self.questions)])
 
@@ -91,7 +90,7 @@ class Answer:
 
 @dataclass
 class Outcome:
-    """What one contestant did: for each passage its scores (see `recorder.score_block`), and its answers.
+    """The result of one run: for each passage its scores (see `recorder.score_block`), and the answers.
 
     Attributes:
         format: (vocabulary size, type) of its logits.
@@ -106,21 +105,19 @@ class Outcome:
         return [value for scores in self.passages for value in scores[name]]
 
 
-def run(
-    contestant: Contestant, work: Work, record: Path, format: tuple[int, str] | None, progress: Progress
-) -> Outcome:
-    """Let a contestant do its work.
+def execute(run: EngineRun, work: Work, record: Path, format: tuple[int, str] | None, progress: Progress) -> Outcome:
+    """Start the run's engine and do the work.
 
     Args:
-        record: the file of logits, written where `format` is None, else compared with.
-        format: what the contestant's outcome said that wrote it.
+        record: the file of logits: written where `format` is None, else compared with.
+        format: that of the outcome whose run wrote the file.
 
     Raises:
         UserError: vLLM's flags cannot work.
-        EngineFailed: it could not.
+        EngineFailed: see there.
     """
-    name = contestant.scheme.label
-    argv, env = contestant.argv(work.longest, os.environ)
+    name = run.variant.label
+    argv, env = run.argv(work.longest, os.environ)
     job = {
         "argv": argv,
         "file": str(record),
@@ -154,7 +151,7 @@ def run(
 
 
 def _messages(job: Mapping[str, Any], env: Mapping[str, str], log: Any) -> Iterator[dict[str, Any]]:
-    """What the contestant's process says, until it ends."""
+    """The messages of the run's process, until it exits."""
     ours, theirs = os.pipe()
     process = subprocess.Popen(
         [sys.executable, "-m", "hunyuan_vllm.evaluation.engines", str(theirs)],
@@ -162,7 +159,7 @@ def _messages(job: Mapping[str, Any], env: Mapping[str, str], log: Any) -> Itera
         stdout=log,
         stderr=log,
         pass_fds=[theirs],
-        # In this process the engine starts in a fraction of the time, and errors arrive as they were raised.
+        # Without a process of its own the engine starts faster, and errors keep their type.
         env={**os.environ, **env, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
         text=True,
     )
@@ -170,7 +167,7 @@ def _messages(job: Mapping[str, Any], env: Mapping[str, str], log: Any) -> Itera
     try:
         with open(ours) as channel:
             assert process.stdin is not None
-            with suppress(BrokenPipeError):  # it has ended, and its output says why
+            with suppress(BrokenPipeError):  # it has exited, and its output says why
                 json.dump(job, process.stdin)
                 process.stdin.close()
             for line in channel:
@@ -184,11 +181,7 @@ def _messages(job: Mapping[str, Any], env: Mapping[str, str], log: Any) -> Itera
 def _cause(log: Any) -> str:
     log.seek(0)
     lines = collections.deque(log.read().decode(errors="replace").splitlines(), maxlen=TAIL_LINES)
-    return cause_of_death(lines) or (lines[-1] if lines else "it ended without a word")
-
-
-def _quantised(model: ModelSource) -> bool:
-    return getattr(model.config, "quantization_config", None) is not None
+    return cause_of_death(lines) or (lines[-1] if lines else "it exited without any output")
 
 
 RECORDER = "hunyuan_vllm.evaluation.recorder.Recorder"
@@ -206,14 +199,12 @@ def perform(job: Message) -> Iterator[Message]:
             pairs of ids and scored indices; "questions", ids; "max_tokens" of an answer.
 
     Raises:
-        UserError: an option is none of vLLM's.
+        UserError: an option is unknown to vLLM.
     """
     from vllm.engine.arg_utils import EngineArgs
     from vllm.entrypoints.llm import LLM
     from vllm.inputs import TokensPrompt
     from vllm.sampling_params import SamplingParams
-
-    from hunyuan_vllm.batch.engine import parse_options
 
     llm = LLM.from_engine_args(EngineArgs.from_cli_args(parse_options(job["argv"])))
     yield {"started": True}
@@ -238,25 +229,23 @@ def perform(job: Message) -> Iterator[Message]:
 
 
 def main() -> None:
-    from hunyuan_vllm.batch.engine import one_line
-    from hunyuan_vllm.util.errors import UserError
-
+    """The process of a run: reads the job from standard input and writes messages to the descriptor in argv."""
     with os.fdopen(int(sys.argv[1]), "w") as channel:
 
-        def say(message: Message) -> None:
+        def send(message: Message) -> None:
             channel.write(json.dumps(message) + "\n")
             channel.flush()
 
         try:
             for message in perform(json.load(sys.stdin)):
-                say(message)
+                send(message)
         except UserError as error:
-            say({"mistake": str(error)})
+            send({"mistake": str(error)})
             return
         except Exception as error:
-            say({"error": one_line(error)})
+            send({"error": one_line(error)})
             raise
-        say({"done": True})
+        send({"done": True})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""Texts that an evaluation scores"""
-
-from __future__ import annotations
+"""Texts and questions that an evaluation scores"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -83,7 +81,7 @@ def chat_passage(messages: Sequence[Mapping[str, str]], tokenizer: Any, context:
             raise ValueError("the chat template does not put an answer behind its generation prompt")
         scored += range(len(asked), len(ids))
     if not scored:
-        raise ValueError("no message has the role 'assistant', whose words are what is scored")
+        raise ValueError("no message has the role 'assistant', and only those are scored")
     return Passage(ids[:context], [index for index in scored if index < context])
 
 

@@ -1,10 +1,8 @@
-"""Worker extension (vLLM's --worker-extension-cls): keeps, or compares with kept ones, a model's logits of a passage.
+"""Worker extension (vLLM's --worker-extension-cls) that records a model's logits, or compares them with a record.
 
-The whole vocabulary counts at every token, yet only one block of rows is ever in memory. A record holds the logits as
-the engine made them, in its own type, so nothing is lost; it lies on the disk of the rank that has the logits.
+The whole vocabulary is compared at every token, one block of rows at a time. A record holds the logits in the engine's
+own type, on the disk of the rank that has them.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +11,6 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
-
-__all__ = ["Recorder", "Scores", "score_block"]
 
 BLOCK_BYTES = 32 << 20  # of one [rows, vocab] float32 tensor; half a dozen of them are alive at once
 
@@ -71,7 +67,7 @@ class _Recording:
         positions: Tensor = kwargs["positions"]
         steps = torch.arange(len(positions), device=positions.device)
         start = int(positions[0])
-        # What is padded goes on with positions of another kind, or with ones that a later step overwrites.
+        # Padding has other positions, or ones that a later step overwrites.
         count = int((positions == start + steps).long().cumprod(0).sum())
         count = min(count, len(self._seen) - start)
         if count <= 0:
@@ -123,7 +119,7 @@ class _Recording:
 
 
 def score_block(logits: Tensor, targets: Tensor, reference: Tensor | None = None) -> Scores:
-    """What a block of logits says, and how far it is from a reference's, token by token.
+    """Scores of a block of logits, token by token, and its distance from a reference.
 
     Args:
         logits, reference: [tokens, vocab], any floating type.
@@ -131,7 +127,7 @@ def score_block(logits: Tensor, targets: Tensor, reference: Tensor | None = None
 
     Returns:
         "nll": -log q(target); with a reference also "kl": sum over the vocabulary of p (log p - log q) in nats, where
-        p is the reference's distribution, and "same": whether both find the same token likeliest, 1 or 0.
+        p is the reference's distribution, and "same": 1 if both have the same most likely token, else 0.
 
     Raises:
         ValueError: the logits are not finite.

@@ -1,10 +1,7 @@
 """Benchmarks by lm-evaluation-harness on a running server"""
 
-from __future__ import annotations
-
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -14,7 +11,7 @@ from typing import Any, Final
 
 from rich.table import Table
 
-from hunyuan_vllm.client import ServedModel, connect, find_key
+from hunyuan_vllm.client import ServedModel
 from hunyuan_vllm.tokenizer import load_tokenizer
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.files import replacing
@@ -63,18 +60,17 @@ SEED = 1234  # lm-evaluation-harness's own, for few-shot examples
 
 
 class ServerFailed(Exception):
-    """The server stopped answering, or answered with errors; says which."""
+    """The server stopped answering, or answered with errors."""
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What lm-evaluation-harness found for a task that was asked for.
+    """The results of lm-evaluation-harness for one task.
 
     Attributes:
         setting: how it was asked; `shots` as they were.
-        metrics: for the task, and for the parts of a group, each metric's value and its standard error (None where
-            there is none).
-        raw: all that lm-evaluation-harness returned.
+        metrics: for the task, or each part of a group, each metric's value and its standard error, if it has one.
+        raw: the whole result of lm-evaluation-harness.
     """
 
     name: str
@@ -88,7 +84,7 @@ class Harness:
     """Runs tasks on a server.
 
     Args:
-        tokenizer: folder of the checkpoint's tokenizer; contexts are cut into tokens on this side.
+        tokenizer: folder of the checkpoint's tokenizer; the client tokenizes.
         concurrency: requests in flight.
         include: a folder with more tasks.
 
@@ -105,7 +101,7 @@ class Harness:
                 f"lm-evaluation-harness is not installed ({error}): pip install 'hunyuan-vllm[eval]'"
             ) from None
         load_tokenizer(tokenizer)  # also lets transformers, and so lm-eval, find the class
-        self._served, self._tokenizer, self._concurrency = served, tokenizer, concurrency
+        self.served, self._tokenizer, self._concurrency = served, tokenizer, concurrency
         self._include = [TASKS_FOLDER, *([include] if include else [])]
         self._loaded: dict[str, _Loaded] = {}
 
@@ -166,14 +162,14 @@ class Harness:
                 fewshot_random_seed=SEED,
             )
         except (aiohttp.ClientError, requests.RequestException, TimeoutError) as error:
-            raise ServerFailed(f"{self._served.url} stopped answering: {error}") from error
+            raise ServerFailed(f"{self.served.url} stopped answering: {error}") from error
         assert raw is not None  # this is the only rank
         shots = next(iter(raw["n-shot"].values()))
         questions = sum(raw["n-samples"][task]["effective"] for task in tasks)
         return TaskResult(name, Setting(shots, setting.chat, setting.published), _metrics(raw), questions, raw)
 
     def _manager(self, name: str) -> Any:
-        """Knows the task. Reading the harness's own thousands takes seconds, which ours need not wait for."""
+        """A task manager that knows the task; the one with lm-eval's own thousands takes seconds to make."""
         own = self._managers(whole=False)
         return own if name in own.all_tasks else self._managers(whole=True)
 
@@ -184,28 +180,28 @@ class Harness:
         return TaskManager(include_path=[str(folder) for folder in self._include], include_defaults=whole)
 
     def _backend(self, setting: Setting, tasks: Mapping[str, Any]) -> Any:
-        """Questions put as a chat go to the chat endpoint. Likelihoods need the prompt's log-probabilities, which
-        only the completions endpoint gives; there the chat format is applied on this side."""
+        """The chat endpoint for tasks that generate in chat format. Likelihoods need the prompt's log-probabilities,
+        which only the completions endpoint returns; there the client applies the chat format."""
         from lm_eval.models.openai_completions import LocalChatCompletion
 
-        authorization = {"Authorization": f"Bearer {self._served.key}"} if self._served.key else {}
+        authorization = {"Authorization": f"Bearer {self.served.key}"} if self.served.key else {}
         common = {
-            "model": self._served.name,
+            "model": self.served.name,
             "num_concurrent": self._concurrency,
-            "max_length": self._served.context,
+            "max_length": self.served.context,
             "max_retries": 3,
             "timeout": 600,  # seconds a request
-            # Without any, lm-eval would send the user's OPENAI_API_KEY.
+            # Without a header, lm-eval would send the user's OPENAI_API_KEY.
             "header": {"User-Agent": "hunyuan-vllm"} | authorization,
         }
         generates = all(task.OUTPUT_TYPE == "generate_until" for task in tasks.values())
         if setting.chat and generates:
-            return LocalChatCompletion(base_url=f"{self._served.url}/v1/chat/completions", **common)
+            return LocalChatCompletion(base_url=f"{self.served.url}/v1/chat/completions", **common)
         return _completions()(
-            base_url=f"{self._served.url}/v1/completions",
+            base_url=f"{self.served.url}/v1/completions",
             tokenizer_backend="huggingface",
             tokenizer=self._tokenizer,
-            # The document's start belongs before a plain text; the chat template writes its own.
+            # Plain text begins with the document's start token; the chat template writes its own.
             add_bos_token=not setting.chat,
             **common,
         )
@@ -226,7 +222,7 @@ def _completions() -> Any:
 
 
 def _metrics(raw: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, float | None]]]:
-    """Of lm-eval's flat results, where "acc,none" stands beside "acc_stderr,none"."""
+    """From lm-eval's flat results, where "acc,none" stands beside "acc_stderr,none"."""
     found: dict[str, dict[str, tuple[float, float | None]]] = {}
     for task, values in raw["results"].items():
         for key, value in values.items():
@@ -240,84 +236,59 @@ def _metrics(raw: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, float |
 
 
 def _quiet() -> None:
-    """Warnings and worse only: the rest is for developers of lm-evaluation-harness."""
+    """Silence messages meant for developers of lm-evaluation-harness."""
     for name in ("lm_eval", "lm-eval", "datasets", "httpx", "httpx2", "urllib3"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What is asked.
-
-    Attributes:
-        tasks: names with commas between them; `published` stands for those of the published table.
-        shots, chat: instead of each task's setting; None leaves it.
-        limit: questions of each task; None for all.
-        samples: keep questions and answers in `output`.
-        output: a JSON file for everything that was found.
-    """
-
-    tasks: str
-    shots: int | None = None
-    chat: bool | None = None
-    limit: int | None = None
-    samples: bool = False
-    output: Path | None = None
-
-    @property
-    def names(self) -> list[str]:
-        """Each task once, in order."""
-        given = [name.strip() for name in self.tasks.split(",") if name.strip()]
-        names = [name for one in given for name in (PUBLISHED if one == "published" else [one])]
-        if not names:
-            raise UserError("--tasks is empty: name one, as in --tasks hunyuan_demo")
-        return list(dict.fromkeys(names))
-
-    def setting(self, name: str) -> Setting:
-        """How a task is asked."""
-        usual = setting(name)
-        return replace(
-            usual,
-            shots=usual.shots if self.shots is None else self.shots,
-            chat=usual.chat if self.chat is None else self.chat,
-        )
-
-
-@dataclass(frozen=True)
-class Where:
-    """Whom it is asked."""
-
-    url: str
-    model: str | None = None
-    tokenizer: str | None = None
-    api_key_file: Path | None = None
-    include: Path | None = None
-    concurrency: int = 16
-
-
-def run(wanted: Wanted, where: Where) -> list[TaskResult]:
-    """Ask everything; `wanted.output` holds what is there so far after each task.
+def task_names(given: str) -> list[str]:
+    """Each task of a list with commas once, in order; `published` stands for those of the published table.
 
     Raises:
-        UserError: something given is of no use.
+        UserError: the list is empty.
+    """
+    words = [name.strip() for name in given.split(",") if name.strip()]
+    names = [name for word in words for name in (PUBLISHED if word == "published" else [word])]
+    if not names:
+        raise UserError("--tasks is empty: name one, as in --tasks hunyuan_demo")
+    return list(dict.fromkeys(names))
+
+
+def run(
+    harness: Harness, names: Sequence[str], shots: int | None, chat: bool | None, limit: int | None,
+    output: Path | None, samples: bool,
+) -> list[TaskResult]:  # fmt: skip
+    """Ask the questions of all tasks; `output` is written after each.
+
+    Args:
+        shots, chat: instead of each task's setting; None leaves it.
+        limit: questions of each task; None for all.
+        output: a JSON file for all results.
+        samples: keep questions and answers in `output`.
+
+    Raises:
+        UserError: a task or its data cannot be loaded, or `output` cannot be written.
         ServerFailed: the server stopped answering.
     """
-    names = wanted.names
-    if wanted.samples and wanted.output is None:
-        raise UserError("--samples needs --output, the file that they go to")
-    if wanted.output is not None and not wanted.output.absolute().parent.is_dir():
-        raise UserError(f"--output {wanted.output}: there is no folder {wanted.output.absolute().parent}")
-    served = connect(where.url, find_key(where.url, where.api_key_file, os.environ), where.model)
-    harness = Harness(served, where.tokenizer or str(served.tokenizer), where.concurrency, where.include)
+    if samples and output is None:
+        raise UserError("--samples needs --output, the file that they are written to")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise UserError(f"--output {output}: {output.absolute().parent} is not a directory")
     for name in names:
-        harness.load(name)  # finds mistakes before hours of questions
+        harness.load(name)  # reports mistakes before hours of questions
     results: list[TaskResult] = []
     for name in names:
-        results.append(harness.run(name, wanted.setting(name), wanted.limit, wanted.samples))
-        if wanted.output is not None:
-            found = {"server": served.url, "model": served.name, "limit": wanted.limit}
-            raw = {one.name: one.raw for one in results}
-            _write(wanted.output, found | {"scores": scores_json(results), "raw": raw})
+        usual = setting(name)
+        asked = replace(
+            usual, shots=usual.shots if shots is None else shots, chat=usual.chat if chat is None else chat
+        )  # fmt: skip
+        results.append(harness.run(name, asked, limit, samples))
+        if output is not None:
+            found = {"server": harness.served.url, "model": harness.served.name, "limit": limit}
+            found |= {"scores": scores_json(results), "raw": {one.name: one.raw for one in results}}
+            with replacing(output) as temporary:
+                text = json.dumps(found, indent=1, ensure_ascii=False, default=str)
+                temporary.write_text(text + "\n", encoding="utf-8")
     return results
 
 
@@ -350,8 +321,3 @@ def scores_table(results: Sequence[TaskResult]) -> Table:
             spread = "-" if error is None else f"{100 * error:.2f}"
             table.add_row(result.name, asked, f"{result.questions:,}", metric, f"{100 * value:.2f}", spread, published)
     return table
-
-
-def _write(file: Path, content: Any) -> None:
-    with replacing(file) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")

@@ -30,7 +30,7 @@ def passages(vocab_size: int) -> list[tuple[list[int], list[int]]]:
 
 
 def record(llm: LLM, file: Path, format: tuple[int, str] | None) -> tuple[tuple[int, str], list[Scores]]:
-    """What the contestant's process does."""
+    """What the engine run's process does."""
     params = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
     vocab_size = llm.model_config.get_vocab_size()
     results = []

@@ -13,9 +13,9 @@ from rich.table import Table
 from hunyuan_vllm import demo
 from hunyuan_vllm.evaluation.compare import Compared, Distance, Limits, distance, distance_table
 from hunyuan_vllm.evaluation.demo import Row, demo_table, held_out_work, row_of
-from hunyuan_vllm.evaluation.engines import Answer, Contestant, Outcome
+from hunyuan_vllm.evaluation.engines import Answer, EngineRun, Outcome
 from hunyuan_vllm.evaluation.passages import held_out_questions
-from hunyuan_vllm.evaluation.schemes import Scheme
+from hunyuan_vllm.evaluation.variants import Variant
 from hunyuan_vllm.server.models import demo_model
 from hunyuan_vllm.tokenizer import load_tokenizer
 
@@ -64,8 +64,8 @@ def shown(table: Table) -> list[list[str]]:
 
 def test_the_tables() -> None:
     found = Distance(100, 2.0, 2.1, 0.9725, 1e-3, 1e-5, 1e-2, 0.5, (0, 1))
-    contestant = Contestant(Scheme.parse("int8:/models/other"), demo_model())
-    assert shown(distance_table("bf16", [Compared(contestant, Outcome(), found)])) == [
+    run = EngineRun(Variant.parse("int8:/models/other"), demo_model())
+    assert shown(distance_table("bf16", [Compared(run, Outcome(), found)])) == [
         ["int8:other", "2.1000", "1.0500", "97.25%", "1.00e-03", "1.00e-05", "1.00e-02", "5.00e-01"]
     ]
     asked = Counter(add=40, sort=60)

@@ -11,9 +11,9 @@ from rich.console import Console
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.evaluation import compare
-from hunyuan_vllm.evaluation.engines import Contestant, Work
+from hunyuan_vllm.evaluation.engines import EngineRun, Work
 from hunyuan_vllm.evaluation.passages import Passage
-from hunyuan_vllm.evaluation.schemes import Scheme, checkpoint_of
+from hunyuan_vllm.evaluation.variants import Variant, checkpoint_of
 from hunyuan_vllm.quant.formats import stored_format
 from hunyuan_vllm.quant.layouts import PACKED, describe
 from hunyuan_vllm.server.models import ModelSource, demo_model
@@ -40,7 +40,7 @@ SILENT = Console(quiet=True)
     ],
 )
 def test_names(text: str, scheme: tuple[str, str, str, str | None], options: list[str]) -> None:
-    parsed = Scheme.parse(text)
+    parsed = Variant.parse(text)
     assert (parsed.name, parsed.weights.name, parsed.cache, parsed.path) == scheme
     assert parsed.options(quantised=False) == options
     assert "--quantization" not in parsed.options(quantised=True)
@@ -49,7 +49,7 @@ def test_names(text: str, scheme: tuple[str, str, str, str | None], options: lis
 @pytest.mark.parametrize("text", ["", "fp4", "int8+fp8", "bf16+kv-int8", "kv-fp8+int8", "/models/x"])
 def test_no_such_scheme(text: str) -> None:
     with pytest.raises(UserError, match="is not a scheme: use one of bf16, int8, int8-w8a8, fp8, int4, kv-fp8"):
-        Scheme.parse(text)
+        Variant.parse(text)
 
 
 STATIC_FP8 = {"quant_method": "fp8", "activation_scheme": "static"}
@@ -69,14 +69,14 @@ def quantised(described: dict) -> ModelSource:
 def test_a_checkpoint_of_another_kind(scheme: str, described: dict, name: str) -> None:
     model = quantised(described)
     with pytest.raises(UserError, match=rf"is .*{name}.*, and {scheme} starts from "):
-        checkpoint_of(Scheme.parse(scheme), model, Progress(SILENT))
+        checkpoint_of(Variant.parse(scheme), model, Progress(SILENT))
 
 
 def test_an_int8_checkpoint_says_itself_what_it_is() -> None:
     model = quantised(describe(PACKED))
-    scheme = Scheme.parse("int8")
+    scheme = Variant.parse("int8")
     assert checkpoint_of(scheme, model, Progress(SILENT)) is model
-    argv, _ = Contestant(scheme, model).argv(64, {})
+    argv, _ = EngineRun(scheme, model).argv(64, {})
     assert "--quantization" not in argv
 
 
@@ -89,7 +89,7 @@ def test_an_int8_checkpoint_says_itself_what_it_is() -> None:
 )
 def test_fp8_of_a_model_too_far_or_too_large_to_convert(model: ModelSource, what: str) -> None:
     with pytest.raises(UserError, match=f"{what}: make one with hunyuan-vllm quantize"):
-        checkpoint_of(Scheme.parse("fp8"), model, Progress(SILENT))
+        checkpoint_of(Variant.parse("fp8"), model, Progress(SILENT))
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_fp8_of_a_model_too_far_or_too_large_to_convert(model: ModelSource, what
         (["--quantization", "fp8"], "--quantization is set by the evaluation"),
         (["--max-model-len=64"], "--max-model-len is set by the evaluation"),
         (["--enable-prefix-caching"], "--enable-prefix-caching is set by the evaluation"),
-        (["--data-parallel-size", "2"], "--data-parallel-size: one replica"),
+        (["--data-parallel-size", "2"], "--data-parallel-size: an evaluation runs one replica"),
         (["--api-key", "x"], "--api-key would show the key"),
     ],
 )
@@ -106,13 +106,13 @@ def test_flags_that_are_not_the_user_s_to_give(flags: list[str], says: str, tmp_
     """Found before any engine starts."""
     work = Work([Passage([1, 2], [1])])
     with pytest.raises(UserError, match=says):
-        compare.measure(demo_model(), Scheme.parse("bf16"), [Scheme.parse("int8")], work, flags, tmp_path, SILENT)
+        compare.measure(demo_model(), Variant.parse("bf16"), [Variant.parse("int8")], work, flags, tmp_path, SILENT)
 
 
 def test_the_user_s_flags_win() -> None:
-    argv, _ = Contestant(Scheme.parse("bf16"), demo_model()).argv(64, {})
+    argv, _ = EngineRun(Variant.parse("bf16"), demo_model()).argv(64, {})
     assert "--enforce-eager" in argv and argv[argv.index("--dtype") + 1] == "bfloat16"
-    argv, _ = Contestant(Scheme.parse("bf16"), demo_model(), ["--dtype", "float32", "--no-enforce-eager"]).argv(64, {})
+    argv, _ = EngineRun(Variant.parse("bf16"), demo_model(), ["--dtype", "float32", "--no-enforce-eager"]).argv(64, {})
     assert "--enforce-eager" not in argv and argv.count("--dtype") == 1
 
 
@@ -120,11 +120,13 @@ def test_no_room_for_the_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10_000}))
     work = Work([Passage([1, 2, 3, 4], [1, 2, 3])])
     with pytest.raises(UserError, match="the logits of 3 tokens need 0.0 MB and .* 0.0 MB free: .*--work"):
-        compare.measure(demo_model(), Scheme.parse("bf16"), [Scheme.parse("bf16")], work, [], tmp_path, SILENT)
+        compare.measure(demo_model(), Variant.parse("bf16"), [Variant.parse("bf16")], work, [], tmp_path, SILENT)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_no_such_folder_for_them(tmp_path: Path) -> None:
     work = Work([Passage([1, 2], [1])])
     with pytest.raises(UserError, match="--work .*none: No such file"):
-        compare.measure(demo_model(), Scheme.parse("bf16"), [Scheme.parse("bf16")], work, [], tmp_path / "none", SILENT)
+        compare.measure(
+            demo_model(), Variant.parse("bf16"), [Variant.parse("bf16")], work, [], tmp_path / "none", SILENT
+        )

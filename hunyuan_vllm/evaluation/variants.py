@@ -1,14 +1,13 @@
-"""The schemes that an evaluation compares, and the checkpoints made for them"""
-
-from __future__ import annotations
+"""What an evaluation compares: quantisation schemes with a KV cache type, and the checkpoints converted for them"""
 
 import hashlib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
-from hunyuan_vllm.quant import schemes as quant
 from hunyuan_vllm.quant.formats import Format
+from hunyuan_vllm.quant.schemes import SCHEMES, Scheme, find_scheme
 from hunyuan_vllm.server.models import ModelSource, convert, demo_in, open_model
 from hunyuan_vllm.settings import Settings
 from hunyuan_vllm.util.errors import UserError
@@ -19,8 +18,8 @@ CACHES = {"kv-bf16": "bf16", "kv-fp8": "fp8"}
 
 
 @dataclass(frozen=True)
-class Scheme:
-    """One way to hold a model: weights and cache.
+class Variant:
+    """A model under a quantisation scheme, with a type of KV cache.
 
     Attributes:
         name: as the user wrote it, without the path.
@@ -30,12 +29,12 @@ class Scheme:
     """
 
     name: str
-    weights: quant.Scheme
+    weights: Scheme
     cache: str
     path: str | None = None
 
     @classmethod
-    def parse(cls, text: str) -> Scheme:
+    def parse(cls, text: str) -> Self:
         """Read WEIGHTS[+kv-fp8|+kv-bf16][:PATH], as in int8, int8+kv-fp8 or fp8:/models/hunyuan-fp8.
 
         `kv-fp8` alone means bf16+kv-fp8. `fp8` comes with the FP8 cache.
@@ -46,12 +45,12 @@ class Scheme:
         name, _, path = text.partition(":")
         weights, _, cache = ("bf16", "", name) if name in CACHES else name.partition("+")
         try:
-            scheme = quant.find_scheme(weights)
+            scheme = find_scheme(weights)
         except UserError:
             scheme = None
         if scheme is None or (cache and cache not in CACHES):
             raise UserError(
-                f"{name!r} is not a scheme: use one of {', '.join((*quant.SCHEMES, 'kv-fp8'))}, with +kv-fp8 or "
+                f"{name!r} is not a scheme: use one of {', '.join((*SCHEMES, 'kv-fp8'))}, with +kv-fp8 or "
                 "+kv-bf16 after it for the KV cache and :PATH for its own checkpoint, as in int8+kv-fp8 or "
                 "fp8:/models/hunyuan-fp8"
             )
@@ -70,33 +69,32 @@ class Scheme:
         return options + (["--kv-cache-dtype", "fp8"] if self.cache == "fp8" else [])
 
 
-LARGEST_COPY = 32 * 10**9  # bytes of a checkpoint that is converted without having been asked to
+MAX_CONVERTED = 32 * 10**9  # bytes; larger checkpoints are not converted unasked
 
 
-def checkpoint_of(scheme: Scheme, model: ModelSource, progress: Progress) -> ModelSource:
-    """The checkpoint for `scheme`; `model` where it names none. An FP8 copy of a BF16 one is made on first use.
+def checkpoint_of(variant: Variant, model: ModelSource, progress: Progress) -> ModelSource:
+    """The checkpoint of `variant`, by default `model`. A BF16 one is converted on first use where the scheme needs it.
 
     Raises:
-        UserError: it is not there, or holds the network in another way.
+        UserError: it does not exist, or its format does not fit the scheme.
     """
-    source = open_model(scheme.path) if scheme.path else model
+    source = open_model(variant.path) if variant.path else model
     stored = (source.format or Format()).scheme
-    if stored in scheme.weights.stored:
+    if stored in variant.weights.stored:
         return source
     if stored == "bf16":
-        return _converted(source, scheme, progress)
+        return _converted(source, variant.weights, progress)
     found = source.format.name if source.format else "unquantised"
     raise UserError(
-        f"{source.given} is {found}, and {scheme.name} starts from {scheme.weights.needs}: name another checkpoint, as "
-        f"in {scheme.name}:PATH"
+        f"{source.given} is {found}, and {variant.name} starts from {variant.weights.needs}: name another checkpoint, "
+        f"as in {variant.name}:PATH"
     )
 
 
-def _converted(source: ModelSource, scheme: Scheme, progress: Progress) -> ModelSource:
-    weights = scheme.weights
+def _converted(source: ModelSource, weights: Scheme, progress: Progress) -> ModelSource:
     if not weights.written:
         raise UserError(f"{weights.name} needs {weights.needs}: name it with {weights.name}:PATH")
-    if not source.local or source.weight_bytes > LARGEST_COPY:
+    if not source.local or source.weight_bytes > MAX_CONVERTED:
         what = f"is BF16 and has {gigabytes(source.weight_bytes)}" if source.local else "is a hub name"
         raise UserError(
             f"{weights.name} needs {weights.needs}, and {source.given} {what}: make one with hunyuan-vllm quantize "

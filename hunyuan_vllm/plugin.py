@@ -31,6 +31,7 @@ def register() -> None:
     from transformers import AutoConfig
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.reasoning import ReasoningParserManager
     from vllm.tool_parsers import ToolParserManager
     from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
 
@@ -49,6 +50,8 @@ def register() -> None:
         limit_copied_variables()
     ModelRegistry.register_model(ARCHITECTURE, "hunyuan_vllm.model:HunYuanForCausalLM")
     ToolParserManager.register_lazy_module("hunyuan_large", "hunyuan_vllm.tool_calls", "HunYuanToolParser")
+    ToolParserManager.register_lazy_module("hunyuan_v1", "hunyuan_vllm.tool_calls", "HunYuanV1ToolParser")
+    ReasoningParserManager.register_lazy_module("hunyuan_v1", "hunyuan_vllm.reasoning", "HunYuanReasoningParser")
     MODELS_CONFIG_MAP[ARCHITECTURE] = HunYuanPreflight
     MODEL_ARCH_CONFIG_CONVERTORS[HunYuanConfig.model_type] = HunYuanArchConfigConvertor
     if "vllm.v1.engine.core" in sys.modules:  # an engine's process, which configures nothing and may build no model

@@ -24,7 +24,7 @@ def register() -> None:
     global _registered
     if _registered:
         return
-    from hunyuan_vllm.compat import check_vllm_version
+    from hunyuan_vllm.vllm_version import check_vllm_version
 
     check_vllm_version()
 

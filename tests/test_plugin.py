@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hunyuan_vllm import compat
+from hunyuan_vllm import vllm_version
 from hunyuan_vllm.util.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -65,8 +65,8 @@ for _ in range(2):
         print("because", error)
 """
 UNSUPPORTED = """
-import hunyuan_vllm.compat as compat
-compat.installed_version = lambda: ("vllm", "0.34.2")
+import hunyuan_vllm.vllm_version as vllm_version
+vllm_version.installed_version = lambda: ("vllm", "0.34.2")
 """
 BROKEN = """
 import hunyuan_vllm.quant as quant
@@ -124,14 +124,14 @@ def test_a_broken_package_is_not_only_logged(tmp_path: Path) -> None:
     ],
 )
 def test_another_vllm_is_refused(found: object, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "installed_version", lambda: found)
+    monkeypatch.setattr(vllm_version, "installed_version", lambda: found)
     with pytest.raises(UserError, match=message) as raised:
-        compat.check_vllm_version()
+        vllm_version.check_vllm_version()
     assert "0.32 or 0.33" in str(raised.value)
     assert "pip install 'hunyuan-vllm[" in str(raised.value)
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.33.1", "0.33.0rc1"])
 def test_supported_versions_pass(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "installed_version", lambda: ("vllm", version))
-    compat.check_vllm_version()
+    monkeypatch.setattr(vllm_version, "installed_version", lambda: ("vllm", version))
+    vllm_version.check_vllm_version()

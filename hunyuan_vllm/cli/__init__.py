@@ -16,7 +16,6 @@ from hunyuan_vllm.cli.batch import batch
 from hunyuan_vllm.cli.bench import app as bench
 from hunyuan_vllm.cli.check import check
 from hunyuan_vllm.cli.cluster import app as cluster
-from hunyuan_vllm.cli.compat import compat
 from hunyuan_vllm.cli.data import app as data
 from hunyuan_vllm.cli.doctor import doctor
 from hunyuan_vllm.cli.eval import app as evaluation
@@ -25,9 +24,9 @@ from hunyuan_vllm.cli.plan import plan
 from hunyuan_vllm.cli.quantize import quantize
 from hunyuan_vllm.cli.serve import serve
 from hunyuan_vllm.cli.train import train
-from hunyuan_vllm.compat import GET_VLLM, installed_version
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.streams import prepare_output
+from hunyuan_vllm.vllm_version import GET_VLLM, installed_version
 
 __all__ = ["app", "main"]
 
@@ -65,7 +64,6 @@ app.command(context_settings=PASS_THROUGH)(serve)
 app.command(context_settings=PASS_THROUGH)(batch)
 app.command(context_settings={**PASS_THROUGH, "help_option_names": []})(train)
 app.command()(plan)
-app.command()(compat)
 app.add_typer(bench, name="bench")
 app.add_typer(cluster, name="cluster")
 app.add_typer(data, name="data")

@@ -73,7 +73,7 @@ def batch(
     was run, 3 the engine or the disk gave out, 130 interrupted.
     """
     from hunyuan_vllm.batch.process_group import run_in_session
-    from hunyuan_vllm.compat import check_engine
+    from hunyuan_vllm.vllm_version import check_engine
 
     check_engine()
     if str(source).startswith("-") or str(target).startswith("-"):

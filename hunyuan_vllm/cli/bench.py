@@ -57,7 +57,7 @@ def bench(
     from hunyuan_vllm import __version__
     from hunyuan_vllm.bench.run import check_fits, describe, measure, run_table
     from hunyuan_vllm.client import connect, default_url, find_key
-    from hunyuan_vllm.compat import installed_version
+    from hunyuan_vllm.vllm_version import installed_version
 
     loads = _positive_numbers(concurrency)
     if output and not output.absolute().parent.is_dir():

@@ -193,7 +193,6 @@ def serve(
       128+n signal n ended it: 137 where it had to be killed
     """
     from hunyuan_vllm import envs
-    from hunyuan_vllm.compat import check_engine
     from hunyuan_vllm.quant.schemes import find_scheme
     from hunyuan_vllm.ray_environment import cluster_variables
     from hunyuan_vllm.server import keys, supervisor
@@ -209,6 +208,7 @@ def serve(
     from hunyuan_vllm.util.errors import UserError
     from hunyuan_vllm.util.net import check_port
     from hunyuan_vllm.util.streams import make_output_unfailing
+    from hunyuan_vllm.vllm_version import check_engine
 
     if not dry_run:
         make_output_unfailing()

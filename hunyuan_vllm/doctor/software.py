@@ -14,7 +14,7 @@ from pathlib import Path
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.version import Version
 
-from hunyuan_vllm import compat
+from hunyuan_vllm import vllm_version
 from hunyuan_vllm.doctor.import_probe import COMPANIONS
 from hunyuan_vllm.doctor.probes import Probe, System
 from hunyuan_vllm.util.errors import UserError
@@ -55,7 +55,7 @@ def check_python(section: Section, version: tuple[int, int, int] = sys.version_i
 def check_vllm(section: Section, installed: Installed = installed) -> None:
     """The engine: one of its two distributions, in a version that we work with."""
     try:
-        compat.check_vllm_version()
+        vllm_version.check_vllm_version()
     except UserError as error:
         text, _, remedy = str(error).partition(": ")
         section.problem("vLLM", text, remedy)

@@ -23,9 +23,9 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from hunyuan_vllm import __version__, envs
-from hunyuan_vllm.compat import check_vllm_version, installed_version
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.files import replacing
+from hunyuan_vllm.vllm_version import check_vllm_version, installed_version
 
 __all__ = ["keep_in_environment", "parse"]
 

@@ -19,11 +19,11 @@ from vllm.platforms import current_platform
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from hunyuan_vllm import __version__, envs
-from hunyuan_vllm.compat import installed_version
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.expert_load import EXTENSION, Loads
 from hunyuan_vllm.server.middleware.asgi import App, Receive, Scope, Send
 from hunyuan_vllm.server.middleware.counters import adding, are_shared, count_tokens, plainly
+from hunyuan_vllm.vllm_version import installed_version
 
 CPUINFO = Path("/proc/cpuinfo")
 _info = Info("hunyuan_server", "What the server runs on, and how it is set up")

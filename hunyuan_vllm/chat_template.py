@@ -8,8 +8,8 @@ import secrets
 import unicodedata
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import datetime
-from functools import lru_cache
+from datetime import datetime, timedelta
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -20,6 +20,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from hunyuan_vllm.envs import CHECKPOINT_CHAT_TEMPLATE
+from hunyuan_vllm.replies import parsers_for
 
 WITH_TOOLS = Path(__file__).with_name("chat_template_with_tools.jinja")  # for `hunyuan-vllm serve --tools`
 TEMPLATE_FILE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
@@ -90,8 +91,10 @@ def known_faults(template: str) -> tuple[str, ...]:
     """What a template that writes this model's format is known to get wrong, by what it renders.
 
     Empty if it makes none of these mistakes, or writes another format: a template that is not the built-in one is not
-    wrong for that.
+    wrong for that. One with thinking or calls of its own is left alone, too: the built-in one has neither.
     """
+    if parsers_for(template) != (None, None):
+        return ()
     system, late = _message("system", "SYSTEM"), _message("system", "LATE")
     user, answer, again = _message("user", "USER"), _message("assistant", "ANSWER"), _message("user", "AGAIN")
     for usual in ([system, user], [system, user, answer, again]):
@@ -116,6 +119,14 @@ def known_faults(template: str) -> tuple[str, ...]:
         if bare in str(_outcome(template, [system, user, answer, late | {"role": role}, again])):
             faults.append(f"{what} is written without any mark")
     return tuple(faults)
+
+
+def prompt_time(step: float, form: str) -> str:
+    """`strftime_now` of chat templates: the local time, which changes every `step` seconds of the day; at once if 0."""
+    now = datetime.now()
+    midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
+    late = (now - midnight) % timedelta(seconds=step) if step else timedelta()
+    return (now - late).strftime(form)
 
 
 def stored_template(folder: Path) -> tuple[str | None, str]:
@@ -166,7 +177,7 @@ def _compiled(template: str) -> Template:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = _tojson
-    environment.globals |= {"raise_exception": _refuse, "strftime_now": datetime.now().strftime}
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": partial(prompt_time, 0)}
     return environment.from_string(template)
 
 

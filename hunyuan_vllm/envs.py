@@ -15,6 +15,7 @@ __all__ = [
     "CHECKPOINT_CHAT_TEMPLATE",
     "DRAIN_GRACE",
     "LIMIT_RAY_VARIABLES",
+    "PROMPT_CLOCK",
     "READY_TIMEOUT",
     "SUPERVISOR_RESTARTS",
     "cache_folder",
@@ -23,6 +24,7 @@ __all__ = [
     "drain_grace",
     "limit_ray_variables",
     "native_kernels",
+    "prompt_clock",
     "ready_timeout",
     "supervisor_restarts",
     "take_ssh_password",
@@ -32,6 +34,7 @@ CHECKPOINT_CHAT_TEMPLATE = "HUNYUAN_VLLM_CHECKPOINT_CHAT_TEMPLATE"
 READY_TIMEOUT = "HUNYUAN_VLLM_READY_TIMEOUT"
 DRAIN_GRACE = "HUNYUAN_VLLM_DRAIN_GRACE"
 LIMIT_RAY_VARIABLES = "HUNYUAN_VLLM_LIMIT_RAY_VARIABLES"
+PROMPT_CLOCK = "HUNYUAN_VLLM_PROMPT_CLOCK"
 SUPERVISOR_RESTARTS = "HUNYUAN_VLLM_SUPERVISOR_RESTARTS"
 
 _TRUE = {"1", "true", "on", "yes"}
@@ -97,6 +100,12 @@ def ready_timeout() -> float:
 def drain_grace() -> float:
     """HUNYUAN_VLLM_DRAIN_GRACE (default 60): seconds that requests may go on after SIGTERM; `serve --grace` sets it."""
     return _seconds(DRAIN_GRACE, default=60.0)
+
+
+def prompt_clock() -> float:
+    """HUNYUAN_VLLM_PROMPT_CLOCK (default 60): seconds for which the time that chat templates write stands still, so
+    that prompts begin alike and are found in the prefix cache; 0 lets it run."""
+    return _seconds(PROMPT_CLOCK, default=60.0)
 
 
 def supervisor_restarts() -> int | None:

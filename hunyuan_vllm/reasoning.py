@@ -37,7 +37,9 @@ class HunYuanReasoningParser(ReasoningParser):
         self._open(thinking=False)
 
     def _open(self, thinking: bool) -> None:
+        self._end: int | None
         self._opened = thinking
+        self._counted, self._end = 0, None
         self._reader = ReplyReader(thinking)
 
     def extract_reasoning(
@@ -93,27 +95,43 @@ class HunYuanReasoningParser(ReasoningParser):
         return THINK_END in text or (whole and _begins_with(ANSWER, text))
 
     def extract_content_ids(self, input_ids: list[int]) -> list[int]:
-        _, _, content = self._parts(input_ids)
-        return input_ids[content:]
+        first = self._first(input_ids)
+        if first is None:
+            return input_ids
+        end = self._place(THINK_END, input_ids, first)
+        return input_ids[end[1] :] if end else []
 
     def count_reasoning_tokens(self, token_ids: Sequence[int]) -> int:
-        start, end, _ = self._parts(token_ids)
-        return max(end - start, 0)
+        """Of a reply from its beginning. It may be asked again as the reply grows, and looks at what is new then."""
+        first = self._first(token_ids)
+        if first is None:
+            return 0
+        if len(token_ids) < self._counted:
+            self._counted, self._end = 0, None
+        if self._end is None:
+            end = self._place(THINK_END, token_ids, max(first, self._counted - len(THINK_END)))
+            self._end = end and end[0]
+        self._counted = len(token_ids)
+        return max((len(token_ids) if self._end is None else self._end) - first, 0)
 
-    def _parts(self, ids: Sequence[int]) -> tuple[int, int, int]:
-        """Where the tokens of the reasoning begin and end, and where those of the answer begin."""
-        if not (self._opened or _begins_with(THINK, self.model_tokenizer.decode(ids[:BEGINNING]))):
-            return 0, 0, 0
+    def _first(self, ids: Sequence[int]) -> int | None:
+        """The place of the first token of thinking; None where there is none."""
+        if self._opened:
+            return 0
+        if not _begins_with(THINK, self.model_tokenizer.decode(ids[:BEGINNING])):
+            return None
+        opened = self._place(THINK, ids[:BEGINNING])
+        return opened and opened[1]
+
+    def _place(self, tag: str, ids: Sequence[int], at: int = 0) -> tuple[int, int] | None:
+        """How many tokens come before `tag`, and how many with it; None if it is not there from token `at` on."""
         # Tokens as a vocabulary writes them: a tag is the same there as in text.
-        tokens: list[str] = self.model_tokenizer.convert_ids_to_tokens(list(ids))
+        tokens: list[str] = self.model_tokenizer.convert_ids_to_tokens(list(ids[at:]))
+        start = "".join(tokens).find(tag)
+        if start < 0:
+            return None
         ends = list(accumulate(map(len, tokens)))
-        text = "".join(tokens)
-        start = 0 if self._opened else text.index(THINK) + len(THINK)
-        first = bisect_left(ends, start) + bool(start)
-        end = text.find(THINK_END, start)
-        if end < 0:
-            return first, len(ids), len(ids)
-        return first, bisect_right(ends, end), bisect_left(ends, end + len(THINK_END)) + 1
+        return at + bisect_right(ends, start), at + bisect_left(ends, start + len(tag)) + 1
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:

@@ -28,6 +28,12 @@ ANSWER_TAGS_OR_ANY_CALL = re.compile(rf"{ANSWER_TAGS.pattern}|</?tool_call")
 CERTAIN = 5  # characters of a tag that is cut off, from which on it is taken for one
 
 
+def parsers_for(template: str) -> tuple[str | None, str | None]:
+    """The names of the reasoning parser and the tool parser for what a chat template makes a model write; None where it
+    writes nothing of the kind."""
+    return "hunyuan_v1" if THINK in template else None, "hunyuan_v1" if CALLS in template else None
+
+
 class ReplyReader:
     """Separates thinking from the answer, without their tags.
 

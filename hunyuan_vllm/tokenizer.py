@@ -6,7 +6,7 @@ Ids come from tiktoken (text_encoder.py); decoding, streaming, offsets and savin
 import logging
 import unicodedata
 from collections.abc import Callable
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +26,15 @@ from hunyuan_vllm.bpe import (
     build_tokenizer,
     read_tokens,
 )
-from hunyuan_vllm.chat_template import CHAT_TEMPLATE, RenderedChat, SpecialTokens, known_faults, new_mark, replacement
+from hunyuan_vllm.chat_template import (
+    CHAT_TEMPLATE,
+    RenderedChat,
+    SpecialTokens,
+    known_faults,
+    new_mark,
+    prompt_time,
+    replacement,
+)
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.util.errors import UserError
 
@@ -67,6 +75,7 @@ class HYTokenizer(TokenizersBackend):
 
     def __init__(self, vocab_file: str | None = None, tokenizer_file: str | None = None, **kwargs: Any) -> None:
         self._as_given = tokenizer_file is not None
+        self._clock = envs.prompt_clock()
         self._text_encoder: TextEncoder | None = None
         if kwargs.get("chat_template") is None:
             kwargs["chat_template"] = CHAT_TEMPLATE
@@ -123,6 +132,7 @@ class HYTokenizer(TokenizersBackend):
     ) -> Any:
         """As the base class, but special tokens in messages, tools, documents and template variables are plain text.
 
+        The time in prompts changes each minute, or as HUNYUAN_VLLM_PROMPT_CLOCK says.
         A conversation that ends with an answer is left open where an answer is asked for: the model goes on with it.
 
         Args:
@@ -131,6 +141,7 @@ class HYTokenizer(TokenizersBackend):
         """
         if kwargs.get("add_generation_prompt") and _ends_with_answer(conversation):
             kwargs |= {"add_generation_prompt": False, "continue_final_message": True}
+        kwargs.setdefault("strftime_now", partial(prompt_time, self._clock))
         given = [conversation, tools, documents, {name: kwargs[name] for name in kwargs.keys() - _NOT_RENDERED}]
         mark = new_mark()
         special = (tokenizer_kwargs or {}).get("split_special_tokens") is False

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import datetime, tzinfo
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 from chat_templates import FAULTY, FINE_TUNED
@@ -230,6 +231,33 @@ def checkpoint(folder: Path, template: str) -> Path:
     shutil.copy(SMALL_VOCAB, folder / "hy.tiktoken")
     (folder / "chat_template.jinja").write_text(template)
     return folder
+
+
+def test_a_template_that_thinks_or_calls_is_no_fault() -> None:
+    """Though without tools A13B's writes Hunyuan-Large's format, with the same mistakes."""
+    assert known_faults(FAULTY + "{# <think> #}") == known_faults(FAULTY + "{# <tool_calls> #}") == ()
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [(None, "13:59:00"), ("0", "13:59:58"), ("1", "13:59:58"), ("3600", "13:00:00"), ("1e6", "00:00:00")],
+)
+def test_the_time_in_prompts_stands_still(step: str | None, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else no two prompts with it begin alike, and the prefix cache finds nothing."""
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Self:
+            return cls(2026, 2, 3, 13, 59, 58, 999999)
+
+    monkeypatch.setattr("hunyuan_vllm.chat_template.datetime", Clock)
+    if step is not None:
+        monkeypatch.setenv(envs.PROMPT_CLOCK, step)
+    template = "{{ strftime_now('%Y-%m-%d %H:%M:%S') }}{% for message in messages %}{{ message.content }}{% endfor %}"
+    tokenizer = HYTokenizer(vocab_file=str(SMALL_VOCAB), chat_template=template)
+    for content in ("Hi", "<|eos|>"):
+        text = tokenizer.apply_chat_template([user(content)], tokenize=False)
+        assert text == f"2026-02-03 {expected}{content}"
 
 
 def test_vllm_serves_the_built_in_template_instead_of_a_wrong_one(

@@ -17,7 +17,14 @@ def test_a_checkpoint_is_opened_with_its_size():
     model = open_model(str(folder))
     assert model.local
     assert model.config.num_key_value_heads == 2
+    assert model.chat_template is None
     assert model.weight_bytes == sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def test_its_chat_template_is_read(tmp_path):
+    folder = shutil.copytree(GOLDEN / "cla2_top1", tmp_path / "model")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    assert open_model(str(folder)).chat_template == "{{ messages }}"
 
 
 def test_a_folder_without_a_tokenizer_is_noticed_before_a_start(tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 from hunyuan_vllm import envs
 from hunyuan_vllm.chat_template import WITH_TOOLS
 from hunyuan_vllm.quant.schemes import Scheme
+from hunyuan_vllm.replies import parsers_for
 from hunyuan_vllm.server.hardware import Machine
 from hunyuan_vllm.server.models import (
     ModelSource,
@@ -138,7 +139,8 @@ def decide(
         ours["distributed-executor-backend"] = [ranks.executor]
     # The model's full length where its KV cache fits, else what does.
     ours["max-model-len"] = ["auto"]
-    ours |= _front_end_options(flags, surface, json_logs, tools)
+    ours |= _front_end_options(flags, surface, json_logs)
+    ours |= _reply_options(flags, model, tools, notes)
     if expert_load:
         if "worker-extension-cls" in flags:
             raise UserError("--expert-load is a worker extension, and vLLM takes one: leave out --worker-extension-cls")
@@ -187,7 +189,7 @@ def decide(
     )
 
 
-def _front_end_options(flags: Flags, surface: Surface, json_logs: bool, tools: bool) -> dict[str, list[str]]:
+def _front_end_options(flags: Flags, surface: Surface, json_logs: bool) -> dict[str, list[str]]:
     options: dict[str, list[str]] = {
         "disable-uvicorn-access-log": [],  # our own log has more of each request
         # vLLM lets the pages of any site use a server that the browser reaches, one on loopback without a key included.
@@ -196,13 +198,7 @@ def _front_end_options(flags: Flags, surface: Surface, json_logs: bool, tools: b
         # JSON without white space, of which a model can write without end and never come to the point. vLLM takes that
         # for a backend that is named, which is the one it prefers anyway.
         "structured-outputs-config": [json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})],
-        # Without a parser vLLM calls no tool, not even one that is named; with one, only this level pins arguments.
-        "tool-call-parser": ["hunyuan_large"],
-        "enable-auto-tool-choice": [],
-        "tool-strict-level": ["parameter"],
     }
-    if tools:
-        options["chat-template"] = [str(WITH_TOOLS)]
     if json_logs and "logging-config" not in flags:
         options["logging-config.formatter"] = ["json"]
     if surface.admin:
@@ -218,6 +214,37 @@ def _front_end_options(flags: Flags, surface: Surface, json_logs: bool, tools: b
         # For requests that do not say how much they want.
         options["override-generation-config"] = [json.dumps({"max_new_tokens": surface.max_output_tokens})]
     return options
+
+
+def _reply_options(flags: Flags, model: ModelSource, tools: bool, notes: list[str]) -> dict[str, list[str]]:
+    """The parsers that fit what the chat template makes the model write, and a template with tools if it lacks one."""
+    given = flags.get("chat-template")
+    template = (_text(given) if given else model.chat_template) or ""
+    reasoning, calls = parsers_for(template)
+    # Without a parser vLLM calls no tool, not even one that is named; with one, only this level pins arguments.
+    options: dict[str, list[str]] = {
+        "tool-call-parser": [calls or "hunyuan_large"],
+        "enable-auto-tool-choice": [],
+        "tool-strict-level": ["parameter"],
+    }
+    if reasoning:
+        options["reasoning-parser"] = [reasoning]
+    if tools and not calls:
+        options["chat-template"] = [str(WITH_TOOLS)]
+    if not (model.local or given or tools or "reasoning-parser" in flags or "tool-call-parser" in flags):
+        notes.append(
+            "the chat template of a model on the hub is not looked at: one that thinks or calls tools (A13B, 0.5B–7B) "
+            "needs --reasoning-parser hunyuan_v1 --tool-call-parser hunyuan_v1, or MODEL_PATH= its folder"
+        )
+    return options
+
+
+def _text(template: str) -> str:
+    """What --chat-template names: a file, or the template itself."""
+    try:
+        return Path(template).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return template
 
 
 def _key_file(settings: Settings, required: bool, open_allowed: bool, surface: Surface) -> Path | None:

@@ -51,6 +51,7 @@ class ModelSource:
         demo: it is the model that comes with the package.
         tokenizer: it brings one; True for a hub name.
         format: how its weights are stored; None where that is unknown.
+        chat_template: its own; None where it has none or that is unknown.
     """
 
     name: str
@@ -60,6 +61,7 @@ class ModelSource:
     demo: bool = False
     tokenizer: bool = True
     format: Format | None = None
+    chat_template: str | None = None
 
     @property
     def local(self) -> bool:
@@ -137,6 +139,7 @@ def longest_context(config: HunYuanConfig) -> int:
 
 
 def _open_folder(folder: Path, given: str, demo: bool = False) -> ModelSource:
+    from hunyuan_vllm.chat_template import stored_template
     from hunyuan_vllm.checkpoint import check_headers, missing_config, shard_files
 
     try:
@@ -160,7 +163,8 @@ def _open_folder(folder: Path, given: str, demo: bool = False) -> ModelSource:
         raise UserError(str(error)) from None
     tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
     weights = sum(shard.stat().st_size for shard in shards)
-    return ModelSource(str(folder), given, parsed, weights, demo, tokenizer, form)
+    template, _ = stored_template(folder)
+    return ModelSource(str(folder), given, parsed, weights, demo, tokenizer, form, template)
 
 
 MAX_LORA_RANK = 16  # vLLM's, where --max-lora-rank does not say

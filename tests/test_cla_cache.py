@@ -18,9 +18,9 @@ from hunyuan_vllm import cla_cache, model
 from hunyuan_vllm.cla_cache import kv_sharing_target
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.kv_cache import CacheShape
+from hunyuan_vllm.plan.memory import rank_weights
 from hunyuan_vllm.plan.model import Network
 from hunyuan_vllm.plan.schemes import SCHEMES
-from hunyuan_vllm.plan.weights import rank_weights
 
 PUBLISHED = HunYuanConfig(
     use_cla=True, cla_share_factor=2, use_qk_norm=True, num_experts=16, use_mixed_mlp_moe=True, num_key_value_heads=8

@@ -1,43 +1,36 @@
-"""`hunyuan-vllm plan`: does it fit, what does one get, what to change; before GPUs are rented."""
-
-from __future__ import annotations
+"""`hunyuan-vllm plan`: whether a model fits on some GPUs, what to expect there, what to change"""
 
 import json
-import sys
-from pathlib import Path
+from functools import partial
 
 import typer
 from rich.console import Console
 
 from hunyuan_vllm.util.errors import UserError
-
-__all__ = ["plan"]
+from hunyuan_vllm.util.text import GIB
 
 LIMITS = "vLLM's limits"
 WORKLOAD = "The requests that rates are given for"
 MACHINE = "The machines"
 OUTPUT = "Output"
 TRAINING = "Fine-tuning (--train)"
-SHARED = {
-    "context",
-    "model",
-    "gpu",
-    "gpus",
-    "gpus_per_node",
-    "network",
-    "assume",
-    "as_json",
-    "assumptions",
-    "list_gpus",
-}
+TRAINING_OPTIONS = {
+    "train", "zero_stage", "offload", "seq_length", "micro_batch", "checkpointing", "moe_leaf", "lora_rank",
+    "lora_targets", "host_memory",
+}  # fmt: skip
+COMMON_OPTIONS = {
+    "model", "gpu", "gpus", "gpus_per_node", "network", "assume", "as_json", "assumptions", "list_gpus",
+}  # fmt: skip
 
 
 def plan(
     context: typer.Context,
-    model: str = typer.Option("hunyuan-large", help="Checkpoint folder, config.json, hunyuan-large or demo."),
-    gpu: str = typer.Option("H20", metavar="NAME|FILE.json", help="Kind of GPU (--list-gpus)."),
-    gpus: int | None = typer.Option(None, min=1, help="GPUs in all; default: the fewest that fit."),
-    tp: int | None = typer.Option(None, "--tp", "--tensor-parallel-size", min=1, help="Default: all GPUs a stage."),
+    model: str = typer.Option(
+        "hunyuan-large", help="Checkpoint directory, config.json, published model (hunyuan-large) or demo."
+    ),
+    gpu: str = typer.Option("H20", metavar="NAME|FILE.json", help="Type of GPU (--list-gpus)."),
+    gpus: int | None = typer.Option(None, min=1, help="Total GPUs; default: the fewest that fit."),
+    tp: int | None = typer.Option(None, "--tp", "--tensor-parallel-size", min=1, help="Default: all GPUs of a stage."),
     pp: int = typer.Option(1, "--pp", "--pipeline-parallel-size", min=1, help="Pipeline stages."),
     dcp: int = typer.Option(
         1, "--dcp", "--decode-context-parallel-size", min=1, help="Ranks that share a sequence's cache."
@@ -65,128 +58,96 @@ def plan(
         None, metavar="full|lora", rich_help_panel=TRAINING, help="Plan fine-tuning, not a server."
     ),
     zero_stage: int | None = typer.Option(
-        None, min=0, max=3, rich_help_panel=TRAINING, help="Default: the quickest that fits."
+        None, min=0, max=3, rich_help_panel=TRAINING, help="Default: the fastest that fits."
     ),
     offload: str | None = typer.Option(
-        None, metavar="none|optimizer|all", rich_help_panel=TRAINING, help="To the hosts; default: what is needed."
+        None, metavar="none|optimizer|all", rich_help_panel=TRAINING, help="To the hosts; default: as needed."
     ),
     seq_length: int = typer.Option(
         2048, "--seq-length", "--max_seq_length", min=1, rich_help_panel=TRAINING, help="Tokens of a sequence."
     ),
-    micro_batch: int = typer.Option(1, min=1, rich_help_panel=TRAINING, help="Sequences a GPU and iteration."),
+    micro_batch: int = typer.Option(1, min=1, rich_help_panel=TRAINING, help="Sequences per GPU and iteration."),
     checkpointing: bool = typer.Option(
-        True, rich_help_panel=TRAINING, help="Compute layers again in the backward pass, to keep less."
+        True, rich_help_panel=TRAINING, help="Recompute layers in the backward pass to save memory."
     ),
     moe_leaf: bool = typer.Option(
         True, rich_help_panel=TRAINING, help="ZeRO-3 gathers a layer's experts at once (--make_moe_param_leaf_module)."
     ),
     lora_rank: int = typer.Option(64, min=1, rich_help_panel=TRAINING, help="Rank of the adapters."),
     lora_targets: str = typer.Option(
-        "q_proj,k_proj,v_proj,o_proj", rich_help_panel=TRAINING, help="Modules with an adapter, commas between."
+        "q_proj,k_proj,v_proj,o_proj", rich_help_panel=TRAINING, help="Modules with an adapter, separated by commas."
     ),
     host_memory: float = typer.Option(2048, min=1, rich_help_panel=TRAINING, help="GiB of each host's memory."),
-    gpus_per_node: int = typer.Option(8, min=1, rich_help_panel=MACHINE, help="GPUs that one machine has."),
-    network: float = typer.Option(400, min=1, rich_help_panel=MACHINE, help="Gbit/s of each GPU to other machines."),
+    gpus_per_node: int = typer.Option(8, min=1, rich_help_panel=MACHINE, help="GPUs of a machine."),
+    network: float = typer.Option(400, min=1, rich_help_panel=MACHINE, help="Gbit/s per GPU to other machines."),
     assume: list[str] = typer.Option([], metavar="NAME=VALUE", help="Replace an assumption; may be repeated."),
-    as_json: bool = typer.Option(False, "--json", rich_help_panel=OUTPUT, help="The numbers, for a script."),
-    chart: bool = typer.Option(False, "--chart", rich_help_panel=OUTPUT, help="Bars of both curves."),
-    png: Path | None = typer.Option(None, rich_help_panel=OUTPUT, help="Both curves as a picture."),
-    assumptions: bool = typer.Option(
-        False, "--assumptions", rich_help_panel=OUTPUT, help="Show what is assumed, and why."
-    ),
+    as_json: bool = typer.Option(False, "--json", rich_help_panel=OUTPUT, help="Print the plan as JSON."),
+    assumptions: bool = typer.Option(False, "--assumptions", rich_help_panel=OUTPUT, help="Show the assumptions."),
     list_gpus: bool = typer.Option(False, "--list-gpus", rich_help_panel=OUTPUT, help="Show the known GPUs."),
 ) -> None:
-    """Say whether a model fits on some GPUs, what it can do there, and what to change if not.
+    """Say whether a model fits on some GPUs, what to expect there, and what to change if it does not fit.
 
-    Needs no GPU, and of the checkpoint only its config.json.
+    Needs no GPU, and only the checkpoint's config.json.
 
     \b
     Examples:
       hunyuan-vllm plan --gpu H20
           the published 389B model in BF16: how many H20 does it need?
       hunyuan-vllm plan --gpu H20 --gpus 16 --tp 16 --dcp 2 --max-model-len 131072
-          two machines, and each KV head held once
-      hunyuan-vllm plan --gpu H100 --gpus 8 --scheme int8 --kv fp8 --chart
-          one machine, weights quantised while they load
+          two machines, each KV head held once
+      hunyuan-vllm plan --gpu H100 --gpus 8 --scheme int8 --kv fp8
+          one machine, weights quantised at load time
       hunyuan-vllm plan --model /models/my-hunyuan --gpu A100-80G --gpus 16 --pp 2
       hunyuan-vllm plan --gpu H200 --gpus 8 --json | jq .kv_cache.tokens
       hunyuan-vllm plan --train lora --gpu H20
-          fine-tuning: memory by ZeRO stage and offload, time of an iteration
+          fine-tuning: memory by ZeRO stage and offload, time per iteration
       hunyuan-vllm plan --train full --gpu H800 --gpus 64 --seq-length 8192
 
     \b
-    Exit status: 0 it fits, 1 it does not fit or cannot work, 2 bad input.
+    Exit status: 0 it fits, 1 it does not fit or cannot run, 2 bad input.
     """
-    from hunyuan_vllm.plan.document import to_json
-    from hunyuan_vllm.plan.plan import make_plan
-    from hunyuan_vllm.plan.report import save_png, show_assumptions, show_gpus, show_plan
-    from hunyuan_vllm.plan.request import Request, make_scenario
+    from hunyuan_vllm.plan.plan import make_plan, make_scenario
+    from hunyuan_vllm.plan.report import show_assumptions, show_gpus, show_plan, to_json
     from hunyuan_vllm.plan.scenario import Assumptions
+    from hunyuan_vllm.plan.training import TrainingAssumptions, TrainingMemory
 
     console = Console(highlight=False)
     given = {name for name in context.params if _was_given(context, name)}
-    if train is not None:
-        from hunyuan_vllm.plan.training_setup import TrainingAssumptions
-
-        _refuse(given - SHARED - set(_training_options()), "belongs to a server's plan: leave it out with --train")
-        assumed_training = TrainingAssumptions().changed(assume)
-        if assumptions:
-            return show_assumptions(assumed_training, console)
-        if not list_gpus:
-            from hunyuan_vllm.cli.plan_train import plan_training
-            from hunyuan_vllm.plan.training_report import TrainingRequest
-
-            asked = TrainingRequest(
-                model, gpu, gpus, train, lora_rank, lora_targets, zero_stage, offload, seq_length, micro_batch,
-                checkpointing, moe_leaf, gpus_per_node, network * 1e9 / 8, host_memory, assumed_training,
-            )  # fmt: skip
-            raise typer.Exit(0 if plan_training(asked, console, as_json) else 1)
-    _refuse(given & set(_training_options()), "belongs to a plan of fine-tuning: add --train full or --train lora")
-    assumed = Assumptions().changed(assume)
+    if train is None:
+        _refuse(given & TRAINING_OPTIONS, "is an option of fine-tuning: add --train full or --train lora")
+    else:
+        _refuse(given - COMMON_OPTIONS - TRAINING_OPTIONS, "is an option of a server: leave it out with --train")
+    assumed = (TrainingAssumptions() if train else Assumptions()).changed(assume)
     if list_gpus:
         return show_gpus(console)
     if assumptions:
         return show_assumptions(assumed, console)
-    if kv not in ("auto", "fp8"):
-        raise UserError(f"--kv {kv} is not known: use auto or fp8")
-    request = Request(
-        model=model,
-        gpu=gpu,
-        gpus=gpus,
-        tensor=tp,
-        pipeline=pp,
-        dcp=dcp,
-        scheme=scheme,
-        kv=kv,
-        max_model_len=max_model_len,
-        utilization=gpu_memory_utilization,
-        batched_tokens=max_num_batched_tokens,
-        sequences=max_num_seqs,
-        eager=enforce_eager,
-        input_len=input_len,
-        output_len=output_len,
-        per_node=gpus_per_node,
-        node_link=network * 1e9 / 8,
-        assumptions=assumed,
-    )
-    scenario, quantised = make_scenario(request)
-    made = make_plan(scenario, quantised)
-    if png is not None and made.verdict.fits:
-        save_png(made, png)
-    elif png is not None:
-        print(f"hunyuan-vllm: {png} is not drawn: there are no curves where nothing fits", file=sys.stderr)
-    if as_json:
-        print(json.dumps(to_json(made), indent=1))
+    if isinstance(assumed, TrainingAssumptions) and train:
+        from hunyuan_vllm.plan import training_report
+
+        setup = training_report.make_setup(
+            model, gpu, gpus, train, zero_stage, offload, lora_targets,
+            rank=lora_rank, length=seq_length, batch=micro_batch, checkpointing=checkpointing, leaves=moe_leaf,
+            per_node=gpus_per_node, node_link=network * 1e9 / 8, host=host_memory * GIB, assumptions=assumed,
+        )  # fmt: skip
+        document, fits = training_report.to_json(setup), TrainingMemory(setup).fits
+        show = partial(training_report.show_training, setup)
     else:
-        show_plan(made, console, chart)
-    raise typer.Exit(0 if made.verdict.fits else 1)
-
-
-def _training_options() -> tuple[str, ...]:
-    return (
-        "train", "zero_stage", "offload", "seq_length", "micro_batch", "checkpointing", "moe_leaf", "lora_rank",
-        "lora_targets", "host_memory",
-    )  # fmt: skip
+        if kv not in ("auto", "fp8"):
+            raise UserError(f"--kv {kv} is unknown: use auto or fp8")
+        scenario = make_scenario(
+            model, gpu, gpus, tp, pp, scheme, max_model_len, max_num_batched_tokens, max_num_seqs,
+            input_len, output_len, dcp=dcp, kv=kv, utilization=gpu_memory_utilization, eager=enforce_eager,
+            per_node=gpus_per_node, node_link=network * 1e9 / 8, assumptions=assumed,
+        )  # fmt: skip
+        made = make_plan(scenario)
+        document, fits = to_json(made), made.fit.fits
+        show = partial(show_plan, made)
+    if as_json:
+        print(json.dumps(document, indent=1))
+    else:
+        show(console)
+    raise typer.Exit(0 if fits else 1)
 
 
 def _was_given(context: typer.Context, name: str) -> bool:

@@ -138,7 +138,7 @@ def _show_plan(source: Path, options: Options) -> None:
     from hunyuan_vllm.quantize.source import read_config
 
     given = str(source)
-    published = given == PUBLISHED and not source.exists()
+    published = given in PUBLISHED and not source.exists()
     config = open_planned(given).config if published else read_config(source)[1]
     rates = measure_rates(options)
     print(f"{options.scheme}, {config.num_hidden_layers} layers, clip {options.clip}, smooth {options.smooth}")

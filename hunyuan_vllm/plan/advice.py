@@ -1,19 +1,18 @@
-"""What to change about a set-up, cheapest first"""
+"""Changes that make a set-up fit, cheapest first, and changes that improve one that fits"""
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, combinations
 from typing import Any
 
 from hunyuan_vllm.kv_cache import legal_partition
+from hunyuan_vllm.plan.fit import Fit, check_fit
 from hunyuan_vllm.plan.hardware import Gpu, known_gpus
 from hunyuan_vllm.plan.model import Network
 from hunyuan_vllm.plan.scenario import Scenario, vllm_limits
 from hunyuan_vllm.plan.schemes import SCHEMES
 from hunyuan_vllm.plan.speed import decode
-from hunyuan_vllm.plan.verdict import Verdict, judge
+from hunyuan_vllm.util.text import plural
 
 COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # GPUs that are offered
 SCHEME_PRICES = {
@@ -24,7 +23,7 @@ SCHEME_PRICES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Change:
     """A change of some options.
 
@@ -32,8 +31,8 @@ class Change:
         values: fields of the scenario and their new values.
         flags: the same as options of `hunyuan-vllm plan`.
         price: what it costs, in words.
-        cost: rank of that price; changes are offered cheapest first.
-        kind: what it is about. Where a change helps, others of its kind are not offered beside it.
+        cost: its rank; the cheapest changes come first.
+        kind: its subject. Where a change suffices, others of its kind are not offered beside it.
     """
 
     values: dict[str, Any]
@@ -49,16 +48,12 @@ def arrangements(network: Network, gpus: int) -> list[tuple[int, int]]:
     return [(tensor, stages) for tensor, stages in found if legal_partition(network.config, stages) is not None]
 
 
-def possible_changes(scenario: Scenario, any_checkpoint: bool) -> Iterator[Change]:
-    """Changes to a scenario, each possible or not: whoever asks judges what comes out.
-
-    Args:
-        any_checkpoint: the scheme may be changed; a checkpoint that is quantised already has one.
-    """
+def possible_changes(scenario: Scenario) -> Iterator[Change]:
+    """Changes to a scenario; not all of them run or fit."""
     yield from _limits(scenario)
     yield from _split(scenario)
     yield from _cache(scenario)
-    if any_checkpoint:
+    if not scenario.quantised:
         yield from _scheme(scenario)
     if not scenario.eager:
         yield Change({"eager": True}, "--enforce-eager", "no CUDA graphs: slower decoding", 70, "eager")
@@ -66,7 +61,6 @@ def possible_changes(scenario: Scenario, any_checkpoint: bool) -> Iterator[Chang
 
 
 def shorter(length: int) -> Change:
-    """Shorter sequences; the length follows from what fits."""
     return Change({"max_model_len": length}, f"--max-model-len {length}", "shorter sequences", 60, "length")
 
 
@@ -124,7 +118,7 @@ def _hardware(scenario: Scenario) -> Iterator[Change]:
         for tensor, stages in arrangements(scenario.network, gpus) if gpus > scenario.gpus else ():
             if tensor <= scenario.per_node:
                 more = gpus - scenario.gpus
-                price, cost = f"{gpu_count(more)} more", 100 + 10 * more
+                price, cost = plural(more, "more GPU"), 100 + 10 * more
                 yield _engine(scenario, tensor, stages, {"gpus": gpus}, f"--gpus {gpus}", price, cost, "gpus")
                 break
     for gpu in sorted(known_gpus(), key=lambda gpu: (gpu.memory, -(gpu.bf16_tflops or 0))):
@@ -133,28 +127,29 @@ def _hardware(scenario: Scenario) -> Iterator[Change]:
             yield Change({"gpu": gpu} | _limits_of(scenario, gpu), f"--gpu {gpu.name}", price, 200, "gpu")
 
 
-def gpu_count(number: int) -> str:
-    """In words."""
-    return f"{number} GPU{'' if number == 1 else 's'}"
-
-
 def _limits_of(scenario: Scenario, gpu: Gpu) -> dict[str, Any]:
-    """vLLM's limits for another GPU, where they are its limits for this one."""
+    """vLLM's default limits for another GPU, where this scenario has the defaults of its own."""
     names = ("batched_tokens", "sequences")
     here, there = vllm_limits(scenario.gpu), vllm_limits(gpu)
     return {name: new for name, old, new in zip(names, here, there, strict=True) if getattr(scenario, name) == old}
 
 
-LENGTH_STEP, LEAST_LENGTH = 1024, 4096
-SHORTER_COST = shorter(LEAST_LENGTH).cost
+LENGTH_STEP, MIN_LENGTH = 1024, 4096
+SHORTER_COST = shorter(MIN_LENGTH).cost
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """Some changes and the verdict on what comes out."""
+    """Some changes, and the fit of the changed scenario."""
 
     changes: tuple[Change, ...]
-    verdict: Verdict
+    fit: Fit
+
+    @classmethod
+    def of(cls, scenario: Scenario, *changes: Change) -> "Remedy":
+        for change in changes:
+            scenario = scenario.changed(**change.values)
+        return cls(changes, check_fit(scenario))
 
     @property
     def flags(self) -> str:
@@ -169,70 +164,52 @@ class Remedy:
         return frozenset(change.kind for change in self.changes)
 
 
-def remedies(verdict: Verdict, any_checkpoint: bool = True, most: int = 6) -> list[Remedy]:
-    """Up to `most` ways to make it fit. Where a change suffices, it is not offered together with others."""
-    judged = _Judged(verdict.scenario)
-    changes = list(possible_changes(verdict.scenario, any_checkpoint))
+def remedies(fit: Fit, limit: int = 6) -> list[Remedy]:
+    """Up to `limit` ways to make it fit, of one or two changes. Where a change suffices, it is not combined."""
+    changes = list(possible_changes(fit.scenario))
     pairs = (pair for pair in combinations(changes, 2) if not pair[0].values.keys() & pair[1].values.keys())
     groups: list[tuple[Change, ...]] = list(chain([()], ((change,) for change in changes), pairs))
-    candidates = [(_cost(group) + SHORTER_COST * cut, cut, group) for group in groups for cut in (False, True)]
+    candidates = [
+        (sum(change.cost for change in group) + SHORTER_COST * cut, cut, group)
+        for group in groups
+        for cut in (False, True)
+    ]
+    known: dict[tuple[Change, ...], Remedy] = {}
     found: list[Remedy] = []
     for _, cut, group in sorted(candidates, key=lambda candidate: candidate[:2]):
         kinds = {change.kind for change in group} | ({"length"} if cut else set())
         if any(remedy.kinds <= kinds for remedy in found):
             continue
-        remedy = judged.shortened(group) if cut else judged.remedy(group)
-        if remedy is not None and remedy.verdict.fits:
+        if group not in known:
+            known[group] = Remedy.of(fit.scenario, *group)
+        remedy = _shortened(fit.scenario, known[group]) if cut else known[group]
+        if remedy is not None and remedy.fit.fits:
             found.append(remedy)
-            if len(found) == most:
+            if len(found) == limit:
                 break
     return found
 
 
-def apply_changes(scenario: Scenario, changes: Iterable[Change]) -> Scenario:
-    for change in changes:
-        scenario = scenario.changed(**change.values)
-    return scenario
+def _shortened(scenario: Scenario, remedy: Remedy) -> Remedy | None:
+    """With sequences as long as the cache then holds, in whole thousands; None where that is too short."""
+    changed, length = remedy.fit.scenario, remedy.fit.shared.tokens // LENGTH_STEP * LENGTH_STEP
+    shortest = max(MIN_LENGTH, changed.input_len + changed.output_len)
+    if remedy.fit.problems or not shortest <= length < changed.max_model_len:
+        return None
+    return Remedy.of(scenario, *remedy.changes, shorter(length))
 
 
-def _cost(group: Sequence[Change]) -> int:
-    return sum(change.cost for change in group)
-
-
-class _Judged:
-    """Verdicts on a scenario with changes, each taken once."""
-
-    def __init__(self, scenario: Scenario) -> None:
-        self.scenario = scenario
-        self.known: dict[str, Remedy] = {}
-
-    def remedy(self, group: tuple[Change, ...]) -> Remedy:
-        key = " ".join(change.flags for change in group)
-        if key not in self.known:
-            self.known[key] = Remedy(group, judge(apply_changes(self.scenario, group)))
-        return self.known[key]
-
-    def shortened(self, group: tuple[Change, ...]) -> Remedy | None:
-        """With sequences as long as the cache then holds, in whole thousands; None where that is too little."""
-        verdict = self.remedy(group).verdict
-        scenario, length = verdict.scenario, verdict.shared.tokens // LENGTH_STEP * LENGTH_STEP
-        least = max(LEAST_LENGTH, scenario.input_len + scenario.output_len)
-        if verdict.problems or not least <= length < scenario.max_model_len:
-            return None
-        return self.remedy((*group, shorter(length)))
-
-
-BATCH = 32  # sequences that speeds are compared at, in all
-WORTH_TOKENS, WORTH_RATE = 1.25, 1.10
+BATCH = 32  # sequences on all engines together, for comparing speeds
+MIN_TOKENS, MIN_RATE = 1.25, 1.10  # ratios that are worth a mention
 KINDS = ("dcp", "kv", "split", "scheme")
 
 
 @dataclass(frozen=True)
 class Improvement:
-    """A change and what it brings, against the set-up as it is.
+    """A change and its gain over the set-up as it is.
 
     Attributes:
-        tokens: ratio of the tokens that all engines hold.
+        tokens: ratio of the tokens that all engines' caches hold.
         rate: ratio of the estimated decoding rate at `BATCH` sequences.
     """
 
@@ -241,46 +218,45 @@ class Improvement:
     rate: float
 
 
-def improvements(verdict: Verdict, any_checkpoint: bool = True) -> list[Improvement]:
-    """Changes of options that gain a quarter in tokens or a tenth in speed, the best of each kind; and the fewest GPUs
-    that would do."""
+def improvements(fit: Fit) -> list[Improvement]:
+    """The best change of each kind that gains a quarter in tokens or a tenth in speed; and the fewest GPUs that fit."""
     best: dict[str, Improvement] = {}
-    for change in possible_changes(verdict.scenario, any_checkpoint):
+    for change in possible_changes(fit.scenario):
         kind = change.kind.split()[0]
-        improvement = _against(verdict, change) if kind in KINDS else None
-        if improvement is None or (improvement.tokens < WORTH_TOKENS and improvement.rate < WORTH_RATE):
+        improvement = _improvement(fit, change) if kind in KINDS else None
+        if improvement is None or (improvement.tokens < MIN_TOKENS and improvement.rate < MIN_RATE):
             continue
         if kind not in best or improvement.tokens * improvement.rate > best[kind].tokens * best[kind].rate:
             best[kind] = improvement
-    fewer = _fewest_gpus(verdict, any_checkpoint)
+    fewer = _fewest_gpus(fit)
     return [*best.values(), *([fewer] if fewer else [])]
 
 
-def _against(verdict: Verdict, change: Change) -> Improvement | None:
-    changed = judge(apply_changes(verdict.scenario, (change,)))
-    if not changed.fits:
+def _improvement(fit: Fit, change: Change) -> Improvement | None:
+    remedy = Remedy.of(fit.scenario, change)
+    if not remedy.fit.fits:
         return None
-    return Improvement(Remedy((change,), changed), _tokens(changed) / _tokens(verdict), _rate(changed) / _rate(verdict))
+    return Improvement(remedy, _tokens(remedy.fit) / _tokens(fit), _rate(remedy.fit) / _rate(fit))
 
 
-def _tokens(verdict: Verdict) -> int:
-    return verdict.shared.tokens * verdict.scenario.replicas
+def _tokens(fit: Fit) -> int:
+    return fit.shared.tokens * fit.scenario.replicas
 
 
-def _rate(verdict: Verdict) -> float:
-    return decode(verdict.scenario, max(1, BATCH // verdict.scenario.replicas)).estimate
+def _rate(fit: Fit) -> float:
+    return decode(fit.scenario, max(1, BATCH // fit.scenario.replicas)).estimate
 
 
-def _fewest_gpus(verdict: Verdict, any_checkpoint: bool) -> Improvement | None:
-    scenario = verdict.scenario
-    schemes = list(SCHEMES.values()) if any_checkpoint else [scenario.scheme]
+def _fewest_gpus(fit: Fit) -> Improvement | None:
+    scenario = fit.scenario
+    schemes = [scenario.scheme] if scenario.quantised else list(SCHEMES.values())
     for gpus in (count for count in COUNTS if count < scenario.gpus):
         for scheme in schemes:
             for tensor, stages in arrangements(scenario.network, gpus):
                 values = {"gpus": gpus, "tensor": tensor, "pipeline": stages, "dcp": 1, "scheme": scheme}
                 flags = f"--gpus {gpus} --tp {tensor}" + (f" --pp {stages}" if stages > 1 else "")
                 flags += f" --scheme {scheme.name}" if scheme is not scenario.scheme else ""
-                change = Change(values, flags, f"{gpu_count(scenario.gpus - gpus)} less", 0, "gpus")
-                if improvement := _against(verdict, change):
+                change = Change(values, flags, plural(scenario.gpus - gpus, "fewer GPU"), 0, "gpus")
+                if improvement := _improvement(fit, change):
                     return improvement
     return None

@@ -1,6 +1,4 @@
-"""GPUs, and which attention backend serves a set-up on them"""
-
-from __future__ import annotations
+"""GPUs, and the attention backend that vLLM chooses on them"""
 
 import json
 from dataclasses import dataclass
@@ -66,10 +64,10 @@ def known_gpus() -> tuple[Gpu, ...]:
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU of this name or alias in any case, or of a JSON file in the form of an entry of `data/gpus.json`.
+    """The GPU of this name or alias in any case, or of a JSON file like an entry of `data/gpus.json`.
 
     Raises:
-        UserError: there is none; names those there are, or the field of the file that is wrong.
+        UserError: the name is unknown, or a field of the file is wrong.
     """
     if name.endswith(".json"):
         return _read(Path(name).expanduser())
@@ -97,7 +95,7 @@ FLASHINFER_HEADS = (64, 128, 256, 512)
 
 
 class Capable(Protocol):
-    """A kind of GPU, as far as backends look at it."""
+    """A kind of GPU, as far as backends depend on it."""
 
     @property
     def capability(self) -> tuple[int, int]: ...
@@ -110,25 +108,25 @@ class Backend:
     name: str
 
     def refusal(self, gpu: Capable, head_dim: int, fp8_cache: bool, dcp: int) -> str | None:
-        """Why it does not serve this; None if it does."""
+        """Why it cannot run this; None if it can."""
         major = gpu.capability[0]
         if self.name == "FLASH_ATTN":
             if gpu.capability < (8, 0):
                 return "needs compute capability 8.0"
             if head_dim % 8 or head_dim > 256:
-                return f"has no head_dim {head_dim}"
+                return f"does not support head_dim {head_dim}"
             if fp8_cache and major not in (9, 10):
-                return "reads an FP8 cache on compute capability 9 and 10 only"
+                return "needs compute capability 9 or 10 for an FP8 cache"
             return None
         if self.name == "FLASHINFER":
-            return None if head_dim in FLASHINFER_HEADS else f"has no head_dim {head_dim}"
+            return None if head_dim in FLASHINFER_HEADS else f"does not support head_dim {head_dim}"
         if dcp > 1:
             return "cannot share a sequence's cache between ranks"
         if self.name == "FLEX_ATTENTION":
-            return "reads no FP8 cache" if fp8_cache else None
+            return "cannot read an FP8 cache" if fp8_cache else None
         if fp8_cache and gpu.capability < (8, 9):
-            return "reads an FP8 cache from compute capability 8.9 on"
-        return None if head_dim >= 32 else f"has no head_dim {head_dim}"
+            return "needs compute capability 8.9 for an FP8 cache"
+        return None if head_dim >= 32 else f"does not support head_dim {head_dim}"
 
 
 FLASH_ATTN, FLASHINFER, TRITON = Backend("FLASH_ATTN"), Backend("FLASHINFER"), Backend("TRITON_ATTN")
@@ -142,15 +140,13 @@ def _order(gpu: Capable) -> tuple[Backend, ...]:
 
 
 def choose_backend(gpu: Capable, head_dim: int, fp8_cache: bool, dcp: int) -> Backend | None:
-    """The backend that vLLM takes by itself; None where none serves this."""
-    for backend in _order(gpu):
-        if backend.refusal(gpu, head_dim, fp8_cache, dcp) is None:
-            return backend
-    return None
+    """The backend that vLLM chooses by default; None where none can run this."""
+    usable = (backend for backend in _order(gpu) if backend.refusal(gpu, head_dim, fp8_cache, dcp) is None)
+    return next(usable, None)
 
 
 def refusals(gpu: Capable, head_dim: int, fp8_cache: bool, dcp: int) -> list[tuple[str, str]]:
-    """(backend, why not) of those that vLLM tries first and that refuse."""
+    """(backend, why not) of those that vLLM tries before the one that it chooses."""
     found = []
     for backend in _order(gpu):
         why = backend.refusal(gpu, head_dim, fp8_cache, dcp)

@@ -1,19 +1,81 @@
-"""Where the memory of a GPU goes"""
+"""Memory of a GPU: weights, activations, CUDA graphs, KV cache
 
-from __future__ import annotations
+Weights are exact: `tests/plan/` compares them with the real model class and with running engines.
+"""
 
+from collections import Counter
 from dataclasses import dataclass
 
+from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.kv_cache import CacheShape
-from hunyuan_vllm.plan.model import layer_matrices, padded_vocabulary
-from hunyuan_vllm.plan.scenario import GIB, Scenario
-from hunyuan_vllm.plan.weights import Stage, Weights, rank_weights
+from hunyuan_vllm.plan.hardware import Gpu
+from hunyuan_vllm.plan.model import Network, layer_matrices, padded_vocabulary, vectors
+from hunyuan_vllm.plan.scenario import Scenario, Stage
+from hunyuan_vllm.plan.schemes import BF16, FLOAT32, Scheme
+from hunyuan_vllm.util.text import GIB
 
-BF16, FLOAT32, KIB = 2, 4, 1024
+KIB = 1024
+CACHE_SCALES = 4  # float32 scalars that vLLM's Attention keeps: of q, k, v and the probabilities
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes on one rank.
+
+    Attributes:
+        parts: parameters by what they are for; their sum is `parameters`.
+        buffers: the rotary table, folded norms and cache scales.
+        padding: what CUDA kernels add when they pack weights.
+    """
+
+    parts: dict[str, int]
+    buffers: int
+    padding: int
+
+    @property
+    def parameters(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.buffers + self.padding
+
+
+def rank_weights(
+    network: Network, scheme: Scheme, ranks: int, stage: Stage | None = None, gpu: Gpu | None = None
+) -> Weights:
+    """Bytes on each of `ranks` tensor-parallel ranks of a stage (default: the whole network), on CPUs if no GPU is
+    given."""
+    config = network.config
+    stage = stage or Stage(range(config.num_hidden_layers))
+    parts: Counter[str] = Counter()
+    padding = 0
+    for layer, count in network.kinds(stage.layers):
+        for matrix in layer_matrices(config, layer, ranks):
+            parts[matrix.part] += count * scheme.parameter_bytes(matrix, on_cpu=gpu is None)
+            padding += count * scheme.padding(matrix, gpu) if gpu else 0
+    parts["norms"] = BF16 * vectors(config) * len(stage.layers)
+    table = BF16 * padded_vocabulary(config) // ranks * config.hidden_size
+    if stage.first or (config.tie_word_embeddings and stage.last):
+        parts["embedding"] = table
+    if stage.last:
+        parts["norms"] += BF16 * config.hidden_size
+        if not config.tie_word_embeddings:
+            parts["head"] = table
+    return Weights(dict(parts), _buffers(config, len(stage.layers)), padding)
+
+
+def _buffers(config: HunYuanConfig, layers: int) -> int:
+    folded = BF16 * config.head_dim if config.use_qk_norm else 0
+    rope = config.rope_parameters
+    positions = config.max_position_embeddings
+    if rope["rope_type"] == "linear" or (rope["rope_type"] == "dynamic" and "alpha" not in rope):
+        positions = int(positions * rope["factor"])
+    return BF16 * positions * config.head_dim + layers * (folded + FLOAT32 * CACHE_SCALES)
 
 
 def activation_peak(scenario: Scenario, stage: Stage) -> int:
-    """Bytes."""
+    """Bytes of the largest moment of a step."""
     forward = forward_peak(scenario, stage, scenario.batched_tokens)
     if not stage.last:
         return forward
@@ -78,7 +140,7 @@ def captured_sizes(scenario: Scenario) -> list[int]:
 def graph_memory(scenario: Scenario, stage: Stage) -> int:
     """Bytes of CUDA graphs: the largest one's tensors, which the others reuse, and each one's own records.
 
-    Every size is captured twice, for decode steps whole and for mixed steps between attention layers.
+    Each size is captured twice: whole decode steps, and mixed steps between attention layers.
     """
     sizes = captured_sizes(scenario)
     if not sizes:
@@ -95,7 +157,6 @@ class Budget:
         total: the GPU's memory.
         taken: vLLM's share of it.
         weights: exact.
-        activations, graphs, workspace: see `activations.py`, `Assumptions`.
         outside: context and NCCL buffers.
     """
 
@@ -124,7 +185,7 @@ class Capacity:
     """What the KV cache of one engine holds.
 
     Attributes:
-        blocks: KV blocks that every rank has: as many as the poorest.
+        blocks: KV blocks that every rank has: as many as the rank with the least memory.
         block_size: tokens of a block, over the ranks that share it.
         bytes_per_token: bytes on one rank of the stage with most layers that keep a cache.
     """
@@ -170,15 +231,14 @@ def capacity(scenario: Scenario, rank_budgets: list[Budget], sharing: bool = Tru
         CacheShape.of(
             scenario.config,
             tensor_parallel=scenario.tensor,
-            stage=budget.stage.layers,
+            stage=one.stage.layers,
             itemsize=scenario.kv_itemsize,
             sharing=sharing,
             dcp=scenario.dcp,
         )
-        for budget in rank_budgets
+        for one in rank_budgets
     ]
     blocks = min(
-        shape.blocks(max(0, budget.cache), scenario.block_size)
-        for shape, budget in zip(shapes, rank_budgets, strict=True)
+        shape.blocks(max(0, one.cache), scenario.block_size) for shape, one in zip(shapes, rank_budgets, strict=True)
     )
     return Capacity(blocks, scenario.block_size * scenario.dcp, max(shape.bytes_per_token for shape in shapes))

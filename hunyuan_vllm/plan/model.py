@@ -1,7 +1,5 @@
 """The network that is planned: by name or by config"""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ class Matrix:
 
     Attributes:
         shards: checkpoint tensors fused along the outputs (q, k and v; gate and up).
-        copies: experts; 1 for what is no expert.
+        copies: number of experts; 1 outside experts.
         bias: outputs with a bias.
         cut: along which side tensor parallelism cuts it: a kernel may pad that side.
     """
@@ -50,7 +48,7 @@ class Matrix:
 
 
 class Network:
-    """A config, and what is asked of it again and again, worked out once."""
+    """A config and values derived from it, computed once."""
 
     def __init__(self, config: HunYuanConfig) -> None:
         self.config = config
@@ -111,7 +109,9 @@ def vectors(config: HunYuanConfig) -> int:
     return 2 * config.hidden_size + (2 * config.head_dim if config.use_qk_norm else 0)
 
 
-PUBLISHED = "hunyuan-large"
+DATA = Path(__file__).parent / "data"
+# Published model, whose config is in `data/` → a path as its checkpoint may have.
+PUBLISHED = {"hunyuan-large": "/models/Hunyuan-A52B-Instruct"}
 UNQUANTISED = ("lm_head", "embed_tokens", "wg", "gate")  # modules that no scheme here quantises
 
 
@@ -136,17 +136,17 @@ class PlannedModel:
         if not left:
             return ()
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-        return (f"the checkpoint leaves {left[0]}{more} unquantised; the weights here are counted as if it did not",)
+        return (f"the checkpoint leaves {left[0]}{more} unquantised; this plan counts these weights as quantised",)
 
 
 def open_planned(given: str) -> PlannedModel:
-    """`hunyuan-large`, `demo`, a checkpoint's folder, or a config.json alone: weights need not be there yet.
+    """A published model by name, `demo`, a checkpoint's directory, or a config.json alone, without weights.
 
     Raises:
-        UserError: there is no such config, or it is not a Hunyuan network's.
+        UserError: there is no such config, or it is not of a Hunyuan network.
     """
-    if given == PUBLISHED:
-        path = Path(__file__).parent / "data" / PUBLISHED / "config.json"
+    if given in PUBLISHED:
+        path = DATA / given / "config.json"
     elif given == demo.NAME:
         path = demo.path() / "config.json"
     else:
@@ -158,14 +158,14 @@ def open_planned(given: str) -> PlannedModel:
         fields = json.loads(path.read_text())
     except OSError as error:
         raise UserError(
-            f"--model {given}: {path} cannot be read ({error.strerror}): name a folder with a config.json, that file, "
-            f"or {PUBLISHED}"
+            f"--model {given}: {path} cannot be read ({error.strerror}): give a directory with a config.json, that "
+            f"file, or one of {', '.join(PUBLISHED)}"
         ) from None
     except ValueError as error:
         raise UserError(f"--model {given}: {path} is not JSON ({error}): download it again") from None
     if not isinstance(fields, dict) or fields.get("model_type") != HunYuanConfig.model_type:
         kind = fields.get("model_type") if isinstance(fields, dict) else None
-        raise UserError(f"--model {given} has model_type {kind!r}; this planner knows 'hunyuan' (Hunyuan-Large)")
+        raise UserError(f"--model {given} has model_type {kind!r}; the planner supports 'hunyuan' (Hunyuan-Large)")
     try:
         config = HunYuanConfig.from_dict(fields)
         form = read_format(fields, path.parent)

@@ -1,24 +1,115 @@
-"""A whole plan: verdict, rates, advice and the command that starts it"""
+"""From the command's options to a plan: the scenario, whether it fits, rates, advice, the command that serves it"""
 
-from __future__ import annotations
-
-import json
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from hunyuan_vllm import demo
-from hunyuan_vllm.plan.advice import Improvement, Remedy, improvements, remedies
-from hunyuan_vllm.plan.model import PUBLISHED, open_planned
+from hunyuan_vllm.plan.advice import COUNTS, Improvement, Remedy, arrangements, improvements, remedies
+from hunyuan_vllm.plan.fit import Fit, check_fit, notes
+from hunyuan_vllm.plan.hardware import find_gpu
+from hunyuan_vllm.plan.model import PUBLISHED, Network, PlannedModel, open_planned
 from hunyuan_vllm.plan.scenario import Scenario, vllm_limits
-from hunyuan_vllm.plan.speed import BATCHES, Decode, Prefill, decode, prefill, served
-from hunyuan_vllm.plan.verdict import Verdict, judge, notes
+from hunyuan_vllm.plan.schemes import Scheme, find_scheme, scheme_of_checkpoint
+from hunyuan_vllm.plan.speed import BATCHES, Decode, Prefill, PublishedRate, decode, prefill, published_rates, served
+from hunyuan_vllm.util.errors import UserError
 
-PLACEHOLDER = "/models/Hunyuan-A52B-Instruct"  # as published; its FP8 checkpoint has "-FP8" behind it
+
+def make_scenario(
+    model: str,
+    gpu: str,
+    gpus: int | None = None,
+    tensor: int | None = None,
+    pipeline: int = 1,
+    scheme: str | None = None,
+    max_model_len: int | None = None,
+    batched_tokens: int | None = None,
+    sequences: int | None = None,
+    input_len: int | None = None,
+    output_len: int | None = None,
+    **others: Any,
+) -> Scenario:
+    """A scenario from the options of `hunyuan-vllm plan`; None where the user left the choice.
+
+    Without a number of GPUs it uses that of the ranks asked for, or the fewest on which it fits.
+
+    Args:
+        others: fields of `Scenario`.
+
+    Raises:
+        UserError: a name is unknown, or two options contradict each other.
+    """
+    found, kind = open_planned(model), find_gpu(gpu)
+    default_tokens, default_sequences = vllm_limits(kind)
+    longest = max_model_len or found.config.max_position_embeddings
+    output_len = output_len or max(1, min(256, longest // 8))
+    scenario = Scenario(
+        name=found.name,
+        network=Network(found.config),
+        gpu=kind,
+        gpus=gpus or (tensor or 1) * pipeline,
+        tensor=tensor or 1,
+        pipeline=pipeline,
+        scheme=_scheme(scheme, found),
+        quantised=found.format.kind is not None,
+        max_model_len=longest,
+        batched_tokens=batched_tokens or default_tokens,
+        sequences=sequences or min(default_sequences, batched_tokens or default_sequences),
+        input_len=input_len or max(1, min(2048, longest - output_len)),
+        output_len=output_len,
+        remarks=found.remarks,
+        **others,
+    )
+    if scenario.batched_tokens < scenario.sequences:
+        raise UserError(
+            f"--max-num-batched-tokens {scenario.batched_tokens} is below --max-num-seqs {scenario.sequences}: each "
+            "sequence needs a token in a step"
+        )
+    if scenario.input_len + scenario.output_len > longest:
+        raise UserError(
+            f"--input-len {scenario.input_len} and --output-len {scenario.output_len} are together longer than "
+            f"--max-model-len {longest}"
+        )
+    if tensor is not None:
+        return scenario
+    if gpus is not None:
+        return scenario.changed(tensor=_largest_tensor(scenario, gpus // pipeline))
+    return _fewest_gpus(scenario)
 
 
-def serve_flags(scenario: Scenario, quantised_checkpoint: bool = False) -> list[str]:
+def _scheme(name: str | None, model: PlannedModel) -> Scheme:
+    stored = scheme_of_checkpoint(model.format)
+    if name is None:
+        return stored
+    scheme = find_scheme(name)
+    if model.format.kind is not None and scheme.name != stored.name:
+        raise UserError(f"--scheme {name}: {model.name} is already quantised to {stored.name}: leave --scheme out")
+    return scheme
+
+
+def _largest_tensor(scenario: Scenario, ranks: int) -> int:
+    """The most tensor-parallel ranks that divide the weights, as a server chooses them by default."""
+    form = scenario.scheme.format
+    sizes = form.rank_sizes(scenario.config) if form else scenario.network.tensor_sizes
+    return max((size for size in sizes if size <= ranks), default=1)
+
+
+def _fewest_gpus(scenario: Scenario) -> Scenario:
+    """On the first number of GPUs that fits, within a node unless ranks share a cache; else on the most."""
+    widest = scenario.per_node if scenario.dcp == 1 else scenario.config.num_attention_heads
+    tried = [
+        scenario.changed(gpus=gpus, tensor=tensor, pipeline=stages)
+        for gpus in COUNTS
+        for tensor, stages in arrangements(scenario.network, gpus)
+        if tensor <= widest and scenario.pipeline in (1, stages)
+    ]
+    fitting = (candidate for candidate in tried if check_fit(candidate).fits)
+    largest = (candidate for candidate in tried if candidate.gpus == COUNTS[-1])
+    return next(fitting, None) or next(largest, scenario)
+
+
+def serve_flags(scenario: Scenario) -> list[str]:
     """vLLM's flags for what differs from its defaults."""
     tokens, sequences = vllm_limits(scenario.gpu)
     given = {
@@ -31,45 +122,53 @@ def serve_flags(scenario: Scenario, quantised_checkpoint: bool = False) -> list[
     }
     flags = ["--max-model-len", str(scenario.max_model_len)]
     for name, (value, default) in given.items():
-        if value != default:
-            flags += [name, str(value)]
+        flags += [name, str(value)] if value != default else []
     flags += ["--enforce-eager"] if scenario.eager else []
-    return flags + ([] if quantised_checkpoint else scenario.scheme.flags)
+    return flags + ([] if scenario.quantised else scenario.scheme.flags)
 
 
-def serve_command(scenario: Scenario, quantised_checkpoint: bool = False) -> str:
-    """A line to paste into a shell, on the machine with the GPUs or on the head node of their Ray cluster."""
+def serve_command(scenario: Scenario) -> str:
+    """A shell command for the machine with the GPUs, or for the head node of their Ray cluster."""
     variables = {"TP_SIZE": str(scenario.tensor)}
     if scenario.name != demo.NAME:  # which is what a server without a path serves
-        variables = {"MODEL_PATH": _checkpoint(scenario, quantised_checkpoint)} | variables
+        variables = {"MODEL_PATH": _checkpoint(scenario)} | variables
     if scenario.nodes > 1:
         variables["LOCAL_IP"] = "10.0.0.5"
     if scenario.needs_partition:
         variables["VLLM_PP_LAYER_PARTITION"] = ",".join(map(str, scenario.partition))
     words = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
-    return " ".join([*words, "hunyuan-vllm serve", *serve_flags(scenario, quantised_checkpoint)])
+    return " ".join([*words, "hunyuan-vllm serve", *serve_flags(scenario)])
 
 
-def preparation(scenario: Scenario, quantised_checkpoint: bool = False) -> str | None:
-    """What must be done before, where the checkpoint is not yet what the scheme loads; None where nothing."""
-    if scenario.scheme.name != "fp8" or quantised_checkpoint or scenario.name == PUBLISHED:
+def preparation(scenario: Scenario) -> str | None:
+    """How to make the checkpoint that the scheme needs; None where it needs none."""
+    if scenario.scheme.name != "fp8" or scenario.quantised or scenario.name in PUBLISHED:
         return None
-    target = shlex.quote(_checkpoint(scenario, quantised_checkpoint))
-    source = shlex.quote(scenario.name)
+    source, target = shlex.quote(scenario.name), shlex.quote(_checkpoint(scenario))
     return f"fp8 needs an FP8 checkpoint; make it with hunyuan-vllm quantize {source} {target} --scheme fp8"
 
 
-def _checkpoint(scenario: Scenario, quantised: bool) -> str:
-    name = PLACEHOLDER if scenario.name == PUBLISHED else scenario.name.rstrip("/")
-    return name if quantised or scenario.scheme.name != "fp8" else f"{name}-FP8"
+def _checkpoint(scenario: Scenario) -> str:
+    name = PUBLISHED.get(scenario.name, scenario.name.rstrip("/"))
+    return name if scenario.quantised or scenario.scheme.name != "fp8" else f"{name}-FP8"
 
 
 @dataclass(frozen=True)
 class Rate:
-    """Decoding at a batch size, and what a server writes while it also reads the prompts."""
+    """Decoding at a batch size, and the output of a server that also reads the prompts."""
 
     decode: Decode
     served: float
+
+
+def rates(fit: Fit) -> list[Rate]:
+    """At powers of two, up to the sequences that may run and whose cache fits."""
+    scenario = fit.scenario
+    largest = min(scenario.sequences, fit.shared.sequences(scenario.input_len + scenario.output_len))
+    batches = [batch for batch in BATCHES if batch <= largest]
+    if largest > 0 and largest not in batches:
+        batches.append(largest)
+    return [Rate(decode(scenario, batch), served(scenario, batch)) for batch in batches]
 
 
 @dataclass(frozen=True)
@@ -81,107 +180,47 @@ class Concurrency:
     unshared: int
 
 
-def rates(verdict: Verdict) -> list[Rate]:
-    """At powers of two, up to the sequences that may run and whose cache fits."""
-    scenario = verdict.scenario
-    most = min(scenario.sequences, verdict.shared.sequences(scenario.input_len + scenario.output_len))
-    batches = [batch for batch in BATCHES if batch <= most]
-    if most > 0 and most not in batches:
-        batches.append(most)
-    return [Rate(decode(scenario, batch), served(scenario, batch)) for batch in batches]
-
-
-def concurrency(verdict: Verdict) -> list[Concurrency]:
+def concurrency(fit: Fit) -> list[Concurrency]:
     """At powers of four from 2048 tokens on, and at the longest sequence."""
-    longest = verdict.scenario.max_model_len
+    longest = fit.scenario.max_model_len
     lengths = [length for length in (2048 * 4**power for power in range(10)) if length < longest]
     return [
-        Concurrency(length, verdict.shared.sequences(length), verdict.unshared.sequences(length))
+        Concurrency(length, fit.shared.sequences(length), fit.unshared.sequences(length))
         for length in (*lengths, longest)
-    ]
-
-
-DATA = Path(__file__).parent / "data" / "published.json"
-SHAPE = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_experts", "num_attention_heads")
-
-
-@dataclass(frozen=True)
-class PublishedRate:
-    """Tokens a second that were published, and the bound of the same set-up."""
-
-    batch: int
-    rate: float
-    bound: float
-
-    @property
-    def share(self) -> float:
-        """Part of the bound that was reached."""
-        return self.rate / self.bound
-
-
-def published_rates(scenario: Scenario) -> list[PublishedRate]:
-    """For a scenario that is one of the published set-ups (network, scheme, GPUs that share each layer); else none."""
-    table: dict[str, Any] = json.loads(DATA.read_text())
-    network = open_planned("hunyuan-large").config
-    if any(getattr(network, name) != getattr(scenario.config, name) for name in SHAPE):
-        return []
-    if scenario.gpu.name != table["gpu"] or scenario.input_len != table["input_len"]:
-        return []
-    return [
-        PublishedRate(int(batch), rate, decode(scenario, int(batch)).bound)
-        for row in table["rates"]
-        if (row["scheme"], row["gpus"], 1) == (scenario.scheme.name, scenario.tensor, scenario.pipeline)
-        for batch, rate in row["tokens_per_second"].items()
     ]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A verdict; where it fits, what one gets and what would be better; where not, what to change.
+    """Where it fits, what to expect and what would be better; where not, what to change."""
 
-    Attributes:
-        command: what starts it.
-        remedies: ways to make it fit, cheapest first.
-    """
-
-    verdict: Verdict
-    notes: list[str] = field(default_factory=list)
-    remedies: list[Remedy] = field(default_factory=list)
-    improvements: list[Improvement] = field(default_factory=list)
-    concurrency: list[Concurrency] = field(default_factory=list)
-    rates: list[Rate] = field(default_factory=list)
-    published: list[PublishedRate] = field(default_factory=list)
-    reading: Prefill | None = None
+    fit: Fit
+    notes: Sequence[str] = ()
+    remedies: Sequence[Remedy] = ()
+    improvements: Sequence[Improvement] = ()
+    concurrency: Sequence[Concurrency] = ()
+    rates: Sequence[Rate] = ()
+    published: Sequence[PublishedRate] = ()
+    prefill: Prefill | None = field(default=None)
     command: str = ""
 
     @property
     def scenario(self) -> Scenario:
-        return self.verdict.scenario
-
-    @property
-    def prefill(self) -> Prefill:
-        """Only of a plan that fits."""
-        assert self.reading is not None
-        return self.reading
+        return self.fit.scenario
 
 
-def make_plan(scenario: Scenario, quantised_checkpoint: bool = False) -> Plan:
-    """Judge and work out.
-
-    Args:
-        quantised_checkpoint: the weights are quantised on disk already, so the scheme is fixed.
-    """
-    verdict = judge(scenario)
-    if not verdict.fits:
-        found = notes(scenario) if not verdict.problems else []
-        return Plan(verdict, found, remedies(verdict, not quantised_checkpoint))
+def make_plan(scenario: Scenario) -> Plan:
+    fit = check_fit(scenario)
+    if not fit.fits:
+        return Plan(fit, [] if fit.problems else notes(scenario), remedies(fit))
+    step = preparation(scenario)
     return Plan(
-        verdict,
-        notes(scenario) + [step for step in [preparation(scenario, quantised_checkpoint)] if step],
-        improvements=improvements(verdict, not quantised_checkpoint),
-        concurrency=concurrency(verdict),
-        rates=rates(verdict),
+        fit,
+        [*notes(scenario), *([step] if step else [])],
+        improvements=improvements(fit),
+        concurrency=concurrency(fit),
+        rates=rates(fit),
         published=published_rates(scenario),
-        reading=prefill(scenario),
-        command=serve_command(scenario, quantised_checkpoint),
+        prefill=prefill(scenario),
+        command=serve_command(scenario),
     )

@@ -1,109 +1,56 @@
-"""A plan on a terminal"""
+"""A plan on a terminal and as JSON"""
 
-from __future__ import annotations
-
-import os
-from pathlib import Path
+from dataclasses import asdict
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from hunyuan_vllm.bar_chart import bar_chart
 from hunyuan_vllm.plan.advice import BATCH
 from hunyuan_vllm.plan.hardware import known_gpus
-from hunyuan_vllm.plan.memory import Budget
+from hunyuan_vllm.plan.memory import Budget, Capacity
 from hunyuan_vllm.plan.plan import Plan
-from hunyuan_vllm.plan.scenario import GIB, Assumptions, Scenario, explain
-from hunyuan_vllm.plan.speed import Decode
-from hunyuan_vllm.util.errors import UserError
-
-
-def bars(plan: Plan) -> RenderableType:
-    """Linear bars; the number beside each says what it stands for."""
-    speeds = [(f"batch {rate.decode.batch}", rate.decode.estimate) for rate in plan.rates]
-    counts = [(f"{point.length:,} tokens", float(point.shared)) for point in plan.concurrency]
-    return Group(
-        bar_chart("\nEstimated tokens a second, decoding", speeds), bar_chart("\nSequences at once, by length", counts)
-    )
-
-
-def save_png(plan: Plan, path: Path) -> None:
-    """Write both curves, on logarithmic axes.
-
-    Raises:
-        UserError: matplotlib is not installed, or the file cannot be written.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--png needs matplotlib: pip install 'hunyuan-vllm[plan]'") from None
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    batches = [rate.decode.batch for rate in plan.rates]
-    left.plot(batches, [rate.decode.bound for rate in plan.rates], "--", color="gray", label="bound")
-    left.plot(batches, [rate.decode.estimate for rate in plan.rates], "o-", label="decoding, estimated")
-    left.plot(batches, [rate.served for rate in plan.rates], "s-", label="with prefill, estimated")
-    if plan.published:
-        published = [rate.batch for rate in plan.published], [rate.rate for rate in plan.published]
-        left.plot(*published, "kx", label="published")
-    left.set(xscale="log", yscale="log", xlabel="sequences in flight, an engine", ylabel="output tokens a second")
-    lengths = [point.length for point in plan.concurrency]
-    right.plot(lengths, [point.shared for point in plan.concurrency], "o-", label="with CLA's shared cache")
-    right.plot(lengths, [point.unshared for point in plan.concurrency], "s--", label="without")
-    right.set(xscale="log", yscale="log", xlabel="tokens a sequence", ylabel="sequences at once, an engine")
-    for axes in (left, right):
-        axes.legend()
-        axes.grid(alpha=0.3)
-    scenario = plan.scenario
-    figure.suptitle(f"{scenario.name}, {scenario.scheme.name}, {scenario.gpus} × {scenario.gpu.name}")
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        figure.savefig(beside, format="png", dpi=120)
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise UserError(f"--png {path} cannot be written: {error.strerror}") from None
-
+from hunyuan_vllm.plan.scenario import Assumptions, Scenario, explain
+from hunyuan_vllm.plan.speed import Decode, Step
+from hunyuan_vllm.util.text import GIB
 
 KIB, MIB = 2**10, 2**20
 
 
-def show_plan(plan: Plan, console: Console, chart: bool) -> None:
-    verdict = plan.verdict
+def show_plan(plan: Plan, console: Console) -> None:
+    fit = plan.fit
     console.print(_headline(plan))
-    if verdict.budgets:
+    if fit.budgets:
         console.print(_memory(plan))
-    if verdict.fits:
+    if fit.fits:
         console.print(_context(plan))
         console.print(_decoding(plan))
     console.print(_changes(plan))
     for note in plan.notes:
         console.print(Text.assemble(("Note: ", "yellow"), note))
-    if verdict.fits:
+    if fit.fits:
         console.print(_start(plan), soft_wrap=True)
-    if verdict.fits and chart:
-        console.print(bars(plan))
-    exact = "Weights and bytes a token are exact; what is assumed for the rest: --assumptions"
+    exact = "Weights and cache bytes are exact; --assumptions lists the assumptions behind the rest"
     console.print(Text(f"\n{exact}", style="dim"))
 
 
 def _headline(plan: Plan) -> Panel:
-    scenario, verdict = plan.scenario, plan.verdict
-    if verdict.fits:
-        shared, longest = verdict.shared, scenario.max_model_len
+    scenario, fit = plan.scenario, plan.fit
+    if fit.fits:
+        shared, longest = fit.shared, scenario.max_model_len
         each = "Each engine's cache" if scenario.replicas > 1 else "The cache"
         holds = f"{each} holds {shared.tokens:,} tokens: {shared.sequences(longest):,} sequences of {longest:,}."
         body = Text.assemble(("It fits. ", "bold green"), holds, *(f"\n{line}" for line in _speed(plan)))
     else:
-        say = "It cannot work: " if verdict.problems else "It does not fit: "
-        body = Text("\n").join(Text.assemble((say, "bold red"), why) for why in verdict.problems or verdict.reasons)
+        start = "It cannot run: " if fit.problems else "It does not fit: "
+        body = Text("\n").join(Text.assemble((start, "bold red"), why) for why in fit.problems or fit.reasons)
     return Panel(body, title=Text(_title(scenario), style="bold"), title_align="left")
 
 
 def _speed(plan: Plan) -> list[str]:
-    """What to expect, and how much is known of it."""
+    """What to expect, with the published rates where there are any."""
     published = {rate.batch: rate.rate for rate in plan.published}
     lines = []
     for rate in plan.rates:
@@ -136,32 +83,32 @@ def _title(scenario: Scenario) -> str:
 def _start(plan: Plan) -> Text:
     scenario, where = plan.scenario, ""
     if scenario.nodes > 1:
-        again = f"; {scenario.replicas} clusters, one for each engine" if scenario.replicas > 1 else ""
+        again = f"; {scenario.replicas} clusters, one per engine" if scenario.replicas > 1 else ""
         where = f" (on the head node of a Ray cluster of {scenario.nodes}; LOCAL_IP is its address{again})"
     elif scenario.replicas > 1:
-        where = f" ({scenario.replicas} times, each with CUDA_VISIBLE_DEVICES and a PORT of its own)"
+        where = f" ({scenario.replicas} times, each with its own CUDA_VISIBLE_DEVICES and PORT)"
     return Text.assemble(("\nStart it with", "bold"), (where, "dim"), f"\n  {plan.command}")
 
 
 def _memory(plan: Plan) -> RenderableType:
-    budget, scenario = plan.verdict.tightest, plan.scenario
-    which = "A GPU" if scenario.pipeline == 1 else f"A GPU of the stage with layers {_span(budget)}"
+    budget, scenario = plan.fit.tightest, plan.scenario
+    which = "Each GPU" if scenario.pipeline == 1 else f"Each GPU of the stage with layers {_span(budget)}"
     table = _table(f"{which}: {budget.total / GIB:.1f} GiB")
     table.show_header = False
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     table.add_column(style="dim")
-    peak = f"a step of {scenario.batched_tokens:,} tokens, or {scenario.sequences:,} sequences sampled"
+    peak = f"a step of {scenario.batched_tokens:,} tokens, or sampling for {scenario.sequences:,} sequences"
     weights = ", ".join(f"{part} {size / GIB:.1f}" for part, size in budget.weights.parts.items() if size > GIB / 20)
-    token = f"{plan.verdict.shared.bytes_per_token / KIB:.4g} KiB a token on a rank"
-    rest = f"CUDA and NCCL {budget.outside / GIB:.1f}, beside vLLM's share of {scenario.utilization:g}"
+    token = f"{plan.fit.shared.bytes_per_token / KIB:.4g} KiB per token and rank"
+    rest = f"CUDA and NCCL take {budget.outside / GIB:.1f}; vLLM's share is {scenario.utilization:g}"
     for name, size, remark in (
         ("weights", budget.weights.total, weights),
         ("activations", budget.activations, peak),
         ("CUDA graphs", budget.graphs, ""),
         ("workspaces", budget.workspace, ""),
         ("KV cache", budget.cache, token if budget.cache > 0 else "missing"),
-        ("left alone", budget.total - budget.taken, rest),
+        ("outside vLLM", budget.total - budget.taken, rest),
     ):
         table.add_row(name, Text(f"{size / GIB:.2f}", style="red" if size < 0 else ""), remark)
     return table
@@ -177,7 +124,7 @@ def _context(plan: Plan) -> RenderableType:
     for point in plan.concurrency:
         table.add_column(f"{point.length:,}", justify="right")
     table.add_column("tokens", justify="right")
-    shared, unshared = plan.verdict.shared, plan.verdict.unshared
+    shared, unshared = plan.fit.shared, plan.fit.unshared
     table.add_row("with CLA's shared cache", *(f"{p.shared:,}" for p in plan.concurrency), f"{shared.tokens:,}")
     table.add_row("without", *(f"{p.unshared:,}" for p in plan.concurrency), f"{unshared.tokens:,}", style="dim")
     return table
@@ -185,8 +132,9 @@ def _context(plan: Plan) -> RenderableType:
 
 def _decoding(plan: Plan) -> RenderableType:
     scenario, prefill = plan.scenario, plan.prefill
-    table = _table(f"\nDecoding, {scenario.input_len:,} tokens in and {scenario.output_len:,} out: tokens a second")
-    for name in ("batch", "bound", "estimate", "a user", "served", "experts", "weights", "cache", "reduce"):
+    assert prefill is not None
+    table = _table(f"\nDecoding, {scenario.input_len:,} tokens in and {scenario.output_len:,} out: tokens per second")
+    for name in ("batch", "bound", "estimate", "per user", "served", "experts", "weights", "cache", "reduce"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("limit", no_wrap=True)
     for rate in plan.rates[::2]:
@@ -204,13 +152,13 @@ def _decoding(plan: Plan) -> RenderableType:
             step.limited_by,
         )
     legend = (
-        "bound: at the datasheet's rates; estimate: not validated; a user: at its high end;\n"
-        "served: with each request's prefill; experts: distinct ones a layer reads;\n"
+        "bound: at the datasheet's rates; estimate: not validated; per user: high end of the estimate;\n"
+        "served: including the prefill of each request; experts: distinct experts that a layer reads;\n"
         "weights, cache: GiB that a GPU reads in a step; reduce: MiB of an all-reduce;\n"
-        "limit: what takes most of the estimated step"
+        "limit: the largest part of the estimated step"
     )
     reading = (
-        f"{prefill.bound:,.0f} bound, {prefill.estimate:,.0f} estimated; the first token after "
+        f"{prefill.bound:,.0f} bound, {prefill.estimate:,.0f} estimated; first token after "
         f"{prefill.first_token:.2f} s on an idle server"
     )
     return Group(table, Text(legend, style="dim"), Text.assemble(("Prefill: ", "bold"), reading))
@@ -221,28 +169,26 @@ def _table(title: str) -> Table:
 
 
 def _changes(plan: Plan) -> RenderableType:
-    fits = plan.verdict.fits
-    title = "\nWhat would be better" if fits else "\nWhat to change, cheapest first"
+    fits = plan.fit.fits
+    title = "\nPossible improvements" if fits else "\nWhat to change, cheapest first"
     table = _table(title)
     table.show_header = False
     table.add_column(style="cyan")
     table.add_column()
     for remedy in plan.remedies:
-        length = remedy.verdict.scenario.max_model_len
-        count = remedy.verdict.shared.sequences(length)
-        table.add_row(
-            remedy.flags, f"{remedy.price}; holds {remedy.verdict.shared.tokens:,} tokens, {count} × {length:,}"
-        )
+        shared, length = remedy.fit.shared, remedy.fit.scenario.max_model_len
+        holds = f"holds {shared.tokens:,} tokens, {shared.sequences(length)} × {length:,}"
+        table.add_row(remedy.flags, f"{remedy.price}; {holds}")
     for better in plan.improvements:
         gain = f"tokens ×{better.tokens:.2f}, speed at batch {BATCH} ×{better.rate:.2f}"
         table.add_row(better.remedy.flags, f"{gain} ({better.remedy.price})")
     if not table.row_count:
-        table.add_row("", "nothing the planner knows" if fits else "nothing: no pair of changes makes it fit")
+        table.add_row("", "none found" if fits else "none found: no one or two changes make it fit")
     return table
 
 
 def show_gpus(console: Console) -> None:
-    """The table, where it is from, and how to add to it."""
+    """The table with its sources, and how to add to it."""
     table = _table("Rates are 10¹² dense operations a second")
     for name in ("GPU", "GiB", "GB/s", "BF16", "FP8", "INT8", "link GB/s", "capability"):
         table.add_column(name, justify="left" if name == "GPU" else "right", no_wrap=True)
@@ -259,7 +205,7 @@ def show_gpus(console: Console) -> None:
     console.print(table)
     for gpu in known_gpus():
         console.print(Text(f"{gpu.name}: {'; '.join(gpu.sources)}", style="dim"))
-    console.print("\nAnother GPU: --gpu FILE.json, with such fields:")
+    console.print("\nAnother GPU: --gpu FILE.json, with these fields:")
     console.print(known_gpus()[0].model_dump_json(exclude={"aliases"}), soft_wrap=True)
 
 
@@ -267,8 +213,140 @@ def show_assumptions(assumptions: Assumptions, console: Console) -> None:
     table = Table(box=None)
     table.add_column("assumption", style="cyan", no_wrap=True)
     table.add_column("value", justify="right")
-    table.add_column("what it is")
+    table.add_column("meaning")
     for name, value, meaning in explain(assumptions):
         table.add_row(name, f"{value:g}", meaning)
     console.print(table)
-    console.print("Change one with --assume NAME=VALUE; docs/plan.md has the formulae.", style="dim")
+    console.print("--assume NAME=VALUE changes one; docs/plan.md has the formulae.", style="dim")
+
+
+def to_json(plan: Plan) -> dict[str, Any]:
+    """Keys are stable; sizes end in _bytes, times in _seconds. What does not apply is absent."""
+    fit = plan.fit
+    document: dict[str, Any] = {
+        "fits": fit.fits,
+        "problems": fit.problems,
+        "reasons": fit.reasons,
+        "notes": plan.notes,
+        "scenario": _scenario_json(plan.scenario),
+        "stages": [_budget_json(budget) for budget in fit.budgets],
+    }
+    if fit.budgets:
+        document["kv_cache"] = _capacity_json(fit.shared)
+        document["kv_cache_without_cla"] = _capacity_json(fit.unshared)
+    if not fit.fits:
+        document["remedies"] = [
+            {
+                "flags": remedy.flags,
+                "price": remedy.price,
+                "tokens": remedy.fit.shared.tokens,
+                "max_model_len": remedy.fit.scenario.max_model_len,
+            }
+            for remedy in plan.remedies
+        ]
+        return document
+    assert plan.prefill is not None
+    return document | {
+        "command": plan.command,
+        "concurrency": [asdict(point) for point in plan.concurrency],
+        "decode": [_decode_json(rate.decode) | {"served_tokens_per_second": rate.served} for rate in plan.rates],
+        "prefill": {
+            "bound_tokens_per_second": plan.prefill.bound,
+            "estimate_tokens_per_second": plan.prefill.estimate,
+            "first_token_seconds": plan.prefill.first_token,
+            "step": _step_json(plan.prefill.step),
+        },
+        "published": [asdict(rate) | {"share_of_bound": rate.share} for rate in plan.published],
+        "improvements": [
+            {
+                "flags": better.remedy.flags,
+                "price": better.remedy.price,
+                "tokens_ratio": better.tokens,
+                "rate_ratio": better.rate,
+            }
+            for better in plan.improvements
+        ],
+    }
+
+
+def _scenario_json(scenario: Scenario) -> dict[str, Any]:
+    return {
+        "model": scenario.name,
+        "gpu": scenario.gpu.model_dump(mode="json", exclude={"aliases"}),
+        "gpus": scenario.gpus,
+        "replicas": scenario.replicas,
+        "tensor_parallel_size": scenario.tensor,
+        "pipeline_parallel_size": scenario.pipeline,
+        "layer_partition": scenario.partition,
+        "decode_context_parallel_size": scenario.dcp,
+        "scheme": scenario.scheme.name,
+        "kv_cache_dtype": scenario.kv,
+        "max_model_len": scenario.max_model_len,
+        "gpu_memory_utilization": scenario.utilization,
+        "max_num_batched_tokens": scenario.batched_tokens,
+        "max_num_seqs": scenario.sequences,
+        "block_size": scenario.block_size,
+        "enforce_eager": scenario.eager,
+        "input_len": scenario.input_len,
+        "output_len": scenario.output_len,
+        "gpus_per_node": scenario.per_node,
+        "node_link_bytes_per_second": scenario.node_link,
+        "assumptions": asdict(scenario.assumptions),
+    }
+
+
+def _budget_json(budget: Budget) -> dict[str, Any]:
+    """Bytes of each GPU of a pipeline stage."""
+    return {
+        "layers": [budget.stage.layers.start, budget.stage.layers.stop],
+        "total_bytes": budget.total,
+        "vllm_share_bytes": budget.taken,
+        "weight_bytes": budget.weights.total,
+        "weight_parameter_bytes": budget.weights.parameters,
+        "weight_buffer_bytes": budget.weights.buffers,
+        "weight_padding_bytes": budget.weights.padding,
+        "weight_parts_bytes": budget.weights.parts,
+        "activation_bytes": budget.activations,
+        "cuda_graph_bytes": budget.graphs,
+        "workspace_bytes": budget.workspace,
+        "kv_cache_bytes": budget.cache,
+        "outside_bytes": budget.outside,
+    }
+
+
+def _capacity_json(capacity: Capacity) -> dict[str, int]:
+    return {
+        "blocks": capacity.blocks,
+        "block_tokens": capacity.block_size,
+        "tokens": capacity.tokens,
+        "bytes_per_token_on_a_rank": capacity.bytes_per_token,
+    }
+
+
+def _decode_json(decode: Decode) -> dict[str, Any]:
+    return {
+        "batch": decode.batch,
+        "bound_tokens_per_second": decode.bound,
+        "estimate_tokens_per_second": decode.estimate,
+        "estimate_low_tokens_per_second": decode.low,
+        "per_sequence_tokens_per_second": decode.per_sequence,
+        "limited_by": decode.step.limited_by,
+        "step": _step_json(decode.step),
+    }
+
+
+def _step_json(step: Step) -> dict[str, float]:
+    """Bytes and seconds of each GPU."""
+    return {
+        "tokens": step.tokens,
+        "distinct_experts": step.experts,
+        "weight_bytes": step.weight_bytes,
+        "cache_bytes": step.cache_bytes,
+        "operations": step.operations,
+        "all_reduce_bytes": step.reduced_bytes,
+        "memory_seconds": step.memory,
+        "compute_seconds": step.compute,
+        "collective_seconds": step.collectives,
+        "overhead_seconds": step.overhead,
+        "estimate_seconds": step.estimate,
+    }

@@ -1,4 +1,4 @@
-"""What is planned: one network served in one way, and what is assumed"""
+"""What is planned: one network served in one way, and the assumptions"""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from hunyuan_vllm.kv_cache import even_partition, legal_partition
 from hunyuan_vllm.plan.hardware import Gpu
 from hunyuan_vllm.plan.model import Network
 from hunyuan_vllm.plan.schemes import SCHEMES, Scheme
-from hunyuan_vllm.plan.weights import Stage, stages
 from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.text import GIB
 
 
 def _assumed(value: float, meaning: str) -> float:
@@ -45,7 +45,7 @@ class Assumptions:
         """With each "name=value" of `settings` replaced.
 
         Raises:
-            UserError: a name is not an assumption, or a value no number it could have.
+            UserError: a name is unknown, or a value is out of range.
         """
         known = {entry.name for entry in fields(self)}
         values: dict[str, float] = {}
@@ -53,8 +53,8 @@ class Assumptions:
             name, _, text = setting.partition("=")
             if name not in known:
                 near = get_close_matches(name, known, 1)
-                meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"
-                raise UserError(f"--assume {setting}: {name} is no assumption: {meant}")
+                meant = f"did you mean {near[0]}?" if near else f"use one of {', '.join(sorted(known))}"
+                raise UserError(f"--assume {setting}: unknown name {name}: {meant}")
             values[name] = _number(setting, name, text)
         return replace(self, **values)
 
@@ -66,7 +66,7 @@ def _number(setting: str, name: str, text: str) -> float:
         raise UserError(f"--assume {setting}: give a number, as in --assume {name}=0.5") from None
     is_share = name.endswith("efficiency")
     if not isfinite(value) or value < 0 or (is_share and not 0 < value <= 1):
-        raise UserError(f"--assume {setting}: {'above 0 and at most 1' if is_share else 'at least 0'} is possible")
+        raise UserError(f"--assume {setting}: it must be {'above 0 and at most 1' if is_share else 'at least 0'}")
     return value
 
 
@@ -75,7 +75,26 @@ def explain(assumptions: Assumptions) -> list[tuple[str, float, str]]:
     return [(entry.name, getattr(assumptions, entry.name), entry.metadata["meaning"]) for entry in fields(assumptions)]
 
 
-GIB = 2**30
+@dataclass(frozen=True)
+class Stage:
+    """The layers of a pipeline stage.
+
+    Attributes:
+        first, last: it has the embedding; it has the final norm and the head.
+    """
+
+    layers: range
+    first: bool = True
+    last: bool = True
+
+
+def stages(config: HunYuanConfig, partition: list[int]) -> list[Stage]:
+    """Pipeline stages of so many layers each."""
+    starts = [sum(partition[:stage]) for stage in range(len(partition))]
+    return [
+        Stage(range(start, start + count), start == 0, start + count == config.num_hidden_layers)
+        for start, count in zip(starts, partition, strict=True)
+    ]
 
 
 def vllm_limits(gpu: Gpu) -> tuple[int, int]:
@@ -89,10 +108,11 @@ def vllm_limits(gpu: Gpu) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Scenario:
-    """A set-up to judge.
+    """A server to plan.
 
     Attributes:
-        gpus: GPUs in all; what the ranks of one engine leave over serves replicas.
+        quantised: the checkpoint is quantised already, so its scheme is fixed.
+        gpus: GPUs in total; those that one engine leaves over run replicas of it.
         tensor, pipeline, dcp: ranks that share each layer, stages, ranks that share a sequence's cache.
         kv: the cache's type, "auto" (the model's) or "fp8".
         batched_tokens, sequences: vLLM's --max-num-batched-tokens and --max-num-seqs.
@@ -113,6 +133,7 @@ class Scenario:
     pipeline: int = 1
     dcp: int = 1
     scheme: Scheme = SCHEMES["bf16"]
+    quantised: bool = False
     kv: str = "auto"
     max_model_len: int = 131072
     utilization: float = 0.92

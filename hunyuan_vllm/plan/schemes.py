@@ -1,6 +1,4 @@
-"""What a quantisation scheme does to a matrix: its bytes on a GPU, the units that multiply it, the GPUs that can."""
-
-from __future__ import annotations
+"""A quantisation scheme's bytes per matrix, its rate of arithmetic, and the GPUs that support it"""
 
 from dataclasses import dataclass
 from math import inf
@@ -10,8 +8,6 @@ from hunyuan_vllm.plan.model import Matrix
 from hunyuan_vllm.quant import schemes as quant
 from hunyuan_vllm.quant.formats import Format
 from hunyuan_vllm.quant.method_layout import StoredTensors
-
-__all__ = ["SCHEMES", "Scheme", "find_scheme", "scheme_of_checkpoint"]
 
 BF16, FLOAT32, INT64 = 2, 4, 8
 
@@ -26,7 +22,7 @@ class Scheme:
         tensor_scales: one float32 scale a tensor, and one for its input.
         packs: on GPUs the weight's shape is kept beside it: two int64, of an expert two BF16.
         operands: what its products are computed in, on GPUs that have the units.
-        capability: least compute capability of its kernels, and the first that they are not made for.
+        capability: minimum compute capability of its kernels, and the first that they do not support.
         stored: how one of vLLM's own methods keeps a matrix, for a checkpoint that is stored so.
         format: the format of such a checkpoint.
         marlin_below: below this compute capability its kernels are Marlin's, which compute in BF16 and pad to tiles.
@@ -96,15 +92,15 @@ class Scheme:
 
     def problem(self, gpu: Gpu) -> str | None:
         """Why this GPU cannot run it; None if it can."""
-        least, beyond = self.capability
-        if least <= gpu.capability < beyond:
+        lowest, beyond = self.capability
+        if lowest <= gpu.capability < beyond:
             return None
         here = f"{gpu.name} has compute capability {_dotted(gpu.capability)}"
         if gpu.capability < (8, 0):
             return f"{here}, and bfloat16 needs 8.0: use a newer GPU"
-        if gpu.capability < least:
-            return f"{self.name} needs kernels of compute capability {_dotted(least)}, and {here}"
-        return f"vLLM has {self.name} kernels below compute capability {_dotted(beyond)} only, and {here}"
+        if gpu.capability < lowest:
+            return f"{self.name} needs compute capability {_dotted(lowest)}, and {here}"
+        return f"vLLM has {self.name} kernels only below compute capability {_dotted(beyond)}, and {here}"
 
 
 SCHEMES = {
@@ -137,11 +133,7 @@ SCHEMES = {
 
 
 def find_scheme(name: str) -> Scheme:
-    """The scheme of this name.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Raises UserError if the name is unknown."""
     return SCHEMES[quant.find_scheme(name, SCHEMES).name]
 
 

@@ -1,15 +1,14 @@
-"""Tokens a second: roofline of a step, collectives, and rates by batch size"""
+"""Tokens per second: the roofline of a step, collectives, and rates by batch size"""
 
-from __future__ import annotations
-
+import json
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from hunyuan_vllm.kv_cache import CacheShape
-from hunyuan_vllm.plan.model import layer_matrices, padded_vocabulary
-from hunyuan_vllm.plan.scenario import Scenario
-from hunyuan_vllm.plan.weights import Stage
-
-BF16 = 2
+from hunyuan_vllm.plan.model import layer_matrices, open_planned, padded_vocabulary
+from hunyuan_vllm.plan.scenario import Scenario, Stage
+from hunyuan_vllm.plan.schemes import BF16
 
 
 def all_reduce_bytes(scenario: Scenario, tokens: int) -> int:
@@ -258,3 +257,37 @@ def served(scenario: Scenario, batch: int) -> float:
     read = batch * scenario.input_len * scenario.replicas / prefill(scenario).estimate
     written = batch * scenario.output_len * scenario.replicas / decode(scenario, batch).estimate
     return scenario.replicas * batch * scenario.output_len / (read + written)
+
+
+PUBLISHED_RATES = Path(__file__).parent / "data" / "published.json"
+SHAPE = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_experts", "num_attention_heads")
+
+
+@dataclass(frozen=True)
+class PublishedRate:
+    """Tokens a second that were published, and the bound of the same set-up."""
+
+    batch: int
+    rate: float
+    bound: float
+
+    @property
+    def share(self) -> float:
+        """Part of the bound that was reached."""
+        return self.rate / self.bound
+
+
+def published_rates(scenario: Scenario) -> list[PublishedRate]:
+    """For a scenario that is one of the published set-ups (network, scheme, GPUs that share each layer); else none."""
+    table: dict[str, Any] = json.loads(PUBLISHED_RATES.read_text())
+    network = open_planned("hunyuan-large").config
+    if any(getattr(network, name) != getattr(scenario.config, name) for name in SHAPE):
+        return []
+    if scenario.gpu.name != table["gpu"] or scenario.input_len != table["input_len"]:
+        return []
+    return [
+        PublishedRate(int(batch), rate, decode(scenario, int(batch)).bound)
+        for row in table["rates"]
+        if (row["scheme"], row["gpus"], 1) == (scenario.scheme.name, scenario.tensor, scenario.pipeline)
+        for batch, rate in row["tokens_per_second"].items()
+    ]

@@ -1,17 +1,181 @@
-"""Memory and time of fine-tuning, and which set-ups fit"""
+"""Fine-tuning one network on so many GPUs: what is trained, and the memory it takes"""
 
-from __future__ import annotations
-
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal, Self
 
+from hunyuan_vllm.adapter import ATTENTION
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.plan.model import open_planned
-from hunyuan_vllm.plan.plan import SHAPE
-from hunyuan_vllm.plan.training_setup import Mode, Offload, Parameters, TrainingSetup
+from hunyuan_vllm.layout import expected_tensors
+from hunyuan_vllm.plan.hardware import Gpu
+from hunyuan_vllm.plan.scenario import Assumptions
+from hunyuan_vllm.util.text import GIB
 
 BF16, F32, INT64 = 2, 4, 8
+
+
+def _assumed(value: float, meaning: str) -> float:
+    return field(default=value, metadata={"meaning": meaning})
+
+
+@dataclass(frozen=True)
+class TrainingAssumptions(Assumptions):
+    logit_bytes: float = _assumed(14, "bytes a logit: bfloat16, float32, log-probabilities, and their gradient")
+    fragmentation_efficiency: float = _assumed(0.95, "share of a GPU's memory that PyTorch's allocator can use")
+    bucket_gib: float = _assumed(0.5, "GiB a GPU: DeepSpeed's buckets for gradients and for parameters to come")
+    backward_copies: float = _assumed(2, "gradients of a layer's widest tensors that are alive at once, in copies")
+    gathers: float = _assumed(
+        2, "times ZeRO-3 gathers all weights in an iteration; once more with checkpointing, whose second forward "
+        "pass releases a layer before its backward pass (a layer is larger than stage3_max_reuse_distance)"
+    )  # fmt: skip
+    pcie_gbs: float = _assumed(25, "GB/s between a GPU and its host, each way")
+    host_gbs: float = _assumed(250, "GB/s of a host's memory that the optimizer's step on its CPUs reaches")
+    host_used_gib: float = _assumed(60, "GiB a host: Python, CUDA and the data, of all its processes")
+
+
+Mode = Literal["full", "lora"]
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Exact counts of a network's parameters.
+
+    Attributes:
+        narrow, wide: of the network, in bfloat16 and in float32 (routers).
+        trained_narrow, trained_wide: those with a gradient.
+        experts: of the largest layer's MLPs and router together: what ZeRO-3 gathers at once.
+        largest: of the largest single tensor.
+        active: weights that a token is multiplied with, the head included.
+        trained_active: those among them that have a gradient.
+    """
+
+    narrow: int
+    wide: int
+    trained_narrow: int
+    trained_wide: int
+    experts: int
+    largest: int
+    active: int
+    trained_active: int
+
+    @property
+    def total(self) -> int:
+        return self.narrow + self.wide
+
+    @property
+    def trained(self) -> int:
+        return self.trained_narrow + self.trained_wide
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * self.narrow + 4 * self.wide
+
+    @property
+    def gradient_bytes(self) -> int:
+        """In the weights' own types."""
+        return 2 * self.trained_narrow + 4 * self.trained_wide
+
+    @classmethod
+    def of(cls, config: HunYuanConfig, mode: Mode, rank: int, targets: tuple[str, ...]) -> Self:
+        shapes = expected_tensors(config)
+        sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+        wide = sum(size for name, size in sizes.items() if _is_router(name))
+        narrow = sum(sizes.values()) - wide
+        head = config.vocab_size * config.hidden_size
+        active = head + round(sum(size * _share(name, config) for name, size in sizes.items()))
+        leaves = [0] * config.num_hidden_layers
+        for name, size in sizes.items():
+            if ".mlp." in name:
+                leaves[_layer(name)] += size
+        trained, trained_wide, trained_active = narrow, wide, active
+        if mode == "lora":
+            adapted = [name for name in shapes if name.endswith(tuple(f".{target}.weight" for target in targets))]
+            added = {name: rank * sum(shapes[name]) for name in adapted}
+            trained, trained_wide = sum(added.values()), 0
+            trained_active = round(sum(size * _share(name, config) for name, size in added.items()))
+            narrow, active = narrow + trained, active + trained_active
+        return cls(narrow, wide, trained, trained_wide, max(leaves), max(sizes.values()), active, trained_active)
+
+
+def _is_router(name: str) -> bool:
+    return name.endswith(".gate.wg.weight")
+
+
+def _layer(name: str) -> int:
+    return int(name.split(".")[2])
+
+
+def _share(name: str, config: HunYuanConfig) -> float:
+    """Part of the tokens that a layer's weight is multiplied with."""
+    if not name.startswith("model.layers.") or name.endswith("norm.weight"):
+        return 0.0
+    layer = _layer(name)
+    return config.topk_at(layer) / config.experts_at(layer) if ".experts." in name else 1.0
+
+
+Offload = Literal["none", "optimizer", "all"]
+
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """A fine-tuning to plan.
+
+    Attributes:
+        mode: all weights, or low-rank adapters.
+        rank, targets: of the adapters; modules by the end of their names.
+        stage: of ZeRO: 0 nothing is divided among the GPUs, 1 the optimizer, 2 gradients too, 3 weights too.
+        offload: what is in the hosts' memory: nothing, the optimizer (with gradients), or weights as well (stage 3).
+        length: tokens of a sequence.
+        batch: sequences of a GPU in an iteration.
+        checkpointing: layers are computed again in the backward pass.
+        leaves: ZeRO-3 gathers all experts of a layer at once (--make_moe_param_leaf_module).
+        per_node: GPUs of a node.
+        node_link: bytes a second that each GPU can send to another node.
+        host: bytes of a node's memory; None for no limit.
+    """
+
+    name: str
+    config: HunYuanConfig
+    gpu: Gpu
+    gpus: int
+    mode: Mode
+    rank: int = 64
+    targets: tuple[str, ...] = ATTENTION
+    stage: int = 3
+    offload: Offload = "none"
+    length: int = 2048
+    batch: int = 1
+    checkpointing: bool = True
+    leaves: bool = True
+    per_node: int = 8
+    node_link: float = 400e9 / 8
+    host: float | None = None
+    assumptions: TrainingAssumptions = field(default_factory=TrainingAssumptions)
+
+    def changed(self, **values: Any) -> Self:
+        other = replace(self, **values)
+        if not values.keys() & {"config", "mode", "rank", "targets"}:
+            other.__dict__["parameters"] = self.parameters  # counting thousands of tensors takes a while
+        return other
+
+    @cached_property
+    def parameters(self) -> Parameters:
+        return Parameters.of(self.config, self.mode, self.rank, self.targets)
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.gpus // self.per_node)
+
+    @property
+    def gpus_of_a_node(self) -> int:
+        return min(self.gpus, self.per_node)
+
+    @property
+    def tokens(self) -> int:
+        """Of a GPU in an iteration."""
+        return self.length * self.batch
 
 
 def input_bytes(config: HunYuanConfig) -> int:
@@ -83,7 +247,6 @@ def _mlp(width: int) -> int:
     return 4 * BF16 * width
 
 
-GIB = 2**30
 OPTIMIZER = 3 * F32  # a parameter: float32 copy and two moments
 LIVE = 10**9  # parameters: `stage3_max_live_parameters` and sub_group_size of train/ds_zero3_*.json
 
@@ -117,8 +280,8 @@ class TrainingMemory:
         return sum(item.nbytes for item in self.gpu)
 
     @property
-    def gpu_room(self) -> float:
-        """Bytes of a GPU that tensors can have."""
+    def gpu_free(self) -> float:
+        """Bytes of a GPU that are available to tensors."""
         assumed = self.setup.assumptions
         return (self.setup.gpu.memory - assumed.context_gib * GIB) * assumed.fragmentation_efficiency
 
@@ -128,10 +291,10 @@ class TrainingMemory:
 
     @property
     def fits(self) -> bool:
-        return self.gpu_bytes <= self.gpu_room and (self.setup.host is None or self.host_bytes <= self.setup.host)
+        return self.gpu_bytes <= self.gpu_free and (self.setup.host is None or self.host_bytes <= self.setup.host)
 
     def _part(self, stage: int) -> int:
-        """Among how many GPUs what this stage of ZeRO divides is divided."""
+        """GPUs among which ZeRO divides what it divides from this stage on."""
         return self.setup.gpus if self.setup.stage >= stage else 1
 
     def _gpu(self) -> Iterator[Item]:
@@ -149,13 +312,13 @@ class TrainingMemory:
             gathered = max(LIVE, parameters.experts if setup.leaves else parameters.largest)
             gathered = min(gathered, parameters.total)
             note = "weights of a layer's experts" if setup.leaves else "weights of some modules"
-            yield Item("gathered", BF16 * gathered, note=f"{note}, whole while they are used")
+            yield Item("gathered", BF16 * gathered, note=f"{note}, gathered while in use")
         if parameters.trained:
             largest = parameters.largest if setup.mode == "full" else 0
-            yield Item("buckets", assumed.bucket_gib * GIB + BF16 * largest, note="gradients on their way")
+            yield Item("buckets", assumed.bucket_gib * GIB + BF16 * largest, note="gradients in transit")
         yield Item("kept", self._kept(), note=f"for the backward pass, {setup.tokens:,} tokens")
         yield Item(
-            "layer", self._working(), note="of one layer at work" if setup.checkpointing else "gradients at work"
+            "layer", self._working(), note="recomputing one layer" if setup.checkpointing else "gradients in flight"
         )
         yield Item("head", setup.tokens * head_bytes(setup.config, assumed.logit_bytes), note="logits, loss")
         yield Item("NCCL", self._nccl(), note="its buffers")
@@ -191,206 +354,4 @@ class TrainingMemory:
                 yield Item("gradients", (F32 + BF16) * share, True, "float32 for the step, bfloat16 as they come")
             else:
                 yield Item("gradients", F32 * share, True, "float32, for the step")
-        yield Item("programs", setup.assumptions.host_used_gib * GIB)
-
-
-STEP_BYTES = 30  # a parameter: gradient, copy and moments are read, copy, moments and the bfloat16 weight written
-FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHT = 2, 2, 2  # operations a weight and token
-
-
-@dataclass(frozen=True)
-class Iteration:
-    """Seconds of each kind of work in one iteration.
-
-    Attributes:
-        compute: products, at the rate that large ones reach.
-        gather: weights, from the other GPUs.
-        reduce: gradients, to the GPUs that own them.
-        host: weights and gradients between GPUs and their hosts.
-        step: the optimizer.
-    """
-
-    compute: float
-    gather: float
-    reduce: float
-    host: float
-    step: float
-    operations: float
-    tokens: int
-
-    @property
-    def overlapped(self) -> float:
-        """Seconds if all transfers hide behind products, or these behind them."""
-        return max(self.compute, self.gather + self.reduce, self.host) + self.step
-
-    @property
-    def one_by_one(self) -> float:
-        """Seconds if nothing overlaps."""
-        return self.compute + self.gather + self.reduce + self.host + self.step
-
-    @property
-    def tokens_per_second(self) -> tuple[float, float]:
-        """Of all GPUs: at least, at most."""
-        return self.tokens / self.one_by_one, self.tokens / self.overlapped
-
-
-def iteration(setup: TrainingSetup) -> Iteration:
-    """The iteration of a set-up, whether or not it fits."""
-    parameters, assumed = setup.parameters, setup.assumptions
-    operations = _operations(setup, parameters)
-    rate = (setup.gpu.bf16_tflops or 0) * 1e12 * assumed.compute_efficiency
-    gathers = assumed.gathers + setup.checkpointing if setup.stage == 3 else 0
-    # What is not gathered in stages 1 and 2 is the updated part of the weights, once.
-    sent = 1 if setup.stage in (1, 2) else gathers
-    whole = parameters.nbytes if setup.stage == 3 else parameters.gradient_bytes
-    reduced = (2 if setup.stage == 0 else 1) * parameters.gradient_bytes
-    return Iteration(
-        compute=operations / rate if rate else float("inf"),
-        gather=sent * _spread_seconds(setup, whole),
-        reduce=_spread_seconds(setup, reduced),
-        host=_host_seconds(setup, parameters, gathers),
-        step=_step_seconds(setup, parameters),
-        operations=operations,
-        tokens=setup.tokens * setup.gpus,
-    )
-
-
-def _operations(setup: TrainingSetup, parameters: Parameters) -> float:
-    """Of one GPU in an iteration."""
-    config, tokens = setup.config, setup.tokens
-    passes = FORWARD * (2 if setup.checkpointing else 1) + BACKWARD_INPUT
-    # q·k and p·v, over half of the positions on average; twice as much backward.
-    attention = FORWARD * config.num_hidden_layers * config.num_attention_heads * config.head_dim * setup.length
-    products = passes * parameters.active + BACKWARD_WEIGHT * parameters.trained_active
-    return tokens * (products + attention * (passes / FORWARD + 1))
-
-
-def _spread_seconds(setup: TrainingSetup, nbytes: float) -> float:
-    """A ring all-gather, or reduce-scatter, of `nbytes` over all GPUs: within each node, and between nodes on all of a
-    node's network cards at once. The two run at the same time; the slower one counts."""
-    if setup.gpus == 1:
-        return 0.0
-    local, efficiency = setup.gpus_of_a_node, setup.assumptions.link_efficiency
-    within = (local - 1) / local * nbytes / (setup.gpu.link_one_way * efficiency)
-    between = (setup.nodes - 1) / setup.nodes * nbytes / local / (setup.node_link * efficiency)
-    return max(within, between)
-
-
-def _host_seconds(setup: TrainingSetup, parameters: Parameters, gathers: float) -> float:
-    """Of one GPU's link to its host."""
-    moved = 0.0
-    if setup.offload == "all":
-        moved += gathers * parameters.nbytes / setup.gpus
-    if setup.offload != "none":
-        share = setup.gpus if setup.stage >= 1 else 1
-        moved += parameters.gradient_bytes / share  # down
-        if setup.offload == "optimizer":
-            moved += parameters.gradient_bytes / share  # updated weights up
-    return moved / (setup.assumptions.pcie_gbs * 1e9)
-
-
-def _step_seconds(setup: TrainingSetup, parameters: Parameters) -> float:
-    assumed = setup.assumptions
-    share = parameters.trained / (setup.gpus if setup.stage >= 1 else 1)
-    if setup.offload == "none":
-        return STEP_BYTES * share / (setup.gpu.bandwidth * assumed.memory_efficiency)
-    return STEP_BYTES * share * setup.gpus_of_a_node / (assumed.host_gbs * 1e9)
-
-
-COUNTS = (1, 2, 4, 8, *range(16, 129, 8), *range(144, 257, 16), 320, 384, 448, 512, 768, 1024)
-WAYS: tuple[tuple[int, Offload], ...] = (
-    (0, "none"), (1, "none"), (2, "none"), (2, "optimizer"), (3, "none"), (3, "optimizer"), (3, "all"),
-)  # fmt: skip
-"""ZeRO stages and offloads that DeepSpeed has and that train/ds_*.json use or imply, the quickest first."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A way to train, on the fewest GPUs that it fits on; None where it fits on none up to 1,024."""
-
-    stage: int
-    offload: Offload
-    setup: TrainingSetup | None
-
-    @property
-    def memory(self) -> TrainingMemory:
-        assert self.setup is not None
-        return TrainingMemory(self.setup)
-
-    @property
-    def iteration(self) -> Iteration:
-        assert self.setup is not None
-        return iteration(self.setup)
-
-
-def fewest(setup: TrainingSetup) -> TrainingSetup | None:
-    """`setup` on the first number of GPUs that will do."""
-    tried = (setup.changed(gpus=gpus) for gpus in COUNTS)
-    return next((one for one in tried if TrainingMemory(one).fits), None)
-
-
-def fitting(setup: TrainingSetup, ways: tuple[tuple[int, Offload], ...] = WAYS) -> TrainingSetup | None:
-    """`setup` in the first of `ways` that fits on its GPUs."""
-    tried = (setup.changed(stage=stage, offload=offload) for stage, offload in ways)
-    return next((one for one in tried if TrainingMemory(one).fits), None)
-
-
-def choices(setup: TrainingSetup) -> Iterator[Choice]:
-    """Each way, on the fewest GPUs it fits on."""
-    for stage, offload in WAYS:
-        yield Choice(stage, offload, fewest(setup.changed(stage=stage, offload=offload)))
-
-
-MINIMA: Final[dict[Mode, int]] = {"full": 32, "lora": 8}
-"""GPUs that fine-tuning was said to take, all weights with ZeRO-3 and offload."""
-SECONDS: Final = 35
-"""About so many an iteration at batch 1, of which GPUs and length of sequences were not said."""
-
-
-def against_published(setup: TrainingSetup) -> list[str]:
-    """Sentences for a set-up of the published network; none for another."""
-    network = open_planned("hunyuan-large").config
-    if any(getattr(network, name) != getattr(setup.config, name) for name in SHAPE):
-        return []
-    return list(_sentences(setup.changed(stage=3, offload="all")))
-
-
-def _sentences(setup: TrainingSetup) -> Iterator[str]:
-    published = MINIMA[setup.mode]
-    what = "all weights (ZeRO-3 and offload)" if setup.mode == "full" else "LoRA"
-    there = TrainingMemory(setup.changed(gpus=published))
-    found = fewest(setup)
-    agrees = "as here"
-    if found is None or found.gpus > published:
-        agrees = f"here {found.gpus if found else 'more than 1,024'}"
-    elif found.gpus < published:
-        slow, quick = (iteration(one).one_by_one for one in (found, setup.changed(gpus=published)))
-        agrees = f"here {found.gpus} would do, in {slow:,.0f} s an iteration instead of {quick:,.0f}"
-    yield (
-        f"published: at least {published} GPUs for {what}; {agrees}, with everything offloaded. "
-        f"On {published}, a GPU holds {there.gpu_bytes / GIB:,.0f} GiB and a host {there.host_bytes / GIB:,.0f} GiB"
-        + (f" of {setup.host / GIB:,.0f}" if setup.host else "")
-    )
-    fewer = [count for count in COUNTS if count < published and count % setup.per_node == 0]
-    if fewer:
-        less = TrainingMemory(setup.changed(gpus=fewer[-1]))
-        yield f"on {fewer[-1]} a host would hold {less.host_bytes / GIB:,.0f} GiB: hosts set the minimum, not GPUs"
-    if not (kept := TrainingMemory(setup.changed(gpus=published, offload="none"))).fits:
-        weights = next(item.nbytes for item in kept.gpu if item.name == "weights")
-        yield (
-            f"without offload {published} are not enough: a GPU would hold {kept.gpu_bytes / GIB:,.0f} GiB, "
-            f"{weights / GIB:,.1f} of them weights, and has room for {kept.gpu_room / GIB:,.0f}"
-        )
-    if setup.mode == "full":
-        took = iteration(setup.changed(gpus=published, batch=1))
-        near = took.overlapped <= SECONDS <= 1.1 * took.one_by_one
-        yield (
-            f"published: about {SECONDS} s an iteration at batch 1; here, at {setup.length:,} tokens on {published} "
-            f"{setup.gpu.name}, {took.overlapped:,.0f} s if transfers hide behind products and "
-            f"{took.one_by_one:,.0f} s if nothing overlaps"
-            + (
-                ": it is what one gets where little does"
-                if near
-                else ": these GPUs or this length are not what it was for"
-            )
-        )
+        yield Item("processes", setup.assumptions.host_used_gib * GIB)

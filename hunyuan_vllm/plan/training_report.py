@@ -1,8 +1,6 @@
-"""A training plan: read from what the user wrote, shown on a terminal or as JSON"""
+"""A training plan: the set-up from the command's options, shown on a terminal or as JSON"""
 
-from __future__ import annotations
-
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, get_args
 
 from rich.console import Console
@@ -13,97 +11,65 @@ from rich.text import Text
 from hunyuan_vllm.layout import expected_tensors
 from hunyuan_vllm.plan.hardware import find_gpu
 from hunyuan_vllm.plan.model import open_planned
-from hunyuan_vllm.plan.training import (
-    GIB,
-    WAYS,
-    Choice,
-    Item,
-    Iteration,
-    TrainingMemory,
-    against_published,
-    choices,
-    fewest,
-    fitting,
-    iteration,
-)
-from hunyuan_vllm.plan.training_setup import Mode, Offload, TrainingAssumptions, TrainingSetup
+from hunyuan_vllm.plan.training import Item, Mode, Offload, TrainingMemory, TrainingSetup
+from hunyuan_vllm.plan.training_speed import WAYS, Choice, Iteration, choices, fewest, fitting, iteration
 from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.text import GIB
 
 
-@dataclass(frozen=True)
-class TrainingRequest:
-    """The options of `hunyuan-vllm plan --train`; None where the user left the choice."""
+def make_setup(
+    model: str,
+    gpu: str,
+    gpus: int | None,
+    mode: str,
+    stage: int | None,
+    offload: str | None,
+    targets: str,
+    **others: Any,
+) -> TrainingSetup:
+    """The set-up from the options of `hunyuan-vllm plan --train`; None where the user left the choice.
 
-    model: str
-    gpu: str
-    gpus: int | None
-    mode: str
-    rank: int
-    targets: str
-    stage: int | None
-    offload: str | None
-    length: int
-    batch: int
-    checkpointing: bool
-    leaves: bool
-    per_node: int
-    node_link: float
-    host_gib: float
-    assumptions: TrainingAssumptions
+    Without a number of GPUs it takes the fewest; without a stage or offload, the fastest that fits, or else the one
+    that needs the least memory.
 
-
-def make_setup(request: TrainingRequest) -> TrainingSetup:
-    """The set-up. Without a number of GPUs it is the fewest, without a way the quickest that fits, or else the one that
-    takes least memory.
+    Args:
+        others: fields of `TrainingSetup`.
 
     Raises:
         UserError: a name is unknown, or two options contradict each other.
     """
-    model, gpu = open_planned(request.model), find_gpu(request.gpu)
-    if model.format.kind is not None:
-        raise UserError(f"--model {request.model} is quantised: training starts from the BF16 checkpoint")
-    if request.mode not in get_args(Mode):
-        raise UserError(f"--train {request.mode}: it is full or lora")
-    if request.offload is not None and request.offload not in get_args(Offload):
-        raise UserError(f"--offload {request.offload}: it is none, optimizer or all")
-    if request.length > model.config.max_position_embeddings:
+    found, kind = open_planned(model), find_gpu(gpu)
+    if found.format.kind is not None:
+        raise UserError(f"--model {model} is quantised: training starts from the BF16 checkpoint")
+    if mode not in get_args(Mode):
+        raise UserError(f"--train {mode}: use full or lora")
+    if offload is not None and offload not in get_args(Offload):
+        raise UserError(f"--offload {offload}: use none, optimizer or all")
+    if others["length"] > found.config.max_position_embeddings:
         raise UserError(
-            f"--seq-length {request.length}: the model knows {model.config.max_position_embeddings} positions"
+            f"--seq-length {others['length']}: the model has {found.config.max_position_embeddings} positions"
         )
-    ways = tuple(
-        (stage, offload)
-        for stage, offload in WAYS
-        if request.stage in (None, stage) and request.offload in (None, offload)
-    )
+    ways = tuple(way for way in WAYS if stage in (None, way[0]) and offload in (None, way[1]))
     if not ways:
-        wanted = "stage 3" if request.offload == "all" else "stage 2 or 3"
-        raise UserError(f"--offload {request.offload} with --zero-stage {request.stage}: it needs {wanted}")
-    targets = tuple(filter(None, request.targets.split(",")))
-    linears = {name.split(".")[-2] for name in expected_tensors(model.config) if name.endswith("_proj.weight")}
-    for target in targets:
-        if target not in linears:
-            raise UserError(f"--lora-targets {target}: this network has {', '.join(sorted(linears))}")
-    stage, offload = ways[-1]
+        wanted = "stage 3" if offload == "all" else "stage 2 or 3"
+        raise UserError(f"--offload {offload} with --zero-stage {stage}: it needs {wanted}")
+    modules = tuple(filter(None, targets.split(",")))
+    linear = {name.split(".")[-2] for name in expected_tensors(found.config) if name.endswith("_proj.weight")}
+    for module in modules:
+        if module not in linear:
+            raise UserError(f"--lora-targets {module}: this network has {', '.join(sorted(linear))}")
     setup = TrainingSetup(
-        name=model.name,
-        config=model.config,
-        gpu=gpu,
-        gpus=request.gpus or 1,
-        mode=request.mode,  # type: ignore[arg-type]
-        rank=request.rank,
-        targets=targets,
-        stage=stage,
-        offload=offload,
-        length=request.length,
-        batch=request.batch,
-        checkpointing=request.checkpointing,
-        leaves=request.leaves,
-        per_node=request.per_node,
-        node_link=request.node_link,
-        host=request.host_gib * GIB,
-        assumptions=request.assumptions,
+        name=found.name,
+        config=found.config,
+        gpu=kind,
+        gpus=gpus or 1,
+        mode=mode,  # type: ignore[arg-type]
+        targets=modules,
+        stage=ways[-1][0],
+        offload=ways[-1][1],
+        **others,
     )
-    if request.gpus is None:
+    if gpus is None:
         setup = fewest(setup) or setup.changed(gpus=1024)
     return fitting(setup, ways) or setup
 
@@ -122,8 +88,8 @@ def to_json(setup: TrainingSetup) -> dict[str, Any]:
         "gradient_checkpointing": setup.checkpointing,
         "fits": memory.fits,
         "parameters": {"total": memory.parameters.total, "trained": memory.parameters.trained},
-        "gpu_memory": {"room": memory.gpu_room, "used": memory.gpu_bytes, "items": _items(memory.gpu)},
-        "host_memory": {"room": setup.host, "used": memory.host_bytes, "items": _items(memory.host)},
+        "gpu_memory": {"available": memory.gpu_free, "used": memory.gpu_bytes, "items": _items(memory.gpu)},
+        "host_memory": {"available": setup.host, "used": memory.host_bytes, "items": _items(memory.host)},
         "iteration": _seconds(iteration(setup)),
         "fewest_gpus": [
             {
@@ -134,7 +100,6 @@ def to_json(setup: TrainingSetup) -> dict[str, Any]:
             }
             for choice in choices(setup)
         ],
-        "published": against_published(setup),
         "assumptions": asdict(setup.assumptions),
     }
 
@@ -146,8 +111,8 @@ def _items(items: list[Item]) -> list[dict[str, Any]]:
 def _seconds(took: Iteration) -> dict[str, float]:
     low, high = took.tokens_per_second
     parts = {name: getattr(took, name) for name in ("compute", "gather", "reduce", "host", "step")}
-    together = {"overlapped": took.overlapped, "one_by_one": took.one_by_one}
-    return {**parts, **together, "tokens_per_second_least": low, "tokens_per_second_most": high}
+    together = {"overlapped": took.overlapped, "sequential": took.sequential}
+    return {**parts, **together, "tokens_per_second_min": low, "tokens_per_second_max": high}
 
 
 OFFLOADED = {"none": "nothing offloaded", "optimizer": "optimizer offloaded", "all": "optimizer and weights offloaded"}
@@ -156,14 +121,14 @@ OFFLOADED = {"none": "nothing offloaded", "optimizer": "optimizer offloaded", "a
 def show_training(setup: TrainingSetup, console: Console) -> None:
     memory, took = TrainingMemory(setup), iteration(setup)
     console.print(_headline(memory))
-    console.print(_item_table(f"A GPU: {memory.gpu_bytes / GIB:,.1f} of {memory.gpu_room / GIB:,.1f} GiB", memory.gpu))
-    room = f" of {setup.host / GIB:,.0f}" if setup.host else ""
-    console.print(_item_table(f"A host: {memory.host_bytes / GIB:,.1f}{room} GiB", memory.host))
+    console.print(
+        _item_table(f"Each GPU: {memory.gpu_bytes / GIB:,.1f} of {memory.gpu_free / GIB:,.1f} GiB", memory.gpu)
+    )
+    total = f" of {setup.host / GIB:,.0f}" if setup.host else ""
+    console.print(_item_table(f"Each host: {memory.host_bytes / GIB:,.1f}{total} GiB", memory.host))
     console.print(_times(took, setup))
-    console.print(_others(list(choices(setup)), setup))
-    for sentence in against_published(setup):
-        console.print(Text.assemble(("Note: ", "yellow"), sentence))
-    exact = "Weights, gradients and optimizer are exact; what is assumed for the rest: --assumptions"
+    console.print(_others(choices(setup), setup))
+    exact = "Weights, gradients and optimizer are exact; --assumptions lists the assumptions behind the rest"
     console.print(Text(f"\n{exact}", style="dim"))
 
 
@@ -187,14 +152,12 @@ def _headline(memory: TrainingMemory) -> Panel:
 
 def _reasons(memory: TrainingMemory) -> list[str]:
     reasons, host = [], memory.setup.host
-    if memory.gpu_bytes > memory.gpu_room:
+    if memory.gpu_bytes > memory.gpu_free:
         reasons.append(
-            f"a GPU would hold {memory.gpu_bytes / GIB:,.1f} GiB and has room for {memory.gpu_room / GIB:,.1f}"
+            f"each GPU needs {memory.gpu_bytes / GIB:,.1f} GiB and has {memory.gpu_free / GIB:,.1f} available"
         )
     if host is not None and memory.host_bytes > host:
-        reasons.append(
-            f"a host would hold {memory.host_bytes / GIB:,.0f} GiB and has {host / GIB:,.0f} (--host-memory)"
-        )
+        reasons.append(f"each host needs {memory.host_bytes / GIB:,.0f} GiB and has {host / GIB:,.0f} (--host-memory)")
     return reasons
 
 
@@ -209,26 +172,24 @@ def _item_table(title: str, items: list[Item]) -> Table:
 
 
 def _times(took: Iteration, setup: TrainingSetup) -> Table:
-    table = _table(f"An iteration, {setup.batch} × {setup.length:,} tokens a GPU")
+    table = _table(f"An iteration, {setup.batch} × {setup.length:,} tokens per GPU")
     table.add_column("s", justify="right", no_wrap=True)
     table.add_column("", style="dim")
     again = ", the forward pass twice" if setup.checkpointing else ""
-    table.add_row("products", f"{took.compute:,.1f}", f"{took.operations / 1e12:,.0f} · 10¹² operations a GPU{again}")
+    table.add_row("products", f"{took.compute:,.1f}", f"{took.operations / 1e12:,.0f} · 10¹² operations per GPU{again}")
     table.add_row("gathering weights", f"{took.gather:,.1f}", "from the other GPUs")
     table.add_row("reducing gradients", f"{took.reduce:,.1f}", "")
     table.add_row("GPU ↔ host", f"{took.host:,.1f}", "")
     table.add_row("optimizer", f"{took.step:,.1f}", "on the GPUs" if setup.offload == "none" else "on the hosts")
     low, high = took.tokens_per_second
-    spread = f"{took.overlapped:,.1f} to {took.one_by_one:,.1f}"
-    table.add_row(
-        "together", spread, f"if transfers hide behind products, and if not: {low:,.0f} to {high:,.0f} tokens/s"
-    )
+    spread = f"{took.overlapped:,.1f}–{took.sequential:,.1f}"
+    table.add_row("total", spread, f"with and without overlap of transfers: {low:,.0f}–{high:,.0f} tokens/s")
     return table
 
 
 def _others(found: list[Choice], setup: TrainingSetup) -> Table:
-    table = _table("The fewest GPUs, by way")
-    for column in ("GPUs", "GiB a GPU", "GiB a host", "s an iteration"):
+    table = _table("Fewest GPUs")
+    for column in ("GPUs", "GiB per GPU", "GiB per host", "s per iteration"):
         table.add_column(column, justify="right", no_wrap=True)
     for choice in found:
         label = way(setup.changed(stage=choice.stage, offload=choice.offload))
@@ -237,7 +198,7 @@ def _others(found: list[Choice], setup: TrainingSetup) -> Table:
             continue
         memory, took = choice.memory, choice.iteration
         sizes = [f"{nbytes / GIB:,.0f}" for nbytes in (memory.gpu_bytes, memory.host_bytes)]
-        table.add_row(label, f"{choice.setup.gpus:,}", *sizes, f"{took.overlapped:,.0f} to {took.one_by_one:,.0f}")
+        table.add_row(label, f"{choice.setup.gpus:,}", *sizes, f"{took.overlapped:,.0f}–{took.sequential:,.0f}")
     return table
 
 

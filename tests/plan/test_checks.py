@@ -17,8 +17,8 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 from vllm.v1.attention.backends.flex_attention import FlexAttentionBackend
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 
+from hunyuan_vllm.plan.fit import check_fit, notes, problems
 from hunyuan_vllm.plan.hardware import FLASHINFER_HEADS, Backend, choose_backend, find_gpu, known_gpus
-from hunyuan_vllm.plan.verdict import judge, notes, problems
 from hunyuan_vllm.plugin import register
 
 
@@ -26,14 +26,17 @@ from hunyuan_vllm.plugin import register
     ("values", "problem"),
     [
         (dict(gpus=3, tensor=3), "tensor_parallel_size=3 does not divide this network .* use one of [1, 2, 4, 8, 16]"),
-        (dict(gpus=8, tensor=16), "16 ranks (tensor 16 × pipeline 1) need as many GPUs, and there are 8"),
+        (dict(gpus=8, tensor=16), "16 ranks (tensor 16 × pipeline 1) need 16 GPUs, and there are 8"),
         (dict(tensor=1, pipeline=33, gpus=64), "pipeline_parallel_size=33 would start .* use at most 32 stages"),
-        (dict(gpus=8, tensor=8, dcp=2), "needs more tensor-parallel ranks than KV heads (8), and there are 8"),
+        (dict(gpus=8, tensor=8, dcp=2), "needs more tensor-parallel ranks (8) than KV heads (8)"),
         (dict(dcp=4), "decode_context_parallel_size=4 is not possible with 16 ranks and 8 KV heads: use one of [1, 2]"),
         (dict(max_model_len=262144), "--max-model-len 262144 is beyond .* use at most 131072"),
         (dict(gpu="V100"), "V100-32G has compute capability 7.0, and bfloat16 needs 8.0"),
-        (dict(gpu="B200", scheme="int8-w8a8"), "int8-w8a8 kernels below compute capability 10.0 only, and B200 has"),
-        (dict(gpu="A100", kv="fp8"), "no attention backend .* FLASHINFER has no head_dim 80; .*: use --kv auto"),
+        (dict(gpu="B200", scheme="int8-w8a8"), "int8-w8a8 kernels only below compute capability 10.0, and B200 has"),
+        (
+            dict(gpu="A100", kv="fp8"),
+            "no attention backend .* FLASHINFER does not support head_dim 80; .*: use --kv auto",
+        ),
         (dict(gpu="L20", kv="fp8", dcp=2), "no attention backend .* TRITON_ATTN cannot share a sequence's cache"),
     ],
 )
@@ -41,8 +44,8 @@ def test_what_cannot_work(values: dict[str, Any], problem: str) -> None:
     found = problems(planned(**values))
     pieces = problem.split(".*")
     assert any(all(piece.strip() in text for piece in pieces) for text in found), found
-    verdict = judge(planned(**values))
-    assert not verdict.fits and verdict.problems == found and not verdict.budgets
+    fit = check_fit(planned(**values))
+    assert not fit.fits and fit.problems == found and not fit.budgets
 
 
 @pytest.mark.parametrize("gpu", [gpu.name for gpu in known_gpus() if gpu.name != "V100-32G"])
@@ -132,15 +135,15 @@ def test_a_head_size_that_flashinfer_has_helps_an_a100() -> None:
         (dict(gpus=3, tensor=1, pipeline=3), "would start a stage at layer 21, .* VLLM_PP_LAYER_PARTITION=22,22,20"),
         (dict(gpus=12, tensor=8), "4 of 12 GPUs stay idle"),
         (dict(gpus=16, tensor=8), "2 engines of 8 GPUs each"),
-        (dict(), "16 ranks hold each of 8 KV heads 2 times: --dcp"),
+        (dict(), "each of the 8 KV heads is on 2 of 16 ranks: --dcp 2"),
         (dict(), "span 2 nodes"),
-        (dict(gpu="B200", gpus=8, tensor=8), "attention runs on FLASH_ATTN: FLASHINFER has no head_dim 80"),
+        (dict(gpu="B200", gpus=8, tensor=8), "attention runs on FLASH_ATTN: FLASHINFER does not support head_dim 80"),
         (dict(gpu="A100", scheme="fp8"), "A100-80G has no FP8 units"),
         (
             dict(gpus=8, tensor=8, scheme="int8"),
-            "kernels pad matrices with [800, 2288] columns a rank to Marlin's tiles",
+            "kernels pad matrices with [800, 2288] columns per rank to Marlin's tiles",
         ),
-        (dict(scheme="fp8"), "kernels pad matrices with [1144] columns a rank to multiples of 16"),
+        (dict(scheme="fp8"), "kernels pad matrices with [1144] columns per rank to multiples of 16"),
     ],
 )
 def test_notes(values: dict[str, Any], note: str) -> None:

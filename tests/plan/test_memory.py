@@ -7,6 +7,7 @@ import re
 import pytest
 from scenarios import planned
 
+from hunyuan_vllm.plan.fit import check_fit
 from hunyuan_vllm.plan.memory import (
     Capacity,
     activation_peak,
@@ -17,9 +18,7 @@ from hunyuan_vllm.plan.memory import (
     graph_memory,
     sampling_peak,
 )
-from hunyuan_vllm.plan.scenario import GIB
-from hunyuan_vllm.plan.verdict import judge
-from hunyuan_vllm.plan.weights import Stage
+from hunyuan_vllm.plan.scenario import GIB, Stage
 
 
 def test_vllms_share_is_divided_without_rest() -> None:
@@ -85,33 +84,33 @@ def test_graphs() -> None:
 
 def test_what_must_fit_beside_vllms_share() -> None:
     """0.6 GiB of CUDA's and 1.6 of NCCL's over two nodes; 2% of 95 GiB is less."""
-    assert judge(planned()).fits
-    assert judge(planned(utilization=0.98)).reasons == [
+    assert check_fit(planned()).fits
+    assert check_fit(planned(utilization=0.98)).reasons == [
         "CUDA and NCCL hold 2.2 GiB before vLLM takes its share, and --gpu-memory-utilization 0.98 leaves 1.9 GiB: use "
         "at most 0.97"
     ]
-    assert judge(planned(utilization=0.97)).fits
+    assert check_fit(planned(utilization=0.97)).fits
 
 
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        (dict(gpus=8, tensor=8), r"the weights are 90.5 GiB a GPU, and vLLM may take 87.4 GiB"),
+        (dict(gpus=8, tensor=8), r"the weights take 90.5 GiB per GPU, and vLLM may use 87.4 GiB"),
         (
             dict(gpus=8, tensor=8, utilization=0.96),
-            r"weights, activations and CUDA graphs are 93.4 GiB .* nothing is left",
+            r"weights, activations and CUDA graphs take 93.4 GiB .* nothing is left",
         ),
         (dict(gpu="H100", utilization=0.62), r"the KV cache holds \d+,\d+ tokens, and one sequence may have 131,072"),
     ],
 )
 def test_why_it_does_not_fit(values: dict, reason: str) -> None:
-    verdict = judge(planned(**values))
-    assert not verdict.fits
-    (found,) = verdict.reasons
+    fit = check_fit(planned(**values))
+    assert not fit.fits
+    (found,) = fit.reasons
     assert re.search(reason, found)
 
 
 def test_more_memory_never_holds_less() -> None:
     shares = [0.5, 0.6, 0.7, 0.8, 0.9, 0.95]
-    tokens = [judge(planned(utilization=share)).shared.tokens for share in shares]
+    tokens = [check_fit(planned(utilization=share)).shared.tokens for share in shares]
     assert tokens == sorted(tokens) and tokens[0] == 0 < tokens[-1]

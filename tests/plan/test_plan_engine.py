@@ -20,10 +20,9 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.model_executor.model_loader import base_loader
 
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.plan.memory import Capacity, budgets, capacity
+from hunyuan_vllm.plan.memory import Capacity, budgets, capacity, rank_weights
 from hunyuan_vllm.plan.model import Network
 from hunyuan_vllm.plan.schemes import SCHEMES
-from hunyuan_vllm.plan.weights import rank_weights
 
 BLOCK, BLOCKS = 32, 9  # tokens of the CPU's smallest block
 

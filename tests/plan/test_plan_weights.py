@@ -16,9 +16,10 @@ from vllm.model_executor.layers.quantization.utils.marlin_utils import marlin_mo
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import expected_tensors
 from hunyuan_vllm.plan.hardware import Gpu, find_gpu
+from hunyuan_vllm.plan.memory import rank_weights
 from hunyuan_vllm.plan.model import Network, layer_matrices
+from hunyuan_vllm.plan.scenario import stages
 from hunyuan_vllm.plan.schemes import SCHEMES
-from hunyuan_vllm.plan.weights import rank_weights, stages
 
 
 def check(config: HunYuanConfig, scheme: str, tensor: int, partition: str = "", gpu: Gpu | None = None) -> None:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from hunyuan_vllm.cli import app
 from hunyuan_vllm.plan.advice import arrangements, improvements, remedies
-from hunyuan_vllm.plan.verdict import judge
+from hunyuan_vllm.plan.fit import check_fit
 
 SHORT_BY = {
     "too few GPUs": "--gpu H100 --gpus 8 --tp 8",
@@ -41,7 +41,7 @@ def test_every_remedy_fits_when_it_is_given_as_flags(command: str) -> None:
 
 def test_cheapest_first() -> None:
     """A cache that is a little short: memory in reserve before fewer sequences, these before rounding, GPUs last."""
-    found = remedies(judge(planned("H100", utilization=0.62)))
+    found = remedies(check_fit(planned("H100", utilization=0.62)))
     costs = [sum(change.cost for change in remedy.changes) for remedy in found]
     assert costs == sorted(costs)
     assert found[0].flags == "--gpu-memory-utilization 0.95"
@@ -49,25 +49,25 @@ def test_cheapest_first() -> None:
 
 
 def test_no_change_is_offered_that_is_not_needed() -> None:
-    found = remedies(judge(planned("H100", utilization=0.62)))
+    found = remedies(check_fit(planned("H100", utilization=0.62)))
     for remedy in found:
         assert not any(other.kinds < remedy.kinds for other in found)
 
 
 def test_a_quantised_checkpoint_keeps_its_scheme() -> None:
-    found = remedies(judge(planned("L40S", gpus=8, tensor=8, scheme="fp8")), any_checkpoint=False)
+    found = remedies(check_fit(planned("L40S", gpus=8, tensor=8, scheme="fp8", quantised=True)))
     assert found and not any("--scheme" in remedy.flags for remedy in found)
 
 
 def test_shorter_sequences_use_what_there_is() -> None:
-    verdict = judge(planned("H100", utilization=0.62))
-    (shorter,) = [remedy for remedy in remedies(verdict, most=20) if remedy.kinds == {"length"}]
-    assert shorter.verdict.scenario.max_model_len == verdict.shared.tokens // 1024 * 1024
+    fit = check_fit(planned("H100", utilization=0.62))
+    (shorter,) = [remedy for remedy in remedies(fit, limit=20) if remedy.kinds == {"length"}]
+    assert shorter.fit.scenario.max_model_len == fit.shared.tokens // 1024 * 1024
 
 
 def test_no_length_is_offered_that_is_too_short_for_the_requests() -> None:
-    long = judge(planned("H100", utilization=0.62, input_len=100_000))
-    assert not any("length" in remedy.kinds for remedy in remedies(long, most=20))
+    long = check_fit(planned("H100", utilization=0.62, input_len=100_000))
+    assert not any("length" in remedy.kinds for remedy in remedies(long, limit=20))
 
 
 def test_arrangements() -> None:
@@ -78,8 +78,8 @@ def test_arrangements() -> None:
 
 
 def test_what_would_be_better() -> None:
-    found = {better.remedy.flags: better for better in improvements(judge(planned()))}
+    found = {better.remedy.flags: better for better in improvements(check_fit(planned()))}
     assert found["--dcp 2"].tokens == pytest.approx(2, rel=1e-3) and found["--dcp 2"].rate < 1
     assert found["--kv fp8"].tokens == pytest.approx(2, rel=1e-3)
     fewer = found["--gpus 8 --tp 8 --scheme int8"]
-    assert fewer.remedy.verdict.fits and fewer.remedy.verdict.scenario.gpus == 8
+    assert fewer.remedy.fit.fits and fewer.remedy.fit.scenario.gpus == 8

@@ -11,7 +11,6 @@ from checkpoints import tiny_config
 from scenarios import planned, published
 
 from hunyuan_vllm.layout import expected_tensors
-from hunyuan_vllm.plan.plan import published_rates
 from hunyuan_vllm.plan.scenario import Assumptions, Scenario
 from hunyuan_vllm.plan.speed import (
     PUBLISHED_SHARES,
@@ -20,6 +19,7 @@ from hunyuan_vllm.plan.speed import (
     decode,
     expected_experts,
     prefill,
+    published_rates,
     served,
     stage_step,
 )

@@ -1,4 +1,4 @@
-"""The training planner against what PyTorch and PEFT really hold and compute, and against what was published."""
+"""The training planner against what PyTorch and PEFT hold and compute, and against the published minima."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from checkpoints import tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
+from hunyuan_vllm.adapter import ATTENTION
 from hunyuan_vllm.cli import app
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.plan import training
 from hunyuan_vllm.plan.hardware import find_gpu
 from hunyuan_vllm.plan.model import open_planned
-from hunyuan_vllm.plan.training import GIB, TrainingMemory, against_published, fewest, iteration
-from hunyuan_vllm.plan.training_setup import ATTENTION, Parameters, TrainingSetup
+from hunyuan_vllm.plan.training import Parameters, TrainingMemory, TrainingSetup
+from hunyuan_vllm.plan.training_speed import fewest, iteration
 from hunyuan_vllm.reference import HunYuanForCausalLM
 from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.text import GIB
 
 TOKENS = 64
 SHAPES: dict[str, dict[str, Any]] = {
@@ -152,12 +154,7 @@ def test_the_published_minima() -> None:
     assert TrainingMemory(published(mode="lora", gpus=8)).fits
     assert not TrainingMemory(published(mode="lora", gpus=8, offload="none")).fits
     took = iteration(published())
-    assert took.overlapped < 35 < 1.1 * took.one_by_one
-    said = " ".join(against_published(published()))
-    assert "published: at least 32 GPUs for all weights (ZeRO-3 and offload); as here" in said
-    assert "on 24 a host would hold 2,473 GiB: hosts set the minimum" in said
-    assert "8 are not enough: a GPU would hold" in " ".join(against_published(published(mode="lora")))
-    assert against_published(setup_of(tiny_config())) == []
+    assert took.overlapped < 35 < 1.1 * took.sequential
 
 
 def test_longer_sequences_and_no_checkpointing_take_more() -> None:
@@ -178,7 +175,7 @@ def test_the_command() -> None:
     assert result.exit_code == 0 and document["fits"]
     assert (document["gpus"], document["zero_stage"], document["offload"]) == (32, 3, "optimizer")
     result = run("--train", "full", "--gpus", "16")
-    assert result.exit_code == 1 and "It does not fit: a host would hold 3,680 GiB and has 2,048" in result.stdout
+    assert result.exit_code == 1 and "It does not fit: each host needs 3,680 GiB and has 2,048" in result.stdout
     result = run("--train", "lora", "--gpus", "8", "--model", "demo")
     assert result.exit_code == 0 and "LoRA of rank 64 · 8 × H20 · no ZeRO" in result.stdout
 
@@ -186,17 +183,17 @@ def test_the_command() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--train", "some"], "--train some: it is full or lora"),
-        (["--train", "lora", "--tp", "2"], "--tp belongs to a server's plan: leave it out with --train"),
-        (["--offload", "all"], "--offload belongs to a plan of fine-tuning: add --train full"),
+        (["--train", "some"], "--train some: use full or lora"),
+        (["--train", "lora", "--tp", "2"], "--tp is an option of a server: leave it out with --train"),
+        (["--offload", "all"], "--offload is an option of fine-tuning: add --train full"),
         (["--train", "full", "--offload", "all", "--zero-stage", "2"], "it needs stage 3"),
-        (["--train", "full", "--offload", "disk"], "--offload disk: it is none, optimizer or all"),
+        (["--train", "full", "--offload", "disk"], "--offload disk: use none, optimizer or all"),
         (
             ["--train", "lora", "--lora-targets", "q_proj,wg"],
             "--lora-targets wg: this network has down_proj, gate_proj",
         ),
-        (["--train", "full", "--seq-length", "200000"], "--seq-length 200000: the model knows 131072 positions"),
-        (["--train", "full", "--assume", "pcie_gb=3"], "pcie_gb is no assumption: did you mean pcie_gbs?"),
+        (["--train", "full", "--seq-length", "200000"], "--seq-length 200000: the model has 131072 positions"),
+        (["--train", "full", "--assume", "pcie_gb=3"], "unknown name pcie_gb: did you mean pcie_gbs?"),
     ],
 )
 def test_mistakes(arguments: list[str], said: str) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import Layout, expected_tensors
-from hunyuan_vllm.plan.model import PUBLISHED, open_planned
+from hunyuan_vllm.plan.model import DATA
 from hunyuan_vllm.quant.layouts import Fp8Layout, IgnoredLayers
 
 __all__ = ["FakeHead", "ROOT", "write_published"]
@@ -108,10 +108,7 @@ def write_published(folder: Path, fp8: bool = False) -> Path:
 
 
 def _published_config() -> Path:
-    import hunyuan_vllm.plan.model as models
-
-    assert open_planned(PUBLISHED)
-    return Path(models.__file__).parent / "data" / PUBLISHED / "config.json"
+    return DATA / "hunyuan-large" / "config.json"
 
 
 def _write_header(file: Path, shapes: Mapping[str, tuple[int, ...]], quantised: set[str]) -> None:

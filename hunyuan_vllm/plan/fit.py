@@ -1,6 +1,4 @@
-"""Whether a set-up works and fits"""
-
-from __future__ import annotations
+"""Whether a set-up can run, and whether it fits into memory"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -10,12 +8,13 @@ from hunyuan_vllm.kv_cache import check_pipeline, legal_partition
 from hunyuan_vllm.plan.hardware import choose_backend, refusals
 from hunyuan_vllm.plan.memory import Budget, Capacity, budgets, capacity
 from hunyuan_vllm.plan.model import layer_matrices, padded_vocabulary
-from hunyuan_vllm.plan.scenario import GIB, Scenario
+from hunyuan_vllm.plan.scenario import Scenario
 from hunyuan_vllm.preflight import check_tensor_parallel
+from hunyuan_vllm.util.text import gibibytes
 
 
 def problems(scenario: Scenario) -> list[str]:
-    """Each reason why this cannot work; none if it can, memory aside."""
+    """Each reason why this cannot run, apart from memory."""
     found = [_tensor(scenario), _pipeline(scenario), _gpus(scenario), _dcp(scenario), _length(scenario)]
     found += [scenario.scheme.problem(scenario.gpu), _attention(scenario)]
     if form := scenario.scheme.format:
@@ -24,7 +23,7 @@ def problems(scenario: Scenario) -> list[str]:
 
 
 def _refusal(check: Callable[[HunYuanConfig, int], None], config: HunYuanConfig, size: int) -> str | None:
-    """What a check of the engine's own says; None if it lets this pass."""
+    """The error of one of the engine's own checks; None if it passes."""
     try:
         check(config, size)
     except ValueError as error:
@@ -41,7 +40,7 @@ def _tensor(scenario: Scenario) -> str | None:
 
 def _pipeline(scenario: Scenario) -> str | None:
     if legal_partition(scenario.config, scenario.pipeline) is not None:
-        return None  # where vLLM's own cut is another, `notes` says how to have this one
+        return None  # `notes` names the setting that this cut needs
     return _refusal(check_pipeline, scenario.config, scenario.pipeline)
 
 
@@ -49,8 +48,8 @@ def _gpus(scenario: Scenario) -> str | None:
     if scenario.ranks <= scenario.gpus:
         return None
     return (
-        f"{scenario.ranks} ranks (tensor {scenario.tensor} × pipeline {scenario.pipeline}) need as many GPUs, and "
-        f"there are {scenario.gpus}: use --gpus {scenario.ranks} or fewer ranks"
+        f"{scenario.ranks} ranks (tensor {scenario.tensor} × pipeline {scenario.pipeline}) need "
+        f"{scenario.ranks} GPUs, and there are {scenario.gpus}: use --gpus {scenario.ranks} or fewer ranks"
     )
 
 
@@ -62,8 +61,8 @@ def _dcp(scenario: Scenario) -> str | None:
     kv_heads = config.num_key_value_heads
     if tensor <= kv_heads:
         return (
-            f"decode_context_parallel_size={dcp} needs more tensor-parallel ranks than KV heads ({kv_heads}), and "
-            f"there are {tensor}: every rank has KV heads of its own and nothing to share; leave it at 1"
+            f"decode_context_parallel_size={dcp} needs more tensor-parallel ranks ({tensor}) than KV heads "
+            f"({kv_heads}): only ranks that hold the same KV head can share its tokens; leave it at 1"
         )
     group = config.num_attention_heads // kv_heads
     legal = [size for size in range(1, tensor // kv_heads + 1) if group % size == 0 and tensor % size == 0]
@@ -90,25 +89,27 @@ def _attention(scenario: Scenario) -> str | None:
         return None
     reasons = "; ".join(f"{name} {why}" for name, why in refusals(*asked))
     remedy = "use --kv auto" if scenario.kv == "fp8" else "use --dcp 1" if scenario.dcp > 1 else "use another GPU"
-    return f"no attention backend of vLLM serves this on {scenario.gpu.name} ({reasons}): {remedy}"
+    return f"no attention backend of vLLM supports this on {scenario.gpu.name} ({reasons}): {remedy}"
 
 
 def notes(scenario: Scenario) -> list[str]:
-    """What a user of this set-up should know."""
+    """What the user of this set-up should know."""
     found = list(scenario.remarks)
     config = scenario.config
     if scenario.needs_partition and (cut := _refusal(check_pipeline, config, scenario.pipeline)):
         found.append(cut)
     if idle := scenario.gpus - scenario.ranks * scenario.replicas:
         idles = f"{idle} of {scenario.gpus} GPUs {'stays' if idle == 1 else 'stay'} idle"
-        found.append(f"{idles}: {scenario.ranks} ranks an engine do not divide them")
+        found.append(f"{idles}: an engine uses {scenario.ranks}")
     if scenario.replicas > 1:
-        found.append(f"{scenario.replicas} engines of {scenario.ranks} GPUs each; capacities are of one, rates of all")
+        found.append(
+            f"{scenario.replicas} engines of {scenario.ranks} GPUs each; capacities are per engine, rates are totals"
+        )
     copies = scenario.tensor // config.num_key_value_heads
     if copies > 1 and scenario.dcp == 1:
         found.append(
-            f"{scenario.tensor} ranks hold each of {config.num_key_value_heads} KV heads {copies} times: "
-            "--dcp spreads the tokens over the copies instead"
+            f"each of the {config.num_key_value_heads} KV heads is on {copies} of {scenario.tensor} ranks: "
+            f"--dcp {copies} divides its tokens among them instead"
         )
     tried = refusals(scenario.gpu, config.head_dim, scenario.kv == "fp8", scenario.dcp)
     backend = choose_backend(scenario.gpu, config.head_dim, scenario.kv == "fp8", scenario.dcp)
@@ -132,19 +133,19 @@ def _kernel_notes(scenario: Scenario) -> list[str]:
         {matrix.inputs for matrix in matrices if scheme.padding(matrix, gpu) and matrix.cut == "inputs"}
     ):
         tiles = "Marlin's tiles" if scheme.uses_marlin(gpu) else "multiples of 16"
-        found.append(f"kernels pad matrices with {padded} columns a rank to {tiles}; the weights include that")
+        found.append(f"kernels pad matrices with {padded} columns per rank to {tiles}; the weights include that")
     return found
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """The judgement of a scenario.
+class Fit:
+    """Whether a scenario runs and fits.
 
     Attributes:
-        problems: why it cannot work at all; memory is then not looked at.
+        problems: why it cannot run; its memory is then not computed.
         reasons: why it does not fit.
         budgets: one for each pipeline stage.
-        shared, unshared: what the cache holds with CLA's sharing, and what it would without.
+        shared, unshared: what the cache holds with CLA's sharing, and what it would hold without.
     """
 
     scenario: Scenario
@@ -160,44 +161,38 @@ class Verdict:
 
     @property
     def tightest(self) -> Budget:
-        """The stage with least room for a cache."""
+        """The stage with the least memory for a cache."""
         return min(self.budgets, key=lambda budget: budget.cache)
 
 
-def judge(scenario: Scenario) -> Verdict:
-    """Check, then account."""
+def check_fit(scenario: Scenario) -> Fit:
     if found := problems(scenario):
-        return Verdict(scenario, problems=found)
+        return Fit(scenario, problems=found)
     rank_budgets = budgets(scenario)
     shared = capacity(scenario, rank_budgets)
-    verdict = Verdict(
-        scenario, budgets=rank_budgets, shared=shared, unshared=capacity(scenario, rank_budgets, sharing=False)
-    )
-    return replace(verdict, reasons=_reasons(verdict))
+    unshared = capacity(scenario, rank_budgets, sharing=False)
+    fit = Fit(scenario, budgets=rank_budgets, shared=shared, unshared=unshared)
+    return replace(fit, reasons=_reasons(fit))
 
 
-def _reasons(verdict: Verdict) -> list[str]:
-    scenario, budget = verdict.scenario, verdict.tightest
-    reasons = []
+def _reasons(fit: Fit) -> list[str]:
+    scenario, budget = fit.scenario, fit.tightest
+    reasons, usable = [], gibibytes(budget.taken)
     if not budget.starts:
-        most = int(100 * (1 - budget.outside / budget.total)) / 100
+        highest = int(100 * (1 - budget.outside / budget.total)) / 100
         reasons.append(
-            f"CUDA and NCCL hold {_gib(budget.outside)} before vLLM takes its share, and --gpu-memory-utilization "
-            f"{scenario.utilization} leaves {_gib(budget.total - budget.taken)}: use at most {most}"
+            f"CUDA and NCCL hold {gibibytes(budget.outside)} before vLLM takes its share, and --gpu-memory-utilization "
+            f"{scenario.utilization} leaves {gibibytes(budget.total - budget.taken)}: use at most {highest}"
         )
     if budget.weights.total > budget.taken:
-        reasons.append(f"the weights are {_gib(budget.weights.total)} a GPU, and vLLM may take {_gib(budget.taken)}")
+        reasons.append(f"the weights take {gibibytes(budget.weights.total)} per GPU, and vLLM may use {usable}")
     elif budget.cache <= 0:
         reasons.append(
-            f"weights, activations and CUDA graphs are {_gib(budget.taken - budget.cache)} a GPU, and vLLM may take "
-            f"{_gib(budget.taken)}: nothing is left for the KV cache"
+            f"weights, activations and CUDA graphs take {gibibytes(budget.taken - budget.cache)} per GPU, and vLLM may "
+            f"use {usable}: nothing is left for the KV cache"
         )
-    elif verdict.shared.tokens < scenario.max_model_len:
+    elif fit.shared.tokens < scenario.max_model_len:
         reasons.append(
-            f"the KV cache holds {verdict.shared.tokens:,} tokens, and one sequence may have {scenario.max_model_len:,}"
+            f"the KV cache holds {fit.shared.tokens:,} tokens, and one sequence may have {scenario.max_model_len:,}"
         )
     return reasons
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.1f} GiB"

@@ -31,6 +31,7 @@ class FakeServer:
     url: str
     models: tuple[dict[str, Any], ...] = (MODEL,)
     text: str = ""
+    reasoning: str = ""
     fault: tuple[int, str, dict[str, str]] | None = None
     breaks_off: bool = False
     pace: float = 0.001  # seconds between pieces
@@ -48,6 +49,9 @@ class FakeServer:
         return StreamingResponse(self._chunks(), media_type="text/event-stream")
 
     async def _chunks(self) -> AsyncIterator[str]:
+        if self.reasoning:
+            choice = {"index": 0, "delta": {"reasoning": self.reasoning}, "finish_reason": None}
+            yield f"data: {json.dumps({'choices': [choice]})}\n\n"
         pieces = [self.text[start : start + 7] for start in range(0, len(self.text), 7)]
         for count, piece in enumerate(pieces, 1):
             usage = {"prompt_tokens": 9, "completion_tokens": count * self.tokens}

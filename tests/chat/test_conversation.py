@@ -72,6 +72,27 @@ def test_a_question_that_failed_can_be_edited_removed_and_asked_again(page: Page
     assert page.find(".user .note").text == ""
 
 
+def test_thinking_is_shown_apart_and_not_sent_again(page: Page, fake: FakeServer) -> None:
+    fake.text, fake.reasoning, fake.fault, fake.breaks_off = "Yes", "Is it\n<b>so</b>?", None, False
+    page.open(fake.url)
+    page.ask("One")
+    page.answered()
+    thought = page.find(".assistant .thought")
+    assert page.find(".assistant .text").text == "Yes" and thought.text == "Thinking"
+    thought.find_element("css selector", "summary").click()
+    assert thought.text == "Thinking\nIs it\n<b>so</b>?"
+    fake.reasoning = ""
+    page.find("#question").send_keys("Two", Keys.ENTER)
+    page.wait(lambda: len(page.all(".assistant")) == 2 and page.find("#send").is_displayed())
+    assert asked(fake) == ["One", "Yes", "Two"]
+    assert not page.all(".thought")[-1].is_displayed()
+    fake.text, fake.reasoning, fake.breaks_off = "", "Endless", True
+    page.find("#question").send_keys("Three", Keys.ENTER)
+    page.wait(lambda: len(page.all(".assistant")) == 3 and page.find("#send").is_displayed())
+    assert "Endless" in page.all(".thought")[-1].get_property("textContent")
+    fake.reasoning = ""
+
+
 def test_formulas_stay_as_they_were_written(page: Page, fake: FakeServer) -> None:
     fake.text, fake.fault, fake.breaks_off = FORMULAS, None, False
     page.open(fake.url)

@@ -3,7 +3,7 @@ import { streamAnswer } from "./api.js";
 import { Meter } from "./meter.js";
 
 /**
- * Fill `message` (content, usage, rate, wait, finish), calling `changed` after each part.
+ * Fill `message` (content, reasoning, usage, rate, wait, finish), calling `changed` after each part.
  * A Problem is thrown on after what came has been noted; a stop by `signal` is an end like any other.
  */
 export async function receive(message, body, key, signal, changed) {
@@ -12,6 +12,7 @@ export async function receive(message, body, key, signal, changed) {
   try {
     for await (const part of streamAnswer(body, key, signal)) {
       message.content += part.text;
+      if (part.thought) message.reasoning = (message.reasoning ?? "") + part.thought;
       if (part.finish) message.finish = part.finish;
       if (part.usage) note(message, part.usage, meter);
       changed();

@@ -9,7 +9,7 @@ export async function listModels(key) {
 }
 
 /**
- * Ask for an answer and yield its parts: {text, usage, finish}, each there when the server sent it.
+ * Ask for an answer and yield its parts: {text, thought, usage, finish}, each there when the server sent it.
  * Throws a Problem; stops with an AbortError when the signal says so, which also ends the work on the server.
  */
 export async function* streamAnswer(body, key, signal) {
@@ -27,7 +27,8 @@ export async function* streamAnswer(body, key, signal) {
     if (chunk.error) throw problemInStream(chunk.error);
     const choice = chunk.choices?.[0];
     whole ||= Boolean(choice?.finish_reason);
-    yield { text: choice?.delta?.content ?? "", usage: chunk.usage, finish: choice?.finish_reason };
+    const { content, reasoning } = choice?.delta ?? {};
+    yield { text: content ?? "", thought: reasoning ?? "", usage: chunk.usage, finish: choice?.finish_reason };
   }
   if (!whole) throw new Problem("cut");
 }

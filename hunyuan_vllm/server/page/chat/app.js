@@ -85,7 +85,7 @@ async function answer() {
 
 function finish(turn) {
   turn.busy = false;
-  if (turn.message.content || turn.message.finish === "stop") {
+  if (turn.message.content || turn.message.reasoning || turn.message.finish === "stop") {
     turn.show();
   } else {
     messages.pop();

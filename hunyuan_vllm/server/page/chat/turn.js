@@ -7,12 +7,14 @@ import { number, say } from "./words.js";
 const NOTED = new Set(["length", "stopped", "cut"]); // ends of an answer that a reader should know of
 
 export class Turn {
+  #thought = document.createElement("details");
   #text = document.createElement("div");
   #cost = document.createElement("p");
   #note = document.createElement("p");
   #buttons = document.createElement("p");
   #frame = 0;
   #busy = false;
+  #thinking = false;
   #unanswered = false;
 
   constructor(message) {
@@ -22,12 +24,18 @@ export class Turn {
     const heading = document.createElement("h2");
     heading.textContent = message.role === "user" ? say("you") : message.model;
     if (message.role === "user") heading.dataset.text = "you";
+    const summary = document.createElement("summary");
+    summary.dataset.text = "thinking";
+    summary.textContent = say("thinking");
+    this.#thought.className = "thought";
+    this.#thought.append(summary, document.createElement("div"));
+    this.#thought.lastChild.dir = "auto";
     this.#text.className = "text";
     this.#text.dir = "auto";
     this.#cost.className = "cost";
     this.#note.className = "note";
     this.#buttons.className = "buttons";
-    this.element.append(heading, this.#text, this.#note, this.#cost, this.#buttons);
+    this.element.append(heading, this.#thought, this.#text, this.#note, this.#cost, this.#buttons);
     this.show();
   }
 
@@ -35,12 +43,20 @@ export class Turn {
   show() {
     cancelAnimationFrame(this.#frame);
     this.#frame = 0;
-    const { role, content, finish } = this.message;
+    const { role, content, reasoning, finish } = this.message;
     const noted = NOTED.has(finish) && !this.#busy ? finish : this.#unanswered && "unanswered";
+    this.#showThought(reasoning ?? "", this.#busy && !content);
     if (role === "user") this.#text.textContent = content;
     else showMarkdown(this.#text, content);
     this.#cost.textContent = costOf(this.message);
     this.#note.textContent = noted ? say(noted) : "";
+  }
+
+  /** What the model thought, open while there is nothing else. */
+  #showThought(reasoning, thinking) {
+    this.#thought.hidden = !reasoning;
+    this.#thought.lastChild.textContent = reasoning;
+    if (thinking !== this.#thinking) this.#thought.open = this.#thinking = thinking;
   }
 
   /** The same, at most once a picture of the screen. */

@@ -10,6 +10,7 @@ export const en = {
   send: "Send",
   stop: "Stop",
   you: "You",
+  thinking: "Thinking",
   system: "System prompt",
   temperature: "Temperature",
   temperatureHint: "0 always takes the likeliest token; more means more variety.",

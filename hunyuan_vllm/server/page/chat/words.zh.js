@@ -10,6 +10,7 @@ export const zh = {
   send: "发送",
   stop: "停止",
   you: "你",
+  thinking: "思考过程",
   system: "系统提示词",
   temperature: "温度",
   temperatureHint: "0 表示总是选择最可能的词元；越大越多样。",

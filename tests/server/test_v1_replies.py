@@ -1,0 +1,92 @@
+"""A server of a checkpoint whose chat template thinks and calls tools: what `serve` makes of that by itself."""
+
+import json
+import shutil
+from collections.abc import Iterator
+
+import jsonschema
+import pytest
+from openai import OpenAI
+from serving import Server, running_server
+from v1_templates import A13B
+
+from hunyuan_vllm import demo
+
+pytestmark = pytest.mark.server
+CITY = {
+    "type": "object",
+    "properties": {
+        "city": {"enum": ["京都", "Paris"]},
+        "days": {"type": "array", "items": {"enum": [1, 2]}, "maxItems": 3},
+    },
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": CITY}}]
+QUESTION = {"role": "user", "content": "Why is sea water salty?"}
+BEGUN = {"role": "assistant", "content": "<think>\nIt is"}  # which the model goes on with
+FORM = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
+OFF = {"chat_template_kwargs": {"enable_thinking": False}}
+HOT = {"temperature": 1.5, "top_p": 1.0, "max_tokens": 200}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The demo model, which was not trained to think, with a template of the family that does."""
+    folder = shutil.copytree(demo.path(), tmp_path_factory.mktemp("models") / "thinking")
+    (folder / "chat_template.jinja").write_text(A13B)
+    with running_server(str(folder), "--max-model-len", "2048") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0)
+
+
+def ask(client: OpenAI, *messages: dict, **options):
+    return client.chat.completions.create(model="hunyuan", messages=[QUESTION, *messages], **(HOT | options))
+
+
+def arguments_of(chunks: list) -> tuple[str, str]:
+    calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+    assert len(calls) > 2 and {call.index for call in calls} == {0}
+    return calls[0].function.name, "".join(call.function.arguments or "" for call in calls)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_without_thinking_a_grammar_holds_from_the_first_token(client: OpenAI, seed: int) -> None:
+    answer = ask(client, response_format=FORM, seed=seed, extra_body=OFF)
+    jsonschema.validate(json.loads(answer.choices[0].message.content), CITY)
+    responded = client.responses.create(
+        model="hunyuan", input="?", text={"format": {"type": "json_schema", "name": "city", "schema": CITY}},
+        extra_body=OFF, temperature=1.5, max_output_tokens=200,
+    )  # fmt: skip
+    jsonschema.validate(json.loads(responded.output_text), CITY)
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_a_call_that_is_asked_for_comes(client: OpenAI, choice) -> None:
+    options = {"tools": TOOLS, "tool_choice": choice, "parallel_tool_calls": False, "extra_body": OFF}
+    (call,) = ask(client, **options).choices[0].message.tool_calls
+    jsonschema.validate(json.loads(call.function.arguments), CITY)
+    name, arguments = arguments_of([*ask(client, stream=True, **options)])
+    assert name == "weather"
+    jsonschema.validate(json.loads(arguments), CITY)
+    done = {"role": "assistant", "content": None, "tool_calls": [call.model_dump()]}
+    result = {"role": "tool", "tool_call_id": call.id, "content": "18 °C"}
+    assert ask(client, done, result, tools=TOOLS, extra_body=OFF).choices
+
+
+def test_thinking_is_apart_and_a_grammar_begins_behind_it(client: OpenAI) -> None:
+    budget = {"thinking_token_budget": 12}  # after which vLLM writes its end
+    answer = ask(client, BEGUN, response_format=FORM, extra_body=budget)
+    message = answer.choices[0].message
+    assert message.reasoning and "<" not in message.reasoning[-3:]
+    jsonschema.validate(json.loads(message.content), CITY)
+    assert 0 < answer.usage.completion_tokens_details.reasoning_tokens <= 16
+    chunks = [*ask(client, BEGUN, stream=True, tools=TOOLS, tool_choice="required", extra_body=budget)]
+    assert any(getattr(chunk.choices[0].delta, "reasoning", None) for chunk in chunks)
+    assert not any(chunk.choices[0].delta.content for chunk in chunks)
+    name, arguments = arguments_of(chunks)
+    jsonschema.validate(json.loads(arguments), CITY)

@@ -1,12 +1,47 @@
-"""What vLLM reads off a config on its own, where a Hunyuan config says it differently."""
+"""How vLLM reads the config.json of a Hunyuan checkpoint, and what it then derives from the config"""
 
-from __future__ import annotations
+from pathlib import Path
+from typing import Any
 
+import huggingface_hub.constants
+from transformers import PreTrainedConfig
+from vllm.transformers_utils.config import HFConfigParser
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
-from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.config import CONFIG_CLASSES, HunYuanConfig
 
-__all__ = ["HunYuanArchConfigConvertor"]
+PUBLISHED_ALPHA, PUBLISHED_LENGTH = 1000.0, 262144
+
+
+class HunYuanConfigParser(HFConfigParser):
+    """vLLM's parser of config.json, but every Hunyuan checkpoint gets our config class.
+
+    transformers has classes of its own for the V1 model types, and keeps them: vLLM's registry of config classes would
+    replace them in the whole process.
+    """
+
+    def parse(
+        self,
+        model: str | Path,
+        trust_remote_code: bool,
+        revision: str | None = None,
+        code_revision: str | None = None,
+        **kwargs: Any,
+    ) -> tuple[dict, PreTrainedConfig]:
+        hub = {name: value for name, value in kwargs.items() if name not in ("hf_overrides", "trust_remote_code")}
+        hub |= {"revision": revision, "local_files_only": huggingface_hub.constants.HF_HUB_OFFLINE}
+        try:
+            fields, _ = PreTrainedConfig.get_config_dict(model, **hub)
+        except Exception:  # vLLM's own parser raises it again, or reads what this cannot
+            fields = {}
+        if fields.get("model_type") not in CONFIG_CLASSES:
+            return super().parse(model, trust_remote_code, revision, code_revision, **kwargs)
+        config = HunYuanConfig.from_dict(fields, name_or_path=str(model))
+        # Read by vLLM where --max-model-len is larger than max_position_embeddings, which is the length of the training
+        # of these models; Hunyuan-Large, the one with CLA, is documented with its own.
+        if config.rope_parameters.get("alpha") == PUBLISHED_ALPHA and not config.use_cla:
+            config.model_max_length = max(PUBLISHED_LENGTH, config.max_position_embeddings)
+        return fields, config
 
 
 class HunYuanArchConfigConvertor(ModelArchConfigConvertorBase):

@@ -53,8 +53,8 @@ class FoldedQueryNorm(RMSNorm):
         return math.sqrt(self.hidden_size) * self.weight.abs().max().item()
 
 
-class PlainRotaryEmbedding(RotaryEmbedding):
-    """Unscaled RoPE with inverse frequencies rounded to bfloat16, as the published network was trained.
+class RoundedRotaryEmbedding(RotaryEmbedding):
+    """Unscaled RoPE with inverse frequencies rounded to bfloat16, as Hunyuan-Large was trained.
 
     Without the rounding float32 log-probabilities move by whole units; in bfloat16 the mistake hides.
     """
@@ -63,26 +63,28 @@ class PlainRotaryEmbedding(RotaryEmbedding):
         return super()._compute_inv_freq(base).to(torch.bfloat16).to(torch.float32)
 
 
-def make_rotary(config: HunYuanConfig) -> RotaryEmbedding:
+def make_rotary(config: HunYuanConfig, served_length: int) -> RotaryEmbedding:
     """Build the rotary embedding for a whole head, rotate-half style, shared by all layers.
 
-    `rope_type` "dynamic" with `alpha` is NTK-alpha (base·alpha^(d/(d-2)), independent of the length); "linear" and
-    "dynamic" with `factor` alone are vLLM's.
+    `rope_type` "dynamic" with `alpha` is NTK-alpha (base·alpha^(d/(d-2)), whatever the length); its table, as that of
+    plain RoPE, has `served_length` positions where that is more than the config's. "linear" and "dynamic" with `factor`
+    alone are vLLM's.
     """
-    rope = config.rope_parameters
-    if rope.get("rope_type", "default") == "default":
-        return PlainRotaryEmbedding(
+    rope, length = config.rope_parameters, config.max_position_embeddings
+    if rope["rope_type"] == "default" and not config.is_v1:
+        return RoundedRotaryEmbedding(
             head_size=config.head_dim,
             rotary_dim=config.head_dim,
-            max_position_embeddings=config.max_position_embeddings,
+            max_position_embeddings=max(length, served_length),
             base=rope["rope_theta"],
             is_neox_style=True,
             dtype=torch.get_default_dtype(),
         )
-    length = config.max_position_embeddings
     if rope["rope_type"] == "dynamic" and "alpha" not in rope:  # vLLM wants the extended length beside the trained one
         rope = rope | {"max_trained_positions": length}
         length = int(length * rope["factor"])
+    elif rope["rope_type"] != "linear":  # whose table vLLM makes `factor` times as long
+        length = max(length, served_length)
     return get_rope(
         head_size=config.head_dim,
         max_position=length,

@@ -1,4 +1,4 @@
-"""HunYuanConfig: config.json of the Hunyuan-Large checkpoints, checked when read.
+"""config.json of the Hunyuan-Large and Hunyuan V1 checkpoints, checked when read.
 
 Field meanings, in the names of the published file, are in the class docstring.
 """
@@ -7,8 +7,7 @@ from typing import Any, ClassVar, TypeGuard
 
 from transformers.configuration_utils import PreTrainedConfig
 
-__all__ = ["HunYuanConfig"]
-
+ARCHITECTURES = ("HunYuanForCausalLM", "HunYuanMoEV1ForCausalLM", "HunYuanDenseV1ForCausalLM")
 DEFAULT_ROPE_THETA = 10000.0
 ROPE_TYPES = ("default", "linear", "dynamic")
 COUNTS = (
@@ -16,17 +15,38 @@ COUNTS = (
     "max_position_embeddings", "cla_share_factor",
 )  # fmt: skip
 SWITCHES = ("attention_bias", "mlp_bias", "tie_word_embeddings", "use_qk_norm", "use_cla", "use_mixed_mlp_moe")
-PER_LAYER_FIELDS = {"num_experts": 1, "moe_topk": 1, "num_shared_expert": 0, "intermediate_size": 1}  # field: least
+PER_LAYER_FIELDS = {  # field: minimum
+    "num_experts": 1, "moe_topk": 1, "num_shared_expert": 0, "intermediate_size": 1, "moe_intermediate_size": 1,
+}  # fmt: skip
+# Fields that published files have and no published code reads: what another value would mean is not known.
+FIXED_FIELDS = {
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+    "n_group": None,
+    "topk_group": None,
+    "group_limited_greedy": False,
+    "use_mla": False,
+    "moe_layer_num_skipped": 0,
+    "add_classification_head": False,
+    "position_embedding_xdrope": False,
+    "xdrope_section": None,
+    "use_rotary_pos_emb": True,
+    "norm_type": "rms",
+}
 
 
 class HunYuanConfig(PreTrainedConfig):
-    """Shape of a Hunyuan-Large network (`model_type` "hunyuan"); the defaults are the published 389B model's
-    widths with every optional feature off, as the published code has it for a field that is absent.
+    """Shape of a Hunyuan network; the defaults are the widths of the published 389B model with every optional feature
+    off, as the published code has it for a field that is absent.
 
-    `num_experts`, `moe_topk`, `num_shared_expert` and `intermediate_size` may each be a list with one value a layer;
-    read them through `experts_at`, `topk_at`, `shared_experts_at` and `intermediate_at`. A list of equal values becomes
-    that value. `rope_scaling` and `rope_theta` of the file become `rope_parameters`, which holds "rope_type" (default,
-    linear or dynamic), "rope_theta" and, where they count, "factor" and "alpha"; a null one is absent.
+    `model_type` "hunyuan" is written in the files of Hunyuan-Large and of some V1 models (A13B, 7B-0124);
+    the class of a config is chosen by it.
+
+    The fields in `PER_LAYER_FIELDS` may each be a list with one value a layer; read them through `experts_at`,
+    `topk_at`, `intermediate_at`, `shared_experts_at` and `shared_width_at`. A list of equal values becomes that value.
+    `attention_head_dim` is another name of `head_dim`. `rope_scaling` and `rope_theta` of the file become
+    `rope_parameters`, which holds "rope_type" (default, linear or dynamic), "rope_theta" and, where they count,
+    "factor" and "alpha"; a null one is absent.
     Fields this class does not know (training settings) are kept as attributes and change nothing, except `auto_map`:
     the remote code it names is never used, so it is dropped.
 
@@ -61,18 +81,30 @@ class HunYuanConfig(PreTrainedConfig):
     moe_topk: int | list[int] = 1
     use_mixed_mlp_moe: bool = False
     num_shared_expert: int | list[int] = 1
+    moe_intermediate_size: int | list[int] | None = None
     initializer_range: float = 0.02
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
+    def __new__(cls, *_: Any, **fields: Any) -> "HunYuanConfig":
+        """`HunYuanConfig` of a file's fields is of the class that belongs to their `model_type`."""
+        kind = CONFIG_CLASSES.get(fields.get("model_type", ""), cls) if cls is HunYuanConfig else cls
+        return super().__new__(kind)
+
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("auto_map", None)
         for name in PER_LAYER_FIELDS:
             value = getattr(self, name)
             if isinstance(value, list) and len(value) == self.num_hidden_layers and value.count(value[0]) == len(value):
-                setattr(self, name, value[0])
+                if name != "moe_topk" or value[0] != 1:  # see `renormalizes_at`
+                    setattr(self, name, value[0])
+        other_width = kwargs.pop("attention_head_dim", None)
+        if self.head_dim is None:
+            self.head_dim = other_width
+        elif other_width not in (None, self.head_dim):
+            raise _error("attention_head_dim", other_width, f"head_dim ({self.head_dim}) where both are there")
         self._check_counts("num_attention_heads", "hidden_size")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -89,6 +121,18 @@ class HunYuanConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.validate()
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As the base class, in the class of the file's `model_type`."""
+        fields, _ = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        kind = CONFIG_CLASSES.get(fields.get("model_type", ""), cls)
+        return super(HunYuanConfig, kind).from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @property
+    def is_v1(self) -> bool:
+        """Whether the file says that its network is of the V1 family; "hunyuan" with HunYuanForCausalLM does not."""
+        return self.model_type != "hunyuan" or (self.architectures or [""])[0] in ARCHITECTURES[1:]
+
     def experts_at(self, layer: int) -> int:
         """Routed experts of a layer; 1 means that the layer has a plain dense MLP."""
         return self._at("num_experts", layer)
@@ -97,14 +141,32 @@ class HunYuanConfig(PreTrainedConfig):
         """Experts a token is routed to in a layer."""
         return self._at("moe_topk", layer)
 
+    def renormalizes_at(self, layer: int) -> bool:
+        """Whether the weights of a token's experts are divided by their sum.
+
+        For top-1 the published code does so where `moe_topk` is a list, and transformers' hunyuan_v1_moe always;
+        elsewhere the expert's weight is its probability.
+        """
+        return (
+            self.topk_at(layer) > 1
+            or self.model_type == "hunyuan_v1_moe"
+            or (self.is_v1 and isinstance(self.moe_topk, list))
+        )
+
     def shared_experts_at(self, layer: int) -> int:
-        """Width of a layer's shared MLP in units of `intermediate_at`; 0 means that it has none."""
+        """Width of a layer's shared MLP in units of `intermediate_size`; 0 means that it has none."""
         if not self.use_mixed_mlp_moe or self.experts_at(layer) == 1:
             return 0
         return self._at("num_shared_expert", layer)
 
+    def shared_width_at(self, layer: int) -> int:
+        """Width of a layer's shared MLP; 0 means that it has none."""
+        return self._at("intermediate_size", layer) * self.shared_experts_at(layer)
+
     def intermediate_at(self, layer: int) -> int:
         """Width of a layer's dense MLP, or of each of its experts."""
+        if self.moe_intermediate_size is not None and self.experts_at(layer) > 1:
+            return self._at("moe_intermediate_size", layer)
         return self._at("intermediate_size", layer)
 
     def kv_owner(self, layer: int) -> int:
@@ -159,18 +221,23 @@ class HunYuanConfig(PreTrainedConfig):
             raise _error("hidden_act", self.hidden_act, "'silu'")
         if not _is_number(self.rms_norm_eps) or self.rms_norm_eps <= 0:
             raise _error("rms_norm_eps", self.rms_norm_eps, "a positive number")
+        for name, allowed in FIXED_FIELDS.items():
+            if (value := getattr(self, name, None)) is not None and value != allowed:
+                raise _error(name, value, f"{allowed!r} or absent: no published code reads it")
         self._check_per_layer_fields()
         super().validate()
 
     def _check_per_layer_fields(self) -> None:
-        for name, least in PER_LAYER_FIELDS.items():
+        for name, minimum in PER_LAYER_FIELDS.items():
             value = getattr(self, name)
+            if name == "moe_intermediate_size" and value is None:
+                continue
             if isinstance(value, list) and len(value) != self.num_hidden_layers:
                 allowed = f"one integer, or {self.num_hidden_layers} of them, one a layer; it has {len(value)}"
                 raise _error(name, value, allowed)
             for item in value if isinstance(value, list) else [value]:
-                if not _is_int(item) or item < least:
-                    raise _error(name, value, f"an integer of at least {least}, or a list of them, one a layer")
+                if not _is_int(item) or item < minimum:
+                    raise _error(name, value, f"an integer of at least {minimum}, or a list of them, one a layer")
         for layer in range(self.num_hidden_layers):
             experts, topk = self.experts_at(layer), self.topk_at(layer)
             if 1 < experts < topk:
@@ -184,6 +251,24 @@ class HunYuanConfig(PreTrainedConfig):
     def _at(self, name: str, layer: int) -> int:
         value = getattr(self, name)
         return value[layer] if isinstance(value, list) else value
+
+
+class HunYuanV1MoEConfig(HunYuanConfig):
+    """`model_type` "hunyuan_v1_moe": both norms and the shared MLP are there unless the file says otherwise."""
+
+    model_type = "hunyuan_v1_moe"
+    use_qk_norm: bool = True
+    use_mixed_mlp_moe: bool = True
+
+
+class HunYuanV1DenseConfig(HunYuanConfig):
+    """`model_type` "hunyuan_v1_dense": both norms are there unless the file says otherwise."""
+
+    model_type = "hunyuan_v1_dense"
+    use_qk_norm: bool = True
+
+
+CONFIG_CLASSES = {kind.model_type: kind for kind in (HunYuanConfig, HunYuanV1MoEConfig, HunYuanV1DenseConfig)}
 
 
 def _is_int(value: object) -> TypeGuard[int]:

@@ -64,8 +64,8 @@ def _feed_forward(config: HunYuanConfig, layer: int, prefix: str) -> Iterator[tu
         yield from _mlp(config, prefix, width)
         return
     yield f"{prefix}gate.wg.weight", (experts, config.hidden_size)
-    if shared := config.shared_experts_at(layer):
-        yield from _mlp(config, f"{prefix}shared_mlp.", width * shared)
+    if shared := config.shared_width_at(layer):
+        yield from _mlp(config, f"{prefix}shared_mlp.", shared)
     for expert in range(experts):
         yield from _mlp(config, f"{prefix}experts.{expert}.", width)
 
@@ -82,10 +82,16 @@ def _linear(name: str, outputs: int, inputs: int, bias: bool) -> Iterator[tuple[
         yield f"{name}.bias", (outputs,)
 
 
+def mlp_widths(config: HunYuanConfig) -> set[int]:
+    """The widths of all MLPs: dense ones, experts and shared ones."""
+    layers = range(config.num_hidden_layers)
+    return {width for n in layers for width in (config.intermediate_at(n), config.shared_width_at(n)) if width}
+
+
 def tensor_parallel_sizes(config: HunYuanConfig) -> list[int]:
     """Sizes that divide the query heads and every MLP's width; KV heads may also be replicated."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    sizes = {heads, *(config.intermediate_at(layer) for layer in range(config.num_hidden_layers))}
+    sizes = {heads, *mlp_widths(config)}
     return [
         ranks
         for ranks in range(1, heads + 1)

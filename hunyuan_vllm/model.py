@@ -94,8 +94,7 @@ class HunYuanMLP(nn.Module):
 class HunYuanMoE(nn.Module):
     """Softmax-routed experts plus the shared MLP, which every token passes through.
 
-    The router's weights and logits are float32. top-1 weighs its expert by the raw softmax probability; top-k > 1
-    renormalises the k probabilities to sum to one.
+    The router's weights and logits are float32.
     """
 
     def __init__(
@@ -119,17 +118,17 @@ class HunYuanMoE(nn.Module):
             params_dtype=torch.float32,
             prefix=f"{prefix}.gate",
         )
-        shared_experts = config.shared_experts_at(layer)
+        shared_width = config.shared_width_at(layer)
         self.shared_mlp = (
             HunYuanMLP(
                 config.hidden_size,
-                intermediate_size * shared_experts,
+                shared_width,
                 bias=config.mlp_bias,
                 quant_config=quant_config,
                 prefix=f"{prefix}.shared_mlp",
                 reduce_results=False,
             )
-            if shared_experts
+            if shared_width
             else None
         )
         ranks = 1 if parallel_config.enable_expert_parallel else get_tensor_model_parallel_world_size()
@@ -140,7 +139,7 @@ class HunYuanMoE(nn.Module):
                 top_k=top_k,
                 hidden_size=config.hidden_size,
                 intermediate_size=intermediate_size,
-                renormalize=top_k > 1,
+                renormalize=config.renormalizes_at(layer),
                 custom_routing_function=choose_experts if routes_itself else None,
                 quant_config=quant_config,
                 prefix=f"{prefix}.experts",
@@ -307,7 +306,7 @@ class HunYuanModel(nn.Module):
             )
         else:
             self.embed_tokens = PPMissingLayer()
-        rotary_emb = make_rotary(config)
+        rotary_emb = make_rotary(config, vllm_config.model_config.max_model_len)
         self.start_layer, self.end_layer, self.layers = make_layers(
             config.num_hidden_layers,
             lambda prefix: HunYuanDecoderLayer(config, rotary_emb, vllm_config, prefix=prefix),
@@ -348,7 +347,7 @@ class HunYuanModel(nn.Module):
 
 
 class HunYuanForCausalLM(nn.Module, SupportsPP, SupportsLoRA, MixtureOfExperts):
-    """Hunyuan-Large as vLLM runs it. `hf_config` must be a `HunYuanConfig`."""
+    """The Hunyuan networks as vLLM runs them. `hf_config` must be a `HunYuanConfig`."""
 
     packed_modules_mapping = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],

@@ -4,13 +4,7 @@ Runs in every vLLM process (front end, engine core, workers, the registry's insp
 over names; the classes behind them are imported when a Hunyuan checkpoint is opened.
 """
 
-from __future__ import annotations
-
 import sys
-
-__all__ = ["ARCHITECTURE", "register"]
-
-ARCHITECTURE = "HunYuanForCausalLM"
 
 _registered = False
 
@@ -33,11 +27,12 @@ def register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.reasoning import ReasoningParserManager
     from vllm.tool_parsers import ToolParserManager
+    from vllm.transformers_utils.config import _CONFIG_FORMAT_TO_CONFIG_PARSER
     from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
 
     from hunyuan_vllm import envs
-    from hunyuan_vllm.arch_config import HunYuanArchConfigConvertor
-    from hunyuan_vllm.config import HunYuanConfig
+    from hunyuan_vllm.arch_config import HunYuanArchConfigConvertor, HunYuanConfigParser
+    from hunyuan_vllm.config import ARCHITECTURES, CONFIG_CLASSES, HunYuanConfig
     from hunyuan_vllm.preflight import HunYuanPreflight
     from hunyuan_vllm.quant import register_quantization
     from hunyuan_vllm.ray_environment import limit_copied_variables
@@ -48,12 +43,15 @@ def register() -> None:
     register_quantization()
     if envs.limit_ray_variables():
         limit_copied_variables()
-    ModelRegistry.register_model(ARCHITECTURE, "hunyuan_vllm.model:HunYuanForCausalLM")
+    _CONFIG_FORMAT_TO_CONFIG_PARSER["hf"] = HunYuanConfigParser  # `register_config_parser` warns of a format it knows
+    for architecture in ARCHITECTURES:
+        ModelRegistry.register_model(architecture, "hunyuan_vllm.model:HunYuanForCausalLM")
+        MODELS_CONFIG_MAP[architecture] = HunYuanPreflight
+    for model_type in CONFIG_CLASSES:
+        MODEL_ARCH_CONFIG_CONVERTORS[model_type] = HunYuanArchConfigConvertor
     ToolParserManager.register_lazy_module("hunyuan_large", "hunyuan_vllm.tool_calls", "HunYuanToolParser")
     ToolParserManager.register_lazy_module("hunyuan_v1", "hunyuan_vllm.tool_calls", "HunYuanV1ToolParser")
     ReasoningParserManager.register_lazy_module("hunyuan_v1", "hunyuan_vllm.reasoning", "HunYuanReasoningParser")
-    MODELS_CONFIG_MAP[ARCHITECTURE] = HunYuanPreflight
-    MODEL_ARCH_CONFIG_CONVERTORS[HunYuanConfig.model_type] = HunYuanArchConfigConvertor
     if "vllm.v1.engine.core" in sys.modules:  # an engine's process, which configures nothing and may build no model
         from hunyuan_vllm.patches import limit_compilation
 

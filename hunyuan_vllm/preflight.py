@@ -15,9 +15,9 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from hunyuan_vllm.checkpoint import check_headers
-from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.config import CONFIG_CLASSES, HunYuanConfig
 from hunyuan_vllm.kv_cache import check_pipeline
-from hunyuan_vllm.layout import tensor_parallel_sizes
+from hunyuan_vllm.layout import mlp_widths, tensor_parallel_sizes
 from hunyuan_vllm.quant.preflight import check_quantisation
 from hunyuan_vllm.quant.scheme import layout_of
 from hunyuan_vllm.ray_environment import join_own_cluster
@@ -57,7 +57,7 @@ class HunYuanPreflight:
 
         config = vllm_config.model_config.hf_config
         if not isinstance(config, HunYuanConfig):
-            raise ValueError(f"model_type {config.model_type!r} is not a Hunyuan-Large checkpoint ('hunyuan')")
+            raise ValueError(f"model_type {config.model_type!r} is not one of {', '.join(CONFIG_CLASSES)}")
         parallel = vllm_config.parallel_config
         check_tensor_parallel(config, parallel.tensor_parallel_size)
         check_pipeline(config, parallel.pipeline_parallel_size)
@@ -82,7 +82,7 @@ def check_tensor_parallel(config: HunYuanConfig, size: int) -> None:
         ValueError: names the widths and the sizes that would work.
     """
     if size not in (sizes := tensor_parallel_sizes(config)):
-        widths = sorted({config.intermediate_at(layer) for layer in range(config.num_hidden_layers)})
+        widths = sorted(mlp_widths(config))
         raise ValueError(
             f"tensor_parallel_size={size} does not divide this network (num_attention_heads "
             f"{config.num_attention_heads}, num_key_value_heads {config.num_key_value_heads}, intermediate_size "

@@ -1,4 +1,4 @@
-"""Hunyuan-Large in plain PyTorch, straight from the definition: the engine's independent check, and trainable.
+"""The Hunyuan networks in plain PyTorch, straight from the definition: the engine's independent check, and trainable.
 
 Nothing here is folded, fused or shared with the engine's model; module names are the published tensor names.
 """
@@ -48,10 +48,10 @@ def at_least_float32(x: Tensor) -> Tensor:
 def inverse_frequencies(config: HunYuanConfig, length: int) -> Tensor:
     """Radians a position of each pair of a head's dimensions, float32, [head_dim / 2].
 
-    Plain RoPE is rounded to bfloat16, as the published network was trained. "dynamic" with alpha raises the base to
-    theta·alpha^(d/(d-2)) whatever the length; with factor alone the base grows once `length` (tokens so far) passes
-    max_position_embeddings (the NTK formula). "linear" and "dynamic" with factor are the textbook ones, unrounded, as
-    in vLLM: no published checkpoint has them.
+    Plain RoPE is rounded to bfloat16 in Hunyuan-Large, as it was trained, and not in V1. "dynamic" with alpha raises
+    the base to theta·alpha^(d/(d-2)) whatever the length; with factor alone the base grows once `length` (tokens so
+    far) passes max_position_embeddings (the NTK formula). "linear" and "dynamic" with factor are the textbook ones,
+    unrounded, as in vLLM: no published checkpoint has them.
     """
     rope, d = config.rope_parameters, config.head_dim
     base = rope["rope_theta"]
@@ -61,7 +61,8 @@ def inverse_frequencies(config: HunYuanConfig, length: int) -> Tensor:
         factor = rope["factor"]
         base *= (factor * length / config.max_position_embeddings - (factor - 1)) ** (d / (d - 2))
     frequencies = 1.0 / base ** (torch.arange(0, d, 2, dtype=torch.float32) / d)
-    return frequencies.bfloat16().float() if rope["rope_type"] == "default" else frequencies
+    rounded = rope["rope_type"] == "default" and not config.is_v1
+    return frequencies.bfloat16().float() if rounded else frequencies
 
 
 def rotation(config: HunYuanConfig, positions: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -213,10 +214,10 @@ class Router(nn.Module):
         return self.wg(x)
 
 
-def route(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """Weights and expert ids, [tokens, topk]: the plain probability for top-1, else probabilities that sum to 1."""
+def route(logits: Tensor, topk: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+    """Weights and expert ids, [tokens, topk]: the probabilities, or these divided by their sum."""
     weights, ids = logits.softmax(-1).topk(topk, dim=-1)
-    return (weights if topk == 1 else weights / weights.sum(-1, keepdim=True)), ids
+    return (weights / weights.sum(-1, keepdim=True) if renormalize else weights), ids
 
 
 class MoE(nn.Module):
@@ -224,17 +225,17 @@ class MoE(nn.Module):
 
     def __init__(self, config: HunYuanConfig, layer: int) -> None:
         super().__init__()
-        hidden, width, shared = config.hidden_size, config.intermediate_at(layer), config.shared_experts_at(layer)
-        self.topk = config.topk_at(layer)
+        hidden, width, shared = config.hidden_size, config.intermediate_at(layer), config.shared_width_at(layer)
+        self.topk, self.renormalizes = config.topk_at(layer), config.renormalizes_at(layer)
         self.gate = Router(hidden, config.experts_at(layer))
-        self.shared_mlp = MLP(hidden, width * shared, config.mlp_bias) if shared else None
+        self.shared_mlp = MLP(hidden, shared, config.mlp_bias) if shared else None
         self.experts = nn.ModuleList(MLP(hidden, width, config.mlp_bias) for _ in range(config.experts_at(layer)))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the output, shaped as x, and the router's logits, [tokens, experts]."""
         tokens = x.flatten(0, -2)
         logits = self.gate(tokens)
-        weights, ids = route(logits, self.topk)
+        weights, ids = route(logits, self.topk, self.renormalizes)
         # Sort the (token, choice) pairs by expert, so that each expert reads its own tokens once.
         order = ids.flatten().argsort(stable=True)
         counts = ids.flatten().bincount(minlength=len(self.experts)).tolist()

@@ -13,7 +13,9 @@ import torch
 from hunyuan_vllm.reference import HunYuanForCausalLM
 
 GOLDEN = Path(__file__).parent / "golden"
-GOLDEN_NAMES = ("cla2_top1", "cla2_top2", "cla4_top1", "nocla_tied", "cla2_dense")
+LARGE_NAMES = ("cla2_top1", "cla2_top2", "cla4_top1", "nocla_tied", "cla2_dense")
+V1_NAMES = ("v1_a13b", "v1_moe_tf", "v1_7b", "v1_1_8b", "v1_7b_0124")
+GOLDEN_NAMES = LARGE_NAMES + V1_NAMES
 FLOAT32_TOLERANCE = 2e-4
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 from checkpoints import ALPHA_ROPE, published_json, tiny_config
-from golden_data import GOLDEN, GOLDEN_NAMES
+from golden_data import GOLDEN, LARGE_NAMES, V1_NAMES
 from transformers import AutoConfig
 
-from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.config import HunYuanConfig, HunYuanV1DenseConfig, HunYuanV1MoEConfig
+from hunyuan_vllm_plugin import register
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -19,7 +20,7 @@ def registered() -> None:
     AutoConfig.register("hunyuan", HunYuanConfig, exist_ok=True)
 
 
-@pytest.mark.parametrize("name", GOLDEN_NAMES)
+@pytest.mark.parametrize("name", LARGE_NAMES)
 def test_published_file_loads_without_remote_code(name: str) -> None:
     published = json.loads((GOLDEN / name / "config.json").read_text())
     assert "auto_map" in published
@@ -33,12 +34,81 @@ def test_published_file_loads_without_remote_code(name: str) -> None:
     assert not hasattr(config, "auto_map")
 
 
-def test_a_saved_config_is_read_back_equal(tmp_path: Path) -> None:
-    config = HunYuanConfig.from_pretrained(GOLDEN / "cla4_top1")
+def test_published_v1_files_have_the_class_of_their_model_type() -> None:
+    read = {name: HunYuanConfig.from_pretrained(GOLDEN / name) for name in V1_NAMES}
+    assert {name: type(config) for name, config in read.items()} == {
+        "v1_a13b": HunYuanConfig,
+        "v1_moe_tf": HunYuanV1MoEConfig,
+        "v1_7b": HunYuanV1DenseConfig,
+        "v1_1_8b": HunYuanV1DenseConfig,
+        "v1_7b_0124": HunYuanConfig,
+    }
+    for name, config in read.items():
+        assert config.model_type == json.loads((GOLDEN / name / "config.json").read_text())["model_type"]
+        assert config.head_dim == 32 and config.use_qk_norm and not config.is_cross(1)
+        assert config.rope_parameters["alpha"] == 1000.0
+        assert config.is_v1 == (name != "v1_7b_0124")
+    for name, width in (("v1_a13b", 32), ("v1_moe_tf", 24)):
+        config = read[name]
+        assert (config.experts_at(1), config.topk_at(1), config.renormalizes_at(1)) == (16, 8, True)
+        assert config.intermediate_at(1) == config.shared_width_at(1) == width
+
+
+@pytest.mark.parametrize("name", ["cla4_top1", *V1_NAMES])
+def test_a_saved_config_is_read_back_equal(name: str, tmp_path: Path) -> None:
+    config = HunYuanConfig.from_pretrained(GOLDEN / name)
     config.save_pretrained(tmp_path)
     again = HunYuanConfig.from_pretrained(tmp_path)
-    assert again.to_diff_dict() == config.to_diff_dict()
-    assert again.capacity_factor == 1.0
+    assert again.to_dict() == config.to_dict()
+    assert type(again) is type(config) is type(HunYuanConfig(**config.to_dict()))
+    assert name != "cla4_top1" or again.capacity_factor == 1.0
+
+
+def test_the_heads_width_has_two_names() -> None:
+    assert tiny_config(attention_head_dim=48).head_dim == tiny_config(head_dim=48, attention_head_dim=48).head_dim == 48
+    assert tiny_config(attention_head_dim=None).head_dim == 32
+    with pytest.raises(ValueError, match=r"attention_head_dim is 48; it must be head_dim \(32\)"):
+        tiny_config(head_dim=32, attention_head_dim=48)
+
+
+def test_experts_may_have_another_width_than_the_shared_mlp() -> None:
+    config = tiny_config(num_experts=[1, 4, 4, 4], moe_intermediate_size=[32, 32, 64, 32], num_shared_expert=2)
+    assert [config.intermediate_at(layer) for layer in range(4)] == [96, 32, 64, 32]
+    assert [config.shared_width_at(layer) for layer in range(4)] == [0, 192, 192, 192]
+
+
+@pytest.mark.parametrize(
+    ("fields", "renormalizes"),
+    [
+        ({}, False),
+        ({"architectures": ["HunYuanMoEV1ForCausalLM"]}, False),
+        ({"architectures": ["HunYuanMoEV1ForCausalLM"], "moe_topk": [1, 1, 1, 1]}, True),
+        ({"model_type": "hunyuan_v1_moe"}, True),
+        ({"moe_topk": [1, 1, 1, 1]}, False),
+    ],
+)
+def test_the_weight_of_a_single_expert(fields: dict[str, Any], renormalizes: bool) -> None:
+    assert tiny_config(**fields).renormalizes_at(0) == renormalizes
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("norm_topk_prob", False),
+        ("routed_scaling_factor", 2.5),
+        ("n_group", 8),
+        ("topk_group", 4),
+        ("group_limited_greedy", True),
+        ("use_mla", True),
+        ("moe_layer_num_skipped", 1),
+        ("add_classification_head", True),
+        ("position_embedding_xdrope", True),
+        ("xdrope_section", [0.25, 0.25, 0.25, 0.25]),
+    ],
+)
+def test_a_field_that_no_published_code_reads_must_have_its_published_value(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"{field} is .* no published code reads it"):
+        tiny_config(**{field: value})
 
 
 def test_absent_fields_mean_what_the_published_code_means() -> None:
@@ -157,6 +227,7 @@ class TestAsVllmReadsIt:
     @pytest.fixture
     def read(self, tmp_path: Path) -> Any:
         config_module = pytest.importorskip("vllm.transformers_utils.config")
+        register()
 
         def read(config: HunYuanConfig, **options: Any) -> HunYuanConfig:
             (tmp_path / "config.json").write_text(json.dumps(published_json(config)))
@@ -171,10 +242,10 @@ class TestAsVllmReadsIt:
         return ModelArchConfigConvertorBase(config, config).convert()
 
     @classmethod
-    def max_model_len(cls, config: HunYuanConfig) -> int:
+    def max_model_len(cls, config: HunYuanConfig, asked: int | None = None) -> int:
         from vllm.config.model import _get_and_verify_max_len
 
-        return _get_and_verify_max_len(config, cls.architecture(config), None, None, False, None)
+        return _get_and_verify_max_len(config, cls.architecture(config), None, asked, False, None)
 
     def test_shape(self, read: Any) -> None:
         config = read(tiny_config(head_dim=48, moe_topk=2))
@@ -190,6 +261,16 @@ class TestAsVllmReadsIt:
     @pytest.mark.parametrize("rope", [None, ALPHA_ROPE, {"type": "dynamic", "alpha": 1000.0, "factor": 4.0}])
     def test_maximum_length_is_the_files(self, read: Any, rope: dict[str, Any] | None) -> None:
         assert self.max_model_len(read(tiny_config(rope_scaling=rope))) == 512
+
+    def test_v1_serves_its_documented_length_where_it_is_asked_for(self, read: Any) -> None:
+        config = read(tiny_config(use_cla=False, model_type="hunyuan_v1_moe"))
+        assert isinstance(config, HunYuanV1MoEConfig)
+        assert (self.max_model_len(config), self.max_model_len(config, 262144)) == (512, 262144)
+        with pytest.raises(ValueError, match="262145"):
+            self.max_model_len(config, 262145)
+        for other in ({"use_cla": True}, {"use_cla": False, "rope_scaling": {"type": "dynamic", "alpha": 50.0}}):
+            with pytest.raises(ValueError, match="513"):
+                self.max_model_len(read(tiny_config(**other)), 513)
 
     def test_overrides_are_normalised_and_checked_too(self, read: Any) -> None:
         config = read(tiny_config(), hf_overrides_kw={"rope_theta": 5e5})

@@ -50,6 +50,39 @@ def test_registering_twice_changes_nothing_and_imports_no_model() -> None:
     assert result.stdout.splitlines() == ["HunYuanConfig True", "[]"], result.stderr
 
 
+TRANSFORMERS = """
+from transformers import AutoConfig, AutoModelForCausalLM
+for path in paths:
+    config = AutoConfig.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    print("transformers", type(config).__module__.split(".")[0], type(model).__name__)
+"""
+VLLM = """
+from vllm.plugins import load_general_plugins
+from vllm.config import ModelConfig
+load_general_plugins()
+for path in paths:
+    model = ModelConfig(path, skip_tokenizer_init=True)
+    print("vllm", type(model.hf_config).__name__, model._model_info.architecture, model._model_info.supports_pp)
+"""
+
+
+@pytest.mark.parametrize("order", [TRANSFORMERS + VLLM, VLLM + TRANSFORMERS])
+def test_transformers_keeps_its_own_v1_models(order: str) -> None:
+    """And vLLM gets ours, whichever of the two opens a checkpoint first."""
+    paths = [str(GOLDEN.with_name(name)) for name in ("v1_moe_tf", "v1_1_8b")]
+    result = python(f"paths = {paths!r}\n" + order)
+    seen = [line.split(" ", 1) for line in result.stdout.splitlines() if line.startswith(("transformers ", "vllm "))]
+    assert [text for who, text in seen if who == "transformers"] == [
+        "transformers HunYuanMoEV1ForCausalLM",
+        "transformers HunYuanDenseV1ForCausalLM",
+    ], result.stderr
+    assert [text for who, text in seen if who == "vllm"] == [
+        "HunYuanV1MoEConfig HunYuanForCausalLM True",
+        "HunYuanV1DenseConfig HunYuanForCausalLM True",
+    ], result.stderr
+
+
 OTHER = """
 from transformers import AutoConfig
 from vllm.plugins import load_general_plugins

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hunyuan_vllm.checkpoint import PUBLISHED_AT
-from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.config import ARCHITECTURES, CONFIG_CLASSES, HunYuanConfig
 from hunyuan_vllm.layout import expected_tensors, tensor_parallel_sizes
 from hunyuan_vllm.quant.formats import Format, UnservedFormat, read_format
 from hunyuan_vllm.util.findings import Section
@@ -53,9 +53,9 @@ def check_config(folder: Path, section: Section) -> ConfigFile:
         section.problem("config.json", f"it {error}", AGAIN)
         return found
     kind = found.fields.get("model_type")
-    if kind != HunYuanConfig.model_type:
-        text = f"model_type is {kind!r}; a Hunyuan-Large checkpoint has {HunYuanConfig.model_type!r}"
-        section.problem("config.json", text, "name the folder of a Hunyuan-Large checkpoint")
+    if kind not in CONFIG_CLASSES:
+        text = f"model_type is {kind!r}; a Hunyuan checkpoint has one of {', '.join(CONFIG_CLASSES)}"
+        section.problem("config.json", text, "name the folder of a Hunyuan checkpoint")
         return found
     found.network = _network(found.fields, section)
     if found.network is None:
@@ -69,7 +69,7 @@ def check_config(folder: Path, section: Section) -> ConfigFile:
 
 def _network(fields: dict[str, Any], section: Section) -> HunYuanConfig | None:
     """The network, or None where a field is wrong; then the others are judged as if it were absent."""
-    fields = {name: value for name, value in fields.items() if name != "model_type"}
+    fields = dict(fields)
     wrong: set[str] = set()
     while True:
         try:
@@ -117,12 +117,10 @@ def _count(number: int) -> str:
 
 
 def _check_architecture(fields: dict[str, Any], section: Section) -> None:
-    from hunyuan_vllm.plugin import ARCHITECTURE
-
     given = fields.get("architectures")
-    if given != [ARCHITECTURE]:
+    if not (isinstance(given, list) and len(given) == 1 and given[0] in ARCHITECTURES):
         text = f"architectures is {given!r}, by which vLLM finds no Hunyuan model"
-        section.problem("config.json", text, f'set it to ["{ARCHITECTURE}"]')
+        section.problem("config.json", text, f'set it to ["{ARCHITECTURES[0]}"]')
 
 
 def _check_format(found: ConfigFile, folder: Path, section: Section) -> None:

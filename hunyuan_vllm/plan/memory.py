@@ -124,8 +124,8 @@ def _feed_forward(scenario: Scenario, layer: int) -> int:
     workspaces = BF16 * topk * (max(width, hidden) + max(2 * width, hidden))
     rounded = topk * max(width, hidden) if quantised else 0
     routed = FLOAT32 * experts + workspaces + rounded
-    shared = config.shared_experts_at(layer)
-    return routed + (mlp(width * shared) if shared else 0)
+    shared = config.shared_width_at(layer) // scenario.tensor
+    return routed + (mlp(shared) if shared else 0)
 
 
 def captured_sizes(scenario: Scenario) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from hunyuan_vllm import demo
 from hunyuan_vllm.checkpoint import missing_config
-from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.config import CONFIG_CLASSES, HunYuanConfig
 from hunyuan_vllm.layout import tensor_parallel_sizes
 from hunyuan_vllm.quant.formats import Format, read_format
 from hunyuan_vllm.util.errors import UserError
@@ -66,7 +66,7 @@ class Network:
             alike: dict[tuple[int | bool, ...], list[int]] = {}
             for layer in layers:
                 mlp = config.experts_at(layer), config.topk_at(layer), config.intermediate_at(layer)
-                alike.setdefault((config.is_cross(layer), *mlp, config.shared_experts_at(layer)), []).append(layer)
+                alike.setdefault((config.is_cross(layer), *mlp, config.shared_width_at(layer)), []).append(layer)
             self._kinds[layers] = [(same[0], len(same)) for same in alike.values()]
         return self._kinds[layers]
 
@@ -79,8 +79,8 @@ def layer_matrices(config: HunYuanConfig, layer: int, ranks: int) -> Iterator[Ma
         yield from _mlp(config, "dense mlp", width)
         return
     yield Matrix("router", experts, config.hidden_size, cut="none")
-    if shared := config.shared_experts_at(layer):
-        yield from _mlp(config, "shared mlp", width * shared)
+    if shared := config.shared_width_at(layer):
+        yield from _mlp(config, "shared mlp", shared // ranks)
     yield from _mlp(config, "experts", width, experts)
 
 
@@ -163,9 +163,9 @@ def open_planned(given: str) -> PlannedModel:
         ) from None
     except ValueError as error:
         raise UserError(f"--model {given}: {path} is not JSON ({error}): download it again") from None
-    if not isinstance(fields, dict) or fields.get("model_type") != HunYuanConfig.model_type:
-        kind = fields.get("model_type") if isinstance(fields, dict) else None
-        raise UserError(f"--model {given} has model_type {kind!r}; the planner supports 'hunyuan' (Hunyuan-Large)")
+    kind = fields.get("model_type") if isinstance(fields, dict) else None
+    if kind not in CONFIG_CLASSES:
+        raise UserError(f"--model {given} has model_type {kind!r}; the planner supports {', '.join(CONFIG_CLASSES)}")
     try:
         config = HunYuanConfig.from_dict(fields)
         form = read_format(fields, path.parent)

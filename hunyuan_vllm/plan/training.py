@@ -203,7 +203,7 @@ def widest_bytes(config: HunYuanConfig, layer: int) -> int:
     """Of the widest tensor in a layer: what a gradient in flight takes."""
     queries = config.num_attention_heads * config.head_dim
     width = config.intermediate_at(layer)
-    shared = width * config.shared_experts_at(layer)
+    shared = config.shared_width_at(layer)
     return max(F32 * config.hidden_size, BF16 * queries, BF16 * (width * config.topk_at(layer) + shared))
 
 
@@ -231,7 +231,7 @@ def _attention(config: HunYuanConfig, layer: int) -> int:
 
 def _feed_forward(config: HunYuanConfig, layer: int) -> int:
     hidden, width = config.hidden_size, config.intermediate_at(layer)
-    experts, topk, shared = config.experts_at(layer), config.topk_at(layer), config.shared_experts_at(layer)
+    experts, topk, shared = config.experts_at(layer), config.topk_at(layer), config.shared_width_at(layer)
     if experts == 1:
         return BF16 * hidden + _mlp(width)
     kept = F32 * (hidden + experts)  # the router's input and its probabilities
@@ -239,7 +239,7 @@ def _feed_forward(config: HunYuanConfig, layer: int) -> int:
         kept += F32 * (topk + 1)  # before they are divided by their sum, and the sum
     # Of each choice: the token, its way through the expert, the output in order; three indices and the weight.
     kept += topk * (2 * BF16 * hidden + _mlp(width) + 3 * INT64 + BF16)
-    return kept + (BF16 * hidden + _mlp(width * shared) if shared else 0)
+    return kept + (BF16 * hidden + _mlp(shared) if shared else 0)
 
 
 def _mlp(width: int) -> int:

@@ -14,7 +14,7 @@ from hunyuan_vllm.quant.scheme import CheckpointScheme
 
 def is_hunyuan(hf_config: Any) -> bool:
     """Whether a transformers config is of a network that our loader knows."""
-    return getattr(hf_config, "model_type", None) == HunYuanConfig.model_type
+    return isinstance(hf_config, HunYuanConfig)
 
 
 class RegisteredQuantization(QuantizationConfig, CheckpointScheme):

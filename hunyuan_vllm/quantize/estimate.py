@@ -32,7 +32,7 @@ def state_bytes(config: HunYuanConfig, tokens: int) -> int:
     total = 2 * tokens * (hidden + 2 * kv) * 4
     for layer in range(config.num_hidden_layers):
         mlps = config.experts_at(layer) + bool(config.shared_experts_at(layer))
-        width = config.intermediate_at(layer) * max(1, config.shared_experts_at(layer))
+        width = max(config.intermediate_at(layer), config.shared_width_at(layer))
         channels = 2 * hidden + mlps * (hidden + width)
         total += channels * (SAMPLE * 4 + 3 * 4)
     return total
@@ -146,7 +146,7 @@ def activation_bytes(config: HunYuanConfig, tokens: int) -> int:
     hidden, queries = config.hidden_size, config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
     layers = range(config.num_hidden_layers)
-    width = max(config.intermediate_at(n) * max(1, config.shared_experts_at(n)) for n in layers)
+    width = max(max(config.intermediate_at(n), config.shared_width_at(n)) for n in layers)
     attention = 2 * hidden + 6 * queries + 4 * kv
     mlp = 6 * hidden + 3 * width
     norm = 8 * hidden

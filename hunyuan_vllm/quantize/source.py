@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hunyuan_vllm.check.files import SUMS_FILE
 from hunyuan_vllm.checkpoint import INDEX_FILE, check_headers, missing_weights, shard_files
-from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.config import CONFIG_CLASSES, HunYuanConfig
 from hunyuan_vllm.layout import CheckpointError, Layout, expected_tensors
 from hunyuan_vllm.util.errors import UserError
 
@@ -130,12 +130,12 @@ def read_config(path: Path) -> tuple[dict[str, Any], HunYuanConfig]:
         kind = fields.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{file} is not the config of a checkpoint: {error}") from None
-    if kind != HunYuanConfig.model_type:
-        raise UserError(f"{file} has model_type {kind!r}: the converter knows {HunYuanConfig.model_type!r} only")
+    if kind not in CONFIG_CLASSES:
+        raise UserError(f"{file} has model_type {kind!r}: the converter knows {', '.join(CONFIG_CLASSES)} only")
     if method := fields.get("quantization_config"):
         name = method.get("quant_method", "") if isinstance(method, dict) else method
         raise UserError(f"{path} is already quantised ({name}): give the BF16 checkpoint")
     try:
-        return fields, HunYuanConfig(**{name: value for name, value in fields.items() if name != "model_type"})
+        return fields, HunYuanConfig(**fields)
     except ValueError as error:
         raise UserError(f"{file}: {error}") from None

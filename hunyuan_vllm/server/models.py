@@ -148,11 +148,12 @@ def _open_folder(folder: Path, given: str, demo: bool = False) -> ModelSource:
         raise UserError(f"{given} {': '.join(missing_config(folder))}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / 'config.json'} cannot be read ({error}): download it again") from None
-    if not isinstance(config, dict) or config.get("model_type") != "hunyuan":
-        kind = config.get("model_type") if isinstance(config, dict) else None
-        raise UserError(f"MODEL_PATH={given} has model_type {kind!r}; this server serves 'hunyuan' (Hunyuan-Large)")
-    from hunyuan_vllm.config import HunYuanConfig
+    from hunyuan_vllm.config import CONFIG_CLASSES, HunYuanConfig
     from hunyuan_vllm.quant.formats import read_format
+
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind not in CONFIG_CLASSES:
+        raise UserError(f"MODEL_PATH={given} has model_type {kind!r}; this server serves {', '.join(CONFIG_CLASSES)}")
 
     try:
         parsed = HunYuanConfig.from_pretrained(folder)

@@ -6,4 +6,4 @@ root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 . "$root/deploy/bootstrap/help.sh"
 
 sh "$root/deploy/setup_env.sh" --for ray_head.sh "$@"
-exec "${HUNYUAN_VENV:-$root/.venv}/bin/python" -m hunyuan_vllm.cluster.ray_command head "$@"
+exec "${HUNYUAN_VENV:-$root/.venv}/bin/python" -m hunyuan_vllm.cli.ray head "$@"

@@ -4,4 +4,4 @@ set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 . "$root/deploy/bootstrap/help.sh"
 
-exec "${HUNYUAN_VENV:-$root/.venv}/bin/python" -m hunyuan_vllm.cluster.ray_command stop "$@"
+exec "${HUNYUAN_VENV:-$root/.venv}/bin/python" -m hunyuan_vllm.cli.ray stop "$@"

@@ -1,7 +1,5 @@
 """The options, questions and exit status of `deploy/login_ssh.py`."""
 
-from __future__ import annotations
-
 import getpass
 import os
 import sys
@@ -12,40 +10,39 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from hunyuan_vllm.cluster.connections import Steps
 from hunyuan_vllm.cluster.credentials import default_keys, read_identity, read_password_file, this_user
-from hunyuan_vllm.cluster.host_keys import Fingerprints, PublicKey, read_known_hosts
+from hunyuan_vllm.cluster.host_keys import parse_fingerprints, read_known_hosts
 from hunyuan_vllm.cluster.hosts import Host, parse_hosts
-from hunyuan_vllm.cluster.login_report import show
-from hunyuan_vllm.cluster.logins import Steps
-from hunyuan_vllm.cluster.mutual_login import MutualLogin
+from hunyuan_vllm.cluster.logins import MutualLogin
+from hunyuan_vllm.cluster.report import show
 from hunyuan_vllm.cluster.ssh import Credentials
 from hunyuan_vllm.envs import take_ssh_password
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.streams import prepare_output
-
-__all__ = ["main"]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 messages = Console(stderr=True)
 
 
 class Terminal:
-    """Asks at the terminal, or nobody where there is none or --yes was given."""
+    """Asks at the terminal; does not ask if there is none or --yes was given."""
 
     def __init__(self, silent: bool) -> None:
         self.present = not silent and sys.stdin.isatty() and sys.stderr.isatty()
 
-    def confirm_host_keys(self, keys: Sequence[tuple[Host, PublicKey]]) -> bool:
+    def confirm_host_keys(self, hosts: Sequence[Host]) -> bool:
         if not self.present:
             return False
         table = Table(title="Host keys not known yet", title_justify="left")
         for title in ("host", "kind", "fingerprint"):
             table.add_column(title, overflow="fold")
-        for host, key in keys:
-            table.add_row(host.address, key.kind, key.fingerprint)
+        for host in hosts:
+            if key := host.host_key:
+                table.add_row(host.name, key.kind, key.fingerprint)
         messages.print(table)
-        _say("compare them with what each host's console shows: ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub")
-        _say("do all of them agree? Type yes to pin them, anything else leaves these hosts out:")
+        _say("compare them with each host's console: ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub")
+        _say("do they all match? Type yes to pin them, anything else leaves these hosts out:")
         try:
             return input().strip().lower() == "yes"
         except EOFError:
@@ -55,7 +52,7 @@ class Terminal:
         if not self.present:
             return None
         user = hosts[0].user
-        return getpass.getpass(f"password of {user} on {', '.join(host.address for host in hosts)}: ") or None
+        return getpass.getpass(f"password of {user} on {', '.join(host.name for host in hosts)}: ") or None
 
     def ask_passphrase(self, prompt: str) -> str:
         return getpass.getpass(prompt)
@@ -74,16 +71,14 @@ def login_ssh(
     fingerprints: str = typer.Option(
         None, "--fingerprints", help="Host keys to accept: HOST=SHA256:…,… or a file with HOST SHA256:… lines."
     ),
-    yes: bool = typer.Option(
-        False, "--yes", "-y", help="Ask nothing. Host keys are still never accepted unseen: unknown ones are refused."
-    ),
+    yes: bool = typer.Option(False, "--yes", "-y", help="Ask nothing. Unknown host keys are refused."),
     as_json: bool = typer.Option(False, "--json", help="Print the result as JSON."),
     jobs: int = typer.Option(8, "--jobs", min=1, max=64, help="Hosts worked on at a time."),
     timeout: float = typer.Option(15.0, "--timeout", min=1.0, help="Seconds for each connection and command."),
 ) -> None:
     """Let hosts log in to each other, and this machine to them, by SSH key.
 
-    Makes an ed25519 key where an account has none, pins every host key, distributes both, and proves every pair with
+    Makes an ed25519 key where an account has none, pins every host key, distributes both, and verifies every pair with
     ssh itself. A second run changes nothing.
 
     \b
@@ -98,27 +93,27 @@ def login_ssh(
 
     \b
     The password comes from one of: --password-file, the environment variable
-    HUNYUAN_SSH_PASSWORD, a prompt, --password. It is one for all hosts, and
+    HUNYUAN_SSH_PASSWORD, a prompt, --password. It is the same for all hosts, and
     needed only until a key of this machine is accepted.
 
     \b
-    Exit status: 0 every pair was proved; 1 something is left to do, and was
-    named; 2 a mistake in the options; 130 interrupted.
+    Exit status: 0 every pair was verified; 1 problems, each named; 2 a mistake
+    in the options; 130 interrupted.
     """
     terminal = Terminal(silent=yes)
     me = this_user()
     hosts = parse_hosts(ips, port, user if user is not None else me.pw_name)
-    vouched = Fingerprints.parse(fingerprints, hosts)
+    trusted = parse_fingerprints(fingerprints, hosts)
     secret = _password(password, password_file)
     try:
         keys = [read_identity(identity, terminal.ask_passphrase if terminal.present else None)] if identity else []
         home = Path(me.pw_dir)
         credentials = Credentials([*keys, *default_keys(home)], secret)
         known, steps = read_known_hosts(home), Steps(jobs, messages)
-        report = MutualLogin(hosts, known, vouched, credentials, terminal, steps, timeout).run()
+        report = MutualLogin(hosts, known, trusted, credentials, terminal, steps, timeout).run()
     except KeyboardInterrupt:
-        _say("interrupted: files are whole, old or new; run it again to complete them")
-        os._exit(130)  # an ordinary exit would wait for threads that wait for hosts
+        _say("interrupted: every file is complete, old or new; run it again to finish")
+        os._exit(130)  # a normal exit would wait for threads that wait for hosts
     if as_json:
         print(report.to_json())
     else:

@@ -1,18 +1,14 @@
 """Where the password and the keys for the first login come from: files, the environment, a terminal."""
 
-from __future__ import annotations
-
+import os
 import pwd
 import stat
 from collections.abc import Callable
-from os import geteuid
 from pathlib import Path
 
 import paramiko
 
 from hunyuan_vllm.util.errors import UserError
-
-__all__ = ["default_keys", "read_identity", "read_password_file", "this_user"]
 
 # Those OpenSSH tries by itself, newest kind first.
 DEFAULT_KEYS = ("id_ed25519", "id_ecdsa", "id_rsa")
@@ -25,9 +21,9 @@ def this_user() -> pwd.struct_passwd:
         UserError: the system does not know the user.
     """
     try:
-        return pwd.getpwuid(geteuid())
+        return pwd.getpwuid(os.geteuid())
     except KeyError:
-        raise UserError(f"user id {geteuid()} is not in /etc/passwd, so it has no home for SSH keys") from None
+        raise UserError(f"user id {os.geteuid()} is not in /etc/passwd, so it has no home for SSH keys") from None
 
 
 def read_password_file(file: Path) -> str:
@@ -63,7 +59,7 @@ def read_identity(file: Path, ask_passphrase: Callable[[str], str] | None) -> pa
         raise UserError(f"--identity {file} is the public half: name the private key, {file.with_suffix('')}")
     try:
         mode = file.stat().st_mode
-        if file.stat().st_uid == geteuid() and mode & (stat.S_IRWXG | stat.S_IRWXO):
+        if file.stat().st_uid == os.geteuid() and mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise UserError(f"the private key {file} is open to other users: chmod 600 {file}")
         return _load(file, None)
     except OSError as error:

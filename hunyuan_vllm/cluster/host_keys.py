@@ -1,4 +1,4 @@
-"""Host keys and public keys: known_hosts, authorized_keys, and what is trusted"""
+"""Host keys and public keys: known_hosts, authorized_keys, and which host key is trusted"""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from hunyuan_vllm.cluster.hosts import Host
-from hunyuan_vllm.cluster.problems import HostError
+from hunyuan_vllm.cluster.hosts import Host, HostError
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.net import normalise_address
 
@@ -53,17 +52,17 @@ class PublicKey:
 
     @property
     def kind(self) -> str:
-        """As people call it: ED25519, ECDSA, RSA."""
+        """Such as ED25519, ECDSA, RSA."""
         return self.type.removeprefix("ssh-").removeprefix("sk-").partition("-")[0].upper()
 
     def __str__(self) -> str:
         return f"{self.type} {self.data}"
 
 
-def admit(text: str, lines: Iterable[str]) -> str:
-    """`text` with the public keys in `lines` (type, data, comment) let in; everything else stays byte for byte.
+def authorize(text: str, lines: Iterable[str]) -> str:
+    """`text` of an authorized_keys file with the keys in `lines` (type, data, comment) added; the rest is unchanged.
 
-    A key that stands there with options, such as `from="10.0.0.0/8"`, is there: whoever wrote them meant them.
+    A key that is there with options, such as `from="10.0.0.0/8"`, is left as it is.
     """
     for line in lines:
         key = PublicKey.parse(line.split())
@@ -79,13 +78,13 @@ GLOBAL_FILE = Path("/etc/ssh/ssh_known_hosts")
 
 
 def read_known_hosts(home: Path) -> str:
-    """What a user of this machine knows: the user's own file, and the machine's."""
+    """The known_hosts of a user and of this machine."""
     texts = []
     for file in (home / ".ssh" / "known_hosts", GLOBAL_FILE):
         try:
             texts.append(file.read_text(errors="surrogateescape"))
         except OSError:
-            continue  # there is none, or it is no one's to read
+            continue  # there is none, or this user may not read it
     return "\n".join(texts)
 
 
@@ -111,7 +110,7 @@ def _keys(lines: Iterable[list[str]], name: str) -> list[PublicKey]:
 
 
 def pin(text: str, keys: Mapping[str, PublicKey], replace: Iterable[str] = ()) -> str:
-    """`text` with a line for each key that it has not yet; everything else stays byte for byte.
+    """`text` with a line for each key that is missing; everything else is unchanged.
 
     Args:
         keys: known_hosts name → key.
@@ -160,50 +159,40 @@ def _is_hash_of(field: str, name: str) -> bool:
 
 
 class Trust(StrEnum):
-    """Why a host key is believed."""
+    """Why a host key is trusted."""
 
     KNOWN = "known before"
     GIVEN = "fingerprint given"
     CONFIRMED = "confirmed by you"
 
 
-@dataclass(frozen=True)
-class Fingerprints:
-    """Fingerprints that the operator vouches for: address → those of its keys."""
+def parse_fingerprints(text: str | None, hosts: Iterable[Host]) -> dict[str, frozenset[str]]:
+    """Host name → fingerprints of its keys, from `HOST=SHA256:…,HOST=SHA256:…` or a file with `HOST SHA256:…` lines.
 
-    of: Mapping[str, frozenset[str]]
+    A file may name other hosts too; on the command line that is a mistake.
 
-    @classmethod
-    def parse(cls, text: str | None, hosts: Iterable[Host]) -> Fingerprints:
-        """From `HOST=SHA256:…,HOST=SHA256:…`, or a file with one `HOST SHA256:…` a line.
-
-        A file may name more hosts than are asked for now; on the command line that is a mistake.
-
-        Raises:
-            UserError: a part of it is something else, or the file cannot be read.
-        """
-        if not text or not text.strip():
-            return cls({})
-        from_file = "=" not in text
-        entries = _read(Path(text)) if from_file else re.split(r"[\s,]+", text.strip())
-        addresses = {host.address for host in hosts}
-        given: dict[str, set[str]] = {}
-        for entry in filter(None, entries):
-            name, _, fingerprint = re.sub(r"\s+", "=", entry.strip()).partition("=")
-            if not FINGERPRINT.fullmatch(fingerprint):
-                raise UserError(
-                    f"--fingerprints: {entry!r} is not HOST=SHA256:… with the 43 characters that "
-                    "`ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub` shows on the host"
-                )
-            address = normalise_address(name)
-            if address in addresses:
-                given.setdefault(address, set()).add(fingerprint)
-            elif not from_file:
-                raise UserError(f"--fingerprints names {name}, which is not among the hosts of --ips")
-        return cls({address: frozenset(prints) for address, prints in given.items()})
-
-    def vouch_for(self, host: Host, key: PublicKey) -> bool:
-        return key.fingerprint in self.of.get(host.address, ())
+    Raises:
+        UserError: a part of it is something else, or the file cannot be read.
+    """
+    if not text or not text.strip():
+        return {}
+    from_file = "=" not in text
+    entries = _read(Path(text)) if from_file else re.split(r"[\s,]+", text.strip())
+    names = {host.name for host in hosts}
+    given: dict[str, frozenset[str]] = {}
+    for entry in filter(None, entries):
+        word, _, fingerprint = re.sub(r"\s+", "=", entry.strip()).partition("=")
+        if not FINGERPRINT.fullmatch(fingerprint):
+            raise UserError(
+                f"--fingerprints: {entry!r} is not HOST=SHA256:… with the 43 characters that "
+                "`ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub` shows on the host"
+            )
+        name = normalise_address(word)
+        if name in names:
+            given[name] = given.get(name, frozenset()) | {fingerprint}
+        elif not from_file:
+            raise UserError(f"--fingerprints names {word}, which is not among the hosts of --ips")
+    return given
 
 
 def _read(file: Path) -> list[str]:
@@ -215,20 +204,23 @@ def _read(file: Path) -> list[str]:
     return [line for line in lines if not line.lstrip().startswith("#")]
 
 
-def judge(host: Host, key: PublicKey, known_hosts: str, fingerprints: Fingerprints) -> Trust | None:
-    """Why `key` is believed to be the host's; None where only a person can tell.
+def verify_host_key(
+    host: Host, key: PublicKey, known_hosts: str, fingerprints: Mapping[str, frozenset[str]]
+) -> Trust | None:
+    """Why `key` is trusted to be the host's; None where a person must confirm it.
 
     Args:
         known_hosts: text of the files of this machine.
+        fingerprints: host name → those that the operator gave.
 
     Raises:
-        HostError: it is not the key that is known, or not the one whose fingerprint was given.
+        HostError: it is another key than the known one, or than the one whose fingerprint was given.
     """
     if key in revoked_keys_of(known_hosts, host.known_hosts_name):
         raise HostError(f"its host key is revoked: {key.fingerprint}", "give the host a new key (ssh-keygen -A)")
     shown = f"{key.kind} {key.fingerprint}"
-    if host.address in fingerprints.of:
-        if fingerprints.vouch_for(host, key):
+    if host.name in fingerprints:
+        if key.fingerprint in fingerprints[host.name]:
             return Trust.GIVEN
         raise HostError(
             f"its host key is not the one of --fingerprints: it presents {shown}",

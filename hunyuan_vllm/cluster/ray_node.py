@@ -1,108 +1,164 @@
-"""Ray on this machine: looked at, started, stopped. `python -m hunyuan_vllm.cluster.ray_node` does what its input says.
-
-The input is JSON, because a token is in it, which no argument may hold; so is the output.
-"""
+"""How Ray is set up on a node: ports, flags of `ray start`, and the variables that it and its programs need"""
 
 from __future__ import annotations
 
-import json
-import sys
-import time
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from hunyuan_vllm.cluster import tls
-from hunyuan_vllm.cluster.node_setup import NodeSetup
-from hunyuan_vllm.cluster.processes import (
-    count_raylets,
-    end_processes,
-    processes_on_gpus,
-    ray_processes,
-    raylet_of,
-    shown,
-    works,
-)
-from hunyuan_vllm.cluster.ray_start import CURRENT, NodeError, noted_setup, start, temporary
-from hunyuan_vllm.doctor.hardware import read_gpus
-from hunyuan_vllm.doctor.probes import System
+from hunyuan_vllm.cluster.tls import NodeFiles
+from hunyuan_vllm.cluster.token import PATH_VARIABLE
+from hunyuan_vllm.ray_environment import names_a_secret
 from hunyuan_vllm.util.errors import UserError
-
-__all__ = ["Looked", "look", "stop"]
+from hunyuan_vllm.util.net import INTERFACE_VARIABLES, host_port
 
 
 @dataclass(frozen=True)
-class Looked:
-    """What a machine says of itself.
+class Port:
+    """One port, or a range of them.
 
     Attributes:
-        home: the user's home directory.
-        interfaces: network interface → its addresses.
-        gpus: how many nvidia-smi lists.
-        setup: of the node that runs here, as it was noted when it started; None if none runs, or another one.
-        processes: of any Ray: what they are.
-        raylets: how many of those run a node; without one, the rest is leftovers.
-        works: actors and tasks that run.
+        name: as documents call it.
+        first, last: the same number for a single port.
+        flag: of `ray start`; for a range the flags of its ends, with a comma between.
+        head_only: whether only the head listens on it.
+        extra: whether it is open only where the extra `ray[default]` is installed, which nothing here needs.
     """
 
-    home: str
-    interfaces: Mapping[str, list[str]]
+    name: str
+    first: int
+    last: int
+    flag: str
+    head_only: bool = False
+    extra: bool = False
+
+    def __str__(self) -> str:
+        return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
+
+
+GCS_PORT = 6379
+# Below the ports that Linux gives to outgoing connections (32768 and up), so that none is taken by chance.
+# What each is for and how it is protected: docs/security.md.
+PORTS = (
+    Port("GCS", GCS_PORT, GCS_PORT, "--port", head_only=True),
+    Port("node manager", 6380, 6380, "--node-manager-port"),
+    Port("object manager", 6381, 6381, "--object-manager-port"),
+    Port("runtime env agent", 6382, 6382, "--runtime-env-agent-port"),
+    Port("dashboard agent", 6383, 6383, "--dashboard-agent-grpc-port", extra=True),
+    Port("dashboard agent HTTP", 6384, 6384, "--dashboard-agent-listen-port", extra=True),
+    Port("metrics", 6385, 6385, "--metrics-export-port", extra=True),
+    Port("workers", 6400, 6655, "--min-worker-port,--max-worker-port"),
+)
+WORKER_PORTS = range(PORTS[-1].first, PORTS[-1].last + 1)
+
+
+def fixed_ports(head: bool) -> dict[int, Port]:
+    """The single ports of a node, which must be free before Ray starts there."""
+    return {port.first: port for port in PORTS if port.first == port.last and (head or not port.head_only)}
+
+
+def checked_ports() -> list[int]:
+    """Those that `cluster check` tries: the single ones, and the ends of the range."""
+    return [*fixed_ports(head=True), WORKER_PORTS[0], WORKER_PORTS[-1]]
+
+
+RAY_SETTINGS = {
+    # A node is dead after five checks in a row without an answer, about 25 s; Ray's own minute is long for clients.
+    # With three checks of 2 s a node whose raylet pauses for 10 s is ended, and the model has to be loaded again:
+    # docs/deploy.md.
+    "RAY_health_check_initial_delay_ms": "2000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "4000",
+    "RAY_health_check_failure_threshold": "5",
+    # Ray gives its workers a low priority (nice 15, ray-project/ray#24928); here they are vLLM's ranks.
+    "RAY_worker_niceness": "0",
+}
+OBJECT_STORE = 2**29  # bytes: vLLM's ranks pass tensors to each other without it
+
+
+@dataclass(frozen=True)
+class NodeSetup:
+    """One node of a cluster.
+
+    Attributes:
+        address: its own.
+        head: the head's address, which is the same on the head.
+        interface: network interface that carries `address`.
+        gpus: how many Ray is told of.
+        token_file: where the token is.
+        tls: the folder with keys and certificates; None where connections between nodes are not encrypted.
+        variables: more environment variables, for Ray and all it starts.
+    """
+
+    address: str
+    head: str
+    interface: str
     gpus: int
-    setup: NodeSetup | None
-    processes: list[str]
-    raylets: int
-    works: list[str]
+    token_file: str
+    tls: str | None = None
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_head(self) -> bool:
+        return self.address == self.head
+
+    @property
+    def gcs(self) -> str:
+        """Address and port at which nodes and drivers join."""
+        return host_port(self.head, GCS_PORT)
+
+    @property
+    def tls_files(self) -> NodeFiles | None:
+        return NodeFiles(Path(self.tls), self.address) if self.tls else None
+
+    def environment(self) -> dict[str, str]:
+        """The variables for Ray on this node, and for a program on it that joins the cluster as a driver."""
+        return {
+            "VLLM_HOST_IP": self.address,
+            **dict.fromkeys(INTERFACE_VARIABLES, self.interface),
+            "RAY_ADDRESS": self.gcs,
+            "RAY_AUTH_MODE": "token",
+            PATH_VARIABLE: self.token_file,
+            "RAY_USAGE_STATS_ENABLED": "0",
+            **RAY_SETTINGS,
+            **(self.tls_files.variables if self.tls_files else {}),
+            **self.variables,
+        }
+
+    def ray_arguments(self) -> list[str]:
+        """What follows `ray`."""
+        role = ["--head", "--include-dashboard=false", "--no-monitor"] if self.is_head else [f"--address={self.gcs}"]
+        # Ray starts a worker per CPU in advance; vLLM's ask for GPUs, and one CPU each is enough.
+        sizes = [f"--num-gpus={self.gpus}", f"--num-cpus={max(self.gpus, 1)}", f"--object-store-memory={OBJECT_STORE}"]
+        ports = [
+            f"{flag}={number}"
+            for port in PORTS
+            if self.is_head or not port.head_only
+            for flag, number in zip(port.flag.split(","), (port.first, port.last), strict=False)
+        ]
+        return ["start", *role, f"--node-ip-address={self.address}", *sizes, *ports, "--disable-usage-stats"]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
 
 
-def look(address: str) -> Looked:
-    """See what there is; nothing is changed."""
-    found = ray_processes()
-    setup = noted_setup(address)
-    if setup is not None and raylet_of(found, address, setup.gcs) is None:
-        setup = None
-    try:
-        gpus = len(read_gpus(System()))
-    except (OSError, ValueError):
-        gpus = 0
-    interfaces = {name: [entry.address for entry in entries] for name, entries in psutil.net_if_addrs().items()}
-    texts = [shown(process) for process in found]
-    return Looked(str(Path.home()), interfaces, gpus, setup, texts, count_raylets(found), works(found))
+def parse_variables(words: list[str]) -> dict[str, str]:
+    """`NAME=VALUE` each.
 
-
-def stop() -> tuple[list[str], list[str]]:
-    """End all of Ray that is this user's; what was ended, and what could not be."""
-    ended, stuck = end_processes(ray_processes)
-    (temporary() / CURRENT).unlink(missing_ok=True)
-    return ended, stuck
-
-
-def _main(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """What is asked for is under "do": look, request (a certificate), start or stop."""
-    if asked["do"] == "look":
-        return asdict(look(asked["address"]))
-    if asked["do"] == "stop":
-        ended, stuck = stop()
-        return {"ended": ended, "stuck": stuck, "on_gpus": processes_on_gpus(System())}
-    setup = NodeSetup.from_json(asked["setup"])
-    if asked["do"] == "request":
-        files = setup.tls_files
-        assert files is not None
-        return {"request": None if tls.has_certificate(files) else tls.request_certificate(files)}
-    if asked.get("certificate") and setup.tls_files:
-        tls.store_certificate(setup.tls_files, asked["certificate"], asked["authority"])
-    started = time.monotonic()
-    return {"said": start(setup, asked["token"]), "seconds": time.monotonic() - started}
-
-
-if __name__ == "__main__":
-    try:
-        answer = _main(json.load(sys.stdin))
-    except NodeError as error:
-        answer = {"problem": error.what, "remedy": error.remedy}
-    except UserError as error:
-        what, _, remedy = str(error).rpartition(": ")
-        answer = {"problem": what or remedy, "remedy": remedy}
-    print(json.dumps(answer))
+    Raises:
+        UserError: one is something else, is set by the cluster, or looks like a secret, which Ray would show.
+    """
+    ours = NodeSetup("", "", "", 0, "", "/").environment()
+    variables = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+            raise UserError(f"--env {word}: give NAME=VALUE")
+        if names_a_secret(name):
+            raise UserError(f"--env {name}: Ray's logs show its environment; use a file")
+        if name in ours:
+            raise UserError(f"--env {name}: the cluster sets it itself")
+        variables[name] = value
+    return variables

@@ -1,4 +1,8 @@
-"""Starts Ray on this machine, as head or worker, where all is ready for it; and notes how, for who asks later."""
+"""Ray on this machine: read, started as head or worker, stopped
+
+`python -m hunyuan_vllm.cluster.ray_start` does what its standard input says. Its input and output are JSON, because
+the token must not be an argument.
+"""
 
 from __future__ import annotations
 
@@ -9,34 +13,95 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import psutil
+from typing import Any
 
 from hunyuan_vllm.cluster import tls
-from hunyuan_vllm.cluster.node_setup import NodeSetup
-from hunyuan_vllm.cluster.ports import fixed_ports
-from hunyuan_vllm.cluster.processes import end_processes, ray_processes, shown
-from hunyuan_vllm.cluster.ray_token import read_token, store_token
+from hunyuan_vllm.cluster.processes import (
+    count_raylets,
+    end_processes,
+    has_raylet,
+    process_title,
+    processes_on_gpus,
+    ray_processes,
+    session_processes,
+    workloads,
+)
+from hunyuan_vllm.cluster.ray_node import NodeSetup, fixed_ports
 from hunyuan_vllm.cluster.start_hook import HOOK
-from hunyuan_vllm.ray_environment import NODE_FOLDER, without_secrets
+from hunyuan_vllm.cluster.token import read_token
+from hunyuan_vllm.doctor.hardware import read_gpus
+from hunyuan_vllm.doctor.probes import System
+from hunyuan_vllm.ray_environment import NODE_FOLDER, current_cluster_file, without_secrets
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.files import write_private
-from hunyuan_vllm.util.net import why_unreachable
-
-__all__ = ["CURRENT", "NodeError", "START_TIMEOUT", "find_ray", "noted_setup", "start", "temporary"]
+from hunyuan_vllm.util.net import family_of, listener, own_interfaces, why_unreachable
 
 START_TIMEOUT = 90.0  # seconds; a node whose token is wrong is refused after some 30
-KEPT_SESSIONS = 3  # folders with the logs of a Ray that has ended
-CURRENT = "ray_current_cluster"  # where `ray start` notes the cluster that programs on this machine join
+KEPT_SESSIONS = 3  # folders with the logs of earlier runs of Ray
 
 
 class NodeError(UserError):
-    """Ray does not start here; what keeps it from that, and what to do."""
+    """Ray does not start on this machine."""
 
-    def __init__(self, what: str, remedy: str) -> None:
-        super().__init__(f"{what}: {remedy}")
-        self.what, self.remedy = what, remedy
+    def __init__(self, text: str, remedy: str) -> None:
+        super().__init__(f"{text}: {remedy}")
+        self.text, self.remedy = text, remedy
+
+
+@dataclass(frozen=True)
+class RayState:
+    """What a machine has, and what runs of Ray there.
+
+    Attributes:
+        home: the user's home directory.
+        interfaces: network interface → its addresses.
+        gpus: how many nvidia-smi lists.
+        setup: of the node that runs here, as recorded when it started; None if none runs, or another one.
+        processes: the processes of any Ray.
+        raylets: how many of those run a node; with none, the rest is left over.
+        workloads: actors, tasks and drivers that use it.
+    """
+
+    home: str
+    interfaces: dict[str, tuple[str, ...]]
+    gpus: int
+    setup: NodeSetup | None
+    processes: list[str]
+    raylets: int
+    workloads: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> RayState:
+        setup = NodeSetup(**values["setup"]) if values["setup"] else None
+        return cls(**{**values, "setup": setup})
+
+
+def read_ray_state(address: str) -> RayState:
+    """What runs of Ray on this machine, whose address in the cluster is `address`."""
+    found = ray_processes()
+    setup = _recorded_setup(address)
+    if setup is not None and not has_raylet(found, address, setup.gcs):
+        setup = None
+    try:
+        gpus = len(read_gpus(System()))
+    except (OSError, ValueError):
+        gpus = 0
+    titles = [process_title(process) for process in found]
+    return RayState(str(Path.home()), own_interfaces(), gpus, setup, titles, count_raylets(found), workloads(found))
+
+
+def stop() -> tuple[list[str], list[str]]:
+    """End all of Ray that is this user's; the processes that ended, and those that did not."""
+    ended, stuck = end_processes(ray_processes)
+    current_cluster_file().unlink(missing_ok=True)
+    return ended, stuck
 
 
 def start(setup: NodeSetup, token: str | None = None) -> list[str]:
@@ -46,39 +111,31 @@ def start(setup: NodeSetup, token: str | None = None) -> list[str]:
         token: the head's; None where it is in its file already.
 
     Returns:
-        What a person may want to know: files that were changed.
+        Files that were changed, a line each.
 
     Raises:
-        UserError: it cannot be started, or did not start.
+        UserError: it cannot be started, or did not start; no process of it is left then.
     """
     find_ray()
     said = []
     file = Path(setup.token_file)
-    if token is not None and store_token(file, token):
+    if token is not None and write_private(file, token):
         said.append(f"the token is in {file}")
     if read_token(file) is None:
-        raise NodeError(f"there is no token in {file}", _fetch(setup))
+        copy = f"(umask 077; mkdir -p {file.parent}; ssh {setup.head} cat {file} >{file})"
+        remedy = "the head makes one" if setup.is_head else f"copy the head's: {copy}"
+        raise NodeError(f"there is no token in {file}", remedy)
     if setup.tls_files and not tls.has_certificate(setup.tls_files):
         raise NodeError(f"there is no valid certificate in {setup.tls}", "hunyuan-vllm cluster up --tls makes them")
     _check_ports(setup)
-    if not setup.is_head:
-        _check_head(setup)
+    # Ray itself would try for minutes.
+    if not setup.is_head and (why := why_unreachable(setup.gcs)):
+        raise NodeError(f"no head answers at {setup.gcs} ({why})", "start it first, and let this node reach it")
     _prune_sessions()
-    _run_ray(setup)
-    write_private(_note(setup.address), json.dumps({"setup": setup.to_json(), "environment": setup.environment()}))
+    run_ray(setup)
+    record = {"setup": setup.to_json(), "environment": setup.environment()}
+    write_private(_record_file(setup.address), json.dumps(record))
     return said
-
-
-def noted_setup(address: str) -> NodeSetup | None:
-    """What the node at `address` was last started with here; None where no such note is to be read."""
-    try:
-        return NodeSetup.from_json(json.loads(_note(address).read_text())["setup"])
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-
-
-def temporary() -> Path:
-    return Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray"
 
 
 def find_ray() -> Path:
@@ -93,81 +150,102 @@ def find_ray() -> Path:
     return ray
 
 
-def _run_ray(setup: NodeSetup) -> None:
+def run_ray(setup: NodeSetup) -> None:
+    """Run `ray start`. If it fails or is interrupted, all processes that it started are ended."""
     ray = find_ray()
     own = without_secrets({name: value for name, value in os.environ.items() if not name.startswith("RAY_")})
     environ = {**own, **setup.environment(), "RAY_START_HOOK": HOOK}
-    # Ray's own programs and vLLM's compilers are looked for there.
+    # Ray looks for its own programs there, and vLLM for compilers.
     environ["PATH"] = f"{ray.parent}:{environ.get('PATH', os.defpath)}"
-    # What Ray leaves running would keep a pipe open; and it is to outlive the connection that it is started over.
+    # Not a pipe, which Ray's daemons would hold open; a session of its own, so that Ray outlives this connection.
     with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            [str(ray), *setup.ray_arguments()], env=environ, cwd="/", stdin=subprocess.DEVNULL, stdout=output,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        failure = "it was interrupted"
         try:
-            done = subprocess.run(
-                [str(ray), *setup.ray_arguments()], env=environ, cwd="/", stdin=subprocess.DEVNULL, stdout=output,
-                stderr=subprocess.STDOUT, start_new_session=True, timeout=START_TIMEOUT,
-            )  # fmt: skip
-            status = f"exit status {done.returncode}" if done.returncode else ""
+            status = process.wait(START_TIMEOUT)
+            failure = f"exit status {status}" if status else ""
         except subprocess.TimeoutExpired:
-            status = f"no answer in {START_TIMEOUT:.0f} s"
+            failure = f"no answer in {START_TIMEOUT:.0f} s"
+        finally:
+            if failure:
+                end_processes(lambda: [*session_processes(process.pid), *ray_processes()])
+                process.wait()
         output.seek(0)
         text = output.read().decode(errors="replace")
-    if status:
-        end_processes(ray_processes)
-        logs = temporary() / "session_latest" / "logs"
-        raise NodeError(f"ray start failed ({status}), and said last: {_cause(text)}", f"see {logs} on that node")
+    if failure:
+        logs = current_cluster_file().parent / "session_latest" / "logs"
+        raise NodeError(f"ray start failed ({failure}); its last message: {_cause(text)}", f"see {logs} on that node")
 
 
-def _cause(text: str) -> str:
-    """The line of Ray's output that says why."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    telling = [line for line in lines if "Error" in line or "error" in line or "denied" in line]
-    return (telling or lines or ["it said nothing"])[-1][:400]
-
-
-def _check_ports(setup: NodeSetup) -> None:
-    """Ray would start without some of them, and be half a node."""
-    for number, port in fixed_ports(setup.is_head).items():
-        family = socket.AF_INET6 if ":" in setup.address else socket.AF_INET
-        with socket.socket(family, socket.SOCK_STREAM) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                listener.bind((setup.address, number))
-                listener.listen()
-            except OSError as error:
-                what = f"port {number} ({port.name}) is not to be had on {setup.address}"
-                raise NodeError(f"{what}: {error.strerror}{_holder(number)}", "end what has it") from None
-
-
-def _holder(port: int) -> str:
+def _recorded_setup(address: str) -> NodeSetup | None:
+    """What the node at `address` was last started with on this machine."""
     try:
-        for connection in psutil.net_connections("tcp"):
-            if connection.laddr and connection.laddr.port == port and connection.pid:
-                return f" by {shown(psutil.Process(connection.pid))}"
-    except psutil.Error:
-        pass
-    return ""
+        return NodeSetup(**json.loads(_record_file(address).read_text())["setup"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
-def _check_head(setup: NodeSetup) -> None:
-    """Ray itself would try for minutes."""
-    if why := why_unreachable(setup.gcs):
-        raise NodeError(f"no head answers at {setup.gcs} ({why})", "start it first, and let this node reach it")
-
-
-def _fetch(setup: NodeSetup) -> str:
-    if setup.is_head:
-        return "the head makes one"
-    file = setup.token_file
-    return f"copy the head's: (umask 077; mkdir -p {Path(file).parent}; ssh {setup.head} cat {file} >{file})"
-
-
-def _note(address: str) -> Path:
+def _record_file(address: str) -> Path:
     return Path.home() / NODE_FOLDER / f"node-{address}.json"
 
 
+def _cause(text: str) -> str:
+    """The line of Ray's output that gives the reason."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    telling = [line for line in lines if "Error" in line or "error" in line or "denied" in line]
+    return (telling or lines or ["none"])[-1][:400]
+
+
+def _check_ports(setup: NodeSetup) -> None:
+    """Without some of them Ray would start and not work."""
+    for number, port in fixed_ports(setup.is_head).items():
+        with socket.socket(family_of(setup.address), socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((setup.address, number))
+                probe.listen()
+            except OSError as error:
+                holder = listener(number)
+                by = f" by {process_title(holder)}" if holder else ""
+                text = f"port {number} ({port.name}) is unavailable on {setup.address}: {error.strerror}{by}"
+                raise NodeError(text, "end the program that uses it") from None
+
+
 def _prune_sessions() -> None:
-    """Each start leaves a folder of logs behind; with no Ray running, only the newest are worth keeping."""
-    sessions = sorted(temporary().glob("session_2*"), key=lambda folder: folder.name)
+    """Each start leaves a folder of logs behind; with no Ray running, keep only the newest."""
+    sessions = sorted(current_cluster_file().parent.glob("session_2*"), key=lambda folder: folder.name)
     for folder in sessions[:-KEPT_SESSIONS]:
         if folder.lstat().st_uid == os.getuid():
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _main(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The request is under "do": state, certificate, start or stop."""
+    if request["do"] == "state":
+        return read_ray_state(request["address"]).to_json()
+    if request["do"] == "stop":
+        ended, stuck = stop()
+        return {"ended": ended, "stuck": stuck, "on_gpus": processes_on_gpus(System())}
+    setup = NodeSetup(**request["setup"])
+    if request["do"] == "certificate":
+        files = setup.tls_files
+        assert files is not None
+        return {"request": None if tls.has_certificate(files) else tls.request_certificate(files)}
+    if request.get("certificate") and setup.tls_files:
+        tls.store_certificate(setup.tls_files, request["certificate"], request["authority"])
+    started = time.monotonic()
+    return {"said": start(setup, request["token"]), "seconds": time.monotonic() - started}
+
+
+if __name__ == "__main__":
+    try:
+        answer = _main(json.load(sys.stdin))
+    except NodeError as error:
+        answer = {"problem": error.text, "remedy": error.remedy}
+    except UserError as error:
+        text, _, remedy = str(error).rpartition(": ")
+        answer = {"problem": text or remedy, "remedy": remedy}
+    print(json.dumps(answer))

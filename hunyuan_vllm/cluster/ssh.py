@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import pwd
@@ -18,12 +19,13 @@ from typing import Protocol
 import paramiko
 
 from hunyuan_vllm.cluster.host_keys import PublicKey
-from hunyuan_vllm.cluster.hosts import Host
-from hunyuan_vllm.cluster.problems import HostError, connection_problem, last_line
+from hunyuan_vllm.cluster.hosts import Host, HostError
 
 # Its transports log tracebacks of what is raised here anyway.
 logging.getLogger("paramiko").addHandler(logging.NullHandler())
 logging.getLogger("paramiko").propagate = False
+
+LONGEST_QUOTE = 200  # characters
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,14 @@ class Credentials:
 
 
 class PasswordNeeded(HostError):
-    """No key let us in, and there is no password to try, but one would be taken."""
+    """No key was accepted and no password was given, but the host would take one."""
 
 
 def fetch_host_key(host: Host, known: Iterable[PublicKey], timeout: float) -> PublicKey:
-    """The key with which `host` signs a key exchange; no login is tried.
+    """The key with which `host` signs a key exchange; there is no login.
 
     Args:
-        known: keys known for it: their types are asked for first, so that they can be compared at all.
+        known: keys known for it: their types are requested first, so that they can be compared.
 
     Raises:
         HostError: it is not reached, or is no SSH server.
@@ -65,7 +67,7 @@ def log_in(host: Host, pinned: PublicKey, credentials: Credentials, timeout: flo
         if presented != pinned:
             raise HostError(
                 f"its host key changed while this ran: {presented.kind} {presented.fingerprint}",
-                "something answers in its place at times: find out what before you log in",
+                "another machine answers in its place at times: find it before you log in",
             )
         _authenticate(transport, host, credentials)
         transport.set_keepalive(15)
@@ -76,10 +78,9 @@ def log_in(host: Host, pinned: PublicKey, credentials: Credentials, timeout: flo
 def _handshake(host: Host, key_types: Sequence[str], timeout: float) -> Iterator[paramiko.Transport]:
     """A connection after the key exchange; closed if the block raises, whose errors become the host's."""
     try:
-        connected = socket.create_connection((host.address, host.port), timeout)
+        connected = socket.create_connection((host.name, host.port), timeout)
     except OSError as error:
-        problem = connection_problem(error, host, timeout)
-        raise HostError(problem.what, problem.remedy) from None
+        raise _unreached(error, host, timeout) from None
     transport = paramiko.Transport(connected)
     try:
         _prefer(transport, key_types)
@@ -96,12 +97,29 @@ def _handshake(host: Host, key_types: Sequence[str], timeout: float) -> Iterator
         if "banner" in reason:
             reason = f"something listens there, but says nothing within {timeout:g} s"
         raise HostError(
-            f"no SSH connection to {host.address} port {host.port}: {reason}",
+            f"no SSH connection to {host.name} port {host.port}: {reason}",
             "check that an SSH server listens there and is not overloaded; --timeout waits longer",
         ) from None
     except BaseException:
         transport.close()
         raise
+
+
+def _unreached(error: OSError, host: Host, timeout: float) -> HostError:
+    """Why there is no TCP connection to `host`."""
+    where = f"{host.name} port {host.port}"
+    if isinstance(error, socket.gaierror):
+        return HostError(f"the name {host.name} is not known here", "give its IP address, or add it to /etc/hosts")
+    if isinstance(error, TimeoutError) or error.errno == errno.ETIMEDOUT:
+        return HostError(
+            f"no answer from {where} within {timeout:g} s",
+            "check the address, that the host is up, and that no firewall drops the port; --timeout waits longer",
+        )
+    if error.errno == errno.ECONNREFUSED:
+        return HostError(f"nothing listens on {where}", "start sshd there, or give the port it listens on with --port")
+    if error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH):
+        return HostError(f"{where} is unreachable: {error.strerror}", "check the address and that the host is up")
+    return HostError(f"no connection to {where}: {error.strerror or error}", "check the address and the network")
 
 
 def _prefer(transport: paramiko.Transport, key_types: Sequence[str]) -> None:
@@ -144,20 +162,21 @@ def _methods_after(transport: paramiko.Transport, attempt: Callable[[], list[str
 
 
 def _refusal(host: Host, credentials: Credentials, methods: list[str], takes_passwords: bool) -> HostError:
-    account = f"{host.user}@{host.address}"
+    account = f"{host.user}@{host.name}"
     if not takes_passwords:
         return HostError(
-            f"{account} takes no password, and none of the keys at hand",
-            "give a key that it takes with --identity, or allow PasswordAuthentication in its sshd_config for this run",
+            f"{account} accepts no password and none of the available keys",
+            "give a key that it accepts with --identity, or allow PasswordAuthentication in its sshd_config meanwhile",
         )
     if credentials.password is None:
         return PasswordNeeded(
-            f"{account} takes none of the keys at hand, and there is no password",
+            f"{account} accepts none of the available keys, and no password was given",
             "give one (--password-file, HUNYUAN_SSH_PASSWORD, or a terminal to ask at), or a key with --identity",
         )
     if methods:
         return HostError(
-            f"{account} wants more than the password: {', '.join(methods)}", "give a key that it takes with --identity"
+            f"{account} requires more than the password: {', '.join(methods)}",
+            "give a key that it accepts with --identity",
         )
     return HostError(
         f"{account} refuses the password",
@@ -165,7 +184,14 @@ def _refusal(host: Host, credentials: Credentials, methods: list[str], takes_pas
     )
 
 
-# Before it stands what start-up files such as .bashrc print.
+def last_line(text: str) -> str:
+    """The last line that is not empty, made safe for a terminal: a host may send anything."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    quote = "".join(character for character in (lines[-1] if lines else "") if character.isprintable())
+    return quote if len(quote) <= LONGEST_QUOTE else quote[:LONGEST_QUOTE] + "…"
+
+
+# Start-up files such as .bashrc print before it.
 MARK = b"--hunyuan-vllm--\n"
 
 
@@ -218,6 +244,10 @@ def _after_mark(out: bytes, errors: bytes, status: int) -> Output:
     return Output(after, text, status)
 
 
+def _timed_out(timeout: float) -> HostError:
+    return HostError(f"a command took longer than {timeout:g} s", "try again with a longer --timeout")
+
+
 class LocalShell:
     """This machine, as the user who runs this program."""
 
@@ -231,7 +261,7 @@ class LocalShell:
                 ["sh", "-s"], input=compose(script, variables), env=self._environ, capture_output=True, timeout=timeout
             )
         except subprocess.TimeoutExpired:
-            raise HostError(f"a command took longer than {timeout:g} s", "try again with a longer --timeout") from None
+            raise _timed_out(timeout) from None
         return _after_mark(done.stdout, done.stderr, done.returncode)
 
 
@@ -252,7 +282,7 @@ class RemoteShell:
                 errors = channel.makefile_stderr("rb").read()
                 return _after_mark(out, errors, channel.recv_exit_status())
         except TimeoutError:
-            raise HostError(f"a command took longer than {timeout:g} s", "try again with a longer --timeout") from None
+            raise _timed_out(timeout) from None
         except (paramiko.SSHException, EOFError, OSError) as error:
             raise HostError(
                 f"the connection broke: {last_line(str(error)) or type(error).__name__}", "run again"

@@ -1,45 +1,85 @@
-"""`cluster status`: each host of the cluster, what runs there, what the head counts, and what is missing."""
+"""The cluster that was last started from this machine: its hosts, what runs on each, and what is missing"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from hunyuan_vllm.cluster.logins import Login, Logins
-from hunyuan_vllm.cluster.members import Member, ask_members
-from hunyuan_vllm.cluster.node_setup import NodeSetup
-from hunyuan_vllm.cluster.problems import Problem
-from hunyuan_vllm.cluster.ray_node import Looked
-from hunyuan_vllm.cluster.record import ClusterRecord
-from hunyuan_vllm.cluster.remote_node import RemoteNodes
-from hunyuan_vllm.util.text import some
-
-__all__ = ["ClusterStatus", "NodeStatus", "look_at_cluster"]
+from hunyuan_vllm.cluster.connections import Connections
+from hunyuan_vllm.cluster.hosts import Host
+from hunyuan_vllm.cluster.ray_node import NodeSetup
+from hunyuan_vllm.cluster.ray_remote import Member, RayNodes, ask_members
+from hunyuan_vllm.ray_environment import NODE_FOLDER
+from hunyuan_vllm.util.files import write_private
+from hunyuan_vllm.util.text import plural, some
 
 AGAIN = "run hunyuan-vllm cluster up again"
 
 
+def record_cluster(hosts: Sequence[Host], python: str, home: Path) -> None:
+    """Write down the hosts and their set-up, so that `status` and `down` need no options."""
+    values = {
+        "hosts": [{"name": host.name, "port": host.port, "user": host.user} for host in hosts],
+        "setups": [host.setup.to_json() for host in hosts if host.setup],
+        "python": python,
+    }
+    write_private(home / NODE_FOLDER / "cluster.json", json.dumps(values, indent=1))
+
+
+def recorded_cluster(home: Path) -> tuple[list[Host], str] | None:
+    """The hosts, with their set-up, and the Python there; None if there is no record or it is another version's."""
+    try:
+        values = json.loads((home / NODE_FOLDER / "cluster.json").read_text())
+        pairs = zip(values["hosts"], values["setups"], strict=True)
+        return [Host(**host, setup=NodeSetup(**setup)) for host, setup in pairs], values["python"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
 @dataclass(frozen=True)
 class NodeStatus:
-    """One host.
+    """One host; its problems are the host's.
 
     Attributes:
         state: "running", "stopped", "unreached", or "other" where a Ray runs that is not this cluster's.
-        gpus, free_gpus: as the head counts them.
-        works: what runs on it.
-        problems: what keeps it from being whole.
+        member: as the head counts it; None where it does not.
     """
 
-    name: str
+    host: Host
     setup: NodeSetup
     state: str
-    gpus: int
-    free_gpus: int
-    works: tuple[str, ...]
-    problems: tuple[Problem, ...]
+    member: Member | None
+
+    @property
+    def gpus(self) -> int:
+        return self.member.gpus if self.member else 0
+
+    @property
+    def free_gpus(self) -> int:
+        return self.member.free_gpus if self.member else 0
+
+    @property
+    def workloads(self) -> list[str]:
+        return self.host.ray.workloads if self.host.ray else []
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "host": self.host.name,
+            "address": self.setup.address,
+            "head": self.setup.is_head,
+            "interface": self.setup.interface,
+            "state": self.state,
+            "gpus": self.gpus,
+            "free_gpus": self.free_gpus,
+            "gpus_wanted": self.setup.gpus,
+            "works": self.workloads,
+            "problems": [{"what": problem.text, "remedy": problem.remedy} for problem in self.host.problems],
+        }
 
 
 @dataclass(frozen=True)
@@ -50,79 +90,61 @@ class ClusterStatus:
 
     @property
     def whole(self) -> bool:
-        return not any(node.problems for node in self.nodes)
+        return not any(node.host.problems for node in self.nodes)
 
     def to_json(self) -> dict[str, Any]:
+        setup = self.nodes[0].setup
         return {
             "whole": self.whole,
-            "head": self.nodes[0].setup.head,
-            "tls": self.nodes[0].setup.tls is not None,
+            "head": setup.head,
+            "tls": setup.tls is not None,
             "gpus": sum(node.gpus for node in self.nodes),
             "free_gpus": sum(node.free_gpus for node in self.nodes),
             "gpus_wanted": sum(node.setup.gpus for node in self.nodes),
-            "nodes": [
-                {
-                    "host": node.name,
-                    "address": node.setup.address,
-                    "head": node.setup.is_head,
-                    "interface": node.setup.interface,
-                    "state": node.state,
-                    "gpus": node.gpus,
-                    "free_gpus": node.free_gpus,
-                    "gpus_wanted": node.setup.gpus,
-                    "works": list(node.works),
-                    "problems": [{"what": problem.what, "remedy": problem.remedy} for problem in node.problems],
-                }
-                for node in self.nodes
-            ],
+            "nodes": [node.to_json() for node in self.nodes],
         }
 
     def table(self) -> Table:
-        """For people."""
         table = Table("host", "interface", "state", "GPUs", "free", "runs")
         for node in self.nodes:
-            setup = node.setup
-            name = f"{node.name}{' (head)' if setup.is_head else ''}"
-            gpus = f"{node.gpus} of {setup.gpus}"
-            table.add_row(name, setup.interface, node.state, gpus, str(node.free_gpus), some(node.works) or "nothing")
+            name = f"{node.host}{' (head)' if node.setup.is_head else ''}"
+            gpus = f"{node.gpus} of {node.setup.gpus}"
+            runs = some(node.workloads) or "nothing"
+            table.add_row(name, node.setup.interface, node.state, gpus, str(node.free_gpus), runs)
         return table
 
 
-def look_at_cluster(record: ClusterRecord, logins: Logins) -> ClusterStatus:
+def read_status(connections: Connections) -> ClusterStatus:
     """Ask every host that can be reached, and the head."""
-    nodes, looks = RemoteNodes(logins), dict[str, Looked]()
-
-    def look(login: Login) -> None:
-        looks[login.name] = nodes.look(login)
-
-    logins.each("looking", logins.usable, look)
-    members, silent = ask_members(next(setup for setup in record.setups if setup.is_head))
-    by_name = {host.address: setup for host, setup in zip(record.hosts, record.setups, strict=True)}
+    connections.each("reading", connections.usable, RayNodes(connections).read)
+    setups = [host.setup for host in connections.hosts if host.setup]
+    members, silence = ask_members(next(setup for setup in setups if setup.is_head))
+    by_address = {member.address: member for member in members}
     return ClusterStatus(
-        tuple(_status(login, by_name[login.name], looks.get(login.name), members, silent) for login in logins.all)
-    )
+        tuple(
+            NodeStatus(host, setup, _state(host, setup, by_address.get(setup.address), silence),
+                       by_address.get(setup.address))
+            for host, setup in zip(connections.hosts, setups, strict=True)
+        )
+    )  # fmt: skip
 
 
-def _status(
-    login: Login, setup: NodeSetup, looked: Looked | None, members: Sequence[Member], silent: str
-) -> NodeStatus:
-    member = next((one for one in members if one.address == setup.address), None)
-    problems = list(login.problems)
-    if looked is None:
+def _state(host: Host, setup: NodeSetup, member: Member | None, silence: str) -> str:
+    """The host's state; what is missing becomes one of its problems."""
+    ray = host.ray
+    if ray is None:
         state = "unreached"
-    elif looked.setup is not None and looked.setup.gcs == setup.gcs:
+    elif ray.setup is not None and ray.setup.gcs == setup.gcs:
         state = "running"
+        if member is None:
+            host.problem(f"the head does not answer: {silence}" if silence else "the head does not count it", AGAIN)
+    elif ray.raylets:
+        state = "other"
+        host.problem("another Ray runs there", AGAIN)
     else:
-        state = "other" if looked.raylets else "stopped"
-        text = "another Ray runs there" if looked.raylets else "no Ray runs there"
-        if leftovers := not looked.raylets and looked.processes:
-            text += f", but processes of one are left: {some(leftovers)}"
-        problems.append(Problem(text, AGAIN))
-    if state == "running" and member is None:
-        text = f"the head gives no answer: {silent}" if silent else "the head does not count it among the living"
-        problems.append(Problem(text, AGAIN))
+        state = "stopped"
+        left = f", but processes of an earlier one are left: {some(ray.processes)}" if ray.processes else ""
+        host.problem(f"no Ray runs there{left}", AGAIN)
     if member is not None and member.gpus < setup.gpus:
-        problems.append(Problem(f"Ray has {member.gpus} GPUs of it, {setup.gpus} are wanted", AGAIN))
-    counted = (member.gpus, member.free_gpus) if member else (0, 0)
-    works = tuple(looked.works) if looked else ()
-    return NodeStatus(login.name, setup, state, *counted, works, tuple(problems))
+        host.problem(f"Ray has {plural(member.gpus, 'GPU')} of it, and should have {setup.gpus}", AGAIN)
+    return state

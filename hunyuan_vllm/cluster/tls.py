@@ -3,8 +3,6 @@
 A node's private key is made there and stays there; only its request and the certificate travel.
 """
 
-from __future__ import annotations
-
 import datetime
 import ipaddress
 from dataclasses import dataclass
@@ -18,8 +16,6 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.files import make_private, read_private, write_private
-
-__all__ = ["NodeFiles", "has_certificate", "request_certificate", "sign", "store_certificate"]
 
 AUTHORITY_DAYS, NODE_DAYS = 3650, 825
 RENEW_BEFORE = datetime.timedelta(days=30)

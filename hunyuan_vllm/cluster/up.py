@@ -1,55 +1,48 @@
 """`cluster up` and `cluster down`"""
 
-from __future__ import annotations
-
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import psutil
-
-from hunyuan_vllm.cluster.check import ClusterCheck, Wanted
-from hunyuan_vllm.cluster.logins import Login, Logins
-from hunyuan_vllm.cluster.members import Member, ask_members
-from hunyuan_vllm.cluster.node_setup import NodeSetup
-from hunyuan_vllm.cluster.ray_node import Looked
-from hunyuan_vllm.cluster.ray_start import find_ray
-from hunyuan_vllm.cluster.ray_token import make_token
-from hunyuan_vllm.cluster.remote_node import RemoteNodes
+from hunyuan_vllm.cluster.check import ClusterCheck, Requirements
+from hunyuan_vllm.cluster.connections import Connections
+from hunyuan_vllm.cluster.hosts import Host, report_hosts
+from hunyuan_vllm.cluster.ray_node import NodeSetup
+from hunyuan_vllm.cluster.ray_remote import RayNodes, ask_members, missing_members
+from hunyuan_vllm.cluster.ray_start import RayState, find_ray
 from hunyuan_vllm.cluster.tls import sign
+from hunyuan_vllm.cluster.token import make_token
 from hunyuan_vllm.ray_environment import NODE_FOLDER
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.findings import Section, Status
-from hunyuan_vllm.util.text import some
+from hunyuan_vllm.util.net import interface_of, own_addresses
+from hunyuan_vllm.util.text import plural, some
+
+JOIN_TIMEOUT = 30.0  # seconds for started nodes to be counted by the head
 
 
-def bring_down(logins: Logins) -> Section:
-    """End what runs, on every host that can be reached."""
-    nodes = RemoteNodes(logins)
-    ended: dict[str, list[str]] = {}
-    holding: dict[str, list[str]] = {}
-
-    def end(login: Login) -> None:
-        ended[login.name], holding[login.name] = nodes.stop(login)
-
-    logins.each("ending Ray", logins.usable, end)
+def bring_down(connections: Connections) -> Section:
+    """End Ray on every host that can be reached."""
+    nodes = RayNodes(connections)
+    stopped: dict[Host, tuple[list[str], list[str]]] = {}
+    connections.each("ending Ray", connections.usable, lambda host: stopped.__setitem__(host, nodes.stop(host)))
     section = Section("Down")
-    for login in logins.all:
-        for problem in login.problems:
-            section.problem(login.name, problem.what, problem.remedy)
-        if login.problems:
-            continue
-        done = ended[login.name]
-        section.ok(login.name, f"{len(done)} processes were ended: {some(done)}" if done else "no Ray ran")
-        if left := holding[login.name]:
-            text = f"GPU memory is still held by {some(left)}, which Ray did not start"
-            section.warning(login.name, text, "end them, if they are not meant to be")
+
+    def success(host: Host) -> str:
+        ended, _ = stopped[host]
+        return f"ended {plural_processes(len(ended))}: {some(ended)}" if ended else "no Ray ran"
+
+    report_hosts(section, connections.hosts, success)
+    for host, (_, holding) in stopped.items():
+        if holding:
+            text = f"GPU memory is still held by {some(holding)}, which Ray did not start"
+            section.warning(host.name, text, "end them if they should not run")
     return section
 
 
-JOIN_TIMEOUT = 30.0  # seconds for nodes that were started to be counted by the head
+def plural_processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count:,} processes"
 
 
 @dataclass(frozen=True)
@@ -62,11 +55,11 @@ class Plan:
         token_file: where the token is, on every node; None for its place in the home there.
         encrypt: whether nodes talk to each other over TLS.
         variables: more environment variables for Ray and all it starts.
-        accept_warnings: whether to go on where the check warns.
-        force: whether to end a Ray on which something runs.
+        accept_warnings: whether to continue where the check warns.
+        force: whether to end a Ray that is in use.
     """
 
-    check: Wanted
+    check: Requirements
     gpus: int | None = None
     token_file: str | None = None
     encrypt: bool = False
@@ -76,21 +69,19 @@ class Plan:
 
 
 class Up:
-    """One run, from the head, over hosts that are logged in to.
+    """One run, from the head, over hosts that are logged in to. Each host's `setup` says how its node is set up.
 
     Attributes:
         sections: what was found and done, in order.
-        setups: how each node is set up, by its address; empty until that is known.
         changed: whether anything was started, ended or written.
     """
 
-    def __init__(self, logins: Logins, plan: Plan, home: Path) -> None:
-        self._logins = logins
+    def __init__(self, connections: Connections, plan: Plan, home: Path) -> None:
+        self._connections = connections
+        self._hosts = connections.hosts
         self._plan = plan
         self._home = home
-        self._nodes = RemoteNodes(logins)
-        self._looks: dict[str, Looked] = {}
-        self.setups: dict[str, NodeSetup] = {}
+        self._nodes = RayNodes(connections)
         self.sections: list[Section] = []
         self.changed = False
 
@@ -99,160 +90,132 @@ class Up:
         return all(section.sound for section in self.sections)
 
     def run(self) -> None:
-        """As far as it gets; what stops it is a problem in `sections`.
+        """As far as possible; what stops it is a problem in `sections`.
 
         Raises:
             UserError: this machine is none of the hosts.
         """
-        hosts = Section("Hosts")
-        self.sections.append(hosts)
-        self._logins.each("looking", self._logins.usable, self._look)
-        if self._report(hosts, self._logins.all, lambda login: "logged in"):
+        self._connections.each("reading", self._connections.usable, self._nodes.read)
+        if not report_hosts(self._section("Hosts"), self._hosts, lambda host: "logged in"):
             return
-        self._decide()
+        self._plan_setups()
         running = self._running()
-        if len(running) == len(self.setups):
-            hosts.findings.clear()
-            hosts.ok("Ray", f"runs as asked for on {some(list(self.setups))}; nothing was changed")
+        if len(running) == len(self._hosts):
+            self.sections.clear()
+            names = [host.address for host in self._hosts]
+            self._section("Hosts").ok("Ray", f"already runs as requested on {some(names)}; nothing was changed")
             return
-        old = Section("Old Ray")
-        self.sections.append(old)
-        if not self._end_old(old, running) or not self._check(running):
-            return
-        ray = Section("Ray")
-        self.sections.append(ray)
-        if self._start(ray, [login for login in self._logins.all if login.address not in running]):
-            self._wait(ray)
+        if self._end_old_ray(running) and self._check(running) and self._start(running):
+            self._wait_for_members()
 
-    @property
-    def _head(self) -> NodeSetup:
-        return next(setup for setup in self.setups.values() if setup.is_head)
+    def _section(self, title: str) -> Section:
+        self.sections.append(Section(title))
+        return self.sections[-1]
 
-    def _look(self, login: Login) -> None:
-        self._looks[login.address] = self._nodes.look(login)
-
-    def _decide(self) -> None:
-        """How each node is to be set up."""
-        own = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
-        head = next((login.address for login in self._logins.all if login.address in own), None)
+    def _plan_setups(self) -> None:
+        own = own_addresses()
+        head = next((host.address for host in self._hosts if host.address in own), None)
         if head is None:
             raise UserError("this machine is none of --hosts: run it on the head, and name the head first")
-        for login in self._logins.all:
-            looked = self._looks[login.address]
-            carrying = (name for name, addresses in looked.interfaces.items() if login.address in addresses)
-            folder = Path(looked.home) / NODE_FOLDER / "tls"
-            self.setups[login.address] = NodeSetup(
-                address=login.address,
+        for host in self._hosts:
+            ray = _ray(host)
+            host.setup = NodeSetup(
+                address=host.address,
                 head=head,
-                interface=self._plan.check.interface or next(carrying, ""),
-                gpus=looked.gpus if self._plan.gpus is None else self._plan.gpus,
-                token_file=self._plan.token_file or str(Path(looked.home) / ".ray" / "auth_token"),
-                tls=str(folder) if self._plan.encrypt else None,
+                interface=self._plan.check.interface or interface_of(host.address, ray.interfaces) or "",
+                gpus=ray.gpus if self._plan.gpus is None else self._plan.gpus,
+                token_file=self._plan.token_file or str(Path(ray.home) / ".ray" / "auth_token"),
+                tls=str(Path(ray.home) / NODE_FOLDER / "tls") if self._plan.encrypt else None,
                 variables=self._plan.variables,
             )
 
-    def _running(self) -> set[str]:
-        """Addresses of the nodes that run as they should and that the head counts; none where it does not answer."""
-        same = {address: setup for address, setup in self.setups.items() if self._looks[address].setup == setup}
-        if self._head.address not in same:
+    def _head(self) -> NodeSetup:
+        return next(host.setup for host in self._hosts if host.setup and host.setup.is_head)
+
+    def _running(self) -> set[Host]:
+        """The hosts that run as they should and that the head counts; none where it does not answer."""
+        same = {host: host.setup for host in self._hosts if host.setup and _ray(host).setup == host.setup}
+        if self._head() not in same.values():
             return set()
         # A node that was cut off for a while is dead to the head, though it may not know yet.
-        members = ask_members(self._head)[0]
-        return {address for address, setup in same.items() if not missing([setup], members)} if members else set()
+        members, _ = ask_members(self._head())
+        return {host for host, setup in same.items() if not missing_members([setup], members)} if members else set()
 
-    def _end_old(self, section: Section, running: set[str]) -> bool:
-        """End what Ray there is besides `running`; whether none is left."""
-        old = [
-            login for login in self._logins.all if login.address not in running and self._looks[login.address].processes
-        ]
-        for login in old:
-            looked = self._looks[login.address]
-            if looked.raylets and looked.works and not self._plan.force:
-                text = f"another Ray runs there, and on it {some(looked.works)}"
-                section.problem(login.name, text, "stop that and `hunyuan-vllm cluster down`, or give --force")
+    def _end_old_ray(self, running: set[Host]) -> bool:
+        """End what Ray there is except on `running`; whether none is left."""
+        section = self._section("Old Ray")
+        old = [host for host in self._hosts if host not in running and _ray(host).processes]
+        for host in old:
+            ray = _ray(host)
+            if ray.raylets and ray.workloads and not self._plan.force:
+                text = f"another Ray runs there, used by {some(ray.workloads)}"
+                section.problem(host.name, text, "stop that and run `hunyuan-vllm cluster down`, or give --force")
         if not section.sound:
             return False
-        ended: dict[str, int] = {}
-
-        def end(login: Login) -> None:
-            ended[login.address] = len(self._nodes.stop(login)[0])
-
-        self._logins.each("ending the old Ray", old, end)
+        ended: dict[Host, list[str]] = {}
+        self._connections.each(
+            "ending the old Ray", old, lambda host: ended.__setitem__(host, self._nodes.stop(host)[0])
+        )
         self.changed = self.changed or bool(old)
-        return not self._report(
-            section, old, lambda login: f"a Ray from before was ended: {ended[login.address]} processes"
+        return report_hosts(
+            section, old, lambda host: f"an earlier Ray was ended: {plural_processes(len(ended[host]))}"
         )
 
-    def _check(self, running: set[str]) -> bool:
-        """Whether the check lets Ray start."""
-        found = ClusterCheck(self._logins, self._plan.check, running).run()
+    def _check(self, running: set[Host]) -> bool:
+        """Whether the check allows Ray to start."""
+        serving = {host.address for host in running}
+        found = ClusterCheck(self._connections, self._plan.check, serving).run()
         self.sections[:] = [section for section in self.sections if section.title != "Hosts"] + found
         if not self.ok:
             return False
         warnings = sum(one.status is Status.WARNING for section in found for one in section.findings)
         if warnings and not self._plan.accept_warnings:
-            stopped = Section("Not started")
-            text = f"the check warns {'once' if warnings == 1 else f'{warnings} times'}"
-            stopped.problem("warnings", text, "mend that, or go on all the same with --despite-warnings")
-            self.sections.append(stopped)
+            text = f"the check has {plural(warnings, 'warning')}"
+            self._section("Not started").problem("warnings", text, "solve them, or continue with --despite-warnings")
             return False
         return True
 
-    def _start(self, section: Section, logins: Sequence[Login]) -> bool:
+    def _start(self, running: set[Host]) -> bool:
+        """Start the head, then the others; whether all started."""
+        section = self._section("Ray")
         find_ray()
-        token = make_token(Path(self._head.token_file))
-        seconds: dict[str, float] = {}
+        token = make_token(Path(self._head().token_file))
+        seconds: dict[Host, float] = {}
 
-        def start(login: Login) -> None:
-            setup = self.setups[login.address]
+        def start(host: Host) -> None:
             signed = None
-            if setup.tls and (request := self._nodes.request_certificate(login, setup)):
-                signed = sign(Path(self._home) / NODE_FOLDER / "tls", request, setup.address)
-            seconds[login.address] = self._nodes.start(login, setup, token, signed)
+            if self._plan.encrypt and (request := self._nodes.request_certificate(host)):
+                signed = sign(self._home / NODE_FOLDER / "tls", request, host.address)
+            seconds[host] = self._nodes.start(host, token, signed)
 
-        head = [login for login in logins if login.address == self._head.address]
-        others = [login for login in logins if login.address != self._head.address]
-        self.changed = self.changed or bool(logins)
-        for title, some_of in (("starting the head", head), ("starting the others", others)):
-            self._logins.each(title, some_of, start)
-            if self._report(section, some_of, lambda login: f"started in {seconds[login.address]:.1f} s"):
+        stopped = [host for host in self._hosts if host not in running]
+        self.changed = self.changed or bool(stopped)
+        head = [host for host in stopped if host.address == self._head().address]
+        others = [host for host in stopped if host not in head]
+        for title, hosts in (("starting the head", head), ("starting the others", others)):
+            self._connections.each(title, hosts, start)
+            if not report_hosts(section, hosts, lambda host: f"started in {seconds[host]:.1f} s"):
                 return False
         return True
 
-    def _wait(self, section: Section) -> None:
+    def _wait_for_members(self) -> None:
         """Until the head counts every node and GPU."""
+        section = self.sections[-1]
+        setups = [host.setup for host in self._hosts if host.setup]
         deadline = time.monotonic() + JOIN_TIMEOUT
         while True:
-            members, silent = ask_members(self._head)
-            lacking = missing(self.setups.values(), members)
-            if not lacking:
-                gpus = sum(member.gpus for member in members)
-                section.ok("cluster", f"{len(members)} nodes with {gpus} GPUs; programs on the head join it")
-                return
+            members, silence = ask_members(self._head())
+            missing = missing_members(setups, members)
+            if not missing:
+                gpus = plural(sum(member.gpus for member in members), "GPU")
+                text = f"{plural(len(members), 'node')} with {gpus}; programs on the head join it"
+                return section.ok("cluster", text)
             if time.monotonic() > deadline:
                 remedy = "see /tmp/ray/session_latest/logs/raylet.out there, then run this again"
-                section.problem("cluster", silent or "it is not whole", remedy, lacking)
-                return
+                return section.problem("cluster", silence or "nodes or GPUs are missing", remedy, missing)
             time.sleep(0.5)
 
-    def _report(self, section: Section, logins: Sequence[Login], well: Callable[[Login], str]) -> bool:
-        """Note how a step went for each; whether it went wrong for any."""
-        for login in logins:
-            for problem in login.problems:
-                section.problem(login.name, problem.what, problem.remedy)
-            if not login.problems:
-                section.ok(login.name, well(login))
-        return any(login.problems for login in logins)
 
-
-def missing(setups: Any, members: Sequence[Member]) -> list[str]:
-    """What the head does not count, a line each."""
-    by_address = {member.address: member for member in members}
-    lines = []
-    for setup in setups:
-        member = by_address.get(setup.address)
-        if member is None:
-            lines.append(f"{setup.address}: not among the living nodes")
-        elif member.gpus < setup.gpus:
-            lines.append(f"{setup.address}: {member.gpus} of {setup.gpus} GPUs")
-    return lines
+def _ray(host: Host) -> RayState:
+    assert host.ray is not None
+    return host.ray

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from ssh_keys import public_key
 
-from hunyuan_vllm.cluster.host_keys import admit
+from hunyuan_vllm.cluster.host_keys import authorize
 
 
 def line(number: int) -> str:
@@ -13,7 +13,7 @@ def line(number: int) -> str:
 
 
 def test_each_key_once_in_order():
-    assert admit("", [line(0), line(1), line(0)]) == f"{line(0)}\n{line(1)}\n"
+    assert authorize("", [line(0), line(1), line(0)]) == f"{line(0)}\n{line(1)}\n"
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ def test_each_key_once_in_order():
     ids=["as it is", "without comment", "with options", "with spaces"],
 )
 def test_a_key_that_is_there_stays_as_it_is(there):
-    assert admit(there, [line(0)]) == there
+    assert authorize(there, [line(0)]) == there
 
 
 @pytest.mark.parametrize(
@@ -32,9 +32,9 @@ def test_a_key_that_is_there_stays_as_it_is(there):
 )
 def test_every_byte_is_kept(there):
     end = "" if there.endswith("\n") else "\n"
-    assert admit(there, [line(0)]) == f"{there}{end}{line(0)}\n"
+    assert authorize(there, [line(0)]) == f"{there}{end}{line(0)}\n"
 
 
 def test_what_is_no_key_does_not_get_in():
     with pytest.raises(ValueError, match="not a public key"):
-        admit("", ["command=reboot"])
+        authorize("", ["command=reboot"])

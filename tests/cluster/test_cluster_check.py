@@ -82,7 +82,7 @@ def test_hosts_that_can_be_one(with_model):
     assert (done.status, done.sound) == (0, True), done.sections
     for subject in ("Python", "vllm", "hunyuan-vllm", "ray"):
         assert "everywhere" in done.texts("Alike", subject, "ok")
-    assert "the same 2 files on each node" in done.texts("Alike", "checkpoint", "ok")
+    assert "the same 2 files on each host" in done.texts("Alike", "checkpoint", "ok")
     assert "6379, 20000, 20001, 20002 and one that the system chose" in done.texts("Between hosts", "ports", "ok")
     assert "within 0.0" in done.texts("Between hosts", "clocks", "ok")
     assert set(done.sections) == {"Hosts", "Alike", "Between hosts", *(host.address for host in with_model.hosts)}
@@ -116,19 +116,19 @@ def test_all_that_differs_is_named(with_model):
         b.sh(f"ip route del unreachable {c.address}/32")
     assert (done.status, done.sound) == (1, False)
     files = done.texts("Alike", "checkpoint")
-    for part in ("config.json: other content on", "4999 bytes on", "more.json: on", f"copy {MODEL} from a node"):
+    for part in ("config.json: other content on", "4999 bytes on", "more.json: on", f"copy {MODEL} from a host"):
         assert part in files
     skew = done.texts("Between hosts", "clocks")
     assert "90." in skew and f"ahead of {c.address}" in skew and "set-ntp" in skew
     gpus = done.texts("Alike", "GPUs")
     assert "2 × NVIDIA H20 (96 GiB, driver 550.54) on 10.77.0.1, 10.77.0.2" in gpus
-    assert f"{c.address} has 1, 2 are wanted" in gpus
-    assert f"bond1 is no interface of {a.address}; {a.address} is on eth0" in done.texts("Between hosts", "interface")
+    assert f"{c.address} has 1 GPU of 2" in gpus
+    assert f"{a.address} has no interface bond1; {a.address} is on eth0" in done.texts("Between hosts", "interface")
     ports = done.texts("Between hosts", "ports")
     assert f"{b.address} does not reach 5 ports of {c.address}" in ports and "No route to host" in ports
-    assert f"{a.address} does not reach 1 ports of {c.address}\n20001: Connection refused" in ports
-    assert f"{a.address} does not reach 1 ports of {b.address}" not in ports
-    assert f"20001 of {c.address} are taken" in done.texts("Between hosts", "ports", "warning")
+    assert f"{a.address} does not reach 1 port of {c.address}\n20001: Connection refused" in ports
+    assert f"{a.address} does not reach 1 port of {b.address}" not in ports
+    assert f"20001 of {c.address} is used by another program" in done.texts("Between hosts", "ports", "warning")
     assert done.problems == {("Alike", "checkpoint"), ("Alike", "GPUs"), ("Between hosts", "clocks"),
                              ("Between hosts", "interface"), ("Between hosts", "ports")}  # fmt: skip
 
@@ -140,7 +140,7 @@ def test_what_cannot_be_looked_at_is_named_and_the_rest_is(joined):
     ips = ",".join((a.address, b.address, "hostc", gone))
     done = Checked(a, ips, "--timeout", "4")
     assert (done.status, done.sound) == (1, False)
-    assert "it takes none of this user's keys" in done.texts("Hosts", b.address)
+    assert "it accepts none of this user's keys" in done.texts("Hosts", b.address)
     assert "its host key is not known here\nrun python3 deploy/login_ssh.py first" in done.texts("Hosts", "hostc")
     assert "unreachable" in done.texts("Hosts", gone) or "no answer" in done.texts("Hosts", gone)
     assert done.texts("Hosts", a.address, "ok").startswith("logged in; 10.77.0.1 is on eth0")
@@ -149,10 +149,10 @@ def test_what_cannot_be_looked_at_is_named_and_the_rest_is(joined):
     )
     assert shown.returncode == 1
     assert (
-        f"PROBLEM  {c.address}: /opt/python runs no hunyuan_vllm.cluster.probe: no Python at /opt/python"
+        f"PROBLEM  {c.address}: /opt/python cannot run hunyuan_vllm.cluster.probe: no Python at /opt/python"
         in shown.stdout
     )
-    assert "2 problems" in shown.stdout and "nodes: 2 done in" in shown.stderr
+    assert "2 problems" in shown.stdout and "hosts: 2 done in" in shown.stderr
 
 
 def test_nodes_are_looked_at_without_loading_the_engine():

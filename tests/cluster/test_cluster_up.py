@@ -14,8 +14,7 @@ from hosts import HOME
 from operator_at_host import PASSWORD, PORT, cluster, log_in, options
 from ray_hosts.faults import kill
 
-from hunyuan_vllm.cluster.node_setup import RAY_SETTINGS
-from hunyuan_vllm.cluster.ports import TABLE
+from hunyuan_vllm.cluster.ray_node import PORTS, RAY_SETTINGS
 
 pytestmark = pytest.mark.slow
 
@@ -76,7 +75,7 @@ def status(a, *more: str) -> tuple[int, dict]:
     return done.returncode, json.loads(done.stdout)
 
 
-def by_hand(role: str) -> list[str]:
+def script_command(role: str) -> list[str]:
     """The command of the script for that role ("stop" too), as the script has it."""
     last = (DEPLOY / f"ray_{role}.sh").read_text().splitlines()[-1]
     module, given = last.partition(" -m ")[2].split(f" {role} ")
@@ -132,7 +131,7 @@ def test_what_ray_was_started_with(hosts):
 
 
 def test_the_ports_are_those_of_the_table(hosts):
-    single = {port for port in TABLE if port.first == port.last and not port.extra}
+    single = {port for port in PORTS if port.first == port.last and not port.extra}
     assert listening(hosts[0]) == {PORT, *(port.first for port in single)}
     assert listening(hosts[1]) == {PORT, *(port.first for port in single if not port.head_only)}
 
@@ -185,7 +184,7 @@ def test_a_node_that_died_is_named_and_taken_in_again(hosts):
     assert found["nodes"][1]["problems"][0]["remedy"] == "run hunyuan-vllm cluster up again"
     code, report = up(a, b, "--env", "NCCL_IB_HCA=mlx5")
     assert (code, report["changed"]) == (0, True), texts(report, "problem")
-    assert any(f"{b.address}: a Ray from before was ended" in text for text in texts(report, "ok"))
+    assert any(f"{b.address}: an earlier Ray was ended" in text for text in texts(report, "ok"))
     assert pid_of(a, "raylet") == head
     assert status(a)[1]["gpus"] == 2
 
@@ -217,7 +216,9 @@ def test_down_leaves_nothing(hosts):
     idle = a.start(sys.executable, "-c", IDLE_DRIVER, stdout=subprocess.PIPE, text=True, env=a.environment(**token))
     assert idle.stdout.readline() == "joined\n"
     code, report = up(a, b)
-    assert code == 1 and any("on it the driver" in text for text in texts(report, "problem")), texts(report, "problem")
+    assert code == 1 and any("used by the driver" in text for text in texts(report, "problem")), texts(
+        report, "problem"
+    )
     kill(a, "*print*joined*")
     idle.wait(timeout=30)
     driver = a.start(sys.executable, "-c", DRIVER, stdout=subprocess.PIPE, text=True, env=a.environment(**token))
@@ -227,8 +228,8 @@ def test_down_leaves_nothing(hosts):
     assert any("Worker" in work for work in found["nodes"][1]["works"])
     # Another cluster is not put in the place of one that is in use.
     code, report = up(a, b)
-    assert code == 1 and any("another Ray runs there, and on it" in text for text in texts(report, "problem"))
-    b.sh(f"kill -9 {pid_of(b, 'raylet')}")  # its workers are orphans now
+    assert code == 1 and any("another Ray runs there, used by" in text for text in texts(report, "problem"))
+    b.sh(f"kill -9 {pid_of(b, 'raylet')}")  # its workers are stale now
     done = cluster(a, "down", "--json")
     assert done.returncode == 0, done.stdout
     driver.communicate(timeout=30)
@@ -241,7 +242,7 @@ def test_down_leaves_nothing(hosts):
     assert code == 1 and {node["state"] for node in found["nodes"]} == {"stopped"}
 
 
-def test_tls_and_by_hand(hosts):
+def test_tls_and_the_scripts_of_one_host(hosts):
     a, b, _ = hosts
     code, report = up(a, b, "--tls")
     assert code == 0, texts(report, "problem")
@@ -259,10 +260,10 @@ def test_tls_and_by_hand(hosts):
     assert cluster(a, "down").returncode == 0
 
     # As deploy/ray_head.sh and ray_worker.sh do it, but without their look at the environment, which could replace it.
-    joined = [*by_hand("worker"), a.address, "--gpus", "1", "--tls"]
+    joined = [*script_command("worker"), a.address, "--gpus", "1", "--tls"]
     early = b.run(*joined, check=False)
     assert early.returncode == 2 and "no head answers at 10.77.0.1:6379" in early.stderr
-    head = a.run(*by_hand("head"), "--gpus", "1", "--tls", timeout=120)
+    head = a.run(*script_command("head"), "--gpus", "1", "--tls", timeout=120)
     assert "on each other node: sh deploy/ray_worker.sh 10.77.0.1" in head.stderr
     b.sh(f"mv {TOKEN} {TOKEN}.away")
     without = b.run(*joined, check=False)
@@ -272,19 +273,19 @@ def test_tls_and_by_hand(hosts):
     assert "nothing was changed" in b.run(*joined).stderr
     assert status(a)[1]["gpus"] == 2
     for host in (a, b):
-        assert "processes of Ray were ended" in host.run(*by_hand("stop")).stderr
+        assert "processes of Ray ended" in host.run(*script_command("stop")).stderr
         assert not [title for title in processes(host) if "ray" in title]
-    assert "no Ray ran here" in b.run(*by_hand("stop")).stderr
+    assert "no Ray ran here" in b.run(*script_command("stop")).stderr
 
 
 def test_mistakes(hosts):
     a, b, c = hosts
     told = cluster(c, "status")
-    assert (told.returncode, told.stdout) == (2, "") and "no cluster was brought up from here" in told.stderr
+    assert (told.returncode, told.stdout) == (2, "") and "no cluster was started from here" in told.stderr
     for words, said in (
         (["--hosts", a.address, "--env", "HF_TOKEN=x"], "--env HF_TOKEN"),
         (["--hosts", a.address, "--env", "VLLM_HOST_IP=x"], "the cluster sets it itself"),
-        (["--hosts", a.address, "--logical-gpus"], "say how many"),
+        (["--hosts", a.address, "--logical-gpus"], "give their number"),
         (["--hosts", b.address, "--ssh-port", str(PORT)], "this machine is none of --hosts"),
     ):
         done = cluster(a, "up", *words)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hunyuan_vllm.cluster.check import compare_clocks, compare_files, compare_gpus, compare_versions
-from hunyuan_vllm.cluster.probe import Node
+from hunyuan_vllm.cluster.probe import NodeFacts
 from hunyuan_vllm.util.findings import Section, Status
 
 VERSIONS = {"Python": "3.11.7", "vllm": "0.32.0", "ray": "2.60.0"}
@@ -24,7 +24,7 @@ def compare(function, *arguments) -> dict[str, list[tuple[Status, str]]]:
 
 def test_versions():
     found = compare(
-        compare_versions, {"a": Node(VERSIONS), "b": Node(VERSIONS | {"Python": "3.12.1", "ray": "2.61.0"})}
+        compare_versions, {"a": NodeFacts(VERSIONS), "b": NodeFacts(VERSIONS | {"Python": "3.12.1", "ray": "2.61.0"})}
     )
     assert found["Python"] == [(Status.PROBLEM, "3.11.7 on a; 3.12.1 on b")]
     assert found["vllm"] == [(Status.OK, "0.32.0 everywhere")]
@@ -33,28 +33,28 @@ def test_versions():
 
 
 def test_ray_is_needed_by_several_nodes_only():
-    without = Node({"Python": "3.11.7"})
+    without = NodeFacts({"Python": "3.11.7"})
     assert compare(compare_versions, {"a": without, "b": without})["ray"][0][0] is Status.PROBLEM
     assert "ray" not in compare(compare_versions, {"a": without})
 
 
 def test_gpus():
-    two, one = Node({}, ("H20", "H20")), Node({}, ("H20",))
-    assert compare(compare_gpus, {"a": two, "b": two}, 2) == {"GPUs": [(Status.OK, "2 × H20 on each node")]}
+    two, one = NodeFacts({}, ("H20", "H20")), NodeFacts({}, ("H20",))
+    assert compare(compare_gpus, {"a": two, "b": two}, 2) == {"GPUs": [(Status.OK, "2 × H20 on each host")]}
     assert compare(compare_gpus, {"a": two, "b": one}, None) == {
         "GPUs": [(Status.PROBLEM, "2 × H20 on a; 1 × H20 on b")]
     }
-    assert (Status.PROBLEM, "b has 1, 2 are wanted") in compare(compare_gpus, {"a": two, "b": one}, 2)["GPUs"]
-    assert compare(compare_gpus, {"a": Node({})}, None) == {"GPUs": [(Status.OK, "none on each node")]}
+    assert (Status.PROBLEM, "b has 1 GPU of 2") in compare(compare_gpus, {"a": two, "b": one}, 2)["GPUs"]
+    assert compare(compare_gpus, {"a": NodeFacts({})}, None) == {"GPUs": [(Status.OK, "none on each host")]}
 
 
 def test_a_folder_that_is_nowhere_or_somewhere():
-    have, lack = Node({}, files={"config.json": "2 ab"}), Node({})
+    have, lack = NodeFacts({}, files={"config.json": "2 ab"}), NodeFacts({})
     assert compare(compare_files, {"a": lack, "b": have}, "/m") == {
-        "checkpoint": [(Status.PROBLEM, "/m is no folder on a")]
+        "checkpoint": [(Status.PROBLEM, "/m is not a directory on a")]
     }
     assert compare(compare_files, {"a": have, "b": have}, "/m") == {
-        "checkpoint": [(Status.OK, "the same 1 files on each node")]
+        "checkpoint": [(Status.OK, "the same 1 file on each host")]
     }
 
 

@@ -10,7 +10,7 @@ from hunyuan_vllm.util.net import normalise_address
 
 
 def addresses(text: str) -> list[str]:
-    return [host.address for host in parse_hosts(text, 36000, "root")]
+    return [host.name for host in parse_hosts(text, 36000, "root")]
 
 
 def test_any_separator_and_each_host_once():

@@ -20,7 +20,7 @@ MUTE = f"import socket; s = socket.create_server(('', {PORT})); print(flush=True
 # host → how it is made ill, what is said of it, what is said to do
 ILLS = {
     "wrongpass": ("", "root@wrongpass refuses the password", "check password and --user"),
-    "nopass": ("", "takes no password, and none of the keys at hand", "give a key that it takes with --identity"),
+    "nopass": ("", "accepts no password and none of the available keys", "give a key that it accepts with --identity"),
     "changed": ("", "its host key changed", "compare at its console"),
     "refused": ("", f"nothing listens on refused port {PORT}", "start sshd there"),
     "mute": ("", "says nothing within 2 s", "--timeout waits longer"),
@@ -109,7 +109,7 @@ def test_the_table_names_each_with_its_remedy(ward):
         (line,) = [number for number, text in enumerate(lines) if text.startswith(f"{name}: ")]
         assert ILLS[name][1] in lines[line]
         assert ILLS[name][2] in lines[line + 1] and lines[line + 1].startswith("    ")
-    assert lines[-1].startswith("2 of 25 logins proved")
+    assert lines[-1].startswith("2 of 25 logins verified")
     # What follows from an ill host is not told again pair by pair.
     assert "→" not in done.stdout
 
@@ -148,7 +148,7 @@ def test_logins_between_hosts_that_fail_are_told_with_their_reason(trio):
         server.start()
     assert done.returncode == 1
     assert f"{b.address} → {c.address}: {c.address} refuses its key\n    on {c.address}, let root in" in done.stdout
-    assert "8 of 9 logins proved" in done.stdout
+    assert "8 of 9 logins verified" in done.stdout
 
 
 def test_files_of_another_user_are_named(trio):
@@ -174,7 +174,7 @@ def test_an_interrupted_run_says_so_and_leaves_no_one_waiting(ward):
     out, errors = running.communicate(timeout=60)
     assert (running.returncode, out) == (130, "")
     assert (
-        errors.splitlines()[-1] == "login_ssh: interrupted: files are whole, old or new; run it again to complete them"
+        errors.splitlines()[-1] == "login_ssh: interrupted: every file is complete, old or new; run it again to finish"
     )
 
 

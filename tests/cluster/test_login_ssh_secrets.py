@@ -88,7 +88,7 @@ def test_at_a_terminal_keys_are_confirmed_once_and_the_password_is_asked_for_onc
         assert server.fingerprint in shown.partition("Type yes")[0]
     assert "ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub" in shown
     assert shown.count("Type yes") == shown.count("password of root on") == 1
-    assert "confirmed by you" in shown and "4 of 4 logins proved" in shown
+    assert "confirmed by you" in shown and "4 of 4 logins verified" in shown
     assert PASSWORD not in shown
     status, shown = at_terminal(a, two(trio), [])
     assert status == 0 and "Type yes" not in shown and "nothing was changed" in shown

@@ -8,8 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hunyuan_vllm.cluster.node_setup import NodeSetup, parse_variables
-from hunyuan_vllm.cluster.ports import TABLE, checked_ports, fixed_ports, worker_ports
+from hunyuan_vllm.cluster.ray_node import PORTS, WORKER_PORTS, NodeSetup, checked_ports, fixed_ports, parse_variables
 from hunyuan_vllm.ray_environment import NODE_FOLDER, cluster_variables, without_secrets
 from hunyuan_vllm.util.errors import UserError
 
@@ -36,7 +35,7 @@ def test_variables():
 
 
 def test_a_note_of_a_node_is_read_back():
-    assert NodeSetup.from_json(json.loads(json.dumps(WORKER.to_json()))) == WORKER
+    assert NodeSetup(**json.loads(json.dumps(WORKER.to_json()))) == WORKER
     assert NodeSetup("fd00::1", "fd00::1", "eth0", 1, "").gcs == "[fd00::1]:6379"
 
 
@@ -64,9 +63,9 @@ def test_variables_that_can():
 
 
 def test_ports_do_not_overlap_and_are_never_the_systems_choice():
-    numbers = [number for port in TABLE for number in range(port.first, port.last + 1)]
+    numbers = [number for port in PORTS for number in range(port.first, port.last + 1)]
     assert len(numbers) == len(set(numbers)) and max(numbers) < 32768
-    assert set(checked_ports()) == {*fixed_ports(head=True), worker_ports()[0], worker_ports()[-1]}
+    assert set(checked_ports()) == {*fixed_ports(head=True), WORKER_PORTS[0], WORKER_PORTS[-1]}
     assert fixed_ports(head=True).keys() - fixed_ports(head=False).keys() == {6379}
 
 
@@ -75,7 +74,7 @@ def test_the_document_lists_them():
     listed = [
         line.split("|")[1].strip() for line in lines if line.startswith("|") and ("refused" in line or "open |" in line)
     ]
-    assert listed == [str(port) for port in TABLE]
+    assert listed == [str(port) for port in PORTS]
 
 
 @pytest.mark.parametrize("setup", [HEAD, WORKER])

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from hunyuan_vllm.cluster.ray_token import make_token, read_token, store_token, token_file
+from hunyuan_vllm.cluster.token import make_token, read_token, token_file
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.files import make_private, read_private, write_private
 
@@ -67,8 +67,8 @@ def test_a_token_is_made_once(tmp_path):
     token = make_token(file)
     assert len(token) == 64 and make_token(file) == token == read_token(file)
     assert (mode(file), mode(file.parent)) == (0o600, 0o700)
-    assert not store_token(file, token)
-    assert store_token(file, "f" * 64) and read_token(file) == "f" * 64
+    assert not write_private(file, token)
+    assert write_private(file, "f" * 64) and read_token(file) == "f" * 64
     assert token_file({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "own")}, tmp_path) == tmp_path / "own"
 
 

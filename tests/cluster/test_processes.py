@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from hunyuan_vllm.cluster.processes import end_processes, ray_processes, works
+from hunyuan_vllm.cluster.processes import end_processes, ray_processes, workloads
 
 NAP = "import sys, time; print(1, flush=True); time.sleep(600)"
 PARENT = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {NAP!r}], start_new_session=True)"
@@ -74,6 +74,6 @@ def test_a_driver_counts_as_use_though_it_runs_nothing(session, started):
         busy = started(NAP, "ray::Worker.run", stderr=log)
     mine = [one for one in ray_processes() if one.pid in (notebook.pid, idle.pid, busy.pid)]
     assert len(mine) == 3
-    driver, actor = sorted(works(mine), reverse=True)
+    driver, actor = sorted(workloads(mine), reverse=True)
     assert driver.startswith("the driver ") and f"(pid {notebook.pid})" in driver
     assert actor.startswith("ray::Worker.run")

@@ -1,18 +1,17 @@
-"""Fingerprints, and which host keys are believed."""
+"""Fingerprints, and which host keys are trusted."""
 
 from __future__ import annotations
 
 import pytest
 from ssh_keys import keygen, public_key
 
-from hunyuan_vllm.cluster.host_keys import Fingerprints, Trust, judge
-from hunyuan_vllm.cluster.hosts import parse_hosts
-from hunyuan_vllm.cluster.problems import HostError
+from hunyuan_vllm.cluster.host_keys import Trust, parse_fingerprints, verify_host_key
+from hunyuan_vllm.cluster.hosts import HostError, parse_hosts
 from hunyuan_vllm.util.errors import UserError
 
 HOSTS = parse_hosts("10.0.0.1,node2,fd00::3", 36000, "root")
 NODE = HOSTS[0]
-NONE = Fingerprints({})
+NONE: dict[str, frozenset[str]] = {}
 
 
 @pytest.mark.parametrize("kind", ["ed25519", "ecdsa", "rsa"])
@@ -28,9 +27,9 @@ def test_given_on_the_command_line_or_in_a_file(tmp_path):
     file = tmp_path / "fingerprints"
     file.write_text(f"# of the fleet\n10.0.0.1 {a}\n10.0.0.1\t{b}\n\nFD00:0::3={b}\nelsewhere {a}\n")
     expected = {"10.0.0.1": {a, b}, "fd00::3": {b}}
-    assert Fingerprints.parse(str(file), HOSTS).of == expected
-    assert Fingerprints.parse(f"10.0.0.1={a}, 10.0.0.1={b} [fd00::3]={b}", HOSTS).of == expected
-    assert Fingerprints.parse(None, HOSTS).of == {}
+    assert parse_fingerprints(str(file), HOSTS) == expected
+    assert parse_fingerprints(f"10.0.0.1={a}, 10.0.0.1={b} [fd00::3]={b}", HOSTS) == expected
+    assert parse_fingerprints(None, HOSTS) == {}
 
 
 @pytest.mark.parametrize(
@@ -45,24 +44,24 @@ def test_given_on_the_command_line_or_in_a_file(tmp_path):
 )
 def test_what_is_no_fingerprint_is_named(text, words):
     with pytest.raises(UserError, match=words):
-        Fingerprints.parse(text, HOSTS)
+        parse_fingerprints(text, HOSTS)
 
 
 def known(number: int, kind: str = "ed25519") -> str:
     return f"{NODE.known_hosts_name} {public_key(number, kind)}\n"
 
 
-def vouched(number: int) -> Fingerprints:
-    return Fingerprints({NODE.address: frozenset({public_key(number).fingerprint})})
+def vouched(number: int) -> dict[str, frozenset[str]]:
+    return {NODE.name: frozenset({public_key(number).fingerprint})}
 
 
-def test_a_key_is_believed_for_a_reason():
+def test_why_a_key_is_trusted():
     key = public_key(0)
-    assert judge(NODE, key, "", NONE) is None
-    assert judge(NODE, key, f"other {public_key(1)}\n", NONE) is None
-    assert judge(NODE, key, known(0), NONE) is Trust.KNOWN
-    assert judge(NODE, key, "", vouched(0)) is Trust.GIVEN
-    assert judge(NODE, key, known(1), vouched(0)) is Trust.GIVEN
+    assert verify_host_key(NODE, key, "", NONE) is None
+    assert verify_host_key(NODE, key, f"other {public_key(1)}\n", NONE) is None
+    assert verify_host_key(NODE, key, known(0), NONE) is Trust.KNOWN
+    assert verify_host_key(NODE, key, "", vouched(0)) is Trust.GIVEN
+    assert verify_host_key(NODE, key, known(1), vouched(0)) is Trust.GIVEN
 
 
 @pytest.mark.parametrize(
@@ -78,6 +77,6 @@ def test_a_key_is_believed_for_a_reason():
 )
 def test_any_other_key_is_refused_with_its_fingerprint(text, fingerprints, words):
     with pytest.raises(HostError, match=words) as refused:
-        judge(NODE, public_key(0), text, fingerprints)
-    assert public_key(0).fingerprint in refused.value.problem.what
-    assert refused.value.problem.remedy
+        verify_host_key(NODE, public_key(0), text, fingerprints)
+    assert public_key(0).fingerprint in refused.value.text
+    assert refused.value.remedy

@@ -14,9 +14,8 @@ from manifests import ADDRESS, NAMESPACE, container, named, objects, pods, repli
 from waiting import eventually
 
 from hunyuan_vllm import envs
-from hunyuan_vllm.cluster.node_setup import NodeSetup
-from hunyuan_vllm.cluster.ports import TABLE
-from hunyuan_vllm.cluster.ray_token import PATH_VARIABLE
+from hunyuan_vllm.cluster.ray_node import PORTS, NodeSetup
+from hunyuan_vllm.cluster.token import PATH_VARIABLE
 from hunyuan_vllm.server.middleware import health
 from hunyuan_vllm.settings import DEFAULT_PORT, KEY_FILE_VARIABLE, Settings
 from hunyuan_vllm.util.net import INTERFACE_VARIABLES
@@ -76,11 +75,11 @@ def test_a_worker_joins_when_its_leader_is_there_and_ends_with_its_ray(tmp_path)
         with pytest.raises(subprocess.TimeoutExpired):
             worker.wait(timeout=1)
     assert worker.wait(timeout=20) == 1 and "Ray has ended" in worker.stderr.read()
-    assert (tmp_path / "asked").read_text() == "-m hunyuan_vllm.cluster.ray_command worker 10.0.0.4\n" * 2
+    assert (tmp_path / "asked").read_text() == "-m hunyuan_vllm.cli.ray worker 10.0.0.4\n" * 2
 
 
 def test_a_workers_probes_ask_its_ray():
-    (node_manager,) = [port.first for port in TABLE if port.name == "node manager"]
+    (node_manager,) = [port.first for port in PORTS if port.name == "node manager"]
     worker = container("worker")
     assert worker["ports"] == [{"name": "ray-node", "containerPort": node_manager}]
     assert f"/dev/tcp/$LOCAL_IP/{node_manager}" in worker["command"][-1]

@@ -10,7 +10,7 @@ from typing import Any
 
 from hosts import HOME, Host, Network
 
-from hunyuan_vllm.cluster.node_setup import NodeSetup
+from hunyuan_vllm.cluster.ray_node import NodeSetup
 from ray_hosts.served import Served
 
 __all__ = ["BIN", "RayHosts"]
@@ -58,7 +58,7 @@ class RayHosts:
         self._on_node(host, {"do": "stop"})
 
     def _on_node(self, host: Host, asked: dict[str, Any]) -> None:
-        module = "hunyuan_vllm.cluster.ray_node"
+        module = "hunyuan_vllm.cluster.ray_start"
         done = host.run(sys.executable, "-m", module, input=json.dumps(asked), env=SHELL, timeout=180)
         answer = json.loads(done.stdout)
         if "problem" in answer or answer.get("stuck"):

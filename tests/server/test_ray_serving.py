@@ -14,7 +14,7 @@ from ray_hosts.ordeal import endure, reference
 from ray_service import CANARIES, RayService
 
 from hunyuan_vllm import demo
-from hunyuan_vllm.cluster.ports import fixed_ports, worker_ports
+from hunyuan_vllm.cluster.ray_node import WORKER_PORTS, fixed_ports
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.server, pytest.mark.slow]
@@ -116,7 +116,7 @@ def test_open_ports_are_the_documented_ones(ray_service: RayService):
     """docs/security.md: Ray's of the table, the server's, and those that vLLM's ranks take of the system's range."""
     cluster = ray_service.cluster
     for host in (cluster.head, cluster.worker):
-        allowed = {*fixed_ports(host is cluster.head), *worker_ports()} | ({8020} if host is cluster.head else set())
+        allowed = {*fixed_ports(host is cluster.head), *WORKER_PORTS} | ({8020} if host is cluster.head else set())
         first, last = map(int, host.sh("cat /proc/sys/net/ipv4/ip_local_port_range").split())
         open_ports = set()
         for line in host.sh("ss -Hltnp").splitlines():

@@ -1,10 +1,8 @@
-"""What the set-up of logins did on each host"""
-
-from __future__ import annotations
+"""What the set-up of logins did on each host, as a table and as JSON"""
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
@@ -12,35 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hunyuan_vllm.cluster.host_keys import PublicKey, Trust
-from hunyuan_vllm.cluster.problems import Problem
-
-
-@dataclass
-class HostReport:
-    """One machine.
-
-    Attributes:
-        name: as the operator gave it.
-        host_key, trust: its host key and why it is believed; None where it was not reached or not believed.
-        user_key: public half of the key with which it logs in to others.
-        key_made: whether that was made in this run.
-        changed: files (below the home directory) that this run wrote.
-    """
-
-    name: str
-    hostname: str | None = None
-    host_key: PublicKey | None = None
-    trust: Trust | None = None
-    user_key: PublicKey | None = None
-    key_made: bool = False
-    changed: list[str] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-
-    def add(self, problem: Problem) -> None:
-        """Note a problem, once."""
-        if problem not in self.problems:
-            self.problems.append(problem)
+from hunyuan_vllm.cluster.host_keys import PublicKey
+from hunyuan_vllm.cluster.hosts import Host
+from hunyuan_vllm.util.findings import Finding
 
 
 @dataclass(frozen=True)
@@ -49,7 +21,7 @@ class Pair:
 
     source: str
     target: str
-    problem: Problem | None = None
+    problem: Finding | None = None
     tried: bool = True
 
     @property
@@ -59,9 +31,9 @@ class Pair:
 
 @dataclass(frozen=True)
 class Report:
-    """The whole run. It is a success when every pair was proved and no host has a problem."""
+    """The whole run. It is a success when every pair was verified and no host has a problem."""
 
-    hosts: list[HostReport]
+    hosts: list[Host]
     pairs: list[Pair]
 
     @property
@@ -79,7 +51,7 @@ class Report:
                 "hostname": host.hostname,
                 "host_key": _key(host.host_key),
                 "trust": host.trust,
-                "user_key": _key(host.user_key),
+                "user_key": _key(PublicKey.parse((host.public_line or "").split())),
                 "key_made": host.key_made,
                 "changed": host.changed,
                 "problems": [_problem(problem) for problem in host.problems],
@@ -98,8 +70,8 @@ def _key(key: PublicKey | None) -> dict[str, str] | None:
     return None if key is None else {"type": key.type, "fingerprint": key.fingerprint}
 
 
-def _problem(problem: Problem | None) -> dict[str, Any] | None:
-    return None if problem is None else {"what": problem.what, "remedy": problem.remedy}
+def _problem(problem: Finding | None) -> dict[str, Any] | None:
+    return None if problem is None else {"what": problem.text, "remedy": problem.remedy}
 
 
 NAMED = 8  # up to so many hosts there is room for their names before the matrix
@@ -112,29 +84,29 @@ def show(report: Report, console: Console) -> None:
     console.print(_matrix(report))
     for host in report.hosts:
         for problem in host.problems:
-            _say(console, host.name, problem.what, problem.remedy)
-    for (target, problem), sources in _unexplained(report).items():
-        _say(console, f"{', '.join(sources)} → {target}", problem.what, problem.remedy)
-    console.print(Text(_verdict(report), style="bold"), soft_wrap=True)
+            _show_problem(console, host.name, problem.text, problem.remedy)
+    for (target, text, remedy), sources in _unexplained(report).items():
+        _show_problem(console, f"{', '.join(sources)} → {target}", text, remedy)
+    console.print(Text(_summary(report), style="bold"), soft_wrap=True)
 
 
-def _unexplained(report: Report) -> dict[tuple[str, Problem], list[str]]:
-    """Failed logins between hosts without a problem of their own: (target, problem) → sources."""
-    ill = {host.name for host in report.hosts if host.problems}
-    found: dict[tuple[str, Problem], list[str]] = {}
+def _unexplained(report: Report) -> dict[tuple[str, str, str], list[str]]:
+    """Failed logins between hosts without a problem of their own: (target, text, remedy) → sources."""
+    failed = {host.name for host in report.hosts if host.problems}
+    found: dict[tuple[str, str, str], list[str]] = {}
     for pair in report.pairs:
-        if pair.problem is not None and pair.source not in ill and pair.target not in ill:
-            found.setdefault((pair.target, pair.problem), []).append(pair.source)
+        if pair.problem is not None and pair.source not in failed and pair.target not in failed:
+            found.setdefault((pair.target, pair.problem.text, pair.problem.remedy), []).append(pair.source)
     return found
 
 
-def _hosts(hosts: Iterable[HostReport]) -> Table:
+def _hosts(hosts: Iterable[Host]) -> Table:
     table = Table()
     for title in ("#", "host", "host key", "its own key", "changed", "state"):
         table.add_column(title, overflow="fold")
     for number, host in enumerate(hosts, 1):
         host_key = f"{host.host_key.kind} {host.host_key.fingerprint}\n" if host.host_key else ""
-        user_key = "" if host.user_key is None else "made" if host.key_made else "there before"
+        user_key = "" if host.public_line is None else "made" if host.key_made else "existed"
         changed = "\n".join(host.changed) or "nothing"
         state = Text("ok", style="green") if not host.problems else Text("failed", style="red")
         name = host.name if host.hostname in (None, host.name) else f"{host.name}\n({host.hostname})"
@@ -163,14 +135,14 @@ def _cell(pair: Pair) -> Text:
     return Text("no", style="red") if pair.tried else Text("-", style="dim")
 
 
-def _say(console: Console, where: str, what: str, remedy: str) -> None:
+def _show_problem(console: Console, where: str, text: str, remedy: str) -> None:
     # Text, not markup: some of it is what a host sent.
-    console.print(Text.assemble((f"{where}: ", "bold red"), what), soft_wrap=True)
+    console.print(Text.assemble((f"{where}: ", "bold red"), text), soft_wrap=True)
     console.print(Text(f"    {remedy}"), soft_wrap=True)
 
 
-def _verdict(report: Report) -> str:
-    proved = sum(pair.ok for pair in report.pairs)
+def _summary(report: Report) -> str:
+    verified = sum(pair.ok for pair in report.pairs)
     changed = "files were changed" if report.changed else "nothing was changed"
-    text = f"{proved} of {len(report.pairs)} logins proved, {changed}."
-    return text if report.ok else f"{text} Mend the above and run it again."
+    text = f"{verified} of {len(report.pairs)} logins verified, {changed}."
+    return text if report.ok else f"{text} Solve the problems above and run it again."

@@ -1,15 +1,11 @@
 """Ray's token: whoever has it may join the cluster and run anything on it, so it is made once and kept private."""
 
-from __future__ import annotations
-
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
 from hunyuan_vllm.util.errors import UserError
-from hunyuan_vllm.util.files import make_private, read_private, write_private
-
-__all__ = ["PATH_VARIABLE", "make_token", "read_token", "store_token", "token_file"]
+from hunyuan_vllm.util.files import make_private, read_private
 
 PATH_VARIABLE = "RAY_AUTH_TOKEN_PATH"
 BYTES = 32
@@ -46,8 +42,3 @@ def make_token(file: Path) -> str:
     token = read_token(file)
     assert token is not None
     return token
-
-
-def store_token(file: Path, token: str) -> bool:
-    """Keep the head's token on this node; whether there was none before, or another one."""
-    return write_private(file, token)

@@ -1,6 +1,4 @@
-"""One node, by hand on it: what `ray_head.sh`, `ray_worker.sh` and `ray_stop.sh` run; `cluster up` does all hosts."""
-
-from __future__ import annotations
+"""Ray on this machine alone: what `ray_head.sh`, `ray_worker.sh` and `ray_stop.sh` run; `cluster up` does all hosts"""
 
 import os
 import shlex
@@ -8,18 +6,16 @@ import socket
 import sys
 from pathlib import Path
 
-import psutil
 import typer
 
-from hunyuan_vllm.cluster.node_setup import NodeSetup, parse_variables
-from hunyuan_vllm.cluster.ports import GCS_PORT
-from hunyuan_vllm.cluster.processes import ray_processes, shown
-from hunyuan_vllm.cluster.ray_node import look, stop
-from hunyuan_vllm.cluster.ray_start import find_ray, start
-from hunyuan_vllm.cluster.ray_token import make_token, token_file
+from hunyuan_vllm.cluster.processes import process_title, ray_processes
+from hunyuan_vllm.cluster.ray_node import GCS_PORT, NodeSetup, parse_variables
+from hunyuan_vllm.cluster.ray_start import find_ray, read_ray_state, start, stop
+from hunyuan_vllm.cluster.token import make_token, token_file
 from hunyuan_vllm.ray_environment import NODE_FOLDER
 from hunyuan_vllm.settings import Settings
 from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.net import family_of, interface_of, is_loopback, own_addresses, own_interfaces
 from hunyuan_vllm.util.text import some
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -71,35 +67,41 @@ def worker(
 
 
 @app.command("stop")
-def end(dry_run: bool = typer.Option(False, "--dry-run", help="Say what would be ended, change nothing.")) -> None:
-    """End all of Ray on this machine that is this user's, workers that outlived it too."""
+def end(dry_run: bool = typer.Option(False, "--dry-run", help="Print what would be ended, change nothing.")) -> None:
+    """End all of Ray on this machine that is this user's, including stale workers."""
     if dry_run:
-        found = [shown(process) for process in ray_processes()]
+        found = [process_title(process) for process in ray_processes()]
         _say(f"these would be ended: {some(found)}" if found else "no Ray runs here")
         return
+    ended = _stop()
+    _say(f"{ended} of Ray ended" if ended else "no Ray ran here")
+
+
+def _stop() -> str:
+    """How many processes were ended, in words; empty for none."""
     ended, stuck = stop()
     if stuck:
         raise UserError(f"these processes of Ray do not end: {some(stuck)}; reboot")
-    _say(f"{len(ended)} processes of Ray were ended" if ended else "no Ray ran here")
+    return "" if not ended else "1 process" if len(ended) == 1 else f"{len(ended)} processes"
 
 
 def _setup(
     own: str, head_address: str, interface: str | None, gpus: int | None, encrypt: bool, variables: list[str]
 ) -> NodeSetup:
-    interfaces = {name: [entry.address for entry in entries] for name, entries in psutil.net_if_addrs().items()}
-    carrying = next((name for name, addresses in interfaces.items() if own in addresses), None)
-    if carrying is None:
-        here = sorted(address for addresses in interfaces.values() for address in addresses if ":" not in address)
+    interfaces = own_interfaces()
+    found = interface_of(own, interfaces)
+    if found is None:
+        here = sorted(address for address in own_addresses() if ":" not in address)
         raise UserError(f"{own} is not this machine's address: it has {', '.join(here)}")
-    wanted = interface or Settings.read(os.environ).socket_ifname or carrying
-    if own not in interfaces.get(wanted, []):
-        raise UserError(f"{wanted} does not have {own}: {carrying} does")
+    wanted = interface or Settings.read(os.environ).socket_ifname or found
+    if own not in interfaces.get(wanted, ()):
+        raise UserError(f"{wanted} does not have {own}: {found} does")
     home = Path.home()
     return NodeSetup(
         address=own,
         head=head_address,
         interface=wanted,
-        gpus=look(own).gpus if gpus is None else gpus,
+        gpus=read_ray_state(own).gpus if gpus is None else gpus,
         token_file=str(token_file(os.environ, home)),
         tls=str(home / NODE_FOLDER / "tls") if encrypt else None,
         variables=parse_variables(variables),
@@ -107,53 +109,45 @@ def _setup(
 
 
 def _start(setup: NodeSetup, force: bool) -> None:
-    in_the_way = _in_the_way(setup, force)
-    if in_the_way is None:
-        _say("Ray runs here as asked for; nothing was changed")
+    old = _old_processes(setup, force)
+    if old is None:
+        _say("Ray already runs here as requested; nothing was changed")
         return
-    if in_the_way:
-        ended, stuck = stop()
-        if stuck:
-            raise UserError(f"these processes of an old Ray do not end: {some(stuck)}; reboot")
-        _say(f"a Ray from before was ended: {len(ended)} processes")
+    if old:
+        _say(f"an earlier Ray was ended: {_stop()}")
     for line in start(setup):
         _say(line)
 
 
 def _show(setup: NodeSetup, force: bool) -> None:
     """What `_start` would do; the command as a line to paste into a shell."""
-    in_the_way = _in_the_way(setup, force)
-    if in_the_way is None:
-        _say("Ray runs here as asked for; nothing would be changed")
+    old = _old_processes(setup, force)
+    if old is None:
+        _say("Ray already runs here as requested; nothing would be changed")
         return
-    if in_the_way:
-        _say(f"a Ray from before would be ended: {some(in_the_way)}")
+    if old:
+        _say(f"an earlier Ray would be ended: {some(old)}")
     variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in setup.environment().items())
     print(f"env {variables} \\\n  ray {shlex.join(setup.ray_arguments())}")
 
 
-def _in_the_way(setup: NodeSetup, force: bool) -> list[str] | None:
-    """Processes of another Ray that must end first; None where Ray runs as asked for.
+def _old_processes(setup: NodeSetup, force: bool) -> list[str] | None:
+    """Processes of another Ray that must end first; None where Ray runs as requested.
 
     Raises:
-        UserError: something computes on that Ray.
+        UserError: that Ray is in use.
     """
-    looked = look(setup.address)
-    if looked.setup == setup:
+    ray = read_ray_state(setup.address)
+    if ray.setup == setup:
         return None
-    if looked.raylets and looked.works and not force:
-        raise UserError(f"another Ray runs here, and on it {some(looked.works)}: stop that, or give --force")
-    return looked.processes
+    if ray.raylets and ray.workloads and not force:
+        raise UserError(f"another Ray runs here, used by {some(ray.workloads)}: stop that, or give --force")
+    return ray.processes
 
 
 def _own_address() -> str:
-    """The only address that others could reach; which one of several, only a person knows."""
-    found = [
-        entry.address
-        for entries in psutil.net_if_addrs().values()
-        for entry in entries
-        if entry.family == socket.AF_INET and not entry.address.startswith("127.")
-    ]
+    """The only address that others could reach; if there are several, the user must choose."""
+    found = sorted(address for address in own_addresses() if ":" not in address and not is_loopback(address))
     if len(found) != 1:
         has = f"has several addresses ({', '.join(found)})" if found else "has no address that others reach"
         raise UserError(f"this machine {has}: name one with LOCAL_IP=")
@@ -162,9 +156,8 @@ def _own_address() -> str:
 
 def _address_towards(other: str) -> str:
     """The address that a connection to `other` would come from; nothing is sent."""
-    family = socket.AF_INET6 if ":" in other else socket.AF_INET
     try:
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        with socket.socket(family_of(other), socket.SOCK_DGRAM) as probe:
             probe.connect((other, GCS_PORT))
             address: str = probe.getsockname()[0]
             return address

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +12,9 @@ import psutil
 import pytest
 from typer.testing import CliRunner, Result
 
-from hunyuan_vllm.cluster import ray_command
-from hunyuan_vllm.cluster.node_setup import NodeSetup
-from hunyuan_vllm.cluster.ray_node import Looked
+from hunyuan_vllm.cli import ray
+from hunyuan_vllm.cluster.ray_node import NodeSetup
+from hunyuan_vllm.cluster.ray_start import RayState
 from hunyuan_vllm.util.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -25,22 +26,22 @@ OLD_RAY = ["raylet (pid 77)", "gcs_server (pid 78)"]
 def node(monkeypatch, tmp_path):
     """A machine with both nodes' addresses and eight GPUs; what is there of Ray can be set."""
     there = SimpleNamespace(setup=None, processes=[], works=[])
-    interfaces = {"bond1": [SimpleNamespace(address=address) for address in NODES]}
-    monkeypatch.setattr(psutil, "net_if_addrs", lambda: interfaces)
+    entries = [SimpleNamespace(address=address, family=socket.AF_INET) for address in NODES]
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: {"bond1": entries})
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("LOCAL_IP", "SOCKET_IFNAME", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(
-        ray_command, "look",
-        lambda address: Looked(str(tmp_path), {}, 8, there.setup, there.processes, len(there.works), there.works),
+        ray, "read_ray_state",
+        lambda address: RayState(str(tmp_path), {}, 8, there.setup, there.processes, len(there.works), there.works),
     )  # fmt: skip
     for name in ("start", "stop"):
-        monkeypatch.setattr(ray_command, name, lambda *_: pytest.fail("a dry run changed something"))
+        monkeypatch.setattr(ray, name, lambda *_: pytest.fail("a dry run changed something"))
     return there
 
 
 def dry_run(*words: str) -> Result:
-    return CliRunner().invoke(ray_command.app, [*words, "--dry-run"])
+    return CliRunner().invoke(ray.app, [*words, "--dry-run"])
 
 
 def parsed(shown: str) -> tuple[dict[str, str], dict[str, object]]:
@@ -69,10 +70,10 @@ def test_two_nodes(node, tmp_path):
 def test_what_is_there_already_is_said(node, tmp_path):
     node.processes = OLD_RAY
     old = dry_run("head", "--address", NODES[0])
-    assert "a Ray from before would be ended: raylet (pid 77)" in old.stderr and "ray start --head" in old.stdout
+    assert "an earlier Ray would be ended: raylet (pid 77)" in old.stderr and "ray start --head" in old.stdout
     node.works = ["an actor"]
     busy = dry_run("head", "--address", NODES[0])
-    assert isinstance(busy.exception, UserError) and "on it an actor: stop that" in str(busy.exception)
+    assert isinstance(busy.exception, UserError) and "used by an actor: stop that" in str(busy.exception)
     assert "ray start" in dry_run("head", "--address", NODES[0], "--force").stdout
     node.setup = NodeSetup(NODES[0], NODES[0], "bond1", 8, f"{tmp_path}/.ray/auth_token")
     same = dry_run("head", "--address", NODES[0])
@@ -81,16 +82,16 @@ def test_what_is_there_already_is_said(node, tmp_path):
 
 def test_without_ray_no_token_is_left_behind(node, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
-    done = CliRunner().invoke(ray_command.app, ["head", "--address", NODES[0]])
+    done = CliRunner().invoke(ray.app, ["head", "--address", NODES[0]])
     assert isinstance(done.exception, UserError) and "Ray is not installed" in str(done.exception)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_stop(node, monkeypatch):
-    monkeypatch.setattr(ray_command, "ray_processes", lambda: [])
+    monkeypatch.setattr(ray, "ray_processes", lambda: [])
     assert "no Ray runs here" in dry_run("stop").stderr
-    monkeypatch.setattr(ray_command, "ray_processes", lambda: [psutil.Process()])
-    assert f"these would be ended: {ray_command.shown(psutil.Process())}" in dry_run("stop").stderr
+    monkeypatch.setattr(ray, "ray_processes", lambda: [psutil.Process()])
+    assert f"these would be ended: {ray.process_title(psutil.Process())}" in dry_run("stop").stderr
 
 
 def test_documents_show_them(node, tmp_path):

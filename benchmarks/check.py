@@ -27,8 +27,8 @@ from common import Report, Spread, checkpoint_option, interleaved, mid_checkpoin
 from hunyuan_vllm.check.deep import read_through
 from hunyuan_vllm.check.files import ITEM_BYTES, read_shards
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.quant.formats import stored_format
-from hunyuan_vllm.quant.layouts import PLAIN, describe
+from hunyuan_vllm.quant.formats import PLAIN
+from hunyuan_vllm.quant.quantization_config import describe, stored_format
 
 PUBLISHED: dict[str, Any] = dict(
     architectures=["HunYuanForCausalLM"], torch_dtype="bfloat16", tie_word_embeddings=True, num_key_value_heads=8,

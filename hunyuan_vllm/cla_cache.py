@@ -19,7 +19,7 @@ from vllm.platforms import current_platform
 from hunyuan_vllm import envs
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.kv_cache import CacheShape
-from hunyuan_vllm.quant.cpu import fp8 as cpu_fp8
+from hunyuan_vllm.quant.cpu import to_be_truncated
 from hunyuan_vllm.quant.fp8 import normalised_key_scale
 from hunyuan_vllm.quant.rounding import E4M3_MAX
 
@@ -98,8 +98,8 @@ class CLAAttention(Attention):
     ) -> torch.Tensor:
         """vLLM's; on CPUs, what goes into an FP8 cache is rounded to nearest first, which the kernel does not."""
         if self.is_e4m3 and current_platform.is_cpu() and key is not None and value is not None:
-            key = cpu_fp8.to_be_truncated(key, self._k_scale)
-            value = cpu_fp8.to_be_truncated(value, self._v_scale)
+            key = to_be_truncated(key, self._k_scale)
+            value = to_be_truncated(value, self._v_scale)
         return super().forward(query, key, value, *args, **kwargs)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:

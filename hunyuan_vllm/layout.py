@@ -18,8 +18,14 @@ Shape = tuple[int, ...]
 
 FLOATS = ("BF16", "F16", "F32")  # as safetensors' headers spell them
 
-_FUSED_QKV = re.compile(r"^(.*\.self_attn\.)qkv_proj\.(weight|bias)$")
-_FUSED_GATE_UP = re.compile(r"^(.*\.)gate_and_up_proj\.(weight|bias)$")
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_and_up_proj": ("up_proj", "gate_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),  # the engine's own; no published file has it
+}
+"""Fused projections and their parts, in the order of the rows."""
+
+_FUSED_TENSOR = re.compile(r"^(.*\.)(qkv_proj|gate_and_up_proj)\.(weight|bias|weight_scale|input_scale)$")
 
 
 class CheckpointError(ValueError):
@@ -180,12 +186,8 @@ class Layout:
         """
         if name in self.known:
             return (name,)
-        if match := _FUSED_QKV.match(name):
-            parts = tuple(f"{match[1]}{part}_proj.{match[2]}" for part in "qkv")
-        elif match := _FUSED_GATE_UP.match(name):
-            parts = tuple(f"{match[1]}{part}_proj.{match[2]}" for part in ("up", "gate"))
-        else:
-            parts = (name,)
+        match = _FUSED_TENSOR.match(name)
+        parts = tuple(f"{match[1]}{part}.{match[3]}" for part in FUSED[match[2]]) if match else (name,)
         if all(part in self.known for part in parts):
             return parts
         if self._is_unused(name, parts):

@@ -25,7 +25,8 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, i
 from hunyuan_vllm.attention import FoldedQueryNorm
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import CheckpointError, Layout
-from hunyuan_vllm.quant.scheme import CheckpointScheme, is_quantised, scheme_layout
+from hunyuan_vllm.quant.base import HunYuanQuantization, loaded_layout
+from hunyuan_vllm.quant.layouts import is_quantised
 from hunyuan_vllm.util.text import duration
 
 if TYPE_CHECKING:
@@ -126,8 +127,8 @@ def load_checkpoint(model: HunYuanForCausalLM, weights: Iterable[tuple[str, torc
     Raises:
         CheckpointError: a tensor is unknown, misshapen, not finite, there twice, or missing; the message names it.
     """
-    scheme = model.quant_config if isinstance(model.quant_config, CheckpointScheme) else None
-    layout = scheme_layout(model.quant_config, model.config)
+    scheme = model.quant_config if isinstance(model.quant_config, HunYuanQuantization) else None
+    layout = loaded_layout(model.quant_config, model.config)
     seen: set[str] = set()
     use_bar = model.vllm_config.load_config.use_tqdm_on_load
     progress = LoadProgress(layout, shown=get_world_group().rank_in_group == 0, bar=use_bar)
@@ -158,7 +159,7 @@ def _refusals_explained(model: HunYuanForCausalLM) -> Iterator[None]:
     except CheckpointError:
         raise
     except (ValueError, AttributeError) as error:
-        if model.quant_config is None or isinstance(model.quant_config, CheckpointScheme):
+        if model.quant_config is None or isinstance(model.quant_config, HunYuanQuantization):
             raise
         reason = str(error).partition(". The available")[0]
         raise CheckpointError(
@@ -193,7 +194,7 @@ def _checked(
 
 def _converted(
     model: HunYuanForCausalLM,
-    scheme: CheckpointScheme,
+    scheme: HunYuanQuantization,
     tensors: Iterable[tuple[str, torch.Tensor]],
     progress: LoadProgress,
 ) -> Iterator[tuple[str, torch.Tensor]]:

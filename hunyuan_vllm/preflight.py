@@ -18,8 +18,8 @@ from hunyuan_vllm.checkpoint import check_headers
 from hunyuan_vllm.config import CONFIG_CLASSES, HunYuanConfig
 from hunyuan_vllm.kv_cache import check_pipeline
 from hunyuan_vllm.layout import mlp_widths, tensor_parallel_sizes
+from hunyuan_vllm.quant.base import layout_of
 from hunyuan_vllm.quant.preflight import check_quantisation
-from hunyuan_vllm.quant.scheme import layout_of
 from hunyuan_vllm.ray_environment import join_own_cluster
 from hunyuan_vllm.util.errors import UserError
 

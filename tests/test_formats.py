@@ -17,7 +17,7 @@ from hunyuan_vllm.check.files import open_folder
 from hunyuan_vllm.check.run import check_folder
 from hunyuan_vllm.cli import app
 from hunyuan_vllm.plan.model import open_planned
-from hunyuan_vllm.quant.formats import quantization_of, stored_format
+from hunyuan_vllm.quant.quantization_config import quantization_of, stored_format
 from hunyuan_vllm.server.hardware import Machine
 from hunyuan_vllm.server.launch import decide
 from hunyuan_vllm.server.models import open_model
@@ -140,7 +140,7 @@ def test_tensors_of_a_method_are_named(change: Callable[..., Any], message: str,
 
 
 def test_layers_that_are_left_unquantised(source: Path, tmp_path: Path) -> None:
-    """GPTQ and AWQ show it by their tensors; what the engine computes in one product must be stored alike."""
+    """GPTQ and AWQ show it by their tensors; what the engine computes in one GEMM must be stored alike."""
     stored, _ = quantise(source, tmp_path / "whole", "awq", skip=("shared_mlp", "o_proj"))
     assert answers(stored) == ("", "", "")
     stored, _ = quantise(source, tmp_path / "part", "awq", skip=("shared_mlp.up_proj",))

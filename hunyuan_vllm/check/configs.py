@@ -11,7 +11,8 @@ from typing import Any
 from hunyuan_vllm.checkpoint import PUBLISHED_AT
 from hunyuan_vllm.config import ARCHITECTURES, CONFIG_CLASSES, HunYuanConfig
 from hunyuan_vllm.layout import expected_tensors, tensor_parallel_sizes
-from hunyuan_vllm.quant.formats import Format, UnservedFormat, read_format
+from hunyuan_vllm.quant.formats import Format, UnservedFormat
+from hunyuan_vllm.quant.quantization_config import read_format
 from hunyuan_vllm.util.findings import Section
 
 AGAIN = f"download config.json again; published: {PUBLISHED_AT}"

@@ -11,7 +11,8 @@ from hunyuan_vllm import demo
 from hunyuan_vllm.checkpoint import missing_config
 from hunyuan_vllm.config import CONFIG_CLASSES, HunYuanConfig
 from hunyuan_vllm.layout import tensor_parallel_sizes
-from hunyuan_vllm.quant.formats import Format, read_format
+from hunyuan_vllm.quant.formats import Format
+from hunyuan_vllm.quant.quantization_config import read_format
 from hunyuan_vllm.util.errors import UserError
 
 Part = Literal["attention", "experts", "shared mlp", "dense mlp", "router"]
@@ -43,7 +44,7 @@ class Matrix:
 
     @property
     def quantised(self) -> bool:
-        """Whether the int8 and FP8 schemes quantise it (`hunyuan_vllm.quant.scheme.is_quantised`)."""
+        """Whether the int8 and FP8 schemes quantise it (`hunyuan_vllm.quant.layouts.is_quantised`)."""
         return self.part in ("attention", "experts", "shared mlp", "dense mlp")
 
 

@@ -7,7 +7,7 @@ from hunyuan_vllm.plan.hardware import Gpu
 from hunyuan_vllm.plan.model import Matrix
 from hunyuan_vllm.quant import schemes as quant
 from hunyuan_vllm.quant.formats import Format
-from hunyuan_vllm.quant.method_layout import StoredTensors
+from hunyuan_vllm.quant.layouts import StoredTensors
 
 BF16, FLOAT32, INT64 = 2, 4, 8
 
@@ -139,7 +139,7 @@ def find_scheme(name: str) -> Scheme:
 
 def scheme_of_checkpoint(form: Format) -> Scheme:
     """The scheme of a checkpoint that is stored in this format."""
-    if form.method is None:
+    if form.stored is None or form.ours:
         return SCHEMES[str(form.scheme)]
     marlin: dict[str, tuple[float, int]] = {"bf16": (inf, 0), "fp8": (8, 9), "fp4": (10, 0), "int8": (0, 0)}
     return Scheme(
@@ -147,7 +147,7 @@ def scheme_of_checkpoint(form: Format) -> Scheme:
         itemsize=form.bits / 8,
         operands=form.operands,
         marlin_below=marlin[form.operands],
-        stored=form.method("model.layers.0.self_attn.q_proj"),
+        stored=form.stored("model.layers.0.self_attn.q_proj"),
         format=form,
     )
 

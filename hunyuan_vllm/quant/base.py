@@ -1,15 +1,22 @@
-"""What all quantisations that we register with vLLM answer alike."""
+"""What all quantisations registered with vLLM share, and the hook between them and the loader"""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import Tensor
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.platforms import current_platform
 
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.quant.scheme import CheckpointScheme
+from hunyuan_vllm.layout import Layout
+from hunyuan_vllm.quant.quantization_config import quantization_of, stored_format
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 
 def is_hunyuan(hf_config: Any) -> bool:
@@ -17,10 +24,28 @@ def is_hunyuan(hf_config: Any) -> bool:
     return isinstance(hf_config, HunYuanConfig)
 
 
-class RegisteredQuantization(QuantizationConfig, CheckpointScheme):
+class HunYuanQuantization(QuantizationConfig):
     """A quantisation of Hunyuan networks, under a name of its own."""
 
     name: ClassVar[str]
+
+    # What the loader asks.
+
+    @abstractmethod
+    def layout(self, config: HunYuanConfig) -> Layout:
+        """Names and shapes of the tensors in a checkpoint of this quantisation."""
+
+    @abstractmethod
+    def load(self, name: str, tensor: Tensor) -> Iterable[tuple[str, Tensor]]:
+        """What the model is to load for a canonical tensor: itself, or what it is converted to.
+
+        `tensor` is whole, not a rank's shard, so that scales taken from it do not depend on the number of ranks.
+
+        Raises:
+            CheckpointError: the tensor's values cannot be used; the message names it.
+        """
+
+    # What vLLM asks.
 
     def get_name(self) -> str:
         return self.name
@@ -39,6 +64,31 @@ class RegisteredQuantization(QuantizationConfig, CheckpointScheme):
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Raises ValueError for a model of another kind, whose loader would not ask us."""
         if not is_hunyuan(hf_config):
-            raise ValueError(
-                f"quantization={self.name!r} is for Hunyuan-Large checkpoints; {model_name} is another model"
-            )
+            raise ValueError(f"quantization={self.name!r} is for Hunyuan checkpoints; {model_name} is another model")
+
+
+def layout_of(vllm_config: VllmConfig) -> Layout:
+    """What the engine's checkpoint should hold.
+
+    Raises:
+        UnservedFormat: it is in a format that cannot be loaded.
+    """
+    from vllm.model_executor.model_loader.weight_utils import get_quant_config
+
+    model_config = vllm_config.model_config
+    config: HunYuanConfig = model_config.hf_config
+    if model_config.quantization is None:
+        return Layout(config)
+    # vLLM fills in `vllm_config.quant_config` only after its model hooks have run.
+    return loaded_layout(vllm_config.quant_config or get_quant_config(model_config, vllm_config.load_config), config)
+
+
+def loaded_layout(quant_config: QuantizationConfig | None, config: HunYuanConfig) -> Layout:
+    """What a checkpoint that `quant_config` loads holds: as our quantisation says, or as config.json does.
+
+    Raises:
+        UnservedFormat: it is in a format that cannot be loaded.
+    """
+    if isinstance(quant_config, HunYuanQuantization):
+        return quant_config.layout(config)
+    return stored_format(quantization_of(vars(config))).layout(config)

@@ -14,12 +14,11 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.layout import CheckpointError
-from hunyuan_vllm.quant.base import RegisteredQuantization, is_hunyuan
-from hunyuan_vllm.quant.formats import quantization_of
-from hunyuan_vllm.quant.layouts import E4M3_NAME, Fp8Layout, IgnoredLayers, ignored_layers, is_static_per_tensor
+from hunyuan_vllm.layout import CheckpointError, Layout
+from hunyuan_vllm.quant.base import HunYuanQuantization, is_hunyuan
+from hunyuan_vllm.quant.layouts import E4M3_NAME, IgnoredLayers, is_quantised
+from hunyuan_vllm.quant.quantization_config import ignored_layers, is_static_fp8, quantization_of, static_fp8
 from hunyuan_vllm.quant.rounding import E4M3, E4M3_MAX
-from hunyuan_vllm.quant.scheme import is_quantised
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -68,11 +67,11 @@ logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below i
 _EXPERT_INPUT_SCALE = re.compile(r"^(.*\.experts\.\d+)\.(?:gate|up)_proj\.input_scale$")
 
 
-class HunYuanFp8Config(RegisteredQuantization):
+class HunYuanFp8Config(HunYuanQuantization):
     """Weights and activations in E4M3 with one static scale a tensor.
 
     Args:
-        ignored: the linears that the checkpoint left unquantised.
+        ignored: the linear layers that the checkpoint left unquantised.
     """
 
     name: ClassVar[str] = "hunyuan_fp8"
@@ -87,7 +86,7 @@ class HunYuanFp8Config(RegisteredQuantization):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> HunYuanFp8Config:
-        if not is_static_per_tensor(config):
+        if not is_static_fp8(config):
             raise ValueError(
                 f"quantization={cls.name!r} reads FP8 checkpoints with one static scale a tensor, and in config.json "
                 f"quantization_config is {config}: make one with hunyuan-vllm quantize --scheme fp8"
@@ -99,7 +98,7 @@ class HunYuanFp8Config(RegisteredQuantization):
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
         """Takes over static per-tensor FP8 checkpoints of Hunyuan networks from vLLM's own methods."""
-        ours = is_static_per_tensor(hf_quant_cfg) and is_hunyuan(hf_config)
+        ours = is_static_fp8(hf_quant_cfg) and is_hunyuan(hf_config)
         methods = (None, cls.name, "fp8", "compressed-tensors", "modelopt")
         return cls.name if ours and user_quant in methods else None
 
@@ -119,22 +118,22 @@ class HunYuanFp8Config(RegisteredQuantization):
             from hunyuan_vllm.quant import fp8_layers
 
             self._say_how_cpus_compute()
-            return fp8_layers.linear_method(self.stock)
+            return fp8_layers.linear_method(self.upstream)
         if isinstance(layer, RoutedExperts) and not self.ignored.covers(prefix):
             from hunyuan_vllm.quant import fp8_layers
 
-            return fp8_layers.experts_method(self.stock, layer)
+            return fp8_layers.experts_method(self.upstream, layer)
         return None
 
-    # What the loader asks of a scheme.
+    # What the loader asks.
 
-    def layout(self, config: HunYuanConfig) -> Fp8Layout:
+    def layout(self, config: HunYuanConfig) -> Layout:
         if quantization_of(vars(config)) is None:
             raise CheckpointError(
                 f"quantization={self.name!r} needs an FP8 checkpoint, and this one is not quantised: make one with "
                 "hunyuan-vllm quantize SOURCE DESTINATION --scheme fp8"
             )
-        return Fp8Layout(config, self.ignored)
+        return static_fp8(self.ignored).layout(config)
 
     def load(self, name: str, tensor: Tensor) -> Iterable[tuple[str, Tensor]]:
         if name.endswith("_scale"):
@@ -144,11 +143,11 @@ class HunYuanFp8Config(RegisteredQuantization):
         if is_cache_scale(name):
             self.cache_scales.keep(name, tensor.item())  # `cla_cache.py` takes it from there
         elif match := _EXPERT_INPUT_SCALE.match(name):
-            yield from self._greater_input_scale(match[1], tensor)
+            yield from self._max_input_scale(match[1], tensor)
         else:
             yield name, tensor
 
-    def _greater_input_scale(self, expert: str, scale: Tensor) -> Iterable[tuple[str, Tensor]]:
+    def _max_input_scale(self, expert: str, scale: Tensor) -> Iterable[tuple[str, Tensor]]:
         """The greater of an expert's gate's and up's, once both are there: they have one input, and vLLM has one place
         for both scales, where the last one read would stay."""
         if expert not in self._input_scales:
@@ -167,7 +166,7 @@ class HunYuanFp8Config(RegisteredQuantization):
     # Between the two.
 
     @cached_property
-    def stock(self) -> Fp8Config:
+    def upstream(self) -> Fp8Config:
         """vLLM's own config for the same quantisation, which its methods ask."""
         from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 

@@ -21,7 +21,7 @@ from vllm.model_executor.parameter import PerTensorScaleParameter
 from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 from vllm.platforms import current_platform
 
-from hunyuan_vllm.quant.cpu import fp8 as cpu_fp8
+from hunyuan_vllm.quant.cpu import expand_fp8, fp8_experts, fp8_linear
 from hunyuan_vllm.quant.rounding import E4M3
 
 _ALIGNMENT = 16  # of both dimensions, for FP8 matrix products on CUDA
@@ -102,12 +102,12 @@ class CPUFp8LinearMethod(LinearMethodBase):
         layer.register_parameter("input_scale", create_fp8_input_scale(output_partition_sizes, weight_loader))
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        replace_parameter(layer, "weight", cpu_fp8.expand(layer.weight.data, layer.orig_dtype))
+        replace_parameter(layer, "weight", expand_fp8(layer.weight.data, layer.orig_dtype))
         replace_parameter(layer, "weight_scale", _channel_scales(layer))
         replace_parameter(layer, "input_scale", layer.input_scale.data.max())
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return cpu_fp8.linear(x, layer.weight, layer.weight_scale, layer.input_scale, bias)
+        return fp8_linear(x, layer.weight, layer.weight_scale, layer.input_scale, bias)
 
 
 def experts_method(config: Fp8Config, layer: RoutedExperts) -> FusedMoEMethodBase:
@@ -194,7 +194,7 @@ class CPUFp8ExpertsMethod(FusedMoEMethodBase):
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         share_scales(layer)
         for name in ("w13", "w2"):
-            expanded = cpu_fp8.expand(getattr(layer, f"{name}_weight").data, self.moe.in_dtype)
+            expanded = expand_fp8(getattr(layer, f"{name}_weight").data, self.moe.in_dtype)
             replace_parameter(layer, f"{name}_weight", expanded)
             replace_parameter(layer, f"{name}_input_scale", getattr(layer, f"{name}_input_scale").data.max())
 
@@ -211,7 +211,7 @@ class CPUFp8ExpertsMethod(FusedMoEMethodBase):
         shared_experts_input: Tensor | None,
     ) -> Tensor:
         """`x [tokens, hidden]`, `topk_* [tokens, k]`; the shared experts are the caller's."""
-        return cpu_fp8.experts(
+        return fp8_experts(
             x,
             layer.w13_weight,
             layer.w2_weight,

@@ -1,7 +1,7 @@
 """`hunyuan_int8` and `hunyuan_int8_w8a8`: the quantisations as vLLM knows them, and what their loading does.
 
-The checkpoint is BF16, quantised tensor by tensor as it streams in, or already int8 (see `int8_format.py`). On CUDA
-the layers are vLLM's own for compressed-tensors; on CPUs they are `int8_linear.py` and `int8_experts.py`.
+The checkpoint is BF16, quantised tensor by tensor as it streams in, or already int8. On CUDA the layers are vLLM's own
+for compressed-tensors; on CPUs they are those of `int8_layers.py`.
 """
 
 from __future__ import annotations
@@ -17,25 +17,26 @@ from vllm.platforms import current_platform
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import CheckpointError, Layout
-from hunyuan_vllm.quant.base import RegisteredQuantization, is_hunyuan
-from hunyuan_vllm.quant.layouts import PACKED, PLAIN, IgnoredLayers, Int8Layout, describe, recognise
+from hunyuan_vllm.quant.base import HunYuanQuantization, is_hunyuan
+from hunyuan_vllm.quant.formats import PACKED, PLAIN
+from hunyuan_vllm.quant.layouts import IgnoredLayers, is_quantised
+from hunyuan_vllm.quant.quantization_config import describe, int8, int8_form
 from hunyuan_vllm.quant.rounding import pack_int8, quantize_per_channel, unpack_int8
-from hunyuan_vllm.quant.scheme import is_quantised
 from hunyuan_vllm.quant.schemes import INT8, INT8_W8A8
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
+    from hunyuan_vllm.quant.cpu import Int8Kernels
 
-class Int8Config(RegisteredQuantization):
+
+class Int8Config(HunYuanQuantization):
     """Weights in int8, activations as they are.
 
     Args:
         stored: how the checkpoint holds its weights: `PACKED`, `PLAIN`, or None for BF16 (or another float type).
-        ignored: the linears that a quantised checkpoint left as they were; see `IgnoredLayers`.
+        ignored: the linear layers that a quantised checkpoint left as they were; see `IgnoredLayers`.
     """
 
     name: ClassVar[str] = str(INT8.quantization)
@@ -51,14 +52,14 @@ class Int8Config(RegisteredQuantization):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Int8Config:
-        return cls(recognise(config), config.get("ignore") or [])
+        return cls(int8_form(config), config.get("ignore") or [])
 
     @classmethod
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
         """Takes over a Hunyuan checkpoint in this method's format; and one in the other's, if the user names this."""
-        stored = recognise(hf_quant_cfg)
+        stored = int8_form(hf_quant_cfg)
         if stored is None or not is_hunyuan(hf_config):
             return None
         wanted = cls.name if user_quant is None and stored == cls.form else user_quant
@@ -75,20 +76,17 @@ class Int8Config(RegisteredQuantization):
         if not current_platform.is_cpu():
             if isinstance(layer, RoutedExperts) and self.form == PACKED:
                 _prefer_marlin(layer.moe_config)
-            return self._stock.get_quant_method(layer, prefix)
+            return self._upstream.get_quant_method(layer, prefix)
+        from hunyuan_vllm.quant.int8_layers import Int8ExpertsMethod, Int8LinearMethod
+
         if isinstance(layer, LinearBase):
-            from hunyuan_vllm.quant.int8_layers import Int8LinearMethod
-
             return Int8LinearMethod(self._kernels)
-        from hunyuan_vllm.quant.int8_layers import BiasedInt8ExpertsMethod, Int8ExpertsMethod
+        return Int8ExpertsMethod(layer.moe_config, self._kernels)
 
-        method = BiasedInt8ExpertsMethod if layer.moe_config.has_bias else Int8ExpertsMethod
-        return method(layer.moe_config, self._kernels)
-
-    # What the loader asks of a scheme.
+    # What the loader asks.
 
     def layout(self, config: HunYuanConfig) -> Layout:
-        return Layout(config) if self.stored is None else Int8Layout(config, self.stored, self.ignored)
+        return Layout(config) if self.stored is None else int8(self.stored, self.ignored).layout(config)
 
     def load(self, name: str, tensor: Tensor) -> Iterable[tuple[str, Tensor]]:
         linear, _, kind = name.rpartition(".")
@@ -103,28 +101,28 @@ class Int8Config(RegisteredQuantization):
             yield from self._weight(linear, _of_type(name, tensor, torch.int8))
         elif kind == "weight":
             weight = _of_type(name, tensor, torch.bfloat16, torch.float16, torch.float32)
-            levels, scale = quantize_per_channel(weight.to(current_platform.device_type))
-            yield from self._weight(linear, levels)
+            values, scale = quantize_per_channel(weight.to(current_platform.device_type))
+            yield from self._weight(linear, values)
             yield f"{linear}.weight_scale", scale
 
-    def _weight(self, projection: str, levels: Tensor) -> Iterable[tuple[str, Tensor]]:
+    def _weight(self, projection: str, values: Tensor) -> Iterable[tuple[str, Tensor]]:
         """int8 `[out, in]` as the layers' parameters hold it."""
         if self.form == PLAIN or current_platform.is_cpu():
-            yield f"{projection}.weight", levels
+            yield f"{projection}.weight", values
         else:
-            yield f"{projection}.weight_packed", pack_int8(levels)
-            yield f"{projection}.weight_shape", torch.tensor(levels.shape)
+            yield f"{projection}.weight_packed", pack_int8(values)
+            yield f"{projection}.weight_shape", torch.tensor(values.shape)
 
     # Between the two.
 
     @property
-    def _kernels(self) -> ModuleType:
+    def _kernels(self) -> Int8Kernels:
         from hunyuan_vllm.quant.cpu import w8a16
 
         return w8a16
 
     @cached_property
-    def _stock(self) -> QuantizationConfig:
+    def _upstream(self) -> QuantizationConfig:
         """vLLM's own config for the same quantisation."""
         from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
             CompressedTensorsConfig,
@@ -140,7 +138,7 @@ class Int8W8A8Config(Int8Config):
     form = PLAIN
 
     @property
-    def _kernels(self) -> ModuleType:
+    def _kernels(self) -> Int8Kernels:
         from hunyuan_vllm.quant.cpu import w8a8
 
         return w8a8

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, FusedMoeWeightScaleSupported
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 from vllm.model_executor.layers.quantization import QuantizationConfig
@@ -19,16 +17,18 @@ from vllm.platforms import current_platform
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
 
+    from hunyuan_vllm.quant.cpu import Int8Kernels
+
 
 @register_weight_loader_v2_supported_method
 class Int8LinearMethod(LinearMethodBase):
     """`weight` int8 `[out, in]` and `weight_scale` float32 `[out, 1]` while loading; then as `kernels` wants them.
 
     Args:
-        kernels: `hunyuan_vllm.quant.cpu.w8a16` or `.w8a8`.
+        kernels: `quant.cpu.w8a16` or `quant.cpu.w8a8`.
     """
 
-    def __init__(self, kernels: ModuleType) -> None:
+    def __init__(self, kernels: Int8Kernels) -> None:
         super().__init__()
         self.kernels = kernels
 
@@ -69,13 +69,13 @@ class Int8ExpertsMethod(FusedMoEMethodBase):
     intermediate]`, and their float32 scales `[experts, rows, 1]`; after loading as `kernels` wants them.
 
     Args:
-        kernels: `hunyuan_vllm.quant.cpu.w8a16` or `.w8a8`.
+        kernels: `quant.cpu.w8a16` or `quant.cpu.w8a8`.
     """
 
-    def __init__(self, moe: FusedMoEConfig, kernels: ModuleType) -> None:
+    def __init__(self, moe: FusedMoEConfig, kernels: Int8Kernels) -> None:
         super().__init__(moe)
         self.kernels = kernels
-        self.shared_mlp: Any = None  # computed too, where there is one: see int8_shared.py
+        self.shared_mlp: Any = None  # computed too, where there is one: see `join_shared_mlp`
 
     def create_weights(
         self,
@@ -87,29 +87,21 @@ class Int8ExpertsMethod(FusedMoEMethodBase):
         **attributes: object,
     ) -> None:
         width = intermediate_size_per_partition
+        by_channel = attributes | {"quant_method": FusedMoeWeightScaleSupported.CHANNEL.value}
         for name, rows, columns in (("w13", 2 * width, hidden_size), ("w2", hidden_size, width)):
-            weight = torch.empty(num_experts, rows, columns, dtype=torch.int8)
-            scale = torch.empty(num_experts, rows, 1, dtype=torch.float32)
-            self._register(layer, f"{name}_weight", weight, attributes)
-            by_channel = {"quant_method": FusedMoeWeightScaleSupported.CHANNEL.value}
-            self._register(layer, f"{name}_weight_scale", scale, attributes | by_channel)
-
-    @staticmethod
-    def _register(layer: nn.Module, name: str, data: Tensor, attributes: dict[str, object]) -> None:
-        parameter = nn.Parameter(data, requires_grad=False)
-        set_weight_attrs(parameter, attributes)
-        layer.register_parameter(name, parameter)
+            weight = nn.Parameter(torch.empty(num_experts, rows, columns, dtype=torch.int8), requires_grad=False)
+            scale = nn.Parameter(torch.empty(num_experts, rows, 1, dtype=torch.float32), requires_grad=False)
+            set_weight_attrs(weight, attributes)
+            set_weight_attrs(scale, by_channel)
+            layer.register_parameter(f"{name}_weight", weight)
+            layer.register_parameter(f"{name}_weight_scale", scale)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         for name in ("w13", "w2"):
             weight = layer.get_parameter(f"{name}_weight").data
             scale = layer.get_parameter(f"{name}_weight_scale").data
-            replace_parameter(layer, f"{name}_weight", self.pack(weight))
+            replace_parameter(layer, f"{name}_weight", self.kernels.pack_experts(weight, self.moe.in_dtype))
             replace_parameter(layer, f"{name}_weight_scale", scale.squeeze(-1))
-
-    def pack(self, weight: Tensor) -> Tensor:
-        """int8 `[experts, out, in]` → what `apply` reads."""
-        return self.kernels.pack_experts(weight, self.moe.in_dtype)
 
     def get_fused_moe_quant_config(self, layer: nn.Module) -> FusedMoEQuantConfig | None:
         return None
@@ -138,48 +130,6 @@ class Int8ExpertsMethod(FusedMoEMethodBase):
             topk_ids,
             shared,
         )
-
-
-class BiasedInt8ExpertsMethod(Int8ExpertsMethod):
-    """With biases: the experts' kernels take none, so every expert computes every token as two linears."""
-
-    def create_weights(
-        self,
-        layer: nn.Module,
-        num_experts: int,
-        hidden_size: int,
-        intermediate_size_per_partition: int,
-        params_dtype: torch.dtype,
-        **attributes: object,
-    ) -> None:
-        super().create_weights(
-            layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, **attributes
-        )
-        for name, rows in (("w13", 2 * intermediate_size_per_partition), ("w2", hidden_size)):
-            self._register(layer, f"{name}_bias", torch.zeros(num_experts, rows, dtype=params_dtype), attributes)
-
-    def pack(self, weight: Tensor) -> Tensor:
-        return torch.stack([self.kernels.pack_linear(expert, self.moe.in_dtype) for expert in weight])
-
-    def apply(
-        self,
-        layer: nn.Module,
-        x: Tensor,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        shared_experts: object,
-        shared_experts_input: Tensor | None,
-    ) -> Tensor:
-        output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        for expert in range(self.moe.num_local_experts):
-            gate, up = self._linear(layer, "w13", expert, x).chunk(2, dim=-1)
-            down = self._linear(layer, "w2", expert, silu(gate) * up)
-            output += down * (topk_weights * (topk_ids == expert)).sum(dim=-1, keepdim=True)
-        return output.to(x.dtype)
-
-    def _linear(self, layer: nn.Module, name: str, expert: int, x: Tensor) -> Tensor:
-        weight, scale, bias = (getattr(layer, f"{name}_{part}")[expert] for part in ("weight", "weight_scale", "bias"))
-        return self.kernels.linear(x, weight, scale, bias)
 
 
 def computes_shared_mlp(quant_config: QuantizationConfig | None, experts: str, width: int, shared_mlp: Any) -> bool:

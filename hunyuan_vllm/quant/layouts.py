@@ -1,27 +1,42 @@
-"""Quantised checkpoints on disk: which tensors there are, and which layers are left unquantised"""
+"""The tensors of quantised checkpoints: what each method stores for a linear layer, and which layers stay unquantised.
+
+Shapes follow from the weight's `[out, in]`. Neither torch nor vLLM is imported.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import translate
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.layout import FLOATS, CheckpointError, Layout, Shape, expected_tensors
-from hunyuan_vllm.quant.scheme import is_quantised
+from hunyuan_vllm.layout import FLOATS, FUSED, CheckpointError, Layout, Shape, expected_tensors
 
-_FUSED_NAMES = {  # the last is vLLM's own spelling
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), ("qkv_proj",)),
-    **dict.fromkeys(("gate_proj", "up_proj"), ("gate_and_up_proj", "gate_up_proj")),
-}
+E4M3_NAME = "F8_E4M3"  # as safetensors' headers spell it
+SCALAR: Shape = ()
+NVFP4_GROUP = 16
+
+_ITEM_BYTES = {"I32": 4, "F32": 4, "I8": 1, "U8": 1, E4M3_NAME: 1}
+_CACHE_SCALE = re.compile(r"^(.*\.self_attn\.)(?:attn\.)?(kv|k|v)_scale$")
+_OUTPUT_SCALE = re.compile(r"^(.*\.self_attn\.)(k|v)_proj\.(?:output_scale|\2_scale)$")
+
+Stored = tuple[Shape, tuple[str, ...]]  # a tensor's shape, and the types it may have, as safetensors spells them
+Suffixes = dict[str, Stored]  # the last part of a tensor's name → the tensor
+
+
+def is_quantised(name: str) -> bool:
+    """Whether the schemes quantise the tensor of this canonical name: the weight of every attention, MLP and expert
+    projection; not the router, norms, embeddings and head."""
+    return name.endswith("_proj.weight")
 
 
 class IgnoredLayers:
-    """The linears that a checkpoint leaves unquantised, as its config lists them.
+    """The linear layers that a checkpoint leaves unquantised, as its config lists them.
 
-    An entry is one or more whole components of a linear's name ("model.layers.3", "mlp.shared_mlp", "o_proj"), in which
+    An entry is one or more whole components of a layer's name ("model.layers.3", "mlp.shared_mlp", "o_proj"), in which
     a fused projection may stand for its parts; or it is "re:" and a pattern for the start of the name.
     """
 
@@ -31,241 +46,210 @@ class IgnoredLayers:
         self.patterns = [re.compile(entry.removeprefix("re:")) for entry in entries if entry.startswith("re:")]
 
     def __contains__(self, linear: str) -> bool:
-        spellings = [f".{spelling}." for spelling in _spellings(linear)]
-        return any(name in spelling for name in self.names for spelling in spellings) or any(
-            pattern.match(spelling[1:-1]) for pattern in self.patterns for spelling in spellings
+        module, _, projection = linear.rpartition(".")
+        spellings = [linear, *(f"{module}.{fused}" for fused, parts in FUSED.items() if projection in parts)]
+        return any(name in f".{spelling}." for name in self.names for spelling in spellings) or any(
+            pattern.match(spelling) for pattern in self.patterns for spelling in spellings
         )
 
     def covers(self, module: str) -> bool:
-        """Whether a linear of the engine, or its experts of a layer, are among them; one part stands for all that is
-        fused, because `quantised_linears` refuses checkpoints that ignore a part."""
+        """Whether a linear layer of the engine, or its experts of a layer, are among them. One part stands for all that
+        is fused, because `quantised_linears` refuses checkpoints that ignore a part."""
         parent, _, name = module.rpartition(".")
-        first = {"qkv_proj": "q_proj", "gate_up_proj": "gate_proj", "experts": "experts.0.gate_proj"}.get(name, name)
+        first = "experts.0.gate_proj" if name == "experts" else FUSED.get(name, (name,))[0]
         return f"{parent}.{first}" in self
 
 
 def quantised_linears(config: HunYuanConfig, ignored: IgnoredLayers) -> dict[str, Shape]:
-    """Canonical name and weight's shape of the linears that are quantised.
+    """Canonical name and weight's shape of the linear layers that are quantised.
 
     Raises:
-        CheckpointError: only a part of what the engine computes in one product is ignored.
+        CheckpointError: only a part of what the engine computes in one GEMM is ignored.
     """
     shapes = {
         name.removesuffix(".weight"): shape for name, shape in expected_tensors(config).items() if is_quantised(name)
     }
-    products: dict[str, list[str]] = defaultdict(list)
+    left = {linear for linear in shapes if linear in ignored} if ignored.entries else set()
+    partly = {gemm_of(linear): linear for linear in left}
     for linear in shapes:
-        products[product_of(linear)].append(linear)
-    for linears in products.values():
-        _refuse_partly_ignored(linears, ignored)
-    return {linear: shape for linear, shape in shapes.items() if linear not in ignored}
+        if linear not in left and (other := partly.get(gemm_of(linear))):
+            raise CheckpointError(
+                f"quantization_config leaves {other!r} unquantised and not {linear!r}, which are computed in one GEMM: "
+                "it must name both or neither"
+            )
+    return {linear: shape for linear, shape in shapes.items() if linear not in left}
 
 
-def _spellings(linear: str) -> list[str]:
-    """A linear's name, and those of the fused projections it may be part of."""
-    module, _, projection = linear.rpartition(".")
-    return [linear, *(f"{module}.{name}" for name in _FUSED_NAMES.get(projection, ()))]
-
-
-def product_of(linear: str) -> str:
-    """What the engine computes this linear with: its fused projection, all experts of its layer, or itself."""
+def gemm_of(linear: str) -> str:
+    """What the engine computes this linear layer with: its fused projection, all experts of its layer, or itself."""
     module, _, projection = linear.rpartition(".")
     if ".experts." in module:
         return module.rpartition(".")[0]
-    return f"{module}.{_FUSED_NAMES.get(projection, (projection,))[0]}"
+    return next((f"{module}.{fused}" for fused, parts in FUSED.items() if projection in parts), linear)
 
 
-def _refuse_partly_ignored(linears: list[str], ignored: IgnoredLayers) -> None:
-    left = [linear for linear in linears if linear in ignored]
-    if left and len(left) < len(linears):
-        other = next(linear for linear in linears if linear not in ignored)
-        raise CheckpointError(
-            f"quantization_config leaves {left[0]!r} unquantised and not {other!r}, which are computed in one product: "
-            "it must name both or neither"
+@dataclass(frozen=True)
+class StoredTensors:
+    """How a method stores the weight `[out, in]` of a linear layer.
+
+    Attributes:
+        tensors: `(out, in)` → suffix → what must be there.
+        optional: the same of what may be there.
+        group: inputs that share a scale; None where all of an output channel, or of the tensor, do.
+        block: outputs that share a scale.
+        pack: neighbouring values in an element.
+    """
+
+    tensors: Callable[[int, int], Suffixes]
+    optional: Callable[[int, int], Suffixes] = lambda outputs, inputs: {}
+    group: int | None = None
+    block: int = 1
+    pack: int = 1
+
+    def bytes(self, outputs: int, inputs: int) -> int:
+        """Of a weight and its scales, which are two bytes each where they may be of several types."""
+        return sum(
+            prod(shape) * _ITEM_BYTES.get(types[0], 2) for shape, types in self.tensors(outputs, inputs).values()
         )
 
 
-PACKED = "pack-quantized"
-PLAIN = "int-quantized"
-
-_TYPES = {"weight": ("I8",), "weight_packed": ("I32",), "weight_scale": FLOATS, "weight_shape": ("I32", "I64")}
+def _groups(inputs: int, group: int | None) -> int:
+    return -(-inputs // group) if group else 1
 
 
-def describe(form: str, ignore: Sequence[str] = ()) -> dict[str, Any]:
-    """The `quantization_config` of a checkpoint in `form`; `ignore` names the linears left as they were."""
-    group = {
-        "targets": ["Linear"],
-        "weights": _arguments("channel", dynamic=False),
-        "input_activations": _arguments("token", dynamic=True) if form == PLAIN else None,
-        "output_activations": None,
-        "format": form,
-    }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": form,
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": list(ignore),
-        "kv_cache_scheme": None,
-    }
+def gptq(bits: int, group: int | None) -> StoredTensors:
+    """AutoGPTQ's and GPTQModel's: packed along the inputs, zero points beside (all alike where it is symmetric)."""
+    pack = 32 // bits
+    return StoredTensors(
+        lambda outputs, inputs: {
+            "qweight": ((inputs // pack, outputs), ("I32",)),
+            "scales": ((_groups(inputs, group), outputs), FLOATS),
+            "qzeros": ((_groups(inputs, group), outputs // pack), ("I32",)),
+        },
+        lambda outputs, inputs: {"g_idx": ((inputs,), ("I32",))},
+        group,
+        pack=pack,
+    )
 
 
-def recognise(config: Mapping[str, Any]) -> str | None:
-    """The form a `quantization_config` describes, if it is one of ours; None for any other (4 bits, groups, …)."""
-    groups = list((config.get("config_groups") or {}).values())
-    others = ("kv_cache_scheme", "transform_config", "sparsity_config")
-    if config.get("quant_method") != "compressed-tensors" or len(groups) != 1 or any(map(config.get, others)):
-        return None
-    (group,) = groups
-    activations = group.get("input_activations")
-    form = group.get("format") or config.get("format")
-    if group.get("targets") != ["Linear"] or group.get("output_activations"):
-        return None
-    if not _matches(group.get("weights"), "channel", dynamic=False):
-        return None
-    if form == PACKED and activations is None:
-        return PACKED
-    if form == PLAIN and _matches(activations, "token", dynamic=True):
-        return PLAIN
-    return None
+def awq(group: int | None) -> StoredTensors:
+    """AutoAWQ's: 4 bits, packed along the outputs."""
+    return StoredTensors(
+        lambda outputs, inputs: {
+            "qweight": ((inputs, outputs // 8), ("I32",)),
+            "scales": ((_groups(inputs, group), outputs), FLOATS),
+            "qzeros": ((_groups(inputs, group), outputs // 8), ("I32",)),
+        },
+        group=group,
+        pack=8,
+    )
 
 
-def stored_tensors(form: str, projection: str, shape: Shape) -> dict[str, Shape]:
-    """Name → shape of what a checkpoint in `form` holds for the weight `[out, in]` of `projection`."""
-    outputs, inputs = shape
-    if form == PLAIN:
-        return {f"{projection}.weight": shape, f"{projection}.weight_scale": (outputs, 1)}
-    return {f"{projection}.weight_packed": (outputs, inputs // 4), f"{projection}.weight_scale": (outputs, 1)}
+def packed(bits: int, group: int | None = None, symmetric: bool = True) -> StoredTensors:
+    """compressed-tensors' `pack-quantized`: packed along the inputs of each output."""
+
+    def tensors(outputs: int, inputs: int) -> Suffixes:
+        groups = _groups(inputs, group)
+        zero_points: Suffixes = {"weight_zero_point": ((-(-outputs * bits // 32), groups), ("I32",))}
+        found: Suffixes = {
+            "weight_packed": ((outputs, -(-inputs * bits // 32)), ("I32",)),
+            "weight_scale": ((outputs, groups), FLOATS),
+        }
+        return found if symmetric else found | zero_points
+
+    return StoredTensors(
+        tensors, lambda outputs, inputs: {"weight_shape": ((2,), ("I32", "I64"))}, group, pack=32 // bits
+    )
 
 
-class Int8Layout(Layout):
-    """The tensors of an int8 checkpoint in `form`; a packed one may also say its weights' shapes.
+INT8 = StoredTensors(
+    lambda outputs, inputs: {"weight": ((outputs, inputs), ("I8",)), "weight_scale": ((outputs, 1), FLOATS)}
+)
+"""compressed-tensors' `int-quantized`."""
+
+
+def fp8(
+    per_channel: bool = False,
+    block: tuple[int, int] | None = None,
+    block_scale: str = "weight_scale_inv",
+    input_scale: bool = False,
+) -> StoredTensors:
+    """E4M3 weights with a scale a tensor, an output channel, or a block of `[out, in]`; and one of the inputs."""
+
+    def tensors(outputs: int, inputs: int) -> Suffixes:
+        found: Suffixes = {"weight": ((outputs, inputs), (E4M3_NAME,))}
+        if block:
+            found[block_scale] = ((-(-outputs // block[0]), -(-inputs // block[1])), FLOATS)
+        else:
+            found["weight_scale"] = ((outputs, 1) if per_channel else SCALAR, FLOATS)
+        return found | ({"input_scale": (SCALAR, FLOATS)} if input_scale else {})
+
+    return StoredTensors(tensors, group=block[1] if block else None, block=block[0] if block else 1)
+
+
+def nvfp4(weight: str, global_scale: str, input_scale: str | None) -> StoredTensors:
+    """Two E2M1 values a byte, an E4M3 scale for 16 inputs and one for the tensor, under a tool's own names."""
+
+    def tensors(outputs: int, inputs: int) -> Suffixes:
+        found: Suffixes = {
+            weight: ((outputs, inputs // 2), ("U8",)),
+            "weight_scale": ((outputs, inputs // NVFP4_GROUP), (E4M3_NAME,)),
+            global_scale: (SCALAR, ("F32",)),
+        }
+        return found | ({input_scale: (SCALAR, ("F32",))} if input_scale else {})
+
+    return StoredTensors(tensors, group=NVFP4_GROUP)
+
+
+class QuantisedLayout(Layout):
+    """The tensors of a quantised checkpoint. A scale of a whole tensor may be stored as `[]` or as `[1]`.
+
+    The canonical KV-cache scales are `model.layers.N.self_attn.{kv_scale,k_scale,v_scale}`.
+
+    Args:
+        stored: how the linear layer of this name is stored.
+        ignored: the linear layers that are not quantised; None: those that have a `weight` instead of the method's
+            tensors, which only methods with names of their own allow.
+        cache_scales: the checkpoint may have KV-cache scales.
 
     Raises:
-        CheckpointError: only a part of what the engine computes in one product is ignored.
+        CheckpointError: only a part of what the engine computes in one GEMM is ignored, or a weight cannot be packed.
     """
 
-    def __init__(self, config: HunYuanConfig, form: str, ignored: IgnoredLayers) -> None:
-        self.quantised = quantised_linears(config, ignored)
+    def __init__(
+        self,
+        config: HunYuanConfig,
+        stored: Callable[[str], StoredTensors],
+        ignored: IgnoredLayers | None,
+        cache_scales: bool = True,
+    ) -> None:
+        self.quantised = quantised_linears(config, ignored or IgnoredLayers())
         expected: dict[str, Shape] = {}
+        optional: dict[str, Shape] = {}
+        if cache_scales:
+            attentions = [f"model.layers.{layer}.self_attn." for layer in range(config.num_hidden_layers)]
+            optional |= {f"{name}{kind}_scale": SCALAR for name in attentions for kind in ("kv", "k", "v")}
+        self._types: dict[str, tuple[str, ...]] = {}
+        self._alternatives: dict[str, list[str]] = {}  # a linear layer → its tensors where it is quantised
         for name, shape in expected_tensors(config).items():
             linear = name.removesuffix(".weight")
-            expected |= stored_tensors(form, linear, shape) if linear in self.quantised else {name: shape}
-        packed = self.quantised if form == PACKED else ()
-        super().__init__(config, expected, {f"{linear}.weight_shape": (2,) for linear in packed})
-
-    def types(self, part: str) -> tuple[str, ...]:
-        linear, _, kind = part.rpartition(".")
-        return _TYPES[kind] if linear in self.quantised and kind != "bias" else FLOATS
-
-    def check_type(self, name: str, dtype: str) -> None:
-        for part in self.parts(name):
-            if dtype not in (types := self.types(part)):
-                raise CheckpointError(
-                    f"checkpoint tensor {name!r} is {dtype} where config.json's quantization_config promises "
-                    f"{' or '.join(types)}: copy the config.json that belongs to the checkpoint"
-                )
-
-
-def _arguments(strategy: str, dynamic: bool) -> dict[str, Any]:
-    """compressed-tensors' `QuantizationArgs`."""
-    return {
-        "num_bits": 8,
-        "type": "int",
-        "symmetric": True,
-        "strategy": strategy,
-        "group_size": None,
-        "dynamic": dynamic,
-        "actorder": None,
-        "observer": None if dynamic else "minmax",
-    }
-
-
-def _matches(arguments: Mapping[str, Any] | None, strategy: str, dynamic: bool) -> bool:
-    wanted = _arguments(strategy, dynamic)
-    del wanted["observer"]  # how scales were found is not ours to judge
-    return arguments is not None and all(arguments.get(name) == value for name, value in wanted.items())
-
-
-E4M3_NAME = "F8_E4M3"  # as safetensors' headers spell it
-SCALAR: Shape = ()
-
-_FUSED_SCALE = re.compile(r"^(.*\.)(qkv_proj|gate_and_up_proj)\.(weight_scale|input_scale)$")
-_FUSED_PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_and_up_proj": ("up_proj", "gate_proj")}
-_CACHE_SCALE = re.compile(r"^(.*\.self_attn\.)(?:attn\.)?(kv|k|v)_scale$")
-_OUTPUT_SCALE = re.compile(r"^(.*\.self_attn\.)(k|v)_proj\.(?:output_scale|\2_scale)$")
-
-
-def is_static_per_tensor(quantization: Mapping[str, Any]) -> bool:
-    """Whether config.json's quantization_config describes this layout: one scale a tensor, activations' included."""
-    method = quantization.get("quant_method")
-    if method == "fp8":
-        return quantization.get("activation_scheme") == "static" and not quantization.get("weight_block_size")
-    if method == "compressed-tensors":
-        groups = list((quantization.get("config_groups") or {}).values())
-        static = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
-        return (
-            len(groups) == 1
-            and groups[0].get("targets") == ["Linear"]
-            and all(
-                {"symmetric": True, "dynamic": False, **(groups[0].get(part) or {})}.items() >= static.items()
-                for part in ("weights", "input_activations")
-            )
-        )
-    return method == "modelopt" and str(modelopt(quantization).get("quant_algo")).upper() == "FP8"
-
-
-def modelopt(quantization: Mapping[str, Any]) -> Mapping[str, Any]:
-    """ModelOpt's settings, which older releases keep a level deeper, in a file of their own."""
-    return quantization.get("quantization") or quantization
-
-
-def ignored_layers(quantization: Mapping[str, Any]) -> IgnoredLayers:
-    """What a quantization_config leaves unquantised, in any of the fields that say so; ModelOpt's are wildcards."""
-    entries: list[str] = []
-    for field in ("ignored_layers", "modules_to_not_convert", "ignore", "exclude_modules"):
-        entries += modelopt(quantization).get(field) or []
-    return IgnoredLayers([f"re:{translate(entry)}" if entry.endswith("*") else entry for entry in entries])
-
-
-def cache_scales(config: HunYuanConfig) -> list[str]:
-    """Canonical names of the KV-cache scales that a checkpoint may have."""
-    attentions = [f"model.layers.{layer}.self_attn." for layer in range(config.num_hidden_layers)]
-    return [f"{attention}{kind}" for attention in attentions for kind in ("kv_scale", "k_scale", "v_scale")]
-
-
-def cache_scale(name: str) -> str | None:
-    """The canonical name of a KV-cache scale, in any of its spellings; None for another tensor."""
-    match = _CACHE_SCALE.match(name) or _OUTPUT_SCALE.match(name)
-    return f"{match[1]}{match[2]}_scale" if match else None
-
-
-class Fp8Layout(Layout):
-    """The tensors of an FP8 checkpoint. Scales have the shape `[]`, and may be stored as `[1]`.
-
-    The canonical KV scales are `model.layers.N.self_attn.{kv_scale,k_scale,v_scale}`.
-
-    Raises:
-        CheckpointError: only a part of what the engine computes in one product is ignored.
-    """
-
-    def __init__(self, config: HunYuanConfig, ignored: IgnoredLayers) -> None:
-        linears = quantised_linears(config, ignored)
-        self.quantised = {f"{linear}.weight" for linear in linears}
-        expected: dict[str, Shape] = {}
-        for name, shape in expected_tensors(config).items():
-            expected[name] = shape
-            if name in self.quantised:
-                linear = name.removesuffix(".weight")
-                expected |= {f"{linear}.weight_scale": SCALAR, f"{linear}.input_scale": SCALAR}
-        super().__init__(config, expected, dict.fromkeys(cache_scales(config), SCALAR))
+            if linear not in self.quantised:
+                expected[name] = shape
+                continue
+            how = stored(linear)
+            _check_packing(linear, shape, how)
+            for tensors, known in ((how.tensors, expected), (how.optional, optional)):
+                for suffix, (kept, types) in tensors(*shape).items():
+                    known[f"{linear}.{suffix}"] = kept
+                    self._types[f"{linear}.{suffix}"] = types
+            if ignored is None:
+                self._alternatives[linear] = [f"{linear}.{suffix}" for suffix in how.tensors(*shape)]
+                optional[name] = shape
+        super().__init__(config, expected, optional)
 
     def parts(self, name: str) -> tuple[str, ...]:
-        if match := _FUSED_SCALE.match(name):
-            parts = tuple(f"{match[1]}{part}.{match[3]}" for part in _FUSED_PARTS[match[2]])
-            if all(part in self.known for part in parts):
-                return parts
-        return super().parts(cache_scale(name) or name)
+        match = _CACHE_SCALE.match(name) or _OUTPUT_SCALE.match(name)
+        return super().parts(f"{match[1]}{match[2]}_scale" if match else name)
 
     def shape(self, parts: tuple[str, ...]) -> Shape:
         return SCALAR if self.known[parts[0]] == SCALAR else super().shape(parts)
@@ -276,8 +260,8 @@ class Fp8Layout(Layout):
             return super().names(name, shape)
         if shape not in (SCALAR, (1,)):
             raise CheckpointError(
-                f"checkpoint tensor {name!r} has shape {list(shape)}; FP8 checkpoints have one scale a tensor, [] or "
-                "[1]: convert the BF16 checkpoint with hunyuan-vllm quantize --scheme fp8"
+                f"checkpoint tensor {name!r} has shape {list(shape)}; quantization_config promises one scale a tensor, "
+                "[] or [1]: convert the BF16 checkpoint with hunyuan-vllm quantize"
             )
         return parts
 
@@ -288,17 +272,37 @@ class Fp8Layout(Layout):
         return super().split(name, tensor)
 
     def types(self, part: str) -> tuple[str, ...]:
-        return (E4M3_NAME,) if part in self.quantised else FLOATS
+        return self._types.get(part, FLOATS)
 
     def check_type(self, name: str, dtype: str) -> None:
         for part in self.parts(name):
-            if part in self.quantised and dtype != E4M3_NAME:
+            if dtype not in self.types(part):
                 raise CheckpointError(
-                    f"checkpoint tensor {name!r} is {dtype} where quantization_config promises {E4M3_NAME}: add it to "
-                    "ignored_layers if it was left unquantised"
+                    f"checkpoint tensor {name!r} is {dtype} where quantization_config promises "
+                    f"{' or '.join(self.types(part))}: copy the config.json that belongs to the checkpoint, or correct "
+                    "which layers it leaves unquantised"
                 )
-            if part not in self.quantised and dtype == E4M3_NAME:
-                raise CheckpointError(
-                    f"checkpoint tensor {name!r} is {dtype}, which the network needs unquantised, or which "
-                    "ignored_layers in config.json says is unquantised"
-                )
+
+    def missing(self, seen: Iterable[str]) -> list[str]:
+        """What a linear layer that is stored unquantised does not need is not missing; but all that the engine computes
+        in one GEMM must be stored alike."""
+        present = set(seen)
+        plain: dict[str, list[bool]] = defaultdict(list)
+        for linear, tensors in self._alternatives.items():
+            plain[gemm_of(linear)].append(f"{linear}.weight" in present and not present.intersection(tensors))
+        left = {
+            tensor
+            for linear, tensors in self._alternatives.items()
+            if all(plain[gemm_of(linear)])
+            for tensor in tensors
+        }
+        return [name for name in super().missing(present) if name not in left]
+
+
+def _check_packing(linear: str, shape: Shape, stored: StoredTensors) -> None:
+    outputs, inputs = shape
+    if inputs % stored.pack or outputs % stored.pack and "qweight" in stored.tensors(outputs, inputs):
+        raise CheckpointError(
+            f"quantization_config packs {stored.pack} values in an element, and {linear!r} is {outputs} × {inputs}: "
+            "copy the config.json that belongs to the checkpoint"
+        )

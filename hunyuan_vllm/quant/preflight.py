@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.quant.formats import OLDER_CPU, UnservedFormat, quantization_of, stored_format
+from hunyuan_vllm.quant.formats import OLDER_CPU, UnservedFormat
+from hunyuan_vllm.quant.quantization_config import quantization_of, stored_format
 from hunyuan_vllm.quant.schemes import INT8, INT8_W8A8
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_quantisation"]
 
-PACKED = 4  # int8 weights in a word of vLLM's weight-only kernels on GPUs
+WORD = 4  # int8 weights in a word of vLLM's weight-only kernels on GPUs
 CPU_CACHE_ALIGNMENT = 32  # elements of a head that vLLM's CPU attention takes at a time from an FP8 cache
 
 
@@ -25,7 +26,7 @@ def check_quantisation(vllm_config: VllmConfig) -> None:
     """
     _check_format(vllm_config)
     if vllm_config.model_config.quantization in (INT8.quantization, INT8_W8A8.quantization):
-        _check_int8_on_gpus(vllm_config)
+        _check_int8(vllm_config)
     if vllm_config.cache_config.cache_dtype.startswith("fp8"):
         _check_fp8_cache(vllm_config)
 
@@ -37,7 +38,7 @@ def _check_format(vllm_config: VllmConfig) -> None:
     config: HunYuanConfig = vllm_config.model_config.hf_config
     form = stored_format(quantization_of(vars(config)))
     form.check_ranks(config, vllm_config.parallel_config.tensor_parallel_size)
-    if current_platform.is_cpu() and (reason := form.cpus or (form.is_int4 and lacks_int4_kernels(config))):
+    if current_platform.is_cpu() and (reason := form.cpus or (form.scheme == "int4" and lacks_int4_kernels(config))):
         raise UnservedFormat(form.name, str(reason))
 
 
@@ -50,15 +51,21 @@ def lacks_int4_kernels(config: HunYuanConfig) -> str:
     return "" if runs else OLDER_CPU
 
 
-def _check_int8_on_gpus(vllm_config: VllmConfig) -> None:
+def _check_int8(vllm_config: VllmConfig) -> None:
     from vllm.platforms import current_platform
 
+    model = vllm_config.model_config
+    config: HunYuanConfig = model.hf_config
+    if config.mlp_bias and any(config.experts_at(layer) > 1 for layer in range(config.num_hidden_layers)):
+        raise ValueError(
+            f"quantization={model.quantization!r}: int8 experts have no biases, and config.json says mlp_bias: serve "
+            "the checkpoint unquantised or in FP8"
+        )
     if not current_platform.is_cuda():
         return
-    model = vllm_config.model_config
     if model.quantization == INT8_W8A8.quantization and current_platform.has_device_capability(100):
         raise ValueError(
-            "quantization='hunyuan_int8_w8a8': vLLM's int8 products end with compute capability 9.0, and this GPU is "
+            "quantization='hunyuan_int8_w8a8': vLLM's int8 kernels end with compute capability 9.0, and this GPU is "
             "newer: use 'hunyuan_int8', or an FP8 checkpoint"
         )
     experts = vllm_config.kernel_config.moe_backend
@@ -67,13 +74,12 @@ def _check_int8_on_gpus(vllm_config: VllmConfig) -> None:
             f"moe_backend={experts!r}: quantization='hunyuan_int8' has one scale for each output channel of an expert, "
             "and of vLLM's kernels only Marlin's takes these: use 'auto' or 'marlin'"
         )
-    config: HunYuanConfig = model.hf_config
     ranks = vllm_config.parallel_config.tensor_parallel_size
     widths = {config.intermediate_at(layer) // ranks for layer in range(config.num_hidden_layers)}
     widths |= {config.hidden_size, config.num_attention_heads * config.head_dim // ranks}
-    if model.quantization == INT8.quantization and any(width % PACKED for width in widths):
+    if model.quantization == INT8.quantization and any(width % WORD for width in widths):
         raise ValueError(
-            f"quantization='hunyuan_int8' packs {PACKED} inputs in a word, and on {ranks} ranks layers have "
+            f"quantization='hunyuan_int8' packs {WORD} inputs in a word, and on {ranks} ranks layers have "
             f"{sorted(widths)}: use 'hunyuan_int8_w8a8', or another tensor_parallel_size"
         )
 

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import Shape
-from hunyuan_vllm.quant.layouts import PACKED, PLAIN, describe, stored_tensors
+from hunyuan_vllm.quant.formats import PACKED, PLAIN
+from hunyuan_vllm.quant.layouts import INT8, packed
+from hunyuan_vllm.quant.quantization_config import describe
 from hunyuan_vllm.quant.rounding import (
     E4M3,
     E4M3_MAX,
@@ -225,8 +227,8 @@ class _CompressedInt8(Scheme):
     form: ClassVar[str]
 
     def specs(self, projection: str, shape: Shape) -> list[Spec]:
-        stored = stored_tensors(self.form, projection, shape)
-        return [Spec(name, INT8_DTYPES[name.rpartition(".")[2]], held) for name, held in stored.items()]
+        stored = (INT8 if self.form == PLAIN else packed(8)).tensors(*shape)
+        return [Spec(f"{projection}.{part}", INT8_DTYPES[part], held) for part, (held, _) in stored.items()]
 
     def encode(self, weights: Sequence[Tensor], clip: str) -> list[dict[str, Tensor]]:
         return [self._encode(weight, clip) for weight in weights]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import expected_tensors
-from hunyuan_vllm.quant.scheme import is_quantised
+from hunyuan_vllm.quant.layouts import is_quantised
 
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 

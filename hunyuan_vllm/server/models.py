@@ -149,7 +149,7 @@ def _open_folder(folder: Path, given: str, demo: bool = False) -> ModelSource:
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / 'config.json'} cannot be read ({error}): download it again") from None
     from hunyuan_vllm.config import CONFIG_CLASSES, HunYuanConfig
-    from hunyuan_vllm.quant.formats import read_format
+    from hunyuan_vllm.quant.quantization_config import read_format
 
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in CONFIG_CLASSES:
@@ -275,11 +275,10 @@ def cpu_weight_bytes(model: ModelSource, quantization: str | None) -> int:
     Args:
         quantization: vLLM's option of that name.
     """
-    from hunyuan_vllm.quant import formats
     from hunyuan_vllm.quant.layouts import IgnoredLayers, quantised_linears
 
     if model.format is not None and model.format.kind is not None:
-        expanded = model.format.kind == formats.FP8  # to bfloat16
+        expanded = model.format.ours and model.format.scheme == "fp8"  # to bfloat16
         return model.weight_bytes * (2 if expanded else 1)
     if model.config is None or quantization not in (INT8.quantization, INT8_W8A8.quantization):
         return model.weight_bytes

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from hunyuan_vllm import demo
 from hunyuan_vllm.check.run import Report, check_folder
-from hunyuan_vllm.quant.layouts import PACKED, PLAIN, describe
+from hunyuan_vllm.quant.formats import PACKED, PLAIN
+from hunyuan_vllm.quant.layouts import is_quantised
+from hunyuan_vllm.quant.quantization_config import describe
 from hunyuan_vllm.quant.rounding import pack_int8, quantize_per_channel, quantize_per_tensor
-from hunyuan_vllm.quant.scheme import is_quantised
 from hunyuan_vllm.util.findings import Finding, Status
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "static"}

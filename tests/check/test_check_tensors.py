@@ -201,7 +201,7 @@ def test_a_projection_left_unquantised_and_not_ignored(tmp_path: Path) -> None:
 def test_ignored_layers_of_which_half_is_named(tmp_path: Path) -> None:
     quantise(tmp_path, "fp8")
     edit_json(tmp_path / "config.json", quantization_config=FP8 | {"ignored_layers": [WEIGHT[:-1]]})
-    assert "computed in one product" in only_problem(tmp_path).text
+    assert "computed in one GEMM" in only_problem(tmp_path).text
 
 
 @pytest.mark.parametrize("quantization", ["fp8", FP8 | {"ignored_layers": ["re:("]}, FP8 | {"ignored_layers": [1]}])

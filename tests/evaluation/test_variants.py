@@ -14,8 +14,8 @@ from hunyuan_vllm.evaluation import compare
 from hunyuan_vllm.evaluation.engines import EngineRun, Work
 from hunyuan_vllm.evaluation.passages import Passage
 from hunyuan_vllm.evaluation.variants import Variant, checkpoint_of
-from hunyuan_vllm.quant.formats import stored_format
-from hunyuan_vllm.quant.layouts import PACKED, describe
+from hunyuan_vllm.quant.formats import PACKED
+from hunyuan_vllm.quant.quantization_config import describe, stored_format
 from hunyuan_vllm.server.models import ModelSource, demo_model
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.progress import Progress

@@ -21,7 +21,8 @@ from hunyuan_vllm.cli import app
 from hunyuan_vllm.plan.hardware import find_gpu, known_gpus
 from hunyuan_vllm.plan.plan import serve_command, serve_flags
 from hunyuan_vllm.plan.schemes import SCHEMES
-from hunyuan_vllm.quant.layouts import PACKED, describe
+from hunyuan_vllm.quant.formats import PACKED
+from hunyuan_vllm.quant.quantization_config import describe
 from hunyuan_vllm.util.errors import UserError
 
 

@@ -62,7 +62,8 @@ def test_stages_of_a_tied_and_of_an_untied_network(monkeypatch: pytest.MonkeyPat
 def test_every_branch_of_the_config(scheme: str) -> None:
     for overrides in VARIANTS.values():
         for tensor in (1, 2) if scheme == "bf16" else (2,):
-            check(tiny_config(**overrides), scheme, tensor)
+            without = {"mlp_bias": False} if scheme.startswith("int8") else {}  # which int8 experts do not take
+            check(tiny_config(**overrides | without), scheme, tensor)
 
 
 def test_one_rank_holds_the_whole_checkpoint() -> None:

@@ -13,7 +13,7 @@ from compressed_tensors.compressors.pack_quantized import pack_to_int32
 from golden_data import Golden, answers_of
 from torch import Tensor, nn
 
-from hunyuan_vllm.quant.layouts import describe
+from hunyuan_vllm.quant.quantization_config import describe
 from hunyuan_vllm.reference import HunYuanForCausalLM
 
 __all__ = ["int8_answers", "int8_model", "rounded", "write_int8"]

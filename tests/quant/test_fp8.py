@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from vllm import _custom_ops as ops
 
-from hunyuan_vllm.quant.cpu import fp8 as cpu_fp8
+from hunyuan_vllm.quant.cpu import expand_fp8, fp8_experts, fp8_linear, to_be_truncated
 from hunyuan_vllm.quant.fp8_layers import share_scales
 from hunyuan_vllm.quant.rounding import E4M3, quantize_per_tensor, round_through_fp8
 
@@ -66,7 +66,7 @@ def test_saturation_zeros_and_the_smallest_numbers() -> None:
 def test_linear(outputs: int, inputs: int, dtype: torch.dtype) -> None:
     x, (weight, scale), bias = 3 * noise(2, 5, inputs).to(dtype), stored(noise(outputs, inputs, seed=1)), noise(outputs)
     input_scale = torch.tensor(0.01)  # 4.48 at most: some saturate
-    result = cpu_fp8.linear(x, cpu_fp8.expand(weight, dtype), scale.expand(outputs), input_scale, bias)
+    result = fp8_linear(x, expand_fp8(weight, dtype), scale.expand(outputs), input_scale, bias)
     assert result.dtype == dtype
     expected = rounded(x.float(), input_scale) @ (weight.float() * scale).t() + bias
     assert (result - expected).norm() / expected.norm() < {2: 2**-8, 4: 1e-6}[x.itemsize]
@@ -83,8 +83,8 @@ def test_experts(dtype: torch.dtype, topk: int) -> None:
     weights = torch.rand(tokens, topk)
     biases = noise(experts, 2 * width, seed=20), noise(experts, hidden, seed=21)
     in_scale, mid_scale = torch.tensor(0.006), torch.tensor(0.5)
-    result = cpu_fp8.experts(
-        x, cpu_fp8.expand(w13, dtype), cpu_fp8.expand(w2, dtype), s13, s2, in_scale, mid_scale, *biases, weights, ids
+    result = fp8_experts(
+        x, expand_fp8(w13, dtype), expand_fp8(w2, dtype), s13, s2, in_scale, mid_scale, *biases, weights, ids
     )
     expected = torch.zeros(tokens, hidden)
     for token in range(tokens):
@@ -160,7 +160,7 @@ def test_what_the_cpu_kernel_stores_in_an_fp8_cache(dtype: torch.dtype, prepared
     """The nearest values, once prepared. By itself the kernel truncates; when it no longer does, preparing can go."""
     heads, tokens, head_dim, scale = 2, 32, 32, 0.013
     x = noise(tokens, heads, head_dim).to(dtype)
-    given = cpu_fp8.to_be_truncated(x, torch.tensor(scale)) if prepared else x
+    given = to_be_truncated(x, torch.tensor(scale)) if prepared else x
     cache = torch.zeros(1, heads, 2 * tokens, head_dim, dtype=torch.uint8)
     keys, values = cache.chunk(2, dim=2)
     ops.cpu_attn_reshape_and_cache(

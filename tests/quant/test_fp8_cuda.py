@@ -24,8 +24,8 @@ from vllm.model_executor.layers.quantization.utils.fp8_utils import process_fp8_
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.plugin import register
+from hunyuan_vllm.quant.layouts import is_quantised
 from hunyuan_vllm.quant.rounding import E4M3
-from hunyuan_vllm.quant.scheme import is_quantised
 
 STATIC = {"quant_method": "fp8", "activation_scheme": "static"}
 PUBLISHED = HunYuanConfig(

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 from vllm import LLM
 
+from hunyuan_vllm import cla_cache
 from hunyuan_vllm.cla_cache import CLAAttention, _set_scale
-from hunyuan_vllm.quant.cpu import fp8 as cpu_fp8
+from hunyuan_vllm.quant import cpu
 from hunyuan_vllm.quant.fp8 import HunYuanFp8Config
 from hunyuan_vllm.quant.fp8_layers import CPUFp8LinearMethod
 
@@ -203,20 +204,20 @@ def test_unquantised_cross_q_proj(square: tuple[LLM, Golden], monkeypatch: pytes
 
 def test_no_saturation(square: tuple[LLM, Golden], monkeypatch: pytest.MonkeyPatch) -> None:
     """Input scales are half of what would fit, so that some inputs are beyond 448."""
-    quantize = cpu_fp8.quantize_per_tensor
+    quantize = cpu.quantize_per_tensor
 
     def unbounded(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         values, scale = quantize(x, scale)
         return torch.where((x / scale).abs() > 448, x / scale, values.float()), scale
 
-    monkeypatch.setattr(cpu_fp8, "quantize_per_tensor", unbounded)
+    monkeypatch.setattr(cpu, "quantize_per_tensor", unbounded)
     assert agreement_after_reload(square) < MISTAKEN
 
 
 @needs_fp8_cache
 def test_cache_without_rounding_to_nearest(square: tuple[LLM, Golden], monkeypatch: pytest.MonkeyPatch) -> None:
     """What vLLM's CPU kernel does by itself."""
-    monkeypatch.setattr(cpu_fp8, "to_be_truncated", lambda x, scale: x)
+    monkeypatch.setattr(cla_cache, "to_be_truncated", lambda x, scale: x)
     assert agreement_after_reload(square) < MISTAKEN
 
 

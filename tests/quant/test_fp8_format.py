@@ -17,9 +17,9 @@ from hunyuan_vllm.checkpoint import check_headers
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import CheckpointError, Layout, expected_tensors
 from hunyuan_vllm.quant.fp8 import HunYuanFp8Config, normalised_key_scale
-from hunyuan_vllm.quant.layouts import Fp8Layout, IgnoredLayers
+from hunyuan_vllm.quant.layouts import IgnoredLayers, is_quantised
+from hunyuan_vllm.quant.quantization_config import static_fp8
 from hunyuan_vllm.quant.rounding import E4M3, quantize_per_tensor
-from hunyuan_vllm.quant.scheme import is_quantised
 
 Tensors = dict[str, Tensor]
 Change = Callable[[Tensors], object]
@@ -58,7 +58,7 @@ def check(sound: Path, folder: Path, change: Change = lambda tensors: None, igno
     for file in sound.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     rewrite(folder, change)
-    check_headers(folder, Fp8Layout(HunYuanConfig.from_pretrained(folder), IgnoredLayers(ignored)))
+    check_headers(folder, static_fp8(IgnoredLayers(ignored)).layout(HunYuanConfig.from_pretrained(folder)))
     return load_file(folder / "model.safetensors")
 
 
@@ -85,7 +85,7 @@ def test_layouts(change: Change, sound: Path, tmp_path: Path) -> None:
 def test_fused_weights_are_taken_apart_with_their_scale(sound: Path) -> None:
     config, tensors = tiny_config(), load_file(sound / "model.safetensors")
     weights = {name: tensor for name, tensor in tensors.items() if is_quantised(name)}
-    layout, parts = Fp8Layout(config, IgnoredLayers()), {}
+    layout, parts = static_fp8(IgnoredLayers()).layout(config), {}
     for name, tensor in fuse(weights, config).items():
         parts |= dict(layout.split(name, tensor))
         if "qkv_proj" in name or "gate_and_up_proj" in name:
@@ -115,7 +115,7 @@ def test_spellings_of_kv_scales(change: Change, k: float | None, v: float | None
     """Seen from layer 2, an owner; the checkpoint's tensors arrive in their own order."""
     tensors = check(sound, tmp_path / "changed", change)
     scheme = HunYuanFp8Config()
-    layout = Fp8Layout(tiny_config(), scheme.ignored)
+    layout = static_fp8(scheme.ignored).layout(tiny_config())
     for name, tensor in tensors.items():
         for part, value in layout.split(name, tensor):
             loaded = [name for name, _ in scheme.load(part, value)]
@@ -137,12 +137,12 @@ def spoil(name: str, tensor: Tensor) -> Change:
     [
         (lambda t: t.pop(f"{EXPERT}.weight_scale"), f"lacks checkpoint tensor '{EXPERT}.weight_scale'"),
         (lambda t: t.pop(f"{LAYER}q_proj.input_scale"), f"lacks checkpoint tensor '{LAYER}q_proj.input_scale'"),
-        (spoil(f"{EXPERT}.weight_scale", torch.ones(96, 1)), f"'{EXPERT}.weight_scale' has shape [96, 1]; FP8 che"),
+        (spoil(f"{EXPERT}.weight_scale", torch.ones(96, 1)), f"'{EXPERT}.weight_scale' has shape [96, 1]; quanti"),
         (spoil(f"{LAYER}o_proj.input_scale", torch.ones(2)), f"'{LAYER}o_proj.input_scale' has shape [2]"),
         (spoil(f"{LAYER}v_scale", torch.ones(2)), f"'{LAYER}v_scale' has shape [2]"),
         (spoil(f"{LAYER}q_proj.weight", torch.ones(128, 128).bfloat16()), f"'{LAYER}q_proj.weight' is BF16 where"),
         (spoil(f"{EXPERT}.weight", torch.ones(96, 128).to(torch.float8_e5m2)), f"'{EXPERT}.weight' is F8_E5M2 whe"),
-        (spoil("model.norm.weight", torch.ones(128).to(E4M3)), "'model.norm.weight' is F8_E4M3, which the"),
+        (spoil("model.norm.weight", torch.ones(128).to(E4M3)), "'model.norm.weight' is F8_E4M3 where"),
         (spoil("model.norm.weight_scale", torch.ones(())), "'model.norm.weight_scale' is not part of"),
         (spoil(f"{LAYER}k_proj.weight_scale", torch.ones(())), f"'{LAYER}k_proj.weight_scale' is not part of"),
     ],
@@ -207,9 +207,9 @@ def linears(part: str) -> list[str]:
     ],
 )
 def test_ignored_layers(entries: list[str], ignored: list[str]) -> None:
-    layout = Fp8Layout(tiny_config(), IgnoredLayers(entries))
+    layout = static_fp8(IgnoredLayers(entries)).layout(tiny_config())
     quantised = [linear for linear in linears("") if linear not in ignored]
-    assert layout.quantised == {f"{linear}.weight" for linear in quantised}
+    assert set(layout.quantised) == set(quantised)
     scales = [f"{linear}.{kind}" for linear in quantised for kind in ("weight_scale", "input_scale")]
     assert {name for name in layout.expected if name.endswith("_scale")} == set(scales)
 
@@ -232,8 +232,8 @@ def test_an_ignored_weight_may_be_bfloat16(sound: Path, tmp_path: Path) -> None:
     ["model.layers.0.self_attn.k_proj", "model.layers.0.mlp.experts.3", "model.layers.1.mlp.shared_mlp.up_proj"],
 )
 def test_a_product_is_ignored_whole_or_not(entry: str) -> None:
-    with pytest.raises(CheckpointError, match=rf"leaves '{entry}.*' unquantised and not 'model.* in one product"):
-        Fp8Layout(tiny_config(), IgnoredLayers([entry]))
+    with pytest.raises(CheckpointError, match=rf"leaves '{entry}.*' unquantised and not 'model.* in one GEMM"):
+        static_fp8(IgnoredLayers([entry])).layout(tiny_config())
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_what_it_is_asked_for_by_mistake() -> None:
         CheckpointError, match="needs an FP8 checkpoint, and this one is not quantised: make one with hunyuan"
     ):
         HunYuanFp8Config().layout(tiny_config())
-    with pytest.raises(ValueError, match="is for Hunyuan-Large checkpoints; a-llama is another model"):
+    with pytest.raises(ValueError, match="is for Hunyuan checkpoints; a-llama is another model"):
         HunYuanFp8Config().maybe_update_config("a-llama", SimpleNamespace(model_type="llama"))
     assert HunYuanFp8Config.from_config({**STATIC, "modules_to_not_convert": ["o_proj"]}).ignored.names == [".o_proj."]
 

@@ -21,8 +21,10 @@ from vllm.scalar_type import scalar_types
 
 from hunyuan_vllm.checkpoint import check_headers
 from hunyuan_vllm.layout import CheckpointError, Layout
+from hunyuan_vllm.quant.formats import PACKED, PLAIN
 from hunyuan_vllm.quant.int8 import Int8Config, Int8W8A8Config
-from hunyuan_vllm.quant.layouts import PACKED, PLAIN, IgnoredLayers, Int8Layout, describe, recognise
+from hunyuan_vllm.quant.layouts import IgnoredLayers
+from hunyuan_vllm.quant.quantization_config import describe, int8, int8_form
 from hunyuan_vllm.quant.rounding import pack_int8, quantize_per_channel, unpack_int8
 
 Fields = dict[str, Any]
@@ -94,7 +96,7 @@ def changed(form: str, **changes: Any) -> Fields:
     ],
 )
 def test_which_formats_are_ours(config: Fields, form: str | None) -> None:
-    assert recognise(config) == form
+    assert int8_form(config) == form
 
 
 @pytest.mark.parametrize(
@@ -136,7 +138,7 @@ def test_vllm_finds_them(tmp_path: Path) -> None:
 
 
 def test_other_models_are_refused() -> None:
-    with pytest.raises(ValueError, match="quantization='hunyuan_int8' is for Hunyuan-Large checkpoints; some/llama is"):
+    with pytest.raises(ValueError, match="quantization='hunyuan_int8' is for Hunyuan checkpoints; some/llama is"):
         Int8Config().maybe_update_config("some/llama", hf_config=type("Config", (), {"model_type": "llama"})())
 
 
@@ -183,7 +185,7 @@ def test_headers(form: str, change: Change, message: str | None, stored: dict[st
     for file in stored[form].iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     rewrite(folder, change)
-    layout = Int8Layout(CONFIG, form, IgnoredLayers())
+    layout = int8(form, IgnoredLayers()).layout(CONFIG)
     if message is None:
         assert check_headers(folder, layout) >= len(layout.expected)
     else:
@@ -192,12 +194,12 @@ def test_headers(form: str, change: Change, message: str | None, stored: dict[st
 
 
 def test_a_linear_left_alone() -> None:
-    layout = Int8Layout(CONFIG, PACKED, IgnoredLayers([Q_PROJ, "lm_head"]))
+    layout = int8(PACKED, IgnoredLayers([Q_PROJ, "lm_head"])).layout(CONFIG)
     assert f"{Q_PROJ}.weight" in layout.expected and f"{Q_PROJ}.weight_packed" not in layout.known
     assert Layout(CONFIG).expected[f"{EXPERT}.weight"] == (96, 128)
     assert layout.expected[f"{EXPERT}.weight_packed"] == (96, 32)
-    with pytest.raises(CheckpointError, match="computed in one product"):
-        Int8Layout(CONFIG, PACKED, IgnoredLayers([EXPERT]))
+    with pytest.raises(CheckpointError, match="computed in one GEMM"):
+        int8(PACKED, IgnoredLayers([EXPERT])).layout(CONFIG)
 
 
 @pytest.mark.parametrize(

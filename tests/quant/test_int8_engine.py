@@ -21,9 +21,9 @@ from vllm.lora.request import LoRARequest
 
 from hunyuan_vllm.model import HunYuanForCausalLM
 from hunyuan_vllm.native import operators
+from hunyuan_vllm.quant.formats import PACKED, PLAIN
 from hunyuan_vllm.quant.int8 import Int8Config
 from hunyuan_vllm.quant.int8_layers import Int8LinearMethod
-from hunyuan_vllm.quant.layouts import PACKED, PLAIN
 
 pytestmark = pytest.mark.engine
 
@@ -99,7 +99,7 @@ def test_compiled_in_bfloat16(activations: bool, ranks: int, tmp_path: Path) -> 
 
 
 def test_biases_fused_spellings_and_mixed_layers(tmp_path: Path) -> None:
-    config = tiny_config(attention_bias=True, mlp_bias=True, num_experts=[4, 1, 3, 4], moe_topk=[2, 1, 2, 1])
+    config = tiny_config(attention_bias=True, num_experts=[4, 1, 3, 4], moe_topk=[2, 1, 2, 1])
     plain = write_checkpoint(tmp_path / "plain", config)
     spelled = write_checkpoint(tmp_path / "spelled", config, fused=True, stray=True)
     with engine(spelled, quantization="hunyuan_int8") as llm:

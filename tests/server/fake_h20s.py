@@ -19,7 +19,8 @@ from pathlib import Path
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import Layout, expected_tensors
 from hunyuan_vllm.plan.model import DATA
-from hunyuan_vllm.quant.layouts import Fp8Layout, IgnoredLayers
+from hunyuan_vllm.quant.layouts import IgnoredLayers, QuantisedLayout
+from hunyuan_vllm.quant.quantization_config import static_fp8
 
 __all__ = ["FakeHead", "ROOT", "write_published"]
 
@@ -101,8 +102,8 @@ def write_published(folder: Path, fp8: bool = False) -> Path:
     (folder / "config.json").write_text(json.dumps(fields))
     (folder / "hy.tiktoken").touch()
     config = HunYuanConfig(**fields)
-    layout: Layout = Fp8Layout(config, IgnoredLayers()) if fp8 else Layout(config)
-    quantised = layout.quantised if isinstance(layout, Fp8Layout) else set()
+    layout: Layout = static_fp8(IgnoredLayers()).layout(config) if fp8 else Layout(config)
+    quantised = {f"{linear}.weight" for linear in layout.quantised} if isinstance(layout, QuantisedLayout) else set()
     _write_header(folder / "model.safetensors", layout.expected if fp8 else expected_tensors(config), quantised)
     return folder
 

@@ -13,7 +13,7 @@ from serving import running_server
 from test_launch import CPU, DEMO, GIB, GPU8, HUB, LARGE, MODEL, NODE1, SMALL, parsed
 
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.quant.formats import stored_format
+from hunyuan_vllm.quant.quantization_config import stored_format
 from hunyuan_vllm.quant.schemes import FP8, INT4, find_scheme
 from hunyuan_vllm.server.hardware import Machine
 from hunyuan_vllm.server.launch import Launch, decide

@@ -14,8 +14,8 @@ from test_launch import CPU, DEMO, GIB, GPU8, HUB, LARGE, MODEL, NODE1, parsed
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import expected_tensors
-from hunyuan_vllm.quant.formats import stored_format
-from hunyuan_vllm.quant.layouts import PACKED, PLAIN, describe
+from hunyuan_vllm.quant.formats import PACKED, PLAIN
+from hunyuan_vllm.quant.quantization_config import describe, stored_format
 from hunyuan_vllm.quant.schemes import INT8, INT8_W8A8, Scheme
 from hunyuan_vllm.server.hardware import Machine
 from hunyuan_vllm.server.launch import Launch, decide

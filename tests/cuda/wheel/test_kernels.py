@@ -20,7 +20,7 @@ ROWS = [
     ("Hunyuan-Large", "int8-w8a8", "8.0 (A100)", (8, 16), "CutlassInt8", "Triton"),
     ("Hunyuan-Large", "int8-w8a8", "9.0 (H100, H20)", (8, 16), "CutlassInt8", "Triton"),
     ("Hunyuan-Large", "int8-w8a8", "10.0 (B200)", (8, 16),
-     "refused: vLLM's int8 products end with compute capability 9.0", ""),
+     "refused: vLLM's int8 kernels end with compute capability 9.0", ""),
     ("Hunyuan-Large", "fp8", "8.0 (A100)", (8, 16), "MarlinFP8", "Marlin"),  # no FP8 arithmetic: FP8 weights alone
     ("Hunyuan-Large", "fp8", "9.0 (H100, H20)", (8, 16), "CutlassFP8", "FlashInfer"),
     ("Hunyuan-Large", "fp8", "10.0 (B200)", (8,),

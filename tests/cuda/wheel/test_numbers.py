@@ -20,8 +20,8 @@ from vllm.model_executor.layers.fused_moe import fused_experts
 from vllm.model_executor.layers.fused_moe.config import int8_w8a16_moe_quant_config
 from vllm.v1.worker.workspace import init_workspace_manager
 
+from hunyuan_vllm.quant.layouts import is_quantised
 from hunyuan_vllm.quant.rounding import quantize_per_tensor, unpack_int8
-from hunyuan_vllm.quant.scheme import is_quantised
 
 EXPERTS = "model.layers.1.mlp.experts"
 NETWORK = tiny_config(num_hidden_layers=2, moe_topk=2)

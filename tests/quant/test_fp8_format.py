@@ -252,7 +252,7 @@ def test_a_product_is_ignored_whole_or_not(entry: str) -> None:
 def test_which_checkpoints_are_taken_over(
     quantization: dict, user: str | None, model_type: str, taken: str | None
 ) -> None:
-    hf_config = SimpleNamespace(model_type=model_type)
+    hf_config = HunYuanConfig() if model_type == "hunyuan" else SimpleNamespace(model_type=model_type)
     assert HunYuanFp8Config.override_quantization_method(quantization, user, hf_config) == taken
 
 

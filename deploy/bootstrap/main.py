@@ -1,7 +1,5 @@
 """The set-up's command line and the order of its steps."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import signal
@@ -11,17 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from bootstrap.checks import check_disk, check_machine, gigabytes
-from bootstrap.consent import check_replacement
-from bootstrap.dry_run import is_dry_run, look
-from bootstrap.environment import Environment
-from bootstrap.errors import SetupError
-from bootstrap.installer import Installer
-from bootstrap.plan import ENGINE_SIZE, KINDS, Plan
-from bootstrap.progress import Progress
-from bootstrap.torch_source import TorchSource, choose_torch
-
-__all__ = ["main"]
+from bootstrap.environment import KINDS, Environment, SetupError, check_disk, check_machine, gigabytes, say
+from bootstrap.installer import Steps, Uv
 
 HELP = """\
 Make the virtual environment of this checkout, or find that it is complete (a fraction of a second). One that is for the
@@ -32,12 +21,12 @@ environment variables:
   HUNYUAN_DEVICE        cpu or cuda; default: cuda if nvidia-smi lists a GPU
   HUNYUAN_VENV          where to put the environment; default: .venv in the checkout
   HUNYUAN_TORCH_SOURCE  a folder of wheels or a package index that has torch for the CPU
-Packages come from the indexes and folders that pip is configured to use, and from nowhere else.
+Packages come from the indexes and folders that pip or uv is configured to use, and from nowhere else.
 """
-# A source archive is built with what the environment has: nothing more is fetched for it.
-NO_ISOLATION = ("--no-build-isolation",)
-BASE_PYTHON = getattr(sys, "_base_executable", sys.executable)
-HEADROOM = 0.5e9  # bytecode, the installer's temporary files
+BASE_PYTHON = getattr(sys, "_base_executable", sys.executable)  # sys.executable may be in the environment itself
+# Bytes, about: what each lock downloads and takes on disk.
+SIZES = {"cpu": (0.24e9, 1.0e9), "cuda": (4.0e9, 10.0e9), "torch-cpu": (0.19e9, 0.75e9), "torch-pypi": (2.3e9, 3.5e9)}
+HEADROOM = 0.5e9  # bytecode, uv's temporary files
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,119 +40,89 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--for", dest="script", nargs=argparse.REMAINDER, default=[], metavar="SCRIPT",
         help="the script that goes on in the environment, and its arguments; --dry-run or --help there count here",
     )  # fmt: skip
-    wanted = parser.parse_args(argv)
+    options = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _interrupt)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
         signal.signal(signal.SIGHUP, _interrupt)
-    root = Path(__file__).resolve().parents[2]
     try:
-        plan = Plan.make(root, os.environ, with_tests=wanted.test, with_training=wanted.train)
-        environment = Environment(plan.venv)
-        if wanted.dry_run or is_dry_run(wanted.script):
-            return look(plan, environment, wanted.script)
-        if environment.missing(plan.wanted()):
-            with environment.lock(on_wait=lambda: _say(f"waiting for another set-up of {plan.venv} to end")):
-                _complete(plan, environment, None if wanted.yes else _command(wanted.script))
+        environment = Environment(Path(__file__).resolve().parents[2], os.environ, options.test, options.train)
+        if options.dry_run or not {"--dry-run", "--help", "-h"}.isdisjoint(options.script[1:]):
+            return _dry_run(environment, options.script)
+        if environment.missing():
+            with environment.lock():
+                _complete(environment, options.script, options.yes)
     except SetupError as error:
-        _say(f"set-up stopped: {error}")
+        say(f"set-up stopped: {error}")
         return 1
     except OSError as error:
-        _say(f"set-up stopped: {error.strerror}: {error.filename or plan.venv}")
+        say(f"set-up stopped: {error.strerror}: {error.filename}")
         return 1
     except KeyboardInterrupt:
-        _say("set-up interrupted: nothing half-installed was left")
+        say("set-up interrupted: start it again to continue")
         return 130
     return 0
 
 
-def _command(script: Sequence[str]) -> str:
-    """How a user calls `script`, or this program."""
-    name = script[0] if script else "setup_env.sh"
-    return f"{'python3' if name.endswith('.py') else 'sh'} deploy/{name}"
-
-
-def _complete(plan: Plan, environment: Environment, command: str | None) -> None:
-    """Install what is missing. Asks again what that is: another set-up may just have done it.
-
-    Args:
-        command: what the user called; None if an environment for the other device may be replaced.
-    """
-    environment.recover()
-    wanted = plan.wanted()
-    missing = environment.missing(wanted)
+def _complete(environment: Environment, script: Sequence[str], consent: bool) -> None:
+    """Install what is missing, and ask again what that is: another set-up may just have done it."""
+    missing = environment.missing()
     if not missing:
         return
-    if command is not None and "engine" in missing:
-        check_replacement(plan, environment, command)
+    if "engine" in missing and _needs_consent(environment) and not consent:
+        _ask_for_consent(environment, script)
     started = time.monotonic()
-    check_machine(plan.device)
-    steps = {"engine": 4, "package": 1, "train": 1, "test": 1}
+    check_machine(environment.device)
     environment.log.write_text("")
-    progress = Progress(sum(steps[part] for part in missing), environment.log)
-    python = ".".join(map(str, plan.python))
-    progress.say(f"setting up {environment.path} for {KINDS[plan.device]} (Python {python})")
-    if "engine" in missing:
-        check_disk(environment.path.parent, ENGINE_SIZE[plan.device][1] + HEADROOM)
-        with environment.rebuild():
-            installer = _install_engine(plan, environment, progress)
-            _install_package(plan, environment, installer, wanted["package"])
-            with progress.step("first import (writes the bytecode)"):
-                _first_import(plan, environment, progress)
-            environment.enter("engine", wanted["engine"])
-    else:
-        installer = Installer(environment.python, progress)
-        if "package" in missing:
-            _install_package(plan, environment, installer, wanted["package"])
-    if "train" in missing:
-        environment.strike("train")
-        with progress.step("libraries of fine-tuning (DeepSpeed is built, nothing of it compiled)"):
-            installer.install(["-r", plan.train_lock], "installing the libraries of fine-tuning", NO_ISOLATION)
-        environment.enter("train", wanted["train"])
-    if "test" in missing:
-        environment.strike("test")
-        with progress.step("test tools"):
-            installer.install(["-r", plan.test_lock], "installing the test tools", NO_ISOLATION)
-        environment.enter("test", wanted["test"])
-    progress.say(f"set-up done in {time.monotonic() - started:.0f} s")
+    python = ".".join(map(str, sys.version_info[:2]))
+    say(f"setting up {environment.path} for {KINDS[environment.device]} (Python {python})")
+    steps = Steps(len(missing) + ("engine" in missing), environment.log)
+    uv = _install_engine(environment, steps) if "engine" in missing else Uv(environment, steps, os.environ)
+    if "package" in missing:
+        with environment.part("package"), steps.step("hunyuan-vllm itself"):
+            uv.run("install", "--no-deps", "-e", environment.root, doing="installing hunyuan-vllm")
+    if "bytecode" in missing:
+        with environment.part("bytecode"), steps.step("bytecode and first import"):
+            env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+            script_file = Path(__file__).with_name("warm_imports.py")
+            steps.run([environment.python, script_file, environment.device], "importing the installed packages", env)
+    for part, title in (("train", "fine-tuning libraries"), ("test", "test tools")):
+        if part in missing:
+            with environment.part(part), steps.step(title):
+                lock = environment.requirements / f"{part}.txt"
+                uv.run("install", "--no-deps", "-r", lock, doing=f"installing the {title}")
+    say(f"set-up done in {time.monotonic() - started:.0f} s")
 
 
-def _install_engine(plan: Plan, environment: Environment, progress: Progress) -> Installer:
-    with progress.step("virtual environment"):
-        # Not sys.executable, which may be in the environment that is being replaced.
-        progress.run([BASE_PYTHON, "-m", "venv", environment.path], "making the virtual environment")
-        installer = Installer(environment.python, progress)
-        installer.fetch_uv(plan.requirements / "uv.txt")
-    torch: TorchSource | None = None
-    download, installed = ENGINE_SIZE[plan.device]
-    with progress.step("looking for packages"):
-        if plan.device == "cpu":
-            torch = choose_torch(plan.requirements, installer, os.environ)
-            download, installed = download + torch.download, installed + torch.installed
+def _install_engine(environment: Environment, steps: Steps) -> Uv:
+    """Bring the environment to the locks of its device: in place where it was made for that device, Python and path."""
+    device, requirements = environment.device, environment.requirements
+    update = environment.installed_device() == device
+    if not update:
+        check_disk(environment.path.parent, SIZES[device][1] + HEADROOM)
+    locks, torch = [requirements / f"{device}.txt"], ""
+    with steps.step("virtual environment with uv"):
+        if environment.state().get("venv") != environment.venv_key:
+            environment.clear()
+            steps.run([BASE_PYTHON, "-m", "venv", environment.path], "making the virtual environment")
+            environment.save_state({"venv": environment.venv_key})
+        uv = Uv(environment, steps, os.environ)
+        if device == "cpu":
+            lock, torch = uv.choose_torch()
+            locks.append(lock)
+    if torch:
+        say(f"      {torch}")
+    download, installed = (sum(sizes) for sizes in zip(*(SIZES[lock.stem] for lock in locks), strict=True))
+    pins = [line for lock in locks for line in lock.read_text().splitlines() if line and not line.startswith("#")]
+    title = f"{len(pins)} packages"
+    if not update:
         check_disk(environment.path, installed + HEADROOM)
-    if torch is not None:
-        progress.say(f"      {torch.description}")
-    locks = [*plan.engine_locks, *([torch.lock] if torch else [])]
-    count = sum(_count(lock) for lock in locks)
-    title = f"{count} packages (download {gigabytes(download)}, on disk {gigabytes(installed)})"
-    with progress.step(title):
-        what = [part for lock in locks for part in ("-r", str(lock))]
-        installer.install(what, f"installing {count} packages", torch.options if torch else ())
-        if plan.device == "cpu":
+        title += f" (download {gigabytes(download)}, on disk {gigabytes(installed)})"
+    with environment.part("engine"), steps.step(title):
+        # Of what is not in the locks, only pip and uv stay.
+        uv.run("sync", *locks, doing=f"installing {len(pins)} packages")
+        if device == "cpu":
             _write_alias(environment.path)
-    return installer
-
-
-def _install_package(plan: Plan, environment: Environment, installer: Installer, key: str) -> None:
-    environment.strike("package")
-    with installer.progress.step("hunyuan-vllm itself"):
-        installer.install(["--no-build-isolation", "-e", plan.root], "installing hunyuan-vllm")
-    environment.enter("package", key)
-
-
-def _first_import(plan: Plan, environment: Environment, progress: Progress) -> None:
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    script = Path(__file__).with_name("warm_imports.py")
-    progress.run([environment.python, script, plan.device], "importing the installed packages", env)
+    return uv
 
 
 def _write_alias(venv: Path) -> None:
@@ -182,12 +141,50 @@ def _write_alias(venv: Path) -> None:
         (alias / name).write_text(content)
 
 
-def _count(lock: Path) -> int:
-    return sum(1 for line in lock.read_text().splitlines() if line and not line.startswith("#"))
+def _needs_consent(environment: Environment) -> bool:
+    """Whether what is installed is for another device than nvidia-smi suggests, and no one named that device."""
+    return not environment.device_named and environment.installed_device() not in (None, environment.device)
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _ask_for_consent(environment: Environment, script: Sequence[str]) -> None:
+    """Raises SetupError, which names both ways to continue, unless a user at the terminal agrees to a replacement."""
+    device, installed_device = environment.device, environment.installed_device() or ""
+    download, installed = map(gigabytes, SIZES[device])
+    size = f"about {download} to download, {installed} on disk"
+    found = {"cpu": "finds no GPU", "cuda": "finds a GPU"}[device]
+    state = f"{environment.path} is for {KINDS[installed_device]}, and nvidia-smi {found} here"
+    if sys.stdin.isatty() and sys.stderr.isatty():
+        question = f"{state}.\nReplace it by one for {KINDS[device]} ({size})? [y/N] "
+        print(question, end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() in ("y", "yes"):
+            return
+    name = script[0] if script else "setup_env.sh"
+    command = f"{'python3' if name.endswith('.py') else 'sh'} deploy/{name}"
+    raise SetupError(
+        f"{state}. To replace it ({size}): sh deploy/setup_env.sh --yes. "
+        f"To continue with it as it is: HUNYUAN_DEVICE={installed_device} {command}"
+    )
+
+
+def _dry_run(environment: Environment, script: Sequence[str]) -> int:
+    """Say what a set-up would do, if anything. Returns 1 where `script` cannot continue without it."""
+    missing, installed_device = environment.missing(), environment.installed_device()
+    if missing:
+        work = f"install into {environment.path}: {', '.join(missing)}"
+        if "engine" in missing:
+            download, installed = map(gigabytes, SIZES[environment.device])
+            torch = "; torch is extra" if environment.device == "cpu" else ""
+            size = f"{download} to download, {installed} on disk{torch}"
+            work = f"make {environment.path} for {KINDS[environment.device]} ({size})"
+            if installed_device is not None:
+                work += f", in place of one for {KINDS[installed_device]}"
+            if _needs_consent(environment):
+                work += ", once you agree"
+        say(f"dry run: the set-up, which is left out, would {work}")
+    if not script or os.access(environment.path / "bin" / "hunyuan-vllm", os.X_OK):
+        return 0
+    say(f"dry run: {script[0]} runs in that environment: make it first, with sh deploy/setup_env.sh")
+    return 1
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

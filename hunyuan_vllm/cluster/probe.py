@@ -16,8 +16,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from hunyuan_vllm.doctor.hardware import check_gpus
-from hunyuan_vllm.doctor.host import check_disk, check_limits, check_shared_memory
-from hunyuan_vllm.doctor.network import check_interfaces, check_name, check_settings
+from hunyuan_vllm.doctor.host import (
+    check_disk,
+    check_interfaces,
+    check_limits,
+    check_name,
+    check_settings,
+    check_shared_memory,
+)
 from hunyuan_vllm.doctor.probes import System
 from hunyuan_vllm.util.findings import Finding, Section, Status
 from hunyuan_vllm.util.machine import installed_version

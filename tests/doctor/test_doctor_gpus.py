@@ -61,7 +61,7 @@ def test_no_nvlink(tmp_path: Path) -> None:
 def test_no_gpu_at_all(tmp_path: Path, cuda_build: bool, status: str) -> None:
     found = look(check_gpus, machine(tmp_path), cuda_build)
     assert statuses(found) == {"GPUs": status}
-    assert "nvidia-smi is not there" in found["GPUs"].text
+    assert "nvidia-smi is not installed" in found["GPUs"].text
 
 
 def test_a_driver_that_fails_says_how(tmp_path: Path) -> None:

@@ -8,13 +8,12 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import pytest
 from fakes import look, machine, statuses
 
 from hunyuan_vllm import vllm_version
-from hunyuan_vllm.doctor import import_probe, software, worker_probe
+from hunyuan_vllm.doctor import software
 from hunyuan_vllm.doctor.probes import Probe, System, run_probe
 
 pytestmark = pytest.mark.slow
@@ -23,8 +22,8 @@ ENVIRON = {**os.environ, "OMP_NUM_THREADS": "1"}
 COMMAND = [sys.executable, "-c", "from hunyuan_vllm.cli import main; main()", "doctor"]
 
 
-def probe(module: Any, cwd: Path, timeout: float = 90, **environ: str) -> Probe:
-    return run_probe(System(ENVIRON | environ, cwd, timeout=timeout), Path(module.__file__), cwd)
+def probe(mode: str, cwd: Path, timeout: float = 90, **environ: str) -> Probe:
+    return run_probe(System(ENVIRON | environ, cwd, timeout=timeout), mode, cwd)
 
 
 def package(folder: Path, name: str, text: str) -> None:
@@ -49,7 +48,7 @@ def test_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_packages_of_other_versions_than_the_engine_names() -> None:
     assert statuses(look(software.check_packages)) == {"packages": "ok"}
-    real = software.installed
+    real = software.installed_version
 
     def other(name: str) -> str | None:
         return {"torch": "2.9.1+cu128", "tokenizers": None}.get(name, real(name))
@@ -63,7 +62,7 @@ def test_packages_of_other_versions_than_the_engine_names() -> None:
 
 
 def test_the_engines_torch_by_another_builder_is_the_same_version() -> None:
-    real = software.installed
+    real = software.installed_version
     plain = (real("torch") or "").partition("+")[0]
     found = look(software.check_packages, lambda name: plain if name == "torch" else real(name))
     assert statuses(found) == {"packages": "ok"}
@@ -72,7 +71,7 @@ def test_the_engines_torch_by_another_builder_is_the_same_version() -> None:
 def test_a_broken_companion_of_torch_is_named(tmp_path: Path) -> None:
     package(tmp_path, "torchvision", "raise RuntimeError('operator torchvision::nms does not exist')")
     package(tmp_path, "torchaudio", "__version__ = '9.9'")
-    seen = probe(import_probe, tmp_path, PYTHONPATH=str(tmp_path))
+    seen = probe("imports", tmp_path, PYTHONPATH=str(tmp_path))
     found = look(software.check_imports, seen)
     assert statuses(found) == {"torchvision": "problem", "torch": "ok"}
     assert "torchvision::nms does not exist" in found["torchvision"].text
@@ -81,18 +80,18 @@ def test_a_broken_companion_of_torch_is_named(tmp_path: Path) -> None:
 
 def test_a_companion_that_ends_the_process_is_named(tmp_path: Path) -> None:
     package(tmp_path, "torch", "__version__ = '1'\nraise ImportError('libcudart.so.12: cannot open shared object')")
-    found = look(software.check_imports, probe(import_probe, tmp_path, PYTHONPATH=str(tmp_path)))
+    found = look(software.check_imports, probe("imports", tmp_path, PYTHONPATH=str(tmp_path)))
     assert statuses(found) == {"torch": "problem"} and "nvidia-*" in found["torch"].remedy
     (tmp_path / "torch" / "__init__.py").write_text("import os\nos.abort()")
-    found = look(software.check_imports, probe(import_probe, tmp_path, PYTHONPATH=str(tmp_path)))
+    found = look(software.check_imports, probe("imports", tmp_path, PYTHONPATH=str(tmp_path)))
     assert "ended at import torch: signal 6" in found["imports"].text
     (tmp_path / "torch" / "__init__.py").write_text("import time\ntime.sleep(60)")
-    found = look(software.check_imports, probe(import_probe, tmp_path, timeout=1, PYTHONPATH=str(tmp_path)))
+    found = look(software.check_imports, probe("imports", tmp_path, timeout=1, PYTHONPATH=str(tmp_path)))
     assert statuses(found) == {"imports": "skipped"} and "no answer in 1 s" in found["imports"].text
 
 
 def test_a_spawned_worker_knows_the_model(tmp_path: Path) -> None:
-    seen = probe(worker_probe, tmp_path)
+    seen = probe("worker", tmp_path)
     assert seen.failure == ""
     assert seen.values["model"] == "HunYuanForCausalLM" and seen.values["kernels"] is True
     assert Path(seen.values["plugin"]) == Path(sys.modules["hunyuan_vllm"].__file__ or "")

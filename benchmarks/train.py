@@ -35,8 +35,9 @@ class Network:
     def __init__(self, folder: Path, lora: bool, threads: int) -> None:
         import torch
 
+        from hunyuan_vllm.adapter import ATTENTION
         from hunyuan_vllm.train.collate import PaddingCollator
-        from hunyuan_vllm.train.model import ATTENTION, add_lora, load_model
+        from hunyuan_vllm.train.model import add_lora, load_model
 
         torch.set_num_threads(threads)
         torch.manual_seed(0)

@@ -1,70 +1,97 @@
-"""Whether a LoRA adapter can be served on a network: by its files before an engine starts, and by its modules.
+"""LoRA adapters on disk, and whether one can be served on a network: by its files and by its modules.
 
-vLLM passes over the parts of an adapter that it has no place for. One of which nothing applies would be answered by the
-base model.
+vLLM ignores the parts of an adapter that match no module. Without these checks, requests for an adapter that matches
+none would be answered by the base model.
 """
 
-from __future__ import annotations
-
 import json
+import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import expected_tensors
 from hunyuan_vllm.util.errors import UserError
 
-__all__ = [
-    "ADAPTER_CONFIG",
-    "ADAPTER_FILE",
-    "ATTENTION",
-    "MAX_LORA_RANKS",
-    "MODULE",
-    "absent",
-    "check_adapter",
-    "check_modules",
-    "max_lora_rank",
-    "read_adapter_json",
-]
-
 ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 PICKLED = ("adapter_model.bin", "adapter_model.pt")
 MLX_FILE = "adapters.safetensors"
 MODULE = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<half>[AB])(?:\.\w+)?\.weight$")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-MAX_LORA_RANKS = (16, 32, 64, 128, 256, 320, 512)  # those that vLLM takes, from its default on
+MAX_LORA_RANKS = (16, 32, 64, 128, 256, 320, 512)  # values of vLLM's --max-lora-rank from its default on
 EXAMPLE = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+class AdapterConfig(BaseModel):
+    """The adapter_config.json that PEFT wrote. Fields that are not declared here are in `model_extra`.
+
+    Attributes:
+        r: rank.
+        lora_alpha: numerator of the scale.
+        rank_pattern, alpha_pattern: exceptions, by the end of a module's name or a regular expression for it.
+        use_rslora: the scale is alpha / √r instead of alpha / r.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    peft_type: str
+    r: int = Field(gt=0)
+    lora_alpha: float
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    use_rslora: bool = False
+    bias: str = "none"
+    init_lora_weights: bool | str | None = True
+    base_model_name_or_path: str | None = None
+    target_modules: list[str] | str | None = None
+    lora_dropout: float = 0.0
+
+    @property
+    def max_rank(self) -> int:
+        return max([self.r, *(self.rank_pattern or {}).values()])
+
+    def rank(self, module: str) -> int:
+        return _matching(self.rank_pattern, module, self.r)
+
+    def scale(self, module: str) -> float:
+        """The factor of B·A."""
+        rank, alpha = self.rank(module), _matching(self.alpha_pattern, module, self.lora_alpha)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def _matching(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """As PEFT looks it up: the first pattern that matches the module's name or an end of it."""
+    found = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module))
+    return next(found, default)
 
 
 def check_adapter(folder: Path, config: HunYuanConfig, cpu: bool, max_rank: int | None = None) -> None:
     """Refuse an adapter's folder, from its files' headers alone. Pickled weights are left to vLLM.
 
     Args:
-        cpu: the server computes on CPUs, where adapters act on attention only.
-        max_rank: the largest rank that it has room for; None: not checked.
+        cpu: the server runs on CPUs, where adapters act on attention only.
+        max_rank: the server's --max-lora-rank; None: not checked.
 
     Raises:
         UserError: it is not a LoRA adapter as PEFT saves it, or would not be served as it was trained.
     """
-    rank = _rank(folder)
+    rank = read_adapter_config(folder).max_rank
     if max_rank is not None and rank > max_rank:
         raise UserError(
-            f"{folder} has rank {rank}, and the server room for {max_rank}: add --max-lora-rank {max_lora_rank(rank)}"
+            f"{folder} has rank {rank}, and the server allows {max_rank}: add --max-lora-rank {max_lora_rank(rank)}"
         )
     file = folder / ADAPTER_FILE
     if not file.exists() and any((folder / name).exists() for name in PICKLED):
         return
     try:
-        with safe_open(file, framework="np") as tensors:
-            names = list(tensors.keys())
+        names = list(read_shapes(file))
     except FileNotFoundError:
         raise UserError(f"{folder} has no {ADAPTER_FILE}: name the folder that training saved the adapter in") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is cut short or not a safetensors file ({error}): copy it again") from None
     if odd := [name for name in names if not MODULE.match(name)]:
         raise UserError(f"{file}: {odd[0]!r} is not A or B of a linear layer, as in {EXAMPLE}")
     check_modules(str(file), {match["module"] for name in names if (match := MODULE.match(name))}, config, cpu)
@@ -122,11 +149,11 @@ def absent(module: str, config: HunYuanConfig) -> str:
     return f"{module}: this network has no such linear layer: it was trained on another model"
 
 
-def read_adapter_json(folder: Path) -> dict[str, Any]:
-    """What adapter_config.json says, as PEFT writes it.
+def read_adapter_config(folder: Path) -> AdapterConfig:
+    """The config in an adapter's folder.
 
     Raises:
-        UserError: there is none, or the folder holds another library's adapter.
+        UserError: there is none, it is not LoRA's, or the folder holds another library's adapter.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a directory: name the folder that training saved the adapter in")
@@ -145,12 +172,27 @@ def read_adapter_json(folder: Path) -> dict[str, Any]:
         )
     if not file.exists():
         raise UserError(f"{folder} has no {ADAPTER_CONFIG}: name the folder that training saved the adapter in")
-    return given
+    try:
+        config = AdapterConfig.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    if config.peft_type != "LORA":
+        raise UserError(f"{file}: peft_type is {config.peft_type!r}, and only LORA adapters are served or merged")
+    return config
 
 
-def _rank(folder: Path) -> int:
-    """The largest rank that adapter_config.json names."""
-    given = read_adapter_json(folder)
-    if given.get("peft_type") != "LORA" or not isinstance(given.get("r"), int):
-        raise UserError(f"{folder / ADAPTER_CONFIG} is not of a LoRA adapter: it has no rank r, or another peft_type")
-    return max([given["r"], *(given.get("rank_pattern") or {}).values()])
+def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of an adapter's tensors, by name.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: it is damaged.
+    """
+    try:
+        with safe_open(file, framework="np") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is cut short or not a safetensors file ({error}): copy it again") from None

@@ -1,4 +1,4 @@
-"""`python -m hunyuan_vllm.train`: what torchrun starts in each process."""
+"""`python -m hunyuan_vllm.train`: what torchrun starts in each process"""
 
 import sys
 

@@ -1,7 +1,5 @@
 """The flags of fine-tuning"""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys
@@ -16,7 +14,7 @@ import transformers
 from transformers import HfArgumentParser
 from transformers import TrainingArguments as TheirArguments
 
-from hunyuan_vllm.train.model import ATTENTION
+from hunyuan_vllm.adapter import ATTENTION
 from hunyuan_vllm.util.errors import UserError
 
 SHAPE: Final = (
@@ -97,7 +95,7 @@ class DataArguments:
 class TrainingArguments(transformers.TrainingArguments):
     """How it is trained: transformers' arguments, some with other defaults."""
 
-    output_dir: str = _flag("train_output", "Folder for checkpoints, logs, the loss curve, and the result in final/.")
+    output_dir: str = _flag("train_output", "Folder for checkpoints, logs, and the result in final/.")
     min_lr: float | None = _flag(None, "Learning rate at the end of the cosine; default: a tenth of --learning_rate.")
     lr_scheduler_type: str = _flag("cosine_with_min_lr", "How the learning rate falls.")
     warmup_ratio: float = _flag(0.0, "Share of the steps over which it rises first.")

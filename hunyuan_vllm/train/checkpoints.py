@@ -1,6 +1,4 @@
-"""Checkpoints of a run: written completely or not at all, and found again"""
-
-from __future__ import annotations
+"""Checkpoints of a run: written completely or not at all, and found for resuming"""
 
 import errno
 import json
@@ -18,7 +16,7 @@ from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.files import sync
 
 STAGING: Final = ".saving"
-"""In an output folder, where a checkpoint is until it is whole; what a killed run leaves there is never read."""
+"""Where an output folder holds a checkpoint until it is complete; what a killed run leaves there is never read."""
 
 STATE: Final = "trainer_state.json"
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -34,7 +32,7 @@ def resume_folder(given: str, output: Path) -> Path:
     """The checkpoint that `--resume_from_checkpoint` names: a folder, or `last` (or `True`) for the newest there is.
 
     Raises:
-        UserError: there is none, or it is not whole.
+        UserError: there is none, or it is incomplete.
     """
     if given.lower() in ("last", "true"):
         if not (found := checkpoints(output)):
@@ -44,21 +42,21 @@ def resume_folder(given: str, output: Path) -> Path:
         return check_checkpoint(found[-1])
     folder = Path(given)
     if not folder.is_dir():
-        raise UserError(f"--resume_from_checkpoint {given} is no folder: name a checkpoint-N, or `last`")
+        raise UserError(f"--resume_from_checkpoint {given} is not a directory: name a checkpoint-N, or `last`")
     return check_checkpoint(folder)
 
 
 def check_checkpoint(folder: Path) -> Path:
-    """`folder`, if it holds all that training goes on from.
+    """`folder`, if it holds everything needed to resume.
 
     Raises:
-        UserError: it does not; the message names what is missing.
+        UserError: the message names what is missing.
     """
     if STAGING in folder.absolute().parts:
-        raise UserError(f"{folder} was being written when its run ended: resume from a checkpoint-N beside {STAGING}")
+        raise UserError(f"{folder} is incomplete: resume from a checkpoint-N beside {STAGING}")
     state = folder / STATE
     if not state.is_file():
-        raise UserError(f"{folder} is no checkpoint to go on from: it has no {STATE}")
+        raise UserError(f"{folder} is not a checkpoint to resume from: it has no {STATE}")
     try:
         json.loads(state.read_text())
     except ValueError:
@@ -70,27 +68,27 @@ def check_checkpoint(folder: Path) -> Path:
     }
     for what, names in patterns.items():
         if not any(next(folder.glob(name), None) for name in names):
-            raise UserError(f"{folder} is no checkpoint to go on from: it has no {what} ({' or '.join(names)})")
+            raise UserError(f"{folder} is not a checkpoint to resume from: it has no {what} ({' or '.join(names)})")
     return folder
 
 
-def name_whole(beside: Path, final: Path) -> None:
-    """Give a folder that is complete its name, after all of it is on the disk.
-
-    Of several processes on a shared disk one does it, and the others find it done.
-    """
-    _to_disk(beside)
-    old = beside.with_name(beside.name + ".old")
+def move_into_place(staged: Path, final: Path) -> None:
+    """Flush a complete folder to the disk and rename it to `final`, replacing what has that name."""
+    for parent, _, files in os.walk(staged):
+        for file in files:
+            sync(Path(parent, file))
+        sync(Path(parent))
+    old = staged.with_name(staged.name + ".old")
     if final.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.replace(final, old)
-    os.replace(beside, final)
+    os.replace(staged, final)
     sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_old(output: Path, limit: int | None) -> list[Path]:
-    """Delete the oldest checkpoints beyond `limit`, and return them. Each loses its name first."""
+    """Delete the oldest checkpoints beyond `limit`, each renamed first, and return them."""
     gone = checkpoints(output)[:-limit] if limit else []
     for folder in gone:
         aside = output / STAGING / f"{folder.name}.old"
@@ -100,47 +98,38 @@ def remove_old(output: Path, limit: int | None) -> list[Path]:
     return gone
 
 
-def _to_disk(folder: Path) -> None:
-    for parent, _, files in os.walk(folder):
-        for file in files:
-            sync(Path(parent, file))
-        sync(Path(parent))
-
-
 ERRNOS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-# torch and safetensors write by C++ and Rust, and raise errors of their own.
+# torch and safetensors write from C++ and Rust, with errors of their own.
 WORDS = re.compile(
     r"no space left|disk quota|file too large|os error (5|27|28|30|122)|file write failed|iostream error", re.I
 )
 
 
 class DiskError(UserError):
-    """What could not be written, and why; exit status 3."""
+    """A full or broken disk; exit status 3."""
 
 
 @contextmanager
 def saving(what: str, output: Path) -> Iterator[None]:
-    """Turn a full or broken disk in the body into one line.
+    """Raise one clear error where the body meets a full or broken disk.
 
     Raises:
-        DiskError: `what` could not be written; the message says what to go on from.
+        DiskError: `what` could not be written; the message names the checkpoint to resume from.
     """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         if (reason := _reason(error)) is None:
             raise
-        whole = checkpoints(output)
-        rest = (
-            f"{whole[-1].name} is whole: make room and go on with --resume_from_checkpoint last"
-            if whole
-            else "there is no checkpoint yet: make room, or name another --output_dir, and start again"
-        )
+        if complete := checkpoints(output):
+            rest = f"{complete[-1].name} is complete: free space and continue with --resume_from_checkpoint last"
+        else:
+            rest = "there is no checkpoint yet: free space, or name another --output_dir, and start again"
         raise DiskError(f"{what} could not be written to {output} ({reason}); {rest}") from error
 
 
 def _reason(error: BaseException | None) -> str | None:
-    """What a disk did that made this error, or one that this came of; None where no disk did."""
+    """The disk failure that caused an error, directly or through its causes; None if there is none."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in ERRNOS:
             return error.strerror

@@ -15,8 +15,6 @@ from hunyuan_vllm.train.tokens import IGNORED, Example
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.jsonl import parse_line
 
-__all__ = ["PERCENTILES", "Sample", "as_json", "percentiles", "read_sample"]
-
 PERCENTILES = (50, 90, 95, 99)
 
 

@@ -18,8 +18,6 @@ from hunyuan_vllm.ray_environment import without_secrets
 from hunyuan_vllm.train.nodes import NodeOfRun, carrying, compare, read_nodes, torchrun_arguments, torchrun_variables
 from hunyuan_vllm.util.errors import UserError
 
-__all__ = ["Launch", "main"]
-
 # Variables that libraries of the processes read; others stay where they are.
 HANDED_ON: Final = ("NCCL_", "GLOO_", "TP_SOCKET", "CUDA_", "TORCH_", "DS_", "OMP_", "HF_", "TOKENIZERS_", "PYTORCH_")
 PATHS: Final = ("model_name_or_path", "tokenizer_name_or_path", "train_data_file", "eval_data_file", "deepspeed")

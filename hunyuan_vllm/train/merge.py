@@ -21,8 +21,6 @@ from hunyuan_vllm.train.adapter import Adapter
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.progress import Progress
 
-__all__ = ["SAVE_DTYPES", "Merge"]
-
 SAVE_DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 REMEDY: Final = "the disk or the memory is at fault; run the same command again"
 

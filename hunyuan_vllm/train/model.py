@@ -1,26 +1,31 @@
-"""The model as it is trained"""
-
-from __future__ import annotations
+"""The model to train: from a checkpoint or new, resumed, with or without adapters"""
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Self
 
 import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import GenerationConfig
 
+from hunyuan_vllm import demo
+from hunyuan_vllm.adapter import ADAPTER_CONFIG, read_adapter_config
 from hunyuan_vllm.checkpoint import check_headers, missing_config, missing_weights, shard_files
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import CheckpointError, Layout
 from hunyuan_vllm.reference import HunYuanForCausalLM, MoE
+from hunyuan_vllm.tokenizer import load_tokenizer
+from hunyuan_vllm.train.arguments import Arguments
+from hunyuan_vllm.train.checkpoints import resume_folder
+from hunyuan_vllm.train.export import read_origin, read_routers, split_routers
 from hunyuan_vllm.util.errors import UserError
 
 
 def load_partitioned(folder: Path, dtype: torch.dtype) -> HunYuanForCausalLM:
-    """The checkpoint in `folder`, of which each process keeps its part. Every process must call this.
+    """The checkpoint in `folder`, partitioned by ZeRO-3. Every process must call this.
 
     transformers' own loader reads the whole checkpoint in every process: 780 GB, eight times a node, for 389B.
     """
@@ -40,7 +45,7 @@ def load_partitioned(folder: Path, dtype: torch.dtype) -> HunYuanForCausalLM:
 
 
 def _load(parameters: dict[str, nn.Parameter], layout: Layout, name: str, tensors: safe_open, first: bool) -> None:
-    """Give `name`'s values to the parameters that hold them."""
+    """Copy a stored tensor to the parameters that it holds."""
     from deepspeed.runtime.zero import GatheredParameters
 
     names = layout.names(name, tensors.get_slice(name).get_shape())
@@ -52,19 +57,15 @@ def _load(parameters: dict[str, nn.Parameter], layout: Layout, name: str, tensor
                 parameter.data.copy_(parts[one])
 
 
-ATTENTION: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
-"""What LoRA is put on unless told otherwise; cross layers have no k_proj and v_proj."""
-
-
 def check_base(folder: Path) -> HunYuanConfig:
-    """The config of a checkpoint that can be trained, seen from its files' headers.
+    """The config of a checkpoint, checked by its files' headers.
 
     Raises:
-        UserError: it is not there, not of this architecture, incomplete, or quantised.
+        UserError: it does not exist, has another architecture, or is incomplete or quantised.
     """
     file = folder / "config.json"
     if not folder.is_dir():
-        raise UserError(f"--model_name_or_path {folder} is no folder: name the folder of a checkpoint")
+        raise UserError(f"--model_name_or_path {folder} is not a directory: name the folder of a checkpoint")
     if not file.is_file():
         raise UserError(f"--model_name_or_path {folder} {': '.join(missing_config(folder))}")
     try:
@@ -96,11 +97,6 @@ def load_model(folder: Path, dtype: torch.dtype) -> HunYuanForCausalLM:
         raise UserError(f"{folder} cannot be read: {str(error).splitlines()[0]}") from None
 
 
-def new_model(config: HunYuanConfig, dtype: torch.dtype) -> HunYuanForCausalLM:
-    """A network with random weights, drawn as `initializer_range` says; under ZeRO-3 in parts."""
-    return HunYuanForCausalLM._from_config(config, dtype=dtype)
-
-
 def train_attention_only(model: nn.Module) -> None:
     """Freeze all but attention: its four projections and the query and key norms."""
     for name, parameter in model.named_parameters():
@@ -113,7 +109,7 @@ def add_lora(
     """`model` as a PeftModel: its weights frozen, adapters on every module whose name ends with one of `targets`.
 
     Raises:
-        UserError: the network has no such module, or one that takes no adapter.
+        UserError: the network has no linear layer of this name, or none that takes an adapter.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -132,9 +128,9 @@ def add_lora(
 
 
 def make_moe_leaves(model: nn.Module) -> int:
-    """Have ZeRO-3 gather each layer's experts as one, before the layer runs; the number of such layers.
+    """Make ZeRO-3 gather each layer's experts at once, and return the number of such layers.
 
-    Without it each expert is gathered when its turn comes, which takes less memory and more, smaller messages.
+    Otherwise each expert is gathered when it runs, with less memory and more, smaller messages.
     """
     from deepspeed.utils import set_z3_leaf_modules
 
@@ -144,6 +140,153 @@ def make_moe_leaves(model: nn.Module) -> int:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Parameters that are trained, and all, whole ones where ZeRO-3 holds parts."""
+    """Trained and total parameters, counted whole where ZeRO-3 holds parts."""
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+
+
+@dataclass
+class BaseCheckpoint:
+    """What a run starts from.
+
+    Attributes:
+        folder: the checkpoint whose weights are read; None for a new network.
+        resume: the earlier run's checkpoint to resume from.
+        config: the network's.
+        tokenizer_folder: where the tokenizer's files are.
+        served_dtype: what the result is saved in.
+        origin: the checkpoint that the first run started from; None for a new network.
+    """
+
+    folder: Path | None
+    resume: Path | None
+    config: HunYuanConfig
+    tokenizer_folder: Path
+    tokenizer: Any
+    served_dtype: torch.dtype
+    origin: Path | None = None
+
+    @classmethod
+    def find(cls, arguments: Arguments) -> Self:
+        """Check everything that the flags name; nothing large is read.
+
+        Raises:
+            UserError: something does not exist, or does not fit the rest.
+        """
+        training, model = arguments.training, arguments.model
+        given = training.resume_from_checkpoint
+        resume = resume_folder(given, Path(training.output_dir)) if given else None
+        named = demo.folder(Path(model.model_name_or_path)) if model.model_name_or_path else None
+        if resume is not None:
+            named = _take_over(arguments, resume, named)
+        if named is not None:
+            config = check_base(named)
+            folder = Path(model.tokenizer_name_or_path or named)
+            # A run's checkpoint has the type of the computation, and notes the type of the result.
+            stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+            origin, dtype = (read_origin(resume) if resume else None) or (named, stored)
+            return cls(named, resume, config, folder, load_tokenizer(folder), dtype, origin)
+        if not model.tokenizer_name_or_path:
+            raise UserError("a new network needs --tokenizer_name_or_path, a folder with hy.tiktoken")
+        folder = Path(model.tokenizer_name_or_path)
+        tokenizer = load_tokenizer(folder)
+        return cls(None, resume, _new_config(arguments, tokenizer), folder, tokenizer, torch.bfloat16)
+
+    def load_model(self, arguments: Arguments) -> Any:
+        """The network, loaded or new, with the trained parameters selected."""
+        flags, training = arguments.model, arguments.training
+        dtype = self._dtype(arguments)
+        if self.folder is not None:
+            model: Any = load_model(self.folder, dtype)
+        else:  # random weights, by `initializer_range`; under ZeRO-3 partitioned
+            model = HunYuanForCausalLM._from_config(self.config, dtype=dtype)
+        model.config.use_cache = False
+        if training.deepspeed and dtype != torch.float32:
+            split_routers(model, self._router_start(model))
+        if flags.use_lora:
+            return add_lora(
+                model, rank=flags.lora_rank, alpha=flags.lora_alpha, dropout=flags.lora_dropout,
+                targets=flags.lora_target_modules, base=self.folder,
+            )  # fmt: skip
+        if flags.train_attention_params_only:
+            train_attention_only(model)
+        return model
+
+    def _router_start(self, model: Any) -> dict[str, torch.Tensor] | None:
+        """The routers' exact weights, where ZeRO-3 has partitioned and rounded them."""
+        if not hasattr(next(model.parameters()), "ds_id"):
+            return None
+        if self.folder is not None:
+            return read_routers(self.folder)
+        names = [name for name in model.state_dict() if name.endswith(".gate.wg.weight")]
+        shapes = {name: model.get_parameter(name).ds_shape for name in names}
+        drawn = torch.Generator().manual_seed(0)  # the same in every process
+        deviation = self.config.initializer_range
+        return {name: torch.randn(shape, generator=drawn) * deviation for name, shape in shapes.items()}
+
+    def _dtype(self, arguments: Arguments) -> torch.dtype:
+        """The type of the weights: that of the computation where DeepSpeed keeps float32 copies or LoRA does not train
+        them; else float32, since small steps are lost in 16 bits."""
+        training = arguments.training
+        low = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+        return low if training.deepspeed or arguments.model.use_lora else torch.float32
+
+
+def _take_over(arguments: Arguments, resume: Path, named: Path | None) -> Path:
+    """Take LoRA's settings from the checkpoint to resume, and return the base.
+
+    Raises:
+        UserError: the flags contradict them.
+    """
+    flags = arguments.model
+    if not (resume / ADAPTER_CONFIG).is_file():
+        if flags.use_lora:
+            raise UserError(f"{resume} is not from a LoRA run: leave out --use_lora to resume it")
+        return resume if named is None else named
+    saved = read_adapter_config(resume)
+    fixed = {"lora_rank": saved.r, "lora_alpha": saved.lora_alpha, "lora_dropout": saved.lora_dropout}
+    for name, value in fixed.items():
+        if name in arguments.given and getattr(flags, name) != value:
+            raise UserError(f"--{name} {getattr(flags, name)}: {resume} was trained with {value}, which cannot change")
+        setattr(flags, name, value)
+    targets = sorted(saved.target_modules or ())
+    if "lora_target_modules" in arguments.given and sorted(flags.lora_target_modules) != targets:
+        raise UserError(f"--lora_target_modules: {resume} was trained with {' '.join(targets)}, which cannot change")
+    flags.use_lora, flags.lora_target_modules = True, targets
+    base = named or Path(saved.base_model_name_or_path or "")
+    if not (base / "config.json").is_file():
+        raise UserError(f"the base of {resume} is no longer at {base}: name it with --model_name_or_path")
+    return base
+
+
+def _new_config(arguments: Arguments, tokenizer: Any) -> HunYuanConfig:
+    flags, training = arguments.model, arguments.training
+    tokens = len(tokenizer)
+    vocabulary = flags.vocab_size or -(-tokens // 128) * 128
+    if vocabulary < tokens:
+        raise UserError(f"--vocab_size {vocabulary}: the tokenizer has {tokens} tokens")
+    try:
+        return HunYuanConfig(
+            architectures=["HunYuanForCausalLM"],
+            vocab_size=vocabulary,
+            hidden_size=flags.hidden_size,
+            intermediate_size=flags.intermediate_size,
+            num_hidden_layers=flags.num_layers,
+            num_attention_heads=flags.num_attention_heads,
+            num_key_value_heads=flags.num_key_value_heads,
+            max_position_embeddings=training.model_max_length or flags.max_position_embeddings,
+            rms_norm_eps=flags.layer_norm_eps,
+            num_experts=flags.num_experts,
+            moe_topk=1 if flags.num_experts == 1 else flags.moe_topk,
+            use_mixed_mlp_moe=flags.use_mixed_mlp_moe,
+            num_shared_expert=flags.num_shared_expert,
+            use_cla=flags.use_cla,
+            cla_share_factor=flags.cla_share_factor,
+            use_qk_norm=flags.use_qk_norm,
+            tie_word_embeddings=flags.tie_word_embeddings,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None

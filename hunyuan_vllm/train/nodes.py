@@ -1,6 +1,4 @@
-"""The nodes of a run: which, what they have in common, and their processes"""
-
-from __future__ import annotations
+"""The nodes of a run: which they are, whether they are alike, and the processes on each"""
 
 import atexit
 import hashlib
@@ -23,19 +21,6 @@ import psutil
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.net import INTERFACE_VARIABLES, normalise_address
 from hunyuan_vllm.util.text import some
-
-
-def end_process(status: int) -> NoReturn:
-    """End with this status, after what was registered for the end.
-
-    The threads of PyTorch's process groups outlive the groups (DistributedDataParallel keeps them), and one that needs
-    Python while that is being taken apart aborts the process: status 134 of a run that had succeeded.
-    """
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(status)
-
 
 DEFAULT_PORT = 29500
 
@@ -251,6 +236,18 @@ def _torchrun(arguments: list[str]) -> int:
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0
+
+
+def end_process(status: int) -> NoReturn:
+    """Exit with this status after the atexit functions, but without Python's own finalisation.
+
+    The threads of PyTorch's process groups outlive the groups (DistributedDataParallel keeps them). One that needs
+    Python during finalisation aborts the process: exit status 134 of a successful run.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

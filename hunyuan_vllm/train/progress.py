@@ -1,23 +1,19 @@
-"""How a training run is: progress, log lines, loss curve"""
-
-from __future__ import annotations
+"""Progress of a training run: a bar and log lines"""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from transformers import TrainerCallback
 
-from hunyuan_vllm.util.files import replacing
 from hunyuan_vllm.util.progress import Progress
 from hunyuan_vllm.util.text import duration
 
 
 class Display(TrainerCallback):
-    """Shows loss, learning rate, tokens a second and the time left; of several processes the first one speaks."""
+    """Shows loss, learning rate, tokens a second and the time left; only the first of several processes prints."""
 
     def __init__(self, console: Console) -> None:
         self._console, self._progress = console, Progress(console)
@@ -51,7 +47,7 @@ class Display(TrainerCallback):
             self._line(f"saved {args.output_dir}/checkpoint-{state.global_step}")
 
     def close(self) -> None:
-        """Leave the terminal as it was, however the run has ended."""
+        """Restore the terminal, however the run ended."""
         self._bar.close()
 
     def _line(self, text: str) -> None:
@@ -68,31 +64,3 @@ def close_displays(callbacks: Iterable[Any]) -> None:
     for callback in callbacks:
         if isinstance(callback, Display):
             callback.close()
-
-
-def save_curve(history: Sequence[dict[str, Any]], file: Path) -> bool:
-    """Draw the log history of a `TrainerState` to a PNG; False where it holds no loss yet."""
-    from matplotlib.figure import Figure
-
-    losses = [(entry["step"], float(entry["loss"])) for entry in history if "loss" in entry]
-    held_out = [(entry["step"], float(entry["eval_loss"])) for entry in history if "eval_loss" in entry]
-    rates = [(entry["step"], float(entry["learning_rate"])) for entry in history if "learning_rate" in entry]
-    if not losses:
-        return False
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(*zip(*losses, strict=True), color="tab:blue", label="loss")
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", label="held-out loss")
-    axes.set(xlabel="step", ylabel="cross entropy (nats a token)")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="upper right")
-    if rates:
-        other = axes.twinx()
-        other.plot(*zip(*rates, strict=True), color="tab:gray", linewidth=0.8)
-        other.set_ylabel("learning rate", color="tab:gray")
-        other.set_ylim(bottom=0)
-    with replacing(file) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-    return True

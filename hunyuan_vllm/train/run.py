@@ -1,6 +1,7 @@
-"""A run of fine-tuning, from the flags to a folder that serves"""
+"""A run of fine-tuning, from flags to a folder that can be served
 
-from __future__ import annotations
+Libraries are imported in `train`, after the environment that they read is set.
+"""
 
 import os
 import sys
@@ -8,17 +9,13 @@ import tempfile
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Any, Final
 
 from rich.console import Console
 
 from hunyuan_vllm.util.errors import UserError
 
-if TYPE_CHECKING:
-    from hunyuan_vllm.train.arguments import Arguments
-    from hunyuan_vllm.train.start import Start
-
-EXTRA: Final = ("accelerate", "peft", "tensorboard", "matplotlib")
+EXTRA: Final = ("accelerate", "peft", "tensorboard")
 
 
 def need_extra(deepspeed: bool = False) -> None:
@@ -36,10 +33,10 @@ def need_extra(deepspeed: bool = False) -> None:
 
 
 def need_writable(output: Path) -> None:
-    """Make the output folder, and write to it once.
+    """Create the output folder and check that it is writable.
 
     Raises:
-        UserError: that is not possible.
+        UserError: it is not.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -50,13 +47,12 @@ def need_writable(output: Path) -> None:
 
 
 FINAL: Final = "final"
-CURVE: Final = "loss.png"
 
 
 def main(argv: Sequence[str]) -> int:
     """Train as the flags say; returns the exit status. A user's mistake is one line on standard error."""
     from hunyuan_vllm.train.checkpoints import DiskError
-    from hunyuan_vllm.train.processes import is_first, leave_processes, wait_for_first
+    from hunyuan_vllm.train.distributed import is_first, leave_processes, wait_for_first
 
     try:
         train(argv)
@@ -68,32 +64,32 @@ def main(argv: Sequence[str]) -> int:
         return 3 if isinstance(error, DiskError) else 2
     except KeyboardInterrupt:
         print(
-            "hunyuan-vllm: stopped; --resume_from_checkpoint last goes on from the newest checkpoint", file=sys.stderr
+            "hunyuan-vllm: stopped; --resume_from_checkpoint last resumes from the newest checkpoint", file=sys.stderr
         )
         return 130
     return 0
 
 
 def train(argv: Sequence[str]) -> None:
-    """As `main`, but for raising what goes wrong.
+    """Train as the flags say.
 
     Raises:
-        UserError: the user's mistake, or (DiskError) the disk's.
+        UserError: a mistake of the user; DiskError: a full or broken disk.
     """
-    from hunyuan_vllm.train.processes import is_first, prepare
+    from hunyuan_vllm.train.distributed import is_first, prepare
 
     file = flag_value(argv, "deepspeed")
     need_extra(deepspeed=file is not None)
 
     import torch
 
-    from hunyuan_vllm.train.processes import fitted, read_config
+    from hunyuan_vllm.train.distributed import read_deepspeed_config, without_offload
 
-    config, changes = fitted(read_config(file)) if file else (None, [])
+    config, changes = without_offload(read_deepspeed_config(file)) if file else (None, [])
     prepare(deepspeed=file is not None)
 
     from hunyuan_vllm.train.arguments import ignored, parse
-    from hunyuan_vllm.train.start import Start
+    from hunyuan_vllm.train.model import BaseCheckpoint
 
     console = Console(stderr=True, quiet=not is_first())
 
@@ -104,55 +100,53 @@ def train(argv: Sequence[str]) -> None:
     if arguments.demo:
         say("no --model_name_or_path is given: LoRA on the demo model")
         if "OMP_NUM_THREADS" not in os.environ:
-            # Matrices this small gain half as much by a second thread, and lose far more where other work has the core.
+            # A second thread adds little to matrices this small, and costs much on a busy machine.
             torch.set_num_threads(1)
     for line in (*changes, *ignored(arguments, config)):
         say(line)
-    start = Start.find(arguments)
+    base = BaseCheckpoint.find(arguments)
     if is_first():
         need_writable(Path(arguments.training.output_dir))
-    _run(arguments, start, console, say)
+    _run(arguments, base, console, say)
 
 
-def _run(arguments: Arguments, start: Start, console: Console, say: Callable[[str], None]) -> None:
+def _run(arguments: Any, base: Any, console: Console, say: Callable[[str], None]) -> None:
     from transformers import set_seed
 
-    from hunyuan_vllm.train.assemble import assemble, save_result
     from hunyuan_vllm.train.model import count_parameters
-    from hunyuan_vllm.train.progress import close_displays, save_curve
+    from hunyuan_vllm.train.progress import close_displays
+    from hunyuan_vllm.train.trainer import build_trainer, save_result
 
     training, output = arguments.training, Path(arguments.training.output_dir)
     set_seed(training.seed)
-    trainer = assemble(arguments, start, console, say)
+    trainer = build_trainer(arguments, base, console, say)
     trained, all_of_them = count_parameters(trainer.model)
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     say(f"{trained:,} of {all_of_them:,} parameters are trained, {rows} rows a step")
-    if start.resume is not None:
-        say(f"going on from {start.resume}")
+    if base.resume is not None:
+        say(f"resuming from {base.resume}")
     try:
-        trainer.train(resume_from_checkpoint=str(start.resume) if start.resume else None)
+        trainer.train(resume_from_checkpoint=str(base.resume) if base.resume else None)
     finally:
         close_displays(trainer.callback_handler.callbacks)
-    kind = save_result(trainer, output / FINAL, start.served_dtype)
+    kind = save_result(trainer, output / FINAL, base.served_dtype)
     if trainer.is_world_process_zero():
-        save_curve(trainer.state.log_history, output / CURVE)
-        say(f"done: {output / FINAL} ({kind}), {output / CURVE}")
-        say(f"serve it: {_serving_command(arguments, start, output / FINAL)}")
+        say(f"done: {output / FINAL} ({kind})")
+        say(f"serve it: {_serving_command(arguments.model, base.folder, output / FINAL)}")
 
 
-def _serving_command(arguments: Arguments, start: Start, result: Path) -> str:
+def _serving_command(flags: Any, base: Path | None, result: Path) -> str:
     import torch
 
     from hunyuan_vllm.serving_command import adapter_command, checkpoint_command
 
-    lora = arguments.model
-    if not lora.use_lora or start.base is None:
+    if not flags.use_lora or base is None:
         return checkpoint_command(result)
-    return adapter_command(result, start.base, lora.lora_rank, lora.lora_target_modules, gpu=torch.cuda.is_available())
+    return adapter_command(result, base, flags.lora_rank, flags.lora_target_modules, gpu=torch.cuda.is_available())
 
 
 def flag_value(argv: Sequence[str], name: str) -> str | None:
-    """The last value of a flag, before the flags are read: some libraries want to know it when they are imported."""
+    """The last value of a flag, before the flags are parsed: imports depend on it."""
     found = None
     for place, word in enumerate(argv):
         if word == f"--{name}" and place + 1 < len(argv):

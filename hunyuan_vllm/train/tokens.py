@@ -9,8 +9,6 @@ from typing import Any, Final
 
 from hunyuan_vllm.train.messages import DEFAULT_SYSTEM, BadConversation, Conversation
 
-__all__ = ["IGNORED", "Example", "encode"]
-
 IGNORED: Final = -100
 """The label of a token that is not learned."""
 

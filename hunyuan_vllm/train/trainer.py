@@ -1,126 +1,45 @@
-"""transformers' Trainer with the balance loss and the experts' load"""
-
-from __future__ import annotations
+"""The Trainer of a run: transformers' own with token counts, the balance loss and safe checkpoints"""
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 import transformers
+from rich.console import Console
 from torch import Tensor, nn
-from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback
 
-from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.train.checkpoints import STAGING, name_whole, remove_old, saving
-from hunyuan_vllm.train.export import as_published
+from hunyuan_vllm.train.arguments import Arguments
+from hunyuan_vllm.train.checkpoints import STAGING, move_into_place, remove_old, saving
+from hunyuan_vllm.train.collate import DummyDataset, PackingCollator, PaddingCollator
+from hunyuan_vllm.train.dataset import ConversationDataset, Encoding, PackedDataset
+from hunyuan_vllm.train.distributed import join_processes
+from hunyuan_vllm.train.export import as_published, copy_served_files, set_dtype, write_origin
+from hunyuan_vllm.train.model import BaseCheckpoint, make_moe_leaves
+from hunyuan_vllm.train.moe_balance import ExpertBoard, ExpertLoad, balance_loss
+from hunyuan_vllm.train.progress import Display
+from hunyuan_vllm.util.errors import UserError
 
-if TYPE_CHECKING:
-    pass
-
-
-def moe_layers(config: HunYuanConfig) -> list[int]:
-    """The layers that have a router, in the order of a model's `router_logits`."""
-    return [layer for layer in range(config.num_hidden_layers) if config.experts_at(layer) > 1]
-
-
-def balance_loss(router_logits: Sequence[Tensor], topk: Sequence[int], real: Tensor | None = None) -> Tensor:
-    """The load-balancing loss of Switch Transformers, mean over layers: 1 if even, up to the number of experts if not.
-
-    Of a layer with E experts: E · Σ f_e · p_e, where f_e is the share of the routed (token, choice) pairs that expert e
-    is given and p_e the mean probability of e. Gradients flow through p alone. It is of one batch of one process, as is
-    usual: over several, it is the mean of theirs.
-
-    Args:
-        router_logits: [tokens, experts] of each MoE layer.
-        topk: experts a token is given, of each of them.
-        real: [tokens], which are no padding; all where it is None.
-    """
-    losses = []
-    for logits, k in zip(router_logits, topk, strict=True):
-        experts = logits.shape[-1]
-        probabilities = logits.softmax(-1)
-        chosen = F.one_hot(probabilities.topk(k, dim=-1).indices, experts).sum(1).to(logits.dtype)  # [tokens, experts]
-        weights = torch.ones_like(logits[:, 0]) if real is None else real.to(logits.device, logits.dtype)
-        count = weights.sum()
-        given = (chosen * weights[:, None]).sum(0) / (count * k)
-        likely = (probabilities * weights[:, None]).sum(0) / count
-        losses.append(experts * (given.detach() * likely).sum())
-    return torch.stack(losses).mean()
+TENSOR_CORES = 8  # row lengths are padded to a multiple of this on GPUs
 
 
-class ExpertLoad:
-    """Tokens given to each expert of each MoE layer since they were last taken."""
-
-    def __init__(self, config: HunYuanConfig) -> None:
-        self.layers = moe_layers(config)
-        self.topk = [config.topk_at(layer) for layer in self.layers]
-        self._experts = [config.experts_at(layer) for layer in self.layers]
-        self._counts: list[Tensor] = []
-
-    @torch.no_grad()
-    def add(self, router_logits: Sequence[Tensor], real: Tensor | None = None) -> None:
-        """Count one batch; the arguments are `balance_loss`'s."""
-        new = []
-        for logits, k in zip(router_logits, self.topk, strict=True):
-            ids = logits.topk(k, dim=-1).indices
-            ids = ids if real is None else ids[real.to(ids.device)]
-            new.append(ids.flatten().bincount(minlength=logits.shape[-1]))
-        self._counts = [a + b for a, b in zip(self._counts, new, strict=True)] if self._counts else new
-
-    def take(self) -> dict[int, list[float]]:
-        """Layer → share of each expert, over all processes (which all call it); empty where nothing was counted."""
-        if not self._counts:
-            return {}
-        counts, self._counts = torch.cat(self._counts), []
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(counts)
-        parts = counts.double().split(self._experts)
-        shares = [(part / part.sum().clamp(min=1)).tolist() for part in parts]
-        return dict(zip(self.layers, shares, strict=True))
-
-
-class Board(TensorBoardCallback):
-    """Writes to `folder`; `watch` it a trainer before it trains."""
-
-    def __init__(self, folder: str) -> None:
-        super().__init__()
-        self.logging_dir = folder
-        self._trainer: HunYuanTrainer | None = None
-
-    def watch(self, trainer: HunYuanTrainer) -> None:
-        """Take the experts' shares from `trainer`."""
-        self._trainer = trainer
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **others: Any) -> None:
-        super().on_log(args, state, control, logs=logs, **others)
-        if self.tb_writer is None or self._trainer is None or "loss" not in (logs or {}):
-            return
-        for layer, shares in self._trainer.expert_shares.items():
-            for expert, share in enumerate(shares):
-                self.tb_writer.add_scalar(f"expert_load/layer_{layer}/expert_{expert}", share, state.global_step)
-            self.tb_writer.add_scalar(f"expert_load_max/layer_{layer}", max(shares), state.global_step)
-
-
-SHARD = "5GB"
+MAX_SHARD = "5GB"
 
 
 class HunYuanTrainer(transformers.Trainer):
-    """The Trainer, and what this model needs besides.
+    """transformers' Trainer with what this network needs.
 
     Args:
         aux_loss_coef: weight of `balance_loss`.
-        finish: called with the folder of weights before it gets its name: adds what serving needs.
+        finish: called with a folder of weights before it is complete: adds the files that serving needs.
         around: a context manager around each forward pass.
         arguments: `transformers.Trainer`'s.
 
     Attributes:
-        expert_shares: layer → share of the tokens of each expert, as last logged.
-        served_dtype: what a full model is saved in; None for what it is trained in, to go on from.
+        served_dtype: type that a full model is saved in; None for the one it is trained in, for resuming.
     """
 
     def __init__(
@@ -133,18 +52,16 @@ class HunYuanTrainer(transformers.Trainer):
     ) -> None:
         super().__init__(**arguments)
         self.aux_loss_coef, self._finish, self._around = aux_loss_coef, finish, around
-        self.expert_shares: dict[int, list[float]] = {}
         self.served_dtype: torch.dtype | None = None
-        self._load = ExpertLoad(self.model.config)
+        self.expert_load = ExpertLoad(self.model.config)
         self._saving_in: str | None = None
-        self._restart()
+        self._reset_counts()
 
-    def _restart(self) -> None:
-        """Begin to count anew: tokens, seconds, and the balance loss of parts of steps."""
-        self._tokens, self._since = 0, None
+    def _reset_counts(self) -> None:
+        """Reset the counts since the last log line: tokens, seconds, balance loss, steps."""
+        self._tokens = 0
+        self._since: float | None = None
         self._balance, self._steps = torch.zeros(()), 0.0
-
-    _since: float | None
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -158,11 +75,11 @@ class HunYuanTrainer(transformers.Trainer):
             parts = self.current_gradient_accumulation_steps
             self._tokens += inputs["input_ids"].numel() if real is None else int(real.sum())
             self._steps += 1 / parts
-            if self._load.layers:
-                self._load.add(outputs.router_logits, real)
-            if self._load.layers and self.aux_loss_coef:
-                balance = balance_loss(outputs.router_logits, self._load.topk, real)
-                # The mean over the parts of a step: DDP and ZeRO take that over processes, and this over the rest.
+            if self.expert_load.layers:
+                self.expert_load.add(outputs.router_logits, real)
+            if self.expert_load.layers and self.aux_loss_coef:
+                balance = balance_loss(outputs.router_logits, self.expert_load.topk, real)
+                # DDP and ZeRO average over processes; this averages over the parts of a step.
                 loss = loss + self.aux_loss_coef * balance / parts
                 self._balance = self._balance.to(loss.device) + balance.detach() / parts
         return (loss, outputs) if return_outputs else loss
@@ -175,8 +92,8 @@ class HunYuanTrainer(transformers.Trainer):
             logs["tokens_per_second"] = round(tokens / seconds, 1)
             if self.aux_loss_coef:
                 logs["balance_loss"] = round(balance / self.args.world_size, 4)
-            self.expert_shares = self._load.take()
-            self._restart()
+            self.expert_load.take()
+            self._reset_counts()
         super().log(logs, start_time)
 
     def _over_processes(self, *numbers: float) -> list[float]:
@@ -187,29 +104,29 @@ class HunYuanTrainer(transformers.Trainer):
         return summed.tolist()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Written in a folder beside; it gets its name when it is whole, and older ones are deleted only then.
+        """Write to a staging folder, rename it when it is complete, and only then delete older checkpoints.
 
         Raises:
-            DiskError: it could not be written; those that were there are as they were.
+            DiskError: it could not be written; older checkpoints are unchanged.
         """
         output, step = Path(self.args.output_dir), self.state.global_step
         final = output / f"checkpoint-{step}"
-        beside = output / STAGING / final.name
+        staged = output / STAGING / final.name
         started = time.monotonic()
         with saving(f"the checkpoint of step {step}", output):
-            self._saving_in = str(beside.parent)
+            self._saving_in = str(staged.parent)
             try:
                 super()._save_checkpoint(model, trial)
             finally:
                 self._saving_in = None
             self._wait()
             if self.args.should_save:
-                name_whole(beside, final)
+                move_into_place(staged, final)
                 remove_old(output, self.args.save_total_limit)
             self._wait()
-            # On a node that does not share the first one's disk, its processes' parts have yet to be named.
-            if self.is_local_process_zero() and beside.exists():
-                name_whole(beside, final)
+            # A node with a disk of its own has its processes' parts in its own staging folder.
+            if self.is_local_process_zero() and staged.exists():
+                move_into_place(staged, final)
         if self._since is not None:
             self._since += time.monotonic() - started
 
@@ -217,12 +134,12 @@ class HunYuanTrainer(transformers.Trainer):
         return self._saving_in or super()._get_output_dir(trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """The weights alone, as the published checkpoints or as PEFT's adapters, and what `finish` adds."""
+        """Save the weights, in the published layout or as a PEFT adapter, and what `finish` adds."""
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         if not hasattr(self.model, "peft_config"):
             state_dict = as_published(state_dict or self.model.state_dict(), self.model.config, self.served_dtype)
-        self.model.save_pretrained(folder, state_dict=state_dict, max_shard_size=SHARD)
+        self.model.save_pretrained(folder, state_dict=state_dict, max_shard_size=MAX_SHARD)
         self._finish(folder)
 
     def _wait(self) -> None:
@@ -231,10 +148,10 @@ class HunYuanTrainer(transformers.Trainer):
 
 
 def without_padding_mask(inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
-    """The inputs without a mask that only tells padding; and which tokens, [rows · tokens], are no padding.
+    """The inputs without a padding mask, and which tokens, [rows · tokens], are not padding.
 
-    Padding is on the right: under the causal mask no token sees it, so attention needs no mask and may take its fastest
-    way. The mask of a packed batch stays; its padding is what sees itself alone.
+    Padding is on the right, where the causal mask hides it, so attention needs no mask and can use its fastest kernel.
+    The mask of a packed batch stays; padding in it sees itself only.
     """
     mask = inputs.get("attention_mask")
     if mask is None:
@@ -243,3 +160,104 @@ def without_padding_mask(inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor
         return {name: value for name, value in inputs.items() if name != "attention_mask"}, mask.flatten().bool()
     related = mask[:, 0].sum(-1) + mask[:, 0].sum(-2)  # itself twice, and each token that it sees or that sees it
     return inputs, (related > 2).flatten()
+
+
+def build_trainer(
+    arguments: Arguments, base: BaseCheckpoint, console: Console, say: Callable[[str], None]
+) -> HunYuanTrainer:
+    """A trainer that is ready to `train()`.
+
+    Raises:
+        UserError: the data or the checkpoint cannot be used.
+    """
+    training, flags = arguments.training, arguments.model
+    collator, train_data, held_out = _data(arguments, base, say)
+    if held_out is not None and "eval_strategy" not in arguments.given:
+        training.eval_strategy = type(training.eval_strategy)("steps")
+        training.eval_steps = training.eval_steps or training.save_steps
+    if training.deepspeed_plugin:
+        join_processes()
+    model = base.load_model(arguments)
+    if flags.make_moe_param_leaf_module and training.deepspeed_plugin and training.deepspeed_plugin.zero_stage == 3:
+        make_moe_leaves(model)
+
+    board = None
+    if "tensorboard" in training.report_to:
+        board = ExpertBoard(training.logging_dir or str(Path(training.output_dir) / "runs"))
+    training.prediction_loss_only = True  # otherwise the logits of all held-out tokens are kept
+    training.report_to = []  # type: ignore[assignment]  # `board` replaces TensorBoardCallback
+
+    def finish(folder: Path) -> None:
+        if not flags.use_lora:
+            copy_served_files(folder, base.tokenizer_folder, base.folder)
+            write_origin(folder, base.origin, base.served_dtype)
+
+    trainer = HunYuanTrainer(
+        model=model,
+        args=training,
+        train_dataset=train_data,
+        eval_dataset=held_out,
+        data_collator=collator,
+        callbacks=[Display(console), *([board] if board else [])],
+        aux_loss_coef=flags.aux_loss_coef,
+        finish=finish,
+        around=_flash if flags.use_flash_attn and torch.cuda.is_available() else nullcontext,
+    )
+    trainer.remove_callback(PrinterCallback)
+    if board:
+        board.expert_load = trainer.expert_load
+    return trainer
+
+
+def _data(arguments: Arguments, base: BaseCheckpoint, say: Callable[[str], None]) -> tuple[Any, Any, Any]:
+    """Collator, training data, held-out data."""
+    data, limit, known = arguments.data, arguments.data.max_seq_length, base.config.max_position_embeddings
+    if limit > known and "max_seq_length" in arguments.given:
+        raise UserError(f"--max_seq_length {limit}: this network has {known} positions")
+    limit = min(limit, known)
+    pad = base.tokenizer.pad_token_id
+    multiple = TENSOR_CORES if torch.cuda.is_available() else 1
+    padding = PaddingCollator(pad, multiple)
+    if data.use_dummy_data:
+        return padding, DummyDataset(base.config.vocab_size, limit), None
+    if data.train_data_file is None:
+        raise UserError("name --train_data_file, JSONL with one conversation a line (or --use_dummy_data)")
+    encoding = Encoding(base.tokenizer, limit, data.train_on_all, data.default_system)
+    held_out = ConversationDataset(Path(data.eval_data_file), encoding) if data.eval_data_file else None
+    train_data = ConversationDataset(Path(data.train_data_file), encoding)
+    say(f"{data.train_data_file}: {len(train_data):,} conversations, {sum(train_data.lengths):,} tokens")
+    if not data.packing:
+        return padding, train_data, held_out
+    packed = PackedDataset(train_data, limit, arguments.training.seed)
+    say(f"packed into {len(packed):,} rows of {limit} tokens, {packed.filled:.0%} full")
+    packed_held_out = PackedDataset(held_out, limit, arguments.training.seed) if held_out is not None else None
+    return PackingCollator(pad, multiple), packed, packed_held_out
+
+
+def _flash() -> AbstractContextManager[Any]:
+    """Prefer flash-attention kernels, which take rows without a mask (not packed), then the next fastest."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True)
+
+
+def save_result(trainer: HunYuanTrainer, folder: Path, dtype: torch.dtype) -> str:
+    """Save the trained weights to `folder`, completely or not at all; returns "an adapter" or "a checkpoint".
+
+    Every process must call this: under ZeRO-3 each holds a part. A full model is saved in `dtype`, routers in float32.
+
+    Raises:
+        DiskError: it could not be written.
+    """
+    staged = folder.parent / STAGING / folder.name
+    is_adapter = hasattr(trainer.model, "peft_config")
+    with saving("the result", folder.parent):
+        trainer.served_dtype = dtype
+        trainer.save_model(str(staged))
+        trainer.served_dtype = None
+        if trainer.args.should_save:
+            if not is_adapter:
+                set_dtype(staged, dtype)
+            move_into_place(staged, folder)
+    return "an adapter" if is_adapter else "a checkpoint"

@@ -21,7 +21,7 @@ from checkpoints import tiny_config
 
 from hunyuan_vllm import demo
 from hunyuan_vllm.reference import HunYuanForCausalLM
-from hunyuan_vllm.train import arguments, assemble, model, progress, start  # noqa: F401
+from hunyuan_vllm.train import trainer  # noqa: F401
 from hunyuan_vllm.train.run import main
 
 __all__ = ["DATA", "Run", "begin", "flags", "log_of", "make_base", "train"]

@@ -15,8 +15,9 @@ from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.reference import HunYuanForCausalLM
 from hunyuan_vllm.train.collate import PackingCollator, PaddingCollator
 from hunyuan_vllm.train.model import train_attention_only
+from hunyuan_vllm.train.moe_balance import ExpertLoad, balance_loss
 from hunyuan_vllm.train.tokens import Example
-from hunyuan_vllm.train.trainer import ExpertLoad, balance_loss, without_padding_mask
+from hunyuan_vllm.train.trainer import without_padding_mask
 
 SMALL: dict[str, Any] = dict(vocab_size=61, hidden_size=32, intermediate_size=24, num_experts=4)
 VARIANTS: dict[str, dict[str, Any]] = {

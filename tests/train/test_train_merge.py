@@ -257,7 +257,7 @@ def both(module: str, outputs: int, inputs: int) -> Change:
         (put(f"{PREFIX}0.self_attn.q_proj.lora_A.weight", 3, 128), r"A of .* is \[3, 128\] and B is \[128, 4\]"),
         (lambda tensors: tensors.pop(f"{PREFIX}0.self_attn.q_proj.lora_B.weight"),
          "model.layers.0.self_attn.q_proj has an A and no B"),
-        (put(f"{PREFIX}0.self_attn.q_proj.lora_magnitude_vector", 128), "lora_magnitude_vector' is no A or B"),
+        (put(f"{PREFIX}0.self_attn.q_proj.lora_magnitude_vector", 128), "lora_magnitude_vector' is not A or B"),
         (lambda tensors: tensors.clear(), "holds no LoRA matrix"),
     ],
 )  # fmt: skip
@@ -272,9 +272,9 @@ def test_tensors_that_are_refused(
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (dict(r=8), "has rank 4, and adapter_config.json says 8: they are of two trainings"),
+        (dict(r=8), "has rank 4, and adapter_config.json says 8: they do not belong together"),
         (dict(use_dora=True), "use_dora is True: DoRA rescales whole columns, which cannot be merged"),
-        (dict(peft_type="IA3"), "peft_type is 'IA3': only LORA is merged"),
+        (dict(peft_type="IA3"), "peft_type is 'IA3', and only LORA"),
         (dict(bias="all"), "bias is 'all'"),
         (dict(modules_to_save=["lm_head"]), r"modules_to_save is \['lm_head'\]: it holds whole modules"),
         (dict(init_lora_weights="pissa_niter_16"), "init_lora_weights is 'pissa_niter_16', which changed"),

@@ -10,11 +10,18 @@ import pytest
 from checkpoints import tiny_config, write_checkpoint
 
 from hunyuan_vllm import demo
-from hunyuan_vllm.train import processes
+from hunyuan_vllm.train import distributed
 from hunyuan_vllm.train import run as needed
 from hunyuan_vllm.train.arguments import ignored, parse
-from hunyuan_vllm.train.checkpoints import STAGING, check_checkpoint, checkpoints, name_whole, remove_old, resume_folder
-from hunyuan_vllm.train.processes import fitted, read_config
+from hunyuan_vllm.train.checkpoints import (
+    STAGING,
+    check_checkpoint,
+    checkpoints,
+    move_into_place,
+    remove_old,
+    resume_folder,
+)
+from hunyuan_vllm.train.distributed import read_deepspeed_config, without_offload
 from hunyuan_vllm.train.run import main
 from hunyuan_vllm.util.errors import UserError
 
@@ -43,19 +50,19 @@ class TestMistakes:
         assert "there is no flag --lora_ranks: is --lora_rank meant?" in mistake("--lora_ranks", "1")
         assert "invalid int value: 'many'" in mistake("--max_steps", "many")
         assert "--min_lr 1.0 is more than --learning_rate" in mistake("--min_lr", "1", "--learning_rate", "1e-4")
-        assert "this network knows 2048 positions" in mistake("--max_seq_length", "9999")
+        assert "this network has 2048 positions" in mistake("--max_seq_length", "9999")
 
     def test_of_another_process_than_the_first(self, mistake, monkeypatch: pytest.MonkeyPatch) -> None:
         waits: list[str] = []
-        monkeypatch.setattr(processes, "wait_for_first", lambda: waits.append("for the first"))
+        monkeypatch.setattr(distributed, "wait_for_first", lambda: waits.append("for the first"))
         monkeypatch.setenv("RANK", "1")
-        assert "/nowhere is no folder" in mistake("--model_name_or_path", "/nowhere")
+        assert "/nowhere is not a directory" in mistake("--model_name_or_path", "/nowhere")
         assert waits == ["for the first"]  # whose end, where it knows too, ends this one
         monkeypatch.setenv("RANK", "0")
-        assert "/nowhere is no folder" in mistake("--model_name_or_path", "/nowhere") and len(waits) == 1
+        assert "/nowhere is not a directory" in mistake("--model_name_or_path", "/nowhere") and len(waits) == 1
 
     def test_checkpoints(self, mistake, tmp_path: Path) -> None:
-        assert "/nowhere is no folder: name the folder of a checkpoint" in mistake("--model_name_or_path", "/nowhere")
+        assert "/nowhere is not a directory: name the folder" in mistake("--model_name_or_path", "/nowhere")
         assert "has no config.json" in mistake("--model_name_or_path", tmp_path)
         folder = write_checkpoint(tmp_path / "model", tiny_config())
         named = ("--model_name_or_path", folder, "--tokenizer_name_or_path", DEMO, "--train_data_file", DATA)
@@ -116,13 +123,13 @@ class TestMistakes:
 
     def test_what_is_resumed(self, mistake, tmp_path: Path) -> None:
         assert "has no checkpoint-N" in mistake("--resume_from_checkpoint", "last")
-        assert "is no folder: name a checkpoint-N" in mistake("--resume_from_checkpoint", tmp_path / "checkpoint-3")
+        assert "is not a directory: name a" in mistake("--resume_from_checkpoint", tmp_path / "checkpoint-3")
 
 
 def test_configs_are_what_deepspeed_and_the_documents_say() -> None:
     for file in sorted((ROOT / "train").glob("ds_*.json")):
-        config = read_config(str(file))
-        changed, lines = fitted(config)
+        config = read_deepspeed_config(str(file))
+        changed, lines = without_offload(config)
         offloads = "offload" in file.name and "no_offload" not in file.name
         assert bool(lines) is offloads and "offload_param" not in changed["zero_optimization"]
         assert ("auto" in json.dumps(config)) is ("no_auto" not in file.name)
@@ -176,7 +183,7 @@ class TestWhole:
         for text in ("one", "two"):
             (beside / "part").mkdir(parents=True)
             (beside / "part" / "file").write_text(text)
-            name_whole(beside, final)
+            move_into_place(beside, final)
             assert (final / "part" / "file").read_text() == text and not any((tmp_path / STAGING).iterdir())
 
     def test_old_ones_go_by_their_steps(self, tmp_path: Path) -> None:
@@ -193,9 +200,9 @@ class TestWhole:
             folder.mkdir()
             for name in {"trainer_state.json", "model.safetensors", "optimizer.pt", "rng_state.pth"} - {missing}:
                 (folder / name).write_text("{}")
-            with pytest.raises(UserError, match="is no checkpoint to go on from: it has no"):
+            with pytest.raises(UserError, match="is not a checkpoint to resume from: it has no"):
                 check_checkpoint(folder)
         (folder / "rng_state.pth").touch()
         assert resume_folder("last", tmp_path) == resume_folder(str(folder), tmp_path) == folder
-        with pytest.raises(UserError, match="was being written when its run ended"):
+        with pytest.raises(UserError, match="is incomplete: resume from"):
             check_checkpoint(tmp_path / STAGING / "checkpoint-9")

@@ -1,6 +1,4 @@
-"""What the processes of a run need before any of them computes"""
-
-from __future__ import annotations
+"""The processes of a run: environment, process group, DeepSpeed config"""
 
 import copy
 import json
@@ -18,31 +16,31 @@ import transformers
 
 from hunyuan_vllm.util.errors import UserError
 
-FIRST_SPEAKS: Final = 20.0  # seconds
+REPORT_TIMEOUT: Final = 20.0  # seconds
 
 
 def is_first() -> bool:
-    """Whether this is the process that speaks: rank 0 of all."""
+    """Whether this is rank 0, the process that prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def wait_for_first() -> None:
-    """Give the first process time to say of a mistake what this one knows too.
+    """Give the first process time to report a mistake that this one has found too.
 
-    Its end ends this process as well, so returning means that the mistake is this process's own. Without the wait, the
-    process that happened to be quickest would end the first, and nobody would have said anything.
+    Its exit ends this process as well, so returning means that only this process found the mistake. Without the wait,
+    a faster process would end the first one before it has reported anything.
     """
     with suppress(KeyboardInterrupt):
-        time.sleep(FIRST_SPEAKS)
+        time.sleep(REPORT_TIMEOUT)
 
 
 def prepare(deepspeed: bool) -> None:
-    """Set what libraries read from the environment when they are imported, and quieten what tells a user nothing."""
+    """Set variables that libraries read when they are imported, and silence warnings meant for developers."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # also where DeepSpeed is only looked at by other libraries
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # other libraries import DeepSpeed, too
     if deepspeed:
-        if "RANK" not in os.environ:  # started by itself; DeepSpeed wants a group, if of one
+        if "RANK" not in os.environ:  # a single process; DeepSpeed still needs a process group
             with socket.create_server(("127.0.0.1", 0)) as server:
                 port = server.getsockname()[1]
             alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -56,10 +54,10 @@ def prepare(deepspeed: bool) -> None:
 
 
 def join_processes() -> None:
-    """Make DeepSpeed's process group; before the model, which ZeRO-3 parts among its processes while it is made.
+    """Create DeepSpeed's process group, before the model, which ZeRO-3 partitions while it is created.
 
-    On CPUs they talk by gloo alone: the collectives in shared memory, which DeepSpeed would compile first, wait in
-    loops, which is slow where there are more processes than cores.
+    CPUs use gloo only: DeepSpeed's shared-memory collectives, which it would compile first, busy-wait, which is slow
+    with more processes than cores.
     """
     import deepspeed
 
@@ -71,10 +69,7 @@ def join_processes() -> None:
 
 
 def leave_processes() -> None:
-    """End the process group, whoever made it; for a run that has come to its end.
-
-    One that failed leaves that to its exit: here it would wait for what the others no longer answer.
-    """
+    """Destroy the process group after a successful run; after a failure this would wait for the other processes."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -83,11 +78,11 @@ OFFLOADS: Final = ("offload_optimizer", "offload_param")
 EXAMPLE: Final = "(see train/ds_zero3_no_offload.json)"
 
 
-def read_config(given: str) -> dict[str, Any]:
+def read_deepspeed_config(given: str) -> dict[str, Any]:
     """The config in a file. "auto" values stay: transformers fills them in.
 
     Raises:
-        UserError: it is not there, not JSON, or lacks something.
+        UserError: it cannot be read, is not JSON, or lacks a field.
     """
     try:
         config = json.loads(Path(given).read_text())
@@ -108,8 +103,8 @@ def read_config(given: str) -> dict[str, Any]:
     return config
 
 
-def fitted(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The config for this machine, and a line for each thing that was changed in it."""
+def without_offload(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The config for this machine, and a line for each change."""
     config = copy.deepcopy(config)
     zero = config["zero_optimization"]
     found = [name for name in OFFLOADS if zero.get(name, {}).get("device", "none") != "none"]
@@ -117,4 +112,4 @@ def fitted(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         return config, []
     for name in found:
         del zero[name]
-    return config, [f"{', '.join(found)} of DeepSpeed's config changes nothing: there is no GPU to take memory from"]
+    return config, [f"{', '.join(found)} of DeepSpeed's config changes nothing: there is no GPU to offload from"]

@@ -112,7 +112,7 @@ class Trainer(Network):
             trainer = HunYuanTrainer(
                 model=self.model, args=arguments, train_dataset=self.rows(tokens), data_collator=self.collator,
                 callbacks=[Display(Console(stderr=True)), *([clock] if clock else [])],
-                finish=lambda folder: None, around=nullcontext,
+                finish=lambda folder, dtype: None, around=nullcontext,
             )  # fmt: skip
             trainer.remove_callback(PrinterCallback)
             trainer.train()

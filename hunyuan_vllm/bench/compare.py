@@ -1,4 +1,4 @@
-"""Two runs side by side: refused where they are of different machines; all other differences are listed."""
+"""Two runs side by side, with a list of what differs; runs of different machines are refused"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,9 +13,9 @@ def check_machines(a: Run, b: Run, names: tuple[Path, Path]) -> None:
     """Refuse runs of different machines.
 
     Raises:
-        UserError: the machines differ, or one is not named.
+        UserError: the machines differ, or one is unknown.
     """
-    remedy = "--other-machine compares them all the same"
+    remedy = "--other-machine compares them anyway"
     for run, name in zip((a, b), names, strict=True):
         if not run.machine:
             raise UserError(f"{name} does not say on which machine it was measured: {remedy}")
@@ -24,7 +24,7 @@ def check_machines(a: Run, b: Run, names: tuple[Path, Path]) -> None:
 
 
 def differences(a: Run, b: Run) -> list[str]:
-    """All that differs but the figures, as "name: A's, B's"."""
+    """Everything that differs except the figures, as "name: A's, B's"."""
     parts = ((a.machine, b.machine), ({"model": a.model}, {"model": b.model}), (a.options, b.options))
     found = [line for one, other in parts for line in _different(one, other)]
     return [*found, *(f"client's {line}" for line in _different(a.client, b.client))]
@@ -47,7 +47,7 @@ def pairs(a: Run, b: Run) -> list[tuple[Point, Point]]:
     known = {point.load: point for point in b.points}
     found = [(point, known[point.load]) for point in a.points if point.load in known]
     if not found:
-        raise UserError("they have no point in common: same lengths and concurrency")
+        raise UserError("the runs have no point with the same lengths and concurrency")
     return found
 
 

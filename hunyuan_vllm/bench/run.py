@@ -1,4 +1,4 @@
-"""One run: the published workload, measured on a running server by vLLM's serving benchmark, as a table and a file."""
+"""The published workload on a running server, measured by vLLM's serving benchmark, as a table and a file"""
 
 import asyncio
 import contextlib
@@ -23,8 +23,8 @@ from hunyuan_vllm.util.files import replacing
 MACHINE = ("device", "devices", "cores")
 PERCENTILES = (50, 90, 99)
 METRICS = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2E"}  # vLLM's names → the table's
-SPARE = 16  # tokens: a prompt of random tokens may come out longer once it is text and tokenized again
-STRIDE = 1000  # between the seeds of points: no prompt comes twice, or the prefix cache would answer
+SPARE = 16  # tokens: decoding and tokenizing random tokens may lengthen a prompt
+STRIDE = 1000  # between the seeds of points: repeated prompts would be answered from the prefix cache
 
 
 class Times(BaseModel):
@@ -40,7 +40,7 @@ class Point(BaseModel):
     """What was measured at one concurrency.
 
     Attributes:
-        failed: requests that were not answered; they count in nothing else.
+        failed: requests without an answer, which no other figure counts.
         seconds: from the first request to the last answer.
         ttft, tpot, itl, e2el: time to first token, per output token, between tokens, to the whole answer.
     """
@@ -61,7 +61,7 @@ class Point(BaseModel):
 
     @property
     def load(self) -> tuple[int, int, int]:
-        """What two points must have in common to be compared: tokens in, tokens out, concurrency."""
+        """Points with the same load are compared: tokens in, tokens out, concurrency."""
         return self.input_len, self.output_len, self.concurrency
 
 
@@ -69,10 +69,10 @@ class Run(BaseModel):
     """All points of one run.
 
     Attributes:
-        date: its start, UTC, ISO 8601.
-        client: what measured: versions, and whether on the server's machine.
-        machine: what the server runs on; empty if it does not say.
-        options: how the server is set up, with its versions.
+        date: of the start, UTC, ISO 8601.
+        client: versions, and whether it ran on the server's machine.
+        machine: the server's hardware; empty if unknown.
+        options: the server's configuration and versions.
         seed: of the prompts.
     """
 
@@ -115,10 +115,10 @@ def read_run(path: Path) -> Run:
 
 
 def describe(served: ServedModel, version: str) -> Run:
-    """A run without points: the server's machine and options, as it tells them in /metrics.
+    """A run without points, with the server's machine and options from /metrics.
 
     Raises:
-        UserError: it does not answer.
+        UserError: the server does not answer.
     """
     families = text_string_to_metric_families(served.read("/metrics"))
     labels = {sample.name: sample.labels for family in families for sample in family.samples}
@@ -135,10 +135,10 @@ def describe(served: ServedModel, version: str) -> Run:
 
 
 def check_fits(input_len: int, output_len: int, context: int | None) -> None:
-    """Refuse what is longer than the model's context.
+    """Refuse lengths beyond the model's context.
 
     Raises:
-        UserError: it names lengths that fit.
+        UserError: the message names lengths that fit.
     """
     if context is None or input_len + output_len + SPARE <= context:
         return
@@ -153,7 +153,7 @@ def check_fits(input_len: int, output_len: int, context: int | None) -> None:
 def measure(
     served: ServedModel, tokenizer: Path, concurrency: int, input_len: int, output_len: int, requests: int, seed: int
 ) -> tuple[Point, str | None]:
-    """Warm up, then measure one point: the figures, and an error of a request that failed.
+    """Warm up and measure one point; returns it with an error of a failed request.
 
     Raises:
         UserError: the server does not answer the warm-up.
@@ -184,7 +184,7 @@ def measure(
 
 
 def _prepare(served: ServedModel) -> None:
-    """Set what vLLM's client reads from the environment, before it is imported: key, certificates, no proxy."""
+    """Set variables that vLLM's client reads when it is imported: key, certificates, no proxy."""
     os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     os.environ |= {"NO_PROXY": "*", "no_proxy": "*"}
     os.environ.pop("OPENAI_API_KEY", None)
@@ -192,15 +192,15 @@ def _prepare(served: ServedModel) -> None:
         os.environ["OPENAI_API_KEY"] = served.key
     if served.authority is not None:
         os.environ["SSL_CERT_FILE"] = str(served.authority)
-    logging.disable(logging.WARNING)  # messages of vLLM and torch during their import
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # connections that are open at an interrupt
+    logging.disable(logging.WARNING)  # messages of vLLM and torch while they are imported
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # connections left open by an interrupt
 
 
 def _benchmark(
     served: ServedModel, tokenizer: Path, concurrency: int, input_len: int, output_len: int, requests: int, seed: int,
     bar: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """The result of `vllm bench serve`, run in this process; its report on standard output is not shown."""
+    """The result of `vllm bench serve`, run in this process without its report on standard output."""
     from vllm.benchmarks.serve import add_cli_args, main_async
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -225,7 +225,7 @@ def _benchmark(
         "temperature": 0,
         "percentile-metrics": ",".join(METRICS),
         "metric-percentiles": ",".join(map(str, PERCENTILES)),
-        "ready-check-timeout-sec": 0,  # its check is the first prompt, whose prefix would then be cached
+        "ready-check-timeout-sec": 0,  # the check would send the first prompt, and cache its prefix
     }
     arguments = [f"--{name}={value}" for name, value in flags.items()]
     arguments += ["--save-detailed"] + ([] if bar else ["--disable-tqdm"])
@@ -233,7 +233,7 @@ def _benchmark(
         with contextlib.redirect_stdout(io.StringIO()):
             result: dict[str, Any] = asyncio.run(main_async(parser.parse_args(arguments)))
     except ValueError as error:
-        raise UserError(f"vLLM's benchmark refuses this workload: {' '.join(str(error).split())}") from None
+        raise UserError(f"vLLM's benchmark rejects this workload: {' '.join(str(error).split())}") from None
     return result
 
 

@@ -1,6 +1,4 @@
-"""`hunyuan-vllm bench`: how fast a running server is, and whether it became faster."""
-
-from __future__ import annotations
+"""`hunyuan-vllm bench`: measure a running server, and compare two runs"""
 
 import json
 import os
@@ -23,19 +21,19 @@ def bench(
     url: str = typer.Option(None, help="The server; default: this machine's, by HOST, LOCAL_IP, PORT."),
     model: str = typer.Option(None, help="A model of the server; default: its first."),
     key_file: Path = typer.Option(None, help="File (chmod 600) with its API key."),
-    ca: Path = typer.Option(None, help="PEM file with the authority of its certificate."),
+    ca: Path = typer.Option(None, help="PEM file with the CA of its certificate."),
     tokenizer: Path = typer.Option(None, metavar="FOLDER", help="Default: the server's checkpoint, if it is here."),
-    concurrency: str = typer.Option("1,4", metavar="N,…", help="Requests at a time."),
+    concurrency: str = typer.Option("1,4", metavar="N,…", help="Concurrent requests."),
     input_len: int = typer.Option(2048, min=1, help="Tokens of a prompt."),
     output_len: int = typer.Option(256, min=1, help="Tokens of an answer."),
-    requests: int = typer.Option(None, min=1, help="At each concurrency; default: 4 times it, at least 8."),
+    requests: int = typer.Option(None, min=1, help="At each concurrency; default: 4 times that, at least 8."),
     output: Path = typer.Option(None, metavar="FILE.json", help="Keep the run, for `compare`."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON instead of the table."),
 ) -> None:
     """Measure a running server with the published workload, or compare two runs.
 
-    The workload of Hunyuan-Large's published rates: 2048 tokens in, 1 and 4 requests at a time. vLLM's own benchmark
-    measures (`vllm bench serve`); use that, or `vllm bench sweep serve`, for request rates, data sets and sweeps.
+    The workload of Hunyuan-Large's published rates: 2048 tokens in, 1 and 4 concurrent requests, measured by `vllm
+    bench serve`. For request rates, data sets and sweeps use that, or `vllm bench sweep serve`, directly.
 
     \b
     Examples:
@@ -50,7 +48,7 @@ def bench(
       HOST, LOCAL_IP, PORT                     where the server is
       VLLM_API_KEY, HUNYUAN_VLLM_API_KEY_FILE  its key
 
-    Exit status: 0; 1 requests failed; 2 nothing was measured; 130 interrupted: --output has the points that were done.
+    Exit status: 0; 1 requests failed; 2 nothing was measured; 130 interrupted, --output has the finished points.
     """
     if context.invoked_subcommand is not None:
         return

@@ -1,4 +1,4 @@
-"""`hunyuan-vllm data`: training data, looked at before anything is trained on it."""
+"""`hunyuan-vllm data`: check training data"""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from rich.console import Console
 from rich.text import Text
 
 from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.text import plural
 
 if TYPE_CHECKING:
     from hunyuan_vllm.train.data_report import Sample
-
-__all__ = ["app"]
 
 BAD_LINES, INTERRUPTED = 1, 130  # exit statuses
 SHOWN = 20  # bad lines without --json, unless --all
@@ -26,7 +25,7 @@ app = typer.Typer(no_args_is_help=True, help="Training data.")
 
 @app.callback()
 def _group() -> None:
-    """Training data, looked at before anything is trained on it."""
+    """Training data."""
 
 
 @app.command()
@@ -50,26 +49,25 @@ def check(
         "--default-system",
         help='Where a conversation has no system message; "": none.',
     ),
-    sample: int = typer.Option(None, metavar="LINE", help="Show this line.", show_default="the first that is of use"),
+    sample: int = typer.Option(None, metavar="LINE", help="Show this line.", show_default="the first good one"),
     show_all: bool = typer.Option(False, "--all", help=f"Name every bad line, not only {SHOWN} (at most 1,000)."),
     as_json: bool = typer.Option(False, "--json", help="Print every figure, bad line and the sample as JSON."),
 ) -> None:
     """Check a file of training data, and count its tokens.
 
-    Names every bad line with its cause, says how long the conversations are
-    and how many would be cut, and shows one as it is trained on: what the
-    model learns to say is marked ⟦so⟧. Token ids are those that serving gives
-    the same messages.
+    Reports every bad line with its cause, the lengths of the conversations and
+    how many would be cut, and shows one as it is trained on, with the learned
+    parts marked ⟦so⟧. Token ids are those that a server gives the same messages.
 
     \b
     A line:
       {"messages": [{"role": "system", "content": "Be brief."},
                     {"role": "user", "content": "Why is the sea salty?"},
                     {"role": "assistant", "content": "Rivers carry salt."}]}
-    The system message may be absent; user and assistant speak in turn, as often
-    as you like, and the assistant has the last word. Lines in ShareGPT's form
-    ("conversations"), Alpaca's ("instruction", "output") and "prompt" with
-    "completion" are converted as they are read.
+    The system message is optional; user and assistant messages alternate, and
+    the assistant's comes last. Lines in the forms of ShareGPT ("conversations")
+    and Alpaca ("instruction", "output"), and "prompt" with "completion", are
+    converted.
 
     \b
     Examples:
@@ -78,7 +76,7 @@ def check(
           --max_seq_length 8192 --sample 17
       hunyuan-vllm data check chats.jsonl --json | jq '.bad[].line'
 
-    Exit status: 0 every line is of use, 1 some are not, 2 nothing was checked,
+    Exit status: 0 all lines are good, 1 some are bad, 2 nothing was checked,
     130 interrupted.
     """
     from hunyuan_vllm import demo
@@ -89,7 +87,7 @@ def check(
 
     model = demo.folder(model) if model is not None else demo.path()
     if not model.is_dir():
-        raise UserError(f"--model {model} is no folder: give a checkpoint's, or its tokenizer's")
+        raise UserError(f"--model {model} is not a directory: name a checkpoint, or its tokenizer's folder")
     encoding = Encoding(load_tokenizer(model), max_seq_length, train_on_all, default_system)
     try:
         progress = Progress(Console(stderr=True))
@@ -117,11 +115,11 @@ def _show(report: dict[str, Any], sample: Sample | None, show_all: bool) -> None
         _show_lengths(report, console)
     if sample is not None:
         _show_sample(sample, console)
-    verdict = f"{report['conversations']:,} conversations of use"
+    counted = plural(report["conversations"], "good conversation")
     if report["bad_lines"]:
-        console.print(f"{verdict}, {report['bad_lines']:,} BAD LINES", style="bold red")
+        console.print(f"{counted}, {plural(report['bad_lines'], 'bad line')}", style="bold red")
     else:
-        console.print(f"{verdict}, no bad line", style="green")
+        console.print(f"{counted}, no bad lines", style="green")
 
 
 def _show_lengths(report: dict[str, Any], console: Console) -> None:

@@ -1,6 +1,4 @@
-"""`hunyuan-vllm merge-lora`: a checkpoint and a LoRA adapter in, one checkpoint out."""
-
-from __future__ import annotations
+"""`hunyuan-vllm merge-lora`: merge a LoRA adapter into its checkpoint"""
 
 import time
 from pathlib import Path
@@ -11,8 +9,6 @@ from rich.console import Console
 from hunyuan_vllm import demo
 from hunyuan_vllm.cli.show import resumable
 from hunyuan_vllm.util.errors import UserError
-
-__all__ = ["merge_lora"]
 
 
 def merge_lora(
@@ -26,16 +22,15 @@ def merge_lora(
         ..., "--output_path", "--output-path", help="Folder to write; new, or empty.", show_default=False
     ),
     save_dtype: str = typer.Option("bf16", "--save_dtype", "--save-dtype", help="bf16, fp16 or fp32."),
-    shard_size: str = typer.Option("5GB", "--shard_size", "--shard-size", help="Most bytes of a file."),
+    shard_size: str = typer.Option("5GB", "--shard_size", "--shard-size", help="Maximum size of a file."),
 ) -> None:
     """Merge a LoRA adapter into its checkpoint.
 
-    Each weight W that the adapter changes becomes W + scale·B·A, computed in
-    float32 and rounded once; all others are as they were. One tensor is in
-    memory at a time. Tokenizer, generation settings and chat template come
-    along. Every file is read back from the disk and compared. Work goes on in
-    OUTPUT.partial: stopped at any moment, by Ctrl-C or by a power cut, the
-    same command goes on where it was, and ends with the same bytes.
+    Each changed weight W becomes W + scale·B·A, computed in float32 and rounded
+    once; all others are unchanged. One tensor is in memory at a time. Tokenizer,
+    generation settings and chat template are copied. Files are written to
+    OUTPUT.partial, read back and compared; after an interruption the same
+    command continues and produces the same bytes.
 
     \b
     Example:
@@ -43,12 +38,12 @@ def merge_lora(
           --adapter_model_path train_output/final --output_path /models/mine
       hunyuan-vllm serve /models/mine
 
-    An adapter also serves unmerged, several on one model:
+    Adapters can also be served unmerged, several on one model:
     hunyuan-vllm serve --enable-lora --lora-modules mine=train_output/final
 
     \b
-    Exit status: 0 OUTPUT is complete, 2 something given is of no use, 3 the
-    disk gave out, 130 interrupted.
+    Exit status: 0 OUTPUT is complete, 2 invalid input, 3 the disk is full or
+    broken, 130 interrupted.
     """
     from hunyuan_vllm.quantize.options import parse_size
     from hunyuan_vllm.quantize.source import Source
@@ -62,7 +57,7 @@ def merge_lora(
         raise UserError(f"--save_dtype {save_dtype}: it is {', '.join(SAVE_DTYPES)}")
     base_model_path = demo.folder(base_model_path)
     if not base_model_path.is_dir():
-        raise UserError(f"--base_model_path {base_model_path} is no folder")
+        raise UserError(f"--base_model_path {base_model_path} is not a directory")
     progress = Progress(Console(stderr=True))
     source = Source(base_model_path)
     adapter = Adapter(adapter_model_path, source.config)

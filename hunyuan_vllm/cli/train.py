@@ -1,10 +1,6 @@
 """`hunyuan-vllm train`: fine-tune a checkpoint, in this process."""
 
-from __future__ import annotations
-
 import typer
-
-__all__ = ["train"]
 
 
 def train(context: typer.Context) -> None:

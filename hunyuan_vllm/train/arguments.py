@@ -22,17 +22,17 @@ SHAPE: Final = (
     "max_position_embeddings", "model_max_length", "vocab_size", "layer_norm_eps", "num_experts", "moe_topk",
     "use_mixed_mlp_moe", "num_shared_expert", "use_cla", "cla_share_factor", "use_qk_norm", "tie_word_embeddings",
 )  # fmt: skip
-"""Flags that say what a new network looks like."""
+"""Flags for the shape of a new network."""
 
 WITHOUT_EFFECT: Final = {
-    "do_train": "training is all this does",
-    "overwrite_output_dir": "what is in output_dir is never overwritten: checkpoints have names of their own",
+    "do_train": "this command only trains",
+    "overwrite_output_dir": "output_dir is never overwritten: checkpoints have their own names",
     "save_safetensors": "weights are always saved as safetensors",
     "type_vocab_size": "the network has no token types",
-    "complex_data": "it named a data format that was not published",
+    "complex_data": "it names a data format that was not published",
     "cache_dir": "nothing is downloaded",
 }
-"""Flags that published commands have and that change nothing, with the reason."""
+"""Flags of published commands that change nothing, with the reason."""
 
 
 def _flag(default: Any, text: str) -> Any:
@@ -56,8 +56,8 @@ class ModelArguments:
     make_moe_param_leaf_module: bool = _flag(
         False, "Under ZeRO-3, gather all experts of a layer at once: fewer messages, and their memory."
     )
-    use_flash_attn: bool = _flag(False, "On GPUs, take PyTorch's flash-attention kernels where they can be.")
-    aux_loss_coef: float = _flag(0.0, "Weight of the loss that evens out the experts' load; 0: none.")
+    use_flash_attn: bool = _flag(False, "On GPUs, prefer PyTorch's flash-attention kernels.")
+    aux_loss_coef: float = _flag(0.0, "Weight of the load-balancing loss; 0: none.")
     hidden_size: int = _flag(2048, "Of a new network.")
     num_layers: int = _flag(24, "Of a new network.")
     num_attention_heads: int = _flag(16, "Of a new network.")
@@ -68,10 +68,10 @@ class ModelArguments:
     layer_norm_eps: float = _flag(1e-5, "Of a new network.")
     num_experts: int = _flag(8, "Of a new network; 1: dense layers.")
     moe_topk: int = _flag(4, "Of a new network: experts a token is given.")
-    use_mixed_mlp_moe: bool = _flag(False, "Of a new network: an expert that every token passes.")
-    num_shared_expert: int = _flag(1, "Of a new network: width of that one, in experts.")
+    use_mixed_mlp_moe: bool = _flag(False, "Of a new network: a shared expert for every token.")
+    num_shared_expert: int = _flag(1, "Of a new network: width of the shared expert, in experts.")
     use_cla: bool = _flag(False, "Of a new network: layers share K and V (cross-layer attention).")
-    cla_share_factor: int = _flag(2, "Of a new network: so many layers share.")
+    cla_share_factor: int = _flag(2, "Of a new network: how many layers share.")
     use_qk_norm: bool = _flag(False, "Of a new network: norms on queries and keys.")
     tie_word_embeddings: bool = _flag(True, "Of a new network: the head is the embedding.")
     type_vocab_size: int = _flag(1, "Without effect.")
@@ -82,8 +82,8 @@ class DataArguments:
     """What it is trained on."""
 
     train_data_file: str | None = _flag(None, "JSONL, one conversation a line.")
-    eval_data_file: str | None = _flag(None, "The same, held out: its loss is shown as well (--eval_steps).")
-    max_seq_length: int = _flag(2048, "Longer conversations are cut; a packed row has so many tokens.")
+    eval_data_file: str | None = _flag(None, "Held-out data in the same format, whose loss is logged (--eval_steps).")
+    max_seq_length: int = _flag(2048, "Longer conversations are cut; also the length of a packed row.")
     packing: bool = _flag(False, "Several conversations a row, none of which sees another, instead of padding.")
     train_on_all: bool = _flag(False, "Learn system and user messages too.")
     default_system: str = _flag("You are a helpful assistant.", 'Where a conversation has no system message; "": none.')
@@ -109,21 +109,21 @@ class TrainingArguments(transformers.TrainingArguments):
     cache_dir: str | None = _flag(None, "Without effect.")
 
     def __post_init__(self) -> None:
-        this: Any = self  # the base class' fields are transformers', which the type checker does not follow
+        this: Any = self  # the type checker does not know transformers' fields
         this.use_cpu = this.use_cpu or not torch.cuda.is_available()
         # Non-reentrant: the one that frozen weights and shared K and V need.
         if this.gradient_checkpointing and this.gradient_checkpointing_kwargs is None:
             this.gradient_checkpointing_kwargs = {"use_reentrant": False}
         if self.lr_scheduler_type == "cosine_with_min_lr" and this.lr_scheduler_kwargs is None:
-            # As a share: transformers asks the optimiser what min_lr is a share of, and DeepSpeed's does not know.
+            # As a ratio: for min_lr transformers needs the optimiser's learning rate, which DeepSpeed's does not have.
             share = 0.1 if self.min_lr is None else self.min_lr / this.learning_rate
             if share > 1:
                 raise ValueError(f"--min_lr {self.min_lr} is more than --learning_rate {this.learning_rate}")
             this.lr_scheduler_kwargs = {"min_lr_rate": share}
         if self.warmup_ratio and not this.warmup_steps:
             this.warmup_steps = self.warmup_ratio
-        this.remove_unused_columns = False  # the data are ours
-        this.disable_tqdm = True  # and so is the display
+        this.remove_unused_columns = False  # the data set is not transformers'
+        this.disable_tqdm = True  # progress.py replaces it
         super().__post_init__()
 
 
@@ -142,19 +142,19 @@ examples:
   python -m hunyuan_vllm.train --model_name_or_path /models/hunyuan-large --train_data_file chats.jsonl \\
       --output_dir out --bf16 --deepspeed train/ds_zero3_offload.json --gradient_checkpointing \\
       --use_lora --lora_rank 64 --lora_alpha 128 --learning_rate 1e-5 --min_lr 1e-6 --max_steps 200
-      one process of many: train/train.sh starts them, on one node or several
+      one of many processes, which train/train.sh starts on one or several nodes
   python -m hunyuan_vllm.train ... --resume_from_checkpoint last
-      go on from the newest checkpoint in --output_dir
+      resume from the newest checkpoint in --output_dir
 
-All of transformers' TrainingArguments are flags too; --help-all lists them. docs/train.md explains the whole way.
-Exit status: 0 trained, 2 a mistake in what was asked for, 3 the disk gave out (what was saved before is whole),
+All of transformers' TrainingArguments are flags too; --help-all lists them. See docs/train.md.
+Exit status: 0 trained, 2 invalid input, 3 the disk is full or broken (earlier checkpoints are complete),
 130 stopped.
 """
 
 
 @dataclass
 class Arguments:
-    """What a run was told, by dataclass; `given` are the names of the flags that the user wrote."""
+    """The flags of a run; `given` are the names of those that the user wrote."""
 
     model: ModelArguments
     data: DataArguments
@@ -175,7 +175,7 @@ def parse(argv: Sequence[str], deepspeed: dict[str, Any] | None = None) -> Argum
         deepspeed: the config to use instead of what `--deepspeed` names.
 
     Raises:
-        UserError: a flag is unknown, or a value of no use.
+        UserError: a flag or a value is invalid.
     """
     given = frozenset(
         word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--") and len(word) > 2
@@ -208,7 +208,7 @@ def _demo(given: frozenset[str]) -> list[str]:
     if not given & {"train_data_file", "use_dummy_data"}:
         file = DEMO_DATA / "train.jsonl"
         if not file.is_file():
-            raise UserError("name --train_data_file: the shipped data come with a checkout, and this is none")
+            raise UserError("name --train_data_file: the shipped data come only with a checkout of the repository")
         defaults += ["--train_data_file", str(file)]
     return defaults
 
@@ -216,11 +216,12 @@ def _demo(given: frozenset[str]) -> list[str]:
 def _unknown(word: str, parser: argparse.ArgumentParser) -> str:
     names = [option for action in parser._actions for option in action.option_strings[:1]]
     near = get_close_matches(word.partition("=")[0], names, n=1, cutoff=0.8)
-    return f"there is no flag {word}" + (f": is {near[0]} meant?" if near else " (--help lists them)")
+    return f"unknown flag {word}" + (f": did you mean {near[0]}?" if near else " (--help lists them)")
 
 
 def _show_help(parser: argparse.ArgumentParser, everything: bool) -> NoReturn:
-    """Ours and the published flags; all of transformers' besides where `everything` is wanted."""
+    """Print this project's and the published flags; with `everything`, all of transformers' too."""
+    theirs = {one.name for one in fields(TheirArguments)} - set(TrainingArguments.__annotations__)
     own = {one.name for kind in (ModelArguments, DataArguments) for one in fields(kind)}
     own |= set(TrainingArguments.__annotations__) | {
         "deepspeed", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs",
@@ -231,9 +232,9 @@ def _show_help(parser: argparse.ArgumentParser, everything: bool) -> NoReturn:
         hidden = action.dest not in own or action.dest in WITHOUT_EFFECT or action.option_strings[0].startswith("--no_")
         if hidden and not everything:
             action.help = argparse.SUPPRESS
-        elif action.dest in _their_help() and action.dest not in TrainingArguments.__annotations__:
+        elif action.dest in theirs:
             action.help = str(action.help).split(". ")[0].replace("%", "%%").rstrip(".") + "."
-        action.option_strings = action.option_strings[:1]  # not the same with dashes
+        action.option_strings = action.option_strings[:1]  # without the spelling with dashes
         if action.const is True:
             action.nargs = 0
         action.metavar = {int: "N", float: "X"}.get(action.type, "VALUE")  # type: ignore[call-overload]
@@ -241,44 +242,42 @@ def _show_help(parser: argparse.ArgumentParser, everything: bool) -> NoReturn:
     sys.exit(0)
 
 
-def _their_help() -> set[str]:
-    return {one.name for one in fields(TheirArguments)}
-
-
 LORA = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules")
-OF_A_FILE = ("train_data_file", "packing", "train_on_all", "default_system")
+FILE_FLAGS = ("train_data_file", "packing", "train_on_all", "default_system")
 
 
 def ignored(arguments: Arguments, deepspeed: dict[str, Any] | None = None) -> Iterator[str]:
-    """A line for each; `deepspeed` is its config."""
+    """A line for each flag that changes nothing in this run; `deepspeed` is its config."""
     zero_stage = deepspeed["zero_optimization"]["stage"] if deepspeed else None
     given, model, training = arguments.given, arguments.model, arguments.training
 
-    def say(names: tuple[str, ...], why: str) -> Iterator[str]:
+    def listed(names: tuple[str, ...], why: str) -> Iterator[str]:
         if found := [f"--{name}" for name in names if name in given]:
             yield f"{', '.join(found)} changes nothing: {why}"
 
     for name, why in WITHOUT_EFFECT.items():
-        yield from say((name,), why)
+        yield from listed((name,), why)
     if "model_name_or_path" in given or "resume_from_checkpoint" in given:
-        yield from say(SHAPE, "the network has the shape its checkpoint says")
+        yield from listed(SHAPE, "the checkpoint sets the network's shape")
     if not model.use_lora:
-        yield from say(LORA, "--use_lora is not given")
+        yield from listed(LORA, "--use_lora is not given")
     elif model.train_attention_params_only:
-        yield from say(("train_attention_params_only",), "LoRA trains its adapters alone")
+        yield from listed(("train_attention_params_only",), "LoRA trains only its adapters")
     if zero_stage != 3:
-        yield from say(("make_moe_param_leaf_module",), "it is about ZeRO-3, and --deepspeed names no such config")
+        yield from listed(("make_moe_param_leaf_module",), "it is for ZeRO-3, and --deepspeed names no such config")
     if not torch.cuda.is_available():
-        yield from say(("use_flash_attn",), "there is no GPU")
+        yield from listed(("use_flash_attn",), "there is no GPU")
     if "scheduler" in (deepspeed or {}):
-        yield from say(("min_lr", "lr_scheduler_type"), "DeepSpeed's config has a scheduler of its own")
+        yield from listed(("min_lr", "lr_scheduler_type"), "DeepSpeed's config has its own scheduler")
     elif training.lr_scheduler_type != "cosine_with_min_lr":
-        yield from say(("min_lr",), "only --lr_scheduler_type cosine_with_min_lr ends at it")
+        yield from listed(("min_lr",), "only --lr_scheduler_type cosine_with_min_lr ends at it")
     if "warmup_steps" in given:
-        yield from say(("warmup_ratio",), "--warmup_steps is given")
+        yield from listed(("warmup_ratio",), "--warmup_steps is given")
     if training.max_steps > 0:
-        yield from say(("num_train_epochs",), "--max_steps says when it ends")
+        yield from listed(("num_train_epochs",), "--max_steps sets the end")
     if arguments.data.use_dummy_data:
-        yield from say(OF_A_FILE, "--use_dummy_data needs no file")
+        yield from listed(FILE_FLAGS, "--use_dummy_data needs no file")
     if arguments.data.eval_data_file is None:
-        yield from say(("eval_steps", "eval_strategy", "per_device_eval_batch_size"), "--eval_data_file is not given")
+        yield from listed(
+            ("eval_steps", "eval_strategy", "per_device_eval_batch_size"), "--eval_data_file is not given"
+        )

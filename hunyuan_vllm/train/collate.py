@@ -1,6 +1,4 @@
-"""Examples to the tensors of a batch"""
-
-from __future__ import annotations
+"""Collators: examples to the tensors of a batch"""
 
 from collections.abc import Iterable, Sequence
 
@@ -31,8 +29,8 @@ class PaddingCollator:
     """One example a row, padded on the right to the longest: `input_ids`, `labels`, `attention_mask`, [rows, tokens].
 
     Args:
-        pad: the id that fills up; nothing sees it, and it is not learned.
-        multiple: rows become a multiple of so many tokens long (tensor cores like 8).
+        pad: the padding token; nothing attends to it, and it is not learned.
+        multiple: row lengths are rounded up to a multiple of it.
     """
 
     def __init__(self, pad: int, multiple: int = 1) -> None:
@@ -48,10 +46,10 @@ class PaddingCollator:
 
 
 class PackingCollator:
-    """Several examples a row (see `PackedDataset`), each of which sees itself alone, from position 0.
+    """Several examples a row (see `PackedDataset`), each of which attends to itself only, from position 0.
 
-    Gives `input_ids`, `labels`, `position_ids`, [rows, tokens], and `attention_mask`, what sees what, boolean
-    [rows, 1, tokens, tokens]. An example's first token has no label: what lies before it is another's.
+    Returns `input_ids`, `labels`, `position_ids`, [rows, tokens], and a boolean `attention_mask`,
+    [rows, 1, tokens, tokens]. An example's first token has no label, since another example precedes it.
 
     Args: as `PaddingCollator`.
     """
@@ -63,8 +61,7 @@ class PackingCollator:
         width = _width((sum(map(len, row)) for row in rows), self._multiple)
         ids, labels = _rows(rows, width, self._pad)
         positions = torch.zeros_like(ids)
-        # The number of the example a token is of; padding is of none, and each padding token sees itself, since a row
-        # of nothing but -inf would be NaN.
+        # The number of each token's example, -1 for padding. Padding attends to itself: a row of -inf would be NaN.
         owner = torch.full_like(ids, -1)
         for index, row in enumerate(rows):
             start = 0

@@ -1,9 +1,6 @@
-"""What `hunyuan-vllm data check` finds in a file: counts, lengths, bad lines and one sample, as numbers and as text."""
-
-from __future__ import annotations
+"""The report of `hunyuan-vllm data check`: counts, lengths, bad lines and one sample"""
 
 import math
-from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -70,7 +67,6 @@ def _runs(example: Example, tokenizer: Any) -> Iterator[tuple[str, bool]]:
 
 
 def as_json(path: Path, found: Scan, sample: Sample | None) -> dict[str, Any]:
-    """Every figure, by name."""
     limit = found.max_seq_length
     return {
         "file": str(path),
@@ -79,11 +75,9 @@ def as_json(path: Path, found: Scan, sample: Sample | None) -> dict[str, Any]:
         "bad_lines": found.bad_count,
         "bad": [{"line": bad.number, "cause": bad.cause} for bad in found.bad],
         "max_seq_length": limit,
-        "tokens": _sum(found.lengths),
-        "tokens_after_truncation": sum(min(length, limit) for length in found.lengths)
-        if limit
-        else _sum(found.lengths),
-        "learned_tokens": _sum(found.learned),
+        "tokens": sum(found.lengths),
+        "tokens_after_truncation": sum(min(length, limit or length) for length in found.lengths),
+        "learned_tokens": sum(found.learned),
         "lengths": percentiles(found.lengths) if len(found) else None,
         "truncated": found.truncated,
         "without_answer": found.without_answer,
@@ -95,7 +89,3 @@ def as_json(path: Path, found: Scan, sample: Sample | None) -> dict[str, Any]:
             "parts": [{"text": text, "learned": learned} for text, learned in sample.parts],
         },
     }
-
-
-def _sum(column: array[int]) -> int:
-    return sum(column)

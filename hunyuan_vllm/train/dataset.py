@@ -1,6 +1,6 @@
 """A file of conversations as a dataset"""
 
-from __future__ import annotations
+from __future__ import annotations  # array[int]
 
 import logging
 import os
@@ -24,7 +24,7 @@ from hunyuan_vllm.util.jsonl import Line, parse_line, refuse_other_encodings
 
 CHUNK = 256  # lines that a process is given at a time
 LARGE = 8 << 20  # bytes of a file from which several processes read it
-MOST_BAD = 1000  # bad lines that are kept
+MAX_BAD = 1000  # bad lines that are reported
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Encoding:
 
 @dataclass(frozen=True)
 class BadLine:
-    """A line of no use."""
+    """A line that cannot be trained on."""
 
     number: int
     cause: str
@@ -73,10 +73,10 @@ class Scan:
         numbers: line numbers of the conversations, counted from 1.
         offsets: where each begins, in bytes.
         lengths: tokens of each, uncut.
-        learned: learned tokens of each, after cutting; 0 where none is left, and so nothing to train on.
-        forms: how many conversations were in which form (see forms.py).
-        bad: the first thousand lines of no use.
-        bad_count: all of them.
+        learned: learned tokens of each, after cutting; conversations with 0 are skipped.
+        forms: number of conversations by form (see messages.py).
+        bad: the first bad lines, up to `MAX_BAD`.
+        bad_count: number of all bad lines.
     """
 
     max_seq_length: int | None
@@ -103,10 +103,10 @@ class Scan:
         return sum(count == 0 for count in self.learned)
 
     def add(self, found: _Found) -> None:
-        """Take in what a line is."""
+        """Add a line's result."""
         if isinstance(found, BadLine):
             self.bad_count += 1
-            if len(self.bad) < MOST_BAD:
+            if len(self.bad) < MAX_BAD:
                 self.bad.append(found)
             return
         form, *values = found
@@ -129,8 +129,8 @@ def scan(
     """Read and encode the whole file once.
 
     Args:
-        processes: how many work at a time; default: one for a small file, else this rank's share of the cores.
-        advance: told of bytes that are done.
+        processes: default: one for a small file, else this rank's share of the cores.
+        advance: called with the number of bytes that were read.
 
     Raises:
         UserError: it cannot be read, or holds no line.
@@ -140,7 +140,7 @@ def scan(
         refuse_other_encodings(path)
         if processes is None:
             processes = _cores() if path.stat().st_size >= LARGE else 1
-        for size, found in _looked_at(path, encoding, processes):
+        for size, found in _results(path, encoding, processes):
             for one in found:
                 result.add(one)
             advance(size)
@@ -156,30 +156,30 @@ def _cores() -> int:
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def _looked_at(path: Path, encoding: Encoding, processes: int) -> Iterator[tuple[int, list[_Found]]]:
-    """Results of `_look` in the file's order, with no more than a few chunks in memory."""
+def _results(path: Path, encoding: Encoding, processes: int) -> Iterator[tuple[int, list[_Found]]]:
+    """Results of `_encode_chunk` in the file's order, with a few chunks in memory."""
     chunks = _chunks(path)
     if processes == 1:
-        yield from (_look(chunk, encoding) for chunk in chunks)
+        yield from (_encode_chunk(chunk, encoding) for chunk in chunks)
         return
-    # Forked, as torch's DataLoader forks its workers: they have all modules, and the tokenizer, at once.
-    with ProcessPoolExecutor(processes, get_context("fork"), initializer=_begin, initargs=(encoding,)) as pool:
-        waiting = deque(pool.submit(_look, chunk) for chunk in islice(chunks, 2 * processes))
+    # Forked, like the workers of torch's DataLoader: modules and tokenizer are already loaded.
+    with ProcessPoolExecutor(processes, get_context("fork"), initializer=_set_encoding, initargs=(encoding,)) as pool:
+        waiting = deque(pool.submit(_encode_chunk, chunk) for chunk in islice(chunks, 2 * processes))
         while waiting:
             yield waiting.popleft().result()
-            waiting.extend(pool.submit(_look, chunk) for chunk in islice(chunks, 1))
+            waiting.extend(pool.submit(_encode_chunk, chunk) for chunk in islice(chunks, 1))
 
 
 _encoding: Encoding
-"""In a process of the pool: what it works with."""
+"""Set in each process of the pool."""
 
 
-def _begin(encoding: Encoding) -> None:
+def _set_encoding(encoding: Encoding) -> None:
     global _encoding
     _encoding = encoding
 
 
-def _look(chunk: Iterable[_Raw], encoding: Encoding | None = None) -> tuple[int, list[_Found]]:
+def _encode_chunk(chunk: Iterable[_Raw], encoding: Encoding | None = None) -> tuple[int, list[_Found]]:
     encoding = encoding or _encoding
     size = 0
     found: list[_Found] = []
@@ -215,10 +215,9 @@ logger = logging.getLogger(__name__)
 
 
 class ConversationDataset(torch.utils.data.Dataset[Example]):
-    """The conversations of a file that have something to learn, in its order; 24 bytes each in memory.
+    """The conversations of a file that have learned tokens, in the file's order; 24 bytes each in memory.
 
-    The order of training is left to the sampler. Conversations longer than `max_seq_length` are cut, and those of which
-    no answer is left are skipped; the log says how many of each.
+    Conversations longer than `max_seq_length` are cut, and those left without an answer are skipped; both are logged.
 
     Args:
         path: a JSONL file (see messages.py).
@@ -229,7 +228,7 @@ class ConversationDataset(torch.utils.data.Dataset[Example]):
         scan: what the file holds.
 
     Raises:
-        UserError: it cannot be read, a line is of no use, or nothing is left to train on; the message names the lines.
+        UserError: it cannot be read, a line is bad, or nothing is left to train on.
     """
 
     def __init__(
@@ -249,7 +248,7 @@ class ConversationDataset(torch.utils.data.Dataset[Example]):
             logger.warning(warning)
         if not self._kept:
             raise UserError(
-                f"{path}: of no conversation is an answer left at --max_seq_length {encoding.max_seq_length}: raise it"
+                f"{path}: no conversation has an answer within --max_seq_length {encoding.max_seq_length}: raise it"
             )
 
     def __len__(self) -> int:
@@ -261,7 +260,7 @@ class ConversationDataset(torch.utils.data.Dataset[Example]):
             file.seek(self.scan.offsets[place])
             raw = file.readline()
         if _stamp(self._path) != self._stamp:
-            raise UserError(f"{self._path} has been changed while it was trained on: start again")
+            raise UserError(f"{self._path} changed during training: start again")
         line = parse_line(self.scan.numbers[place], raw)
         assert line is not None, raw
         return self._encoding.cut(self._encoding(line))
@@ -276,11 +275,10 @@ class ConversationDataset(torch.utils.data.Dataset[Example]):
 class PackedDataset(torch.utils.data.Dataset[list[Example]]):
     """Rows of several conversations that together have at most `max_seq_length` tokens, for `PackingCollator`.
 
-    Each conversation is in one row, drawn in an order that `seed` decides, and put into the fullest of the open rows
-    that has room for it.
+    Conversations are shuffled by `seed`, and each is put into the fullest open row that has room for it.
     """
 
-    OPEN = 64  # rows that are being filled at a time: enough to leave little room, few enough to mix lengths
+    OPEN = 64  # rows filled at a time: enough to leave little room, few enough to mix lengths
 
     def __init__(self, dataset: ConversationDataset, max_seq_length: int, seed: int = 0) -> None:
         self._dataset = dataset
@@ -331,7 +329,7 @@ def _warnings(path: Path, found: Scan) -> list[str]:
     if found.truncated:
         warnings.append(f"{path}: {found.truncated} of {len(found)} conversations are cut at {limit} tokens")
     if found.without_answer:
-        warnings.append(f"{path}: {found.without_answer} are skipped: cutting leaves no answer of them to learn")
+        warnings.append(f"{path}: {found.without_answer} are skipped, since cutting leaves no answer to learn")
     return warnings
 
 

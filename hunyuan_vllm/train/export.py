@@ -1,6 +1,4 @@
-"""A trained model's tensors and files as they are served"""
-
-from __future__ import annotations
+"""A trained model in the published layout: tensors, config and the files that serving needs"""
 
 import json
 import shutil
@@ -22,14 +20,14 @@ START = ".gate.wg.start"
 
 
 class SplitLinear(nn.Module):
-    """A router's linear whose weight is `start`, a float32 buffer, plus `weight`, which is trained from zero.
+    """A router's linear layer whose weight is `start`, a float32 buffer, plus `weight`, which is trained from zero.
 
-    A buffer keeps its type. The sum is small at first, so bfloat16 (beside which DeepSpeed keeps float32) holds it far
-    more finely than it could the weight: what is computed with, saved and served is `start + weight` in float32.
-    Weight decay pulls towards `start`, not towards zero.
+    DeepSpeed casts parameters to bfloat16, but not buffers. The change is small, so bfloat16 holds it much more
+    precisely than the whole weight; `start + weight` in float32 is used, saved and served. Weight decay pulls towards
+    `start`, not towards zero.
 
     Args:
-        weight: the parameter to use; under ZeRO-3 a part of one.
+        weight: the parameter; under ZeRO-3 a partition of it.
         start: [experts, hidden], float32.
     """
 
@@ -46,10 +44,10 @@ class SplitLinear(nn.Module):
 
 
 def split_routers(model: nn.Module, start: Mapping[str, Tensor] | None = None) -> None:
-    """Make every router of `model` a `SplitLinear`.
+    """Replace every router of `model` by a `SplitLinear`.
 
     Args:
-        start: weights by name, where the model does not hold them whole and exactly (under ZeRO-3).
+        start: exact weights by name; needed under ZeRO-3.
     """
     for name, module in list(model.named_modules()):
         if not isinstance(module, Float32Linear):
@@ -70,15 +68,15 @@ def read_routers(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with whole routers again."""
-    whole = {}
+def join_routers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with the routers' sums, the reverse of `split_routers`."""
+    joined = {}
     for name, tensor in state.items():
         if name.endswith(START):
             continue
         start = state.get(name.removesuffix(ROUTER) + START) if name.endswith(ROUTER) else None
-        whole[name] = tensor if start is None else start.to(tensor.device) + tensor.float()
-    return whole
+        joined[name] = tensor if start is None else start.to(tensor.device) + tensor.float()
+    return joined
 
 
 def _zero(parameter: nn.Parameter) -> None:
@@ -105,7 +103,7 @@ def as_published(
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     return {
         name: tensor if dtype is None or name.endswith(".gate.wg.weight") else tensor.to(dtype)
-        for name, tensor in merged(state).items()
+        for name, tensor in join_routers(state).items()
         if name not in tied
     }
 
@@ -122,13 +120,13 @@ def copy_served_files(folder: Path, tokenizer: Path, base: Path | None) -> None:
 
 
 def write_origin(folder: Path, base: Path | None, dtype: torch.dtype) -> None:
-    """Note beside weights what they were trained from, and the type that the result is to have."""
+    """Record what weights were trained from, and the type of the result."""
     origin = {"base": str(base) if base else None, "served_dtype": str(dtype).removeprefix("torch.")}
     (folder / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
 
 
 def read_origin(folder: Path) -> tuple[Path | None, torch.dtype] | None:
-    """What `write_origin` noted; None where nothing was."""
+    """What `write_origin` recorded; None without a record."""
     try:
         origin = json.loads((folder / ORIGIN).read_text())
     except OSError:
@@ -136,9 +134,15 @@ def read_origin(folder: Path) -> tuple[Path | None, torch.dtype] | None:
     return Path(origin["base"]) if origin["base"] else None, getattr(torch, origin["served_dtype"])
 
 
-def set_dtype(folder: Path, dtype: torch.dtype) -> None:
-    """Have a folder's config.json name the type that its tensors have."""
-    file = folder / "config.json"
-    fields = json.loads(file.read_text())
-    fields["dtype"] = str(dtype).removeprefix("torch.")
-    file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+def write_config(folder: Path, source: Path | None, dtype: torch.dtype) -> None:
+    """Write the config.json of trained weights: that of `source`, in its spelling, with the weights' type.
+
+    transformers would write its own spellings, and its class in `architectures`, which tells a V1 network from
+    Hunyuan-Large. `auto_map` goes, since the code that it names is not copied. Without a source, the config that
+    transformers has written stays.
+    """
+    fields = json.loads(((source or folder) / "config.json").read_text())
+    fields.pop("auto_map", None)
+    name = "torch_dtype" if "torch_dtype" in fields else "dtype"
+    fields[name] = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

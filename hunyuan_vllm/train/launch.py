@@ -1,6 +1,4 @@
-"""Starts a run's processes, on this node and over SSH on the others, and ends all of them when one fails."""
-
-from __future__ import annotations
+"""Start a run's processes, on this node and over SSH on the others, and end all of them when one fails"""
 
 import json
 import os
@@ -15,14 +13,21 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from hunyuan_vllm.ray_environment import without_secrets
-from hunyuan_vllm.train.nodes import NodeOfRun, carrying, compare, read_nodes, torchrun_arguments, torchrun_variables
+from hunyuan_vllm.train.nodes import (
+    NodeOfRun,
+    compare,
+    interface_of,
+    read_nodes,
+    torchrun_arguments,
+    torchrun_variables,
+)
 from hunyuan_vllm.util.errors import UserError
 
-# Variables that libraries of the processes read; others stay where they are.
-HANDED_ON: Final = ("NCCL_", "GLOO_", "TP_SOCKET", "CUDA_", "TORCH_", "DS_", "OMP_", "HF_", "TOKENIZERS_", "PYTORCH_")
+# Prefixes of the variables that are passed to other nodes.
+PASSED: Final = ("NCCL_", "GLOO_", "TP_SOCKET", "CUDA_", "TORCH_", "DS_", "OMP_", "HF_", "TOKENIZERS_", "PYTORCH_")
 PATHS: Final = ("model_name_or_path", "tokenizer_name_or_path", "train_data_file", "eval_data_file", "deepspeed")
-GRACE: Final = 20.0  # seconds for processes to end in once one has failed
-LAST_WORDS: Final = 2.0  # seconds for what a node printed before it ended
+GRACE: Final = 20.0  # seconds for the other processes to exit once one has failed
+DRAIN: Final = 2.0  # seconds for the last output of a node
 CONNECT: Final = 20  # seconds
 
 
@@ -31,7 +36,7 @@ class Launch:
 
     Args:
         nodes: see `read_nodes`.
-        port: where the processes meet, on this node.
+        port: of the rendezvous, on this node.
         flags: of `python -m hunyuan_vllm.train`.
         environ: this process's environment.
     """
@@ -39,8 +44,8 @@ class Launch:
     def __init__(self, nodes: Sequence[NodeOfRun], port: int, flags: Sequence[str], environ: Mapping[str, str]) -> None:
         self._nodes, self._flags, self._port = nodes, list(flags), port
         self._ssh_port, self._interface = environ.get("SSH_PORT", ""), environ.get("SOCKET_IFNAME") or None
-        handed_on = without_secrets({name: value for name, value in environ.items() if name.startswith(HANDED_ON)})
-        self._variables = handed_on
+        passed = without_secrets({name: value for name, value in environ.items() if name.startswith(PASSED)})
+        self._variables = passed
 
     @property
     def is_one_process(self) -> bool:
@@ -52,7 +57,7 @@ class Launch:
         return [sys.executable, "-m", "hunyuan_vllm.train", *self._flags]
 
     def order(self, rank: int) -> dict[str, Any]:
-        """What a node is told."""
+        """The order that a node reads."""
         node = self._nodes[rank]
         return {
             "do": "run", "folder": os.getcwd(), "address": node.address, "interface": self._interface,
@@ -61,13 +66,15 @@ class Launch:
         }  # fmt: skip
 
     def shown(self) -> str:
-        """For people: what runs on each node."""
+        """The commands of all nodes, for --dry-run."""
         if self.is_one_process:
             return shlex.join(self.alone)
         parts = []
         for rank, node in enumerate(self._nodes):
             order = self.order(rank)
-            interface = self._interface or (carrying(node.address) if rank == 0 else f"<the one with {node.address}>")
+            interface = self._interface or (
+                interface_of(node.address) if rank == 0 else f"<the one with {node.address}>"
+            )
             variables = [f"{k}={shlex.quote(v)}" for k, v in sorted(torchrun_variables(order, interface).items())]
             how = "this node" if rank == 0 else f"over {shlex.join(self._ssh(node)[:-1])}"
             words = [sys.executable, "-m", "torch.distributed.run", *torchrun_arguments(order)]
@@ -79,7 +86,7 @@ class Launch:
         """Compare code, libraries, checkpoint and data of all nodes.
 
         Raises:
-            UserError: a node is not reached, or something is not the same everywhere.
+            UserError: a node cannot be reached, or something differs.
         """
         paths = [str(path) for name in PATHS if (path := self._given(name)) and Path(path).exists()]
         order = json.dumps({"do": "facts", "folder": os.getcwd(), "paths": paths}) + "\n"
@@ -90,7 +97,7 @@ class Launch:
                 process.stdin.write(order.encode())
                 process.stdin.flush()
             except BrokenPipeError:
-                pass  # it says why below
+                pass  # reported below
         found = {}
         for node, process in zip(self._nodes, running, strict=True):
             out, errors = process.communicate()
@@ -104,7 +111,7 @@ class Launch:
         compare(found)
 
     def run(self) -> int:
-        """Start all nodes' processes and wait; the exit status is that of the first node that failed, 0 if none did."""
+        """Start all nodes' processes and wait; returns the exit status of the first node that failed, else 0."""
         running, passing = [], []
         try:
             for rank, node in enumerate(self._nodes):
@@ -123,19 +130,19 @@ class Launch:
         finally:
             _end(running)
             for thread in passing:
-                thread.join(LAST_WORDS)
+                thread.join(DRAIN)
 
     def _start(self, rank: int, output: int | None) -> subprocess.Popen[bytes]:
         node = self._nodes[rank]
         module = [sys.executable, "-m", "hunyuan_vllm.train.nodes"]
         command = module if rank == 0 else [*self._ssh(node), shlex.join(module)]
-        # A session of its own: Ctrl-C comes to us alone, and we end all nodes alike.
+        # In its own session, so that only this process gets Ctrl-C and ends all nodes.
         return subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True
         )  # fmt: skip
 
     def _ssh(self, node: NodeOfRun) -> list[str]:
-        """Without a question: a host whose key is not known, or that takes no key of ours, is an error."""
+        """Without prompts: an unknown host key or a refused login is an error."""
         options = ["BatchMode=yes", "StrictHostKeyChecking=yes", f"ConnectTimeout={CONNECT}", "ServerAliveInterval=15"]
         port = ["-p", self._ssh_port] if self._ssh_port else []
         return ["ssh", *(word for option in options for word in ("-o", option)), *port, node.address, "--"]
@@ -178,7 +185,7 @@ def _count_gpus() -> int:
 
 
 def _free_port(wanted: int) -> int:
-    """`wanted`, or another where another program has it."""
+    """`wanted`, or another port if it is in use."""
     import socket
 
     for port in (wanted, 0):
@@ -211,7 +218,7 @@ def _wait(running: Sequence[subprocess.Popen[bytes]]) -> int:
 
 
 def _end(running: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Close what each reads its order from, which ends it; kill those that do not end."""
+    """Close each process's standard input, which ends it; kill those that do not exit."""
     for process in running:
         if process.stdin is not None:
             try:

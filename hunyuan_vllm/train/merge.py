@@ -1,6 +1,4 @@
-"""An adapter merged into its network: a checkpoint in, a checkpoint out, one tensor in memory at a time."""
-
-from __future__ import annotations
+"""Merge an adapter into its checkpoint, one tensor in memory at a time"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,19 +26,18 @@ REMEDY: Final = "the disk or the memory is at fault; run the same command again"
 class Merge:
     """One run of the command.
 
-    Every file is read back from the disk and compared, bit by bit, with its tensors computed anew, before it gets its
-    name; so a run that was killed goes on behind the last whole file when it is started again alike,
-    and ends with the same bytes.
+    Every file is read back, compared bit by bit with its tensors computed again, and only then renamed. A run that was
+    killed continues after the last complete file and produces the same bytes.
 
     Args:
         source: the checkpoint, in any spelling that layout.py reads; what is written has the published names.
         adapter: checked against it.
         target: folder to write, which must not exist.
-        save_dtype: of all that is written but the routers, which keep a wider type of their own.
-        shard_bytes: most bytes of a file.
+        save_dtype: of all tensors but the routers, which keep a wider type of their own.
+        shard_bytes: maximum size of a file.
 
     Raises:
-        UserError: something given is of no use, or the disk is.
+        UserError: the inputs or the target cannot be used.
     """
 
     def __init__(
@@ -67,8 +64,8 @@ class Merge:
         """Merge.
 
         Raises:
-            UserError: as the class; what is finished stays for the next run.
-            OSError: the disk gave out.
+            UserError: as for the class; finished files stay for the next run.
+            OSError: a disk failure.
         """
         self._source_is_not_target()
         if self._target.is_dir() and not any(self._target.iterdir()):
@@ -79,20 +76,20 @@ class Merge:
             others = sum(file.stat().st_size for file in self._source.other_files())
             workspace.need_room(unwritten + others, "merging", "an --output_path")
             if workspace.resumed:
-                self._progress.say(f"going on with what is finished in {workspace.folder}")
+                self._progress.say(f"continuing with the finished files in {workspace.folder}")
             done = self.nbytes - unwritten
             with self._progress.stage("merging", 2 * self.nbytes, 2 * done):
                 for shard in left:
                     self._write(workspace, shard)
             self._write_the_rest(workspace)
-            self._check_whole(workspace.checkpoint)
+            self._check_complete(workspace.checkpoint)
             workspace.finish()
 
     def tensor(self, name: str) -> Tensor:
-        """A canonical tensor as it is to be written.
+        """A canonical tensor as it is written.
 
         Raises:
-            UserError: it has values that the type has no room for.
+            UserError: it has values beyond the range of the type.
         """
         wide, dtype = self._source.read(name), self._spec(name).dtype
         if name not in self._adapter.changes:
@@ -106,17 +103,17 @@ class Merge:
 
             in_blocks(wide, block)
         if dtype == torch.float16 and not torch.isfinite(written).all():
-            raise UserError(f"{name!r} has values beyond 65,504, the most that fp16 holds: use --save_dtype bf16")
+            raise UserError(f"{name!r} has values beyond 65,504, the maximum of fp16: use --save_dtype bf16")
         return written
 
     def _spec(self, name: str) -> Spec:
         dtype = self._dtype
-        if name.endswith(".gate.wg.weight"):  # routes hang on its last digits
+        if name.endswith(".gate.wg.weight"):  # rounding it would change routes
             dtype = torch.promote_types(dtype, self._source.dtype(name))
         return Spec(name, dtype, self._source.shapes[name])
 
     def _record(self) -> dict[str, Any]:
-        """What a run that goes on with another's work must have in common with it."""
+        """What a run must have in common with the one it continues."""
         return {
             "a --base_model_path of contents": self._source.fingerprint()[:12],
             "an --adapter_model_path of contents": self._adapter.fingerprint()[:12],
@@ -126,7 +123,7 @@ class Merge:
 
     def _source_is_not_target(self) -> None:
         if self._target.resolve() in (self._source.folder.resolve(), self._adapter.folder.resolve()):
-            raise UserError(f"--output_path {self._target} is what is merged: name another folder")
+            raise UserError(f"--output_path {self._target} is an input: name another folder")
 
     def _write(self, workspace: Workspace, shard: Shard) -> None:
         partial = workspace.beside(workspace.checkpoint / shard.file)
@@ -155,8 +152,8 @@ class Merge:
         config = {**self._source.json, field: str(self._dtype).removeprefix("torch.")}
         workspace.write_json(folder / "config.json", config)
 
-    def _check_whole(self, folder: Path) -> None:
-        """Every tensor is there, once, in its shape, and none besides."""
+    def _check_complete(self, folder: Path) -> None:
+        """Raise UserError unless the headers hold exactly the network's tensors."""
         try:
             check_headers(folder, Layout(self._source.config))
         except CheckpointError as error:

@@ -1,10 +1,8 @@
 """Training data: one conversation a line of JSONL, in several forms, checked"""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
-from typing import Any, Final, Literal, NamedTuple, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
@@ -12,7 +10,7 @@ from hunyuan_vllm.util.jsonl import Line
 
 MESSAGES: Final = "messages"
 
-# ShareGPT's names of the speakers, and those that its descendants use.
+# Names of the roles in ShareGPT and its variants.
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 
@@ -27,7 +25,7 @@ def form_of(given: dict[str, Any]) -> str:
         BadForm: it has none, or two of them.
     """
     if MESSAGES in given:
-        return MESSAGES  # whatever lies beside: data sets keep the first question as "prompt", too
+        return MESSAGES  # some data sets also have the first question as "prompt"
     fitting = [name for name, form in FORMS.items() if form.fields <= given.keys()]
     if len(fitting) == 1:
         return fitting[0]
@@ -116,13 +114,16 @@ FORMS: Final = {
 
 
 DEFAULT_SYSTEM: Final = "You are a helpful assistant."
-"""What a conversation without a system message is trained under, as it is served under in the published examples."""
+"""The system message of conversations without one, as in the published examples."""
 
 Role: TypeAlias = Literal["system", "user", "assistant"]
 
 FORM = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
-# Special tokens that a chat template places: in a text they would end a turn, or a document, in its middle.
-MARK = re.compile(r"<\|(?:endoftext|startoftext|bos|eos|pad|extra_[045])\|>")
+# Special tokens of the chat formats: inside a text they would end a turn or a document.
+MARK = re.compile(
+    r"<\|(?:endoftext|startoftext|bos|eos|pad|extra_[045])\|>"
+    r"|<｜hy_(?:begin▁of▁sentence|User|Assistant|place▁holder▁no▁\d+)｜>"
+)
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 SHOWN = 40  # characters of a wrong value
 
@@ -132,13 +133,11 @@ class BadConversation(ValueError):
 
 
 class Message(BaseModel):
-    """One turn. `content` may be given as a list of text parts, as clients send it; it is joined as served.
-
-    Fields that hold nothing (null, an empty list or text) may be there, as tools write them.
+    """One turn. `content` may be a list of text parts, which are joined as a server does. Empty fields are allowed.
 
     Attributes:
-        name: who speaks; not used, as the chat format has no place for it.
-        weight: 0 for an answer that is read and not learned.
+        name: not used, since the chat format has none.
+        weight: 0 for an answer that is not learned.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -171,12 +170,12 @@ class Message(BaseModel):
     @classmethod
     def _without_marks(cls, text: str) -> str:
         if found := MARK.search(text):
-            raise ValueError(f"it contains {found[0]}, which would be read as the special token: take it out")
+            raise ValueError(f"it contains {found[0]}, which is a special token: remove it")
         return text
 
 
 class Conversation(BaseModel):
-    """A line: perhaps a system message, then user and assistant in turn, the assistant last.
+    """A line: an optional system message, then user and assistant in turn, the assistant last.
 
     Fields beside `messages` (an id, a source) are allowed and not used.
     """
@@ -186,23 +185,23 @@ class Conversation(BaseModel):
     messages: tuple[Message, ...]
 
     @model_validator(mode="after")
-    def _in_turn(self) -> Conversation:
+    def _in_turn(self) -> Self:
         turns = self.messages[1:] if self.messages and self.messages[0].role == "system" else self.messages
         skipped = len(self.messages) - len(turns)
         for place, turn in enumerate(turns):
             number, wanted = place + skipped + 1, ("user", "assistant")[place % 2]
             if turn.role == "system":
-                raise ValueError(f"message {number} is a system message, which must be the first, and the only one")
+                raise ValueError(f"message {number} is a system message, which must be the only one and the first")
             if turn.role != wanted:
-                raise ValueError(f"message {number} is of the {turn.role}, and the {wanted}'s turn is due")
+                raise ValueError(f"message {number} is of the {turn.role}, and it is the {wanted}'s turn")
             if not turn.content.strip():
                 raise ValueError(f"message {number} ({turn.role}) is empty")
         if not turns:
             raise ValueError("it has no user and assistant messages")
         if turns[-1].role != "assistant":
-            raise ValueError("it ends with the user's message: nothing answers it, so nothing is learned from it")
+            raise ValueError("it ends with the user's message: the last message must be the assistant's")
         if all(turn.weight == 0 for turn in turns if turn.role == "assistant"):
-            raise ValueError("each answer has weight 0: nothing is learned from it")
+            raise ValueError("each answer has weight 0, so nothing is learned")
         return self
 
     def as_dicts(self, default_system: str = DEFAULT_SYSTEM) -> list[dict[str, str]]:
@@ -247,9 +246,9 @@ def _cause(error: ValidationError) -> str:
             return f"{place} is missing"
         case "literal_error":
             known = "0 or 1" if first["loc"][-1] == "weight" else "system, user or assistant"
-            return f"{place} is {_shown(given)}: it is {known}"
+            return f"{place} is {_shown(given)}: it must be {known}"
         case "extra_forbidden":
-            return f"{place} is a field that training has no use for: leave it out"
+            return f"{place} is an unknown field: leave it out"
         case "string_type":
             return f"{place} is {_article(_kind(given))}, and should be a text"
         case "tuple_type" | "model_type" | "model_attributes_type" | "dict_type":

@@ -43,11 +43,11 @@ def read_nodes(
     NODES and NODE_NUM, of nodes and of processes in all, are only checked; MASTER_PORT is the port.
 
     Args:
-        count_gpus: asked where HOST_GPU_NUM is not set.
-        own: address → interface of this machine; looked up where it is not given.
+        count_gpus: called if HOST_GPU_NUM is not set.
+        own: address → interface of this machine; default: looked up.
 
     Raises:
-        UserError: a variable means nothing, or does not fit the others.
+        UserError: a variable is invalid, or does not fit the others.
     """
     each = _number(environ, "HOST_GPU_NUM")
     port = _number(environ, "MASTER_PORT") or DEFAULT_PORT
@@ -67,7 +67,7 @@ def read_nodes(
     return nodes, port
 
 
-def carrying(address: str, own: Mapping[str, str] | None = None) -> str | None:
+def interface_of(address: str, own: Mapping[str, str] | None = None) -> str | None:
     """The network interface of this machine that has `address`."""
     return (_own_addresses() if own is None else own).get(address)
 
@@ -107,12 +107,12 @@ def _own_addresses() -> dict[str, str]:
 
 
 PACKAGES: Final = ("torch", "transformers", "accelerate", "peft", "deepspeed", "tokenizers")
-EDGE: Final = 1 << 20  # bytes that are read at each end of a file of weights, which is too large to be read whole
+EDGE: Final = 1 << 20  # bytes read at each end of a file of weights
 ABSENT: Final = "absent"
 
 
 def facts(paths: Sequence[str]) -> dict[str, str]:
-    """What must agree: name → a short text. `paths` are files, read whole, and folders of checkpoints."""
+    """What must agree on all nodes: name → a short text. `paths` are files and folders of checkpoints."""
     found = {"Python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -135,7 +135,7 @@ def compare(nodes: Mapping[str, Mapping[str, str]]) -> None:
     """Compare the facts of all nodes.
 
     Raises:
-        UserError: something is not the same everywhere; the message names it, and who has what.
+        UserError: something differs; the message names it and the nodes.
     """
     names = sorted({name for known in nodes.values() for name in known})
     differing: dict[str, dict[str, list[str]]] = {}
@@ -151,13 +151,13 @@ def compare(nodes: Mapping[str, Mapping[str, str]]) -> None:
     kinds = "; ".join(f"{what} on {', '.join(who)}" for what, who in differing[first].items())
     rest = f" (also {some(list(differing)[1:])})" if len(differing) > 1 else ""
     raise UserError(
-        f"the nodes are not alike: {first} is {kinds}{rest}: bring the same checkout, environment, checkpoint and data "
+        f"the nodes differ: {first} is {kinds}{rest}: bring the same checkout, environment, checkpoint and data "
         "to each, at the same paths"
     )
 
 
 def _digest(file: Path) -> str:
-    """Size and part of a SHA-256 of a file: of all of it, or of both ends where it holds weights."""
+    """Size and part of a SHA-256 of a file; of a large file of weights, only both ends are read."""
     try:
         size = file.stat().st_size
         sha = hashlib.sha256()
@@ -175,7 +175,7 @@ def _digest(file: Path) -> str:
 
 
 def torchrun_arguments(order: dict[str, Any]) -> list[str]:
-    """What follows `torchrun`."""
+    """The arguments of `torchrun`."""
     address, port = order["master"]
     return [
         f"--nnodes={order['nodes']}", f"--node-rank={order['rank']}", f"--nproc-per-node={order['processes']}",
@@ -184,8 +184,8 @@ def torchrun_arguments(order: dict[str, Any]) -> list[str]:
 
 
 def torchrun_variables(order: dict[str, Any], interface: str | None) -> dict[str, str]:
-    """The variables it is started with; between nodes, `interface` is what the processes talk over."""
-    # PyTorch warns of each connection whose other end has no name.
+    """The environment variables of `torchrun`; between nodes, the processes communicate over `interface`."""
+    # PyTorch warns of each connection whose peer has no host name.
     variables = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **order["variables"]}
     if order["nodes"] > 1 and interface is not None:
         variables = dict.fromkeys(INTERFACE_VARIABLES, interface) | variables
@@ -193,22 +193,22 @@ def torchrun_variables(order: dict[str, Any], interface: str | None) -> dict[str
 
 
 def main() -> int:
-    """Read an order, and do it; the exit status is that of the first process that failed."""
+    """Execute the order on standard input; returns the exit status of the first process that failed."""
     line = _read_line()
     if not line:
-        return 1  # whoever was to tell us is gone
+        return 1  # the launcher has exited
     order = json.loads(line)
     os.chdir(order["folder"])
     if order["do"] == "facts":
         print(json.dumps(facts(order["paths"])))
         return 0
-    os.environ.update(torchrun_variables(order, order["interface"] or carrying(order["address"])))
+    os.environ.update(torchrun_variables(order, order["interface"] or interface_of(order["address"])))
     threading.Thread(target=_end_with_input, daemon=True).start()
     return _torchrun(torchrun_arguments(order))
 
 
 def _read_line() -> bytes:
-    """A line of standard input, without a buffer, whose lock a thread would hold when this ends."""
+    """A line of standard input, read without a buffer, whose lock `_end_with_input` would hold at exit."""
     line = b""
     while not line.endswith(b"\n") and (more := os.read(0, 65536)):
         line += more
@@ -226,7 +226,7 @@ def _torchrun(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    # The process that failed has said why: what torchrun's loggers add, each at a level of its own, tells of torchrun.
+    # The process that failed has reported why; torchrun's own messages add nothing.
     logging.disable(logging.CRITICAL)
     try:
         torchrun(arguments)

@@ -1,11 +1,9 @@
-"""A conversation as token ids, exactly as it is served, and which of them are learned."""
-
-from __future__ import annotations
+"""A conversation as token ids, as a server gives it to the model, and which of them are learned"""
 
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from typing import Any, Final, Self
 
 from hunyuan_vllm.train.messages import DEFAULT_SYSTEM, BadConversation, Conversation
 
@@ -18,8 +16,7 @@ class Example:
     """One conversation.
 
     Attributes:
-        input_ids: what the model reads.
-        labels: alike in number and not shifted: the token itself where it is learned, else `IGNORED`.
+        labels: as long as `input_ids` and not shifted: the token itself where it is learned, else `IGNORED`.
         truncated: whether the conversation was longer.
     """
 
@@ -32,21 +29,21 @@ class Example:
 
     @property
     def learned(self) -> int:
-        """Tokens that are learned: those whose prediction has a label."""
+        """Number of tokens whose prediction has a label."""
         return sum(label != IGNORED for label in self.labels[1:])
 
-    def cut(self, length: int) -> Example:
+    def cut(self, length: int) -> Self:
         """The first `length` tokens."""
         if len(self) <= length:
             return self
-        return Example(self.input_ids[:length], self.labels[:length], truncated=True)
+        return replace(self, input_ids=self.input_ids[:length], labels=self.labels[:length], truncated=True)
 
 
 def encode(
     conversation: Conversation, tokenizer: Any, *, train_on_all: bool = False, default_system: str = DEFAULT_SYSTEM
 ) -> Example:
-    """Token ids by the checkpoint's chat template; learned are the assistant's words and the token that ends them,
-    unless their weight is 0.
+    """Token ids by the checkpoint's chat template; the assistant's messages with their end token are learned, unless
+    their weight is 0.
 
     Args:
         tokenizer: the checkpoint's, as `load_tokenizer` gives it.
@@ -54,7 +51,7 @@ def encode(
         default_system: put in front of a conversation without a system message; "" for none.
 
     Raises:
-        BadConversation: the template refuses the messages, or its text does not show where an answer lies.
+        BadConversation: the template refuses the messages, or does not append each turn to the previous ones.
     """
     messages = conversation.as_dicts(default_system)
     added = len(messages) - len(conversation.messages)
@@ -72,7 +69,7 @@ def encode(
 
 
 def _pieces(messages: list[dict[str, str]], weights: Sequence[int | None], tokenizer: Any) -> list[tuple[str, bool]]:
-    """The rendered text, cut before and behind each answer: (text, whether it is an answer to learn)."""
+    """The rendered text, split before and after each answer: (text, whether it is learned)."""
     pieces: list[tuple[str, bool]] = []
     done = ""
     for turn, message in enumerate(messages):
@@ -82,8 +79,8 @@ def _pieces(messages: list[dict[str, str]], weights: Sequence[int | None], token
         answered = _render(tokenizer, messages[: turn + 1], add_generation_prompt=False)
         if not (asked.startswith(done) and answered.startswith(asked)):
             raise BadConversation(
-                f"the chat template changes what lies before message {turn + 1} once it is there: "
-                "training needs one that adds each turn behind the last"
+                f"the chat template renders earlier turns differently once message {turn + 1} is there: "
+                "training needs a template that appends each turn to the previous ones"
             )
         pieces += [(asked[len(done) :], False), (answered[len(asked) :], weights[turn] != 0)]
         done = answered
@@ -98,8 +95,8 @@ def _render(tokenizer: Any, messages: list[dict[str, str]], add_generation_promp
 
 
 def _cut_cleanly(texts: list[str], tokenizer: Any) -> bool:
-    """Whether the pieces' ids are surely those of the whole: special tokens, which merge with nothing, lie at each
-    cut, and no character behind a cut composes with the one before it."""
+    """Whether the pieces tokenize like the whole text: there is a special token at each cut, and the characters on both
+    sides do not compose."""
     marks = tuple(tokenizer.all_special_tokens)
     for before, behind in zip(texts, texts[1:], strict=False):
         if not (before.endswith(marks) or behind.startswith(marks)):

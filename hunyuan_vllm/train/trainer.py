@@ -17,7 +17,7 @@ from hunyuan_vllm.train.checkpoints import STAGING, move_into_place, remove_old,
 from hunyuan_vllm.train.collate import DummyDataset, PackingCollator, PaddingCollator
 from hunyuan_vllm.train.dataset import ConversationDataset, Encoding, PackedDataset
 from hunyuan_vllm.train.distributed import join_processes
-from hunyuan_vllm.train.export import as_published, copy_served_files, set_dtype, write_origin
+from hunyuan_vllm.train.export import as_published, copy_served_files, write_config, write_origin
 from hunyuan_vllm.train.model import BaseCheckpoint, make_moe_leaves
 from hunyuan_vllm.train.moe_balance import ExpertBoard, ExpertLoad, balance_loss
 from hunyuan_vllm.train.progress import Display
@@ -34,7 +34,8 @@ class HunYuanTrainer(transformers.Trainer):
 
     Args:
         aux_loss_coef: weight of `balance_loss`.
-        finish: called with a folder of weights before it is complete: adds the files that serving needs.
+        finish: called with a folder of weights and their type before it is complete: adds the files that serving
+            needs.
         around: a context manager around each forward pass.
         arguments: `transformers.Trainer`'s.
 
@@ -46,7 +47,7 @@ class HunYuanTrainer(transformers.Trainer):
         self,
         *,
         aux_loss_coef: float = 0.0,
-        finish: Callable[[Path], None],
+        finish: Callable[[Path, torch.dtype], None],
         around: Callable[[], AbstractContextManager[Any]],
         **arguments: Any,
     ) -> None:
@@ -140,7 +141,7 @@ class HunYuanTrainer(transformers.Trainer):
         if not hasattr(self.model, "peft_config"):
             state_dict = as_published(state_dict or self.model.state_dict(), self.model.config, self.served_dtype)
         self.model.save_pretrained(folder, state_dict=state_dict, max_shard_size=MAX_SHARD)
-        self._finish(folder)
+        self._finish(folder, self.served_dtype or self.model.dtype)
 
     def _wait(self) -> None:
         if self.args.world_size > 1:
@@ -187,8 +188,9 @@ def build_trainer(
     training.prediction_loss_only = True  # otherwise the logits of all held-out tokens are kept
     training.report_to = []  # type: ignore[assignment]  # `board` replaces TensorBoardCallback
 
-    def finish(folder: Path) -> None:
+    def finish(folder: Path, dtype: torch.dtype) -> None:
         if not flags.use_lora:
+            write_config(folder, base.folder, dtype)
             copy_served_files(folder, base.tokenizer_folder, base.folder)
             write_origin(folder, base.origin, base.served_dtype)
 
@@ -257,7 +259,5 @@ def save_result(trainer: HunYuanTrainer, folder: Path, dtype: torch.dtype) -> st
         trainer.save_model(str(staged))
         trainer.served_dtype = None
         if trainer.args.should_save:
-            if not is_adapter:
-                set_dtype(staged, dtype)
             move_into_place(staged, folder)
     return "an adapter" if is_adapter else "a checkpoint"

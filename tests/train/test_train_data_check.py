@@ -37,7 +37,7 @@ def test_bad_lines_are_named_and_the_rest_is_counted(file: Path) -> None:
     assert result.exit_code == 1
     assert "line 3: it has no user and assistant messages\n" in result.stdout
     assert "line 5: it is not JSON: Expecting value: line 1 column 1 (char 0)\n" in result.stdout
-    assert result.stdout.endswith("3 conversations of use, 2 BAD LINES\n")
+    assert result.stdout.endswith("3 good conversations, 2 bad lines\n")
 
 
 def test_the_sample_marks_what_is_learned(file: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_file_without_a_bad_line(tmp_path: Path) -> None:
     good.write_text(line("Hi", "Hello.") + "\n")
     result = run(good)
     assert result.exit_code == 0
-    assert result.stdout.endswith("1 conversations of use, no bad line\n")
+    assert result.stdout.endswith("1 good conversation, no bad lines\n")
     assert "0 conversations are longer than --max_seq_length 2,048" in result.stdout
 
 
@@ -122,7 +122,7 @@ def test_only_bad_lines(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["none.jsonl"], "none.jsonl cannot be read: No such file or directory"),
-        (["{file}", "--model", "nowhere"], "--model nowhere is no folder"),
+        (["{file}", "--model", "nowhere"], "--model nowhere is not a directory"),
         (["{file}", "--sample", "3"], "--sample 3: no conversation is in that line of"),
     ],
 )

@@ -46,8 +46,8 @@ def mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 class TestMistakes:
     def test_flags(self, mistake) -> None:
-        assert mistake("--nonsense", "1").endswith("there is no flag --nonsense (--help lists them)")
-        assert "there is no flag --lora_ranks: is --lora_rank meant?" in mistake("--lora_ranks", "1")
+        assert mistake("--nonsense", "1").endswith("unknown flag --nonsense (--help lists them)")
+        assert "unknown flag --lora_ranks: did you mean --lora_rank?" in mistake("--lora_ranks", "1")
         assert "invalid int value: 'many'" in mistake("--max_steps", "many")
         assert "--min_lr 1.0 is more than --learning_rate" in mistake("--min_lr", "1", "--learning_rate", "1e-4")
         assert "this network has 2048 positions" in mistake("--max_seq_length", "9999")
@@ -142,15 +142,19 @@ class TestIgnored:
     def test_each_is_named_with_its_reason(self) -> None:
         assert self.lines("--learning_rate", "1e-4", "--bf16") == ""
         for words, expected in {
-            ("--num_experts", "2", "--use_cla"): "--num_experts, --use_cla changes nothing: the network has the shape",
+            (
+                "--num_experts",
+                "2",
+                "--use_cla",
+            ): "--num_experts, --use_cla changes nothing: the checkpoint",
             ("--lora_rank", "8"): "--lora_rank changes nothing: --use_lora is not given",
-            ("--use_lora", "--train_attention_params_only"): "LoRA trains its adapters alone",
-            ("--make_moe_param_leaf_module",): "it is about ZeRO-3",
+            ("--use_lora", "--train_attention_params_only"): "LoRA trains only its adapters",
+            ("--make_moe_param_leaf_module",): "it is for ZeRO-3",
             ("--min_lr", "1e-6", "--lr_scheduler_type", "linear"): "only --lr_scheduler_type cosine_with_min_lr",
-            ("--max_steps", "3", "--num_train_epochs", "2"): "--max_steps says when it ends",
+            ("--max_steps", "3", "--num_train_epochs", "2"): "--max_steps sets the end",
             ("--eval_steps", "3"): "--eval_data_file is not given",
             ("--use_dummy_data", "--packing"): "--use_dummy_data needs no file",
-            ("--do_train", "--overwrite_output_dir"): "training is all this does",
+            ("--do_train", "--overwrite_output_dir"): "this command only trains",
         }.items():
             assert expected in self.lines(*words), words
 

@@ -140,7 +140,7 @@ class TestTwoHosts:
     def test_other_data_on_one_host(self, pair: tuple[Host, Host]) -> None:
         pair[1].sh("echo >>~/data.jsonl")
         done = launch(pair)
-        assert done.returncode == 2 and f"the nodes are not alike: {HOME}/data.jsonl is" in done.stderr, done.stderr
+        assert done.returncode == 2 and f"the nodes differ: {HOME}/data.jsonl is" in done.stderr, done.stderr
 
     def test_a_host_whose_key_is_not_known(self, pair: tuple[Host, Host]) -> None:
         pair[0].sh("rm ~/.ssh/known_hosts")

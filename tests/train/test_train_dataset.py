@@ -78,11 +78,11 @@ def test_cut_conversations_are_counted_and_those_without_an_answer_left_out(
     with caplog.at_level(logging.WARNING):
         dataset = ConversationDataset(file, Encoding(tokenizer, max_seq_length=8, default_system=""))
     assert f"{file}: 2 of 3 conversations are cut at 8 tokens" in caplog.text
-    assert f"{file}: 1 are skipped: cutting leaves no answer of them to learn" in caplog.text
+    assert f"{file}: 1 are skipped, since cutting leaves no answer to learn" in caplog.text
     assert len(dataset) == 2 and [one.truncated for one in dataset] == [False, True]
     assert [len(one) for one in dataset] == list(dataset.lengths) and len(dataset[1]) == 8
     assert dataset[1].learned > 0
-    with pytest.raises(UserError, match="of no conversation is an answer left at --max_seq_length 3: raise it"):
+    with pytest.raises(UserError, match="no conversation has an answer within --max_seq_length 3: raise it"):
         ConversationDataset(file, Encoding(tokenizer, max_seq_length=3))
 
 
@@ -90,7 +90,7 @@ def test_a_file_that_changes_under_training(tmp_path: Path, tokenizer: HYTokeniz
     file = write(tmp_path, line("a", "b"), line("c", "d"))
     dataset = ConversationDataset(file, Encoding(tokenizer))
     os.utime(file, ns=(1, 1))
-    with pytest.raises(UserError, match="has been changed while it was trained on"):
+    with pytest.raises(UserError, match="changed during training"):
         dataset[1]
 
 

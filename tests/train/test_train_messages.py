@@ -89,7 +89,7 @@ def test_the_system_prompt_where_there_is_none() -> None:
          "tool_calls of message 2 is an unknown field: leave it out"),
         ({"messages": [user(), assistant("a <|eos|> b")]},
          "content of message 2: it contains <|eos|>, which is a special token: remove it"),
-        ({"messages": [user("<｜hy_User｜>"), assistant()]}, "it contains <｜hy_User｜>, which is a special token"),
+        ({"messages": [user("<｜hy_User｜>"), assistant()]}, "content of message 1: it contains <｜hy_User｜>"),
         ({"messages": [user(), system(), assistant()]},
          "message 2 is a system message, which must be the only one and the first"),
         ({"messages": [system(), system(), user(), assistant()]},

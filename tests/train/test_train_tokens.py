@@ -97,7 +97,7 @@ def test_a_combining_mark_at_a_seam_is_refused_where_it_changes_the_ids(demo: HY
 def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
     tokenizer = load_tokenizer(demo_path())
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}<|eos|>{% endfor %}"
-    with pytest.raises(BadConversation, match="changes what lies before message 2"):
+    with pytest.raises(BadConversation, match="renders earlier turns differently once message 2"):
         encode(conversation((USER, "Hi"), (ASSISTANT, "a")), tokenizer, default_system="")
 
 

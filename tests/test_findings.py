@@ -21,10 +21,10 @@ def section() -> Section:
 
 def test_only_problems_change_the_exit_status() -> None:
     found = section()
-    assert exit_status([found]) == 0 and tally([found]) == "1 warning, 1 not looked at"
+    assert exit_status([found]) == 0 and tally([found]) == "1 warning, 1 skipped"
     found.problem("four", "broken", "mend it", ["a", "b"])
     found.problem("five", "broken", "mend it")
-    assert exit_status([found]) == 1 and tally([found]) == "2 problems, 1 warning, 1 not looked at"
+    assert exit_status([found]) == 1 and tally([found]) == "2 problems, 1 warning, 1 skipped"
     (json,) = sections_json([found])
     assert json["findings"][3] == {
         "subject": "four", "status": "problem", "text": "broken", "remedy": "mend it", "items": ("a", "b"),

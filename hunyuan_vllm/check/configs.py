@@ -1,43 +1,46 @@
 """config.json and generation_config.json of a checkpoint"""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hunyuan_vllm.checkpoint import PUBLISHED_AT
 from hunyuan_vllm.config import ARCHITECTURES, CONFIG_CLASSES, HunYuanConfig
 from hunyuan_vllm.layout import expected_tensors, tensor_parallel_sizes
 from hunyuan_vllm.quant.formats import Format, UnservedFormat
 from hunyuan_vllm.quant.quantization_config import read_format
 from hunyuan_vllm.util.findings import Section
+from hunyuan_vllm.util.text import plural
 
-AGAIN = f"download config.json again; published: {PUBLISHED_AT}"
+AGAIN = "download config.json from the published checkpoint again"
+SMALL_VOCABULARY = 120818  # of the models from 0.5B to 4B
 OTHERS_DEPEND_ON = {"hidden_size", "num_attention_heads", "num_hidden_layers"}
 
 
 @dataclass
 class ConfigFile:
-    """What config.json says: as it is, as a network, and in which format the weights are; None where it does not."""
+    """config.json: its fields, the network and the format of the weights; None where the fields do not describe it."""
 
     fields: dict[str, Any] = field(default_factory=dict)
     network: HunYuanConfig | None = None
     format: Format | None = None
+
+    @property
+    def is_v1(self) -> bool:
+        return self.network is not None and self.network.is_v1
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object of a file.
 
     Raises:
-        ValueError: it is not one, or there is no such file; the message ends the sentence "PATH …".
+        ValueError: it cannot be read; the message ends the sentence "PATH …".
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError("is not there") from None
+        raise ValueError("is missing") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot be read ({error})") from None
     if not isinstance(content, dict):
@@ -46,7 +49,6 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def check_config(folder: Path, section: Section) -> ConfigFile:
-    """Read and check it."""
     found = ConfigFile()
     try:
         found.fields = read_object(folder / "config.json")
@@ -69,7 +71,7 @@ def check_config(folder: Path, section: Section) -> ConfigFile:
 
 
 def _network(fields: dict[str, Any], section: Section) -> HunYuanConfig | None:
-    """The network, or None where a field is wrong; then the others are judged as if it were absent."""
+    """The network; None where a field is wrong. The other fields are then checked as if that one were absent."""
     fields = dict(fields)
     wrong: set[str] = set()
     while True:
@@ -89,7 +91,7 @@ def _network(fields: dict[str, Any], section: Section) -> HunYuanConfig | None:
 
 
 def parameters(config: HunYuanConfig) -> tuple[int, int]:
-    """How many the network has, and how many of them a token's forward pass uses (of the experts, the chosen ones)."""
+    """All of the network's, and those that a token's forward pass uses (of the experts, the chosen ones)."""
     total = active = 0
     for name, shape in expected_tensors(config).items():
         count = math.prod(shape)
@@ -106,7 +108,7 @@ def _describe(config: HunYuanConfig) -> str:
     total, active = parameters(config)
     owners = len({config.kv_owner(layer) for layer in range(config.num_hidden_layers)})
     return (
-        f"{_count(total)} parameters, {_count(active)} used a token; {config.num_hidden_layers} layers, "
+        f"{_count(total)} parameters, {_count(active)} used per token; {plural(config.num_hidden_layers, 'layer')}, "
         f"{owners} of them with a KV cache; hidden size {config.hidden_size}, "
         f"{config.num_attention_heads} query and {config.num_key_value_heads} KV heads of {config.head_dim}, "
         f"context {config.max_position_embeddings:,}"
@@ -134,7 +136,7 @@ def _check_format(found: ConfigFile, folder: Path, section: Section) -> None:
     section.ok("format", found.format.name)
     sizes = found.format.rank_sizes(found.network)
     if sizes != tensor_parallel_sizes(found.network):
-        section.ok("ranks", f"tensor_parallel_size {sizes or 'none'}: others cut through what has one scale")
+        section.ok("ranks", f"tensor_parallel_size {sizes or 'none'}: others would divide groups that share a scale")
     if found.format.hardware:
         section.ok("hardware", found.format.hardware)
 
@@ -146,3 +148,85 @@ def _check_ids(config: HunYuanConfig, section: Section) -> None:
             if token is not None and not (isinstance(token, int) and 0 <= token < config.vocab_size):
                 text = f"{name} is {token!r}, and the vocabulary has {config.vocab_size:,} ids"
                 section.problem("config.json", text, AGAIN)
+
+
+# Field → (minimum, whether it is excluded, maximum, in words).
+RANGES: dict[str, tuple[float, bool, float, str]] = {
+    "temperature": (0, False, 10, "from 0 to 10"),
+    "top_p": (0, True, 1, "above 0, at most 1"),
+    "top_k": (-1, False, 1e9, "at least 1, or 0 for no limit"),
+    "min_p": (0, False, 1, "from 0 to 1"),
+    "repetition_penalty": (0, True, 10, "above 0; 1 is none"),
+}
+
+
+def published_settings(config: ConfigFile) -> str:
+    """The published generation settings of this model, for messages."""
+    network = config.network
+    ids = "120020 and 120026" if network and network.vocab_size == SMALL_VOCABULARY else "127960 and 127967"
+    top_p = 0.8 if config.is_v1 else 0.6
+    return f"the published one has eos ids {ids}, temperature 0.7, top_p {top_p}, top_k 20"
+
+
+def ids_of(value: Any) -> list[Any]:
+    """The ids in a config's field, which may be one, a list or null."""
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def stop_ids(config: ConfigFile, generation: dict[str, Any]) -> list[Any]:
+    """Where generation ends: generation_config.json's eos ids, else config.json's."""
+    return ids_of(generation.get("eos_token_id", config.fields.get("eos_token_id")))
+
+
+def read_generation(folder: Path) -> dict[str, Any]:
+    """The fields of generation_config.json; empty where it cannot be read."""
+    try:
+        return read_object(folder / "generation_config.json")
+    except ValueError:
+        return {}
+
+
+def check_generation(folder: Path, config: ConfigFile, section: Section) -> None:
+    """Check generation_config.json by itself; `text` compares its ids with the tokenizer's."""
+    published = published_settings(config)
+    path = folder / "generation_config.json"
+    if not path.exists():
+        text = "there is none: answers end only at the tokenizer's end token, and vLLM samples at temperature 1"
+        section.warning("generation_config.json", text, f"copy it from the published checkpoint ({published})")
+        return
+    try:
+        fields = read_object(path)
+    except ValueError as error:
+        section.problem("generation_config.json", f"it {error}", f"download it again ({published})")
+        return
+    if not ids_of(fields.get("eos_token_id")):
+        text = "it names no eos_token_id, so answers end only at the tokenizer's end token"
+        section.warning("eos_token_id", text, f"add it ({published})")
+    _check_generation_ids(fields, config, section)
+    for name, (low, excluded, high, words) in RANGES.items():
+        value = fields.get(name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and low <= value <= high and not (excluded and value == low)):
+            section.problem(name, f"it is {value!r}; it must be {words}", f"correct it ({published})")
+    do_sample, length = fields.get("do_sample"), fields.get("max_new_tokens")
+    if do_sample is not None and not isinstance(do_sample, bool):
+        section.problem("do_sample", f"it is {do_sample!r}; it must be true or false", f"correct it ({published})")
+    if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
+        section.problem("max_new_tokens", f"it is {length!r}; it must be at least 1", "correct it, or remove it")
+    elif length is not None:
+        text = f"answers end after {length:,} tokens unless a request says otherwise"
+        section.warning("max_new_tokens", text, "remove it to let answers fill the context")
+    if section.sound:
+        defaults = fields if do_sample is not False else fields | {"temperature": "0 (do_sample is false)"}
+        sampling = ", ".join(f"{name} {defaults[name]}" for name in RANGES if defaults.get(name) is not None)
+        stops = ", ".join(map(str, ids_of(fields.get("eos_token_id"))))
+        section.ok("generation", f"ends at {stops or 'the end token'}; {sampling or 'no sampling defaults'}")
+
+
+def _check_generation_ids(fields: dict[str, Any], config: ConfigFile, section: Section) -> None:
+    for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
+        for token in ids_of(fields.get(name)):
+            whole = isinstance(token, int) and not isinstance(token, bool) and token >= 0
+            if not whole or (config.network is not None and token >= config.network.vocab_size):
+                rows = f"the vocabulary has {config.network.vocab_size:,} ids" if config.network else "it is not an id"
+                section.problem(name, f"it is {token!r}, and {rows}", f"correct it ({published_settings(config)})")

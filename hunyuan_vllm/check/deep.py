@@ -1,8 +1,7 @@
-"""Every byte of a checkpoint read: digests, and values that are not finite"""
-
-from __future__ import annotations
+"""Every byte of a checkpoint: hashes, and values that are not finite"""
 
 import hashlib
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,12 +11,62 @@ from typing import BinaryIO
 
 import numpy as np
 
-from hunyuan_vllm.check.files import SUMS_FILE, Digest, Shard, StoredTensor, known_digests, plain_files, write_sums
+from hunyuan_vllm.check.files import SUMS_FILE, Shard, StoredTensor, plain_files
 from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.files import replacing
 from hunyuan_vllm.util.findings import Section
-from hunyuan_vllm.util.text import some
+from hunyuan_vllm.util.text import plural, some
 
-CHUNK = 1 << 20  # small enough for its hash and its scan to find it in the processor's cache
+SUMS_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
+NOTES = (".cache/huggingface/download", ".huggingface/download")
+
+
+@dataclass(frozen=True)
+class Digest:
+    """A hash in hexadecimal and its source. 64 digits are SHA-256; 40 are Git's, which the hub uses for small files."""
+
+    value: str
+    source: str
+
+    def hasher(self, size: int) -> "hashlib._Hash":
+        """A fresh hash object of that kind, for a file of `size` bytes."""
+        if len(self.value) == 64:
+            return hashlib.sha256()
+        return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+
+
+def known_digests(folder: Path) -> dict[str, Digest]:
+    """File name → hash; SHA256SUMS takes precedence. Raises OSError if it cannot be read."""
+    found: dict[str, Digest] = {}
+    for path in plain_files(folder):
+        if path.is_symlink() and path.resolve().parent.name == "blobs":
+            _add(found, path.name, path.resolve().name, "the hub's cache")
+    for notes in NOTES:
+        for path in (folder / notes).glob("*.metadata"):
+            lines = path.read_text(errors="replace").splitlines()
+            _add(found, path.name.removesuffix(".metadata"), lines[1] if len(lines) > 1 else "", "the hub's download")
+    if (folder / SUMS_FILE).exists():
+        for line in (folder / SUMS_FILE).read_text(errors="replace").splitlines():
+            if match := SUMS_LINE.fullmatch(line.strip()):
+                _add(found, match[2], match[1], SUMS_FILE)
+    return found
+
+
+def write_sums(folder: Path, sums: Mapping[str, str]) -> Path:
+    """Write SHA256SUMS, as `sha256sum --check` reads it."""
+    target = folder / SUMS_FILE
+    with replacing(target) as temporary:
+        temporary.write_text("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
+    return target
+
+
+def _add(found: dict[str, Digest], name: str, value: str, source: str) -> None:
+    value = value.strip().strip('"').lower()
+    if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", value):
+        found[name] = Digest(value, source)
+
+
+CHUNK = 1 << 20  # stays in the processor's cache between its hash and its scan
 # Type → (integers of its width, the bits without the sign, those of infinity). As an integer, a float without its sign
 # grows with its magnitude, so one maximum finds NaN and infinity, and zeros.
 BITS: dict[str, tuple[type[np.unsignedinteger], int, int]] = {
@@ -32,7 +81,7 @@ INTEGER = (np.uint8, 0xFF, 0x100)
 
 
 class Interrupted(Exception):
-    """The run is to end before the file does."""
+    """The run has been stopped."""
 
 
 @dataclass
@@ -54,17 +103,17 @@ class Content:
 def read_through(
     file: Path,
     tensors: tuple[StoredTensor, ...],
-    hashers: list[hashlib._Hash],
+    hashers: "list[hashlib._Hash]",
     advance: Callable[[int], None],
 ) -> Content:
     """Read `file` to its end.
 
     Args:
-        tensors: those to look at, in the order of their bytes, without overlaps.
-        advance: told how many bytes have been read since last time; raises `Interrupted` to end.
+        tensors: those to scan, in the order of their bytes, without overlaps.
+        advance: is told how many bytes have been read since its last call; raises `Interrupted` to stop.
 
     Raises:
-        OSError: the disk gave out, or the file has become shorter.
+        OSError: the disk failed, or the file has become shorter.
     """
     content = Content(file)
     with file.open("rb") as source:
@@ -73,7 +122,7 @@ def read_through(
             for chunk in _chunks(source, position, tensor.start, hashers, advance):
                 del chunk  # what lies between tensors is hashed only
             for chunk in _chunks(source, tensor.start, tensor.start + tensor.nbytes, hashers, advance):
-                _look(chunk, tensor, content)
+                _scan(chunk, tensor, content)
             position = tensor.start + tensor.nbytes
         for chunk in _chunks(source, position, file.stat().st_size, hashers, advance):
             del chunk
@@ -82,7 +131,7 @@ def read_through(
 
 
 def _chunks(
-    source: BinaryIO, start: int, end: int, hashers: list[hashlib._Hash], advance: Callable[[int], None]
+    source: BinaryIO, start: int, end: int, hashers: "list[hashlib._Hash]", advance: Callable[[int], None]
 ) -> Iterator[memoryview]:
     buffer = memoryview(bytearray(min(CHUNK, max(end - start, 0))))
     while start < end:
@@ -96,14 +145,14 @@ def _chunks(
         advance(size)
 
 
-def _look(chunk: memoryview, tensor: StoredTensor, content: Content) -> None:
+def _scan(chunk: memoryview, tensor: StoredTensor, content: Content) -> None:
     width, without_sign, infinity = BITS.get(tensor.dtype, INTEGER)
     magnitudes = np.frombuffer(chunk, width) & width(without_sign)
-    most = int(magnitudes.max())
-    if most >= infinity:
+    largest = int(magnitudes.max())
+    if largest >= infinity:
         count = int(np.count_nonzero(magnitudes >= width(infinity)))
         content.not_finite[tensor] = content.not_finite.get(tensor, 0) + count
-    elif most == 0:
+    elif largest == 0:
         content.zero[tensor] = content.zero.get(tensor, 0) + len(chunk)
 
 
@@ -113,11 +162,11 @@ EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")  # rows of padding 
 
 @dataclass
 class Deep:
-    """What to read.
+    """A check of every byte.
 
     Args:
-        shards: with sound headers.
-        used: the tensors that the network uses; only their values are judged.
+        shards: those with sound headers.
+        used: the tensors that the network uses; only their values are checked.
         write_sums: write SHA256SUMS if nothing is wrong.
         jobs: files read at a time.
 
@@ -138,7 +187,7 @@ class Deep:
             raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
         scanned = {shard.file: tuple(filter(self.used.__contains__, shard.tensors)) for shard in self.shards}
         files = [path for path in plain_files(self.folder) if self.write_sums or path.name in self.known]
-        # The largest first, so that no thread is left alone with one at the end.
+        # The largest first, so that the last thread does not run alone for long.
         self.files = sorted({*scanned, *files}, key=lambda path: (-path.stat().st_size, path.name))
         self._scanned = scanned
 
@@ -148,7 +197,7 @@ class Deep:
         return sum(path.stat().st_size for path in self.files)
 
     def run(self, advance: Callable[[int], None], section: Section) -> None:
-        """Read everything; `advance` is told of bytes, from several threads."""
+        """Read everything; `advance` is called from several threads."""
         stop = threading.Event()
         contents: list[Content] = []
         pool = ThreadPoolExecutor(self.jobs)
@@ -158,8 +207,8 @@ class Deep:
                     contents.append(content)
                 else:
                     path, error = content
-                    text = f"it cannot be read to its end: {error.strerror or error}"
-                    section.problem(path.name, text, "look at the disk (dmesg), then download the file again")
+                    text = f"it cannot be read completely: {error.strerror or error}"
+                    section.problem(path.name, text, "check the disk (dmesg), then download the file again")
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
@@ -196,48 +245,47 @@ class Deep:
         listed = [name for name, known in self.known.items() if known.source == SUMS_FILE]
         absent = [name for name in listed if not (self.folder / name).exists()]
         if wrong:
-            text = (
-                f"{len(wrong)} of {len(compared)} files are not what {self.known[wrong[0]].source} has: {some(wrong)}"
-            )
+            source = self.known[wrong[0]].source
+            text = f"{len(wrong)} of {plural(len(compared), 'file')} differ from {source}: {some(wrong)}"
             section.problem("hashes", text, "download them again", wrong)
         if absent:
-            section.problem("hashes", f"{SUMS_FILE} lists what is not here: {some(absent)}", "download it", absent)
+            section.problem("hashes", f"{SUMS_FILE} lists missing files: {some(absent)}", "download them", absent)
         if compared and not wrong:
             sources = sorted({known.source for _, known in compared})
-            section.ok("hashes", f"{len(compared)} files are as {' and '.join(sources)} has them")
+            section.ok("hashes", f"{plural(len(compared), 'file')} as in {' and '.join(sources)}")
         if unlisted := [path.name for path in plain_files(self.folder) if path.name not in self.known]:
             if compared:
-                section.ok("hashes", f"nothing to compare {len(unlisted)} with: {some(unlisted)}")
+                section.ok("hashes", f"no known hash for {plural(len(unlisted), 'file')}: {some(unlisted)}")
             elif not self.write_sums:
-                why = f"nothing to compare with: neither {SUMS_FILE} nor the notes of the hub's client are here"
-                section.skipped("hashes", why, "--write-sums writes it, for the next time or for a copy elsewhere")
+                why = f"nothing to compare with: there is neither {SUMS_FILE} nor metadata of the hub's client"
+                section.skipped("hashes", why, f"--write-sums writes {SUMS_FILE} for the next check, or for a copy")
 
     def _report_values(self, contents: Sequence[Content], section: Section) -> None:
         not_finite = {tensor: count for content in contents for tensor, count in content.not_finite.items()}
         zero = {tensor: size for content in contents for tensor, size in content.zero.items()}
         if not_finite:
             listed = [f"{tensor.name} ({count:,} of {tensor.elements:,})" for tensor, count in not_finite.items()]
-            text = f"{len(listed):,} tensors hold NaN or infinity"
-            section.problem("values", text, f"{AGAIN}; if they stay, the checkpoint is broken", listed)
+            text = f"{plural(len(listed), 'tensor')} with NaN or infinity"
+            section.problem("values", text, f"{AGAIN}; if they remain, the checkpoint is broken", listed)
         all_zero = [tensor.name for tensor, size in zero.items() if size == tensor.nbytes]
         if empty := [name for name in all_zero if not name.endswith(".bias")]:
-            text = f"{len(empty):,} tensors are all zeros"
-            section.problem("values", text, f"{AGAIN}: their space was reserved and not filled", empty)
+            text = f"{plural(len(empty), 'tensor')} of zeros only"
+            section.problem("values", text, f"{AGAIN}: their space was reserved but not filled", empty)
         holes = [
             f"{tensor.name} ({size >> 20} MiB)"
             for tensor, size in zero.items()
             if CHUNK <= size < tensor.nbytes and tensor.name not in EMBEDDINGS
         ]
         if holes:
-            text = f"{len(holes):,} tensors have stretches of nothing but zeros, as an unfinished download leaves them"
+            text = f"{plural(len(holes), 'tensor')} with long runs of zeros, as an unfinished download leaves them"
             section.problem("values", text, AGAIN, holes)
         if not (not_finite or empty or holes):
-            section.ok("values", f"no NaN, no infinity, no hole in {len(self.used):,} tensors")
+            section.ok("values", f"no NaN, infinity or long run of zeros in {plural(len(self.used), 'tensor')}")
 
     def _write(self, contents: Sequence[Content], section: Section) -> None:
         if not section.sound:
-            why = f"{SUMS_FILE} is not written: it would vouch for what is wrong above"
-            section.skipped("hashes", why, "mend that, then run this again")
+            why = f"{SUMS_FILE} is not written because of the problems above"
+            section.skipped("hashes", why, "fix them, then run this again")
             return
         path = write_sums(self.folder, {content.file.name: content.digests[-1] for content in contents})
         section.ok("hashes", f"written to {path}; sha256sum --check {SUMS_FILE} reads it too")

@@ -1,27 +1,29 @@
-"""The whole check, in the order in which one thing rests on another; and the lines it ends with."""
-
-from __future__ import annotations
+"""The whole check, in the order in which its parts depend on each other"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hunyuan_vllm.check.configs import ConfigFile, check_config, parameters
+from hunyuan_vllm.check.configs import (
+    ConfigFile,
+    check_config,
+    check_generation,
+    parameters,
+    read_generation,
+    stop_ids,
+)
 from hunyuan_vllm.check.deep import Deep
-from hunyuan_vllm.check.files import Shard, check_index, check_shards, look_at, read_shards
-from hunyuan_vllm.check.generation import check_generation, read_generation
+from hunyuan_vllm.check.files import Shard, check_index, check_shards, list_files, read_shards
 from hunyuan_vllm.check.tensors import Used, check_scales, check_tensors
-from hunyuan_vllm.check.text import check_template, check_tokenizer, stop_ids
+from hunyuan_vllm.check.text import check_template, check_tokenizer
 from hunyuan_vllm.util.findings import Section, exit_status
-
-__all__ = ["Report", "check_folder"]
 
 Progress = Callable[[Deep, Section], None]
 
 
 @dataclass
 class Report:
-    """All that was found.
+    """The result of a check.
 
     Attributes:
         stored_bytes: size of the shards.
@@ -43,17 +45,17 @@ class Report:
 
 
 def check_folder(folder: Path, run_deep: Progress | None = None, write_sums: bool = False, jobs: int = 1) -> Report:
-    """Check everything in `folder` that can be.
+    """Check everything in `folder` that can be checked.
 
     Args:
-        run_deep: runs a `Deep` and shows how far it is; None: the tensors' data are not read.
+        run_deep: runs a `Deep` with a progress display; None: the tensors' data are not read.
 
     Raises:
         UserError: SHA256SUMS cannot be read.
     """
     report = Report(folder)
     files = report.section("Files")
-    contents = look_at(folder, files)
+    contents = list_files(folder, files)
     shards = read_shards(contents.shards)
     check_shards(shards, files)
     report.stored_bytes = sum(shard.size for shard in shards)
@@ -77,7 +79,7 @@ def _check_weights(shards: list[Shard], config: ConfigFile, complete: bool, repo
     section = report.section("Tensors")
     tensors = [tensor for shard in shards for tensor in shard.tensors]
     if config.network is None or config.format is None:
-        section.skipped("tensors", "not compared: config.json does not say what there should be")
+        section.skipped("tensors", "not compared: config.json does not describe the network")
         return {tensor: () for tensor in tensors}
     used = check_tensors(tensors, config, complete, section)
     if config.format.kind is not None:
@@ -91,7 +93,7 @@ def _check_text(folder: Path, config: ConfigFile, report: Report) -> None:
     tokenizer = check_tokenizer(folder, config, generation, report.section("Tokenizer"))
     template = report.section("Chat template")
     if tokenizer is None:
-        template.skipped("template", "not rendered: there is no tokenizer to read its tokens")
+        template.skipped("template", "not rendered: there is no tokenizer")
     else:
-        check_template(folder, tokenizer, stop_ids(config, generation), template)
+        check_template(folder, tokenizer, config, stop_ids(config, generation), template)
     check_generation(folder, config, report.section("Generation"))

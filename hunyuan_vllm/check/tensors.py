@@ -1,7 +1,5 @@
 """Names, shapes and types of a checkpoint's tensors, and the values of its scales"""
 
-from __future__ import annotations
-
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -16,16 +14,17 @@ from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import FLOATS, CheckpointError, Layout, expected_tensors
 from hunyuan_vllm.quant.formats import Format, is_scale
 from hunyuan_vllm.util.findings import Section
+from hunyuan_vllm.util.text import plural
 
 TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 Used = dict[StoredTensor, tuple[str, ...]]  # stored tensor → the canonical tensors it holds
 
 
 def check_tensors(tensors: Sequence[StoredTensor], config: ConfigFile, complete: bool, section: Section) -> Used:
-    """Compare; returns the tensors that the network uses.
+    """Compare them with the network's; returns those that it uses.
 
     Args:
-        complete: every shard could be read, so that a tensor not found is missing.
+        complete: every shard could be read, so a tensor not found is missing.
     """
     assert config.network is not None and config.format is not None
     try:
@@ -61,9 +60,9 @@ def check_tensors(tensors: Sequence[StoredTensor], config: ConfigFile, complete:
     _report_precision(used, config, section)
     if unused:
         size = sum(tensor.nbytes for tensor in unused)
-        section.ok("unused", f"{len(unused):,} that the network does not use ({size / 1e6:,.1f} MB), which vLLM skips")
+        section.ok("unused", f"{plural(len(unused), 'tensor')} ({size / 1e6:,.1f} MB) that the network does not use")
     if section.sound:
-        section.ok("tensors", f"{len(used):,}, each of the name, shape and type that config.json asks for")
+        section.ok("tensors", f"{len(used):,}, all with the names, shapes and types that config.json implies")
     return used
 
 
@@ -85,15 +84,15 @@ def _report_names(
         weights = [name for name in missing if not is_scale(name)]
         again = remedy or "download the checkpoint again, or copy the config.json that belongs to it"
         if weights:
-            section.problem("missing", f"{len(weights):,} tensors that config.json asks for", again, weights)
+            section.problem("missing", f"{plural(len(weights), 'tensor')} that config.json implies", again, weights)
         if scales := [name for name in missing if is_scale(name)]:
             again = remedy or "convert again with hunyuan-vllm quantize, or set quantization_config to what is stored"
-            section.problem("scales", f"{len(scales):,} are missing; their weights mean nothing", again, scales)
+            section.problem("scales", f"{len(scales):,} missing; their weights are unusable", again, scales)
     elif missing:
-        section.skipped("missing", f"{len(missing):,} tensors are absent, as is a shard they may be in")
+        section.skipped("missing", f"{plural(len(missing), 'tensor')} not found; a missing shard may hold them")
     if unknown:
-        again = remedy or "if the network was changed, it is another model; else download config.json again"
-        section.problem("unknown", f"{len(unknown):,} tensors that are not part of this network", again, unknown)
+        again = remedy or "if the network was changed, it is another model; otherwise download config.json again"
+        section.problem("unknown", f"{plural(len(unknown), 'tensor')} not part of this network", again, unknown)
     if misshapen:
         again = remedy or "download config.json and the shards again"
         section.problem("shapes", f"{len(misshapen):,} do not fit config.json", again, misshapen)
@@ -102,7 +101,7 @@ def _report_names(
         for part, holders in places.items()
         if len(holders) > 1
     ]:
-        text = f"{len(twice):,} tensors are stored twice"
+        text = f"{plural(len(twice), 'tensor')} stored twice"
         section.problem("twice", text, "delete the shard that does not belong to the checkpoint", twice)
 
 
@@ -114,14 +113,14 @@ def _report_types(used: Used, format: Format, layout: Layout, section: Section) 
             surprising[tensor.dtype, allowed].append(tensor.name)
     for (dtype, allowed), names in surprising.items():
         text = f"{len(names):,} are {dtype} where {format.name} has {' or '.join(allowed)}"
-        remedy = "vLLM would cast them to nonsense: make quantization_config in config.json say what is stored"
+        remedy = "vLLM would cast them to wrong values: correct quantization_config in config.json"
         if dtype in FLOATS:
             remedy = "name these projections in quantization_config's list of ignored layers, or convert again"
         section.problem("types", text, remedy, names)
 
 
 def _report_precision(used: Used, config: ConfigFile, section: Section) -> None:
-    """Weights that are legal and yet not what config.json announces, or not all alike."""
+    """Report weights whose types are allowed but differ from each other or from config.json."""
     # The router is kept in float32 by design; scales are too.
     kinds = Counter(
         tensor.dtype
@@ -138,15 +137,15 @@ def _report_precision(used: Used, config: ConfigFile, section: Section) -> None:
             if tensor.dtype in dict(others) and not is_scale(tensor.name) and not parts[0].endswith(".gate.wg.weight")
         ]
         text = f"{len(odd):,} are {' or '.join(dict(others))}, the others {usual}"
-        section.warning("types", text, "harmless, as vLLM casts them; a sign of a mixed or edited checkpoint", odd)
+        section.warning("types", text, "harmless, since vLLM casts them; a sign of a mixed or edited checkpoint", odd)
     announced = config.fields.get("torch_dtype", config.fields.get("dtype"))
     if announced is not None and announced != TORCH_NAMES[usual]:
-        text = f"weights are stored as {TORCH_NAMES[usual]}, config.json says {announced}, which vLLM casts them to"
-        section.warning("types", text, f"set torch_dtype to {TORCH_NAMES[usual]} unless the cast is meant")
+        text = f"weights are stored as {TORCH_NAMES[usual]}; vLLM casts them to {announced}, as config.json says"
+        section.warning("types", text, f"set torch_dtype to {TORCH_NAMES[usual]} unless the cast is intended")
 
 
 def _contradictions(tensors: Iterable[StoredTensor], config: HunYuanConfig, complete: bool) -> list[str]:
-    """Fields of the config that the tensors' own names and shapes contradict, so that one line explains thousands."""
+    """Fields of the config that the tensors' names and shapes contradict: one line instead of thousands."""
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     seen: dict[str, int] = {}
     embedding = shapes.get("model.embed_tokens.weight", ())
@@ -162,7 +161,7 @@ def _contradictions(tensors: Iterable[StoredTensor], config: HunYuanConfig, comp
     if complete:
         seen["num_hidden_layers"] = _count(r"^model\.layers\.(\d+)\.", shapes)
         seen["num_experts"] = max(_count(r"\.experts\.(\d+)\.", shapes), 1)
-    if isinstance(config.num_experts, list):
+    if isinstance(config.num_experts, list) or any(".experts.gate_up_proj" in name for name in shapes):
         seen.pop("num_experts", None)
     stated = [(field, value, getattr(config, field)) for field, value in seen.items()]
     return [f"{field} {value}, config.json says {says}" for field, value, says in stated if value != says]
@@ -174,36 +173,34 @@ def _count(numbered: str, names: Iterable[str]) -> int:
 
 
 READERS = 8
-ODD_FACTOR = 1000  # a scale this many times its likes' median is hardly a scale of the same kind of weight
+ODD_FACTOR = 1000  # times the median of the same scale in other layers and experts
 AGAIN = "convert the BF16 checkpoint again with hunyuan-vllm quantize, or download the checkpoint again"
 
 
 def check_scales(used: Used, config: ConfigFile, section: Section) -> None:
-    """Read the scales and the packed weights' shapes, and judge them."""
+    """Read and check the scales and the packed weights' shapes."""
     stored = [tensor for tensor in used if is_scale(tensor.name) and tensor.dtype in FLOATS]
     with ThreadPoolExecutor(READERS) as pool:
         values = dict(zip(stored, pool.map(read_values, stored), strict=True))
     wrong = [text for tensor, value in values.items() if (text := _wrong(tensor.name, value))]
     if wrong:
-        section.problem("scales", f"{len(wrong):,} hold values that are no scale", AGAIN, wrong)
+        section.problem("scales", f"{len(wrong):,} with impossible values", AGAIN, wrong)
     kinds: dict[str, dict[str, float]] = defaultdict(dict)
     for tensor, value in values.items():
         if not _wrong(tensor.name, value):
             kinds[re.sub(r"\d+", "*", tensor.name)][tensor.name] = float(np.median(value))
     if odd := [text for group in kinds.values() for text in _odd(group)]:
-        text = (
-            f"{len(odd):,} are {ODD_FACTOR:,} times larger or smaller than the same scale of other layers and experts"
-        )
+        text = f"{len(odd):,} are over {ODD_FACTOR:,} times larger or smaller than in other layers and experts"
         section.warning("scales", text, f"compare their weights with the BF16 checkpoint's; or {AGAIN}", odd)
     _check_shapes(used, config, section)
     if values and not wrong:
-        least = min(float(value.min()) for value in values.values())
-        most = max(float(value.max()) for value in values.values())
-        section.ok("scales", f"{len(values):,} tensors, from {least:.2g} to {most:.2g}")
+        low = min(float(value.min()) for value in values.values())
+        high = max(float(value.max()) for value in values.values())
+        section.ok("scales", f"{len(values):,} tensors, {low:.2g}–{high:.2g}")
 
 
 def read_values(tensor: StoredTensor) -> np.ndarray:
-    """The values of a small tensor, in float32 if it is of floats, flat."""
+    """The values of a small tensor as a flat array; floats in float32."""
     raw = np.fromfile(tensor.file, np.uint8, tensor.nbytes, offset=tensor.start)
     if tensor.dtype == "BF16":
         return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)

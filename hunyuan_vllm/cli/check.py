@@ -1,6 +1,4 @@
-"""`hunyuan-vllm check`: whether a checkpoint is whole and fits together, before GPU hours are spent on it."""
-
-from __future__ import annotations
+"""`hunyuan-vllm check`: whether a checkpoint is complete and consistent"""
 
 import json
 import os
@@ -19,18 +17,16 @@ if TYPE_CHECKING:
     from hunyuan_vllm.check.deep import Deep
     from hunyuan_vllm.check.run import Report
 
-__all__ = ["check"]
-
 INTERRUPTED = 130
 
 
 def check(
-    path: str = typer.Argument(metavar="PATH", help="Checkpoint folder, a downloaded hub name, or demo."),
+    path: str = typer.Argument(metavar="PATH", help="Checkpoint directory, downloaded hub repository, or demo."),
     deep: bool = typer.Option(
-        False, "--deep", help="Read every byte: compare hashes, look for NaN, infinity and holes."
+        False, "--deep", help="Read every byte: compare hashes, find NaN, infinity and unfilled space."
     ),
     write_sums: bool = typer.Option(
-        False, "--write-sums", help="With --deep: write SHA256SUMS into the folder if nothing is wrong."
+        False, "--write-sums", help="With --deep: write SHA256SUMS into the directory if nothing is wrong."
     ),
     jobs: int = typer.Option(
         min(os.cpu_count() or 1, 8), "--jobs", min=1, help="With --deep: files read at a time.", show_default=True
@@ -41,26 +37,26 @@ def check(
 
     Reads the config, the index, the header of every shard, all quantisation
     scales, the tokenizer, the chat template and generation_config.json, and
-    lists everything that is wrong, each with its remedy. Takes seconds
-    whatever the checkpoint's size; --deep takes as long as reading it does.
+    lists everything that is wrong, each with its remedy. Takes seconds at any
+    size; --deep takes as long as reading the checkpoint.
 
     \b
     Examples:
       hunyuan-vllm check /models/Hunyuan-A52B-Instruct
       hunyuan-vllm check /models/Hunyuan-A52B-Instruct --deep
-          also every byte: damaged, unfinished or changed files
+          reads every byte: damaged, unfinished or changed files
       hunyuan-vllm check /models/mine --deep --write-sums
-          keep hashes, for the next check or for a copy on another node
+          saves hashes for the next check, or for a copy on another node
       hunyuan-vllm check demo
-          the model that comes with the package
+          the model in the package
       hunyuan-vllm check /models/mine --json | jq '.sections[].findings[]'
 
-    Hashes are compared with SHA256SUMS in the folder, or with what the hub's
-    client noted when it downloaded the files.
+    Hashes are compared with SHA256SUMS in the directory, or with those that the
+    hub's client saved when it downloaded the files.
 
     \b
     Exit status: 0 sound (there may be warnings), 1 problems were found, 2 the
-    command was wrong or PATH holds no checkpoint, 130 interrupted.
+    command was wrong or PATH has no checkpoint, 130 interrupted.
     """
     from hunyuan_vllm.check.files import open_folder
     from hunyuan_vllm.check.run import check_folder
@@ -74,7 +70,7 @@ def check(
     try:
         with console.status("reading headers and tokenizer") as status:
 
-            def run_deep(work: Deep, section: Section) -> None:
+            def run_deep(work: "Deep", section: Section) -> None:
                 status.stop()
                 progress = Progress(console)
                 with progress.stage("reading", work.total):
@@ -91,19 +87,19 @@ def check(
     raise typer.Exit(exit_status(report.sections))
 
 
-def _show(report: Report) -> None:
+def _show(report: "Report") -> None:
     console = Console(highlight=False)
     console.print(str(report.folder), style="bold", soft_wrap=True, markup=False)
     show_sections(report.sections, console)
-    verdict = "sound" if report.sound else "NOT sound"
-    console.print(f"{verdict}: {tally(report.sections)}", style="green" if report.sound else "bold red", soft_wrap=True)
+    result = "sound" if report.sound else "NOT sound"
+    console.print(f"{result}: {tally(report.sections)}", style="green" if report.sound else "bold red", soft_wrap=True)
     if report.parameters is not None:
         console.print(
-            f"What it needs to be served: hunyuan-vllm plan --model {report.folder}", soft_wrap=True, markup=False
+            f"To see which GPUs can serve it: hunyuan-vllm plan --model {report.folder}", soft_wrap=True, markup=False
         )
 
 
-def _json(report: Report) -> dict[str, object]:
+def _json(report: "Report") -> dict[str, object]:
     total, active = report.parameters or (None, None)
     return {
         "path": str(report.folder),

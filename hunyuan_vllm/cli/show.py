@@ -1,6 +1,4 @@
-"""Output that several commands share"""
-
-from __future__ import annotations
+"""Findings on a terminal, and errors of commands that can be resumed"""
 
 import errno
 import sys
@@ -13,16 +11,16 @@ from rich.console import Console
 from rich.text import Text
 
 from hunyuan_vllm.util.findings import Finding, Section, Status
-from hunyuan_vllm.util.text import group_similar
+from hunyuan_vllm.util.text import group_similar, plural
 
 STYLES = {Status.OK: "green", Status.WARNING: "yellow", Status.PROBLEM: "bold red", Status.SKIPPED: "cyan"}
 WORDS = {Status.OK: "ok", Status.WARNING: "warning", Status.PROBLEM: "PROBLEM", Status.SKIPPED: "skipped"}
 WIDTH = 9  # of the column of words
-LEAST_WIDTH = 60
+MIN_WIDTH = 60
 
 
 def show_sections(sections: Iterable[Section], console: Console) -> None:
-    """Print them; lines wrap to the terminal, or not at all where there is none."""
+    """Print them; lines wrap only on a terminal."""
     for section in sections:
         if section.findings:
             console.print(Text(section.title, style="bold"))
@@ -31,12 +29,12 @@ def show_sections(sections: Iterable[Section], console: Console) -> None:
 
 
 def tally(sections: Iterable[Section]) -> str:
-    """How many problems and warnings, in words."""
+    """The numbers of problems and warnings, in words."""
     found = [finding.status for section in sections for finding in section.findings]
     counts = {name: found.count(Status(name)) for name in ("problem", "warning")}
-    words = [f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items() if count]
+    words = [plural(count, name) for name, count in counts.items() if count]
     if skipped := found.count(Status.SKIPPED):
-        words.append(f"{skipped} not looked at")
+        words.append(f"{skipped} skipped")
     return ", ".join(words) or "nothing wrong"
 
 
@@ -44,7 +42,6 @@ def _show(finding: Finding, console: Console) -> None:
     line = Text.assemble(
         (WORDS[finding.status].ljust(WIDTH), STYLES[finding.status]), (finding.subject, "bold"), ": ", finding.text
     )
-    # What is wrapped goes on under the text.
     _print(line, console, hang=WIDTH)
     for item in group_similar(finding.items):
         _print(Text(f"- {item}"), console, indent=WIDTH + 2, hang=2)
@@ -54,7 +51,7 @@ def _show(finding: Finding, console: Console) -> None:
 
 def _print(text: Text, console: Console, indent: int = 0, hang: int = 0) -> None:
     indent += 2
-    if not console.is_terminal or console.width < LEAST_WIDTH:
+    if not console.is_terminal or console.width < MIN_WIDTH:
         console.print(Text(" " * indent) + text, soft_wrap=True)
         return
     lines = text.wrap(console, console.width - indent - hang)
@@ -71,19 +68,19 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 @contextmanager
 def resumable(target: Path) -> Iterator[None]:
-    """Say in a line why the body, which writes `target`, ended: with exit status 130 if interrupted, 3 if the disk
-    gave out. All other errors pass.
+    """End the command in one line, with exit status 130 if it is interrupted and 3 if the disk fails; `target` is what
+    the body writes. All other errors pass.
     """
     try:
         yield
     except KeyboardInterrupt:
-        print("hunyuan-vllm: stopped; the same command goes on where it was", file=sys.stderr)
+        print("hunyuan-vllm: stopped; run the same command again to resume", file=sys.stderr)
         raise typer.Exit(130) from None
     except OSError as error:
         if error.errno not in DISK:
             raise
         print(
-            f"hunyuan-vllm: {error.strerror} while writing {target}: the same command goes on where it was",
+            f"hunyuan-vllm: {error.strerror} while writing {target}: run the same command again to resume",
             file=sys.stderr,
         )
         raise typer.Exit(3) from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from hunyuan_vllm import __version__
 from hunyuan_vllm.quant.schemes import INT8, INT8_W8A8, Scheme
 from hunyuan_vllm.server.options import Flags
 from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.text import HUB_NAME
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,7 +36,6 @@ LENGTHS = (
     "max_seq_length",
     "seq_len",
 )
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 GIB = 2**30
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # of a repository, "owner/name"
 
 
 def plural(count: int, noun: str) -> str:

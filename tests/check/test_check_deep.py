@@ -173,7 +173,7 @@ def test_the_command_and_its_exit_status(tmp_path: Path) -> None:
         (["/nowhere/at/all"], "does not exist"),
         (["{folder}"], "has no config.json: copy it from the checkpoint"),
         (["{folder}/file"], "is a file"),
-        (["nobody/never-downloaded"], "neither a folder nor in the hub's cache"),
+        (["nobody/never-downloaded"], "neither a directory nor in the hub's cache"),
         (["{folder}", "--write-sums"], "--write-sums needs --deep"),
     ],
 )

@@ -128,7 +128,7 @@ def test_all_wrong_fields_of_a_config_are_listed(tmp_path: Path) -> None:
 def test_no_config_leaves_the_rest_checked(tmp_path: Path) -> None:
     (copy_demo(tmp_path) / "config.json").unlink()
     report = check_folder(tmp_path)
-    assert [problem.text for problem in findings(report)] == ["it is not there"]
+    assert [problem.text for problem in findings(report)] == ["it is missing"]
     assert {finding.subject for finding in findings(report, Status.OK)} >= {"shards", "tokenizer", "template"}
     assert [skip.subject for skip in findings(report, Status.SKIPPED)] == ["tensors"]
 
@@ -139,7 +139,7 @@ def test_weights_in_another_precision_than_announced(tmp_path: Path, dtype: torc
     report = check_folder(tmp_path)
     assert report.sound
     (warning,) = findings(report, Status.WARNING)
-    assert f"stored as {str(dtype)[6:]}, config.json says bfloat16" in warning.text
+    assert f"stored as {str(dtype)[6:]}; vLLM casts them to bfloat16" in warning.text
 
 
 @pytest.mark.parametrize("kind", ["fp8", PACKED, PLAIN])
@@ -149,7 +149,7 @@ def test_quantised_checkpoints_are_sound(tmp_path: Path, kind: str) -> None:
     report = check_folder(quantise(tmp_path, kind))
     assert findings(report) == [] and findings(report, Status.WARNING) == []
     (scales,) = [finding for finding in findings(report, Status.OK) if finding.subject == "scales"]
-    assert scales.text.startswith(f"{2 * projections if kind == 'fp8' else projections} tensors, from ")
+    assert scales.text.startswith(f"{2 * projections if kind == 'fp8' else projections} tensors, ")
 
 
 @pytest.mark.parametrize("kind", ["fp8", PACKED, PLAIN])

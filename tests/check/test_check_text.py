@@ -37,7 +37,7 @@ def test_no_tokenizer(tmp_path: Path) -> None:
     (copy_demo(tmp_path) / VOCABULARY).unlink()
     problem = only_problem(tmp_path)
     assert problem.subject == "tokenizer" and "neither hy.tiktoken nor tokenizer.json" in problem.text
-    assert "copy hy.tiktoken there (published: tencent/" in problem.remedy
+    assert "copy it from the published checkpoint" in problem.remedy
 
 
 def test_more_tokens_than_embeddings(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_tokenizer_that_changes_text(tmp_path: Path) -> None:
             "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
             "loses what was said",
         ),
-        ("{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}", "<|im_start|> would be spelt out"),
+        ("{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}", "<|im_start|> would be spelled out"),
         ("{% for m in messages %}{{ m.content }}<|extra_9|>{% endfor %}", "answers end with <|extra_9|> (id 1814)"),
     ],
 )

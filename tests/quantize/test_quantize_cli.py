@@ -93,7 +93,7 @@ def test_mistakes_are_one_line(run: Callable, tmp_path: Path, arguments: list[st
     ("error", "code", "message"),
     [
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 3, "No space left on device while writing"),
-        (KeyboardInterrupt(), 130, "stopped; the same command goes on where it was"),
+        (KeyboardInterrupt(), 130, "stopped; run the same command again to resume"),
         (UserError("the reason"), 2, "the reason"),
     ],
 )

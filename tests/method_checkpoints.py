@@ -163,6 +163,10 @@ FORMATS: dict[str, tuple[dict[str, Any], Callable[[Tensor], Packed]]] = {
         {"quant_method": "fp8", "activation_scheme": "dynamic"},
         lambda weight: fp8(weight),
     ),
+    "ct_fp8_dynamic": (
+        compressed(FLOAT8, "naive-quantized", FLOAT8 | {"dynamic": True}),
+        lambda weight: fp8(weight),
+    ),
     "fp8_block": (
         {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [GROUP, GROUP]},
         fp8_block,

@@ -6,9 +6,12 @@ import math
 import re
 from collections.abc import Iterable
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -16,7 +19,7 @@ from vllm.platforms import current_platform
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import CheckpointError, Layout
 from hunyuan_vllm.quant.base import HunYuanQuantization, is_hunyuan
-from hunyuan_vllm.quant.layouts import E4M3_NAME, IgnoredLayers, is_quantised
+from hunyuan_vllm.quant.layouts import E4M3_NAME, IgnoredLayers, cache_scale, is_quantised
 from hunyuan_vllm.quant.quantization_config import ignored_layers, is_static_fp8, quantization_of, static_fp8
 from hunyuan_vllm.quant.rounding import E4M3, E4M3_MAX
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
     from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 
+CACHE_SCALES_FILE = "kv_cache_scales.safetensors"  # as AngelSlim writes it
 _NAME = re.compile(r"^model\.layers\.(\d+)\.self_attn\.(kv|k|v)_scale$")
 
 
@@ -48,6 +52,28 @@ class CacheScales:
         match = _NAME.match(name)
         assert match is not None
         self._given[int(match[1]), match[2]] = scale
+
+    def read(self, file: Path) -> None:
+        """Keep the scales in a file beside the weights, which their index need not name; there may be none.
+
+        Raises:
+            CheckpointError: the file is not readable, or has more than one scale for a layer's K or V.
+        """
+        if not file.is_file():
+            return
+        try:
+            tensors = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} cannot be read ({error}): download it again") from None
+        for stored, tensor in tensors.items():
+            if (name := cache_scale(stored)) is None:
+                continue
+            if tensor.numel() != 1:
+                raise CheckpointError(
+                    f"{file}: {stored!r} has shape {list(tensor.shape)}, and the FP8 cache has one scale for a layer's "
+                    "K and one for its V: remove the file, or quantise again with a scale a tensor"
+                )
+            self.keep(name, _checked_scale(stored, tensor).item())
 
     def k(self, layer: int) -> float | None:
         """The scale of an owner layer's K, or None; a `kv_scale` counts where there is no `k_scale`."""
@@ -105,6 +131,7 @@ class HunYuanFp8Config(HunYuanQuantization):
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Raises ValueError for a model of another kind, or a GPU with another kind of FP8."""
         super().maybe_update_config(model_name, hf_config, revision)
+        self.cache_scales.read(Path(model_name) / CACHE_SCALES_FILE)
         if current_platform.is_fp8_fnuz():
             raise ValueError(f"quantization={self.name!r} needs E4M3 as NVIDIA GPUs and CPUs have it, not E4M3 FNUZ")
 

@@ -21,7 +21,7 @@ NVFP4_GROUP = 16
 
 _ITEM_BYTES = {"I32": 4, "F32": 4, "I8": 1, "U8": 1, E4M3_NAME: 1}
 _CACHE_SCALE = re.compile(r"^(.*\.self_attn\.)(?:attn\.)?(kv|k|v)_scale$")
-_OUTPUT_SCALE = re.compile(r"^(.*\.self_attn\.)(k|v)_proj\.(?:output_scale|\2_scale)$")
+_OUTPUT_SCALE = re.compile(r"^(.*\.self_attn\.)(k|v)_(?:proj\.(?:output_scale|\2_scale)|cache\.scale)$")
 
 Stored = tuple[Shape, tuple[str, ...]]  # a tensor's shape, and the types it may have, as safetensors spells them
 Suffixes = dict[str, Stored]  # the last part of a tensor's name → the tensor
@@ -31,6 +31,12 @@ def is_quantised(name: str) -> bool:
     """Whether the schemes quantise the tensor of this canonical name: the weight of every attention, MLP and expert
     projection; not the router, norms, embeddings and head."""
     return name.endswith("_proj.weight")
+
+
+def cache_scale(name: str) -> str | None:
+    """The canonical name of a KV-cache scale, in any of its spellings; None for another tensor."""
+    match = _CACHE_SCALE.match(name) or _OUTPUT_SCALE.match(name)
+    return f"{match[1]}{match[2]}_scale" if match else None
 
 
 class IgnoredLayers:
@@ -248,8 +254,7 @@ class QuantisedLayout(Layout):
         super().__init__(config, expected, optional)
 
     def parts(self, name: str) -> tuple[str, ...]:
-        match = _CACHE_SCALE.match(name) or _OUTPUT_SCALE.match(name)
-        return super().parts(f"{match[1]}{match[2]}_scale" if match else name)
+        return super().parts(cache_scale(name) or name)
 
     def shape(self, parts: tuple[str, ...]) -> Shape:
         return SCALAR if self.known[parts[0]] == SCALAR else super().shape(parts)

@@ -307,6 +307,8 @@ def _compressed_group(group: Mapping[str, Any], form: str | None) -> Format:
         # What vLLM's experts take.
         if (strategy, activations) == ("channel", ("token", True)):
             stored = layouts.fp8(per_channel=True)
+        elif (strategy, activations) == ("tensor", ("tensor", True)):
+            stored = layouts.fp8()
         elif strategy == "block" and activations == ("group", True):
             rows, columns = map(int, weights["block_structure"])
             stored = layouts.fp8(block=(rows, columns), block_scale="weight_scale")

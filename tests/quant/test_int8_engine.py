@@ -54,7 +54,15 @@ def stored(name: str, form: str | None, folder: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("name", "form"),
-    [("cla2_top1", None), ("cla2_top2", PACKED), ("cla4_top1", None), ("nocla_tied", PACKED), ("cla2_dense", None)],
+    [
+        ("cla2_top1", None),
+        ("cla2_top2", PACKED),
+        ("cla4_top1", None),
+        ("nocla_tied", PACKED),
+        ("cla2_dense", None),
+        ("v1_a13b", None),
+        ("v1_7b", PACKED),
+    ],
 )
 def test_int8_of_golden_checkpoints(name: str, form: str | None, tmp_path: Path) -> None:
     golden = load_golden(name)
@@ -67,7 +75,14 @@ def test_int8_of_golden_checkpoints(name: str, form: str | None, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("name", "form", "ranks"),
-    [("cla2_top2", None, 2), ("cla4_top1", PLAIN, 1), ("nocla_tied", None, 1), ("cla2_dense", None, 1)],
+    [
+        ("cla2_top2", None, 2),
+        ("cla4_top1", PLAIN, 1),
+        ("nocla_tied", None, 1),
+        ("cla2_dense", None, 1),
+        ("v1_a13b", None, 1),
+        ("v1_7b", PLAIN, 1),
+    ],
 )
 def test_w8a8_of_golden_checkpoints(name: str, form: str | None, ranks: int, tmp_path: Path) -> None:
     quantization = None if form else "hunyuan_int8_w8a8"

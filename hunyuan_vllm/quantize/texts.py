@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic_core import from_json
 from torch import Tensor
 
 from hunyuan_vllm.util.errors import UserError
-from hunyuan_vllm.util.jsonl import refuse_other_encodings
+from hunyuan_vllm.util.jsonl import Line, parse_line, read_lines, refuse_other_encodings
 
 __all__ = ["Tokens", "calibration_tokens", "pack", "read_documents", "tokenise"]
 
@@ -87,11 +86,9 @@ def read_documents(path: Path, characters: int = -1, option: str = "--calibratio
                 found = True
                 yield text
         else:
-            with path.open("rb") as lines:
-                for number, line in enumerate(lines, start=1):
-                    if line.strip():
-                        found = True
-                        yield _document(number, line, path)
+            for line in read_lines(path):
+                found = True
+                yield _document(line, path)
     except OSError as error:
         raise UserError(f"{option} {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -151,21 +148,20 @@ def pack(documents: Iterable[Sequence[int]], limit: int, vocab_size: int) -> Tok
 
 def _built_in() -> list[Document]:
     file = resources.files("hunyuan_vllm.quantize") / "calibration.jsonl"
-    return [_document(number, line) for number, line in enumerate(file.read_bytes().splitlines(), start=1)]
+    lines = (parse_line(number, raw) for number, raw in enumerate(file.read_bytes().splitlines(), start=1))
+    return [_document(line) for line in lines if line]
 
 
-def _document(number: int, line: bytes, path: Path | None = None) -> Document:
-    try:
-        given = from_json(line)
-    except ValueError as error:
-        raise UserError(f"line {number} of {path} is not JSON: {error}") from None
-    match given:
+def _document(line: Line, path: Path | None = None) -> Document:
+    if line.broken:
+        raise UserError(f"line {line.number} of {path} is not JSON: {line.broken}")
+    match line.given:
         case {"messages": [_, *_] as messages} if all(_is_message(message) for message in messages):
             return messages
         case {"text": str(text)} if text.strip():
             return text
     form = '{"messages": [{"role": "user", "content": "..."}, ...]} nor {"text": "..."}'
-    raise UserError(f"line {number} of {path} is neither {form}")
+    raise UserError(f"line {line.number} of {path} is neither {form}")
 
 
 def _is_message(given: Any) -> bool:

@@ -1,7 +1,6 @@
 """Progress of a training run: a bar and log lines"""
 
 import time
-from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -47,7 +46,7 @@ class Display(TrainerCallback):
             self._line(f"saved {args.output_dir}/checkpoint-{state.global_step}")
 
     def close(self) -> None:
-        """Restore the terminal, however the run ended."""
+        """Restore the terminal, also after a failed run."""
         self._bar.close()
 
     def _line(self, text: str) -> None:
@@ -57,10 +56,3 @@ class Display(TrainerCallback):
         done = state.global_step - self._first
         seconds = (time.monotonic() - self._started) / max(done, 1) * (state.max_steps - state.global_step)
         return f"{duration(seconds)} left"
-
-
-def close_displays(callbacks: Iterable[Any]) -> None:
-    """Close those of `callbacks` that are displays."""
-    for callback in callbacks:
-        if isinstance(callback, Display):
-            callback.close()

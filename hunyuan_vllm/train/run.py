@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -114,21 +115,20 @@ def _run(arguments: Any, base: Any, console: Console, say: Callable[[str], None]
     from transformers import set_seed
 
     from hunyuan_vllm.train.model import count_parameters
-    from hunyuan_vllm.train.progress import close_displays
+    from hunyuan_vllm.train.progress import Display
     from hunyuan_vllm.train.trainer import build_trainer, save_result
 
     training, output = arguments.training, Path(arguments.training.output_dir)
     set_seed(training.seed)
-    trainer = build_trainer(arguments, base, console, say)
+    display = Display(console)
+    trainer = build_trainer(arguments, base, display, say)
     trained, all_of_them = count_parameters(trainer.model)
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     say(f"{trained:,} of {all_of_them:,} parameters are trained, {rows} rows a step")
     if base.resume is not None:
         say(f"resuming from {base.resume}")
-    try:
+    with closing(display):
         trainer.train(resume_from_checkpoint=str(base.resume) if base.resume else None)
-    finally:
-        close_displays(trainer.callback_handler.callbacks)
     kind = save_result(trainer, output / FINAL, base.served_dtype)
     if trainer.is_world_process_zero():
         say(f"done: {output / FINAL} ({kind})")

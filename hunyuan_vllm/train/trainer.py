@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import transformers
-from rich.console import Console
 from torch import Tensor, nn
 from transformers.trainer_callback import PrinterCallback
 
@@ -164,7 +163,7 @@ def without_padding_mask(inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor
 
 
 def build_trainer(
-    arguments: Arguments, base: BaseCheckpoint, console: Console, say: Callable[[str], None]
+    arguments: Arguments, base: BaseCheckpoint, display: Display, say: Callable[[str], None]
 ) -> HunYuanTrainer:
     """A trainer that is ready to `train()`.
 
@@ -200,7 +199,7 @@ def build_trainer(
         train_dataset=train_data,
         eval_dataset=held_out,
         data_collator=collator,
-        callbacks=[Display(console), *([board] if board else [])],
+        callbacks=[display, *([board] if board else [])],
         aux_loss_coef=flags.aux_loss_coef,
         finish=finish,
         around=_flash if flags.use_flash_attn and torch.cuda.is_available() else nullcontext,

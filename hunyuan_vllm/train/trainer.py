@@ -213,9 +213,11 @@ def build_trainer(
 def _data(arguments: Arguments, base: BaseCheckpoint, say: Callable[[str], None]) -> tuple[Any, Any, Any]:
     """Collator, training data, held-out data."""
     data, limit, known = arguments.data, arguments.data.max_seq_length, base.config.max_position_embeddings
-    if limit > known and "max_seq_length" in arguments.given:
-        raise UserError(f"--max_seq_length {limit}: this network has {known} positions")
-    limit = min(limit, known)
+    # V1 files with alpha have the length of pretraining here, and the same RoPE beyond it.
+    if limit > known and not (base.config.is_v1 and "alpha" in base.config.rope_parameters):
+        if "max_seq_length" in arguments.given:
+            raise UserError(f"--max_seq_length {limit}: this network has {known} positions")
+        limit = known
     pad = base.tokenizer.pad_token_id
     multiple = TENSOR_CORES if torch.cuda.is_available() else 1
     padding = PaddingCollator(pad, multiple)

@@ -103,7 +103,8 @@ class TestRuns:
 
     def test_lora_and_its_merge(self, golden: str, tmp_path: Path) -> None:
         base = make_base(tmp_path / "base", golden)
-        done = run(base, tmp_path / "out", "--use_lora", "--lora_rank", "4", "--lora_alpha", "8", "--bf16")
+        done = run(base, tmp_path / "out", "--use_lora", "--lora_rank", "4", "--lora_alpha", "8", "--bf16",
+                   "--packing", "--max_seq_length", "600")  # fmt: skip
         assert done.statuses == [0], done.said
         source = Source(base)
         adapter = Adapter(tmp_path / "out" / "final", source.config)

@@ -21,15 +21,15 @@ from hunyuan_vllm.util.text import some
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 ADDRESS = typer.Option(
-    None, "--address", help="This node's address.  [default: LOCAL_IP, else the one that leads to the others]"
+    None, "--address", help="This node's address.  [default: LOCAL_IP, else the one towards the other nodes]"
 )
 INTERFACE = typer.Option(
-    None, "--ifname", help="Interface that carries it.  [default: SOCKET_IFNAME, else it is found]"
+    None, "--ifname", help="Network interface that has it.  [default: SOCKET_IFNAME, else it is found]"
 )
 GPUS = typer.Option(None, "--gpus", min=0, help="GPUs that Ray is told of.  [default: all there are]")
 ENCRYPT = typer.Option(False, "--tls", help="Use the certificates that `hunyuan-vllm cluster up --tls` made.")
 VARIABLES = typer.Option([], "--env", metavar="NAME=VALUE", help="Set a variable for Ray and all it starts.")
-FORCE = typer.Option(False, "--force", help="End another Ray even while something runs on it.")
+FORCE = typer.Option(False, "--force", help="End another Ray even if it is in use.")
 DRY_RUN = typer.Option(False, "--dry-run", help="Print the exact command and environment, change nothing.")
 
 

@@ -1,1 +1,1 @@
-"""Several machines as one: their accounts' SSH access to each other."""
+"""Several hosts as one Ray cluster: SSH between them, checks, start and stop"""

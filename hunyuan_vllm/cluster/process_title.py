@@ -9,8 +9,6 @@ import ctypes
 import os
 import sys
 
-__all__ = ["take_option"]
-
 
 def take_option(name: str) -> str | None:
     """Remove the option `name` (with its value) from sys.argv and hide the value in the process's arguments.

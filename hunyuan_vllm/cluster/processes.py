@@ -5,11 +5,13 @@ import re
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import psutil
 
 from hunyuan_vllm.doctor.probes import System
 
+Value = TypeVar("Value")
 RAYLET = "raylet"
 PROGRAM = re.compile(r"/ray/core/src/ray/(raylet/raylet|gcs/gcs_server)$")
 SESSION = re.compile(r"/session_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d+_\d+/")
@@ -22,9 +24,11 @@ def ray_processes() -> list[psutil.Process]:
     """All of Ray that is this user's, with descendants; without this process and its parents."""
     found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
-        if _is_mine(process) and (_is_program(process) or any(_session_files(process))):
+        if _is_mine(process) and (
+            PROGRAM.search(_ask(process.exe, "").removesuffix(" (deleted)")) or any(_session_files(process))
+        ):
             found[process.pid] = process
-            for child in _descendants(process):
+            for child in _ask(process.children, [], True):
                 found.setdefault(child.pid, child)
     above = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
     return [process for pid, process in found.items() if pid not in above and _lives(process)]
@@ -32,25 +36,27 @@ def ray_processes() -> list[psutil.Process]:
 
 def session_processes(leader: int) -> list[psutil.Process]:
     """The processes of the POSIX session that the process `leader` made, other than zombies."""
-    return [process for process in psutil.process_iter() if _session(process) == leader and _lives(process)]
+    return [
+        process for process in psutil.process_iter() if _ask(os.getsid, -1, process.pid) == leader and _lives(process)
+    ]
 
 
 def has_raylet(processes: Iterable[psutil.Process], address: str, gcs: str) -> bool:
     """Whether one of these processes is the node `address` of the cluster at `gcs`."""
     wanted = {f"--node_ip_address={address}", f"--gcs-address={gcs}"}
-    return any(_name(process) == RAYLET and wanted <= set(_command(process)) for process in processes)
+    return any(_ask(process.name, "") == RAYLET and wanted <= set(_ask(process.cmdline, [])) for process in processes)
 
 
 def count_raylets(processes: Iterable[psutil.Process]) -> int:
     """How many nodes, of any clusters, these processes belong to."""
-    return sum(_name(process) == RAYLET for process in processes)
+    return sum(_ask(process.name, "") == RAYLET for process in processes)
 
 
 def workloads(processes: Iterable[psutil.Process]) -> list[str]:
     """What uses that Ray: actors and tasks, as Ray and vLLM title them, and drivers. Idle workers do not count."""
     found = []
     for process in processes:
-        title = " ".join(_command(process)).strip()
+        title = " ".join(_ask(process.cmdline, [])).strip()
         if title.startswith(("ray::", "VLLM::")):
             found += [] if title.startswith(IDLE) else [title]
         elif any(DRIVER_LOG in file for file in _session_files(process)):
@@ -60,8 +66,8 @@ def workloads(processes: Iterable[psutil.Process]) -> list[str]:
 
 def process_title(process: psutil.Process) -> str:
     """Its name, and its number."""
-    words = _command(process)
-    name = next((word.rpartition("/")[2] for word in words if word.endswith(".py")), None) or _name(process)
+    words = _ask(process.cmdline, [])
+    name = next((word.rpartition("/")[2] for word in words if word.endswith(".py")), None) or _ask(process.name, "")
     return f"{words[0].strip() if words and '::' in words[0] else name} (pid {process.pid})"
 
 
@@ -74,51 +80,33 @@ def end_processes(find: Callable[[], Sequence[psutil.Process]]) -> tuple[list[st
     found = find()
     seen = {process.pid: process_title(process) for process in found}
     for process in found:
-        _signal(process.terminate)
+        _ask(process.terminate, None)
     psutil.wait_procs(found, timeout=GRACE)
     deadline = time.monotonic() + KILL_TIMEOUT
     while (left := find()) and time.monotonic() < deadline:
         for process in left:
             seen.setdefault(process.pid, process_title(process))
-            _signal(process.kill)
+            _ask(process.kill, None)
         psutil.wait_procs(left, timeout=1.0)
     stuck = {process.pid for process in left}
     return [text for pid, text in seen.items() if pid not in stuck], [seen[pid] for pid in stuck]
 
 
-def _signal(send: Callable[[], None]) -> None:
+def _ask(call: Callable[..., Value], default: Value, *arguments: object) -> Value:
+    """What a process says of itself; `default` where it has ended or belongs to another user."""
     try:
-        send()
-    except psutil.Error:
-        pass  # it has ended meanwhile
-
-
-def _session(process: psutil.Process) -> int | None:
-    try:
-        return os.getsid(process.pid)
-    except OSError:
-        return None
+        return call(*arguments)
+    except (psutil.Error, OSError):
+        return default
 
 
 def _lives(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
+    return _ask(process.is_running, False) and _ask(process.status, psutil.STATUS_ZOMBIE) != psutil.STATUS_ZOMBIE
 
 
 def _is_mine(process: psutil.Process) -> bool:
-    try:
-        return bool(process.uids().real == os.getuid())
-    except psutil.Error:
-        return False
-
-
-def _is_program(process: psutil.Process) -> bool:
-    try:
-        return PROGRAM.search(process.exe().removesuffix(" (deleted)")) is not None
-    except psutil.Error:
-        return False
+    uids = _ask(process.uids, None)
+    return uids is not None and bool(uids.real == os.getuid())
 
 
 def _session_files(process: psutil.Process) -> Iterator[str]:
@@ -136,27 +124,6 @@ def _session_files(process: psutil.Process) -> Iterator[str]:
         pass
 
 
-def _descendants(process: psutil.Process) -> list[psutil.Process]:
-    try:
-        return process.children(recursive=True)
-    except psutil.Error:
-        return []
-
-
-def _command(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
-
-
-def _name(process: psutil.Process) -> str:
-    try:
-        return process.name()
-    except psutil.Error:
-        return ""
-
-
 def processes_on_gpus(system: System) -> list[str]:
     """This user's processes that hold GPU memory; empty where there is no GPU, or the driver does not say."""
     try:
@@ -168,10 +135,7 @@ def processes_on_gpus(system: System) -> list[str]:
     held = []
     for line in listing.splitlines():
         number, _, mebibytes = line.partition(",")
-        try:
-            process = psutil.Process(int(number))
-            if process.uids().real == os.getuid():
-                held.append(f"{process_title(process)}: {mebibytes.strip()} MiB")
-        except (ValueError, psutil.Error):
-            continue
+        process = _ask(psutil.Process, None, int(number)) if number.strip().isdigit() else None
+        if process is not None and _is_mine(process):
+            held.append(f"{process_title(process)}: {mebibytes.strip()} MiB")
     return held

@@ -1,7 +1,5 @@
 """How Ray is set up on a node: ports, flags of `ray start`, and the variables that it and its programs need"""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field

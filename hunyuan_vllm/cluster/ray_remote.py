@@ -69,7 +69,7 @@ def missing_members(setups: Sequence[NodeSetup], members: Sequence[Member]) -> l
     return lines
 
 
-class RayNodes:
+class RemoteRay:
     """Each method does one thing on one host, and raises HostError where it fails."""
 
     def __init__(self, connections: Connections) -> None:

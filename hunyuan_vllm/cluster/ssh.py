@@ -1,7 +1,5 @@
 """SSH connections to hosts, and commands over them"""
 
-from __future__ import annotations
-
 import errno
 import logging
 import os

@@ -1,13 +1,9 @@
-"""What Ray calls before `ray start` starts anything (RAY_START_HOOK): the server for Ray's remote clients is left out.
+"""Called by `ray start` before it starts anything (RAY_START_HOOK): disables the server for Ray's remote clients
 
-`ray start` has no flag for that, and nothing here connects in that way: drivers run on the nodes.
+`ray start` has no flag for that, and no program here connects that way: drivers run on the nodes.
 """
 
-from __future__ import annotations
-
 from typing import Any
-
-__all__ = ["HOOK", "leave_client_server_out"]
 
 HOOK = f"{__name__}.leave_client_server_out"
 

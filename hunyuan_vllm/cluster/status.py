@@ -1,7 +1,5 @@
 """The cluster that was last started from this machine: its hosts, what runs on each, and what is missing"""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +11,7 @@ from rich.table import Table
 from hunyuan_vllm.cluster.connections import Connections
 from hunyuan_vllm.cluster.hosts import Host
 from hunyuan_vllm.cluster.ray_node import NodeSetup
-from hunyuan_vllm.cluster.ray_remote import Member, RayNodes, ask_members
+from hunyuan_vllm.cluster.ray_remote import Member, RemoteRay, ask_members
 from hunyuan_vllm.ray_environment import NODE_FOLDER
 from hunyuan_vllm.util.files import write_private
 from hunyuan_vllm.util.text import plural, some
@@ -116,7 +114,7 @@ class ClusterStatus:
 
 def read_status(connections: Connections) -> ClusterStatus:
     """Ask every host that can be reached, and the head."""
-    connections.each("reading", connections.usable, RayNodes(connections).read)
+    connections.each("reading", connections.usable, RemoteRay(connections).read)
     setups = [host.setup for host in connections.hosts if host.setup]
     members, silence = ask_members(next(setup for setup in setups if setup.is_head))
     by_address = {member.address: member for member in members}

@@ -9,7 +9,7 @@ from hunyuan_vllm.cluster.check import ClusterCheck, Requirements
 from hunyuan_vllm.cluster.connections import Connections
 from hunyuan_vllm.cluster.hosts import Host, report_hosts
 from hunyuan_vllm.cluster.ray_node import NodeSetup
-from hunyuan_vllm.cluster.ray_remote import RayNodes, ask_members, missing_members
+from hunyuan_vllm.cluster.ray_remote import RemoteRay, ask_members, missing_members
 from hunyuan_vllm.cluster.ray_start import RayState, find_ray
 from hunyuan_vllm.cluster.tls import sign
 from hunyuan_vllm.cluster.token import make_token
@@ -24,7 +24,7 @@ JOIN_TIMEOUT = 30.0  # seconds for started nodes to be counted by the head
 
 def bring_down(connections: Connections) -> Section:
     """End Ray on every host that can be reached."""
-    nodes = RayNodes(connections)
+    nodes = RemoteRay(connections)
     stopped: dict[Host, tuple[list[str], list[str]]] = {}
     connections.each("ending Ray", connections.usable, lambda host: stopped.__setitem__(host, nodes.stop(host)))
     section = Section("Down")
@@ -81,7 +81,7 @@ class Up:
         self._hosts = connections.hosts
         self._plan = plan
         self._home = home
-        self._nodes = RayNodes(connections)
+        self._nodes = RemoteRay(connections)
         self.sections: list[Section] = []
         self.changed = False
 

@@ -19,7 +19,7 @@ say uid "$(id -u)"
 say hostname "$(uname -n)"
 say home "$HOME"
 cd "$HOME"
-# Boot, device and inode: the same directory on the same running system, whatever names lead to it.
+# Boot, device and inode: the same directory on the same running system, under any name.
 say account "$(cat /proc/sys/kernel/random/boot_id):$(stat -Lc %d:%i .)"
 for tool in ssh ssh-keygen; do
     if command -v "$tool" >/dev/null; then

@@ -1,5 +1,5 @@
 # Make the account's ed25519 key if it has none, and print the public half that belongs to the private one.
-# A key appears under its name only when it is whole, and never over one that is there.
+# A key gets its name only when it is complete, and never replaces an existing one.
 set -eu
 umask 077
 cd "$HOME"

@@ -1,5 +1,5 @@
-# Run a module of ours with the node's Python: $arguments are shell words, $given is its standard input, where secrets are.
-# LOCAL_IP as for a server.
+# Run a module of this package with the host's Python: $arguments are shell words, $given is standard input (secrets).
+# LOCAL_IP is set as for a server.
 cd /
 if ! [ -x "$python" ]; then
     echo "no Python at $python" >&2
@@ -7,5 +7,5 @@ if ! [ -x "$python" ]; then
 fi
 export LOCAL_IP="$local_ip"
 eval "set -- $arguments"
-# printf is part of the shell: what it prints is in no one's arguments.
+# printf is part of the shell: what it prints is in no process's arguments.
 printf '%s' "$given" | "$python" -m "$@"

@@ -1,4 +1,4 @@
-# Log in from here to $user@$address by key alone, with the host key known. Nothing is typed, asked, learnt or reused.
+# Log in from here to $user@$address by key alone, with the host key known. No prompts, no new host keys, no shared connection.
 exec ssh -n -T \
     -o BatchMode=yes -o PreferredAuthentications=publickey -o IdentityAgent=none \
     -o StrictHostKeyChecking=yes -o UpdateHostKeys=no \

@@ -3,7 +3,7 @@ set -eu
 umask 077
 cd "$HOME"
 mkdir -p .ssh
-real=$(readlink -f "$file") # a link is kept, and what it leads to replaced
+real=$(readlink -f "$file") # a link is kept, and its target replaced
 new=$(mktemp "$real.XXXXXX")
 trap 'rm -f "$new"' EXIT
 trap 'exit 1' HUP INT TERM

@@ -21,6 +21,7 @@ from hunyuan_vllm.server.models import ModelSource
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.jsonl import Line
 from hunyuan_vllm.util.progress import Progress
+from hunyuan_vllm.util.text import plural
 
 
 def generate(
@@ -79,7 +80,9 @@ def _obey_signals(runner: Runner, reporter: Reporter) -> None:
             runner.drop()
         else:
             runner.drain()
-            reporter.progress.say(f"finishing the {runner.in_flight} lines in flight; press Ctrl-C again to drop them")
+            reporter.progress.say(
+                f"finishing {plural(runner.in_flight, 'line')} in flight; press Ctrl-C again to drop them"
+            )
 
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGINT, interrupt)
@@ -139,7 +142,9 @@ class Job:
                     _check_lines(requests, state.pending)
                 for note in options.notes:
                     reporter.progress.say(note)
-                reporter.progress.say(f"starting {self.model.given} for {_part(reporter)} lines")
+                part = f"{reporter.left:,} of " if reporter.left < reporter.total else ""
+                lines = plural(reporter.total, "line")
+                reporter.progress.say(f"starting {self.model.given} for {part}{lines}")
                 cause = generate(args, requests.of(state.pending), settings, output.append, reporter)
         return _conclude(reporter, self.target, cause)
 
@@ -149,16 +154,12 @@ def _conclude(reporter: Reporter, target: Path, cause: str | None) -> int:
         reporter.progress.say(cause)
     reporter.progress.say(reporter.summary())
     if reporter.left:
-        reporter.progress.say(f"{reporter.left} lines are left: run the same command again to continue")
+        reporter.progress.say(f"{plural(reporter.left, 'line')} left: run the same command again to continue")
         return STOPPED if cause else INTERRUPTED
     if reporter.failed:
         reporter.progress.say(f"each failed line is in {target} with its error; --retry-failed runs them again")
         return FAILED_LINES
     return 0
-
-
-def _part(reporter: Reporter) -> str:
-    return f"{reporter.left} of {reporter.total}" if reporter.left < reporter.total else str(reporter.total)
 
 
 def _check_files(source: Path, target: Path) -> None:

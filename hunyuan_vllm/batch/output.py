@@ -17,7 +17,7 @@ from hunyuan_vllm.util.files import sync
 from hunyuan_vllm.util.jsonl import Line
 
 RECORD_START = b'{"line":'
-REST: tuple[str, ...] = ("prompt_logprobs", "prompt_token_ids", "usage")
+KEPT_FIELDS = ("prompt_logprobs", "prompt_token_ids", "usage")  # of a response, beside its choices
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def answered(line: Line, settings: Settings, response: BaseModel) -> Record:
         answer = {"response": {"status_code": 200, "request_id": body["id"], "body": body}, "error": None}
     else:
         outputs = [_output(choice) for choice in body["choices"]]
-        answer = {"outputs": outputs, **{name: body[name] for name in REST if name in body}, "error": None}
+        answer = {"outputs": outputs, **{name: body[name] for name in KEPT_FIELDS if name in body}, "error": None}
     return _record(line, settings, answer, failed=False, tokens=body["usage"].get("completion_tokens", 0))
 
 

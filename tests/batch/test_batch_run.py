@@ -130,7 +130,7 @@ def test_a_killed_run_goes_on_where_it_was(runs):
 
 
 def test_ctrl_c_lets_the_lines_in_flight_finish(runs):
-    assert re.search(r"finishing the \d+ lines in flight; Ctrl-C again gives them up", runs.resumed.stderr)
+    assert re.search(r"finishing \d+ lines? in flight; press Ctrl-C again to drop them", runs.resumed.stderr)
 
 
 def test_every_line_is_written_once(runs):

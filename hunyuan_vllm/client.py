@@ -1,4 +1,4 @@
-"""A running server as its clients see it: its address, the key to send, and the model it serves."""
+"""A client's view of a running server: address, API key, model"""
 
 import json
 import socket
@@ -28,11 +28,11 @@ class ServedModel:
 
     Attributes:
         url: the server's, without a path, as in http://127.0.0.1:8020.
-        name: what requests call the model by.
-        context: most tokens of a prompt and its answer, if the server says.
+        name: of the model, in requests.
+        context: maximum tokens of a prompt and its answer, if known.
         root: what the server loaded it from.
         key: the API key to send.
-        authority: certificates to trust instead of the system's.
+        authority: CA certificates to trust instead of the system's.
     """
 
     url: str
@@ -47,7 +47,7 @@ class ServedModel:
         """Folder of the model's tokenizer: the server's checkpoint, if this machine has it.
 
         Raises:
-            UserError: it has not.
+            UserError: it does not.
         """
         if self.root and Path(self.root).is_dir():
             return Path(self.root)
@@ -131,7 +131,7 @@ def find_key(url: str, file: Path | None, environ: Mapping[str, str]) -> str | N
 
 
 def _made_by_serve(url: str, settings: Settings) -> Path | None:
-    """The key file that `serve` makes: its key is sent to the server on this machine only."""
+    """The key file that `serve` creates; its key is sent only to a server on this machine."""
     file = settings.config_home / "hunyuan-vllm" / "api-key"
     return file if file.exists() and is_this_machine(url) else None
 

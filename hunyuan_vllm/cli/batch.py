@@ -11,7 +11,7 @@ from rich.console import Console
 
 from hunyuan_vllm.util.errors import UserError
 
-SAMPLING = "Defaults for lines that do not say (else generation_config.json's)"
+SAMPLING = "Defaults for lines without the field (otherwise generation_config.json's)"
 # Warnings of libraries, meant for developers, would break the progress bar.
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
@@ -25,10 +25,10 @@ def batch(
     ),
     strict: bool = typer.Option(False, "--strict", help="Run nothing if any line is wrong."),
     retry_failed: bool = typer.Option(False, "--retry-failed", help="Run lines again whose record has an error."),
-    max_tokens: int = typer.Option(None, help="Most tokens of an answer.", rich_help_panel=SAMPLING),
-    temperature: float = typer.Option(None, help="0 always takes the likeliest token.", rich_help_panel=SAMPLING),
+    max_tokens: int = typer.Option(None, help="Maximum tokens of an answer.", rich_help_panel=SAMPLING),
+    temperature: float = typer.Option(None, help="0: always the most likely token.", rich_help_panel=SAMPLING),
     top_p: float = typer.Option(None, help="Nucleus sampling.", rich_help_panel=SAMPLING),
-    top_k: int = typer.Option(None, help="Sample from the k likeliest tokens.", rich_help_panel=SAMPLING),
+    top_k: int = typer.Option(None, help="Sample from the k most likely tokens.", rich_help_panel=SAMPLING),
     repetition_penalty: float = typer.Option(None, help="Above 1 discourages repetition.", rich_help_panel=SAMPLING),
     seed: int = typer.Option(None, help="Line number i samples with seed + i.", rich_help_panel=SAMPLING),
     stop: list[str] = typer.Option(
@@ -65,12 +65,11 @@ def batch(
     A line in the form of OpenAI's Batch API gets a "response" in that form.
     Records are in the order in which lines are finished.
 
-    Stopped at any moment, by Ctrl-C or by a power cut, the same command continues: lines with a record in
-    OUT.jsonl are not run again.
+    After an interruption, the same command continues: lines with a record in OUT.jsonl are not run again.
 
     \b
     Exit status: 0 every line has an answer, 1 some have an error, 2 nothing
-    was run, 3 the engine or the disk gave out, 130 interrupted.
+    was run, 3 the engine or the disk failed, 130 interrupted.
     """
     from hunyuan_vllm.batch.process_group import run_in_session
     from hunyuan_vllm.vllm_version import check_engine

@@ -36,8 +36,8 @@ def compare(
         help="UTF-8 text, or .jsonl with one chat or text a line; default: ours, Chinese and English, and for the "
         "demo model its held-out questions.",
     ),
-    window: int = typer.Option(512, "--context", min=2, help="Most tokens that are read in one piece."),
-    limit: int = typer.Option(None, min=1, help="Score that many tokens at most."),
+    window: int = typer.Option(512, "--context", min=2, help="Maximum tokens of a passage."),
+    limit: int = typer.Option(None, min=1, help="Maximum number of scored tokens."),
     work: Path = typer.Option(None, help="Folder for A's logits meanwhile; default: the temporary folder."),
     as_json: bool = typer.Option(False, "--json", help="Print every figure as JSON instead of the table."),
     min_agreement: float = typer.Option(None, min=0, max=1, help="Share, as in 0.98.", rich_help_panel=LIMITS),
@@ -186,10 +186,10 @@ def tasks(
     Tasks:
       hunyuan_demo           the demo model's held-out questions
       hunyuan_demo_choice    the same, right answer against near misses
-      published              arc_challenge_letters (25 shots), ceval-valid, cmmlu
-                             and mmlu (5 shots each), as plain text: what the
-                             published table of Hunyuan-Large has. It does not
-                             say how it asked; these settings are assumed.
+      published              those of Hunyuan-Large's published table, as text:
+                             arc_challenge_letters (25 shots), ceval-valid, cmmlu
+                             and mmlu (5 shots each). The shots are assumed; the
+                             table does not give them.
       any other              of lm-evaluation-harness, with its own settings
                              (`lm_eval ls tasks`); data come from the Hugging
                              Face hub

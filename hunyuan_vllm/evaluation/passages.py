@@ -34,7 +34,7 @@ def read_passages(file: Path, tokenizer: Any, context: int) -> list[Passage]:
 
     Args:
         tokenizer: the checkpoint's, as transformers gives it.
-        context: most tokens of a passage.
+        context: maximum tokens of a passage.
 
     Raises:
         UserError: the file cannot be read, or a line is neither.

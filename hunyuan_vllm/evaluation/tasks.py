@@ -117,7 +117,7 @@ class Harness:
         if name not in manager.all_tasks:
             similar = get_close_matches(name, manager.all_tasks, 5)
             hint = f" (there are {', '.join(similar)})" if similar else ""
-            raise UserError(f"--tasks {name}: there is no such task{hint}; `lm_eval ls tasks` lists all")
+            raise UserError(f"--tasks {name}: unknown task{hint}; `lm_eval ls tasks` lists all")
         try:
             loaded = manager.load([name])
         except Exception as error:  # the data sets' own code may raise anything

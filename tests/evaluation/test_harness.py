@@ -206,7 +206,7 @@ def test_tasks_that_cannot_be_asked(tmp_path: Path) -> None:
     harness = Harness(ServedModel("http://127.0.0.1:9", "hunyuan", 512, ""), str(demo.path()), 1, tmp_path)
     with pytest.raises(UserError, match=r"--tasks local_gone: its data cannot be loaded \(.*none.*\); .*HF_HOME"):
         harness.load("local_gone")
-    with pytest.raises(UserError, match=r"--tasks mmluu: there is no such task \(there are .*mmlu.*`lm_eval ls tasks`"):
+    with pytest.raises(UserError, match=r"--tasks mmluu: unknown task \(there are .*mmlu.*`lm_eval ls tasks`"):
         harness.load("mmluu")
     for name in PUBLISHED:  # they exist; their data, from the hub, need not be here
         try:

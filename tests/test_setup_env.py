@@ -203,6 +203,10 @@ def test_a_dry_run_goes_on_in_the_environment_that_is_there(checkout):
     assert "on disk), in place of one for the CPU, once you agree" in run.stderr
     alone = dry_run(checkout, "setup_env.sh", **environ)
     assert (alone.returncode, alone.stderr) == (0, run.stderr)
+    (checkout / "requirements" / "cpu.txt").write_text("changed==1\n")
+    locks = checkout / "requirements"
+    update = f"dry run: the set-up, which is left out, would bring {checkout}/.venv to the locks in {locks}\n"
+    assert dry_run(checkout, "setup_env.sh", HUNYUAN_DEVICE="cpu").stderr == update
     pretend_complete(checkout)
     assert dry_run(checkout, "setup_env.sh", HUNYUAN_DEVICE="cpu").stderr == ""
 

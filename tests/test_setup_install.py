@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from setup_checkouts import NO_NETWORK, TinyCheckout, environment_of
+from setup_checkouts import NO_NETWORK, TinyCheckout, environment_of, set_up
 from waiting import eventually
 
 pytestmark = pytest.mark.slow
@@ -68,3 +68,26 @@ def test_a_killed_set_up_is_continued_and_a_broken_one_made_again(tiny):
     environment.python.symlink_to("/no/python")  # an environment whose Python is gone is made again
     tiny.set_up()
     assert tiny.installed() == ENGINE
+
+
+def test_torch_for_the_cpu_is_taken_from_where_it_is(tiny, tmp_path):
+    (folder := tmp_path / "torch").mkdir()
+    (tiny.wheels / "torch-1+cpu-py3-none-any.whl").rename(folder / "torch-1+cpu-py3-none-any.whl")
+    tiny.lock("torch-pypi", "torch==1", "library_of_torch==1")
+
+    def refusal(source: str) -> str:
+        run = set_up(tiny.root, **tiny.environ, HUNYUAN_TORCH_SOURCE=source)
+        assert run.returncode == 1
+        return run.stderr.splitlines()[-1]
+
+    assert "=/nowhere is neither a folder of wheels nor the URL of a package index" in refusal("/nowhere")
+    assert f"={tmp_path} has no torch==1+cpu for this Python and machine" in refusal(str(tmp_path))
+    lines = tiny.set_up(HUNYUAN_TORCH_SOURCE=str(folder))
+    assert f"      torch for the CPU from {folder}" in lines
+    assert tiny.installed() == ENGINE
+
+    tiny.lock("torch-cpu", "torch==2+cpu")
+    (tiny.wheels / "torch-2+cpu-py3-none-any.whl").unlink()
+    tiny.lock("torch-pypi", "torch==2", "library_of_torch==1")
+    assert any(line.startswith("      torch with its CUDA libraries (no CPU build") for line in tiny.set_up())
+    assert tiny.installed() == {**ENGINE, "torch": "2", "library_of_torch": "1"}

@@ -171,7 +171,9 @@ def _dry_run(environment: Environment, script: Sequence[str]) -> int:
     missing, installed_device = environment.missing(), environment.installed_device()
     if missing:
         work = f"install into {environment.path}: {', '.join(missing)}"
-        if "engine" in missing:
+        if "engine" in missing and installed_device == environment.device:
+            work = f"bring {environment.path} to the locks in {environment.requirements}"
+        elif "engine" in missing:
             download, installed = map(gigabytes, SIZES[environment.device])
             torch = "; torch is extra" if environment.device == "cpu" else ""
             size = f"{download} to download, {installed} on disk{torch}"

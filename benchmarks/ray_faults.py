@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from hosts import Network, missing  # noqa: E402
 from ray_hosts import RayHosts  # noqa: E402
+from ray_hosts.fault_run import Outcome, inject_fault, reference, survey  # noqa: E402
 from ray_hosts.faults import FAULTS  # noqa: E402
-from ray_hosts.ordeal import Outcome, endure, reference, survey  # noqa: E402
 
 # What may be there after the last run beyond what was there after the first: Ray's own caches of connections and logs.
 ALLOWED = {"processes": 4, "files": 40, "shared": 0, "sockets": 0, "memory": 300, "workers": 0}
@@ -55,28 +55,28 @@ def main() -> int:
         expected = reference(server)
         for run in range(arguments.runs):
             for kind in kinds:
-                outcome = endure(cluster, server, FAULTS[kind], expected, patience=600)
+                outcome = inject_fault(cluster, server, FAULTS[kind], expected, timeout=600)
                 outcomes[kind].append(outcome)
                 surveys.append({host.name: survey(host) for host in (cluster.head, cluster.worker)})
                 note = f"told {outcome.told:.1f} s, back {outcome.recovered:.0f} s, {outcome.wrong} wrong"
-                print(f"{kind}, run {run + 1}: {note}, orphans {outcome.orphans}, {surveys[-1]}", flush=True)
+                print(f"{kind}, run {run + 1}: {note}, stale workers {outcome.stale}, {surveys[-1]}", flush=True)
                 if arguments.json:
                     arguments.json.write_text(json.dumps(_as_json(outcomes, surveys), indent=1))
     show(outcomes)
     grown = growth(surveys)
     print("\n".join(["grown:", *grown]) if grown else f"nothing has grown over {len(surveys)} runs")
-    bad = any(outcome.wrong or outcome.orphans for runs in outcomes.values() for outcome in runs)
+    bad = any(outcome.wrong or outcome.stale for runs in outcomes.values() for outcome in runs)
     return int(bad or bool(grown))
 
 
 def show(outcomes: dict[str, list[Outcome]]) -> None:
     """The table: the worst of each kind's runs."""
-    print("| what happens | runs | clients told, worst | wrong answers | service back, worst | orphans |")
+    print("| what happens | runs | clients told, worst | wrong answers | service back, worst | stale workers |")
     print("|---|---|---|---|---|---|")
     for kind, runs in outcomes.items():
         told, back = max(outcome.told for outcome in runs), max(outcome.recovered for outcome in runs)
-        wrong, orphans = sum(outcome.wrong for outcome in runs), sum(sum(outcome.orphans.values()) for outcome in runs)
-        print(f"| {kind} | {len(runs)} | {told:.1f} s | {wrong} | {back:.0f} s | {orphans} |")
+        wrong, stale = sum(outcome.wrong for outcome in runs), sum(sum(outcome.stale.values()) for outcome in runs)
+        print(f"| {kind} | {len(runs)} | {told:.1f} s | {wrong} | {back:.0f} s | {stale} |")
 
 
 def growth(surveys: list[Survey]) -> list[str]:

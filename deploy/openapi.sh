@@ -1,6 +1,6 @@
 #!/bin/sh
 # Ask the running server a question with curl: sh deploy/openapi.sh [--raw] ["a question"]
-# Prints the answer as it comes, or with --raw the server's JSON once it is whole.
+# Prints the answer as it comes, or with --raw the server's JSON once it is complete.
 # Reads the variables that run_server.sh does: HOST or LOCAL_IP, PORT, VLLM_API_KEY or HUNYUAN_VLLM_API_KEY_FILE; and
 # TLS_CA_FILE, the certificate to trust of a server with --ssl-certfile ("system" for those the system trusts).
 set -eu

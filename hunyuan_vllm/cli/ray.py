@@ -16,7 +16,7 @@ from hunyuan_vllm.ray_environment import NODE_FOLDER
 from hunyuan_vllm.settings import Settings
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.net import family_of, interface_of, is_loopback, own_addresses, own_interfaces
-from hunyuan_vllm.util.text import some
+from hunyuan_vllm.util.text import plural, some
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -74,15 +74,15 @@ def end(dry_run: bool = typer.Option(False, "--dry-run", help="Print what would 
         _say(f"these would be ended: {some(found)}" if found else "no Ray runs here")
         return
     ended = _stop()
-    _say(f"{ended} of Ray ended" if ended else "no Ray ran here")
+    _say(f"{plural(ended, 'process')} of Ray ended" if ended else "no Ray ran here")
 
 
-def _stop() -> str:
-    """How many processes were ended, in words; empty for none."""
+def _stop() -> int:
+    """How many processes were ended."""
     ended, stuck = stop()
     if stuck:
         raise UserError(f"these processes of Ray do not end: {some(stuck)}; reboot")
-    return "" if not ended else "1 process" if len(ended) == 1 else f"{len(ended)} processes"
+    return len(ended)
 
 
 def _setup(
@@ -114,7 +114,7 @@ def _start(setup: NodeSetup, force: bool) -> None:
         _say("Ray already runs here as requested; nothing was changed")
         return
     if old:
-        _say(f"an earlier Ray was ended: {_stop()}")
+        _say(f"an earlier Ray was ended: {plural(_stop(), 'process')}")
     for line in start(setup):
         _say(line)
 

@@ -233,7 +233,7 @@ def verify_host_key(
     if known:
         raise HostError(
             f"its host key changed: it presents {shown}, known is {known[0].kind} {known[0].fingerprint}",
-            "if the host was installed anew, compare at its console and run again with --fingerprints "
+            "if the host was reinstalled, compare at its console and run again with --fingerprints "
             f"{host}=SHA256:…, which replaces the old key everywhere; if not, something else answers in its place",
         )
     return None

@@ -17,7 +17,7 @@ from hunyuan_vllm.util.findings import Finding
 
 @dataclass(frozen=True)
 class Pair:
-    """One login without a password, from a machine to a host. `tried` is false where a problem made it pointless."""
+    """One login without a password, from a host to a host. `tried` is false if an earlier problem prevents it."""
 
     source: str
     target: str
@@ -31,7 +31,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Report:
-    """The whole run. It is a success when every pair was verified and no host has a problem."""
+    """The result of a run. It is a success when every pair was verified and no host has a problem."""
 
     hosts: list[Host]
     pairs: list[Pair]

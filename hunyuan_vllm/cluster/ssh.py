@@ -45,7 +45,7 @@ def fetch_host_key(host: Host, known: Iterable[PublicKey], timeout: float) -> Pu
         known: keys known for it: their types are requested first, so that they can be compared.
 
     Raises:
-        HostError: it is not reached, or is no SSH server.
+        HostError: it is not reached, or is not an SSH server.
     """
     with _handshake(host, [key.type for key in known], timeout) as transport:
         key = _presented(transport)

@@ -1,4 +1,4 @@
-"""Ray's token: whoever has it may join the cluster and run anything on it, so it is made once and kept private."""
+"""Ray's token: it allows anyone to join the cluster and run anything there, so it is made once and kept private"""
 
 import secrets
 from collections.abc import Mapping

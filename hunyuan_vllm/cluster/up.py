@@ -31,7 +31,7 @@ def bring_down(connections: Connections) -> Section:
 
     def success(host: Host) -> str:
         ended, _ = stopped[host]
-        return f"ended {plural_processes(len(ended))}: {some(ended)}" if ended else "no Ray ran"
+        return f"ended {plural(len(ended), 'process')}: {some(ended)}" if ended else "no Ray ran"
 
     report_hosts(section, connections.hosts, success)
     for host, (_, holding) in stopped.items():
@@ -39,10 +39,6 @@ def bring_down(connections: Connections) -> Section:
             text = f"GPU memory is still held by {some(holding)}, which Ray did not start"
             section.warning(host.name, text, "end them if they should not run")
     return section
-
-
-def plural_processes(count: int) -> str:
-    return "1 process" if count == 1 else f"{count:,} processes"
 
 
 @dataclass(frozen=True)
@@ -158,7 +154,7 @@ class Up:
         )
         self.changed = self.changed or bool(old)
         return report_hosts(
-            section, old, lambda host: f"an earlier Ray was ended: {plural_processes(len(ended[host]))}"
+            section, old, lambda host: f"an earlier Ray was ended: {plural(len(ended[host]), 'process')}"
         )
 
     def _check(self, running: set[Host]) -> bool:

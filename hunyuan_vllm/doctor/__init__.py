@@ -1,1 +1,1 @@
-"""`hunyuan-vllm doctor`: whether this machine and this installation can serve, and what to mend."""
+"""`hunyuan-vllm doctor`: whether this machine and installation can serve, and what to change"""

@@ -17,7 +17,7 @@ TOOL_TIMEOUT = 10.0  # seconds; nvidia-smi takes a few where the driver was not 
 
 @dataclass(frozen=True)
 class System:
-    """Where checks look.
+    """What checks read.
 
     Attributes:
         environ: the environment that a server would inherit.

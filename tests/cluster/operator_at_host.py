@@ -39,7 +39,7 @@ class Outcome:
         return "\n".join(f"{problem['what']}: {problem['remedy']}" for problem in self.host(name)["problems"])
 
     def failed(self) -> set[tuple[str, str]]:
-        """The pairs that were not proved."""
+        """The pairs that were not verified."""
         return {(pair["from"], pair["to"]) for pair in self.report["pairs"] if not pair["ok"]}
 
 

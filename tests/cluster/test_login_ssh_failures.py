@@ -88,8 +88,8 @@ def test_each_is_named_and_the_rest_is_completed(ward):
     assert done.problems("head") == done.problems("well") == ""
 
     well = {"head", "well"}
-    proved = {(pair["from"], pair["to"]) for pair in done.report["pairs"] if pair["ok"]}
-    assert proved == {(source, target) for source in well | REACHES for target in well | REACHED}
+    verified = {(pair["from"], pair["to"]) for pair in done.report["pairs"] if pair["ok"]}
+    assert verified == {(source, target) for source in well | REACHES for target in well | REACHED}
     for name in ("readonly", "wrongpass", "nopass", "changed", "nologin"):
         assert ssh_state(ward[name]) == before[name], name
     # Here a try came and went in the directory.

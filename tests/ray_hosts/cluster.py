@@ -54,7 +54,7 @@ class RayHosts:
         self._on_node(host, {"do": "start", "setup": self.setup(host).to_json(), "token": self.token})
 
     def stop(self, host: Host) -> None:
-        """End all of Ray on a host, orphaned workers too."""
+        """End all of Ray on a host, including stale workers."""
         self._on_node(host, {"do": "stop"})
 
     def _on_node(self, host: Host, asked: dict[str, Any]) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from engine import engine, random_prompts, score
 from ray_hosts.cluster import BIN, ON_CPUS, SHELL
+from ray_hosts.fault_run import inject_fault, reference
 from ray_hosts.faults import FAULTS
-from ray_hosts.ordeal import endure, reference
 from ray_service import CANARIES, RayService
 
 from hunyuan_vllm import demo
@@ -144,10 +144,10 @@ def test_the_published_request_is_answered(ray_service: RayService):
 def test_clients_are_told_and_the_service_comes_back(ray_service: RayService, kind: str):
     server = ray_service.server
     expected = ray_service.once(reference, server)
-    outcome = endure(ray_service.cluster, server, FAULTS[kind], expected)
+    outcome = inject_fault(ray_service.cluster, server, FAULTS[kind], expected)
     assert outcome.wrong == 0
     assert all(answer.whole or answer.error for answer in outcome.answers)
     assert any(answer.error for answer in outcome.answers)  # it did befall them
     assert outcome.told < TOLD
     assert outcome.recovered < RECOVERED
-    assert outcome.orphans == {}
+    assert outcome.stale == {}

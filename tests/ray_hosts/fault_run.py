@@ -1,4 +1,4 @@
-"""A server over two nodes with clients that are being answered, a fault, and what became of all."""
+"""A fault of a server over two nodes while clients are streaming, and the outcome"""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from hosts import Host
 from ray_hosts.cluster import RayHosts
 from ray_hosts.faults import Fault
 from ray_hosts.served import Answer, Served
-
-__all__ = ["Outcome", "endure", "reference", "survey"]
 
 CLIENTS = 8
 QUESTIONS = [
@@ -25,21 +23,21 @@ QUESTIONS = [
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of them.
+    """The outcome of one fault.
 
     Attributes:
         answers: each client's.
-        wrong: clients with a whole answer that is not the one they get without a fault.
+        wrong: clients whose complete answer differs from the one without a fault.
         told: seconds from the fault until the last client had its answer or its error.
         recovered: seconds from when what was lost was back until the server was ready again.
-        orphans: workers too many, by host.
+        stale: stale workers, by host.
     """
 
     answers: list[Answer]
     wrong: int
     told: float
     recovered: float
-    orphans: dict[str, int]
+    stale: dict[str, int]
 
 
 def reference(server: Served) -> list[str]:
@@ -49,21 +47,21 @@ def reference(server: Served) -> list[str]:
     return [answer.text for answer in answers]
 
 
-def endure(cluster: RayHosts, server: Served, fault: Fault, expected: list[str], patience: float = 300) -> Outcome:
-    """Let it happen to a server that supervises itself and is ready; it is ready again afterwards."""
-    lives = server.times_ready
+def inject_fault(cluster: RayHosts, server: Served, fault: Fault, expected: list[str], timeout: float = 300) -> Outcome:
+    """Inject the fault while a supervised server is ready and streaming, and wait until it is ready again."""
+    runs = server.times_ready
     streams = server.stream(QUESTIONS)
     streams.wait_until_flowing()
     struck = time.monotonic()
     fault.strike(cluster)
     answers = streams.answers()
     back = fault.repair(cluster)
-    ready = server.wait_until_ready(patience, times=lives + 1)
+    ready = server.wait_until_ready(timeout, times=runs + 1)
     wrong = sum(answer.whole and answer.text != text for answer, text in zip(answers, expected, strict=True))
     workers = {host.name: survey(host)["workers"] for host in (cluster.head, cluster.worker)}
     told = max(answer.ended for answer in answers) - struck
-    orphans = {name: count - 1 for name, count in workers.items() if count > 1}
-    return Outcome(answers, wrong, told, server.started + ready - back, orphans)
+    stale = {name: count - 1 for name, count in workers.items() if count > 1}
+    return Outcome(answers, wrong, told, server.started + ready - back, stale)
 
 
 def survey(host: Host) -> dict[str, int]:

@@ -21,6 +21,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import QuantKey
 from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
+from hunyuan_vllm import __version__, envs
 from hunyuan_vllm.adapter import ATTENTION
 from hunyuan_vllm.native import operators
 
@@ -162,3 +163,19 @@ def experts_without_lora_on_cpu() -> Iterator[None]:
         yield
     finally:
         vllm_config.lora_config = lora
+
+
+def key_compiled_code(vllm_config: VllmConfig) -> None:
+    """Add what our compiled code depends on to the key of vLLM's cache of it.
+
+    vLLM's key has its own config and variables only. On CPUs it loads compiled code without checking guards, from a
+    cache that machines of several kinds may share.
+    """
+    if current_platform.is_cpu() and isinstance(vllm_config.additional_config, dict):
+        vllm_config.additional_config["hunyuan_vllm"] = {
+            "version": __version__,
+            "cpu": [name for name, there in torch.cpu.get_capabilities().items() if there is True],
+            "cla_sharing": envs.cla_sharing(),
+            "native_kernels": envs.native_kernels(),
+            "worker_extension": vllm_config.parallel_config.worker_extension_cls,
+        }

@@ -66,6 +66,13 @@
              others leave (threads inherit the priority), and the request ends with an error.
    upstream  not reported yet (0.32.0 and 0.33.0 have it)
    until     tests/test_patches.py::test_stock_still_compiles_grammars_at_the_engines_priority_without_end fails
+
+10. vLLM's own cache of compiled code, on CPUs.
+   where     vllm/compilation/decorators.py, _try_load_aot_compiled_fn
+   why       It calls finalize_loading of every compiled function that it loads. Those of vLLM's backend have it, those
+             of Inductor, which CPUs use, do not: each start compiles the model again.
+   upstream  vllm#45447
+   until     tests/test_patches.py::test_stock_still_cannot_load_what_inductor_compiled fails
 """
 
 from __future__ import annotations
@@ -79,6 +86,7 @@ from time import monotonic
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable
 from vllm.logger import init_logger
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.ops.torch_ops import lora_ops
@@ -123,6 +131,7 @@ def apply_patches() -> None:
             _use_packed_experts()
             _keep_experts_from_zentorch()
             _leave_rows_without_an_adapter_alone()
+            load_what_inductor_compiled()
         _applied = True
 
 
@@ -275,3 +284,8 @@ def _leave_rows_without_an_adapter_alone() -> None:
         )  # whichever B these meet, they add nothing
 
     lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = bgmv_shrink
+
+
+def load_what_inductor_compiled() -> None:
+    """Give Inductor's loaded functions the method that vLLM calls; nothing is left to do in it."""
+    setattr(BundledAOTAutogradSerializableCallable, "finalize_loading", lambda self, vllm_config: None)  # noqa: B010

@@ -53,7 +53,8 @@ class HunYuanPreflight:
             CheckpointError: a checkpoint file or tensor is wrong.
             UserError: the script that makes the engine would make another in each of the engine's processes.
         """
-        from hunyuan_vllm.cpu import limit_targets_on_cpu  # brings vLLM, which the checks below do without
+        # These bring vLLM, which the checks below do without.
+        from hunyuan_vllm.cpu import key_compiled_code, limit_targets_on_cpu
 
         config = vllm_config.model_config.hf_config
         if not isinstance(config, HunYuanConfig):
@@ -67,6 +68,7 @@ class HunYuanPreflight:
         check_main_guard()
         check_quantisation(vllm_config)
         limit_targets_on_cpu(vllm_config)
+        key_compiled_code(vllm_config)
         from hunyuan_vllm.patches import check_adapters_of_requests, limit_compilation
 
         limit_compilation()

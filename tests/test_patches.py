@@ -18,7 +18,11 @@ from adapters import adapter_pairs, rename_modules, write_adapter
 from checkpoints import tiny_config, write_checkpoint
 from engine import engine, greatest_difference, random_prompts, score
 from golden_data import FLOAT32_TOLERANCE, load_golden, reference_answers
+from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable
+from vllm.compilation import decorators
+from vllm.config import VllmConfig
 from vllm.config.lora import LoRAConfig
+from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.ops.torch_ops import lora_ops
@@ -38,7 +42,7 @@ from vllm.v1.attention.backends import cpu_attn
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.structured_output.request import StructuredOutputRequest
 
-from hunyuan_vllm import model, patches
+from hunyuan_vllm import demo, model, patches
 from hunyuan_vllm.cpu import PackedCPUExperts, has_avx512_bf16_without_amx
 
 without_amx = pytest.mark.skipif(
@@ -323,3 +327,42 @@ def test_the_process_of_an_engine_limits_compilation() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert result.stdout.split()[-1:] == ["True"], result.stderr
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], object]:
+    """Have vLLM load a compiled function of Inductor's from its cache; None where it compiles anew."""
+    monkeypatch.delattr(BundledAOTAutogradSerializableCallable, "finalize_loading", raising=False)
+    function = BundledAOTAutogradSerializableCallable.__new__(BundledAOTAutogradSerializableCallable)
+    function.compiled_fn = lambda: None
+    compiled = SimpleNamespace(
+        _artifacts=SimpleNamespace(compiled_fn=function),
+        source_info=lambda: SimpleNamespace(inlined_sources=[]),
+        disable_guard_check=lambda: None,
+    )
+    monkeypatch.setattr(torch.compiler, "load_compiled_function", lambda *args, **kwargs: compiled)
+    config = VllmConfig()
+    network = SimpleNamespace(
+        vllm_config=config, compilation_config=config.compilation_config, _is_encoder=False, forward=lambda: None
+    )
+    (tmp_path / "model").touch()
+    return lambda: decorators._try_load_aot_compiled_fn(network, str(tmp_path / "model"))
+
+
+def test_stock_still_cannot_load_what_inductor_compiled(loaded: Callable[[], object]) -> None:
+    assert loaded() is None
+
+
+def test_what_inductor_compiled_is_loaded(loaded: Callable[[], object]) -> None:
+    patches.load_what_inductor_compiled()
+    assert loaded() is not None
+
+
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="compiled code is loaded without guards on CPUs only")
+@pytest.mark.parametrize("switch", ["HUNYUAN_VLLM_CLA_SHARING", "HUNYUAN_VLLM_NATIVE_KERNELS"])
+def test_another_network_has_compiled_code_of_its_own(switch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = []
+    for value in "1", "0", "1":
+        monkeypatch.setenv(switch, value)
+        keys.append(EngineArgs(model=str(demo.path())).create_engine_config().compute_hash())
+    assert keys[0] == keys[2] != keys[1]

@@ -14,8 +14,8 @@ import psutil
 import pytest
 from waiting import eventually
 
-from hunyuan_vllm.server import health_status as cause_module
-from hunyuan_vllm.server.health_status import cause_of_death, oom_kills
+from hunyuan_vllm.server import exit_cause as cause_module
+from hunyuan_vllm.server.exit_cause import exit_cause, oom_kills
 from hunyuan_vllm.util.errors import NotYetError, UserError
 from hunyuan_vllm.util.net import check_port
 
@@ -24,11 +24,11 @@ import os, pathlib, sys
 from hunyuan_vllm.server.launch import Launch
 from hunyuan_vllm.server.process import Stop
 from hunyuan_vllm.server.supervisor import run_once
-from hunyuan_vllm.server.health_status import Verdict
+from hunyuan_vllm.server.readiness import HealthStatus
 key_file = pathlib.Path(os.environ["KEY_FILE"]) if "KEY_FILE" in os.environ else None
 launch = Launch([sys.executable, "-c", sys.argv[1]], {"FROM_LAUNCH": "yes"}, "127.0.0.1", 8020, "hunyuan", key_file)
-ask = lambda launch: Verdict("ready" if os.path.exists(sys.argv[2]) else "silent")
-sys.exit(run_once(launch, os.environ, Stop(), ask))
+health = lambda launch: HealthStatus("ready" if os.path.exists(sys.argv[2]) else "silent")
+sys.exit(run_once(launch, os.environ, Stop(), health))
 """
 # As vLLM says it, with the exit code to fill in.
 WORKER_DIED = (
@@ -271,7 +271,7 @@ def test_the_server_ends_with_a_killed_parent():
     ],
 )  # fmt: skip
 def test_cause_of_death(lines, cause):
-    assert cause_of_death(collections.deque(lines)) == cause
+    assert exit_cause(collections.deque(lines)) == cause
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_cause_of_death(lines, cause):
     ],
 )
 def test_a_kill_is_the_kernels_where_its_count_has_grown(oom_killed, cause):
-    assert cause_of_death([WORKER_DIED.format(-9)], 1, oom_killed) == cause
+    assert exit_cause([WORKER_DIED.format(-9)], 1, oom_killed) == cause
 
 
 def test_the_kernels_count_of_its_kills_is_found(tmp_path, monkeypatch):

@@ -16,11 +16,11 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from hunyuan_vllm.chat_template import WITH_TOOLS
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.expert_load import EXTENSION
+from hunyuan_vllm.server.exit_cause import exit_cause
 from hunyuan_vllm.server.hardware import Machine
-from hunyuan_vllm.server.health_status import cause_of_death
 from hunyuan_vllm.server.launch import Launch, decide
 from hunyuan_vllm.server.models import ModelSource, longest_context
-from hunyuan_vllm.server.options import Flags, Surface
+from hunyuan_vllm.server.options import ApiPolicy, Flags
 from hunyuan_vllm.server.ray_cluster import RayCluster
 from hunyuan_vllm.settings import Settings
 from hunyuan_vllm.util.errors import UserError
@@ -46,7 +46,8 @@ BONDED = Machine(cuda=True, gpus=8, ray=NODE1.ray, interfaces={**NETWORK, "bond1
 
 
 def launch(machine, model, *flags, insecure=False, **environ) -> Launch:
-    return decide(Settings.read(environ), Flags(flags), machine, model, environ, insecure)
+    policy = ApiPolicy(insecure=insecure)
+    return decide(Settings.read(environ), Flags(flags), machine, model, environ, policy=policy)
 
 
 @cache
@@ -167,7 +168,7 @@ def test_a_hub_name_may_go_online():
         (CPU, MODEL, [], {}, r"needs 779\.5 GiB of memory and 32\.0 GiB is free"),
         (GPU8, MODEL, [], {"TP_SIZE": "16"}, "16 GPUs are asked for and 8 are here: set TP_SIZE=8 or less"),
         (GPU8, MODEL, [], {"LOCAL_IP": "10.9.9.9"}, "LOCAL_IP=10.9.9.9 is not this machine's address: it has 10.0.0.5"),
-        (GPU8, MODEL, [], {"SOCKET_IFNAME": "bond1"}, "SOCKET_IFNAME=bond1 is not here; there are eth0, ib0, lo"),
+        (GPU8, MODEL, [], {"SOCKET_IFNAME": "bond1"}, "SOCKET_IFNAME=bond1 does not exist; this machine has eth0, ib0"),
         (Machine(cuda=True), MODEL, [], {}, "no GPU is visible"),
         (GPU8, ModelSource("/m", "/m", LARGE), [], {}, r"/m has no \*\.safetensors"),
         (GPU8, MODEL, ["--api-key", "secret"], {}, "--api-key would show the key"),
@@ -237,7 +238,7 @@ def test_no_spelling_of_an_address_goes_without_a_key(flags, tmp_path):
     assert made.needs_key and parsed(made).middleware == [KEYED]
     assert made.host == "0.0.0.0" and (parsed(made).host or made.host) == made.host
     admitted = launch(GPU8, MODEL, *flags, insecure=True)
-    assert not admitted.needs_key and Surface.read(admitted.env).insecure
+    assert not admitted.needs_key and ApiPolicy.read(admitted.env).insecure
 
 
 def test_what_the_launch_says_of_the_server_is_what_vllm_understands():
@@ -267,7 +268,7 @@ def test_a_key_in_the_command_line_is_refused_in_every_spelling():
     ],
 )
 def test_servers_that_know_no_keys_are_refused_where_one_is_needed(flags, environ):
-    with pytest.raises(UserError, match="asks for no API key"):
+    with pytest.raises(UserError, match="without authentication"):
         launch(GPU8, MODEL, *flags, **environ)
 
 
@@ -353,7 +354,7 @@ def _as_vllms(app, host: str | None, uds: str | None = None):
     ],
 )
 async def test_the_open_server_does_not_start_where_others_reach_it(monkeypatch, host, uds, insecure, serves):
-    for name, value in Surface(insecure=insecure).environment({}).items():
+    for name, value in ApiPolicy(insecure=insecure).environment({}).items():
         monkeypatch.setenv(name, value)
     sent = []
 
@@ -366,11 +367,11 @@ async def test_the_open_server_does_not_start_where_others_reach_it(monkeypatch,
     async def send(message):
         sent.append(message)
 
-    monkeypatch.setattr("hunyuan_vllm.server.middleware.stack._around", lambda app, keys: app)
+    monkeypatch.setattr("hunyuan_vllm.server.middleware.stack.build", lambda app, keys: app)
     app = _as_vllms(resolve_obj_by_qualname(OPEN)(application), host, uds)
     await app({"type": "lifespan"}, receive, send)
     assert [message["type"] for message in sent] == [f"lifespan.startup.{'complete' if serves else 'failed'}"]
-    assert serves or "ask for no API key" in cause_of_death([f"ERROR:    {sent[0]['message']}"])
+    assert serves or "ask for no API key" in exit_cause([f"ERROR:    {sent[0]['message']}"])
 
 
 def test_the_shown_command_reads_back_as_what_is_run():
@@ -389,24 +390,24 @@ def test_a_key_from_the_environment_goes_with_ray():
 
 
 def test_administration_wants_a_key():
-    admin = Surface(admin=True)
-    made = decide(Settings.read({}), Flags([]), CPU, DEMO, {}, surface=admin)
+    admin = ApiPolicy(admin=True)
+    made = decide(Settings.read({}), Flags([]), CPU, DEMO, {}, policy=admin)
     assert made.needs_key and made.key_file == Settings().config_home / "hunyuan-vllm" / "api-key"
     assert made.env["VLLM_SERVER_DEV_MODE"] == made.env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
     assert parsed(made).middleware == [KEYED]
     with pytest.raises(UserError, match="--admin-routes"):
-        decide(Settings.read({}), Flags([]), CPU, DEMO, {}, insecure=True, surface=admin)
+        decide(Settings.read({}), Flags([]), CPU, DEMO, {}, policy=ApiPolicy(admin=True, insecure=True))
     assert "VLLM_SERVER_DEV_MODE" not in launch(CPU, DEMO).env
 
 
 def test_a_limit_on_answers_is_also_their_default():
-    limited = Surface(max_output_tokens=99)
-    made = decide(Settings.read({}), Flags([]), CPU, DEMO, {}, surface=limited)
+    limited = ApiPolicy(max_output_tokens=99)
+    made = decide(Settings.read({}), Flags([]), CPU, DEMO, {}, policy=limited)
     assert parsed(made).override_generation_config == {"max_new_tokens": 99}
-    assert Surface.read(made.env) == limited
+    assert ApiPolicy.read(made.env) == limited
     theirs = Flags(["--override-generation-config", "{}"])
     with pytest.raises(UserError, match="--max-output-tokens"):
-        decide(Settings.read({}), theirs, CPU, DEMO, {}, surface=limited)
+        decide(Settings.read({}), theirs, CPU, DEMO, {}, policy=limited)
 
 
 def test_tools_choose_a_template_and_the_parser_of_its_markup():

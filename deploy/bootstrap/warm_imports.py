@@ -20,7 +20,7 @@ MODULES = """
 vllm.entrypoints.cli.main vllm.entrypoints.cli.serve vllm.entrypoints.cli.benchmark.main vllm.entrypoints.cli.launch
 vllm.entrypoints.cli.run_batch vllm.v1.engine.async_llm vllm.v1.engine.core vllm.v1.executor.multiproc_executor
 vllm.model_executor.models.transformers torch._inductor.compile_fx uvicorn.protocols.http.auto
-hunyuan_vllm.cli hunyuan_vllm.server.run
+hunyuan_vllm.cli hunyuan_vllm.server.supervisor
 """
 WORKERS = {"cpu": "vllm.v1.worker.cpu_worker", "cuda": "vllm.v1.worker.gpu_worker"}
 

@@ -14,8 +14,7 @@ from pydantic import BaseModel, ValidationError
 from hunyuan_vllm import envs
 from hunyuan_vllm.batch.requests import BadLine, Request
 from hunyuan_vllm.chat_template import known_faults, replacement, stored_template
-from hunyuan_vllm.ray_environment import cluster_variables
-from hunyuan_vllm.server.hardware import probe
+from hunyuan_vllm.server.hardware import read_machine
 from hunyuan_vllm.server.launch import decide
 from hunyuan_vllm.server.middleware.errors import explain
 from hunyuan_vllm.server.models import ModelSource
@@ -52,10 +51,8 @@ def engine_options(model: ModelSource, flags: Sequence[str], environ: Mapping[st
     Raises:
         UserError: it cannot work.
     """
-    joined = cluster_variables(environ)
-    environ = {**environ, **{name: value for name, value in joined.items() if name.startswith("RAY_")}}
     settings = replace(Settings.read(environ), host=LOOPBACK, api_key=False, api_key_file=None)
-    machine = probe(environ, sys.executable)
+    machine = read_machine(environ, sys.executable)
     options = Flags(flags)
     if options.model:
         raise UserError(f"{options.model}: the model is named by --model or MODEL_PATH, before vLLM's flags")
@@ -66,8 +63,7 @@ def engine_options(model: ModelSource, flags: Sequence[str], environ: Mapping[st
         template, _ = stored_template(Path(model.name))
         if faults := known_faults(template or ""):
             notes.append(replacement(faults))
-    env = joined | launch.env if launch.ray_gpus else launch.env
-    return EngineOptions(launch.argv[len(machine.vllm_command) :], env, notes)
+    return EngineOptions(launch.argv[len(machine.vllm_command) :], launch.env, notes)
 
 
 class Engine:

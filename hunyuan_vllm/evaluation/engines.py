@@ -15,7 +15,7 @@ from typing import Any
 from hunyuan_vllm.batch.engine import engine_options, one_line, parse_options
 from hunyuan_vllm.evaluation.passages import Passage
 from hunyuan_vllm.evaluation.variants import Variant
-from hunyuan_vllm.server.health_status import cause_of_death
+from hunyuan_vllm.server.exit_cause import exit_cause
 from hunyuan_vllm.server.models import ModelSource
 from hunyuan_vllm.server.options import Flags
 from hunyuan_vllm.util.errors import UserError
@@ -181,7 +181,7 @@ def _messages(job: Mapping[str, Any], env: Mapping[str, str], log: Any) -> Itera
 def _cause(log: Any) -> str:
     log.seek(0)
     lines = collections.deque(log.read().decode(errors="replace").splitlines(), maxlen=TAIL_LINES)
-    return cause_of_death(lines) or (lines[-1] if lines else "it exited without any output")
+    return exit_cause(lines) or (lines[-1] if lines else "it exited without any output")
 
 
 RECORDER = "hunyuan_vllm.evaluation.recorder.Recorder"

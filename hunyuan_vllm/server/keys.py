@@ -1,19 +1,14 @@
-"""API keys by name, from a file or the environment; a file that has changed is read again while serving."""
-
-from __future__ import annotations
+"""API keys by name, from a file or the environment; a changed file is read again while serving"""
 
 import hashlib
-import os
 import re
 import secrets
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 
 from hunyuan_vllm.settings import KEY_FILE_VARIABLE
 from hunyuan_vllm.util.errors import UserError
-
-__all__ = ["ADMIN", "UNNAMED", "KeyRing", "create_key_file", "parse_keys", "read_key_file"]
+from hunyuan_vllm.util.files import make_private, read_private
 
 ADMIN = "admin"  # the name whose key opens administrative routes where there are several keys
 UNNAMED = "default"
@@ -37,11 +32,11 @@ def parse_keys(text: str, source: str) -> dict[str, str]:
             continue
         name, key = (UNNAMED, words[0]) if len(words) == 1 else (words[0], words[1])
         if len(words) > 2 or not NAME.fullmatch(name) or not VISIBLE.fullmatch(key):
-            raise UserError(f"{source} line {number} is neither a key nor a name and a key, in visible ASCII")
+            raise UserError(f"{source} line {number} is neither KEY nor NAME KEY, in visible ASCII")
         if name in keys:
-            raise UserError(f"{source} line {number}: there is a key called {name} before; give each a name of its own")
+            raise UserError(f"{source} line {number}: the name {name} is used above; give each key its own")
         if key in keys.values():
-            raise UserError(f"{source} line {number}: that key has another name before")
+            raise UserError(f"{source} line {number}: this key is above under another name")
         keys[name] = key
     if not keys:
         raise UserError(f"{source} holds no key: write one into it, in visible ASCII")
@@ -52,39 +47,24 @@ def read_key_file(file: Path) -> dict[str, str]:
     """Name → key, from a file.
 
     Raises:
-        UserError: it is absent, open to other users, or holds no keys.
+        UserError: it does not exist, is open to other users, or holds no keys.
     """
-    try:
-        status = file.stat()
-        text = file.read_text(errors="replace")
-    except OSError as error:
-        raise UserError(f"the API key file {file} cannot be read: {error.strerror}") from None
-    # As ssh has it: one's own file must be private; a secret that the system mounts belongs to another user.
-    if status.st_uid == os.geteuid() and status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise UserError(f"the API key file {file} is open to other users: chmod 600 {file}")
+    text = read_private(file)
+    if text is None:
+        raise UserError(f"the API key file {file} does not exist")
     return parse_keys(text, f"the API key file {file}")
 
 
-def create_key_file(file: Path) -> None:
-    """Write a new random key, readable by its owner alone; a file that is there is left as it is."""
-    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as output:
-        output.write(secrets.token_urlsafe(32) + "\n")
-    try:
-        os.link(beside, file)
-    except FileExistsError:
-        pass
-    finally:
-        beside.unlink()
+def create_key_file(file: Path) -> bool:
+    """Write a new random key, readable by its owner alone, unless the file exists; whether it was written."""
+    return make_private(file, secrets.token_urlsafe(32) + "\n")
 
 
 class KeyRing:
-    """The keys in force. Those of a file are read again when it has changed; a bad file leaves the last good ones.
+    """The keys in force. A changed file is read again; a bad one leaves the last good keys in force.
 
     Attributes:
-        problem: why the file as it is now was not taken; None if it was.
+        problem: why the file as it is now was not accepted; None if it was.
     """
 
     def __init__(self, environ: Mapping[str, str]) -> None:
@@ -99,9 +79,9 @@ class KeyRing:
         if file := environ.get(KEY_FILE_VARIABLE):
             self._file = Path(file)
             self._seen = _state(self._file)
-            self._take(read_key_file(self._file))
+            self._use(read_key_file(self._file))
         elif key := environ.get("VLLM_API_KEY"):
-            self._take({UNNAMED: key})
+            self._use({UNNAMED: key})
         else:
             raise UserError(f"an API key is required and there is none: set {KEY_FILE_VARIABLE} or VLLM_API_KEY")
 
@@ -123,7 +103,7 @@ class KeyRing:
             return False
         self._seen = state
         try:
-            self._take(read_key_file(self._file))
+            self._use(read_key_file(self._file))
         except UserError as error:
             self.problem = str(error)
         else:
@@ -133,12 +113,12 @@ class KeyRing:
     def __len__(self) -> int:
         return len(self._digests)
 
-    def _take(self, keys: Mapping[str, str]) -> None:
+    def _use(self, keys: Mapping[str, str]) -> None:
         self._digests = {name: hashlib.sha256(key.encode()).digest() for name, key in keys.items()}
 
 
 def _state(file: Path) -> tuple[int, ...] | None:
-    """What changes with a file's content or permissions."""
+    """Changes with the file's content or permissions."""
     try:
         status = file.stat()
     except OSError:

@@ -1,11 +1,9 @@
-"""What the user asked for: environment variables, vLLM's flags, routes and limits"""
-
-from __future__ import annotations
+"""What the user asked for: vLLM's options, and the routes and limits of the API"""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hunyuan_vllm.server.vllm_parser import parse
 from hunyuan_vllm.util.errors import UserError
@@ -14,7 +12,7 @@ MODEL = ("model_tag", "model")
 
 
 class Flags:
-    """A user's vLLM arguments as vLLM's parser understands them, by the option's long name.
+    """vLLM's options as its own parser understands them, by their long names.
 
     Attributes:
         argv: the arguments without the model.
@@ -30,7 +28,7 @@ class Flags:
             raise UserError(f"the model is given twice: {' and '.join(models.values())}; leave one out")
         self.model: str | None = next(iter(models.values()), None)
         for name in models:
-            self._leave_out(name)
+            self._remove(name)
 
     def __contains__(self, name: str) -> bool:
         return name.replace("-", "_") in self._given
@@ -52,10 +50,10 @@ class Flags:
             raise UserError(f"--{name} {value} is not a number of at least 1")
         return int(value)
 
-    def _leave_out(self, name: str) -> None:
-        """Take a model's words out of `argv`: those without which vLLM would understand the same, but for the model.
+    def _remove(self, name: str) -> None:
+        """Remove the words that name the model from `argv`: those without which vLLM parses the rest alike.
 
-        None are there to take if the model is named in a file.
+        There are none if a --config file names the model.
         """
         wanted = {key: value for key, value in parse(self.argv).items() if key != name}
         for start in range(len(self.argv)):
@@ -70,25 +68,25 @@ class Flags:
                     return
 
 
-SURFACE_VARIABLE = "HUNYUAN_VLLM_SURFACE"  # JSON, set by the launch: vLLM makes its middleware without arguments
+POLICY_VARIABLE = "HUNYUAN_VLLM_API_POLICY"  # JSON; vLLM gives a middleware no arguments
 MIB = 2**20
 Limit = Annotated[int, Field(ge=0)]
 
 
-class Surface(BaseModel):
-    """Routes and limits. A limit of 0 is none.
+class ApiPolicy(BaseModel):
+    """The routes a server has, its limits (0 is none), and whether it needs a key.
 
     Attributes:
-        insecure: others than this machine may use it without a key.
-        admin: vLLM's administrative routes are there, for the key that may use them.
-        extra_routes: paths of vLLM's that are open beside the usual ones.
+        insecure: it may be reached from other machines without a key.
+        admin: vLLM's administrative routes are served, to the key that may use them.
+        extra_routes: routes of vLLM served beside the usual ones.
         max_body: bytes of a request.
         max_prompt_tokens: tokens of a prompt; 0 leaves the model's context length.
-        max_output_tokens: the most a request may ask for; 0 leaves the model's context length.
+        max_output_tokens: tokens a request may ask for; 0 leaves the model's context length.
         max_sequences: sequences one request may ask for: its prompts times n.
-        max_requests_per_key: generating requests a key may have under way at once.
+        max_requests_per_key: generating requests of one key in flight at once.
         max_queue: sequences that may wait for a place in the engine's batch.
-        ignore_unknown_fields: a field of a request that nothing reads is passed over instead of refused.
+        ignore_unknown_fields: unknown fields of a request are ignored instead of refused.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -105,13 +103,22 @@ class Surface(BaseModel):
     ignore_unknown_fields: bool = False
 
     @classmethod
-    def read(cls, environ: Mapping[str, str]) -> Surface:
-        """As the launch set it; the defaults where it did not."""
-        text = environ.get(SURFACE_VARIABLE)
-        return cls.model_validate_json(text) if text else cls()
+    def read(cls, environ: Mapping[str, str]) -> Self:
+        """The policy in the environment, else the default one.
+
+        Raises:
+            UserError: the variable holds something else.
+        """
+        try:
+            text = environ.get(POLICY_VARIABLE)
+            return cls.model_validate_json(text) if text else cls()
+        except ValidationError as error:
+            problem = error.errors()[0]
+            place = ".".join(["", *map(str, problem["loc"])])
+            raise UserError(f"{POLICY_VARIABLE}{place}: {problem['msg']}") from None
 
     def environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
-        """The variable that tells the server's process; none where that would find everything so by itself."""
-        if self == Surface.read(inherited):
+        """The variable for the server's process, unless it would read the same policy without."""
+        if self == ApiPolicy.read(inherited):
             return {}
-        return {SURFACE_VARIABLE: self.model_dump_json(exclude_defaults=True)}
+        return {POLICY_VARIABLE: self.model_dump_json(exclude_defaults=True)}

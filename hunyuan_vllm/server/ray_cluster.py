@@ -1,22 +1,29 @@
-"""Whether a Ray cluster is running that this machine belongs to, and how many GPUs it has."""
+"""The Ray cluster that this machine belongs to: its free GPUs, the wait for them, and stale workers"""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TextIO
 
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from hunyuan_vllm.server.process import notify_systemd
 from hunyuan_vllm.util.errors import NotYetError, UserError
 from hunyuan_vllm.util.net import why_unreachable
+from hunyuan_vllm.util.text import duration
 
-__all__ = ["RayCluster", "RayNode", "find_ray_cluster"]
-
-# Ray's client keeps threads and sockets, and hangs on a dead address: ask from a process that can be ended.
+# In a process of its own: Ray's client keeps threads and sockets, and hangs on a dead address.
 PROBE = """
 import json, ray, sys
 from ray._private.state import available_resources_per_node
@@ -32,12 +39,16 @@ print("RAY", json.dumps([
     for node in ray.nodes()
 ]))
 """
-TIMEOUT = 60.0
+TIMEOUT = 60.0  # seconds, of one query and of killing stale workers
+POLL_PERIOD = 2.0  # seconds between two queries, each of which takes some itself
+LOG_PERIOD = 30.0  # seconds after which a log repeats an unchanged state
+NO_CLUSTER = "no Ray cluster is running here"
+START = "start it on this node (sh deploy/ray_head.sh), or on all at once (hunyuan-vllm cluster up)"
 
 
 @dataclass(frozen=True)
 class RayNode:
-    """One node: its GPUs, and those nothing has taken. A node that left is still known, with `alive` false."""
+    """One node: its GPUs, and the free ones. A node that has left is listed with `alive` false."""
 
     address: str
     gpus: int
@@ -47,10 +58,10 @@ class RayNode:
 
 @dataclass(frozen=True)
 class RayCluster:
-    """A running cluster: how many nodes are alive, their GPUs, and those nothing has taken.
+    """A running cluster: how many nodes are alive, their GPUs, and the free ones.
 
     Attributes:
-        members: the nodes themselves, those that left among them; empty where they do not matter.
+        members: the nodes, with those that have left; may be empty.
     """
 
     nodes: int
@@ -60,36 +71,35 @@ class RayCluster:
 
     @classmethod
     def of(cls, members: Sequence[RayNode]) -> RayCluster:
-        """The cluster of these nodes."""
         alive = [node for node in members if node.alive]
         gpus, free = sum(node.gpus for node in alive), sum(node.free_gpus for node in alive)
         return cls(len(alive), gpus, free, tuple(members))
 
 
 def find_ray_cluster(environ: Mapping[str, str] = os.environ) -> RayCluster | None:
-    """The cluster at RAY_ADDRESS, or the one `ray start` noted on this machine; None where neither is there.
+    """The cluster at RAY_ADDRESS, else the one that `ray start` recorded on this machine; None without either.
 
     Raises:
-        UserError: that is no address, or Ray is not installed.
-        NotYetError: no cluster answers at that address. Serving on this machine alone would be a surprise.
+        UserError: the address is malformed, or Ray is not installed.
+        NotYetError: no cluster answers there. Serving on this machine alone instead would be a surprise.
     """
-    noted = Path(environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+    record = Path(environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
     address, remedy = environ.get("RAY_ADDRESS", "").strip(), "unset RAY_ADDRESS"
     if importlib.util.find_spec("ray") is None:
         if address:
             raise UserError(f"RAY_ADDRESS={address} is set, but Ray is not installed: pip install ray, or unset it")
         return None
     if address in ("", "auto"):
-        if not noted.exists():
+        if not record.exists():
             return None
-        address, remedy = noted.read_text().strip(), f"delete {noted}, which names it"
-    cluster, cause = _ask(address, environ)
+        address, remedy = record.read_text().strip(), f"delete {record}, which names it"
+    cluster, cause = _query(address, environ)
     if cluster is None:
         raise NotYetError(f"no Ray cluster answers at {address} ({cause}): start it, or {remedy}")
     return cluster
 
 
-def _ask(address: str, environ: Mapping[str, str]) -> tuple[RayCluster | None, str]:
+def _query(address: str, environ: Mapping[str, str]) -> tuple[RayCluster | None, str]:
     """The cluster, or None and why."""
     try:
         if why := why_unreachable(address):
@@ -105,3 +115,117 @@ def _ask(address: str, environ: Mapping[str, str]) -> tuple[RayCluster | None, s
         if line.startswith("RAY "):
             return RayCluster.of([RayNode(**node) for node in json.loads(line.removeprefix("RAY "))]), ""
     return None, (probe.stderr.strip().splitlines() or ["no answer"])[-1]
+
+
+class Stopping(Protocol):
+    """What a wait looks at, to end early."""
+
+    @property
+    def requested(self) -> bool: ...
+
+
+def wait_for_gpus(
+    needed: int,
+    environ: Mapping[str, str],
+    limit: float | None = None,
+    expected: Sequence[str] = (),
+    stop: Stopping | None = None,
+    find: Callable[[Mapping[str, str]], RayCluster | None] = find_ray_cluster,
+    stream: TextIO | None = None,
+) -> None:
+    """Return once that many GPUs are free in the cluster, or once `stop` is requested.
+
+    Args:
+        limit: seconds to wait at most; None waits for ever.
+        expected: addresses of the nodes that should join, if they are known.
+        stream: where to report what is missing; None is standard error.
+
+    Raises:
+        NotYetError: they are not free in that time; the message says what is missing.
+    """
+    console = Console(file=stream or sys.stderr, highlight=False)
+    deadline = None if limit is None else time.monotonic() + limit
+    logged, logged_at = "", 0.0
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        while stop is None or not stop.requested:
+            free, lines = _free_gpus(needed, environ, expected, find)
+            if free >= needed:
+                if logged:
+                    console.print(f"hunyuan-vllm: all {needed} GPUs are free", soft_wrap=True)
+                return
+            now = time.monotonic()
+            if deadline is not None and now >= deadline:
+                raise NotYetError(
+                    f"{needed} GPUs are needed and {free} are free in Ray after {limit:g} s: {'; '.join(lines)}. Set "
+                    "TP_SIZE for fewer, or GPU_WAIT for longer (seconds)"
+                )
+            head = f"hunyuan-vllm: waiting for GPUs in Ray: {free} of {needed} are free"
+            notify_systemd("WATCHDOG=1", f"STATUS={head.partition(': ')[2]}; {'; '.join(lines)}")
+            text = "\n  ".join([head, *lines])
+            if text != logged or now - logged_at >= LOG_PERIOD:
+                if not console.is_terminal:
+                    console.print(head if text == logged else text, *_time_left(deadline), sep="\n  ", soft_wrap=True)
+                logged, logged_at = text, now
+            _show_countdown(live, text, deadline, stop)
+
+
+def describe_nodes(cluster: RayCluster | None, expected: Sequence[str] = ()) -> list[str]:
+    """One line for each node: its GPUs, or that it is missing and what to do."""
+    if cluster is None:
+        return [f"{NO_CLUSTER}: {START}"]
+    here = {node.address for node in cluster.members if node.alive}
+    lines = [
+        f"{node.address} has {node.free_gpus} of its {node.gpus} GPUs free"
+        + ("" if node.free_gpus == node.gpus else ": another Ray program uses the others")
+        for node in cluster.members
+        if node.alive
+    ]
+    gone = dict.fromkeys(node.address for node in cluster.members if not node.alive and node.address not in here)
+    lines += [f"{address} has left: start Ray there again (sh deploy/ray_worker.sh HEAD_IP)" for address in gone]
+    absent = [address for address in expected if address not in here and address not in gone]
+    return lines + [f"{address} has not joined: run sh deploy/ray_worker.sh HEAD_IP there" for address in absent]
+
+
+def _free_gpus(
+    needed: int,
+    environ: Mapping[str, str],
+    expected: Sequence[str],
+    find: Callable[[Mapping[str, str]], RayCluster | None],
+) -> tuple[int, list[str]]:
+    """The free GPUs, and lines about what is missing."""
+    try:
+        cluster = find(environ)
+    except UserError as error:
+        return 0, [str(error)]
+    lines = describe_nodes(cluster, expected)
+    if cluster is None:
+        return 0, lines
+    if cluster.gpus < needed and len(lines) == cluster.nodes:
+        lines.append(f"nodes with {needed - cluster.gpus} more GPUs have not joined: sh deploy/ray_worker.sh HEAD_IP")
+    return cluster.free_gpus, lines
+
+
+def _show_countdown(live: Live, text: str, deadline: float | None, stop: Stopping | None) -> None:
+    """Wait until the next query; on a terminal with the time left."""
+    until = min(time.monotonic() + POLL_PERIOD, deadline or math.inf)
+    while (now := time.monotonic()) < until and not (stop and stop.requested):
+        if live.console.is_terminal:
+            live.update(Text("\n  ".join([text, *_time_left(deadline)])), refresh=True)
+        time.sleep(min(0.5, until - now))
+
+
+def _time_left(deadline: float | None) -> list[str]:
+    return [] if deadline is None else [f"giving up in {duration(max(int(deadline - time.monotonic()), 0))}"]
+
+
+def kill_stale_workers(environ: Mapping[str, str]) -> list[str]:
+    """Kill workers whose raylet has exited, on every node of the cluster; a line for each. Never raises.
+
+    Ray itself ends the workers of a driver that exits, but not those that a raylet leaves behind.
+    """
+    command = [sys.executable, "-m", "hunyuan_vllm.server.stale_workers"]
+    try:
+        done = subprocess.run(command, env=dict(environ), capture_output=True, text=True, timeout=TIMEOUT)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [line.removeprefix("KILLED ") for line in done.stdout.splitlines() if line.startswith("KILLED ")]

@@ -1,210 +1,208 @@
-"""`serve --supervise`: restarts with back-off, on nodes that are clean and complete"""
-
-from __future__ import annotations
+"""Running a server: one run from its start to its exit, and with `serve --supervise` restarts with back-off"""
 
 import os
-import subprocess
+import signal
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from time import monotonic
-from typing import Protocol
 
 from hunyuan_vllm import envs
-from hunyuan_vllm.server.health_status import Verdict
+from hunyuan_vllm.server.exit_cause import exit_cause, oom_kills
+from hunyuan_vllm.server.keys import UNNAMED, read_key_file
 from hunyuan_vllm.server.launch import Launch
-from hunyuan_vllm.server.process import Stop, notify
-from hunyuan_vllm.server.ray_cluster import RayCluster, find_ray_cluster
-from hunyuan_vllm.server.run import Life, Patience, live, say
-from hunyuan_vllm.server.run import ask as ask_server
+from hunyuan_vllm.server.process import NOTIFY_SOCKET, Child, Stop, make_directories, notify_systemd
+from hunyuan_vllm.server.ray_cluster import kill_stale_workers, wait_for_gpus
+from hunyuan_vllm.server.readiness import HealthMonitor, HealthStatus, read_health
 from hunyuan_vllm.util.errors import UserError
 
-
-class Backoff:
-    """Counts deaths in a row.
-
-    Attributes:
-        failures: deaths since the server last was ready for long.
-    """
-
-    def __init__(self, first: float = 1.0, most: float = 60.0, forgiven_after: float = 60.0) -> None:
-        """Args:
-        first: seconds of the first wait.
-        most: seconds that no wait exceeds.
-        forgiven_after: seconds of readiness after which a death counts as the first again.
-        """
-        self.failures = 0
-        self._first, self._most, self._forgiven_after = first, most, forgiven_after
-
-    def after(self, ready_for: float | None) -> float:
-        """Note a death after so many seconds of readiness (None: it never was ready); the seconds to wait now."""
-        if ready_for is not None and ready_for >= self._forgiven_after:
-            self.failures = 0
-        self.failures += 1
-        return min(self._most, self._first * 2 ** min(self.failures - 1, 30))
-
-
-PERIOD = 2.0  # seconds
-ORPHANS_TIMEOUT = 60.0
-ORPHANS = "hunyuan_vllm.server.ray_orphans"
-
-
-class Surroundings(Protocol):
-    """The other nodes, as a supervisor needs them between two lives of its server."""
-
-    def wait_until_whole(self, stop: Stop) -> None:
-        """Until all is there that the server needs, or the operator wants no more."""
-
-    def cleanup(self) -> None:
-        """Then, end what the dead server left there. What cannot be reached is left; never raises."""
-
-
-class OneMachine:
-    """No other node: the server's own processes have been ended with it."""
-
-    def wait_until_whole(self, stop: Stop) -> None:
-        """It is."""
-
-    def cleanup(self) -> None:
-        """Nothing is left."""
-
-
-class RayNodes:
-    """The nodes of a Ray cluster. Ray itself ends the workers of a driver that died, where it lives; and it is Ray's
-    own service (or `hunyuan-vllm cluster up`) that brings a node back. This waits for both, and ends what is left of
-    workers whose Ray died.
-    """
-
-    def __init__(
-        self,
-        gpus: int,
-        environ: Mapping[str, str],
-        find: Callable[[Mapping[str, str]], RayCluster | None] = find_ray_cluster,
-    ) -> None:
-        """`gpus` is how many the server takes; `environ` says where the cluster is."""
-        self._gpus, self._environ, self._find = gpus, environ, find
-
-    def wait_until_whole(self, stop: Stop) -> None:
-        """Until so many GPUs are free; says what is missing whenever that changes."""
-        said = None
-        while not stop.requested and (missing := self._missing()) is not None:
-            if missing != said:
-                say(f"waiting for the Ray cluster: {missing}")
-            said = missing
-            notify("WATCHDOG=1", f"STATUS=waiting for the Ray cluster: {missing}")
-            stop.sleep(PERIOD)
-
-    def cleanup(self) -> None:
-        """End the workers that have outlived their Ray, on every node that is in the cluster."""
-        try:
-            done = subprocess.run(
-                [sys.executable, "-m", ORPHANS],
-                env=dict(self._environ),
-                capture_output=True,
-                text=True,
-                timeout=ORPHANS_TIMEOUT,
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return
-        for line in done.stdout.splitlines():
-            if line.startswith("ENDED "):
-                say(f"ended a worker that had outlived its Ray: {line.removeprefix('ENDED ')}")
-
-    def _missing(self) -> str | None:
-        try:
-            cluster = self._find(self._environ)
-        except UserError as error:
-            return str(error)
-        if cluster is None:
-            return "it is not running"
-        if cluster.free_gpus >= self._gpus:
-            return None
-        nodes = f"{cluster.nodes} node{'s' if cluster.nodes > 1 else ''}"
-        return f"{cluster.free_gpus} of {self._gpus} GPUs are free ({cluster.gpus} on {nodes})"
-
-
+START_PERIOD = 0.5  # seconds between two health checks of a server that starts
+IDLE_PERIOD = 5.0  # seconds between two looks at an unsupervised server that has been ready
+STOP_MARGIN = 30.0  # seconds that a server may take to exit once its requests have had their time
 GAVE_UP = os.EX_UNAVAILABLE
-REFUSED = 2  # vLLM's status where its options are wrong: they will be wrong the next time, too
+REFUSED = 2  # vLLM's exit status for wrong options, which a restart would not change
+
+ReadHealth = Callable[[Launch], HealthStatus]
 
 
 @dataclass(frozen=True)
-class Tolerance:
-    """What the supervisor puts up with.
+class Run:
+    """A server's run, after its exit.
+
+    Attributes:
+        status: its exit status as a shell reports it (128 + n if signal n ended it).
+        ready_for: seconds from its first readiness to its exit; None if it never was ready.
+        cause: what ended it, in one line.
+    """
+
+    status: int
+    ready_for: float | None
+    cause: str
+
+
+@dataclass(frozen=True)
+class RestartPolicy:
+    """When a supervised server is killed, and when it is started again.
 
     Attributes:
         start_timeout: seconds until a server must be ready.
-        hang_timeout: seconds a ready server may stand still.
-        max_restarts: restarts in a row, without a minute of readiness between, after which it gives up; None: never.
-        max_wait: seconds that no wait before a restart exceeds.
+        hang_timeout: seconds a ready server may make no progress.
+        max_restarts: restarts in a row, without a minute of readiness between, before giving up; None: no limit.
+        max_wait: the longest wait before a restart, in seconds.
+        first_wait: seconds before the first restart; each failure in a row doubles them.
+        reset_after: seconds of readiness after which a failure counts as the first again.
     """
 
     start_timeout: float = 3600.0
     hang_timeout: float = 60.0
     max_restarts: int | None = None
     max_wait: float = 60.0
+    first_wait: float = 1.0
+    reset_after: float = 60.0
+
+    def wait(self, failures: int) -> float:
+        """Seconds before the restart after so many failures in a row."""
+        return min(self.max_wait, self.first_wait * 2 ** min(failures - 1, 30))
 
 
-Ask = Callable[[Launch], Verdict]
-
-
-def run_once(launch: Launch, environ: Mapping[str, str], stop: Stop, ask: Ask = ask_server) -> int:
-    """A server's one life, unsupervised.
+def run_once(launch: Launch, environ: Mapping[str, str], stop: Stop, health: ReadHealth = read_health) -> int:
+    """Run a server without supervision.
 
     Returns:
-        Its exit status (128 + n if signal n ended it); 0 where it was told to end before it was ready.
+        Its exit status (128 + n if signal n ended it); 0 if it was told to stop before it was ready.
     """
-    life = live(launch, environ, stop, ask=ask)
+    run = run_server(launch, environ, stop, health=health)
     if stop.requested:
-        return _status_when_stopped(life)
-    if life.ready_for is None:
-        say(f"the server stopped before it was ready: {life.cause}")
-        return life.status or 1
-    say(f"the server died: {life.cause}")
-    return life.status or 1
+        return _status_after_stop(run)
+    say(f"the server {'stopped before it was ready' if run.ready_for is None else 'died'}: {run.cause}")
+    return run.status or 1
 
 
 def supervise(
+    launch: Launch, environ: Mapping[str, str], stop: Stop, policy: RestartPolicy, health: ReadHealth = read_health
+) -> int:
+    """Run a server again and again until the operator stops it.
+
+    Returns:
+        The exit status of the server that was told to stop; REFUSED if vLLM does not accept its options; GAVE_UP.
+    """
+    restarts = failures = 0
+    while True:
+        monitor = HealthMonitor(policy.start_timeout, policy.hang_timeout, time.monotonic())
+        run = run_server(launch, {**environ, envs.SUPERVISOR_RESTARTS: str(restarts)}, stop, monitor, health)
+        if stop.requested:
+            return _status_after_stop(run)
+        if run.ready_for is None and run.status == REFUSED:
+            say(f"vLLM does not accept these options: {run.cause}")
+            return REFUSED
+        failures = 1 if run.ready_for is not None and run.ready_for >= policy.reset_after else failures + 1
+        when = "before it was ready" if run.ready_for is None else f"after {run.ready_for:.0f} s of service"
+        died = f"the server died {when}: {run.cause}"
+        if policy.max_restarts is not None and failures > policy.max_restarts:
+            say(f"{died}; giving up after {failures} failures in a row")
+            return GAVE_UP
+        restarts += 1
+        wait = policy.wait(failures)
+        restarting = f"{died}; restart {restarts} in {wait:.0f} s"
+        say(restarting)
+        notify_systemd(f"STATUS={restarting}")
+        stop.sleep(wait)
+        if launch.ray_gpus:
+            # `hunyuan-vllm cluster up` or Ray's own service brings a failed node back.
+            wait_for_gpus(launch.ray_gpus, {**environ, **launch.env}, expected=launch.nodes, stop=stop)
+        if stop.requested:
+            return 0
+        if launch.ray_gpus:
+            for worker in kill_stale_workers({**environ, **launch.env}):
+                say(f"killed a stale worker, whose raylet had exited: {worker}")
+        notify_systemd(f"STATUS=starting (restart {restarts})")
+
+
+def run_server(
     launch: Launch,
     environ: Mapping[str, str],
     stop: Stop,
-    surroundings: Surroundings,
-    tolerance: Tolerance,
-    backoff: Backoff | None = None,
-    ask: Ask = ask_server,
-) -> int:
-    """Keep a server running until the operator ends it.
+    monitor: HealthMonitor | None = None,
+    health: ReadHealth = read_health,
+) -> Run:
+    """Start a server and return once it has exited and its processes and files are gone.
 
-    Returns:
-        The exit status of a server that was told to end; REFUSED if vLLM does not take its options; GAVE_UP.
+    Args:
+        environ: what it inherits, under `launch.env`.
+        stop: stops it when the operator asks for that.
+        monitor: detects that it hangs, so that it is killed; None leaves that to the operator.
     """
-    backoff = backoff or Backoff(most=tolerance.max_wait)
-    restarts = 0
-    while True:
-        patience = Patience(tolerance.start_timeout, tolerance.hang_timeout, monotonic())
-        life = live(launch, {**environ, envs.SUPERVISOR_RESTARTS: str(restarts)}, stop, patience, ask)
-        if stop.requested:
-            return _status_when_stopped(life)
-        if life.ready_for is None and life.status == REFUSED:
-            say(f"vLLM does not take these options: {life.cause}")
-            return REFUSED
-        wait = backoff.after(life.ready_for)
-        lived = "before it was ready" if life.ready_for is None else f"after {life.ready_for:.0f} s of service"
-        if tolerance.max_restarts is not None and backoff.failures > tolerance.max_restarts:
-            say(f"the server died {lived}: {life.cause}; giving up after {backoff.failures} such deaths in a row")
-            return GAVE_UP
-        restarts += 1
-        what_next = f"the server died {lived}: {life.cause}; restart {restarts} in {wait:.0f} s"
-        say(what_next)
-        notify(f"STATUS={what_next}")
-        stop.sleep(wait)
-        surroundings.wait_until_whole(stop)
-        if stop.requested:
-            return 0
-        surroundings.cleanup()
-        notify(f"STATUS=starting (restart {restarts})")
+    inherited = {name: value for name, value in environ.items() if name != NOTIFY_SOCKET}
+    started = time.monotonic()
+    environment = {**inherited, **launch.env}
+    for line in make_directories(environment):
+        say(line)
+    oom_kills_before = oom_kills()
+    child = Child(launch.argv, environment)
+    stop.forward_to(child)
+    ready_since = started if launch.headless else None  # a headless server answers no health check
+    kill_reason = None
+    while child.running:
+        notify_systemd("WATCHDOG=1")
+        if stop.since is not None:
+            if time.monotonic() >= stop.since + _grace(launch) + STOP_MARGIN and kill_reason is None:
+                kill_reason = "it did not exit in time"
+                say(f"{kill_reason}, and is killed")
+                child.kill()
+            child.wait(START_PERIOD)
+            continue
+        if not launch.headless and (ready_since is None or monitor):
+            status = health(launch)
+            now = time.monotonic()
+            if status.ready and ready_since is None and child.running:
+                ready_since = now
+                child.note_shared_memory()
+                _announce(launch, now - started)
+            if monitor and (kill_reason := monitor.reason_to_kill(status, now)) and child.running:
+                child.kill()
+        child.wait(START_PERIOD if ready_since is None else monitor.period if monitor else IDLE_PERIOD)
+    ended = time.monotonic()
+    exit_status = child.reap(graceful=stop.requested and kill_reason is None)
+    oom_killed = None if oom_kills_before is None else oom_kills() != oom_kills_before
+    cause = kill_reason or exit_cause(child.tail, child.exit_code, oom_killed) or "no error was logged"
+    return Run(
+        exit_status, None if ready_since is None else ended - ready_since, f"{cause} (exit status {exit_status})"
+    )
 
 
-def _status_when_stopped(life: Life) -> int:
-    """A start that was broken off has not failed, whatever status that gives; one that was killed shows it."""
-    interrupted = life.ready_for is None and life.status != 128 + 9
-    return 0 if interrupted else life.status
+def say(text: str) -> None:
+    """Print a line of our own to standard error."""
+    print(f"\nhunyuan-vllm: {text}", file=sys.stderr, flush=True)
+
+
+def _status_after_stop(run: Run) -> int:
+    """0 for an interrupted start, unless the server was killed; else the server's own status."""
+    return 0 if run.ready_for is None and run.status != 128 + signal.SIGKILL else run.status
+
+
+def _grace(launch: Launch) -> float:
+    return float(launch.env.get(envs.DRAIN_GRACE) or envs.drain_grace())
+
+
+def _announce(launch: Launch, seconds: float) -> None:
+    notify_systemd("READY=1", f"STATUS=ready after {seconds:.0f} s")
+    header = ""
+    if launch.key_file is not None:
+        try:
+            one_key = list(read_key_file(launch.key_file)) == [UNNAMED]
+        except UserError as error:  # the file may change at any time; the server keeps the keys it has read
+            say(str(error))
+            one_key = False
+        key = f"$(cat {launch.key_file})" if one_key else f"A-KEY-OF-{launch.key_file}"
+        header = f' -H "Authorization: Bearer {key}"'
+    elif launch.needs_key:
+        header = ' -H "Authorization: Bearer $VLLM_API_KEY"'
+    question = '{"messages": [{"role": "user", "content": "Why is sea water salty?"}]}'
+    url = launch.url
+    page = "" if launch.uds else f"or open {url}/ in a browser, or chat in a terminal: vllm chat --url {url}/v1\n"
+    curl = f"curl --unix-socket {launch.uds} http://localhost" if launch.uds else f"curl {url}"
+    print(
+        f"\nhunyuan-vllm: ready after {seconds:.0f} s on {launch.uds or url} (model: {launch.model_name}). Ask it:\n"
+        f"  {curl}/v1/chat/completions -H 'Content-Type: application/json'{header} -d '{question}'\n{page}",
+        flush=True,
+    )

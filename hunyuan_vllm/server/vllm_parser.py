@@ -5,8 +5,6 @@ The options are read from vLLM once, by the set-up (which keeps them in the envi
 parser class itself, loaded from its file.
 """
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import importlib.util
@@ -26,8 +24,6 @@ from hunyuan_vllm import __version__, envs
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.files import replacing
 from hunyuan_vllm.vllm_version import check_vllm_version, installed_version
-
-__all__ = ["keep_in_environment", "parse"]
 
 ENVIRONMENT_CACHE = Path(sys.prefix, "share", "hunyuan-vllm")
 PARSER_FILE = Path("utils", "argparse_utils.py")

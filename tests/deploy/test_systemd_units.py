@@ -14,8 +14,7 @@ from typer.main import get_command
 from hunyuan_vllm.cli import app
 from hunyuan_vllm.cluster.ray_node import RAY_SETTINGS, NodeSetup
 from hunyuan_vllm.cluster.start_hook import HOOK
-from hunyuan_vllm.server.run import OVERTIME
-from hunyuan_vllm.server.supervisor import GAVE_UP
+from hunyuan_vllm.server.supervisor import GAVE_UP, STOP_MARGIN
 from hunyuan_vllm.util.errors import NotYetError, UserError
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "systemd"
@@ -135,7 +134,7 @@ def test_a_drain_has_its_time_and_only_the_supervisor_is_told():
     found = settings(SERVER)
     options = command(SERVER)
     grace = float(options[options.index("--grace") + 1])
-    assert float(found["TimeoutStopSec"][0]) > grace + OVERTIME
+    assert float(found["TimeoutStopSec"][0]) > grace + STOP_MARGIN
     assert found["KillMode"] == ["mixed"]
     assert found["Type"] == ["notify"]
     assert found["Restart"] == ["on-failure"]

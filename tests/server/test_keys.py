@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from hunyuan_vllm.server.keys import KeyRing, create_key_file, parse_keys, read_key_file
-from hunyuan_vllm.server.middleware.asgi import notes
+from hunyuan_vllm.server.middleware.asgi import request_info
 from hunyuan_vllm.server.middleware.auth import RequireApiKey
 from hunyuan_vllm.util.errors import UserError
 
@@ -20,7 +20,7 @@ ALICE, BOB = "key-of-alice", "key-of-bob"
 
 async def application(scope, receive, send):
     await send({"type": "http.response.start", "status": 200, "headers": []})
-    await send({"type": "http.response.body", "body": f"inside {notes(scope).get('key')}".encode()})
+    await send({"type": "http.response.body", "body": f"inside {request_info(scope).get('key')}".encode()})
 
 
 def client_with(environ: dict[str, str]) -> httpx.AsyncClient:
@@ -159,7 +159,7 @@ async def test_a_bad_file_leaves_the_keys_as_they_were(tmp_path, how, caplog_vll
 
 def test_time_tells_no_key_from_another():
     ring = KeyRing({"VLLM_API_KEY": KEY})
-    ring._take({f"name{number}": f"{KEY}{number}" for number in range(50)})
+    ring._use({f"name{number}": f"{KEY}{number}" for number in range(50)})
     guesses = {"none": b"x" * 29, "first": f"{KEY}0".encode(), "last": f"{KEY}49".encode(), "near": KEY.encode()}
 
     def seconds(guess: bytes) -> float:
@@ -224,9 +224,9 @@ def test_a_key_file_that_others_can_read_is_named(tmp_path, content, mode, messa
         (f"alice {KEY} more", "line 1"),
         (f"\nal*ce {KEY}", "line 2"),
         (f"alice {KEY}é", "line 1"),
-        (f"{KEY}\n{ALICE}", "line 2: there is a key called default"),
-        (f"alice {KEY}\nalice {ALICE}", "line 2: there is a key called alice"),
-        (f"alice {KEY}\nbob {KEY}", "line 2: that key has another name"),
+        (f"{KEY}\n{ALICE}", "line 2: the name default is used above"),
+        (f"alice {KEY}\nalice {ALICE}", "line 2: the name alice is used above"),
+        (f"alice {KEY}\nbob {KEY}", "line 2: this key is above under another name"),
     ],
 )
 def test_what_is_no_list_of_keys(text, message):
@@ -236,5 +236,5 @@ def test_what_is_no_list_of_keys(text, message):
 
 
 def test_an_absent_key_file_is_named(tmp_path):
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(UserError, match="does not exist"):
         read_key_file(tmp_path / "key")

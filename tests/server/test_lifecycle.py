@@ -15,9 +15,9 @@ from logged import messages_of
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from hunyuan_vllm.server.health_status import cause_of_death
+from hunyuan_vllm.server.exit_cause import exit_cause
 from hunyuan_vllm.server.middleware import health
-from hunyuan_vllm.server.middleware.health import Lifecycle, export_restarts
+from hunyuan_vllm.server.middleware.health import Health, export_restarts
 from hunyuan_vllm.util.errors import UserError
 
 TIMEOUT = 0.2
@@ -77,7 +77,7 @@ async def client_of(middleware, application):
 
 
 def around(application):
-    return Lifecycle(application, bare=application)
+    return Health(application, bare=application)
 
 
 async def probe(application, path="/readyz", method="GET"):
@@ -204,7 +204,7 @@ async def test_a_dead_engine_is_not_ready_a_moment_longer_and_gets_no_more_reque
     assert refused[0].json()["error"]["code"] == 503
     assert len(application.asked) == asked
     assert len(caplog_vllm) == 2
-    assert cause_of_death(caplog_vllm, oom_killed=False) == "process EngineCore_DP1 was killed by SIGKILL"
+    assert exit_cause(caplog_vllm, oom_killed=False) == "process EngineCore_DP1 was killed by SIGKILL"
 
 
 @pytest.fixture
@@ -269,7 +269,7 @@ async def test_probes_pass_by_the_layer_that_wants_the_key(application, monkeypa
         await send({"type": "http.response.body", "body": b""})
 
     monkeypatch.setenv("VLLM_API_KEY", "secret")
-    async with client_of(Lifecycle(locked, bare=application), application) as client:
+    async with client_of(Health(locked, bare=application), application) as client:
         assert (await client.get(path)).status_code == 200
         assert (await client.post(path)).status_code == 405
         assert (await client.get(path + "/x")).status_code == 401

@@ -9,10 +9,10 @@ import pytest
 from vllm.exceptions import VLLMUnprocessableEntityError
 
 from hunyuan_vllm.server.middleware import limits
-from hunyuan_vllm.server.middleware.asgi import notes
-from hunyuan_vllm.server.middleware.errors import NameFields
+from hunyuan_vllm.server.middleware.asgi import request_info
+from hunyuan_vllm.server.middleware.errors import ErrorHandler
 from hunyuan_vllm.server.middleware.limits import Limits, limit_prompts
-from hunyuan_vllm.server.options import Surface
+from hunyuan_vllm.server.options import ApiPolicy
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 PLACES = 2
@@ -47,9 +47,9 @@ class Application:
 
 
 class Server:
-    def __init__(self, **surface):
+    def __init__(self, **policy):
         self.application = Application()
-        self._middleware = Limits(self.application, Surface(**surface))
+        self._middleware = Limits(self.application, ApiPolicy(**policy))
         transport = httpx.ASGITransport(self._served)
         self._client = httpx.AsyncClient(transport=transport, base_url="http://server")
 
@@ -63,7 +63,7 @@ class Server:
 
     async def _served(self, scope, receive, send):
         if scope["type"] == "http":
-            notes(scope)["key"] = dict(scope["headers"])[b"x-key"].decode()
+            request_info(scope)["key"] = dict(scope["headers"])[b"x-key"].decode()
         await self._middleware({**scope, "app": self.application}, receive, send)
 
 
@@ -206,7 +206,7 @@ async def test_a_sender_that_stops(monkeypatch):
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
-    await Limits(Application(), Surface())(scope, receive, send)
+    await Limits(Application(), ApiPolicy())(scope, receive, send)
     assert sent[0]["status"] == 408
 
 
@@ -233,7 +233,9 @@ async def test_an_answer_of_vllm_s_about_a_prompt_too_long_names_the_field():
         await send({"type": "http.response.start", "status": 422, "headers": []})
         await send({"type": "http.response.body", "body": body})
 
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(NameFields(refusing)), base_url="http://s") as client:
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(Limits(ErrorHandler(refusing), ApiPolicy())), base_url="http://s"
+    ) as client:
         answer = await client.post(CHAT, json={"messages": [{"role": "user", "content": "x"}]})
     error = error_of(answer, 422, "messages")
     assert error["message"] == "messages: the prompt has 6 tokens, and this server takes at most 5"

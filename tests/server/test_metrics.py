@@ -83,7 +83,7 @@ async def test_experts_are_there_where_workers_count(registry, monkeypatch):
     ]
     assert samples(registry)[-4:] == expected
     # An engine that does not answer costs a scrape some patience, and no figure.
-    monkeypatch.setattr(metrics, "PATIENCE", 0.05)
+    monkeypatch.setattr(metrics, "SCRAPE_TIMEOUT", 0.05)
     engine.loads = None
     await own.fetch()
     assert samples(registry)[-4:] == expected
@@ -103,7 +103,7 @@ import httpx
 from prometheus_client import Gauge, make_asgi_app
 from test_metrics import USAGE, Engine
 from vllm.v1.metrics.prometheus import get_prometheus_registry
-from hunyuan_vllm.server import metrics
+from hunyuan_vllm.server.middleware import metrics
 
 async def ask():
     await own({"type": "lifespan", "app": SimpleNamespace(state=SimpleNamespace(engine_client=engine))}, None, None)
@@ -117,9 +117,9 @@ async def app(scope, receive, send):
     if scope["type"] == "http":
         await make_asgi_app(registry=get_prometheus_registry())(scope, receive, send)
 
-metrics.describe = lambda config: Gauge("hunyuan_server_info", "as in truth", registry=None)
+metrics.server_info = lambda config: Gauge("hunyuan_server_info", "as in truth", registry=None)
 Gauge(USAGE, "share", ["engine"], multiprocess_mode="mostrecent").labels("0").set(0.25)
-engine, own = Engine(), metrics.OwnMetrics(app)
+engine, own = Engine(), metrics.Metrics(app)
 asyncio.run(ask())
 """
 

@@ -64,8 +64,8 @@ def test_stages_count_too():
 def test_what_is_waited_for_is_said_before():
     assert launch(WHOLE).notes == []
     assert launch(BUSY, NODE_IPS="10.0.0.5,10.0.0.6,10.0.0.7").notes == [
-        "waits for 16 GPUs in Ray: 10.0.0.5 has 8 of its 8 GPUs free; 10.0.0.6 has 3 of its 8 GPUs free: another "
-        "program of Ray holds the rest; 10.0.0.7 has not joined: run sh deploy/ray_worker.sh HEAD_IP there"
+        "waits for 16 GPUs in Ray: 10.0.0.5 has 8 of its 8 GPUs free; 10.0.0.6 has 3 of its 8 GPUs free: another Ray "
+        "program uses the others; 10.0.0.7 has not joined: run sh deploy/ray_worker.sh HEAD_IP there"
     ]
 
 

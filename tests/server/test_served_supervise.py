@@ -88,7 +88,7 @@ def test_the_engine_is_killed(server):
 
 
 def test_the_front_end_is_killed_once_too_often(server):
-    """Two deaths in a row are more than it was told to put up with; its engine ends with it."""
+    """After --max-restarts failures in a row it exits, and its engine with it."""
     # The last test of this file: the server is gone after it.
     (front_end,) = psutil.Process(server.process.pid).children()
     left = family(server)
@@ -100,5 +100,5 @@ def test_the_front_end_is_killed_once_too_often(server):
     assert client.error is not None
     assert server.process.wait(60) == 69
     assert "the API server was killed by SIGKILL" in server.said
-    assert "giving up after 2 such deaths in a row" in server.said
+    assert "giving up after 2 failures in a row" in server.said
     eventually(lambda: not any(process.is_running() for process in left))

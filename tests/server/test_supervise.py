@@ -12,15 +12,13 @@ from serving import free_port
 
 SUPERVISOR = """
 import os, sys
-from hunyuan_vllm.server.supervisor import Backoff
 from hunyuan_vllm.server.launch import Launch
 from hunyuan_vllm.server.process import Stop
-from hunyuan_vllm.server.supervisor import Tolerance, supervise
-from hunyuan_vllm.server.supervisor import OneMachine
+from hunyuan_vllm.server.supervisor import RestartPolicy, supervise
 program, port, hang_timeout, max_restarts, first = sys.argv[1:]
 launch = Launch([sys.executable, "-c", program, port], {}, "127.0.0.1", int(port), "hunyuan")
-tolerance = Tolerance(start_timeout=10, hang_timeout=float(hang_timeout), max_restarts=int(max_restarts))
-sys.exit(supervise(launch, os.environ, Stop(), OneMachine(), tolerance, Backoff(first=float(first), forgiven_after=60)))
+policy = RestartPolicy(10, float(hang_timeout), int(max_restarts), first_wait=float(first))
+sys.exit(supervise(launch, os.environ, Stop(), policy))
 """
 # A server whose /readyz says {status} once it has been asked {times} times, and "ready" before.
 SERVER = """
@@ -39,7 +37,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
     def log_message(self, *words): pass
 worker = subprocess.Popen([sys.executable, "-c", "import os, time; os.setsid(); time.sleep(600)"])
-print("life", os.environ["HUNYUAN_VLLM_SUPERVISOR_RESTARTS"], "worker", worker.pid, flush=True)
+print("run", os.environ["HUNYUAN_VLLM_SUPERVISOR_RESTARTS"], "worker", worker.pid, flush=True)
 http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 
@@ -69,7 +67,7 @@ def test_a_crash_loop_says_why_waits_longer_and_gives_up(start):
     assert supervisor.returncode == os.EX_UNAVAILABLE
     assert errors.count("the server died before it was ready: ValueError: no such thing (exit status 1)") == 4
     assert [f"restart {n}" in errors for n in (1, 2, 3, 4)] == [True, True, True, False]
-    assert "giving up after 4 such deaths in a row" in errors
+    assert "giving up after 4 failures in a row" in errors
 
 
 @pytest.mark.parametrize("variable", ["TMPDIR", "VLLM_RPC_BASE_PATH"])
@@ -80,7 +78,7 @@ def test_a_folder_that_was_removed_is_made_again(start, tmp_path, variable):
     output, errors = supervisor.communicate(timeout=60)
     assert supervisor.returncode == os.EX_UNAVAILABLE, errors
     assert output.count("there: True") == 3
-    assert errors.count(f"{variable}={folder} was not there and has been made") == 3
+    assert errors.count(f"{variable}={folder} did not exist and has been created") == 3
 
 
 def test_a_folder_that_cannot_be_made_is_named_and_tried_again(start, tmp_path):
@@ -89,7 +87,7 @@ def test_a_folder_that_cannot_be_made_is_named_and_tried_again(start, tmp_path):
     supervisor = start("raise SystemExit(1)", max_restarts=1, VLLM_RPC_BASE_PATH=str(folder))
     _, errors = supervisor.communicate(timeout=60)
     assert supervisor.returncode == os.EX_UNAVAILABLE, errors
-    reason = "is not a directory and cannot be made: Not a directory"
+    reason = "is not a directory and cannot be created: Not a directory"
     assert errors.count(f"VLLM_RPC_BASE_PATH={folder} {reason}") == 2
 
 
@@ -97,19 +95,19 @@ def test_wrong_options_are_not_tried_again(start):
     supervisor = start("import sys; print('error: argument --nonsense'); sys.exit(2)")
     _, errors = supervisor.communicate(timeout=60)
     assert supervisor.returncode == 2
-    assert "vLLM does not take these options" in errors
+    assert "vLLM does not accept these options" in errors
     assert "restart" not in errors
 
 
-@pytest.mark.parametrize(("status", "lives"), [("stalled", 2), ("silent", 1)])
-def test_a_server_that_hangs_is_replaced_and_nothing_of_it_is_left(start, status, lives):
+@pytest.mark.parametrize(("status", "runs"), [("stalled", 2), ("silent", 1)])
+def test_a_server_that_hangs_is_replaced_and_nothing_of_it_is_left(start, status, runs):
     # Its worker has a session of its own: it is found as a child of the supervisor, which adopts orphans.
-    supervisor = start(SERVER.format(times=1, status=status), max_restarts=lives - 1)
+    supervisor = start(SERVER.format(times=1, status=status), max_restarts=runs - 1)
     output, errors = supervisor.communicate(timeout=90)
     assert supervisor.returncode == os.EX_UNAVAILABLE
-    workers = [int(line.split()[-1]) for line in output.splitlines() if line.startswith("life ")]
-    assert len(workers) == lives
-    assert errors.count("it hangs: ") == lives
+    workers = [int(line.split()[-1]) for line in output.splitlines() if line.startswith("run ")]
+    assert len(workers) == runs
+    assert errors.count("it hangs: ") == runs
     assert not any(map(psutil.pid_exists, workers))
 
 
@@ -119,7 +117,7 @@ def test_a_death_in_service_is_followed_by_a_restart_and_a_stop_ends_it(start):
     assert "ready after" in "".join(supervisor.stdout.readline() for _ in range(3))
     (server,) = psutil.Process(supervisor.pid).children()
     server.kill()
-    while not (line := supervisor.stdout.readline()).startswith("life 1"):
+    while not (line := supervisor.stdout.readline()).startswith("run 1"):
         assert line  # the output has not ended
     worker = int(line.split()[-1])
     while "ready after" not in supervisor.stdout.readline():

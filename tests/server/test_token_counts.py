@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 from prometheus_client import REGISTRY
 
-from hunyuan_vllm.server.middleware.access_log import RequestLog
-from hunyuan_vllm.server.middleware.asgi import notes
-from hunyuan_vllm.server.middleware.counters import count_tokens
+from hunyuan_vllm.server.middleware.access_log import AccessLog
+from hunyuan_vllm.server.middleware.asgi import request_info
+from hunyuan_vllm.server.middleware.metrics import count_tokens
 
 
 class Engine:
@@ -46,7 +46,7 @@ async def request(answer, key: str | None, path: str = "/v1/completions", quiet:
 
     async def application(scope, receive, send):
         if key is not None:
-            notes(scope)["key"] = key
+            request_info(scope)["key"] = key
         await answer()
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b""})
@@ -54,8 +54,8 @@ async def request(answer, key: str | None, path: str = "/v1/completions", quiet:
     async def send(message):
         pass
 
-    await RequestLog(application, quiet)(scope, None, send)
-    return notes(scope)
+    await AccessLog(application, quiet)(scope, None, send)
+    return request_info(scope)
 
 
 async def test_whole_and_streamed_answers(engine):

@@ -1,6 +1,4 @@
-"""The types of ASGI, and an answer with an error as clients of a route expect it, for the layers around vLLM's."""
-
-from __future__ import annotations
+"""ASGI's types, what the middleware keeps of a request, and error answers in the form of the route"""
 
 import json
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
@@ -14,7 +12,9 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Header = tuple[bytes, bytes]
 
-NOTES = "hunyuan_vllm.notes"
+REQUEST_INFO = "hunyuan_vllm.request"
+BODY = "body"
+NO_KEY = "-"  # for requests without a key, in counters by key
 POLICY_VIOLATION, SERVICE_RESTART = 1008, 1012  # why a websocket is closed
 ANTHROPIC = ("/v1/messages", "/v1/messages/count_tokens")
 ANTHROPIC_TYPES = {
@@ -27,29 +27,26 @@ ANTHROPIC_TYPES = {
 }
 
 
-def notes(scope: Scope) -> dict[str, Any]:
-    """What the layers tell each other about one request: `request_id`, and `key`, the name of the key it carries."""
-    found: dict[str, Any] = scope.setdefault(NOTES, {})
+def request_info(scope: Scope) -> dict[str, Any]:
+    """What is known of a request: `request_id`, `key` (the name of its key), `admin`, `body`, and token counts."""
+    found: dict[str, Any] = scope.setdefault(REQUEST_INFO, {})
     return found
 
 
 def without_prefix(scope: Scope) -> Scope:
-    """The request with its path as the application's routes have it: without the prefix that --root-path names.
-
-    A proxy may have taken that off already.
-    """
+    """The request with the path of the application's routes: without --root-path, unless a proxy has removed it."""
     root = str(scope.get("root_path") or "").rstrip("/")
     if not root or scope["type"] == "lifespan":
         return scope
     path = str(scope["path"])
     if path.startswith(f"{root}/"):
         path = path.removeprefix(root)
-    # Where the rest begins like the prefix, Starlette would take it off once more.
+    # Starlette would remove the prefix again from a path that still begins with it.
     return {**scope, "path": path, "root_path": "" if f"{path}/".startswith(f"{root}/") else root}
 
 
 def error_body(path: str, status: int, message: str, param: str | None = None) -> bytes:
-    """An error as clients of a route expect it: in Anthropic's form, or in OpenAI's, which vLLM's own have."""
+    """An error in the form that clients of a route expect: Anthropic's, or OpenAI's, which is also vLLM's own."""
     content: dict[str, object]
     if path in ANTHROPIC:
         other = "api_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
@@ -59,6 +56,13 @@ def error_body(path: str, status: int, message: str, param: str | None = None) -
         phrase = HTTPStatus(status).phrase
         content = {"error": {"message": message, "type": phrase, "param": param, "code": int(status)}}
     return json.dumps(content, ensure_ascii=False).encode()
+
+
+async def respond(send: Send, status: int, body: bytes, headers: Iterable[Header] = ()) -> None:
+    """Send an answer in JSON."""
+    own = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": int(status), "headers": [*own, *headers]})
+    await send({"type": "http.response.body", "body": body})
 
 
 async def refuse(
@@ -73,8 +77,5 @@ async def refuse(
     if scope["type"] == "websocket":
         unavailable = status == HTTPStatus.SERVICE_UNAVAILABLE
         await send({"type": "websocket.close", "code": SERVICE_RESTART if unavailable else POLICY_VIOLATION})
-        return
-    body = error_body(scope["path"], status, message, param)
-    own = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": int(status), "headers": [*own, *headers]})
-    await send({"type": "http.response.body", "body": body})
+    else:
+        await respond(send, status, error_body(scope["path"], status, message, param), headers)

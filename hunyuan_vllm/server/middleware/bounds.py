@@ -1,6 +1,4 @@
-"""Bounds on what a request may contain and asks the engine to prepare"""
-
-from __future__ import annotations
+"""Bounds on a request's JSON values, and on the size and complexity of its grammars, schemas and lists"""
 
 import json
 import math
@@ -10,16 +8,16 @@ from typing import Any, Final, TypeGuard
 
 from hunyuan_vllm.server.middleware.fields import BadField
 
-# Bytes without which there is nothing to look for: half a surrogate pair, as an escape or in UTF-8; a long number, an
-# exponent, NaN or Infinity; UTF-16 and UTF-32, which Python reads as well.
+# Only a body with such bytes is searched for bad values: half a surrogate pair, as an escape or in UTF-8; a long
+# number, an exponent, NaN or Infinity; UTF-16 and UTF-32, which Python reads as well.
 SUSPICIOUS = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]|[0-9]{19}|[0-9][eE]\+?[0-9]{3}|NaN|Infinity|\0")
 SURROGATE = re.compile("[\ud800-\udfff]")
-LONGEST = 200  # characters of a place that is named
-LEAST, BEYOND = -(2**63), 2**64
+MAX_FIELD = 200  # characters of a field in a message
+MIN_INTEGER, INTEGER_END = -(2**63), 2**64
 
 
 class BadJson(Exception):
-    """`field` is where, as in "messages.0.content"; None for the whole."""
+    """`field` is where, as in "messages.0.content"; None for the whole request."""
 
     def __init__(self, field: str | None, message: str) -> None:
         super().__init__(message)
@@ -27,10 +25,10 @@ class BadJson(Exception):
 
 
 def read_json(body: bytes) -> object:
-    """The content of a request; None where it is no JSON, which vLLM says.
+    """The content of a request; None if it is not JSON, which vLLM reports.
 
     Raises:
-        BadJson: there is something in it that no field can mean.
+        BadJson: a value that no field can have: nested too deeply, not finite, beyond 64 bits or invalid Unicode.
     """
     try:
         content: object = json.loads(body)
@@ -41,13 +39,13 @@ def read_json(body: bytes) -> object:
     if SUSPICIOUS.search(body):
         for path, value in _leaves(content):
             if problem := _problem(value):
-                field = SURROGATE.sub("\N{REPLACEMENT CHARACTER}", ".".join(path))[:LONGEST] or None
+                field = SURROGATE.sub("\N{REPLACEMENT CHARACTER}", ".".join(path))[:MAX_FIELD] or None
                 raise BadJson(field, f"{field or 'the request'} {problem}")
     return content
 
 
 def _leaves(content: object) -> Iterator[tuple[tuple[str, ...], object]]:
-    """Every value, and every name of a field."""
+    """Every value, and every name of a field, with its path."""
     waiting: list[tuple[tuple[str, ...], object]] = [((), content)]
     while waiting:
         path, value = waiting.pop()
@@ -62,10 +60,10 @@ def _leaves(content: object) -> Iterator[tuple[tuple[str, ...], object]]:
 
 def _problem(value: object) -> str | None:
     if isinstance(value, str) and SURROGATE.search(value):
-        return "has half of a surrogate pair, which is no Unicode text"
+        return "has an unpaired surrogate, which is not Unicode text"
     if isinstance(value, float) and not math.isfinite(value):
-        return "is no finite number"
-    if isinstance(value, int) and not LEAST <= value < BEYOND:
+        return "is not a finite number"
+    if isinstance(value, int) and not MIN_INTEGER <= value < INTEGER_END:
         return "is a number beyond 64 bits"
     return None
 
@@ -73,11 +71,11 @@ def _problem(value: object) -> str | None:
 KIB = 2**10
 GRAMMAR: Final = 16 * KIB  # characters
 REGEX: Final = 8 * KIB  # characters; the patterns of one schema count together
-OPTIONAL: Final = 128  # parts that may be left out, of all patterns of a schema
-IN_A_ROW: Final = 64  # of one pattern or rule: the time grows with their square, and more
-WIDE: Final = 16  # of one pattern or rule with as many parts that take any character, or any but some
-REPEATED: Final = 512  # repetitions that are written out, over all different lengths
-WRITTEN_OUT: Final = 128  # of one length
+OPTIONAL: Final = 128  # optional parts of all patterns of a schema
+IN_A_ROW: Final = 64  # optional parts of one pattern or rule: compile time grows with their square or more
+WIDE: Final = 16  # optional parts of one pattern or rule with as many wildcards or negated classes
+REPEATED: Final = 512  # unrolled repetitions, over all different lengths
+WRITTEN_OUT: Final = 128  # unrolled repetitions of one length
 SCHEMA: Final = 64 * KIB  # characters of one schema, as JSON without white space
 SCHEMAS: Final = 256 * KIB  # of all tools together
 LISTS: Final = {  # entries
@@ -95,7 +93,7 @@ REPETITION = re.compile(r"\{(?:\d*,)?(\d+),?\}")
 
 
 def check_bounds(request: Mapping[str, Any]) -> None:
-    """Refuse a request over a bound; a field of the wrong type is left to vLLM.
+    """Refuse a request over a bound. Fields of the wrong type are left to vLLM.
 
     Raises:
         BadField: with the field's name and the bound.
@@ -120,9 +118,9 @@ def check_bounds(request: Mapping[str, Any]) -> None:
         raise BadField("tools", f"tools have {sum(tools)} characters, and this server takes at most {SCHEMAS}")
 
 
-def _text(field: str, text: object, most: int) -> None:
-    if isinstance(text, str) and len(text) > most:
-        raise BadField(field, f"{field} has {len(text)} characters, and this server takes at most {most}")
+def _text(field: str, text: object, limit: int) -> None:
+    if isinstance(text, str) and len(text) > limit:
+        raise BadField(field, f"{field} has {len(text)} characters, and this server takes at most {limit}")
 
 
 def _regex(field: str, *patterns: object, lengths: Iterable[int] = ()) -> None:
@@ -137,7 +135,7 @@ def _regex(field: str, *patterns: object, lengths: Iterable[int] = ()) -> None:
 
 
 def _rules(field: str, *patterns: object, lengths: Iterable[int] = ()) -> None:
-    """Check what lies within one rule of a grammar, or one pattern; and the lengths of all."""
+    """Check each rule of a grammar or pattern, and the lengths of all together."""
     different: set[float] = set(lengths)
     for rule in "\n".join(filter(_is_text, patterns)).splitlines():
         optional = len(MAY_BE_LEFT_OUT.findall(rule))
@@ -156,10 +154,10 @@ def _rules(field: str, *patterns: object, lengths: Iterable[int] = ()) -> None:
         raise BadField(field, f"{field} has {what}, and this server takes at most {REPEATED}")
 
 
-def _list(field: str, given: object, most: int, longest: int) -> None:
+def _list(field: str, given: object, limit: int, longest: int) -> None:
     entries = list(given) if isinstance(given, list | dict) else []
-    if len(entries) > most:
-        raise BadField(field, f"{field} has {len(entries)} entries, and this server takes at most {most}")
+    if len(entries) > limit:
+        raise BadField(field, f"{field} has {len(entries)} entries, and this server takes at most {limit}")
     for entry in entries:
         _text(field, entry, longest)
 
@@ -187,7 +185,7 @@ def _patterns(schema: object) -> Iterator[str]:
             yield pattern
         if isinstance(named := inner.get("patternProperties"), dict):
             yield from named
-        # A structural tag may hold a grammar or a regex of its own.
+        # A structural tag may contain a grammar or a regex.
         yield from (inner[name] for name in ("regex", "grammar") if isinstance(inner.get(name), str))
 
 

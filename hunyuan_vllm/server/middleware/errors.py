@@ -1,6 +1,4 @@
-"""Errors of requests in OpenAI's form, naming the field"""
-
-from __future__ import annotations
+"""Errors in the form that clients expect, with the field of the request they are about"""
 
 import json
 import re
@@ -12,16 +10,27 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from hunyuan_vllm.server.middleware.asgi import ANTHROPIC, App, Message, Receive, Scope, Send, error_body, refuse
+from hunyuan_vllm.server.middleware.asgi import (
+    ANTHROPIC,
+    BODY,
+    App,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    error_body,
+    refuse,
+    request_info,
+)
 from hunyuan_vllm.server.middleware.fields import request_model
 
-SHOWN = 60  # characters of a wrong value
+MAX_SHOWN = 60  # characters of a wrong value in a message
 ENGINE_ERROR = "Internal server error"  # vLLM's GenerationError
-# What makes a conversation of what the client sent: all of a module, and one function of another.
+# The code of vLLM that reads a conversation: a module, and one function of another.
 MESSAGES_READER = "vllm.renderers.chat_utils"
 INPUT_READER = ("vllm.entrypoints.openai.responses.utils", "construct_input_messages")
 LOAD_ADAPTER = "/v1/load_lora_adapter"
-# What vLLM's engine, and around it its executor, make of an error while an adapter is loaded.
+# How vLLM's engine and executor report an error while an adapter loads.
 ADAPTER_REFUSED = re.compile(
     r"Call to add_lora method failed: (Worker failed with error ['\"])?(?P<reason>.*?)(['\"], please check the|$)",
     re.DOTALL,
@@ -30,7 +39,7 @@ CONSTRAINTS = ("structured_outputs", "response_format", "tools", "text")
 SHOULD_BE = "Input should be "
 PYTHON_TYPE = re.compile(r"dictionary( or (instance of \w+|object to extract fields from))?")
 VLLM_SUFFIX = re.compile(r" \(parameter=.*\)$", re.DOTALL)
-# Mistakes that vLLM reports without a field, or under a name that is no field, and the field each is about.
+# Errors that vLLM reports without a field, or under a name that is not a field, and the fields they are about.
 UNNAMED = (
     (re.compile("maximum context length|this server takes at most"), ("messages", "prompt")),
     (re.compile("chat template|multimodal|Unknown role|text only"), ("messages",)),
@@ -44,10 +53,10 @@ UNNAMED = (
 
 @dataclass(frozen=True)
 class Problem:
-    """A mistake in a request.
+    """An error in a request.
 
     Attributes:
-        field: where it is, as in "temperature" or "messages.0.role"; None if it is in no field.
+        field: where it is, as in "temperature" or "messages.0.role"; None if it is not in one.
         message: one line, which names the field.
     """
 
@@ -56,7 +65,7 @@ class Problem:
 
 
 def explain(message: str, field: str | None, body: Mapping[str, Any]) -> Problem:
-    """vLLM's `message` about the request `body`, cleaned, and the field it is about if `field` does not say."""
+    """vLLM's `message` about the request `body`, tidied, with the field it is about."""
     message = " ".join(VLLM_SUFFIX.sub("", message).split())
     first_word = message.split(" ", 1)[0].strip("`")
     if field is None and first_word in body:
@@ -72,7 +81,7 @@ def explain(message: str, field: str | None, body: Mapping[str, Any]) -> Problem
 
 
 def explain_validation(error: ValidationError, body: Mapping[str, Any]) -> Problem:
-    """The mistake behind a pydantic error about the request `body`."""
+    """The error behind pydantic's about the request `body`."""
     problem = _furthest(error, body)
     if problem.field and problem.field.split(".")[0] == "messages":
         return _messages_problem(body) or problem
@@ -80,9 +89,9 @@ def explain_validation(error: ValidationError, body: Mapping[str, Any]) -> Probl
 
 
 def explain_crash(model: type[BaseModel], body: Mapping[str, Any]) -> Problem | None:
-    """The field on which `model`'s own checks of `body` break down, as those of vLLM do on types they do not foresee.
+    """The field on which `model`'s own checks of `body` crash, as vLLM's do on unexpected types.
 
-    None if they do not: what failed is then not the request.
+    None if they do not crash: the request is then not the cause.
     """
     if not _crashes(model, body):
         return None
@@ -90,40 +99,40 @@ def explain_crash(model: type[BaseModel], body: Mapping[str, Any]) -> Problem | 
     for field in fields:
         if not _crashes(model, {name: value for name, value in body.items() if name != field}):
             return Problem(field, f"{field} should not be {_shown(body[field])}")
-    return Problem(None, "the request's fields are not of the types that they should be")
+    return Problem(None, "the request's fields have wrong types")
 
 
 def constraint(body: Mapping[str, Any]) -> str | None:
-    """The field that says which tokens may follow, if there is one."""
+    """The field that constrains which tokens may follow, if there is one."""
     return next((name for name in CONSTRAINTS if body.get(name)), None)
 
 
 def explain_dead_end(message: str, field: str | None) -> Problem | None:
-    """That the constraint in `field` left the engine without a token, where that may be behind its failure; else None.
+    """A failure of the engine that the constraint in `field` may have caused by allowing no token; else None.
 
-    vLLM ends such a request as it ends one that the engine itself failed on, without a word of the grammar.
+    vLLM reports it like any failure of the engine, without mentioning the grammar.
     """
     if message != ENGINE_ERROR or field is None:
         return None
     return Problem(
-        field, f"{field} took too long to compile, or with what else the request allows leaves no token to go on with"
+        field, f"{field} took too long to compile, or leaves no possible token together with the request's other fields"
     )
 
 
 def explain_adapter(path: str, message: str) -> Problem | None:
-    """That an adapter cannot be loaded, where that is what a running engine answered; else None."""
+    """Why an adapter could not be loaded, if that is what the engine reported; else None."""
     if path != LOAD_ADAPTER or not (match := ADAPTER_REFUSED.search(message)):
         return None
     return Problem("lora_path", f"lora_path: {match['reason']}")
 
 
 def explain_unread(error: Exception, body: Mapping[str, Any]) -> Problem | None:
-    """That the messages are of no form that vLLM knows, if it is in reading them that it failed; else None."""
+    """That the messages have an unknown form, if vLLM failed while it read them; else None."""
     passed = {(frame.f_globals.get("__name__"), frame.f_code.co_name) for frame, _ in walk_tb(error.__traceback__)}
     if INPUT_READER not in passed and MESSAGES_READER not in {module for module, _ in passed}:
         return None
     field = next((name for name in ("messages", "input") if name in body), None)
-    return Problem(field, f"{field or 'the request'} has content of a kind or a form that cannot be read")
+    return Problem(field, f"{field or 'the request'} has content of an unknown type or form")
 
 
 def _crashes(model: type[BaseModel], body: Mapping[str, Any]) -> bool:
@@ -137,7 +146,7 @@ def _crashes(model: type[BaseModel], body: Mapping[str, Any]) -> bool:
 
 
 def _furthest(error: ValidationError, body: Mapping[str, Any]) -> Problem:
-    """Of all the types that were tried, what those say that got furthest into the request."""
+    """Of all the types that pydantic tried, the errors of those that got furthest into the request."""
     entries = error.errors(include_url=False)
     paths = [_path(entry["loc"], entry["type"], body) for entry in entries]
     path = max(paths, key=len)
@@ -153,7 +162,7 @@ def _furthest(error: ValidationError, body: Mapping[str, Any]) -> Problem:
 
 
 def _path(location: Sequence[int | str], kind: str, body: Any) -> tuple[str, ...]:
-    """The steps of a pydantic location that are in the request, without the types tried on the way."""
+    """The steps of a pydantic location that exist in the request, without the names of types."""
     path = []
     for step in location:
         children = dict(enumerate(body)) if isinstance(body, list) else body
@@ -169,7 +178,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return "an object"
     text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 class _TextPart(BaseModel):
@@ -187,7 +196,7 @@ class _Conversation(BaseModel):
 
 
 def _messages_problem(body: Mapping[str, Any]) -> Problem | None:
-    """What is wrong with the messages, judged by what the model's own chat template takes."""
+    """What is wrong with the messages, given what the model's chat template accepts."""
     try:
         _Conversation.model_validate(body)
     except ValidationError as error:
@@ -200,10 +209,11 @@ ABOUT_THE_REQUEST = (HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY)
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 
-class NameFields:
-    """Rewrites {"error": …} answers with status 400 or 422, and gives that form to others of status 4xx.
+class ErrorHandler:
+    """Gives vLLM's errors (4xx) one form, with the field they are about.
 
-    A failure of the server (500) is 400 where it is the request that vLLM's checks break down on.
+    A failure of the server (500) becomes 400 if the request causes it. Reads the request from its info, where Limits
+    puts it.
     """
 
     def __init__(self, app: App) -> None:
@@ -213,32 +223,25 @@ class NameFields:
         if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
             await self._app(scope, receive, send)
             return
-        exchange = _Exchange(scope["path"], receive, send)
+        answer = _Answer(scope, send)
         try:
-            await self._app(scope, exchange.receive, exchange.send)
+            await self._app(scope, receive, answer.send)
         except Exception as error:
-            problem = exchange.crash(error)
+            problem = answer.explain_failure(error)
             if problem is None:
                 raise
             await refuse(scope, send, HTTPStatus.BAD_REQUEST, problem.message, problem.field)
 
 
-class _Exchange:
-    """One request and its answer. The start of an answer is held back until it is known to be no error."""
+class _Answer:
+    """The answer to one request. Its start is held back until it is known not to be an error."""
 
-    def __init__(self, path: str, receive: Receive, send: Send) -> None:
-        self._path, self._receive, self._send = path, receive, send
-        self._request: list[bytes] = []
-        self._answer: list[bytes] = []
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self._path, self._info, self._send = scope["path"], request_info(scope), send
+        self._parts: list[bytes] = []
         self._start: Message | None = None
         self._begun = self._ended = False
         self._constraint: str | None = None  # the field of the request that constrains what is streamed
-
-    async def receive(self) -> Message:
-        message = await self._receive()
-        if message["type"] == "http.request":
-            self._request.append(message.get("body", b""))
-        return message
 
     async def send(self, message: Message) -> None:
         if self._ended:
@@ -249,47 +252,48 @@ class _Exchange:
         body = message.get("body", b"")
         if self._start is None:
             if self._constraint and body.startswith(STREAMED_ERROR):
-                message = {**message, "body": _blaming(body, self._constraint)}
+                message = {**message, "body": _name_constraint(body, self._constraint)}
             await self._send(message)
         elif body.startswith(STREAMED_ERROR):
-            # vLLM begins a stream before the engine has looked at the request. Nothing has been sent of it yet.
-            await self._refuse(self._start, body.split(b"\n", 1)[0].removeprefix(b"data: "))
+            # vLLM starts a stream before the engine has seen the request. Nothing of it has been sent yet.
+            await self._send_error(self._start, body.split(b"\n", 1)[0].removeprefix(b"data: "))
         elif HTTPStatus.BAD_REQUEST <= self._start["status"] <= HTTPStatus.INTERNAL_SERVER_ERROR:
-            self._answer.append(body)
+            self._parts.append(body)
             if not message.get("more_body", False):
-                await self._refuse(self._start, b"".join(self._answer))
+                await self._send_error(self._start, b"".join(self._parts))
         else:
             await self._send(self._start)
             await self._send(message)
             self._start, self._begun = None, True
-            self._constraint = constraint(self._body() or {}) if message.get("more_body") else None
-            self._request.clear()
+            self._constraint = constraint(self._request() or {}) if message.get("more_body") else None
+            self._info.pop(BODY, None)  # not kept in memory during a stream
 
-    def crash(self, error: Exception | None = None) -> Problem | None:
-        """What is wrong with a request that the application failed on; None if nothing is, or an answer has begun."""
-        if self._begun or (body := self._body()) is None or (model := request_model(self._path)) is None:
+    def explain_failure(self, error: Exception | None = None) -> Problem | None:
+        """What is wrong with a request that the application failed on; None if nothing is, or the answer has begun."""
+        if self._begun or (request := self._request()) is None or (model := request_model(self._path)) is None:
             return None
-        return explain_crash(model, body) or (explain_unread(error, body) if error else None)
+        return explain_crash(model, request) or (explain_unread(error, request) if error else None)
 
-    def _body(self) -> dict[str, Any] | None:
+    def _request(self) -> dict[str, Any] | None:
         try:
-            body = json.loads(b"".join(self._request))
+            request = json.loads(self._info.get(BODY, b""))
         except ValueError:
             return None
-        return body if isinstance(body, dict) else None
+        return request if isinstance(request, dict) else None
 
-    async def _refuse(self, start: Message, answer: bytes) -> None:
+    async def _send_error(self, start: Message, answer: bytes) -> None:
         self._ended = True
         error = _error_of(answer, start["status"])
         if error and error["code"] == HTTPStatus.INTERNAL_SERVER_ERROR:
-            field = constraint(self._body() or {})
-            said = str(error.get("message"))
-            if problem := self.crash() or explain_dead_end(said, field) or explain_adapter(self._path, said):
+            field, message = constraint(self._request() or {}), str(error.get("message"))
+            problem = self.explain_failure() or explain_dead_end(message, field) or explain_adapter(self._path, message)
+            if problem:
                 error = _bad_request(problem)
             elif start["status"] == error["code"]:
-                error = None  # as it is
+                error = None  # unchanged
         elif error and error["code"] in ABOUT_THE_REQUEST and self._path in (CHAT, COMPLETIONS, *ANTHROPIC):
-            problem = _problem(self._path, b"".join(self._request), str(error.get("message")), error.get("param"))
+            body = self._info.get(BODY, b"")
+            problem = _problem(self._path, body, str(error.get("message")), error.get("param"))
             error |= {"message": problem.message, "param": problem.field}
         if error or self._path in ANTHROPIC:
             error = error or _error_of(answer, start["status"]) or _error_of(b"{}", start["status"])
@@ -326,8 +330,8 @@ def _bad_request(problem: Problem) -> dict[str, Any]:
     return {"message": problem.message, "type": status.phrase, "param": problem.field, "code": int(status)}
 
 
-def _blaming(chunk: bytes, field: str) -> bytes:
-    """A chunk with an error in the middle of a stream; about the constraint, where that may be behind it."""
+def _name_constraint(chunk: bytes, field: str) -> bytes:
+    """A chunk with an error in the middle of a stream, which names the constraint if that may have caused it."""
     line, _, rest = chunk.partition(b"\n")
     error = _error_of(line.removeprefix(b"data: "), HTTPStatus.INTERNAL_SERVER_ERROR)
     if error is None or (problem := explain_dead_end(str(error["message"]), field)) is None:
@@ -336,7 +340,7 @@ def _blaming(chunk: bytes, field: str) -> bytes:
 
 
 def _problem(path: str, request: bytes, message: str, param: str | None) -> Problem:
-    """What is wrong with `request`, of which vLLM says `message`."""
+    """What is wrong with `request`, about which vLLM says `message`."""
     if "Unsupported Media Type" in message:
         return Problem("Content-Type", "Content-Type should be application/json")
     try:
@@ -351,6 +355,6 @@ def _problem(path: str, request: bytes, message: str, param: str | None) -> Prob
         model.model_validate(body)
     except ValidationError as error:
         return explain_validation(error, body)
-    except Exception:  # what vLLM's own checks raise: its message says it
+    except Exception:  # raised by vLLM's own checks, and in its message
         pass
     return Problem(param, message) if path in ANTHROPIC else explain(message, param, body)

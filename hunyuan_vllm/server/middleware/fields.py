@@ -1,9 +1,7 @@
-"""The fields of a request: those that vLLM reads, those that the usual clients send beside, and no others.
+"""The fields that a request may have: vLLM's, and those that common clients send
 
-vLLM passes over a field that it does not know, so a misspelt one changes nothing and says nothing.
+vLLM ignores unknown fields, so a misspelt one would have no effect and give no error.
 """
-
-from __future__ import annotations
 
 import difflib
 import os
@@ -15,7 +13,7 @@ from typing import Any, Final
 from pydantic import BaseModel
 
 _VLLM: Final = "vllm.entrypoints"
-# By path: what vLLM reads a request as (several: any of them), and what the clients' SDKs have for it.
+# By path: vLLM's models of a request (of several, any), and the parameters that the clients' SDKs have.
 MODELS: Final[dict[str, tuple[str, ...]]] = {
     "/v1/chat/completions": (f"{_VLLM}.openai.chat_completion.protocol:ChatCompletionRequest",),
     "/v1/completions": (f"{_VLLM}.openai.completion.protocol:CompletionRequest",),
@@ -35,7 +33,7 @@ PARAMETERS: Final[dict[str, str]] = {
     "/v1/messages": "anthropic.types.beta.message_create_params:MessageCreateParamsBase",
     "/v1/messages/count_tokens": "anthropic.types.beta.message_count_tokens_params:MessageCountTokensParams",
 }
-GUIDED: Final = {  # vLLM's fields until 0.11, and where they are now: names within `structured_outputs`
+GUIDED: Final = {  # vLLM's fields until 0.11, and their names within `structured_outputs` now
     "guided_json": "json",
     "guided_regex": "regex",
     "guided_choice": "choice",
@@ -43,23 +41,23 @@ GUIDED: Final = {  # vLLM's fields until 0.11, and where they are now: names wit
     "guided_json_object": "json_object",
     "guided_whitespace_pattern": "whitespace_pattern",
 }
-DROPPED: Final = ("guided_decoding_backend",)  # the server's choice now; what is generated is the same
-# What clients label requests with, for their provider: of no meaning here, on any route.
+DROPPED: Final = ("guided_decoding_backend",)  # the server's choice now, with the same output
+# Labels that clients attach for their provider: without effect here, on any route.
 LABELS: Final = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"})
 UNSUPPORTED: Final = {
-    "conversation": "conversation is not supported: this server keeps none; send it in input",
+    "conversation": "conversation is not supported: this server stores none; send it in input",
     "functions": "functions is not supported: use tools",
     "function_call": "function_call is not supported: use tool_choice",
     "best_of": "best_of is not supported: use n, and choose among the answers",
-    "enable_thinking": "enable_thinking is not a field of the request: put it into chat_template_kwargs",
-    "extra_body": "extra_body is an argument of OpenAI's Python client: put its fields into the request itself",
+    "enable_thinking": "enable_thinking is not a field of the request: put it in chat_template_kwargs",
+    "extra_body": "extra_body is an argument of OpenAI's Python client: put its fields in the request itself",
     "max_new_tokens": "max_new_tokens is not a field of the request: use max_tokens",
 }
 STORE_VARIABLE: Final = "VLLM_ENABLE_RESPONSES_API_STORE"
 
 
 class BadField(Exception):
-    """`field` of the request is one that the server cannot act upon."""
+    """The request has a field that the server cannot honour."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
@@ -67,16 +65,16 @@ class BadField(Exception):
 
 
 def request_model(path: str) -> type[BaseModel] | None:
-    """What vLLM reads a request to `path` as; None for a path where that is not one model."""
+    """vLLM's model of a request to `path`; None if there is not exactly one."""
     names = MODELS.get(path, ())
     return _named(names[0]) if len(names) == 1 else None
 
 
 def read_fields(path: str, request: Mapping[str, Any], lenient: bool = False) -> Mapping[str, Any]:
-    """The request with fields of older versions under their present names.
+    """The request, with fields of older versions under their current names.
 
     Args:
-        lenient: a field that nothing reads is passed over, as vLLM does.
+        lenient: unknown fields are ignored, as vLLM does.
 
     Raises:
         BadField: a field is unknown, or known and not supported.
@@ -87,7 +85,7 @@ def read_fields(path: str, request: Mapping[str, Any], lenient: bool = False) ->
     if request.get("previous_response_id") is not None and os.environ.get(STORE_VARIABLE) != "1":
         raise BadField(
             "previous_response_id",
-            "previous_response_id: this server keeps no responses; send the conversation in input",
+            "previous_response_id: this server stores no responses; send the conversation in input",
         )
     if lenient:
         return request

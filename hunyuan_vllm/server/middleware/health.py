@@ -1,7 +1,5 @@
 """/livez, /readyz and the drain"""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging
@@ -21,12 +19,13 @@ from vllm.logger import init_logger
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from hunyuan_vllm import envs
-from hunyuan_vllm.server.health_status import ENGINE_DIED, Verdict
-from hunyuan_vllm.server.middleware.asgi import App, Receive, Scope, Send, refuse
-from hunyuan_vllm.server.middleware.counters import are_shared
+from hunyuan_vllm.server.exit_cause import ENGINE_DIED
+from hunyuan_vllm.server.middleware.asgi import App, Header, Receive, Scope, Send, refuse, respond
+from hunyuan_vllm.server.middleware.metrics import are_shared
+from hunyuan_vllm.server.readiness import HealthStatus
 
-NAME = "hunyuan_supervisor_restarts"
-HELP = "Restarts of the server by its supervisor"
+RESTARTS = "hunyuan_supervisor_restarts"
+RESTARTS_HELP = "Restarts of the server by its supervisor"
 
 
 class _Restarts(Collector):
@@ -34,48 +33,48 @@ class _Restarts(Collector):
         self._count = count
 
     def collect(self) -> Iterator[CounterMetricFamily]:
-        yield CounterMetricFamily(NAME, HELP, value=self._count)
+        yield CounterMetricFamily(RESTARTS, RESTARTS_HELP, value=self._count)
 
 
 def export_restarts(count: int | None, registry: CollectorRegistry = REGISTRY) -> None:
-    """Have /metrics say hunyuan_supervisor_restarts_total; nothing where no supervisor is (None)."""
+    """Export hunyuan_supervisor_restarts_total in /metrics; nothing without a supervisor (None)."""
     if count is None:
         return
     if are_shared():
-        # Counters are added up there, over API servers that all say the same.
-        Gauge(f"{NAME}_total", HELP, registry=registry, multiprocess_mode="max").set(count)
+        # A counter would be summed over the API servers, which all export the same value.
+        Gauge(f"{RESTARTS}_total", RESTARTS_HELP, registry=registry, multiprocess_mode="max").set(count)
     else:
         registry.register(_Restarts(count))
 
 
-REPORTS_DEATHS = "vllm.v1.engine.async_llm"  # a logger
+ENGINE_LOGGER = "vllm.v1.engine.async_llm"
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
 
 
 class Drain:
-    """Counts the requests under way, and takes SIGTERM from vLLM, which would end them.
+    """Counts the requests in flight, and handles SIGTERM instead of vLLM, which would cut them off.
 
     Attributes:
-        draining: no new request is to be taken.
+        draining: no new request is accepted.
     """
 
     def __init__(self, grace: float) -> None:
-        """`grace` is how long, in seconds, requests may go on after SIGTERM."""
+        """`grace` is how many seconds requests may continue after SIGTERM."""
         self.draining = False
         self._grace = grace
-        self._under_way = 0
+        self._in_flight = 0
         self._ending: asyncio.Task[None] | None = None
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        """Around a request, from its first byte to the last byte of its answer."""
-        self._under_way += 1
+        """Around a request, until the last byte of its answer."""
+        self._in_flight += 1
         try:
             yield
         finally:
-            self._under_way -= 1
+            self._in_flight -= 1
 
-    def take_sigterm(self) -> None:
+    def handle_sigterm(self) -> None:
         """Drain on SIGTERM. Call it in the event loop, after vLLM has set its own handlers for SIGTERM and SIGINT."""
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._begin)
 
@@ -85,24 +84,24 @@ class Drain:
             self._ending = asyncio.create_task(self._end())
 
     async def _end(self) -> None:
-        logger.info("Draining: %d requests under way have %g s to finish", self._under_way, self._grace)
+        logger.info("Draining: %d requests in flight have %g s to finish", self._in_flight, self._grace)
         deadline = time.monotonic() + self._grace
-        while self._under_way and time.monotonic() < deadline:
+        while self._in_flight and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
-        if self._under_way:
-            logger.warning("Draining: %d requests took too long and are cut off", self._under_way)
+        if self._in_flight:
+            logger.warning("Draining: %d requests took too long and are cut off", self._in_flight)
         else:
             logger.info("Draining: all requests have finished")
-        logging.getLogger(REPORTS_DEATHS).addFilter(_is_no_death)
-        os.kill(os.getpid(), signal.SIGINT)  # for which vLLM's own handler, the same as for SIGTERM, is still there
+        logging.getLogger(ENGINE_LOGGER).addFilter(_not_engine_dead)
+        os.kill(os.getpid(), signal.SIGINT)  # whose handler is still vLLM's, the same as for SIGTERM
 
 
-def _is_no_death(record: logging.LogRecord) -> bool:
-    """vLLM kills its engine as it stops, and then reports, with a traceback, that it is dead."""
+def _not_engine_dead(record: logging.LogRecord) -> bool:
+    """When it stops, vLLM kills its engine and then reports with a traceback that it is dead."""
     return not (record.exc_info and isinstance(record.exc_info[1], EngineDeadError))
 
 
-KEPT = 1.0  # seconds for which an answer stands, so that probes cost one completion however many there are
+KEPT = 1.0  # seconds for which a status is reused, so that any number of probes costs one completion
 REQUEST = {"prompt": "1", "max_tokens": 1, "temperature": 0}
 WARM_UP: tuple[dict[str, Any], ...] = (
     {"prompt": "1 2 3", "max_tokens": 1, "temperature": 0, "logprobs": 1, "prompt_logprobs": 1},
@@ -110,77 +109,81 @@ WARM_UP: tuple[dict[str, Any], ...] = (
     {"prompt": "1", "max_tokens": 1, "temperature": 1, "structured_outputs": {"choice": ["1"]}},
 )
 TOKENS = "vllm:generation_tokens_total"
-DEAD = Verdict("dead", "the engine has ended")
+DEAD = HealthStatus("dead", "the engine has ended")
 
 
 class Readiness:
-    """Asks the application for a token when somebody wants to know, once for all who want to know at that time."""
+    """Checks by generating a token, once for all probes that arrive meanwhile."""
 
     def __init__(self, app: App, timeout: float) -> None:
         """Args:
-        app: vLLM's application, without the layers that ask for our key.
+        app: vLLM's application, without our middleware, which requires a key.
         timeout: seconds that the token may take.
         """
         self._app = app
         self._timeout = timeout
         self._warm_ups = list(WARM_UP)
-        self._verdict: Verdict | None = None
-        self._until = 0.0
-        self._asking: asyncio.Task[Verdict] | None = None
+        self._status: HealthStatus | None = None
+        self._valid_until = 0.0
+        self._check: asyncio.Task[HealthStatus] | None = None
 
-    async def verdict(self, scope: Scope) -> Verdict:
-        """The answer, at most KEPT seconds old. `scope` is that of a request to the same application."""
+    async def status(self, scope: Scope) -> HealthStatus:
+        """The status, at most KEPT seconds old. `scope` is that of a request to the same application."""
         if has_ended(scope["app"].state.engine_client):
             return DEAD
-        if self._verdict is not None and time.monotonic() < self._until:
-            return self._verdict
-        if self._asking is None or self._asking.done():
-            self._asking = asyncio.create_task(self._ask(scope["app"]))
-        return await asyncio.shield(self._asking)  # whoever asked first may hang up: the others still want to know
+        if self._status is not None and time.monotonic() < self._valid_until:
+            return self._status
+        if self._check is None or self._check.done():
+            self._check = asyncio.create_task(self._update(scope["app"]))
+        return await asyncio.shield(self._check)  # the first probe may disconnect while others wait
 
-    async def _ask(self, application: Any) -> Verdict:
-        self._verdict = await self._judge(application)
-        self._until = time.monotonic() + KEPT
-        return self._verdict
+    async def _update(self, application: Any) -> HealthStatus:
+        self._status = await self._measure(application)
+        self._valid_until = time.monotonic() + KEPT
+        return self._status
 
-    async def _judge(self, application: Any) -> Verdict:
+    async def _measure(self, application: Any) -> HealthStatus:
         engine = application.state.engine_client
         tokens, warm = _tokens_generated(), not self._warm_ups
         completion = asyncio.create_task(self._complete(application))
-        # Answered between two steps of the engine: unlike the completion it need not wait for a place in the batch.
+        # Answered between two steps of the engine, without waiting for a place in the batch as the completion does.
         step = asyncio.create_task(_succeeds_after(self._timeout / 2, engine.is_sleeping))
         await asyncio.wait({completion}, timeout=self._timeout)
         stepping = step.done() and step.result()
         for task in (completion, step):
-            task.cancel()  # which withdraws the request, too
+            task.cancel()  # which also aborts the request
         if has_ended(engine):
             return DEAD
         if completion.done():
             status = completion.result()
-            return Verdict("ready") if status == httpx.codes.OK else Verdict("failed", f"a completion gave {status}")
+            return (
+                HealthStatus("ready")
+                if status == httpx.codes.OK
+                else HealthStatus("failed", f"a completion gave {status}")
+            )
         late = f"no token within {self._timeout:g} s"
-        if not warm:  # where tokens may be those of the requests that warm it up
-            return Verdict("warming", "the engine prepares what requests use first")
+        if not warm:  # new tokens may be those of the warm-up requests
+            return HealthStatus("warming", "the engine is warming up")
         if _tokens_generated() > tokens:
-            return Verdict("busy", f"{late}, but other requests got theirs")
+            return HealthStatus("busy", f"{late}, but other requests got theirs")
         if stepping:
-            return Verdict("slow", f"{late} for any request, but the engine is at work")
-        return Verdict("stalled", f"{late} for any request, and the engine does not move")
+            return HealthStatus("slow", f"{late} for any request, but the engine is at work")
+        return HealthStatus("stalled", f"{late} for any request, and the engine does not move")
 
     async def _complete(self, application: Any) -> int | str:
-        """Ask for the token, after what is left of the warm-up, and return the answer's status."""
+        """Finish the warm-up, then request the token; the answer's status."""
 
         async def within(scope: Scope, receive: Receive, send: Send) -> None:
             await self._app({**scope, "app": application}, receive, send)
 
-        # vLLM itself asks for this key where it is set, in a layer further in.
+        # If this key is set, vLLM checks it itself.
         key = os.environ.get("VLLM_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         transport = httpx.ASGITransport(app=within)
         async with httpx.AsyncClient(transport=transport, base_url="http://readyz", headers=headers) as client:
             while self._warm_ups:
-                # One that is not answered in time is withdrawn here, and asked again by the next probe. A server that
-                # refuses one, as with --max-logprobs 0, refuses its users' too.
+                # One that is not answered in time is aborted, and repeated by the next probe. A refused one, as with
+                # --max-logprobs 0, needs no warm-up: its users' are refused too.
                 with suppress(Exception):
                     await client.post("/v1/completions", json=self._on_all_engines(application, self._warm_ups[0]))
                 self._warm_ups.pop(0)
@@ -191,18 +194,18 @@ class Readiness:
 
     @staticmethod
     def _on_all_engines(application: Any, request: dict[str, Any]) -> dict[str, Any]:
-        """The request with a prompt for each engine: vLLM spreads prompts evenly over those that are equally free."""
+        """The request with a prompt for each engine; vLLM spreads prompts evenly over idle engines."""
         engines = application.state.engine_client.vllm_config.parallel_config.data_parallel_size
         return {**request, "prompt": [request["prompt"]] * engines}
 
 
 def has_ended(engine: Any) -> bool:
-    """Whether vLLM's engine client has lost its engine; seen by the processes, too, a moment before vLLM says so."""
+    """Whether the engine has ended: as vLLM reports it, or a moment earlier as its processes show."""
     return engine.errored or bool(exit_codes(engine))
 
 
 def exit_codes(engine: Any) -> dict[str, int]:
-    """Of the engine's processes that have ended, by name; none are known in one of several API servers, or over Ray."""
+    """Of the engine's processes that have ended, by name; unknown in one of several API servers, and over Ray."""
     resources = getattr(getattr(engine, "engine_core", None), "resources", None)
     finished = getattr(getattr(resources, "engine_manager", None), "finished_procs", None)
     return finished() if finished else {}
@@ -218,24 +221,24 @@ async def _succeeds_after(delay: float, call: Callable[[], Awaitable[object]]) -
 
 
 def _tokens_generated() -> float:
-    """Tokens of all requests since the start, as vLLM counts them; 0 where its statistics are switched off."""
+    """Tokens of all requests since the start, as vLLM counts them; 0 if its statistics are disabled."""
     families = REGISTRY.restricted_registry([TOKENS]).collect()
     return sum(sample.value for family in families for sample in family.samples if sample.name == TOKENS)
 
 
 LIVE, READY = "/livez", "/readyz"
-WHILE_DRAINING = {"/metrics"}  # how a drain goes is worth seeing
-DRAINING = Verdict("draining", "the server is about to stop")
-RETRY_AFTER = b"10"  # seconds: another replica has taken over by then, or this one may be on its way back
+WHILE_DRAINING = {"/metrics"}
+DRAINING = HealthStatus("draining", "the server is about to stop")
+RETRY_AFTER = b"10"  # seconds, in which another replica takes over or this one restarts
 
 
-class Lifecycle:
-    """Answers probes; once the server is told to stop, or its engine has died, refuses requests until it ends."""
+class Health:
+    """Answers probes; refuses requests while the server drains and once its engine has died."""
 
     def __init__(self, app: App, bare: App) -> None:
         """Args:
-        app: what is to be served.
-        bare: the same without our layers, to ask for the token that /readyz wants to see.
+        app: the application with the other middleware.
+        bare: vLLM's application, which generates the token for /readyz.
         """
         self._app = app
         self._readiness = Readiness(bare, envs.ready_timeout())
@@ -245,10 +248,10 @@ class Lifecycle:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            self._drain.take_sigterm()
-            engine = _engine(scope)  # vLLM deletes its state in the end
+            self._drain.handle_sigterm()
+            engine = _engine(scope)  # vLLM deletes its state when it stops
             await self._app(scope, receive, send)
-            self._has_died(engine)  # which is worth a line even where nobody asked meanwhile
+            self._has_died(engine)  # logs it, even if no request has noticed
         elif scope["type"] == "http" and scope["path"] in (LIVE, READY):
             await self._probe(scope, send)
         elif self._drain.draining and scope["path"] not in WHILE_DRAINING:
@@ -261,18 +264,18 @@ class Lifecycle:
 
     async def _probe(self, scope: Scope, send: Send) -> None:
         if scope["method"] not in ("GET", "HEAD"):
-            await _answer(send, HTTPStatus.METHOD_NOT_ALLOWED, {"status": "probes are GET"}, [(b"allow", b"GET, HEAD")])
+            await _answer(send, HTTPStatus.METHOD_NOT_ALLOWED, {"status": "probes are GET"}, (b"allow", b"GET, HEAD"))
         elif scope["path"] == LIVE:
             dead = self._has_died(_engine(scope))
             status = HTTPStatus.SERVICE_UNAVAILABLE if dead else HTTPStatus.OK
             await _answer(send, status, {"status": "dead" if dead else "alive"})
         else:
-            verdict = DRAINING if self._drain.draining else await self._readiness.verdict(scope)
-            status = HTTPStatus.OK if verdict.ready else HTTPStatus.SERVICE_UNAVAILABLE
-            await _answer(send, status, {"status": verdict.status, "reason": verdict.reason})
+            health = DRAINING if self._drain.draining else await self._readiness.status(scope)
+            status = HTTPStatus.OK if health.ready else HTTPStatus.SERVICE_UNAVAILABLE
+            await _answer(send, status, {"status": health.status, "reason": health.reason})
 
     def _has_died(self, engine: Any) -> bool:
-        """Whether the engine has ended unasked; the log says once how its process did, which vLLM does not."""
+        """Whether the engine has ended by itself; logs once the exit code of its process, which vLLM does not."""
         if self._drain.draining or engine is None or not has_ended(engine):
             return False
         if not self._death_logged:
@@ -286,19 +289,10 @@ def _engine(scope: Scope) -> Any:
     return getattr(getattr(scope["app"], "state", None), "engine_client", None)
 
 
-async def _refuse(scope: Scope, send: Send, verdict: Verdict) -> None:
+async def _refuse(scope: Scope, send: Send, health: HealthStatus) -> None:
     headers = [(b"retry-after", RETRY_AFTER), (b"connection", b"close")]
-    await refuse(scope, send, HTTPStatus.SERVICE_UNAVAILABLE, verdict.reason, headers=headers)
+    await refuse(scope, send, HTTPStatus.SERVICE_UNAVAILABLE, health.reason, headers=headers)
 
 
-async def _answer(
-    send: Send, status: HTTPStatus, content: dict[str, object], headers: list[tuple[bytes, bytes]] | None = None
-) -> None:
-    body = json.dumps(content).encode()
-    own = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-        (b"cache-control", b"no-store"),
-    ]
-    await send({"type": "http.response.start", "status": status, "headers": own + (headers or [])})
-    await send({"type": "http.response.body", "body": body})
+async def _answer(send: Send, status: HTTPStatus, content: dict[str, object], *headers: Header) -> None:
+    await respond(send, status, json.dumps(content).encode(), [(b"cache-control", b"no-store"), *headers])

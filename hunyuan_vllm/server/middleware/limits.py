@@ -1,6 +1,4 @@
-"""The limits of one request and of all at once: 413, 422 or 429, before the engine hears of it"""
-
-from __future__ import annotations
+"""The limits of one request and of all in flight: 413, 422 or 429 before the engine sees the request"""
 
 import asyncio
 import json
@@ -14,30 +12,30 @@ from pydantic import TypeAdapter, ValidationError
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import VLLMUnprocessableEntityError
 
-from hunyuan_vllm.server.middleware.asgi import App, Message, Receive, Scope, Send, notes, refuse
+from hunyuan_vllm.server.middleware.asgi import BODY, NO_KEY, App, Message, Receive, Scope, Send, refuse, request_info
 from hunyuan_vllm.server.middleware.bounds import BadJson, check_bounds, read_json
-from hunyuan_vllm.server.middleware.counters import count_refusal
 from hunyuan_vllm.server.middleware.fields import BadField, read_fields
+from hunyuan_vllm.server.middleware.metrics import count_refusal
 from hunyuan_vllm.server.middleware.routes import Paths
-from hunyuan_vllm.server.options import Surface
+from hunyuan_vllm.server.options import ApiPolicy
 
 
 def limit_prompts(engine: EngineClient, most: int) -> None:
-    """Have `engine.generate` refuse a prompt of more than `most` tokens.
+    """Make `engine.generate` refuse a prompt of more than `most` tokens.
 
-    All handlers call it with the tokens of a whole prompt, so nothing is tokenised twice and no API is forgotten. It
-    raises before it returns its generator: a stream has not begun then. Not for beam search, which calls it with what
-    has been generated so far.
+    All handlers call it with the tokens of a whole prompt, so nothing is tokenised twice and every API is covered. It
+    raises before it returns its generator, so no stream has begun. Beam search is excluded: it calls it with what has
+    been generated so far.
     """
-    stock: Callable[..., Any] = engine.generate
+    upstream: Callable[..., Any] = engine.generate
 
-    @wraps(stock)
+    @wraps(upstream)
     def generate(prompt: Any, *args: Any, **keywords: Any) -> Any:
         tokens = len(prompt.get("prompt_token_ids") or ()) if isinstance(prompt, dict) else 0
         if tokens > most:
             count_refusal("prompt_tokens")
             raise VLLMUnprocessableEntityError(f"the prompt has {tokens} tokens, and this server takes at most {most}")
-        return stock(prompt, *args, **keywords)
+        return upstream(prompt, *args, **keywords)
 
     engine.generate = generate
 
@@ -56,14 +54,13 @@ GENERATING = Paths(
     )
 )
 MAX_TOKENS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
-RETRY_AFTER = [(b"retry-after", b"1")]  # seconds: at any load, some request ends in that time
-BODY_TIMEOUT = 120.0  # seconds; a sender slower than this gives up its connection
-NOBODY = "-"  # whom requests count for on a server without keys
+RETRY_AFTER = [(b"retry-after", b"1")]  # seconds; at any load, some request ends in that time
+BODY_TIMEOUT = 120.0  # seconds
 _integer = TypeAdapter(int)
 
 
 class _Refused(Exception):
-    """A request over a limit. `reason` is the limit's name in the metrics."""
+    """A request over a limit; `reason` is its name in the metrics."""
 
     def __init__(self, status: HTTPStatus, reason: str, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -71,18 +68,18 @@ class _Refused(Exception):
 
 
 class Limits:
-    """Lets a request through if it is within the limits, and counts it until its answer has ended."""
+    """Passes on a request within the limits, with its body in its info, and counts it until its answer has ended."""
 
-    def __init__(self, app: App, surface: Surface) -> None:
+    def __init__(self, app: App, policy: ApiPolicy) -> None:
         self._app = app
-        self._surface = surface
+        self._policy = policy
         self._requests: Counter[str] = Counter()  # by key
         self._sequences = 0
-        self._places = 0  # in the engine's batches; known once the server starts
+        self._places = 0  # in the engine's batches; read when the server starts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            self._meet(scope["app"].state.engine_client)
+            self._read_engine(scope["app"].state.engine_client)
         if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
             await self._app(scope, receive, send)
             return
@@ -90,10 +87,11 @@ class Limits:
             body = await self._body(scope, receive)
             if body is None:  # the client has gone
                 return
-            request = _parsed(body)
-            read = self._fields(scope["path"], request)
-            if read is not request:
-                request, body = read, json.dumps(read).encode()
+            given = _parse(body)
+            request = self._check_fields(scope["path"], given)
+            if request is not given:
+                body = json.dumps(request).encode()
+            request_info(scope)[BODY] = body
             if scope["path"] in GENERATING:
                 await self._generate(scope, _Replay(body, receive), send, request)
             else:
@@ -103,14 +101,14 @@ class Limits:
             headers = RETRY_AFTER if refusal.status == HTTPStatus.TOO_MANY_REQUESTS else []
             await refuse(scope, send, refusal.status, refusal.message, refusal.param, headers)
 
-    def _meet(self, engine: EngineClient) -> None:
+    def _read_engine(self, engine: EngineClient) -> None:
         scheduler, parallel = engine.vllm_config.scheduler_config, engine.vllm_config.parallel_config
         self._places = scheduler.max_num_seqs * parallel.data_parallel_size
-        if self._surface.max_prompt_tokens:
-            limit_prompts(engine, self._surface.max_prompt_tokens)
+        if self._policy.max_prompt_tokens:
+            limit_prompts(engine, self._policy.max_prompt_tokens)
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
-        most = self._surface.max_body
+        most = self._policy.max_body
         too_large = _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "body", f"the request is larger than {most} bytes")
         length = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
         if most and length.isdigit() and int(length) > most:
@@ -130,12 +128,12 @@ class Limits:
                     if not message.get("more_body", False):
                         return b"".join(parts)
         except TimeoutError:
-            message_ = f"the request did not arrive within {BODY_TIMEOUT:g} s"
-            raise _Refused(HTTPStatus.REQUEST_TIMEOUT, "slow", message_) from None
+            late = f"the request did not arrive within {BODY_TIMEOUT:g} s"
+            raise _Refused(HTTPStatus.REQUEST_TIMEOUT, "slow", late) from None
 
-    def _fields(self, path: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _check_fields(self, path: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
         try:
-            read = read_fields(path, request, self._surface.ignore_unknown_fields)
+            read = read_fields(path, request, self._policy.ignore_unknown_fields)
             check_bounds(read)
             return read
         except BadField as bad:
@@ -143,7 +141,7 @@ class Limits:
 
     async def _generate(self, scope: Scope, receive: Receive, send: Send, request: Mapping[str, Any]) -> None:
         sequences = self._check(request)
-        key = notes(scope).get("key", NOBODY)
+        key = request_info(scope).get("key", NO_KEY)
         self._check_load(key, sequences)
         self._requests[key] += 1
         self._sequences += sequences
@@ -155,17 +153,17 @@ class Limits:
 
     def _check(self, request: Mapping[str, Any]) -> int:
         """Check one request, and return the sequences it asks for."""
-        most = self._surface.max_output_tokens
+        most = self._policy.max_output_tokens
         for field in MAX_TOKENS:
             wanted = _number(request.get(field))
             if most and wanted is not None and wanted > most:
                 message = f"{field} is {wanted}, and this server generates at most {most} tokens"
                 raise _Refused(HTTPStatus.UNPROCESSABLE_ENTITY, "max_tokens", message, field)
-        if self._surface.max_prompt_tokens and request.get("use_beam_search"):
-            message = "use_beam_search is not to be had on this server, which limits prompts"
+        if self._policy.max_prompt_tokens and request.get("use_beam_search"):
+            message = "use_beam_search is unavailable on this server, which limits prompts"
             raise _Refused(HTTPStatus.UNPROCESSABLE_ENTITY, "prompt_tokens", message, "use_beam_search")
         number, prompts = max(_number(request.get("n")) or 1, 1), _prompts(request)
-        sequences, most = number * prompts, self._surface.max_sequences
+        sequences, most = number * prompts, self._policy.max_sequences
         if most and sequences > most:
             what = f"n is {number}" + (f" for each of {prompts} prompts" if prompts > 1 else "")
             message = f"{what}, and this server generates at most {most} sequences a request"
@@ -174,18 +172,18 @@ class Limits:
         return sequences
 
     def _check_load(self, key: str, sequences: int) -> None:
-        most = self._surface.max_requests_per_key
+        most = self._policy.max_requests_per_key
         if most and self._requests[key] >= most:
-            message = f"{most} requests with this key are under way, which is as many as it may have: try again later"
+            message = f"{most} requests with this key are in flight, which is its limit: try again later"
             raise _Refused(HTTPStatus.TOO_MANY_REQUESTS, "key_requests", message)
-        full = self._sequences + sequences > self._places + self._surface.max_queue
-        if self._surface.max_queue and self._places and full and self._sequences:
-            message = f"{self._surface.max_queue} sequences are waiting already: try again later"
+        full = self._sequences + sequences > self._places + self._policy.max_queue
+        if self._policy.max_queue and self._places and full and self._sequences:
+            message = f"{self._policy.max_queue} sequences are waiting already: try again later"
             raise _Refused(HTTPStatus.TOO_MANY_REQUESTS, "queue", message)
 
 
 class _Replay:
-    """A `receive` that gives the body again, and then what comes: the client's end."""
+    """A `receive` that returns the body again, and then the client's own messages."""
 
     def __init__(self, body: bytes, receive: Receive) -> None:
         self._body: bytes | None = body
@@ -198,8 +196,8 @@ class _Replay:
         return {"type": "http.request", "body": body, "more_body": False}
 
 
-def _parsed(body: bytes) -> Mapping[str, Any]:
-    """The request as vLLM will read it; an empty one where vLLM will find that it is none."""
+def _parse(body: bytes) -> Mapping[str, Any]:
+    """The request as vLLM will read it; empty if it is not a JSON object, which vLLM reports."""
     try:
         content = read_json(body)
     except BadJson as bad:
@@ -208,7 +206,7 @@ def _parsed(body: bytes) -> Mapping[str, Any]:
 
 
 def _number(value: object) -> int | None:
-    """A value as vLLM's request models read it, which take "5" and 5.0 for 5; None where they would refuse it."""
+    """A value as vLLM's request models read it, which accept "5" and 5.0 as 5; None if they would refuse it."""
     try:
         return _integer.validate_python(value)
     except ValidationError:

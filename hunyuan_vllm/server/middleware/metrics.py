@@ -1,15 +1,16 @@
-"""/metrics: vLLM's, and what is this model's own"""
-
-from __future__ import annotations
+"""/metrics: counters of requests, refusals and tokens, and the figures of this model, beside vLLM's own"""
 
 import asyncio
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from contextvars import ContextVar
+from functools import wraps
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-from prometheus_client import REGISTRY, CollectorRegistry, Info
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Info, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from vllm.config import VllmConfig
@@ -21,16 +22,114 @@ from vllm.v1.metrics.prometheus import get_prometheus_registry
 from hunyuan_vllm import __version__, envs
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.expert_load import EXTENSION, Loads
-from hunyuan_vllm.server.middleware.asgi import App, Receive, Scope, Send
-from hunyuan_vllm.server.middleware.counters import adding, are_shared, count_tokens, plainly
+from hunyuan_vllm.server.middleware.asgi import NO_KEY, App, Message, Receive, Scope, Send
 from hunyuan_vllm.vllm_version import installed_version
 
+logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
+
+_answered = Counter("hunyuan_requests_answered", "Requests except probes, by the status that clients saw", ["status"])
+for _status in ("2xx", "3xx", "4xx", "5xx"):
+    _answered.labels(_status)  # rate() needs the zero before the first
+
+
+def count_answer(status: int) -> None:
+    _answered.labels(f"{status // 100}xx").inc()
+
+
+REASONS = (
+    "key", "route", "body", "slow", "json", "field", "max_tokens", "sequences", "prompt_tokens", "key_requests",
+    "queue",
+)  # fmt: skip
+_refused = Counter("hunyuan_requests_refused", "Requests refused before they reached the engine", ["reason"])
+for _reason in REASONS:
+    _refused.labels(_reason)
+
+
+def count_refusal(reason: str) -> None:
+    """`reason` is one of REASONS."""
+    _refused.labels(reason).inc()
+
+
+SHARED_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"  # set by vLLM for several API servers
+NEGOTIATED = (b"accept", b"accept-encoding")
+
+
+def are_shared() -> bool:
+    """Whether several API servers share their metrics."""
+    return SHARED_DIRECTORY in os.environ
+
+
+def in_plain_text(scope: Scope) -> Scope:
+    """The request for an answer that text can be appended to: no OpenMetrics, which has an end mark, no compression."""
+    return {**scope, "headers": [pair for pair in scope["headers"] if pair[0].lower() not in NEGOTIATED]}
+
+
+def adding(send: Send, registry: CollectorRegistry) -> Send:
+    """`send` for an answer in Prometheus's text format and in one piece; appends the metrics of `registry`."""
+    start: Message = {}
+
+    async def add(message: Message) -> None:
+        nonlocal start
+        if message["type"] == "http.response.start":
+            start = message
+            return
+        body = message.get("body", b"") + generate_latest(registry)
+        headers = [pair for pair in start["headers"] if pair[0].lower() != b"content-length"]
+        await send({**start, "headers": [*headers, (b"content-length", str(len(body)).encode())]})
+        await send({**message, "body": body})
+
+    return add
+
+
+PROMPT, GENERATED = "prompt_tokens", "generated_tokens"
+# The request_info of the request that is being answered.
+REQUEST: ContextVar[dict[str, Any] | None] = ContextVar("hunyuan_vllm_request", default=None)
+
+_prompt = Counter("hunyuan_prompt_tokens", "Tokens of prompts, by the name of the key", ["key"])
+_generated = Counter("hunyuan_generated_tokens", "Tokens generated, by the name of the key", ["key"])
+
+
+def count_tokens(engine: EngineClient) -> None:
+    """Make `engine.generate` count tokens, for /metrics and in the request's info.
+
+    For a client that goes away, those generated until then are counted.
+    """
+    upstream: Callable[..., AsyncGenerator[Any, None]] = engine.generate
+
+    @wraps(upstream)
+    def generate(*args: Any, **keywords: Any) -> AsyncGenerator[Any, None]:
+        outputs = upstream(*args, **keywords)
+        info = REQUEST.get()
+        return outputs if info is None else _counted(outputs, info)
+
+    engine.generate = generate
+
+
+async def _counted(outputs: AsyncGenerator[Any, None], info: dict[str, Any]) -> AsyncGenerator[Any, None]:
+    prompt = generated = 0
+    try:
+        async for output in outputs:
+            if not prompt:
+                prompt = len(output.prompt_token_ids or ())
+                info[PROMPT] = info.get(PROMPT, 0) + prompt
+            new = sum(len(sequence.token_ids) for sequence in output.outputs)
+            generated += new
+            # Not at the end: with several prompts, vLLM closes the generators only after it has answered.
+            info[GENERATED] = info.get(GENERATED, 0) + new
+            yield output
+    finally:
+        await outputs.aclose()
+        key = info.get("key", NO_KEY)
+        _prompt.labels(key).inc(prompt)
+        _generated.labels(key).inc(generated)
+
+
 CPUINFO = Path("/proc/cpuinfo")
-_info = Info("hunyuan_server", "What the server runs on, and how it is set up")
+_info = Info("hunyuan_server", "The machine, versions and options of the server")
 
 
-def describe(config: VllmConfig) -> Info:
-    """Set `hunyuan_server_info`: `device`, `devices` and `cores` are the machine, the rest versions and options."""
+def server_info(config: VllmConfig) -> Info:
+    """Set `hunyuan_server_info`: `device`, `devices` and `cores` are the machine's, the others versions and options."""
     model, parallel, scheduler = config.model_config, config.parallel_config, config.scheduler_config
     labels = {
         **_machine(parallel.world_size * parallel.data_parallel_size),
@@ -54,7 +153,7 @@ def describe(config: VllmConfig) -> Info:
 
 
 def _machine(ranks: int) -> dict[str, object]:
-    """`device` is the kind of GPU or CPU; `devices` the GPUs, or ranks on CPUs; `cores` this host's that it may use."""
+    """`device` is the type of GPU or CPU, `devices` the GPUs (on CPUs the ranks), `cores` those of this process."""
     device = _cpu() if current_platform.is_cpu() else current_platform.get_device_name()
     return {"device": device, "devices": ranks, "cores": len(os.sched_getaffinity(0))}
 
@@ -67,30 +166,29 @@ def _cpu() -> str:
     return found[1].strip() if found else os.uname().machine
 
 
-logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
 METRICS = "/metrics"
-USAGE = "vllm:kv_cache_usage_perc"  # a fraction in truth
-PATIENCE = 2.0  # seconds that a scrape waits for the workers' counts; it shows the last ones then
+USAGE = "vllm:kv_cache_usage_perc"  # a fraction, despite its name
+SCRAPE_TIMEOUT = 2.0  # seconds a scrape waits for the workers' counts before it shows the last ones
 
 
 def sharing_factor(config: HunYuanConfig) -> float:
-    """Layers for each layer that has a KV cache of its own: how many times the tokens fit into the same memory."""
+    """Layers per layer with a KV cache of its own: the factor by which CLA sharing increases the cache's tokens."""
     layers = range(config.num_hidden_layers)
     owners = sum(not (config.is_cross(layer) and envs.cla_sharing()) for layer in layers)
     return config.num_hidden_layers / owners
 
 
-def vllms_metrics() -> Iterable[Metric]:
-    """Those that have the usage of the cache among them; more only where they have to be read all at once."""
+def vllm_metrics() -> Iterable[Metric]:
+    """vLLM's metrics, with the usage of the cache; the others only if they can only be read all at once."""
     return get_prometheus_registry().collect() if are_shared() else REGISTRY.restricted_registry([USAGE]).collect()
 
 
 class EngineMetrics(Collector):
-    """The figures of one engine, as they are when they are asked for."""
+    """The metrics of one engine, read at each scrape."""
 
-    def __init__(self, engine: EngineClient, vllms: Callable[[], Iterable[Metric]] = vllms_metrics) -> None:
+    def __init__(self, engine: EngineClient, metrics: Callable[[], Iterable[Metric]] = vllm_metrics) -> None:
         config = engine.vllm_config
-        self._vllms = vllms
+        self._vllm_metrics = metrics
         self._engine = engine
         self._factor = sharing_factor(config.model_config.hf_config)
         cache = config.cache_config
@@ -99,14 +197,14 @@ class EngineMetrics(Collector):
         self._loads: Loads | None = None
 
     async def fetch(self, afresh: bool = False) -> None:
-        """Ask the workers how many tokens each expert has had, if they count."""
+        """Read from the workers how many tokens each expert has processed, if they count."""
         if not self._counts_experts:
             return
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(SCRAPE_TIMEOUT):
                 answers: list[Loads] = await self._engine.collective_rpc("expert_load", args=(afresh,))
-        except Exception as error:  # a scrape must show the rest, above all when the engine is in trouble
-            logger.warning_once("The load of experts is not to be had: %s", type(error).__name__)
+        except Exception as error:  # a scrape must show the others, especially when the engine fails
+            logger.warning_once("The load of experts is unavailable: %s", type(error).__name__)
             return
         loads: Loads = {}
         for answer in answers:
@@ -116,19 +214,19 @@ class EngineMetrics(Collector):
         self._loads = loads
 
     def describe(self) -> Iterator[Metric]:
-        """Without it the registry, locked, would collect to learn the names; collecting asks the registry."""
+        """Without it the registry would collect while locked, to learn the names, and collecting needs the registry."""
         yield from ()
 
     def collect(self) -> Iterator[Metric]:
         yield GaugeMetricFamily(
-            "hunyuan_cla_sharing_factor", "Layers for each layer with a KV cache of its own", value=self._factor
+            "hunyuan_cla_sharing_factor", "Layers per layer with a KV cache of its own", value=self._factor
         )
         capacity = GaugeMetricFamily(
             "hunyuan_kv_cache_capacity_tokens", "Tokens that fit into the KV cache", labels=["engine"]
         )
         used = GaugeMetricFamily(
             "hunyuan_kv_cache_used_tokens",
-            "Tokens for which the KV cache is in use, in whole blocks",
+            "Tokens held in the KV cache, in whole blocks",
             labels=["engine"],
         )
         for name, usage in self._usage():
@@ -138,7 +236,7 @@ class EngineMetrics(Collector):
         yield used
         if self._loads is not None:
             experts = CounterMetricFamily(
-                "hunyuan_expert_tokens", "Tokens given to an expert of a layer", labels=["layer", "expert"]
+                "hunyuan_expert_tokens", "Tokens processed by an expert of a layer", labels=["layer", "expert"]
             )
             for layer, tokens in sorted(self._loads.items()):
                 for expert, count in enumerate(tokens):
@@ -146,29 +244,29 @@ class EngineMetrics(Collector):
             yield experts
 
     def _usage(self) -> Iterator[tuple[str, float]]:
-        """Each engine's name and the fraction of its cache that is in use, by vLLM's own metric."""
+        """Each engine's name and the used fraction of its cache, from vLLM's own metric."""
         found = False
-        for family in self._vllms():
+        for family in self._vllm_metrics():
             for sample in family.samples:
                 if sample.name == USAGE:
                     found = True
                     yield sample.labels["engine"], sample.value
-        if not found:  # its statistics are switched off
+        if not found:  # vLLM's statistics are disabled
             yield "0", 0.0
 
 
-class OwnMetrics:
-    """Registers the figures when the server starts, and has them fresh when somebody asks for /metrics."""
+class Metrics:
+    """Registers the metrics when the server starts, and refreshes them for each request to /metrics."""
 
     def __init__(self, app: App) -> None:
         self._app = app
         self._metrics: EngineMetrics | None = None
-        self._added: CollectorRegistry | None = None  # to an answer; None where one registry shows all
+        self._added: CollectorRegistry | None = None  # appended to an answer; None if one registry has all
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             engine = scope["app"].state.engine_client
-            info = describe(engine.vllm_config)
+            info = server_info(engine.vllm_config)
             count_tokens(engine)
             self._metrics = EngineMetrics(engine)
             if are_shared():
@@ -179,5 +277,5 @@ class OwnMetrics:
         elif scope["type"] == "http" and self._metrics is not None and scope["path"] == METRICS:
             await self._metrics.fetch()
             if self._added is not None:
-                scope, send = plainly(scope), adding(send, self._added)
+                scope, send = in_plain_text(scope), adding(send, self._added)
         await self._app(scope, receive, send)

@@ -1,7 +1,5 @@
 """The chat page"""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from functools import partial
@@ -19,10 +17,10 @@ DEFAULT_EXPORT = re.compile(r"^export\s*\{\s*(\w+) as default\s*\};?(?:\s*//# so
 
 
 def bundle(folder: Path, entry: str) -> str:
-    """`entry` and all that it imports, each in a scope of its own, after what it imports itself.
+    """`entry` and the modules it imports as one script, each in its own scope, in the order of imports.
 
-    Understands as much of JavaScript's modules as ours and their libraries use: imports from relative paths, one a
-    line; exports of declarations; and a default export at the end.
+    Supports what our modules and their libraries use: imports from relative paths, one per line; exports of
+    declarations; and a default export at the end.
     """
     scopes: dict[str, str] = {}
 
@@ -49,8 +47,8 @@ def _constant(folder: PurePosixPath, statement: re.Match[str]) -> str:
 
 PAGE = Path(__file__).parents[1] / "page"
 SCRIPT = "/chat/app.js"
-# The page shows what a model wrote. Whatever that is: no inline script or style runs, nothing is fetched from or sent
-# to another origin, and no string becomes HTML but through the sanitiser (trusted types).
+# Whatever a model writes: no inline script or style runs, nothing is fetched from or sent to another origin, and only
+# the sanitiser turns strings into HTML (trusted types).
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types dompurify"
@@ -61,12 +59,12 @@ SECURITY_HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
-    "cache-control": "no-cache",  # asked again each time, and answered with 304 while it is the same
+    "cache-control": "no-cache",  # revalidated each time, with 304 if unchanged
 }
 
 
 class ChatPage:
-    """Answers GET for the page, its script and the other files below `/chat/`; all else goes to the application."""
+    """Answers GET for the page, its script and the other files below `/chat/`."""
 
     def __init__(self, app: App) -> None:
         self._app = app

@@ -1,27 +1,25 @@
-"""The routes that exist: an allow-list of vLLM's, and ASGI middleware that knows no others.
+"""The routes that are served: an allow-list of vLLM's
 
-A vLLM server has routes that pause it, change its weights or call any method in its workers, and the next version may
-bring more.
+vLLM has routes that pause the server, change its weights or call any method in its workers, and the next version may
+have more.
 """
 
-from __future__ import annotations
-
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from http import HTTPStatus
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 
-from hunyuan_vllm.server.middleware.asgi import App, Receive, Scope, Send, notes, refuse
-from hunyuan_vllm.server.middleware.counters import count_refusal
+from hunyuan_vllm.server.middleware.asgi import App, Receive, Scope, Send, refuse, request_info
+from hunyuan_vllm.server.middleware.metrics import count_refusal
 
-# What may be read without a key: says only whether the server is alive, and load balancers carry none.
+# Readable without a key: they say only whether the server is alive, and load balancers have no key.
 KEYLESS = ("/health", "/livez", "/readyz")
 DOCUMENT = "/openapi.json"
 MODELS = "/v1/models/"
 VARIABLE = re.compile(r"\\\{\w+(:path)?\\\}")
-LONGEST = 200  # characters of a path that is named
+MAX_PATH = 200  # characters of a path in a message
 SERVED = (
     *KEYLESS,
     "/v1/models",
@@ -42,7 +40,7 @@ SERVED = (
 
 
 class Paths:
-    """A set of paths, of which some have a variable part: `/v1/responses/{response_id}`, or of any depth `{x:path}`."""
+    """A set of paths, some with a variable part: `/v1/responses/{response_id}`, or of any depth `{x:path}`."""
 
     def __init__(self, templates: Iterable[str]) -> None:
         parts = (VARIABLE.sub(lambda found: ".+" if found[1] else "[^/]+", re.escape(each)) for each in templates)
@@ -53,12 +51,15 @@ class Paths:
 
 
 class AllowedRoutes:
-    """Answers 404 to a path that is not served, whatever vLLM has there; and leaves it out of the OpenAPI document."""
+    """Answers 404 to a path that is not served, even if vLLM has it, and removes it from the OpenAPI document.
+
+    Answers GET /v1/models/NAME, which vLLM does not have, from vLLM's list of models.
+    """
 
     def __init__(self, app: App, extra: Iterable[str] = (), admin: bool = False) -> None:
         """Args:
         extra: paths that are served beside SERVED.
-        admin: all of vLLM's routes are, for a key that may administrate.
+        admin: all of vLLM's routes are, with a key that may administrate.
         """
         self._app = app
         self._served = Paths((*SERVED, *extra))
@@ -70,44 +71,30 @@ class AllowedRoutes:
             await self._app(scope, receive, send)
             return
         path = scope["path"]
-        if not (path in self._served or (self._admin and notes(scope).get("admin"))):
+        if not (path in self._served or (self._admin and request_info(scope).get("admin"))):
             count_refusal("route")
-            named = f"{path[:LONGEST]} is not served here"
-            remedy = f"if vLLM has it, hunyuan-vllm serve --allow-route {path[:LONGEST]} serves it"
-            await refuse(scope, send, HTTPStatus.NOT_FOUND, f"{named}; {remedy}")
-            return
-        if path == DOCUMENT and not self._admin and not self._trimmed:
-            self._trim(scope["app"])
-        await self._app(scope, receive, send)
-
-    def _trim(self, application: FastAPI) -> None:
-        """Take what is not served out of the document, which FastAPI makes once and keeps."""
-        paths = application.openapi()["paths"]
-        for path in list(_others(paths, self._served)):
-            del paths[path]
-        self._trimmed = True
-
-
-class OneModel:
-    """Answers GET /v1/models/NAME, which OpenAI's clients know and vLLM has not, from vLLM's list of models."""
-
-    def __init__(self, app: App) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "GET" or not scope["path"].startswith(MODELS):
+            shown = path[:MAX_PATH]
+            message = f"{shown} is not served here; if vLLM has it, hunyuan-vllm serve --allow-route {shown} serves it"
+            await refuse(scope, send, HTTPStatus.NOT_FOUND, message)
+        elif path.startswith(MODELS) and scope.get("method") == "GET":
+            await self._answer_model(scope, receive, send)
+        else:
+            if path == DOCUMENT and not self._admin and not self._trimmed:
+                self._trim_document(scope["app"])
             await self._app(scope, receive, send)
-            return
+
+    async def _answer_model(self, scope: Scope, receive: Receive, send: Send) -> None:
         name = scope["path"].removeprefix(MODELS)
         listed = await scope["app"].state.openai_serving_models.show_available_models()
         for model in listed.data:
             if model.id == name:
                 await JSONResponse(model.model_dump())(scope, receive, send)
                 return
-        await refuse(scope, send, HTTPStatus.NOT_FOUND, f"The model `{name[:LONGEST]}` does not exist.", "model")
+        await refuse(scope, send, HTTPStatus.NOT_FOUND, f"The model `{name[:MAX_PATH]}` does not exist.", "model")
 
-
-def _others(paths: Iterable[str], served: Paths) -> Iterator[str]:
-    for path in paths:
-        if re.sub(r"\{\w+\}", "x", path) not in served:
-            yield path
+    def _trim_document(self, application: FastAPI) -> None:
+        """Remove what is not served from the document, which FastAPI makes once and keeps."""
+        paths = application.openapi()["paths"]
+        for path in [each for each in paths if re.sub(r"\{\w+\}", "x", each) not in self._served]:
+            del paths[path]
+        self._trimmed = True

@@ -1,43 +1,39 @@
-"""Ends workers of Ray that outlived their raylet, on every node of the cluster: they hold GPU memory for nobody.
+"""Kills stale workers on every node of a Ray cluster: those whose raylet has exited, which still hold GPU memory.
 
 Run as a program, as a driver of that cluster.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
 
 import psutil
 
-__all__ = ["end_orphans"]
-
-# Ray and vLLM name their workers so; and init, or a user's systemd, is the parent of those whose raylet is gone.
+# How Ray and vLLM title their workers. Once the raylet has exited, init or a user's systemd is their parent.
 TITLES = ("ray::", "VLLM::Worker")
-NATIVE = "/ray/_raylet"  # the library that a process of Ray's has loaded
-LAST_WORDS = 3.0  # seconds
+RAY_LIBRARY = "/ray/_raylet"  # which every worker of Ray has loaded
+EXIT_TIMEOUT = 3.0  # seconds
 
 
-def end_orphans(among: Iterable[psutil.Process] | None = None) -> list[str]:
-    """End this user's orphaned workers, of these processes or of all on this machine, and say which they were."""
-    orphans = [process for process in (psutil.process_iter() if among is None else among) if _is_orphan(process)]
-    ended = []
-    for process in orphans:
+def kill_stale_workers(among: Iterable[psutil.Process] | None = None) -> list[str]:
+    """Kill this user's stale workers, among these processes or all of this machine; a line for each."""
+    stale = [process for process in (psutil.process_iter() if among is None else among) if _is_stale(process)]
+    killed = []
+    for process in stale:
         with suppress(psutil.Error):
-            ended.append(f"{process.cmdline()[0].strip()} (pid {process.pid})")
+            killed.append(f"{process.cmdline()[0].strip()} (pid {process.pid})")
             process.kill()
-    psutil.wait_procs(orphans, timeout=LAST_WORDS)
-    return ended
+    psutil.wait_procs(stale, timeout=EXIT_TIMEOUT)
+    return killed
 
 
-def _is_orphan(process: psutil.Process) -> bool:
+def _is_stale(process: psutil.Process) -> bool:
     try:
         parent = process.parent()
         return (
             process.uids().real == psutil.Process().uids().real
             and " ".join(process.cmdline()).startswith(TITLES)
             and (parent is None or parent.pid == 1 or parent.name() == "systemd")
-            and any(NATIVE in file.path for file in process.memory_maps())
+            and any(RAY_LIBRARY in file.path for file in process.memory_maps())
         )
     except psutil.Error:
         return False
@@ -48,7 +44,7 @@ def _main() -> None:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
-    task = ray.remote(num_cpus=0, max_retries=0)(end_orphans)
+    task = ray.remote(num_cpus=0, max_retries=0)(kill_stale_workers)
     calls = {}
     for node in ray.nodes():
         if node["Alive"]:
@@ -58,7 +54,7 @@ def _main() -> None:
     for call in finished:
         with suppress(ray.exceptions.RayError):
             for line in ray.get(call):
-                print(f"ENDED {line} on {calls[call]}")
+                print(f"KILLED {line} on {calls[call]}")
 
 
 if __name__ == "__main__":

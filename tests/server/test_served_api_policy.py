@@ -1,4 +1,4 @@
-"""The surface of a real server: keys, routes, limits, request ids, TLS and logs, on one start."""
+"""Keys, routes, limits, request ids, TLS and logs of a real server, on one start."""
 
 import asyncio
 import json

@@ -1,46 +1,21 @@
-"""Whether a server can generate, and what ended it"""
-
-from __future__ import annotations
+"""What ended a server, read from its log, its exit code and the kernel's count of processes killed for memory"""
 
 import json
 import re
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-
-READY = ("ready", "busy")
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether the server can generate.
-
-    Attributes:
-        status: "warming", before the first token; "ready"; "busy", no token in time but others got theirs; "slow",
-            nobody got a token but the engine goes on stepping (long prompts); "stalled", it does not even step;
-            "failed", the completion was refused; "dead", the engine has ended; "draining", it is about to stop.
-        reason: why not, for people. Says nothing of the model, its users or the machine.
-    """
-
-    status: str
-    reason: str = ""
-
-    @property
-    def ready(self) -> bool:
-        return self.status in READY
-
 
 ERROR_LINE = re.compile(r"(?:^|[\s\]])((?:[A-Za-z_]\w*\.)*[A-Za-z_]*(?:Error|Exception|Interrupt): \S.*)")
 # Lines that only say that some other process failed.
-SECOND_HAND = (
+FOLLOW_UPS = (
     "See root cause above",
     "Engine core initialization failed",
     "EngineCore encountered an issue",
     "Worker failed with error",
 )
-ENGINE_DIED = "Engine process %s died unexpectedly (exit code: %s)"  # a line of our own; vLLM's says no exit code
+ENGINE_DIED = "Engine process %s died unexpectedly (exit code: %s)"  # our own line; vLLM's has no exit code
 # Processes that ended, as vLLM and we log them: names and exit codes, which are negative if a signal ended them.
 DIED = re.compile(r"(?:Worker proc|Engine process) (\S+) died unexpectedly \(exit code: (-?\d+)\)")
 RAY_DIED = re.compile(r"RayWorkerProc rank=\[([\d, ]+)\] died unexpectedly")
@@ -50,24 +25,24 @@ CGROUPS = Path("/sys/fs/cgroup")
 VMSTAT = Path("/proc/vmstat")
 
 
-def cause_of_death(lines: Sequence[str], exit_code: int = 0, oom_killed: bool | None = None) -> str | None:
-    """What ended a server, in a line without the log's prefix; None if nothing says it.
+def exit_cause(lines: Sequence[str], exit_code: int = 0, oom_killed: bool | None = None) -> str | None:
+    """What ended a server, in one line without the log's prefix; None if it is unknown.
 
     Args:
         lines: the end of its output.
         exit_code: of its first process; negative if a signal ended it.
-        oom_killed: whether the kernel killed a process for memory meanwhile; None if that is unknown.
+        oom_killed: whether the kernel killed a process for memory while it ran; None if that is unknown.
     """
     messages = [message for line in lines for message in _messages(line)]
-    deaths = [(at, name, code) for at, message in enumerate(messages) for name, code in _deaths(message)]
-    first = deaths[0][0] if deaths else None  # what is said after a death follows from it
+    exits = [(at, name, code) for at, message in enumerate(messages) for name, code in _exits(message)]
+    first = exits[0][0] if exits else None  # later errors follow from that exit
     error = _last_error(messages[:first])
-    # vLLM itself ends others by SIGTERM once one has failed
-    killed = next(((name, -code) for _, name, code in deaths if code and code < 0 and code != -signal.SIGTERM), None)
+    # Once one process has failed, vLLM itself ends the others by SIGTERM.
+    killed = next(((name, -code) for _, name, code in exits if code and code < 0 and code != -signal.SIGTERM), None)
     if killed is None and exit_code < 0:
         killed = "the API server", -exit_code
-    if killed is None and deaths and not error:
-        _, name, code = deaths[0]
+    if killed is None and exits and not error:
+        _, name, code = exits[0]
         return f"{name} ended unexpectedly" + (f" (exit code {code})" if code is not None else "")
     if killed is None:
         return error
@@ -81,9 +56,9 @@ def cause_of_death(lines: Sequence[str], exit_code: int = 0, oom_killed: bool | 
 
 
 def oom_kills() -> int | None:
-    """How many processes of this control group, else of this machine, the kernel has killed for memory so far.
+    """Processes of this control group, else of this machine, that the kernel has killed for memory so far.
 
-    None if nothing says it.
+    None if that is unknown.
     """
     for file in (*_memory_events(), VMSTAT):
         with suppress(OSError, ValueError):
@@ -106,13 +81,13 @@ def _memory_events() -> Iterator[Path]:
 def _last_error(messages: Sequence[str]) -> str | None:
     for message in reversed(messages):
         match = ERROR_LINE.search(message.rstrip())
-        if match and not any(phrase in match[1] for phrase in SECOND_HAND):
+        if match and not any(phrase in match[1] for phrase in FOLLOW_UPS):
             return match[1]
     return None
 
 
-def _deaths(message: str) -> Iterator[tuple[str, int | None]]:
-    """Name and exit code, where it is known, of each process that has ended by what this message says."""
+def _exits(message: str) -> Iterator[tuple[str, int | None]]:
+    """Name and exit code, where it is known, of each process that this message reports as ended."""
     if match := DIED.search(message):
         yield f"process {match[1]}", int(match[2])
     elif match := RAY_DIED.search(message):
@@ -129,7 +104,7 @@ def _signal_name(number: int) -> str:
 
 
 def _messages(line: str) -> list[str]:
-    """What a line of the log says: itself, or the lines in a JSON record (serve --json-logs)."""
+    """The line itself, or the lines in a JSON record (serve --json-logs)."""
     if line.startswith("{"):
         with suppress(ValueError):
             record = json.loads(line)

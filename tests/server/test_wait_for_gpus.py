@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from hunyuan_vllm.server import parallel
-from hunyuan_vllm.server.parallel import describe, wait_for_gpus
-from hunyuan_vllm.server.ray_cluster import RayCluster, RayNode
+from hunyuan_vllm.server import ray_cluster
+from hunyuan_vllm.server.ray_cluster import RayCluster, RayNode, describe_nodes, wait_for_gpus
 from hunyuan_vllm.util.errors import NotYetError, UserError
 
 HEAD, WORKER = RayNode("10.0.0.1", 8, 8), RayNode("10.0.0.2", 8, 8)
@@ -19,7 +18,7 @@ WHOLE = RayCluster.of([HEAD, WORKER])
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(parallel, "PERIOD", 0.01)
+    monkeypatch.setattr(ray_cluster, "POLL_PERIOD", 0.01)
 
 
 class Terminal(io.StringIO):
@@ -56,13 +55,13 @@ def test_each_change_is_said_once():
     assert said.count("hunyuan-vllm: waiting for GPUs in Ray: ") == 3
     assert "0 of 16 are free\n  no Ray cluster is running here: start it on this node (sh deploy/ray_head.sh)" in said
     assert "8 of 16 are free\n  10.0.0.1 has 8 of its 8 GPUs free\n  nodes with 8 more GPUs have not joined" in said
-    assert "10 of 16 are free\n" in said and "10.0.0.2 has 2 of its 8 GPUs free: another program of Ray holds" in said
+    assert "10 of 16 are free\n" in said and "10.0.0.2 has 2 of its 8 GPUs free: another Ray program uses" in said
     assert "  giving up in 0:19\n" in said
-    assert said.endswith("hunyuan-vllm: all 16 GPUs are there\n")
+    assert said.endswith("hunyuan-vllm: all 16 GPUs are free\n")
 
 
 def test_a_terminal_gets_a_countdown(monkeypatch):
-    monkeypatch.setattr(parallel, "PERIOD", 1.2)
+    monkeypatch.setattr(ray_cluster, "POLL_PERIOD", 1.2)
     monkeypatch.setenv("TERM", "xterm")
     said = waited(RayCluster.of([HEAD]), WHOLE, stream=Terminal())
     assert "giving up in 0:19" in said and "giving up in 0:18" in said
@@ -70,12 +69,12 @@ def test_a_terminal_gets_a_countdown(monkeypatch):
 
 
 def test_missing_nodes_are_named():
-    assert describe(RayCluster.of([HEAD, GONE]), ["10.0.0.1", "10.0.0.2", "10.0.0.3"]) == [
+    assert describe_nodes(RayCluster.of([HEAD, GONE]), ["10.0.0.1", "10.0.0.2", "10.0.0.3"]) == [
         "10.0.0.1 has 8 of its 8 GPUs free",
         "10.0.0.2 has left: start Ray there again (sh deploy/ray_worker.sh HEAD_IP)",
         "10.0.0.3 has not joined: run sh deploy/ray_worker.sh HEAD_IP there",
     ]
-    assert describe(RayCluster.of([HEAD, GONE, WORKER]))[1:] == ["10.0.0.2 has 8 of its 8 GPUs free"]
+    assert describe_nodes(RayCluster.of([HEAD, GONE, WORKER]))[1:] == ["10.0.0.2 has 8 of its 8 GPUs free"]
 
 
 def test_the_end_says_what_was_missing():
@@ -99,3 +98,10 @@ class Stop:
 
 def test_an_operator_need_not_wait():
     wait_for_gpus(16, {}, 20, stop=Stop(), find=looks(RayCluster.of([HEAD])), stream=io.StringIO())
+
+
+def test_a_supervisor_waits_without_a_limit():
+    missing = UserError("no Ray cluster answers at 10.0.0.1:6379")
+    said = waited(missing, None, RayCluster.of([HEAD]), WHOLE, limit=None, expected=["10.0.0.2"])
+    assert "no Ray cluster answers" in said and "10.0.0.2 has not joined" in said
+    assert "giving up" not in said

@@ -1,4 +1,4 @@
-"""Which processes count as workers that outlived their Ray node: those that look like one in every way."""
+"""Which processes are stale Ray workers: those with a worker's title and library whose raylet has exited."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ import sys
 import psutil
 import pytest
 
-from hunyuan_vllm.server.ray_orphans import end_orphans
+from hunyuan_vllm.server.stale_workers import kill_stale_workers
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install ray")
 pytest.importorskip("setproctitle", reason="vLLM's setproctitle is not installed")
@@ -50,7 +50,7 @@ def test_who_is_an_orphan(title, library, orphaned, ended):
     try:
         if orphaned and process.ppid() != 1:
             pytest.skip("orphans here become children of another process than init")
-        said = end_orphans([process])
+        said = kill_stale_workers([process])
         assert process.is_running() is not ended
         assert said == ([f"{title} (pid {process.pid})"] if ended else [])
     finally:

@@ -9,8 +9,10 @@ import pytest
 from vllm.entrypoints.openai.responses.utils import construct_input_messages
 from vllm.renderers.chat_utils import _parse_chat_message_content_mm_part
 
-from hunyuan_vllm.server.middleware.errors import NameFields, explain
+from hunyuan_vllm.server.middleware.errors import ErrorHandler, explain
+from hunyuan_vllm.server.middleware.limits import Limits
 from hunyuan_vllm.server.middleware.stack import BehindKey
+from hunyuan_vllm.server.options import ApiPolicy
 from hunyuan_vllm.settings import KEY_FILE_VARIABLE
 
 JSON = (b"content-type", b"application/json")
@@ -31,6 +33,11 @@ def answering(status: int, headers: list[tuple[bytes, bytes]], *chunks: bytes):
     return app
 
 
+def handled(app):
+    """The application behind the error handler and what gives that the request's body."""
+    return Limits(ErrorHandler(app), ApiPolicy(ignore_unknown_fields=True))
+
+
 async def ask(app, path="/v1/completions", **request) -> httpx.Response:
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         return await client.post(path, **request)
@@ -49,7 +56,7 @@ async def ask(app, path="/v1/completions", **request) -> httpx.Response:
 )
 async def test_what_it_leaves_alone(status, headers, chunks):
     app = answering(status, headers, *chunks)
-    bare, wrapped = await ask(app, json={"prompt": 5}), await ask(NameFields(app), json={"prompt": 5})
+    bare, wrapped = await ask(app, json={"prompt": 5}), await ask(handled(app), json={"prompt": 5})
     assert (wrapped.status_code, wrapped.content) == (bare.status_code, bare.content)
     assert dict(wrapped.headers) == dict(bare.headers)
 
@@ -66,7 +73,7 @@ async def test_a_stream_is_not_held_up():
     async def send(message):
         sent.append(message)
 
-    await NameFields(app)({"type": "http", "path": "/v1/completions"}, asyncio.Event().wait, send)
+    await ErrorHandler(app)({"type": "http", "path": "/v1/completions"}, asyncio.Event().wait, send)
     assert sent[1]["body"] == b"data: 1\n\n"
 
 
@@ -74,7 +81,7 @@ async def test_a_refused_stream_is_a_refusal():
     message = "n must be at least 1, got 0."
     error = {"error": {"message": message, "type": "BadRequestError", "param": None, "code": 400}}
     app = answering(200, [STREAM], f"data: {json.dumps(error)}\n\n".encode(), b"data: [DONE]\n\n")
-    answer = await ask(NameFields(app), json={"prompt": "a", "n": 0, "stream": True})
+    answer = await ask(handled(app), json={"prompt": "a", "n": 0, "stream": True})
     assert answer.status_code == 400
     assert answer.headers["content-type"] == "application/json"
     assert answer.json()["error"] == error["error"] | {"param": "n"}
@@ -98,7 +105,7 @@ def failing(how: str):
 
 @pytest.mark.parametrize("how", ["raised", "answered"])
 async def test_a_request_that_vllms_checks_break_down_on_is_a_bad_request(how):
-    answer = await ask(NameFields(failing(how)), json={"prompt": "a", "max_tokens": 1, "structured_outputs": 5})
+    answer = await ask(handled(failing(how)), json={"prompt": "a", "max_tokens": 1, "structured_outputs": 5})
     assert answer.status_code == 400
     assert answer.json()["error"] | {"type": ""} == {
         "message": "structured_outputs should not be 5",
@@ -122,7 +129,7 @@ async def test_messages_that_vllm_cannot_read_are_a_bad_request(read):
 
     with pytest.raises((AssertionError, AttributeError, ValueError, TypeError)):
         await ask(app, "/v1/responses", json={})
-    answer = await ask(NameFields(app), "/v1/responses", json={"input": []})
+    answer = await ask(handled(app), "/v1/responses", json={"input": []})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input")
     assert "input has content" in answer.json()["error"]["message"]
 
@@ -133,7 +140,7 @@ async def test_messages_that_vllm_cannot_read_are_a_bad_request(read):
 )
 async def test_a_grammar_that_no_token_fits_is_a_bad_request(status, headers, form):
     error = '{"message": "Internal server error", "type": "InternalServerError", "param": null, "code": 500}'
-    app = NameFields(answering(status, headers, form.format(error).encode()))
+    app = handled(answering(status, headers, form.format(error).encode()))
     answer = await ask(app, json={"prompt": "a", "structured_outputs": {"json": {"$ref": "#"}}})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "structured_outputs")
     assert "no token" in answer.json()["error"]["message"]
@@ -142,7 +149,7 @@ async def test_a_grammar_that_no_token_fits_is_a_bad_request(status, headers, fo
 
 async def test_a_grammar_that_ends_in_the_middle_of_a_stream():
     error = b'data: {"error": {"message": "Internal server error", "type": "X", "param": null, "code": 500}}\n\n'
-    app = NameFields(answering(200, [STREAM], b'data: {"id": 1}\n\n', error + b"data: [DONE]\n\n"))
+    app = handled(answering(200, [STREAM], b'data: {"id": 1}\n\n', error + b"data: [DONE]\n\n"))
     begun, told, done, _ = (await ask(app, json={"prompt": "a", "response_format": {"type": "x"}})).text.split("\n\n")
     assert (begun, done) == ('data: {"id": 1}', "data: [DONE]")
     told = json.loads(told.removeprefix("data: "))["error"]
@@ -151,12 +158,12 @@ async def test_a_grammar_that_ends_in_the_middle_of_a_stream():
 
 
 async def test_a_failure_of_the_server_stays_one():
-    answer = await ask(NameFields(failing("answered")), json={"prompt": "a"})
+    answer = await ask(handled(failing("answered")), json={"prompt": "a"})
     assert (answer.status_code, answer.json()["error"]["message"]) == (500, "")
     with pytest.raises(TypeError):
-        await ask(NameFields(failing("raised")), json={"prompt": "a"})
+        await ask(handled(failing("raised")), json={"prompt": "a"})
     with pytest.raises(TypeError):
-        await ask(NameFields(failing("begun")), json={"prompt": "a", "structured_outputs": 5})
+        await ask(handled(failing("begun")), json={"prompt": "a", "structured_outputs": 5})
 
 
 async def test_the_request_may_come_in_parts():
@@ -165,7 +172,7 @@ async def test_the_request_may_come_in_parts():
             yield part
 
     app = answering(400, [JSON], b'{"error": {"message": "dump", "param": "body.prompt", "code": 400}}')
-    answer = await ask(NameFields(app), content=parts())
+    answer = await ask(handled(app), content=parts())
     assert answer.json()["error"]["param"] == "prompt"
     assert "prompt should be" in answer.json()["error"]["message"]
 

@@ -8,8 +8,8 @@ import httpx
 import pytest
 from prometheus_client import REGISTRY
 
-from hunyuan_vllm.server.middleware.access_log import RequestLog
-from hunyuan_vllm.server.middleware.asgi import notes
+from hunyuan_vllm.server.middleware.access_log import AccessLog
+from hunyuan_vllm.server.middleware.asgi import request_info
 
 SECRET = "what-the-client-said"
 
@@ -21,7 +21,7 @@ def records():
             kept.append(record)
 
     kept: list[logging.LogRecord] = []
-    handler, logger = Keep(), logging.getLogger("vllm.hunyuan_vllm.server.request_log")
+    handler, logger = Keep(), logging.getLogger("vllm.hunyuan_vllm.server.middleware.access_log")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     yield kept
@@ -31,7 +31,7 @@ def records():
 async def echo(scope, receive, send):
     """Answers with the id that it was given."""
     await receive()
-    notes(scope)["key"] = "alice"
+    request_info(scope)["key"] = "alice"
     status = int(scope["path"].rpartition("/")[2]) if scope["path"].startswith("/status/") else 200
     headers = [(b"X-Request-Id", b"another")] if scope["path"] == "/own" else []
     await send({"type": "http.response.start", "status": status, "headers": headers})
@@ -39,7 +39,7 @@ async def echo(scope, receive, send):
 
 
 async def ask(path="/v1/x", app=echo, **keywords) -> httpx.Response:
-    middleware = RequestLog(app, quiet=["/health", "/status/503"])
+    middleware = AccessLog(app, quiet=["/health", "/status/503"])
     async with httpx.AsyncClient(transport=httpx.ASGITransport(middleware), base_url="http://server") as client:
         return await client.post(path, content=SECRET, **keywords)
 
@@ -122,5 +122,5 @@ async def test_a_crash_and_a_client_that_left_are_logged(records):
     assert (await ask(app=crashing_late)).status_code == 400
     assert not any(SECRET in record.getMessage().replace("raise RuntimeError(SECRET)", "") for record in records)
     sent = []
-    await RequestLog(silent)({"type": "http", "method": "GET", "path": "/x", "headers": []}, None, sent.append)
+    await AccessLog(silent)({"type": "http", "method": "GET", "path": "/x", "headers": []}, None, sent.append)
     assert [record.status for record in records] == [500, 400, 499]

@@ -143,7 +143,7 @@ async def test_a_grammar_that_no_token_fits_is_a_bad_request(status, headers, fo
     app = handled(answering(status, headers, form.format(error).encode()))
     answer = await ask(app, json={"prompt": "a", "structured_outputs": {"json": {"$ref": "#"}}})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "structured_outputs")
-    assert "no token" in answer.json()["error"]["message"]
+    assert "no possible token" in answer.json()["error"]["message"]
     assert (await ask(app, json={"prompt": "a"})).status_code == 500
 
 

@@ -8,9 +8,9 @@ import pytest
 
 from hunyuan_vllm.server.middleware.bounds import BadJson, read_json
 
-HALF = "half of a surrogate pair"
+HALF = "unpaired surrogate"
 BEYOND = "beyond 64 bits"
-NO_NUMBER = "no finite number"
+NO_NUMBER = "not a finite number"
 
 
 @pytest.mark.parametrize(

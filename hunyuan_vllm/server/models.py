@@ -1,4 +1,4 @@
-"""What MODEL_PATH, --lora-modules and the scheme name, checked before a server is started"""
+"""The model, adapters and scheme to serve, checked before a server starts"""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def open_model(given: str) -> ModelSource:
 
 
 def check_files(model: ModelSource, flags: Flags, environ: Mapping[str, str]) -> None:
-    """Look for what vLLM would miss in a checkpoint's folder only after seconds or minutes.
+    """Check what vLLM would report as missing only after seconds or minutes.
 
     Raises:
         UserError: no weights, no tokenizer, or the context asked for is longer than config.json allows.
@@ -125,7 +125,7 @@ def check_files(model: ModelSource, flags: Flags, environ: Mapping[str, str]) ->
     if asked and asked > longest and not (overridden or allowed):
         raise UserError(
             f"--max-model-len {asked} is more than the {longest} tokens of the model's config.json: give at most that "
-            "(VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 tries more, at the risk of nonsense)"
+            "(VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 permits more, with unreliable output)"
         )
 
 
@@ -171,7 +171,7 @@ MAX_LORA_RANK = 16  # vLLM's, where --max-lora-rank does not say
 
 
 def check_adapters(flags: Flags, config: HunYuanConfig | None, cpu: bool) -> None:
-    """Refuse adapters that would be served in part or not at all. Those on the hub are left to vLLM.
+    """Refuse adapters that would be applied only in part or not at all. Those on the hub are left to vLLM.
 
     Raises:
         UserError: the message names the adapter.
@@ -182,7 +182,7 @@ def check_adapters(flags: Flags, config: HunYuanConfig | None, cpu: bool) -> Non
     from hunyuan_vllm.adapter import check_adapter  # with transformers, which takes seconds
 
     if "enable-lora" not in flags:
-        raise UserError("--lora-modules needs --enable-lora beside it")
+        raise UserError("--lora-modules needs --enable-lora")
     for item in given:
         name, path = _name_and_path(item)
         folder = Path(path).expanduser()
@@ -195,7 +195,7 @@ def check_adapters(flags: Flags, config: HunYuanConfig | None, cpu: bool) -> Non
 
 
 def _name_and_path(item: str) -> tuple[str, str]:
-    """As vLLM reads NAME=PATH, or a JSON object with both."""
+    """Name and path, from NAME=PATH or a JSON object with both, as vLLM reads them."""
     if "=" in item and "," not in item:
         name, _, path = item.partition("=")
         return name, path

@@ -74,7 +74,7 @@ def run_once(launch: Launch, environ: Mapping[str, str], stop: Stop, health: Rea
     run = run_server(launch, environ, stop, health=health)
     if stop.requested:
         return _status_after_stop(run)
-    say(f"the server {'stopped before it was ready' if run.ready_for is None else 'died'}: {run.cause}")
+    report(f"the server {'stopped before it was ready' if run.ready_for is None else 'died'}: {run.cause}")
     return run.status or 1
 
 
@@ -93,18 +93,18 @@ def supervise(
         if stop.requested:
             return _status_after_stop(run)
         if run.ready_for is None and run.status == REFUSED:
-            say(f"vLLM does not accept these options: {run.cause}")
+            report(f"vLLM does not accept these options: {run.cause}")
             return REFUSED
         failures = 1 if run.ready_for is not None and run.ready_for >= policy.reset_after else failures + 1
         when = "before it was ready" if run.ready_for is None else f"after {run.ready_for:.0f} s of service"
         died = f"the server died {when}: {run.cause}"
         if policy.max_restarts is not None and failures > policy.max_restarts:
-            say(f"{died}; giving up after {failures} failures in a row")
+            report(f"{died}; giving up after {failures} failures in a row")
             return GAVE_UP
         restarts += 1
         wait = policy.wait(failures)
         restarting = f"{died}; restart {restarts} in {wait:.0f} s"
-        say(restarting)
+        report(restarting)
         notify_systemd(f"STATUS={restarting}")
         stop.sleep(wait)
         if launch.ray_gpus:
@@ -114,7 +114,7 @@ def supervise(
             return 0
         if launch.ray_gpus:
             for worker in kill_stale_workers({**environ, **launch.env}):
-                say(f"killed a stale worker, whose raylet had exited: {worker}")
+                report(f"killed a stale worker, whose raylet had exited: {worker}")
         notify_systemd(f"STATUS=starting (restart {restarts})")
 
 
@@ -136,7 +136,7 @@ def run_server(
     started = time.monotonic()
     environment = {**inherited, **launch.env}
     for line in make_directories(environment):
-        say(line)
+        report(line)
     oom_kills_before = oom_kills()
     child = Child(launch.argv, environment)
     stop.forward_to(child)
@@ -147,7 +147,7 @@ def run_server(
         if stop.since is not None:
             if time.monotonic() >= stop.since + _grace(launch) + STOP_MARGIN and kill_reason is None:
                 kill_reason = "it did not exit in time"
-                say(f"{kill_reason}, and is killed")
+                report(f"{kill_reason}, and is killed")
                 child.kill()
             child.wait(START_PERIOD)
             continue
@@ -170,7 +170,7 @@ def run_server(
     )
 
 
-def say(text: str) -> None:
+def report(text: str) -> None:
     """Print a line of our own to standard error."""
     print(f"\nhunyuan-vllm: {text}", file=sys.stderr, flush=True)
 
@@ -191,7 +191,7 @@ def _announce(launch: Launch, seconds: float) -> None:
         try:
             one_key = list(read_key_file(launch.key_file)) == [UNNAMED]
         except UserError as error:  # the file may change at any time; the server keeps the keys it has read
-            say(str(error))
+            report(str(error))
             one_key = False
         key = f"$(cat {launch.key_file})" if one_key else f"A-KEY-OF-{launch.key_file}"
         header = f' -H "Authorization: Bearer {key}"'

@@ -1,8 +1,8 @@
-"""vLLM's own parser of server options, without the seconds that importing all of vLLM takes.
+"""vLLM's own parser of server options, without the seconds that importing vLLM takes
 
-The options are read from vLLM once, by the set-up (which keeps them in the environment) or else in a process of its own
-(in vLLM's cache folder). What turns words into values (spellings, abbreviations, --config, options with dots) is vLLM's
-parser class itself, loaded from its file.
+The options are read from vLLM once and cached: by the set-up in the Python environment, else by a separate process in
+vLLM's cache directory. Parsing itself (abbreviations, --config, options with dots) is done by vLLM's parser class,
+loaded from its file.
 """
 
 import argparse
@@ -43,13 +43,13 @@ UNKNOWN = "unrecognized arguments: "
 
 
 def parse(argv: Sequence[str], own_options: Sequence[str] = ()) -> dict[str, Any]:
-    """What vLLM's server would understand: destination → value, of those options alone that are given.
+    """The options that are given, as vLLM's server would parse them: destination → value.
 
-    Values are text where only vLLM itself can make more of them.
+    Values that only vLLM itself can convert stay text.
 
     Args:
         argv: the server's arguments; a model, if there is one, first.
-        own_options: names that a mistyped option may have been meant for, beside vLLM's.
+        own_options: names to suggest for a mistyped option, beside vLLM's.
 
     Raises:
         UserError: vLLM would refuse them, or is not installed. The message shows no value of an unknown option.
@@ -60,13 +60,13 @@ def parse(argv: Sequence[str], own_options: Sequence[str] = ()) -> dict[str, Any
     except UserError:
         raise
     except IndexError:
-        raise UserError(f"{argv[-1].split('=')[0]} wants a value") from None
+        raise UserError(f"{argv[-1].split('=')[0]} needs a value") from None
     except OSError as error:
         raise UserError(f"--config {error.filename} cannot be read: {error.strerror}") from None
-    except Exception as error:  # of a --config file, too: whatever taking it apart raises
+    except Exception as error:  # from parsing a --config file
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"--config cannot be used: {reason}") from None
-    if "config" in namespace:  # of a file that is read, nothing is left but its options
+    if "config" in namespace:  # a file that was read leaves only its options
         raise UserError("vLLM does not read --config=FILE: write --config FILE")
     return namespace
 
@@ -77,7 +77,7 @@ def _parser(own_options: tuple[str, ...]) -> argparse.ArgumentParser:
 
     class Parser(flexible):  # type: ignore[valid-type, misc]
         def error(self, message: str) -> NoReturn:
-            raise UserError(_explain(message, (*self._option_string_actions, *own_options)))
+            raise UserError(_error_message(message, (*self._option_string_actions, *own_options)))
 
     parser: argparse.ArgumentParser = Parser(prog="serve", add_help=False)
     for option in _options():
@@ -94,18 +94,18 @@ def _parser(own_options: tuple[str, ...]) -> argparse.ArgumentParser:
     return parser
 
 
-def _explain(message: str, known: Sequence[str]) -> str:
-    """argparse's complaint as one line."""
+def _error_message(message: str, known: Sequence[str]) -> str:
+    """argparse's error as one line."""
     if not message.startswith(UNKNOWN):
         message = re.sub(r"^argument ([^:]+): ", lambda match: f"{match[1].split('/')[0]}: ", message)
         return f"{message[:300]} (vllm serve --help=all lists vLLM's options)"
     words = [word.split("=")[0].split(".")[0] for word in message.removeprefix(UNKNOWN).split()]
     option = next((word for word in words if word.startswith("-")), None)
     if option is None:
-        return "there is an argument too many: one model, then options (vllm serve --help=all lists vLLM's)"
+        return "too many arguments: give one model, then options (vllm serve --help=all lists vLLM's)"
     close = difflib.get_close_matches(option.replace("_", "-"), known, n=1, cutoff=0.6)
     meant = f": did you mean {close[0]}?" if close else " (vllm serve --help=all lists vLLM's)"
-    return f"{option} is no option of this command or of vLLM{meant}"
+    return f"{option} is not an option of this command or of vLLM{meant}"
 
 
 @cache
@@ -123,7 +123,7 @@ def _parser_module() -> ModuleType:
 
 @contextmanager
 def _stand_in_logger() -> Iterator[None]:
-    """While in the block, `vllm.logger` is all there is of vLLM, and silent: the server says what it has to say."""
+    """In the block, a silent `vllm.logger` stands in for vLLM; the server logs its own warnings."""
 
     class Silent(logging.Logger):
         warning_once = logging.Logger.warning
@@ -145,28 +145,28 @@ def _vllm_folder() -> Path:
         raise UserError(str(error)) from None
     spec = importlib.util.find_spec("vllm")
     if spec is None or not spec.submodule_search_locations:
-        raise UserError("vLLM is installed, but its package is not there: install it again")
+        raise UserError("vLLM is installed, but its package is missing: install it again")
     return Path(spec.submodule_search_locations[0])
 
 
 def _options() -> list[dict[str, Any]]:
-    """Those of vLLM's server, as `_describe` has them: from vLLM where it is imported, else from the cache."""
+    """The options of vLLM's server: from vLLM if it is imported, else from the cache."""
     if "vllm.engine.arg_utils" in sys.modules:
-        return _describe()
+        return _read_options()
     name = _cache_name()
     for folder in (ENVIRONMENT_CACHE, envs.cache_folder()):
         with suppress(OSError, ValueError):
             return list(json.loads((folder / name).read_text()))
     print("hunyuan-vllm: reading vLLM's options, once for this version", file=sys.stderr, flush=True)
-    text = _asked_of_vllm()
+    text = _query_vllm()
     with suppress(OSError, UserError):  # a cache that cannot be written costs seconds at the next start
         _write(envs.cache_folder() / name, text)
     return list(json.loads(text))
 
 
 def keep_in_environment() -> None:
-    """Write the options where every user of this Python environment finds them. Imports vLLM; the set-up calls it."""
-    _write(ENVIRONMENT_CACHE / _cache_name(), json.dumps(_describe()))
+    """Cache the options for all users of this Python environment. Imports vLLM; called by the set-up."""
+    _write(ENVIRONMENT_CACHE / _cache_name(), json.dumps(_read_options()))
 
 
 def _cache_name() -> str:
@@ -182,27 +182,27 @@ def _write(file: Path, text: str) -> None:
         temporary.write_text(text)
 
 
-def _asked_of_vllm() -> str:
+def _query_vllm() -> str:
     done = subprocess.run([sys.executable, "-m", __name__], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     lines = done.stdout.splitlines()  # vLLM's log goes there, too
     if done.returncode or not lines:
-        last = (done.stderr.splitlines() or lines or ["it says nothing"])[-1]
+        last = (done.stderr.splitlines() or lines or ["no output"])[-1]
         raise UserError(f"vLLM cannot be imported to read its options: {last}")
     return lines[-1]
 
 
-def _describe() -> list[dict[str, Any]]:
-    """Every option of vLLM's server, as what this module can make a parser of."""
+def _read_options() -> list[dict[str, Any]]:
+    """Every option of vLLM's server, with what this module needs to build a parser."""
     from vllm.entrypoints.cli.serve import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    described = []
+    options = []
     for action in make_arg_parser(FlexibleArgumentParser(add_help=False))._actions:
         kind = action.type or str
         name = getattr(kind, "__name__", "")
         plain = kind in (int, float, str) or getattr(kind, "__module__", "") == FlexibleArgumentParser.__module__
         flags = [flag for flag in action.option_strings if not _is_negation(flag, action)]
-        described.append(
+        options.append(
             {
                 "flags": flags or [action.dest],
                 "dest": action.dest,
@@ -213,13 +213,13 @@ def _describe() -> list[dict[str, Any]]:
                 "choices": list(action.choices) if plain and action.choices is not None else None,
             }
         )
-    return described
+    return options
 
 
 def _is_negation(flag: str, action: argparse.Action) -> bool:
-    """Whether argparse makes this flag itself, of another."""
+    """Whether argparse adds this flag by itself."""
     return isinstance(action, argparse.BooleanOptionalAction) and flag.startswith("--no-")
 
 
 if __name__ == "__main__":
-    print("\n" + json.dumps(_describe()))
+    print("\n" + json.dumps(_read_options()))

@@ -1,9 +1,7 @@
-"""Standard output and error: open and able to show any text for every command, and for a service unable to fail.
+"""Standard output and error that never fail: for any text, and for a service also when they cannot be written
 
-A full disk, a reader that has gone or one that stands still must end neither a server nor its supervisor.
+A full disk, or a reader that has exited or blocks, must not stop a server or its supervisor.
 """
-
-from __future__ import annotations
 
 import atexit
 import io
@@ -14,12 +12,12 @@ import sys
 import threading
 
 STREAMS = ("stdout", "stderr")
-QUEUED = 4096  # writes that wait for a reader; more are dropped
-AT_EXIT = 2.0  # seconds that a reader has for what is left when the process ends
+MAX_QUEUED = 4096  # writes that wait for a reader; more are dropped
+EXIT_TIMEOUT = 2.0  # seconds in which a reader can take the rest when the process exits
 
 
 def prepare_output() -> None:
-    """Open what the caller closed (`>&-`), and escape characters that the terminal's encoding lacks."""
+    """Open streams that the caller closed (`>&-`), and escape characters that the terminal's encoding lacks."""
     for name in STREAMS:
         stream = getattr(sys, name)
         if stream is None:
@@ -30,9 +28,9 @@ def prepare_output() -> None:
 
 
 def make_output_unfailing() -> None:
-    """From now on sys.stdout and sys.stderr accept every write at once; what cannot be written is dropped and counted.
+    """Make sys.stdout and sys.stderr accept every write at once; what cannot be written is dropped and counted.
 
-    They may be written to from any thread and from a signal handler.
+    Any thread and any signal handler may write to them.
     """
     prepare_output()
     for name in STREAMS:
@@ -52,22 +50,22 @@ def make_output_unfailing() -> None:
 
 
 def _occupy_standard_descriptors() -> None:
-    """Else the next file or socket that is opened would be somebody's standard output."""
+    """Else the next file or socket would get the descriptor of standard output."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
 
 
 class _UnfailingOutput(io.RawIOBase):
-    """Hands what it is given to a thread of its own, which writes it."""
+    """Writes from a thread of its own."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()  # whose put() may interrupt a put()
         self._lock = threading.RLock()  # which a signal handler may take while its thread holds it
-        self._dropped = 0  # lines that nothing was said of
+        self._dropped = 0  # lines not yet reported
         self._cause = ""
-        self._in_line = False  # the last byte written was no newline
+        self._in_line = False  # the last byte written was not a newline
         self._finished = threading.Event()
         threading.Thread(target=self._write_queued, name=f"output {descriptor}", daemon=True).start()
 
@@ -82,16 +80,16 @@ class _UnfailingOutput(io.RawIOBase):
 
     def write(self, data: bytes | bytearray | memoryview) -> int:  # type: ignore[override]
         piece = bytes(data)
-        if self._queue.qsize() < QUEUED:
+        if self._queue.qsize() < MAX_QUEUED:
             self._queue.put(piece)
         else:
             self._drop(piece, "nobody read them")
         return len(piece)
 
     def finish(self) -> None:
-        """Wait until what was given before is written or dropped, but not for a reader that stands still."""
+        """Wait until earlier writes are done or dropped, but not for a reader that blocks."""
         self._queue.put(None)
-        self._finished.wait(AT_EXIT)
+        self._finished.wait(EXIT_TIMEOUT)
 
     def _write_queued(self) -> None:
         while (piece := self._queue.get()) is not None:

@@ -22,8 +22,8 @@ from processes import Child
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.quant.schemes import WRITTEN
-from hunyuan_vllm.quantize.estimate import Plan, Rates, measure_rates
-from hunyuan_vllm.quantize.options import Options
+from hunyuan_vllm.quantize.convert import Options
+from hunyuan_vllm.quantize.estimate import Plan
 
 WIDE: dict[str, Any] = dict(
     vocab_size=8192, hidden_size=4096, intermediate_size=12288, num_hidden_layers=2, num_attention_heads=32,
@@ -47,9 +47,6 @@ class Converter:
 
         torch.set_num_threads(threads)
         self._source = source
-
-    def rates(self, given: dict[str, Any]) -> Rates:
-        return measure_rates(_options(given))
 
     def convert(self, given: dict[str, Any]) -> tuple[float, int]:
         """Seconds, and bytes of anonymous memory at the peak."""
@@ -101,40 +98,33 @@ def main() -> None:
         source = random_checkpoint(Path(folder) / "bf16", "tiny_config", **WIDE)
         config = HunYuanConfig.from_pretrained(source)
         environ = {"OMP_NUM_THREADS": str(arguments.threads)}
-        rates: dict[str, Rates] = {}
 
-        def run(name: str) -> tuple[float, float, int]:
-            """Seconds of the plan, seconds it took, peak of memory."""
-            given = RUNS[name] | {"tokens": arguments.tokens}
+        def run(name: str) -> tuple[float, int]:
+            """Seconds, and the peak of memory."""
             with Child(name, Converter, source, arguments.threads, environ=environ).ready() as child:
-                rates[name] = child.call("rates", given)
-                planned = Plan.of(config, _options(given), rates[name])
-                return planned.seconds, *child.call("convert", given)
+                return child.call("convert", RUNS[name] | {"tokens": arguments.tokens})
 
         measured = interleaved({name: lambda name=name: run(name) for name in RUNS}, arguments.rounds)
-    size = Plan.of(config, _options(RUNS["int8"] | {"tokens": arguments.tokens}), rates["int8"]).source_bytes
+    size = Plan.of(config, _options(RUNS["int8"] | {"tokens": arguments.tokens})).source_bytes
     for name, rounds in measured.items():
-        plan = Plan.of(config, _options(RUNS[name] | {"tokens": arguments.tokens}), rates[name])
+        plan = Plan.of(config, _options(RUNS[name] | {"tokens": arguments.tokens}))
         report.add(
             f"a checkpoint of {size / 1e9:.1f} GB",
             scheme=name,
-            seconds=Spread.of(seconds for _, seconds, _ in rounds),
-            of_the_plan=Spread.of(seconds / planned for planned, seconds, _ in rounds),
-            MB_a_second=Spread.of(size / 1e6 / seconds for _, seconds, _ in rounds),
-            peak_GB=max(peak for *_, peak in rounds) / 1e9,
+            seconds=Spread.of(seconds for seconds, _ in rounds),
+            MB_a_second=Spread.of(size / 1e6 / seconds for seconds, _ in rounds),
+            peak_GB=max(peak for _, peak in rounds) / 1e9,
             planned_GB=plan.memory / 1e9,
         )
     for name, given in RUNS.items():
-        plan = Plan.of(HunYuanConfig(**PUBLISHED), _options(given | {"tokens": 8192}), rates[name])
+        plan = Plan.of(HunYuanConfig(**PUBLISHED), _options(given | {"tokens": 8192}))
         report.add(
-            "the published 389B network, on paper, at these rates",
+            "the published 389B network, on paper",
             scheme=name,
             read_GB=plan.source_bytes / 1e9,
             written_GB=plan.written_bytes / 1e9,
             meanwhile_GB=plan.state_bytes / 1e9,
             memory_GB=plan.memory / 1e9,
-            hours_calibrating=plan.seconds_calibrating / 3600,
-            hours_converting=plan.seconds_converting / 3600,
         )
     report.show()
 

@@ -45,13 +45,12 @@ def merge_lora(
     Exit status: 0 OUTPUT is complete, 2 invalid input, 3 the disk is full or
     broken, 130 interrupted.
     """
-    from hunyuan_vllm.quantize.options import parse_size
     from hunyuan_vllm.quantize.source import Source
     from hunyuan_vllm.serving_command import checkpoint_command
     from hunyuan_vllm.train.adapter import Adapter
     from hunyuan_vllm.train.merge import SAVE_DTYPES, Merge
     from hunyuan_vllm.util.progress import Progress
-    from hunyuan_vllm.util.text import gigabytes
+    from hunyuan_vllm.util.text import gigabytes, parse_size
 
     if save_dtype not in SAVE_DTYPES:
         raise UserError(f"--save_dtype {save_dtype}: it is {', '.join(SAVE_DTYPES)}")

@@ -13,7 +13,7 @@ from hunyuan_vllm.cli.show import resumable
 from hunyuan_vllm.util.errors import UserError
 
 if TYPE_CHECKING:
-    from hunyuan_vllm.quantize.options import Options
+    from hunyuan_vllm.quantize.convert import Options
 
 __all__ = ["quantize"]
 
@@ -93,7 +93,8 @@ def quantize(
     gave out, 130 interrupted.
     """
     from hunyuan_vllm.quant.schemes import WRITTEN, find_scheme
-    from hunyuan_vllm.quantize.options import Options, parse_size
+    from hunyuan_vllm.quantize.convert import Options
+    from hunyuan_vllm.util.text import parse_size
 
     console = Console(stderr=True)
     name = find_scheme(scheme, WRITTEN).name
@@ -134,15 +135,14 @@ def _convert(source: Path, target: Path, options: Options, calibration: Path | N
 
 def _show_plan(source: Path, options: Options) -> None:
     from hunyuan_vllm.plan.model import PUBLISHED, open_planned
-    from hunyuan_vllm.quantize.estimate import Plan, measure_rates
+    from hunyuan_vllm.quantize.estimate import Plan
     from hunyuan_vllm.quantize.source import read_config
 
     given = str(source)
     published = given in PUBLISHED and not source.exists()
     config = open_planned(given).config if published else read_config(source)[1]
-    rates = measure_rates(options)
     print(f"{options.scheme}, {config.num_hidden_layers} layers, clip {options.clip}, smooth {options.smooth}")
-    print("\n".join(Plan.of(config, options, rates).lines(rates, options.device)))
+    print("\n".join(Plan.of(config, options).lines()))
 
 
 def _device(given: str) -> str:

@@ -5,24 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LEVELS = 127  # a side: -128 stays unused, so that the range is symmetric
+INT8_MAX = 127  # -128 stays unused, so that the range is symmetric
 _CPU_BLOCK = 1 << 19  # weights expanded to float32 at a time: from a core's cache, several times as fast as from memory
 _BLOCK = 1 << 24  # the same on an accelerator, where it bounds the memory
 _SIGN_BIT = -2139062144  # 0x80808080 as an int32: flips four int8 to their offset-binary form and back
 
 
 def quantize_per_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round each row of `weight [out, in]` to 127 levels a side: int8 `[out, in]` and float32 `[out, 1]`, with
+    """Round each row of `weight [out, in]` to -127…127: int8 `[out, in]` and float32 `[out, 1]`, with
     weight ≈ int8 · scale. A row of zeros has scale 1. On `weight`'s device, in float32."""
-    levels = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(len(weight), 1, dtype=torch.float32, device=weight.device)
     rows = max(1, (_CPU_BLOCK if weight.device.type == "cpu" else _BLOCK) // weight.shape[1])
-    for block, block_levels, block_scale in zip(weight.split(rows), levels.split(rows), scale.split(rows), strict=True):
+    for block, block_values, block_scale in zip(weight.split(rows), values.split(rows), scale.split(rows), strict=True):
         block = block.float()
-        torch.div(block.abs().amax(dim=-1, keepdim=True), LEVELS, out=block_scale)
+        torch.div(block.abs().amax(dim=-1, keepdim=True), INT8_MAX, out=block_scale)
         block_scale.masked_fill_(block_scale == 0, 1)
-        block_levels.copy_((block / block_scale).round_())
-    return levels, scale
+        block_values.copy_((block / block_scale).round_())
+    return values, scale
 
 
 def pack_int8(weight: Tensor) -> Tensor:

@@ -1,21 +1,27 @@
-"""Calibration: the network run layer by layer over texts, and what is recorded of its activations"""
+"""Calibration: the network run layer by layer over texts, what is recorded of its activations, and their FP8 scales"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.quantize.source import Source
+from hunyuan_vllm.quant.rounding import E4M3_MAX
+from hunyuan_vllm.quantize.source import Source, Unit, input_of, place
 from hunyuan_vllm.quantize.texts import Tokens
 from hunyuan_vllm.quantize.writer import Workspace
 from hunyuan_vllm.reference import DecoderLayer, MoE, rotation
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.progress import Progress
+
+if TYPE_CHECKING:
+    from hunyuan_vllm.quantize.smooth import SmoothQuant
 
 SAMPLE = 16  # inputs kept of every projection, to measure what quantising it does to its outputs
 ENOUGH = 64  # tokens an expert has to see; below that it is shown those that come closest to being routed to it
@@ -113,7 +119,7 @@ class ObservedLayer:
             setattr(module, part, nn.Parameter(tensor, requires_grad=False))
 
     def _load_and_see(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        shares = name.endswith(("k_proj", "v_proj", "up_proj"))
+        shares = _keeper(name) != name
 
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             self._load(module, name)
@@ -164,7 +170,7 @@ class Calibration:
 
     def __init__(self, source: Source, workspace: Workspace) -> None:
         self._source, self._workspace = source, workspace
-        # Its group is what migration of a layer's V asks for.
+        # Its group is what smoothing of a layer's V asks for.
         self.layer = lru_cache(maxsize=source.config.cla_share_factor + 1)(self._layer)
 
     def run(self, tokens: Tokens, device: str, progress: Progress) -> None:
@@ -213,3 +219,71 @@ class Calibration:
 
 def _unpacked(held: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
     return held["x"], held["k"], held["v"], int(held["next"])
+
+
+class ActivationScales:
+    """Static E4M3 scales: `headroom` times what calibration saw at most, after smoothing, becomes 448.
+
+    All experts of a layer share the scale of their gate and up inputs, and that of their down inputs, as the engine's
+    fused experts need it: loading then rescales nothing.
+    """
+
+    def __init__(
+        self,
+        config: HunYuanConfig,
+        stats: Callable[[int], LayerStats],
+        smoothing: SmoothQuant | None = None,
+        headroom: float = 1.0,
+    ) -> None:
+        self._config, self._stats, self._smooth, self._headroom = config, stats, smoothing, headroom
+
+    def amax(self, layer: int, projection: str) -> Tensor:
+        """Largest magnitude of each input channel of a layer's projection, float32 `[in]`."""
+        amax = self._stats(layer).inputs[_keeper(projection)]
+        before = self._smooth.inputs(layer, projection) if self._smooth else None
+        return amax if before is None else amax / before
+
+    def sample(self, layer: int, projection: str) -> Tensor:
+        """Some inputs, float32 `[tokens, in]`."""
+        sample = self._stats(layer).samples[_keeper(projection)].float()
+        before = self._smooth.inputs(layer, projection) if self._smooth else None
+        return sample if before is None else sample / before
+
+    def input_scale(self, layer: int, projection: str) -> Tensor:
+        """float32 `[]`."""
+        shared = input_of(projection)
+        sharing = [name for name in self._stats(layer).inputs if input_of(name) == shared]
+        return self._scale(max(float(self.amax(layer, name).max()) for name in sharing))
+
+    def cache_scales(self, owner: int) -> tuple[Tensor, Tensor]:
+        """An owner's K and V scale, float32 `[]`. With qk-norm the cache holds K / rms(K), which no channel can exceed
+        sqrt(head_dim) of: that scale needs no calibration."""
+        stats = self._stats(owner)
+        assert stats.k_amax is not None and stats.v_amax is not None
+        v_amax = stats.v_amax if self._smooth is None else stats.v_amax / self._smooth.value(owner)
+        v_scale = self._scale(float(v_amax.max()))
+        if self._config.use_qk_norm:
+            return torch.tensor(math.sqrt(self._config.head_dim) / E4M3_MAX), v_scale
+        return self._scale(float(stats.k_amax)), v_scale
+
+    def _scale(self, amax: float) -> Tensor:
+        return torch.tensor(self._headroom * amax / E4M3_MAX if amax > 0 else 1.0)
+
+
+def _keeper(projection: str) -> str:
+    """The projection under which the inputs of fused ones are kept."""
+    for part, first in (("k_proj", "q_proj"), ("v_proj", "q_proj"), ("up_proj", "gate_proj")):
+        if projection.endswith(part):
+            return projection.removesuffix(part) + first
+    return projection
+
+
+def static_scales(unit: Unit, activations: ActivationScales) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the scales of a quantised unit that come from calibration."""
+    for name in unit.names:
+        projection = name.removesuffix(".weight")
+        yield f"{projection}.input_scale", activations.input_scale(*place(projection))
+    if owner := unit.owned_cache:
+        k_scale, v_scale = activations.cache_scales(place(owner)[0])
+        yield f"{owner}.k_scale", k_scale
+        yield f"{owner}.v_scale", v_scale

@@ -1,10 +1,10 @@
-"""A conversion from start to end: look at everything, calibrate, write file by file, read back, report, rename."""
+"""A conversion from start to end: check everything, calibrate, write file by file, read back, report, rename."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,24 +16,63 @@ from torch import Tensor
 from hunyuan_vllm.checkpoint import INDEX_FILE
 from hunyuan_vllm.quant.schemes import WRITTEN, find_scheme
 from hunyuan_vllm.quantize import verify
-from hunyuan_vllm.quantize.calibrate import Calibration
-from hunyuan_vllm.quantize.encode import ActivationScales, Encoder, specs_of
+from hunyuan_vllm.quantize.calibrate import ActivationScales, Calibration, static_scales
 from hunyuan_vllm.quantize.estimate import state_bytes
-from hunyuan_vllm.quantize.formats import scheme_named
-from hunyuan_vllm.quantize.options import Options
-from hunyuan_vllm.quantize.smooth import Migration
-from hunyuan_vllm.quantize.source import Source
+from hunyuan_vllm.quantize.formats import FORMATS, WeightFormat, specs_of
+from hunyuan_vllm.quantize.smooth import SmoothQuant
+from hunyuan_vllm.quantize.source import Source, Unit, kept_linears, units
 from hunyuan_vllm.quantize.texts import Tokens, calibration_tokens
-from hunyuan_vllm.quantize.units import kept_linears, units
 from hunyuan_vllm.quantize.verify import Verifier
 from hunyuan_vllm.quantize.writer import Shard, ShardWriter, Workspace, index_of, plan_shards
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.progress import Progress
 from hunyuan_vllm.util.text import gigabytes
 
-__all__ = ["Conversion", "quantize_checkpoint"]
-
 REPORT = "quantize_report.json"
+CLIPS = ("max", "mse")
+
+
+@dataclass(frozen=True)
+class Options:
+    """A conversion's options, beside its source and target.
+
+    Attributes:
+        scheme: a name of `quant.schemes.WRITTEN`.
+        clip: the largest magnitude that a weight scale represents: "max", the largest weight's, or "mse", the one with
+            the least squared error.
+        smooth: SmoothQuant's α, from 0 (all difficulty stays in the activations) to 1; None for no smoothing.
+        calibration_tokens: most tokens that calibration reads.
+        headroom: how many times what calibration saw at most the static input and V scales reach. E4M3 rounds large and
+            small numbers alike, so room costs nothing, whereas what lies beyond the range is cut off.
+        shard_bytes: most bytes of a file, unless a tensor is larger.
+        device: "cpu", "cuda" or "cuda:N": where the arithmetic runs.
+
+    Raises:
+        UserError: one is out of range.
+    """
+
+    scheme: str
+    clip: str = "max"
+    smooth: float | None = None
+    calibration_tokens: int = 8192
+    headroom: float = 2.0
+    shard_bytes: int = 5 * 10**9
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.clip not in CLIPS:
+            raise UserError(f"--clip {self.clip}: it is one of {', '.join(CLIPS)}")
+        if self.smooth is not None and not 0 <= self.smooth <= 1:
+            raise UserError(f"--smooth {self.smooth:g}: it is a number from 0 to 1; 0.5 is usual")
+        if self.calibration_tokens < 1:
+            raise UserError(f"--calibration-tokens {self.calibration_tokens}: it is at least 1")
+        if not 1 <= self.headroom <= 64:
+            raise UserError(f"--headroom {self.headroom:g}: it is a number from 1 to 64; 2 is usual")
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether activations have to be seen before a weight can be written."""
+        return self.scheme == "fp8" or self.smooth is not None
 
 
 def quantize_checkpoint(
@@ -60,7 +99,7 @@ def quantize_checkpoint(
         calibration_tokens: most tokens that calibration reads.
         headroom: how many times what calibration saw at most the static input and V scales reach.
         clip: "max" or "mse", for weight scales.
-        smooth: SmoothQuant's α; None for no migration of outliers.
+        smooth: SmoothQuant's α; None for no smoothing of outliers.
         shard_bytes: most bytes of a file.
         device: where the arithmetic runs, as torch names it.
         console: where progress is shown; None for silence.
@@ -86,15 +125,15 @@ class Conversion:
         progress: Progress,
     ) -> None:
         self._source, self._target, self._options, self._progress = source, target, options, progress
-        self._scheme = scheme_named(options.scheme)
-        self._scheme.check(source.config)
+        self._format = FORMATS[options.scheme]
+        self._format.check(source.config)
         if options.smooth is not None and torch.float16 in map(source.dtype, source.shapes):
             raise UserError("--smooth: float16 weights have no room for it; give the BF16 checkpoint")
         all_units = units(source.config)
-        specs = partial(specs_of, scheme=self._scheme, shapes=source.shapes, dtype=source.dtype)
+        specs = partial(specs_of, weight_format=self._format, shapes=source.shapes, dtype=source.dtype)
         self._shards = plan_shards(((unit, specs(unit)) for unit in all_units), options.shard_bytes)
         self._calibration_given = calibration
-        self._migration: Migration | None = None
+        self._smooth: SmoothQuant | None = None
         self._activations: ActivationScales | None = None
         self._idle_experts: list[dict[str, int]] = []
         self._tensors_done = 0
@@ -152,13 +191,13 @@ class Conversion:
         calibration = Calibration(self._source, workspace)
         calibration.run(tokens, self._options.device, self._progress)
         if self._options.smooth is not None:
-            self._migration = Migration(config, self._options.smooth, calibration.layer)
-        self._activations = ActivationScales(config, calibration.layer, self._migration, self._options.headroom)
+            self._smooth = SmoothQuant(config, self._options.smooth, calibration.layer)
+        self._activations = ActivationScales(config, calibration.layer, self._smooth, self._options.headroom)
         self._idle_experts = calibration.idle_experts()
 
     def _read(self, name: str) -> Tensor:
         tensor = self._source.read(name)
-        return self._migration.apply(name, tensor) if self._migration else tensor
+        return self._smooth.apply(name, tensor) if self._smooth else tensor
 
     def _write_shards(self, workspace: Workspace) -> None:
         names = [name for shard in self._shards for unit in shard.units for name in unit.names]
@@ -173,14 +212,14 @@ class Conversion:
 
     def _write_shard(self, workspace: Workspace, shard: Shard) -> None:
         partial_file = workspace.beside(workspace.checkpoint / shard.file)
-        encoder = Encoder(self._scheme, self._options.clip, self._read, self._activations, self._options.device)
+        encoder = Encoder(self._format, self._options.clip, self._read, self._activations, self._options.device)
         with ShardWriter(partial_file, shard.specs) as writer:
             for unit in shard.units:
                 for name, tensor in encoder.tensors(unit):
                     writer.write(name, tensor)
                 for name in unit.names:
                     self._progress.advance(self._source.nbytes(name) // 2)
-        verifier = Verifier(self._scheme, self._read, self._activations, self._options.device)
+        verifier = Verifier(self._format, self._read, self._activations, self._options.device)
         measured = verifier.check(partial_file, shard, self._verified)
         workspace.write_json(workspace.state / f"{shard.file}.json", [asdict(one) for one in measured])
         workspace.put(partial_file, workspace.checkpoint / shard.file)
@@ -201,7 +240,7 @@ class Conversion:
             "source": source.folder.resolve().name,
             "clip": options.clip,
             "smooth": options.smooth,
-            "headroom": options.headroom if self._scheme.static_inputs else None,
+            "headroom": options.headroom if self._format.static_inputs else None,
             "source_bytes": sum(map(source.nbytes, source.shapes)),
             "written_bytes": sum(shard.nbytes for shard in self._shards),
             "calibration": None,
@@ -218,6 +257,41 @@ class Conversion:
             workspace.copy(file, folder / file.name)
         if len(self._shards) > 1:
             workspace.write_json(folder / INDEX_FILE, index_of(self._shards))
-        scheme = self._scheme.config(kept_linears(source.config))
+        scheme = self._format.config(kept_linears(source.config))
         workspace.write_json(folder / "config.json", {**source.json, "quantization_config": scheme})
         workspace.write_json(folder / REPORT, made)
+
+
+class Encoder:
+    """Makes the tensors of a unit.
+
+    Args:
+        read: a canonical tensor as it is to be represented: the checkpoint's, after smoothing.
+        activations: what calibration saw; needed by a scheme with static input scales.
+        device: where the arithmetic runs.
+    """
+
+    def __init__(
+        self,
+        weight_format: WeightFormat,
+        clip: str,
+        read: Callable[[str], Tensor],
+        activations: ActivationScales | None,
+        device: str,
+    ) -> None:
+        self._format, self._clip, self._read = weight_format, clip, read
+        self._activations, self._device = activations, device
+
+    def tensors(self, unit: Unit) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) as `specs_of` says."""
+        if not unit.quantised:
+            yield from ((name, self._read(name)) for name in unit.names)
+            return
+        weights = [self._read(name).to(self._device) for name in unit.names]
+        for name, stored in zip(unit.names, self._format.encode(weights, self._clip), strict=True):
+            projection = name.removesuffix(".weight")
+            for part, tensor in stored.items():
+                yield f"{projection}.{part}", tensor
+        if self._format.static_inputs:
+            assert self._activations is not None
+            yield from static_scales(unit, self._activations)

@@ -14,18 +14,19 @@ from torch import Tensor
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import Shape
-from hunyuan_vllm.quant.formats import PACKED, PLAIN
-from hunyuan_vllm.quant.layouts import INT8, packed
-from hunyuan_vllm.quant.quantization_config import describe
+from hunyuan_vllm.quant.formats import PACKED, PLAIN, Format
+from hunyuan_vllm.quant.layouts import E4M3_NAME, IgnoredLayers
+from hunyuan_vllm.quant.quantization_config import describe, int8, static_fp8
 from hunyuan_vllm.quant.rounding import (
     E4M3,
     E4M3_MAX,
-    LEVELS,
+    INT8_MAX,
     pack_int8,
     quantize_per_tensor,
     round_through_fp8,
     unpack_int8,
 )
+from hunyuan_vllm.quantize.source import Unit
 from hunyuan_vllm.util.errors import UserError
 
 ELEMENTS = 1 << 18  # 1 MiB in float32, which stays in a core's cache
@@ -70,13 +71,13 @@ def tensor_scale(weights: Iterable[Tensor], clip: str) -> float:
     counts, magnitudes = counts[used], magnitudes[used]
     if not magnitudes[-1]:
         return 1.0
-    return _least_error(magnitudes, counts.double())
+    return _min_error(magnitudes, counts.double())
 
 
 def row_scales(weight: Tensor, clip: str) -> Tensor:
     """An int8 scale for each row of `weight [out, in]`, float32 `[out, 1]`; 1 for a row of zeros."""
     chosen = torch.cat(in_blocks(weight, lambda rows: _largest(weight[rows].float(), clip)))
-    scale = chosen / LEVELS
+    scale = chosen / INT8_MAX
     return torch.where(scale == 0, 1.0, scale)
 
 
@@ -86,17 +87,17 @@ def _largest(rows: Tensor, clip: str) -> Tensor:
     amax = magnitudes.amax(dim=1, keepdim=True)
     if clip == "max":
         return amax
-    best, least = amax, torch.full_like(amax, math.inf)
+    best, lowest = amax, torch.full_like(amax, math.inf)
     for shrink in INT8_SHRINKS:
-        scale = torch.where(amax == 0, 1.0, amax * shrink / LEVELS)
-        levels = (magnitudes / scale).round_().clamp_(max=LEVELS)
-        error = levels.mul_(scale).sub_(magnitudes).square_().sum(dim=1, keepdim=True)
-        best = torch.where(error < least, amax * shrink, best)
-        least = torch.minimum(error, least)
+        scale = torch.where(amax == 0, 1.0, amax * shrink / INT8_MAX)
+        values = (magnitudes / scale).round_().clamp_(max=INT8_MAX)
+        error = values.mul_(scale).sub_(magnitudes).square_().sum(dim=1, keepdim=True)
+        best = torch.where(error < lowest, amax * shrink, best)
+        lowest = torch.minimum(error, lowest)
     return best
 
 
-def _least_error(magnitudes: Tensor, counts: Tensor) -> float:
+def _min_error(magnitudes: Tensor, counts: Tensor) -> float:
     widest = float(magnitudes[-1]) / E4M3_MAX
     steps = range(FP8_STEPS * FP8_POWERS.start, FP8_STEPS * (FP8_POWERS.stop - 1))
     scales = [widest * 2.0 ** (step / FP8_STEPS) for step in steps]
@@ -105,8 +106,8 @@ def _least_error(magnitudes: Tensor, counts: Tensor) -> float:
 
 
 def _amax(weight: Tensor) -> Tensor:
-    least, most = weight.aminmax()
-    return torch.maximum(-least, most)
+    low, high = weight.aminmax()
+    return torch.maximum(-low, high)
 
 
 def _histogram(weight: Tensor) -> Tensor:
@@ -119,7 +120,7 @@ def _histogram(weight: Tensor) -> Tensor:
     return torch.stack(in_blocks(weight, count)).sum(0).cpu()
 
 
-INT8_DTYPES = {"weight": torch.int8, "weight_packed": torch.int32, "weight_scale": torch.float32}
+TORCH_TYPES = {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64, "F32": torch.float32, E4M3_NAME: E4M3}
 Stored = Mapping[str, Tensor]
 """The tensors that stand for one weight, or for some rows of it, by the last part of their names."""
 
@@ -133,20 +134,25 @@ class Spec:
     shape: Shape
 
 
-class Scheme(ABC):
-    """A format. What it stores with two dimensions has the weight's rows.
+class WeightFormat(ABC):
+    """How a scheme stores weights. What it stores with two dimensions has the weight's rows.
 
     Attributes:
-        name: what --scheme calls it.
+        format: as readers know it.
         static_inputs: whether a projection has an `input_scale`, which calibration gives.
+        word: inputs that are packed together.
     """
 
-    name: ClassVar[str]
+    format: ClassVar[Format]
     static_inputs: ClassVar[bool] = False
+    word: ClassVar[int] = 1
 
-    @abstractmethod
     def specs(self, projection: str, shape: Shape) -> list[Spec]:
         """The tensors that stand for the weight `[out, in]` of a projection, under their whole names."""
+        assert self.format.stored is not None
+        stored = self.format.stored(projection)
+        tensors = stored.tensors(*shape) | stored.optional(*shape)
+        return [Spec(f"{projection}.{part}", TORCH_TYPES[types[-1]], held) for part, (held, types) in tensors.items()]
 
     @abstractmethod
     def encode(self, weights: Sequence[Tensor], clip: str) -> list[dict[str, Tensor]]:
@@ -172,27 +178,31 @@ class Scheme(ABC):
     def config(self, kept: Sequence[str]) -> dict[str, Any]:
         """config.json's quantization_config; `kept` names the linear layers that are not quantised."""
 
-    @abstractmethod
     def check(self, config: HunYuanConfig) -> None:
         """Refuse a network that the format has no room for.
 
         Raises:
             UserError: names the field.
         """
+        widths = {
+            "hidden_size": config.hidden_size,
+            "num_attention_heads * head_dim": config.num_attention_heads * config.head_dim,
+        }
+        for layer in range(config.num_hidden_layers):
+            widths[f"intermediate_size of layer {layer}"] = config.intermediate_at(layer)
+        for field, width in widths.items():
+            if width % self.word:
+                raise UserError(
+                    f"--scheme int8 packs {self.word} inputs into a word, and {field} is {width}, which is not a "
+                    f"multiple of {self.word}: use --scheme int8-w8a8"
+                )
 
 
-class Fp8(Scheme):
+class Fp8(WeightFormat):
     """E4M3 weights and inputs, one scale a tensor; the weights of a fused projection share theirs."""
 
-    name = "fp8"
+    format = static_fp8(IgnoredLayers())
     static_inputs = True
-
-    def specs(self, projection: str, shape: Shape) -> list[Spec]:
-        return [
-            Spec(f"{projection}.weight", E4M3, shape),
-            Spec(f"{projection}.weight_scale", torch.float32, ()),
-            Spec(f"{projection}.input_scale", torch.float32, ()),
-        ]
 
     def encode(self, weights: Sequence[Tensor], clip: str) -> list[dict[str, Tensor]]:
         scale = torch.tensor(tensor_scale(weights, clip))
@@ -208,7 +218,7 @@ class Fp8(Scheme):
         return stored["weight"].view(torch.int8).bitwise_and(0x7F) == 0x7E  # ±448
 
     def half_step(self, weight: Tensor, stored: Stored) -> Tensor:
-        # 3 bits of mantissa: at most 1/16 of the value, or of the least normal one, 2⁻⁶.
+        # 3 bits of mantissa: at most 1/16 of the value, or of the smallest normal one, 2⁻⁶.
         return torch.maximum(weight.abs() / 16, stored["weight_scale"] * 2.0**-10)
 
     def as_served(self, inputs: Tensor, stored: Stored) -> Tensor:
@@ -217,104 +227,80 @@ class Fp8(Scheme):
     def config(self, kept: Sequence[str]) -> dict[str, Any]:
         return {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": list(kept)}
 
-    def check(self, config: HunYuanConfig) -> None:
-        """Any network fits."""
 
+class Int8W8A8(WeightFormat):
+    """int8 weights, one scale an output channel; inputs are int8 too, with one scale a token, taken while serving."""
 
-class _CompressedInt8(Scheme):
-    """int8 weights, one scale an output channel."""
-
-    form: ClassVar[str]
-
-    def specs(self, projection: str, shape: Shape) -> list[Spec]:
-        stored = (INT8 if self.form == PLAIN else packed(8)).tensors(*shape)
-        return [Spec(f"{projection}.{part}", INT8_DTYPES[part], held) for part, (held, _) in stored.items()]
+    format = int8(PLAIN, IgnoredLayers())
 
     def encode(self, weights: Sequence[Tensor], clip: str) -> list[dict[str, Tensor]]:
         return [self._encode(weight, clip) for weight in weights]
 
     def _encode(self, weight: Tensor, clip: str) -> dict[str, Tensor]:
         scale = row_scales(weight, clip)
-        levels = _by_rows(weight, torch.int8, lambda w, rows: (w / scale[rows]).round_().clamp_(-LEVELS, LEVELS))
-        return self._pack(levels) | {"weight_scale": scale}
+        values = _by_rows(weight, torch.int8, lambda w, rows: (w / scale[rows]).round_().clamp_(-INT8_MAX, INT8_MAX))
+        return self._pack(values) | {"weight_scale": scale}
 
     def decode(self, stored: Stored) -> Tensor:
-        return self._levels(stored).float() * stored["weight_scale"]
+        return self._unpack(stored).float() * stored["weight_scale"]
 
     def at_limit(self, stored: Stored) -> Tensor:
-        return self._levels(stored).abs() == LEVELS
+        return self._unpack(stored).abs() == INT8_MAX
 
     def half_step(self, weight: Tensor, stored: Stored) -> Tensor:
         return stored["weight_scale"] / 2
 
+    def as_served(self, inputs: Tensor, stored: Stored) -> Tensor:
+        scale = row_scales(inputs, "max")
+        return (inputs / scale).round_().clamp_(-INT8_MAX, INT8_MAX).mul_(scale)
+
     def config(self, kept: Sequence[str]) -> dict[str, Any]:
-        return describe(self.form, kept)
+        return describe(str(self.format.kind), kept)
 
-    @abstractmethod
-    def _pack(self, levels: Tensor) -> dict[str, Tensor]:
+    def _pack(self, values: Tensor) -> dict[str, Tensor]:
         """What is stored for int8 `[out, in]`."""
+        return {"weight": values}
 
-    @abstractmethod
-    def _levels(self, stored: Stored) -> Tensor:
-        """The inverse of `_pack`."""
+    def _unpack(self, stored: Stored) -> Tensor:
+        return stored["weight"]
 
 
-class Int8(_CompressedInt8):
-    """Weight-only, four weights in an int32."""
+class Int8(Int8W8A8):
+    """int8 weights alone, four in an int32. Readers other than ours need the shape: rows may have been padded to whole
+    int32."""
 
-    name, form = "int8", PACKED
-
-    def specs(self, projection: str, shape: Shape) -> list[Spec]:
-        # Readers other than ours need the shape: rows may have been padded to whole int32.
-        return [*super().specs(projection, shape), Spec(f"{projection}.weight_shape", torch.int64, (2,))]
+    format = int8(PACKED, IgnoredLayers())
+    word = 4
 
     def as_served(self, inputs: Tensor, stored: Stored) -> Tensor:
         return inputs
 
-    def check(self, config: HunYuanConfig) -> None:
-        widths = {
-            "hidden_size": config.hidden_size,
-            "num_attention_heads * head_dim": config.num_attention_heads * config.head_dim,
-        }
-        for layer in range(config.num_hidden_layers):
-            widths[f"intermediate_size of layer {layer}"] = config.intermediate_at(layer)
-        for field, width in widths.items():
-            if width % 4:
-                raise UserError(
-                    f"--scheme int8 packs four inputs into a word, and {field} is {width}, no multiple of 4: "
-                    "use --scheme int8-w8a8"
-                )
+    def _pack(self, values: Tensor) -> dict[str, Tensor]:
+        return {"weight_packed": pack_int8(values), "weight_shape": torch.tensor(values.shape)}
 
-    def _pack(self, levels: Tensor) -> dict[str, Tensor]:
-        return {"weight_packed": pack_int8(levels), "weight_shape": torch.tensor(levels.shape)}
-
-    def _levels(self, stored: Stored) -> Tensor:
+    def _unpack(self, stored: Stored) -> Tensor:
         return unpack_int8(stored["weight_packed"], int(stored["weight_shape"][1]))
 
 
-class Int8W8A8(_CompressedInt8):
-    """Inputs are int8 too: one scale a token, taken while serving."""
-
-    name, form = "int8-w8a8", PLAIN
-
-    def as_served(self, inputs: Tensor, stored: Stored) -> Tensor:
-        scale = row_scales(inputs, "max")
-        return (inputs / scale).round_().clamp_(-LEVELS, LEVELS).mul_(scale)
-
-    def check(self, config: HunYuanConfig) -> None:
-        """Any network fits."""
-
-    def _pack(self, levels: Tensor) -> dict[str, Tensor]:
-        return {"weight": levels}
-
-    def _levels(self, stored: Stored) -> Tensor:
-        return stored["weight"]
+FORMATS: dict[str, WeightFormat] = {"int8": Int8(), "int8-w8a8": Int8W8A8(), "fp8": Fp8()}
+"""By the schemes' names (`quant.schemes.WRITTEN`)."""
 
 
-def scheme_named(name: str) -> Scheme:
-    """The scheme that --scheme names, one of `quant.schemes.WRITTEN`."""
-    schemes: tuple[Scheme, ...] = (Fp8(), Int8(), Int8W8A8())
-    return {scheme.name: scheme for scheme in schemes}[name]
+def specs_of(
+    unit: Unit, weight_format: WeightFormat, shapes: dict[str, Shape], dtype: Callable[[str], torch.dtype]
+) -> list[Spec]:
+    """The tensors that will be written for a unit, known without reading it.
+
+    Args:
+        shapes: of every canonical tensor of the source.
+        dtype: of a canonical tensor of the source.
+    """
+    if not unit.quantised:
+        return [Spec(name, dtype(name), shapes[name]) for name in unit.names]
+    specs = [spec for name in unit.names for spec in weight_format.specs(name.removesuffix(".weight"), shapes[name])]
+    if weight_format.static_inputs and (owner := unit.owned_cache):
+        specs += [Spec(f"{owner}.{part}_scale", torch.float32, ()) for part in "kv"]
+    return specs
 
 
 def _expand(values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""SmoothQuant-style migration: input channels with outliers are divided by a factor that the layer before takes on.
+"""SmoothQuant-style smoothing: input channels with outliers are divided by a factor that the layer before takes on.
 
 Factors are powers of two, so that multiplying and dividing bfloat16 weights by them is exact: the network computes the
 same to the bit. (Xiao et al. 2023, arXiv:2211.10438, eq. 4, rounded to a power of two.)
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.quantize.calibrate import LayerStats
-from hunyuan_vllm.quantize.units import layer_of, place
+from hunyuan_vllm.quantize.source import layer_of, place
 
-__all__ = ["Migration", "factors"]
+__all__ = ["SmoothQuant", "factors"]
 
 MOST_POWERS = 10  # a factor is from 2⁻¹⁰ to 2¹⁰, so that no weight leaves bfloat16's range
 
@@ -36,7 +36,7 @@ def factors(inputs: Tensor, columns: Tensor, alpha: float) -> Tensor:
     return power.round().clamp(-MOST_POWERS, MOST_POWERS).exp2()
 
 
-class Migration:
+class SmoothQuant:
     """Applies the factors to a checkpoint's tensors, name by name.
 
     Where the layer before is linear in each channel, it takes them on: a norm for q, k, v; a norm for gate, up, and the
@@ -52,7 +52,7 @@ class Migration:
         self._value, self._up = cache(self._value_factors), cache(self._up_factors)
 
     def apply(self, name: str, tensor: Tensor) -> Tensor:
-        """The canonical tensor `name` after migration, in its own dtype."""
+        """The canonical tensor `name` after smoothing, in its own dtype."""
         if layer_of(name) is None:
             return tensor
         layer, inner = place(name)

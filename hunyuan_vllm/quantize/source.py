@@ -1,10 +1,14 @@
-"""The BF16 checkpoint that is read: what it holds, and one tensor of it at a time under its canonical name."""
+"""The BF16 checkpoint that is read: what it holds, one tensor at a time under its canonical name, and its units:
+tensors that are read together, because the engine fuses them under one scale.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +20,13 @@ from torch import Tensor
 from hunyuan_vllm.check.files import SUMS_FILE
 from hunyuan_vllm.checkpoint import INDEX_FILE, check_headers, missing_weights, shard_files
 from hunyuan_vllm.config import CONFIG_CLASSES, HunYuanConfig
-from hunyuan_vllm.layout import CheckpointError, Layout, expected_tensors
+from hunyuan_vllm.layout import FUSED, CheckpointError, Layout, expected_tensors
+from hunyuan_vllm.quant.layouts import is_quantised
 from hunyuan_vllm.util.errors import UserError
 
-__all__ = ["Source", "read_config"]
-
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+_FUSED = {parts[0]: parts for parts in FUSED.values() if parts[0] != "up_proj"}  # by the first that is met
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
@@ -139,3 +144,74 @@ def read_config(path: Path) -> tuple[dict[str, Any], HunYuanConfig]:
         return fields, HunYuanConfig(**fields)
     except ValueError as error:
         raise UserError(f"{file}: {error}") from None
+
+
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Canonical names of the tensors that are converted together: all weights of one fused projection, or one tensor
+    that stays as it is."""
+
+    names: tuple[str, ...]
+    quantised: bool
+
+    @property
+    def layer(self) -> int | None:
+        """Decoder layer; None for embedding, final norm and head."""
+        return layer_of(self.names[0])
+
+    @property
+    def owned_cache(self) -> str | None:
+        """The attention whose cache holds what it projects; None unless it projects to K and V."""
+        found = [name.removesuffix(".v_proj.weight") for name in self.names if name.endswith(".v_proj.weight")]
+        return found[0] if found else None
+
+
+def units(config: HunYuanConfig) -> Iterator[Unit]:
+    """Every tensor of the network, in its order, each in one unit."""
+    expected = expected_tensors(config)
+    done: set[str] = set()
+    for name in expected:
+        if name in done:
+            continue
+        if not is_quantised(name):
+            yield Unit((name,), quantised=False)
+            continue
+        stem, projection = name.removesuffix(".weight").rsplit(".", 1)
+        fused = tuple(f"{stem}.{part}.weight" for part in _FUSED.get(projection, (projection,)))
+        names = tuple(part for part in fused if part in expected)
+        done.update(names)
+        yield Unit(names, quantised=True)
+
+
+def layer_of(name: str) -> int | None:
+    """The decoder layer a canonical name belongs to."""
+    match = _LAYER.match(name)
+    return int(match[1]) if match else None
+
+
+def place(name: str) -> tuple[int, str]:
+    """Layer of a canonical name of a decoder layer, and its name within that layer."""
+    match = _LAYER.match(name)
+    assert match is not None, name
+    return int(match[1]), name[match.end() :]
+
+
+def input_of(weight: str) -> str:
+    """What the inputs of a weight's projection are known by: the projection whose inputs they are, without layer, and
+    one name for all experts of a layer, which the engine runs under one input scale.
+
+    `self_attn.q_proj`, `self_attn.o_proj`, `mlp.experts.gate_proj`, `mlp.shared_mlp.down_proj`, …
+    """
+    name = _LAYER.sub("", weight).removesuffix(".weight")
+    name = re.sub(r"\.experts\.\d+\.", ".experts.", name)
+    name = re.sub(r"\.[kv]_proj$", ".q_proj", name)
+    return name.replace(".up_proj", ".gate_proj")
+
+
+def kept_linears(config: HunYuanConfig) -> list[str]:
+    """The linear layers that are not quantised: the head, and each router."""
+    routers = [name.removesuffix(".weight") for name in expected_tensors(config) if name.endswith(".gate.wg.weight")]
+    return ["lm_head", *routers]

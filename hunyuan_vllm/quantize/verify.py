@@ -14,9 +14,9 @@ from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hunyuan_vllm.quantize.encode import ActivationScales, static_scales
-from hunyuan_vllm.quantize.formats import Scheme, in_blocks
-from hunyuan_vllm.quantize.units import Unit, place
+from hunyuan_vllm.quantize.calibrate import ActivationScales, static_scales
+from hunyuan_vllm.quantize.formats import WeightFormat, in_blocks
+from hunyuan_vllm.quantize.source import Unit, place
 from hunyuan_vllm.quantize.writer import Shard
 from hunyuan_vllm.util.errors import UserError
 
@@ -117,14 +117,18 @@ class Verifier:
     """Compares written files with what they were made from.
 
     Args:
-        read: a canonical tensor as it is to be represented: the checkpoint's, after migration.
+        read: a canonical tensor as it is to be represented: the checkpoint's, after smoothing.
         activations: what calibration saw, where there was one.
     """
 
     def __init__(
-        self, scheme: Scheme, read: Callable[[str], Tensor], activations: ActivationScales | None, device: str
+        self,
+        weight_format: WeightFormat,
+        read: Callable[[str], Tensor],
+        activations: ActivationScales | None,
+        device: str,
     ) -> None:
-        self._scheme, self._read, self._activations, self._device = scheme, read, activations, device
+        self._format, self._read, self._activations, self._device = weight_format, read, activations, device
 
     def check(self, file: Path, shard: Shard, advance: Callable[[str], None]) -> list[Measured]:
         """Measure every projection in `file`; `advance` is told of each canonical tensor.
@@ -158,7 +162,7 @@ class Verifier:
         """What of a unit must read back to the bit."""
         if not unit.quantised:
             return [(name, self._read(name)) for name in unit.names]
-        if not self._scheme.static_inputs:
+        if not self._format.static_inputs:
             return []
         assert self._activations is not None
         return static_scales(unit, self._activations)
@@ -168,7 +172,7 @@ class Verifier:
         inputs = None
         if self._activations is not None:
             inputs = self._activations.sample(*place(projection)).to(self._device)
-        found = compare(self._scheme, weight, stored, inputs)
+        found = compare(self._format, weight, stored, inputs)
         if found.wrong:
             raise UserError(f"{file}: {found.wrong} weights of {projection} read back wrong: {REMEDY}")
         error, saturated = _ratio(found.weight_error, found.weight), found.clipped / weight.numel()
@@ -178,7 +182,7 @@ class Verifier:
             projection,
             error,
             saturated,
-            float(stored["input_scale"]) if self._scheme.static_inputs else None,
+            float(stored["input_scale"]) if self._format.static_inputs else None,
             _ratio(found.output_error, found.output),
             _outliers(self._activations.amax(*place(projection))),
         )
@@ -196,16 +200,18 @@ class Comparison(NamedTuple):
     output_error: float
 
 
-def compare(scheme: Scheme, weight: Tensor, stored: Mapping[str, Tensor], inputs: Tensor | None = None) -> Comparison:
+def compare(
+    weight_format: WeightFormat, weight: Tensor, stored: Mapping[str, Tensor], inputs: Tensor | None = None
+) -> Comparison:
     """Compare `weight [out, in]` with the tensors that stand for it, and its outputs for `inputs [tokens, in]`."""
-    served = None if inputs is None else scheme.as_served(inputs, stored)
+    served = None if inputs is None else weight_format.as_served(inputs, stored)
 
     def block(rows: slice) -> Comparison:
         exact = weight[rows].float()
         part = {key: tensor[rows] if tensor.dim() == 2 else tensor for key, tensor in stored.items()}
-        decoded = scheme.decode(part)
+        decoded = weight_format.decode(part)
         difference = decoded - exact
-        wrong, clipped = _out_of_place(scheme, exact, decoded, difference, part)
+        wrong, clipped = _out_of_place(weight_format, exact, decoded, difference, part)
         output = output_error = 0.0
         if inputs is not None and served is not None:
             outputs = inputs @ exact.T
@@ -216,15 +222,15 @@ def compare(scheme: Scheme, weight: Tensor, stored: Mapping[str, Tensor], inputs
 
 
 def _out_of_place(
-    scheme: Scheme, weight: Tensor, decoded: Tensor, difference: Tensor, stored: Mapping[str, Tensor]
+    weight_format: WeightFormat, weight: Tensor, decoded: Tensor, difference: Tensor, stored: Mapping[str, Tensor]
 ) -> tuple[int, int]:
     """How many weights are wrong, and how many saturate. These move towards zero, by any amount; all others by half a
     step at most."""
-    allowed = scheme.half_step(weight, stored) * (1 + 1e-5)  # float32 rounds too
+    allowed = weight_format.half_step(weight, stored) * (1 + 1e-5)  # float32 rounds too
     far = difference.abs() > allowed
     if not far.any():
         return 0, 0
-    clipped = far & scheme.at_limit(stored) & (decoded * weight > 0) & (decoded.abs() < weight.abs())
+    clipped = far & weight_format.at_limit(stored) & (decoded * weight > 0) & (decoded.abs() < weight.abs())
     return int((far & ~clipped).sum()), int(clipped.sum())
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hunyuan_vllm.quantize.formats import Spec
-from hunyuan_vllm.quantize.units import Unit
+from hunyuan_vllm.quantize.source import Unit
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.files import sync
 from hunyuan_vllm.util.text import gigabytes

@@ -12,8 +12,7 @@ from torch import Tensor
 from hunyuan_vllm.checkpoint import INDEX_FILE, check_headers
 from hunyuan_vllm.layout import CheckpointError, Layout
 from hunyuan_vllm.quantize.formats import Spec, in_blocks
-from hunyuan_vllm.quantize.source import Source
-from hunyuan_vllm.quantize.units import Unit
+from hunyuan_vllm.quantize.source import Source, Unit
 from hunyuan_vllm.quantize.writer import Shard, ShardWriter, Workspace, index_of, plan_shards
 from hunyuan_vllm.train.adapter import Adapter
 from hunyuan_vllm.util.errors import UserError

@@ -9,7 +9,7 @@ import torch
 
 from hunyuan_vllm.quant.schemes import WRITTEN
 from hunyuan_vllm.quantize import formats
-from hunyuan_vllm.quantize.formats import in_blocks, scheme_named
+from hunyuan_vllm.quantize.formats import FORMATS, in_blocks
 from hunyuan_vllm.quantize.verify import compare
 
 
@@ -48,7 +48,7 @@ def test_an_error_in_a_block_is_the_callers(threads: int) -> None:
 @pytest.mark.parametrize("scheme", WRITTEN)
 def test_results_do_not_depend_on_blocks(threads: int, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
-    made = scheme_named(scheme)
+    made = FORMATS[scheme]
 
     def run() -> tuple[dict, tuple]:
         (stored,) = made.encode([weight], "mse")

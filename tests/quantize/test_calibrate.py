@@ -13,8 +13,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from hunyuan_vllm.quantize import calibrate
-from hunyuan_vllm.quantize.calibrate import Calibration
-from hunyuan_vllm.quantize.encode import ActivationScales
+from hunyuan_vllm.quantize.calibrate import ActivationScales, Calibration
 from hunyuan_vllm.quantize.source import Source
 from hunyuan_vllm.quantize.texts import Tokens, pack
 from hunyuan_vllm.quantize.writer import Workspace

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from hunyuan_vllm.quantize.options import Options, parse_size
+from hunyuan_vllm.quantize.convert import Options
 from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.text import parse_size
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,7 @@ def test_the_demo_model_to_fp8(run: Callable, tmp_path: Path) -> None:
     }
 
 
-def test_the_plan_writes_nothing(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hunyuan_vllm.quantize.estimate.PROBE", 256)
+def test_the_plan_writes_nothing(run: Callable, tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text((demo.path() / "config.json").read_text())
     code, out, _ = run("hunyuan-large", "--scheme", "int8", "--plan")
@@ -61,8 +60,8 @@ def test_the_plan_writes_nothing(run: Callable, tmp_path: Path, monkeypatch: pyt
     for source in (tmp_path, config):
         code, out, err = run(source, "--scheme", "fp8", "--plan")
         assert (code, err) == (0, "")
-        assert [line.split()[0] for line in out.splitlines()[1:5]] == ["reads", "writes", "memory", "time"]
-        assert "6.7 MB" in out and "3.8 MB" in out and "TFLOP/s" in out
+        assert [line.split()[0] for line in out.splitlines()[1:]] == ["reads", "writes", "memory"]
+        assert "6.7 MB" in out and "3.8 MB" in out
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
 

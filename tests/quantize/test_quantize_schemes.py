@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hunyuan_vllm.quant.schemes import WRITTEN
-from hunyuan_vllm.quantize.formats import Fp8, scheme_named
+from hunyuan_vllm.quantize.formats import FORMATS, Fp8
 
 
 def test_every_fp8_value_is_expanded_exactly() -> None:
@@ -19,7 +19,7 @@ def test_every_fp8_value_is_expanded_exactly() -> None:
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_decoding_is_the_inverse_of_encoding_up_to_half_a_step(name: str) -> None:
-    scheme = scheme_named(name)
+    scheme = FORMATS[name]
     weights = [torch.randn(300, 1024), torch.randn(40, 1024) * 5]  # more than one block of rows
     for weight, stored in zip(weights, scheme.encode(weights, "max"), strict=True):
         difference = (scheme.decode(stored) - weight).abs()

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from hunyuan_vllm.quantize.formats import Spec
-from hunyuan_vllm.quantize.units import Unit
+from hunyuan_vllm.quantize.source import Unit
 from hunyuan_vllm.quantize.writer import Shard, ShardWriter, index_of, plan_shards
 
 TENSORS = {

@@ -1,4 +1,4 @@
-"""Migration changes no result of the network, to the bit, and tames outliers."""
+"""SmoothQuant changes no result of the network, to the bit, and tames outliers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from test_calibrate import calibrated
 from torch import Tensor
 
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.quantize.smooth import Migration, factors
+from hunyuan_vllm.quantize.smooth import SmoothQuant, factors
 from hunyuan_vllm.quantize.source import Source
 from hunyuan_vllm.quantize.texts import pack
 from hunyuan_vllm.reference import HunYuanForCausalLM
@@ -32,8 +32,8 @@ def plant_outliers(folder: Path, times: float = 60.0) -> None:
     rewrite(folder, change)
 
 
-def migrated(source: Source, migration: Migration) -> HunYuanForCausalLM:
-    tensors = {name: migration.apply(name, source.read(name)) for name in source.shapes}
+def smoothed(source: Source, smoothing: SmoothQuant) -> HunYuanForCausalLM:
+    tensors = {name: smoothing.apply(name, source.read(name)) for name in source.shapes}
     return model_of(source.config, tensors)
 
 
@@ -59,8 +59,8 @@ def test_the_network_computes_the_same_to_the_bit(tmp_path: Path, variant: str, 
     plant_outliers(folder)
     source = Source(folder)
     calibration = calibrated(folder, tmp_path / "out", pack(documents, 1000, 320))
-    migration = Migration(config, 0.5, calibration.layer)
-    changed = [n for n in source.shapes if not torch.equal(source.read(n), migration.apply(n, source.read(n)))]
+    smoothing = SmoothQuant(config, 0.5, calibration.layer)
+    changed = [n for n in source.shapes if not torch.equal(source.read(n), smoothing.apply(n, source.read(n)))]
     # Everything that has a part in it is in it.
     kinds = {name.split(".")[-2] for name in changed}
     moe = config.experts_at(0) > 1
@@ -69,16 +69,16 @@ def test_the_network_computes_the_same_to_the_bit(tmp_path: Path, variant: str, 
         "down_proj", *(["wg"] if moe else []),
     }  # fmt: skip
     plain = model_of(config, {name: source.read(name) for name in source.shapes})
-    assert torch.equal(logits(plain, documents), logits(migrated(source, migration), documents))
+    assert torch.equal(logits(plain, documents), logits(smoothed(source, smoothing), documents))
 
 
 @pytest.mark.parametrize("left_out", ["wg", "input_layernorm", "v_proj", "up_proj", "down_proj", "k_proj"])
 def test_each_part_is_needed(tiny: Path, tmp_path: Path, documents: Documents, left_out: str) -> None:
     source = Source(tiny)
     calibration = calibrated(tiny, tmp_path / "out", pack(documents, 200, 320))
-    migration = Migration(source.config, 0.5, calibration.layer)
+    smoothing = SmoothQuant(source.config, 0.5, calibration.layer)
     tensors = {
-        name: source.read(name) if name.split(".")[-2] == left_out else migration.apply(name, source.read(name))
+        name: source.read(name) if name.split(".")[-2] == left_out else smoothing.apply(name, source.read(name))
         for name in source.shapes
     }
     plain = model_of(source.config, {name: source.read(name) for name in source.shapes})

@@ -6,7 +6,7 @@ import pytest
 from checkpoints import VARIANTS, tiny_config
 
 from hunyuan_vllm.layout import expected_tensors
-from hunyuan_vllm.quantize.units import input_of, kept_linears, layer_of, place, units
+from hunyuan_vllm.quantize.source import input_of, kept_linears, layer_of, place, units
 
 
 @pytest.mark.parametrize("variant", [{}, *VARIANTS.values()], ids=["tiny", *VARIANTS])

@@ -37,8 +37,8 @@ class HunYuanConfigParser(HFConfigParser):
         if fields.get("model_type") not in CONFIG_CLASSES:
             return super().parse(model, trust_remote_code, revision, code_revision, **kwargs)
         config = HunYuanConfig.from_dict(fields, name_or_path=str(model))
-        # Read by vLLM where --max-model-len is larger than max_position_embeddings, which is the length of the training
-        # of these models; Hunyuan-Large, the one with CLA, is documented with its own.
+        # vLLM looks at it where --max-model-len is larger than max_position_embeddings, which these models were trained
+        # with and are not limited to; Hunyuan-Large, the one with CLA, is documented with its own.
         if config.rope_parameters.get("alpha") == PUBLISHED_ALPHA and not config.use_cla:
             config.model_max_length = max(PUBLISHED_LENGTH, config.max_position_embeddings)
         return fields, config
@@ -52,3 +52,7 @@ class HunYuanArchConfigConvertor(ModelArchConfigConvertorBase):
         config: HunYuanConfig = self.hf_text_config
         experts = max(config.experts_at(layer) for layer in range(config.num_hidden_layers))
         return experts if experts > 1 else 0
+
+    def derive_max_model_len_and_key(self) -> tuple[float, str | None]:
+        """The default of --max-model-len; `model_max_length` is what may be asked for."""
+        return self.hf_text_config.max_position_embeddings, "max_position_embeddings"

@@ -1,7 +1,5 @@
 """The query/key norms with the key's weight folded into the query's, and the rotary embedding"""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -49,7 +47,7 @@ class FoldedQueryNorm(RMSNorm):
         self.weight.copy_(self.query_weight.float() * self.key_weight.float())
 
     def bound(self) -> float:
-        """The most that |q| can be after this norm: every element of q / rms(q) is within ± sqrt(head_dim)."""
+        """The maximum of |q| after this norm: every element of q / rms(q) is within ± sqrt(head_dim)."""
         return math.sqrt(self.hidden_size) * self.weight.abs().max().item()
 
 

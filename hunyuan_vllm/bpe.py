@@ -3,7 +3,7 @@
 import binascii
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -19,6 +19,8 @@ EOS = "<|eos|>"
 PAD = "<|pad|>"
 SPECIAL_TOKENS = (END_OF_TEXT, START_OF_TEXT, "<|bos|>", EOS, PAD, *(f"<|extra_{i}|>" for i in range(204)))
 """In the order of their ids, which follow the last rank (in the published file: 127957 to 128165)."""
+V1_SPECIAL_TOKENS = (*SPECIAL_TOKENS, "<|extra_204|>")
+"""Those of Hunyuan-A13B and the dense models with hy.tiktoken."""
 
 TOKEN_START = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
 """The published pre-tokenisation pattern up to its whitespace rules, which are \\s*[\\r\\n]+|\\s+(?!\\S)|\\s+."""
@@ -52,13 +54,13 @@ def read_tokens(path: str | Path) -> list[bytes]:
     for byte in range(256):
         if bytes([byte]) not in tokens:
             raise _damaged(path, len(lines), f"the file ends and has no token for byte 0x{byte:02x}")
-    for special in SPECIAL_TOKENS:
+    for special in V1_SPECIAL_TOKENS:
         if special.encode() in tokens:
             raise _damaged(path, tokens[special.encode()] + 1, f"{special} is special and must not have a rank")
     return list(tokens)
 
 
-def build_tokenizer(tokens: list[bytes]) -> Tokenizer:
+def build_tokenizer(tokens: list[bytes], special_tokens: Sequence[str] = SPECIAL_TOKENS) -> Tokenizer:
     """A `tokenizers` pipeline that encodes as tiktoken does with these ranks, after NFC.
 
     `tokens` is what `read_tokens` returns. Every split of a token into two tokens becomes a merge at the token's rank.
@@ -84,7 +86,7 @@ def build_tokenizer(tokens: list[bytes]) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     # normalized=True: special tokens are looked for after NFC. "<|eos|>" and U+0338 become "<|eos|≯", no special token.
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=True) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=True) for token in special_tokens])
     return tokenizer
 
 
@@ -114,7 +116,7 @@ _MAX_THREADS = 8
 # `re` but not to Unicode.
 _BOUNDARY = re.compile(
     r"(?<=\n)(?=[\S\x1c-\x1f])|(?=[^\S\r\n\x1c-\x1f](?!{})[\S\x1c-\x1f])".format(
-        "|".join(map(re.escape, SPECIAL_TOKENS))
+        "|".join(map(re.escape, V1_SPECIAL_TOKENS))
     )
 )
 
@@ -127,14 +129,14 @@ class TextEncoder:
     takes no more than about a million characters of it in one piece.
     """
 
-    def __init__(self, tokens: list[bytes]) -> None:
+    def __init__(self, tokens: list[bytes], special_tokens: Sequence[str] = SPECIAL_TOKENS) -> None:
         self._encoding = tiktoken.Encoding(
             "hunyuan",
             pat_str=_TIKTOKEN_PATTERN,
             mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
-            special_tokens={token: len(tokens) + index for index, token in enumerate(SPECIAL_TOKENS)},
+            special_tokens={token: len(tokens) + index for index, token in enumerate(special_tokens)},
         )
-        self.n_vocab = len(tokens) + len(SPECIAL_TOKENS)
+        self.n_vocab = len(tokens) + len(special_tokens)
 
     def __call__(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Ids of `text`; without `special_tokens`, what looks like a special token is encoded as ordinary text."""

@@ -1,7 +1,5 @@
 """The built-in chat template, and conversations rendered so that special tokens in messages stay text"""
 
-from __future__ import annotations
-
 import json
 import re
 import secrets
@@ -11,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, Self, SupportsIndex
 
 from jinja2 import Template, TemplateError
 from jinja2.ext import Extension, loopcontrols
@@ -201,7 +199,7 @@ class RenderedChat(str):
 
     plain: frozenset[int]
 
-    def __new__(cls, text: str, plain: Iterable[int]) -> RenderedChat:
+    def __new__(cls, text: str, plain: Iterable[int]) -> Self:
         rendered = super().__new__(cls, text)
         rendered.plain = frozenset(plain)
         return rendered

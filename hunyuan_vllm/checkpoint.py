@@ -1,7 +1,5 @@
 """Check a checkpoint folder from its files' headers, before minutes are spent on reading it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -9,17 +7,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from hunyuan_vllm.layout import CheckpointError, Layout
-
-__all__ = [
-    "INDEX_FILE",
-    "PUBLISHED_AT",
-    "check_headers",
-    "missing_config",
-    "missing_weights",
-    "read_index",
-    "shard_files",
-    "tensor_names",
-]
+from hunyuan_vllm.util.text import some
 
 INDEX_FILE = "model.safetensors.index.json"
 PUBLISHED_AT = "tencent/Tencent-Hunyuan-Large on the Hugging Face hub, folder Hunyuan-A52B-Instruct"
@@ -72,7 +60,7 @@ def missing_weights(folder: Path) -> tuple[str, str]:
 
 def _gguf(folder: Path) -> tuple[str, str] | None:
     files = sorted(file.name for file in folder.glob("*.gguf"))
-    return (f"has {_some(files)} of llama.cpp, which is not served", "take the safetensors files") if files else None
+    return (f"has {_quoted(files)} of llama.cpp, which is not served", "take the safetensors files") if files else None
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -88,7 +76,7 @@ def shard_files(folder: Path) -> list[Path]:
     absent = [name for name in names if not (folder / name).exists()]
     if absent:
         raise CheckpointError(
-            f"{folder / INDEX_FILE} names {_some(absent)}, not in {folder}: download the missing files"
+            f"{folder / INDEX_FILE} names {_quoted(absent)}, not in {folder}: download the missing files"
         )
     return [folder / name for name in names]
 
@@ -113,7 +101,7 @@ def check_headers(folder: Path, layout: Layout) -> int:
                     raise CheckpointError(f"checkpoint tensor {part!r} is in {found[part]} and again in {shard}")
                 found[part] = shard
     if shards and (missing := layout.missing(found)):
-        raise CheckpointError(f"{folder} lacks checkpoint tensor {_some(missing)}")
+        raise CheckpointError(f"{folder} lacks checkpoint tensor {_quoted(missing)}")
     return len(found)
 
 
@@ -136,10 +124,5 @@ def _header(shard: Path) -> dict[str, tuple[list[int], str]]:
         raise CheckpointError(f"{shard} is cut short or not a safetensors file ({error}): download it again") from None
 
 
-def _names(paths: list[Path]) -> list[str]:
-    return [path.name for path in paths]
-
-
-def _some(names: list[str], limit: int = 3) -> str:
-    shown = ", ".join(repr(name) for name in names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+def _quoted(names: list[str]) -> str:
+    return some([repr(name) for name in names])

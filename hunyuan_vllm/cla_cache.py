@@ -26,14 +26,6 @@ from hunyuan_vllm.quant.rounding import E4M3_MAX
 if TYPE_CHECKING:
     from hunyuan_vllm.quant.fp8 import CacheScales
 
-__all__ = [
-    "CLAAttention",
-    "OwnerAttention",
-    "SharedKV",
-    "kv_sharing_target",
-    "passes_kv",
-]
-
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
 
 # k̂ and v of the owner, `[tokens, kv_heads * head_dim]` each, or (None, None) where readers use the cache alone.
@@ -70,7 +62,7 @@ class CLAAttention(Attention):
 
     Args:
         config, layer: the network's, and this layer's number.
-        greatest_query: the bound of |q| after the norm, where there is one; else None.
+        q_amax: the bound of |q| after the norm, where there is one; else None.
         args, kwargs: vLLM's.
     """
 
@@ -79,11 +71,11 @@ class CLAAttention(Attention):
         *args: Any,
         config: HunYuanConfig,
         layer: int,
-        greatest_query: Callable[[], float] | None,
+        q_amax: Callable[[], float] | None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.config, self.group_owner, self.greatest_query = config, config.kv_owner(layer), greatest_query
+        self.config, self.group_owner, self.q_amax = config, config.kv_owner(layer), q_amax
         target = self.kv_sharing_target_layer_name
         attentions = get_current_vllm_config().compilation_config.static_forward_context
         self.__dict__["_owner"] = attentions[target] if target else None  # not as a submodule
@@ -111,9 +103,9 @@ class CLAAttention(Attention):
             self._k_scale_float, self._v_scale_float = owner._k_scale_float, owner._v_scale_float
         elif self.is_e4m3:
             self._set_own_scales()
-        if self.is_e4m3 and self.greatest_query is not None:
+        if self.is_e4m3 and self.q_amax is not None:
             # For backends that quantise queries too: 1, unless the norms' weights are so great that one could saturate.
-            _set_scale(self, "q", max(1.0, self.greatest_query() / E4M3_MAX))
+            _set_scale(self, "q", max(1.0, self.q_amax() / E4M3_MAX))
 
     def _set_own_scales(self) -> None:
         """Where nothing is known, what vLLM has set stays: 1, or what a quantisation of its own has loaded."""

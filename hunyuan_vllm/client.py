@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 import httpx
 import psutil
 
+from hunyuan_vllm.envs import Settings
 from hunyuan_vllm.server.keys import parse_keys, read_key_file
-from hunyuan_vllm.settings import Settings
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.net import is_loopback
 

@@ -1,7 +1,5 @@
 """What the model does differently on CPUs: bfloat16 kernels, routing, and LoRA without Triton"""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

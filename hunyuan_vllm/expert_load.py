@@ -4,8 +4,6 @@ vLLM has a hook for it and no metric. Counting costs one small kernel a layer an
 the worker extension below is asked for: `hunyuan-vllm serve --expert-load`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from itertools import islice
@@ -18,8 +16,6 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.envs import VLLM_MOE_SKIP_PADDING
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
-
-__all__ = ["EXTENSION", "ExpertLoad", "Loads", "count_expert_load"]
 
 EXTENSION = "hunyuan_vllm.expert_load.ExpertLoad"
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -68,11 +64,11 @@ class ExpertLoad:
 
     get_model: Callable[[], Any]  # the worker's
 
-    def expert_load(self, afresh: bool = False) -> Loads:
+    def expert_load(self, reset: bool = False) -> Loads:
         """The counts of this worker's layers; none from ranks that route as another does.
 
         Args:
-            afresh: count from zero from now on: a start runs tokens that nobody asked for.
+            reset: count from zero from now on: a start runs tokens of no request.
         """
         counts: dict[int, Tensor] = {}
         for name, module in self.get_model().named_modules():
@@ -80,7 +76,7 @@ class ExpertLoad:
             count = router.capture_fn if isinstance(router, BaseRouter) else None
             layer = LAYER.search(f"{name}.")
             if isinstance(count, _Count) and layer:
-                if afresh:
+                if reset:
                     count.tokens.zero_()
                 counts[int(layer[1])] = count.tokens
         if not counts or get_tensor_model_parallel_rank() != 0:

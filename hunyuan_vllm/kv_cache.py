@@ -1,10 +1,9 @@
 """What the KV cache costs on a rank, and where a pipeline may be cut: a stage starts on an owner layer"""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Self
 
 from hunyuan_vllm.config import HunYuanConfig
 
@@ -39,7 +38,7 @@ class CacheShape:
         itemsize: int = 2,
         sharing: bool = True,
         dcp: int = 1,
-    ) -> CacheShape:
+    ) -> Self:
         """The shape for a config; `stage` is the rank's pipeline stage (default: all layers)."""
         layers = stage if stage is not None else range(config.num_hidden_layers)
         owners = sum(not (sharing and config.is_cross(layer)) for layer in layers)

@@ -4,15 +4,12 @@ Knows the spellings that occur in published files (fused projections, stray bias
 does not fit. No torch: shapes are enough, so whole checkpoints are checked from their headers.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
+from itertools import accumulate, count, takewhile
 from typing import Any
 
 from hunyuan_vllm.config import HunYuanConfig
-
-__all__ = ["FLOATS", "CheckpointError", "Layout", "Shape", "expected_tensors", "tensor_parallel_sizes"]
 
 Shape = tuple[int, ...]
 
@@ -23,7 +20,10 @@ FUSED = {
     "gate_and_up_proj": ("up_proj", "gate_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),  # the engine's own; no published file has it
 }
-"""Fused projections and their parts, in the order of the rows."""
+"""Fused projections and their parts, in the order of the rows; those of qkv_proj alternate by KV head in files."""
+
+STACKED_EXPERTS = {"gate_up_proj": FUSED["gate_up_proj"], "down_proj": ("down_proj",)}
+"""All experts of a layer in one tensor, as transformers holds them: what follows ".experts.", and its parts."""
 
 _FUSED_TENSOR = re.compile(r"^(.*\.)(qkv_proj|gate_and_up_proj)\.(weight|bias|weight_scale|input_scale)$")
 
@@ -145,12 +145,13 @@ class Layout:
             CheckpointError: as `names`.
         """
         parts = self.names(name, tensor.shape)
-        if len(parts) == 3:
+        if len(parts) < 2:
+            return [(part, tensor) for part in parts]
+        if ".qkv_proj." in name:
             return list(zip(parts, self._split_qkv(tensor), strict=True))
-        if len(parts) == 2:
-            width = self.known[parts[0]][0]
-            return [(parts[0], tensor[:width]), (parts[1], tensor[width:])]
-        return [(part, tensor) for part in parts]
+        heights = [self.known[part][0] for part in parts]
+        rows, ends = tensor.reshape(sum(heights), *self.known[parts[0]][1:]), accumulate(heights)
+        return [(part, rows[end - height : end]) for part, end, height in zip(parts, ends, heights, strict=True)]
 
     def types(self, part: str) -> tuple[str, ...]:
         """The types, as safetensors spells them, that the canonical tensor `part` may have."""
@@ -175,8 +176,12 @@ class Layout:
 
     def shape(self, parts: tuple[str, ...]) -> Shape:
         """The shape of the tensor that holds these canonical tensors."""
-        first, *others = (self.known[part] for part in parts)
-        return (first[0] + sum(other[0] for other in others), *first[1:]) if others else first
+        first = self.known[parts[0]]
+        if len(parts) == 1:
+            return first
+        rows = sum(self.known[part][0] for part in parts)
+        experts = len({part.rsplit(".", 2)[0] for part in parts})
+        return (rows, *first[1:]) if experts == 1 else (experts, rows // experts, *first[1:])
 
     def parts(self, name: str) -> tuple[str, ...]:
         """`names`, whatever the shape.
@@ -187,13 +192,21 @@ class Layout:
         if name in self.known:
             return (name,)
         match = _FUSED_TENSOR.match(name)
-        parts = tuple(f"{match[1]}{part}.{match[3]}" for part in FUSED[match[2]]) if match else (name,)
+        parts = tuple(f"{match[1]}{part}.{match[3]}" for part in FUSED[match[2]]) if match else self._experts(name)
         if all(part in self.known for part in parts):
             return parts
         if self._is_unused(name, parts):
             return ()
         where = "config.json, whose quantization_config has no such scale" if name.endswith("_scale") else "config.json"
         raise CheckpointError(f"checkpoint tensor {name!r} is not part of this network (see {where})")
+
+    def _experts(self, name: str) -> tuple[str, ...]:
+        """What a tensor of all experts of a layer holds, expert by expert; any other is itself."""
+        module, _, stacked = name.rpartition(".")
+        if not module.endswith(".experts") or stacked not in STACKED_EXPERTS:
+            return (name,)
+        experts = takewhile(lambda expert: f"{module}.{expert}.down_proj.weight" in self.known, count())
+        return tuple(f"{module}.{n}.{part}.weight" for n in experts for part in STACKED_EXPERTS[stacked]) or (name,)
 
     def _is_unused(self, name: str, parts: tuple[str, ...]) -> bool:
         """Rotary buffers, a tied head's copy, and biases beside weights of a network without biases."""

@@ -24,7 +24,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, i
 
 from hunyuan_vllm.attention import FoldedQueryNorm
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.layout import CheckpointError, Layout
+from hunyuan_vllm.layout import FUSED, CheckpointError, Layout
 from hunyuan_vllm.quant.base import HunYuanQuantization, loaded_layout
 from hunyuan_vllm.quant.layouts import is_quantised
 from hunyuan_vllm.util.text import duration
@@ -45,7 +45,7 @@ class LoadProgress:
 
     Args:
         layout: what the checkpoint holds.
-        shown: this process is the one that speaks.
+        shown: this process reports.
         bar: show a bar if standard error is a terminal.
     """
 
@@ -74,7 +74,7 @@ class LoadProgress:
                 self._bytes_read += tensor.nbytes
                 bar.set_postfix_str(self._amounts(), refresh=False)
                 bar.update(tensor.numel())
-                self._say_where_it_is()
+                self._log_progress()
         if self._shown and self._seconds() >= QUIET:
             logger.info("Loaded %s in %s", self._amounts(), duration(self._seconds()))
 
@@ -84,7 +84,7 @@ class LoadProgress:
             self._bytes_quantised += tensor.nbytes
             yield name, tensor
 
-    def _say_where_it_is(self) -> None:
+    def _log_progress(self) -> None:
         if not self._shown or self._bar_wanted or time.monotonic() - self._reported < LINE_EVERY:
             return
         self._reported = time.monotonic()
@@ -101,20 +101,21 @@ class LoadProgress:
 
 
 # Checkpoint name → this package's module name. An owner's q_proj is added by `_names_for`.
+_STACKED: dict = {
+    **{f".{part}": (".qkv_proj", part[0]) for part in FUSED["qkv_proj"][1:]},
+    **{
+        f"{mlp}.{part}": (f"{mlp}.gate_up_proj", shard)
+        for mlp in (".shared_mlp", ".mlp")
+        for shard, part in enumerate(FUSED["gate_up_proj"])
+    },
+}
 CHECKPOINT_NAMES = WeightsMapper(
     orig_to_new_substr={
         ".mlp.gate.wg.": ".mlp.gate.",
         ".query_layernorm.weight": ".qk_norm.query_weight",
         ".key_layernorm.weight": ".qk_norm.key_weight",
     },
-    orig_to_new_stacked={
-        ".k_proj": (".qkv_proj", "k"),
-        ".v_proj": (".qkv_proj", "v"),
-        ".shared_mlp.gate_proj": (".shared_mlp.gate_up_proj", 0),
-        ".shared_mlp.up_proj": (".shared_mlp.gate_up_proj", 1),
-        ".mlp.gate_proj": (".mlp.gate_up_proj", 0),
-        ".mlp.up_proj": (".mlp.gate_up_proj", 1),
-    },
+    orig_to_new_stacked=_STACKED,
 )
 
 
@@ -174,7 +175,7 @@ def _names_for(config: HunYuanConfig) -> WeightsMapper:
     q_proj: dict = {
         f".layers.{layer}.self_attn.q_proj": (f".layers.{layer}.self_attn.qkv_proj", "q") for layer in owners
     }
-    return replace(CHECKPOINT_NAMES, orig_to_new_stacked={**CHECKPOINT_NAMES.orig_to_new_stacked, **q_proj})
+    return replace(CHECKPOINT_NAMES, orig_to_new_stacked=_STACKED | q_proj)
 
 
 def _checked(
@@ -220,7 +221,7 @@ def _check_finite(name: str, tensor: torch.Tensor, rank: int, ranks: int) -> Non
     if not share.numel():
         return
     if tensor.dtype in (torch.float32, torch.bfloat16, torch.float16):
-        finite = all(map(math.isfinite, share.aminmax()))  # NaN is the least and the greatest
+        finite = all(map(math.isfinite, share.aminmax()))  # NaN is both minimum and maximum
     elif tensor.dtype == torch.float8_e4m3fn:
         finite = bool(share.view(torch.int8).bitwise_and(0x7F).amax() < 0x7F)  # that is its NaN; it has no infinity
     else:

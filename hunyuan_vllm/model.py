@@ -1,7 +1,7 @@
 """HunYuanForCausalLM for vLLM: grouped-query attention with cross-layer KV sharing, and mixed dense/MoE layers.
 
 A pre-norm decoder built from vLLM's parallel layers. What differs from its relatives is the attention: RoPE first,
-then the norms, and one K and one V cached for a whole CLA group (see `qk_norm.py` and `cla_cache.py`).
+then the norms, and one K and one V cached for a whole CLA group (see `attention.py` and `cla_cache.py`).
 """
 
 from collections.abc import Iterable
@@ -30,12 +30,19 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm.model_executor.models.interfaces import MixtureOfExperts, SupportsLoRA, SupportsPP
+from vllm.model_executor.models.interfaces import (
+    EagleModelMixin,
+    MixtureOfExperts,
+    SupportsEagle3,
+    SupportsLoRA,
+    SupportsPP,
+)
 from vllm.model_executor.models.utils import (
     PPMissingLayer,
     make_empty_intermediate_tensors_factory,
     make_layers,
     maybe_prefix,
+    spec_decode_needs_target_embed,
 )
 from vllm.sequence import IntermediateTensors
 
@@ -44,11 +51,10 @@ from hunyuan_vllm.cla_cache import CLAAttention, OwnerAttention, SharedKV, kv_sh
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.cpu import NativeGate, choose_experts, experts_without_lora_on_cpu, routes_natively
 from hunyuan_vllm.expert_load import count_expert_load
+from hunyuan_vllm.layout import FUSED
 from hunyuan_vllm.loader import CHECKPOINT_NAMES, load_checkpoint
 from hunyuan_vllm.patches import apply_patches
 from hunyuan_vllm.quant.int8_layers import computes_shared_mlp, join_shared_mlp
-
-__all__ = ["HunYuanForCausalLM"]
 
 
 class HunYuanMLP(nn.Module):
@@ -102,10 +108,7 @@ class HunYuanMoE(nn.Module):
     ) -> None:
         super().__init__()
         parallel_config = get_current_vllm_config().parallel_config
-        self.num_logical_experts = config.experts_at(layer)
-        self.num_redundant_experts = parallel_config.eplb_config.num_redundant_experts
-        self.num_physical_experts = self.num_logical_experts + self.num_redundant_experts
-        self.num_local_physical_experts = self.num_physical_experts // get_ep_group().world_size
+        self.num_experts = config.experts_at(layer)
         top_k = config.topk_at(layer)
         intermediate_size = config.intermediate_at(layer)
 
@@ -113,7 +116,7 @@ class HunYuanMoE(nn.Module):
         gate = NativeGate if routes_itself else GateLinear
         self.gate = gate(
             config.hidden_size,
-            self.num_logical_experts,
+            self.num_experts,
             out_dtype=torch.float32,
             params_dtype=torch.float32,
             prefix=f"{prefix}.gate",
@@ -135,7 +138,7 @@ class HunYuanMoE(nn.Module):
         joined = computes_shared_mlp(quant_config, f"{prefix}.experts", intermediate_size // ranks, self.shared_mlp)
         with experts_without_lora_on_cpu():
             self.experts = FusedMoEFactory(
-                num_experts=self.num_logical_experts,
+                num_experts=self.num_experts,
                 top_k=top_k,
                 hidden_size=config.hidden_size,
                 intermediate_size=intermediate_size,
@@ -144,7 +147,7 @@ class HunYuanMoE(nn.Module):
                 quant_config=quant_config,
                 prefix=f"{prefix}.experts",
                 enable_eplb=enable_eplb,
-                num_redundant_experts=self.num_redundant_experts,
+                num_redundant_experts=parallel_config.eplb_config.num_redundant_experts,
                 has_bias=config.mlp_bias,
                 shared_experts=None if joined else self.shared_mlp,
             )
@@ -224,7 +227,7 @@ class HunYuanAttention(nn.Module):
             kv_sharing_target_layer_name=kv_sharing_target(config, layer, f"{prefix}.attn"),
             config=config,
             layer=layer,
-            greatest_query=self.qk_norm.bound if self.use_qk_norm else None,
+            q_amax=self.qk_norm.bound if self.use_qk_norm else None,
         )
 
     def forward(
@@ -291,8 +294,10 @@ class HunYuanDecoderLayer(nn.Module):
 
 
 @support_torch_compile
-class HunYuanModel(nn.Module):
+class HunYuanModel(nn.Module, EagleModelMixin):
     """Embedding, decoder layers of this pipeline stage, final norm."""
+
+    supports_aux_hidden_states_over_pp = True
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -300,7 +305,8 @@ class HunYuanModel(nn.Module):
         self.config = config
         self.quant_config = vllm_config.quant_config
         pp_group = get_pp_group()
-        if pp_group.is_first_rank or (config.tie_word_embeddings and pp_group.is_last_rank):
+        needed_last = config.tie_word_embeddings or spec_decode_needs_target_embed(vllm_config)
+        if pp_group.is_first_rank or (needed_last and pp_group.is_last_rank):
             self.embed_tokens = VocabParallelEmbedding(
                 config.vocab_size, config.hidden_size, prefix=f"{prefix}.embed_tokens"
             )
@@ -326,33 +332,38 @@ class HunYuanModel(nn.Module):
         positions: torch.Tensor,
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
-    ) -> torch.Tensor | IntermediateTensors:
-        """Hidden states `[tokens, hidden_size]` of the tokens at `positions` (`[tokens]`)."""
+    ) -> torch.Tensor | IntermediateTensors | tuple[torch.Tensor, list[torch.Tensor]]:
+        """Hidden states `[tokens, hidden_size]` of the tokens at `positions` (`[tokens]`).
+
+        Where EAGLE-3 asks for `aux_hidden_state_layers`, also the inputs of those layers.
+        """
+        auxiliary = self.collect_remote_aux_hidden_states(intermediate_tensors)
+        local: list[torch.Tensor] = []
         if get_pp_group().is_first_rank:
             if inputs_embeds is None:
                 assert input_ids is not None
                 inputs_embeds = self.embed_input_ids(input_ids)
             hidden_states, residual = inputs_embeds, None
+            self._maybe_add_hidden_state(local, self.start_layer, hidden_states, residual)
         else:
             assert intermediate_tensors is not None
             hidden_states = intermediate_tensors["hidden_states"]
             residual = intermediate_tensors["residual"]
         shared_kv: SharedKV = (None, None)
-        for layer in islice(self.layers, self.start_layer, self.end_layer):
+        for number, layer in enumerate(islice(self.layers, self.start_layer, self.end_layer), self.start_layer + 1):
             hidden_states, residual, shared_kv = layer(positions, hidden_states, residual, shared_kv)
+            self._maybe_add_hidden_state(local, number, hidden_states, residual)
         if not get_pp_group().is_last_rank:
-            return IntermediateTensors({"hidden_states": hidden_states, "residual": residual})
+            packed = self.pack_local_aux_hidden_states(local)
+            return IntermediateTensors({"hidden_states": hidden_states, "residual": residual, **packed})
         hidden_states, _ = self.norm(hidden_states, residual)
-        return hidden_states
+        return (hidden_states, auxiliary + local) if auxiliary or local else hidden_states
 
 
-class HunYuanForCausalLM(nn.Module, SupportsPP, SupportsLoRA, MixtureOfExperts):
+class HunYuanForCausalLM(nn.Module, SupportsPP, SupportsLoRA, SupportsEagle3, MixtureOfExperts):
     """The Hunyuan networks as vLLM runs them. `hf_config` must be a `HunYuanConfig`."""
 
-    packed_modules_mapping = {
-        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-        "gate_up_proj": ["gate_proj", "up_proj"],
-    }
+    packed_modules_mapping = {name: list(FUSED[name]) for name in ("qkv_proj", "gate_up_proj")}
     hf_to_vllm_mapper = CHECKPOINT_NAMES
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -363,9 +374,7 @@ class HunYuanForCausalLM(nn.Module, SupportsPP, SupportsLoRA, MixtureOfExperts):
             # vLLM unties where a checkpoint brings a head of its own; in a tied Hunyuan network that copy is not used.
             config.tie_word_embeddings = True
             vllm_config.model_config.word_embeddings_untied_by_checkpoint = False
-        self.config = config
-        self.vllm_config = vllm_config
-        self.quant_config = vllm_config.quant_config
+        self.config, self.vllm_config, self.quant_config = config, vllm_config, vllm_config.quant_config
         self.model = HunYuanModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         count_expert_load(self.model, vllm_config)
         if get_pp_group().is_last_rank:
@@ -388,27 +397,22 @@ class HunYuanForCausalLM(nn.Module, SupportsPP, SupportsLoRA, MixtureOfExperts):
     def _describe_experts(self) -> None:
         """What vLLM's expert-parallel load balancer asks of a model."""
         blocks = [layer.mlp for layer in self.model.layers if isinstance(getattr(layer, "mlp", None), HunYuanMoE)]
-        self.moe_blocks = blocks
         self.moe_layers = [block.experts for block in blocks]
         self.expert_weights: list[list[torch.Tensor]] = []
-        self.num_moe_layers = len(blocks)
-        self.num_expert_groups = 1
+        self.num_moe_layers, self.num_expert_groups = len(blocks), 1
         self.num_shared_experts = int(bool(blocks) and blocks[0].shared_mlp is not None)
-        self.num_logical_experts = self.num_routed_experts = blocks[0].num_logical_experts if blocks else 0
-        self.num_physical_experts = blocks[0].num_physical_experts if blocks else 0
-        self.num_local_physical_experts = blocks[0].num_local_physical_experts if blocks else 0
-        self.num_redundant_experts = blocks[0].num_redundant_experts if blocks else 0
+        self.num_logical_experts = self.num_routed_experts = blocks[0].num_experts if blocks else 0
+        self.num_redundant_experts = self.vllm_config.parallel_config.eplb_config.num_redundant_experts if blocks else 0
+        self.num_physical_experts = self.num_logical_experts + self.num_redundant_experts
+        self.num_local_physical_experts = self.num_physical_experts // get_ep_group().world_size if blocks else 0
 
     def update_physical_experts_metadata(self, num_physical_experts: int, num_local_physical_experts: int) -> None:
         """Follow a change of the number of expert replicas."""
         self.num_physical_experts = num_physical_experts
         self.num_local_physical_experts = num_local_physical_experts
         self.num_redundant_experts = num_physical_experts - self.num_logical_experts
-        for block in self.moe_blocks:
-            block.num_physical_experts = num_physical_experts
-            block.num_local_physical_experts = num_local_physical_experts
-            block.num_redundant_experts = self.num_redundant_experts
-            block.experts.update_expert_map()
+        for experts in self.moe_layers:
+            experts.update_expert_map()
 
     def get_expert_mapping(self) -> list[tuple[str, str, int, str]]:
         """(parameter, checkpoint name, expert, shard) of every expert's tensors, for LoRA and quantised loaders."""
@@ -430,7 +434,7 @@ class HunYuanForCausalLM(nn.Module, SupportsPP, SupportsLoRA, MixtureOfExperts):
         positions: torch.Tensor,
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
-    ) -> torch.Tensor | IntermediateTensors:
+    ) -> torch.Tensor | IntermediateTensors | tuple[torch.Tensor, list[torch.Tensor]]:
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:

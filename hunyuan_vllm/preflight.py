@@ -26,8 +26,6 @@ from hunyuan_vllm.util.errors import UserError
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
-__all__ = ["HunYuanPreflight", "check_main_guard", "check_tensor_parallel"]
-
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
 
 
@@ -42,7 +40,7 @@ class HunYuanPreflight:
         if (stored | given).get("do_sample") is False and "temperature" not in given:
             model_config.override_generation_config = given | {"temperature": 0.0}
         if model_config.generation_config == "auto" and "max_new_tokens" not in given:
-            _say_answers_end(stored.get("max_new_tokens"))
+            _warn_of_max_new_tokens(stored.get("max_new_tokens"))
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
@@ -122,7 +120,7 @@ def check_main_guard() -> None:
 
 
 @cache
-def _say_answers_end(after: int | None) -> None:
+def _warn_of_max_new_tokens(after: int | None) -> None:
     """Once a process."""
     if after is not None:
         logger.warning(

@@ -3,10 +3,8 @@
 Nothing here is folded, fused or shared with the engine's model; module names are the published tensor names.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +18,6 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from hunyuan_vllm.checkpoint import check_headers, shard_files
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import CheckpointError, Layout
-
-__all__ = ["HunYuanForCausalLM", "HunYuanModel", "KVCache"]
 
 READABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -195,7 +191,7 @@ class Float32Linear(nn.Linear):
             weight = at_least_float32(self.weight)  # narrower only where it was replaced, as DeepSpeed does
             return F.linear(x.to(weight.dtype), weight)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Float32Linear:
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
         exact = self.weight.data
         super()._apply(fn, recurse)
         if self.weight.dtype.itemsize < torch.float32.itemsize:

@@ -1,7 +1,5 @@
 """The shell command that serves what a tool has written, from whichever folder it is typed in."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 from collections.abc import Iterable

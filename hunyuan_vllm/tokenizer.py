@@ -3,6 +3,7 @@
 Ids come from tiktoken (text_encoder.py); decoding, streaming, offsets and saving from `tokenizers` (vocab.py).
 """
 
+import json
 import logging
 import unicodedata
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from hunyuan_vllm.bpe import (
     PAD,
     SPECIAL_TOKENS,
     START_OF_TEXT,
+    V1_SPECIAL_TOKENS,
     TextEncoder,
     build_tokenizer,
     read_tokens,
@@ -37,8 +39,6 @@ from hunyuan_vllm.chat_template import (
 )
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.util.errors import UserError
-
-__all__ = ["HYTokenizer", "load_tokenizer", "register_tokenizer"]
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
 
@@ -60,7 +60,7 @@ _Text = TypeVar("_Text")
 
 
 class HYTokenizer(TokenizersBackend):
-    """Tokenizer of the Hunyuan-Large family, named as the published tokenizer_config.json names it.
+    """Tokenizer of the checkpoints with hy.tiktoken, named as the published tokenizer_config.json names it.
 
     Text is brought to NFC first. A plain text gets <|startoftext|> in front (unless `add_bos_token`, or the published
     `add_bod_token`, is false) and <|endoftext|> behind only if `add_eos_token` or `add_eod_token` is true.
@@ -83,9 +83,10 @@ class HYTokenizer(TokenizersBackend):
             self._tokenizer = Tokenizer.from_file(tokenizer_file)
         elif vocab_file is not None:
             tokens = read_tokens(vocab_file)
-            self._tokenizer = build_tokenizer(tokens)
-            self._text_encoder = TextEncoder(tokens)
-            kwargs = _with_defaults(kwargs)
+            special = _special_tokens(Path(vocab_file).parent, len(tokens))
+            self._tokenizer = build_tokenizer(tokens, special)
+            self._text_encoder = TextEncoder(tokens, special)
+            kwargs = _with_defaults(kwargs, special)
         else:
             raise ValueError(
                 f"{kwargs.get('name_or_path', 'The checkpoint')} has neither hy.tiktoken nor tokenizer.json. Copy it "
@@ -104,7 +105,7 @@ class HYTokenizer(TokenizersBackend):
         template: str = super().get_chat_template(chat_template, tools)
         if chat_template is not None or envs.checkpoint_chat_template() or not (faults := known_faults(template)):
             return template
-        _say_replaced(faults)
+        _warn_of_template(faults)
         return CHAT_TEMPLATE
 
     def update_post_processor(self) -> None:
@@ -281,7 +282,7 @@ class _LateEncoding(BatchEncoding):
 
 
 def register_tokenizer() -> None:
-    """Make `AutoTokenizer`, and through it vLLM, load Hunyuan-Large checkpoints with `HYTokenizer`. Idempotent."""
+    """Make `AutoTokenizer`, and through it vLLM, load `model_type` "hunyuan" with `HYTokenizer`. Idempotent."""
     model_type = HunYuanConfig.model_type
     AutoTokenizer.register(HunYuanConfig, HYTokenizer, exist_ok=True)
     # Whatever class or remote code tokenizer_config.json names: transformers keeps a list of the model types whose
@@ -306,7 +307,7 @@ def load_tokenizer(name: str | Path) -> HYTokenizer:
 
 
 @cache
-def _say_replaced(faults: tuple[str, ...]) -> None:
+def _warn_of_template(faults: tuple[str, ...]) -> None:
     """Once a process."""
     logger.warning("For chats, %s", replacement(faults))
 
@@ -322,7 +323,16 @@ def _ends_with_answer(conversation: Any) -> bool:
     return isinstance(content, str) and bool(content.strip())
 
 
-def _with_defaults(kwargs: dict[str, Any]) -> dict[str, Any]:
+def _special_tokens(folder: Path, ranks: int) -> tuple[str, ...]:
+    """Those of V1 where config.json has a vocabulary of exactly their number; Hunyuan-Large's is padded."""
+    try:
+        vocab_size = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("vocab_size")
+    except (OSError, ValueError, AttributeError):
+        vocab_size = None
+    return V1_SPECIAL_TOKENS if vocab_size == ranks + len(V1_SPECIAL_TOKENS) else SPECIAL_TOKENS
+
+
+def _with_defaults(kwargs: dict[str, Any], special: tuple[str, ...]) -> dict[str, Any]:
     """`tokenizer_config.json` completed by what the published class assumes where the file is silent."""
     starts = (kwargs.pop("add_bos_token", None), kwargs.pop("add_bod_token", None), True)
     ends = (kwargs.pop("add_eos_token", None), kwargs.pop("add_eod_token", None), False)
@@ -334,7 +344,7 @@ def _with_defaults(kwargs: dict[str, Any]) -> dict[str, Any]:
         **kwargs,
         "add_bos_token": next(flag for flag in starts if flag is not None),
         "add_eos_token": next(flag for flag in ends if flag is not None),
-        "extra_special_tokens": [*SPECIAL_TOKENS, *(token for token in given if str(token) not in SPECIAL_TOKENS)],
+        "extra_special_tokens": [*special, *(token for token in given if str(token) not in special)],
     }
 
 

@@ -87,6 +87,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
         num_shared_expert=[1, 1, 2, 1],
     ),
     "tied": dict(tie_word_embeddings=True),
+    "v1_rope_plain": dict(architectures=["HunYuanMoEV1ForCausalLM"], use_cla=False, rope_scaling=None),
+    "v1_biases": dict(model_type="hunyuan_v1_dense", num_experts=1, use_cla=False, attention_bias=True, head_dim=48),
+    "v1_top1": dict(model_type="hunyuan_v1_moe", use_cla=False, moe_intermediate_size=64),
 }
 
 CONFIGS: dict[str, Callable[..., HunYuanConfig]] = {"tiny": tiny_config, "mid": mid_config}
@@ -188,6 +191,19 @@ def _random(name: str, shape: torch.Size, config: HunYuanConfig, generator: torc
         return noise.bfloat16()
     gain = 3 if name in ("lm_head.weight", "model.embed_tokens.weight") else 1
     return noise.mul_(gain / shape[-1] ** 0.5).bfloat16()
+
+
+def stack_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All experts of a layer in one tensor, as transformers holds them: gate first, and no ".weight"."""
+    stacked = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    for module in {name.partition(".experts.")[0] + ".experts" for name in tensors if ".experts." in name}:
+        count = sum(name.startswith(f"{module}.") and name.endswith(".down_proj.weight") for name in tensors)
+        gate, up, down = (
+            torch.stack([tensors[f"{module}.{expert}.{part}_proj.weight"] for expert in range(count)])
+            for part in ("gate", "up", "down")
+        )
+        stacked |= {f"{module}.gate_up_proj": torch.cat((gate, up), dim=1), f"{module}.down_proj": down}
+    return stacked
 
 
 def fuse(tensors: dict[str, Tensor], config: HunYuanConfig) -> dict[str, Tensor]:

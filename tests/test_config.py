@@ -237,9 +237,9 @@ class TestAsVllmReadsIt:
 
     @staticmethod
     def architecture(config: HunYuanConfig) -> Any:
-        from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
+        from hunyuan_vllm.arch_config import HunYuanArchConfigConvertor
 
-        return ModelArchConfigConvertorBase(config, config).convert()
+        return HunYuanArchConfigConvertor(config, config).convert()
 
     @classmethod
     def max_model_len(cls, config: HunYuanConfig, asked: int | None = None) -> int:

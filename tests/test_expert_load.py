@@ -21,10 +21,10 @@ pytestmark = pytest.mark.engine
 def loads_of_reference(folder: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """Tokens given to each expert, a row a layer in the order of layers."""
     counts: list[torch.Tensor] = []
-    stock = reference.route
+    route = reference.route
 
-    def counting(logits: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
-        weights, ids = stock(logits, topk)
+    def counting(logits: torch.Tensor, topk: int, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, ids = route(logits, topk, renormalize)
         counts.append(torch.bincount(ids.flatten(), minlength=logits.shape[-1]))
         return weights, ids
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from hunyuan_vllm.check.files import open_folder
 from hunyuan_vllm.check.run import check_folder
 from hunyuan_vllm.cli import app
+from hunyuan_vllm.envs import Settings
 from hunyuan_vllm.plan.model import open_planned
 from hunyuan_vllm.quant.quantization_config import quantization_of, stored_format
 from hunyuan_vllm.server.hardware import Machine
@@ -23,7 +24,6 @@ from hunyuan_vllm.server.launch import decide
 from hunyuan_vllm.server.models import open_model
 from hunyuan_vllm.server.options import Flags
 from hunyuan_vllm.server.parallel import choose_ranks
-from hunyuan_vllm.settings import Settings
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.findings import Finding, Status
 

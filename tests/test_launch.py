@@ -15,6 +15,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from hunyuan_vllm.chat_template import WITH_TOOLS
 from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.envs import Settings
 from hunyuan_vllm.expert_load import EXTENSION
 from hunyuan_vllm.server.exit_cause import exit_cause
 from hunyuan_vllm.server.hardware import Machine
@@ -22,7 +23,6 @@ from hunyuan_vllm.server.launch import Launch, decide
 from hunyuan_vllm.server.models import ModelSource, longest_context
 from hunyuan_vllm.server.options import ApiPolicy, Flags
 from hunyuan_vllm.server.ray_cluster import RayCluster
-from hunyuan_vllm.settings import Settings
 from hunyuan_vllm.util.errors import UserError
 
 try:

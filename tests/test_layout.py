@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import VARIANTS, rewrite, tiny_config, write_checkpoint
+from checkpoints import VARIANTS, rewrite, stack_experts, tiny_config, write_checkpoint
 from golden_data import GOLDEN, GOLDEN_NAMES
 from safetensors.torch import save_file
 
@@ -23,6 +23,11 @@ EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
 def folder(tmp_path: Path) -> Path:
     """A sound checkpoint in several shards."""
     return write_checkpoint(tmp_path / "model", tiny_config(), shard_bytes=500_000)
+
+
+def replace(tensors: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> None:
+    tensors.clear()
+    tensors.update(others)
 
 
 def refused(folder: Path) -> str:
@@ -121,3 +126,26 @@ def test_index_names_a_missing_file(folder: Path) -> None:
 def test_broken_index(content: str, folder: Path) -> None:
     (folder / INDEX_FILE).write_text(content)
     assert INDEX_FILE in refused(folder)
+
+
+def test_stacked_experts(folder: Path) -> None:
+    config = HunYuanConfig.from_pretrained(folder)
+    expected = expected_tensors(config)
+    plain: dict[str, torch.Tensor] = {}
+    rewrite(folder, lambda tensors: plain.update(tensors) or replace(tensors, stack_experts(tensors)))
+    assert check_headers(folder, Layout(config)) == len(expected)
+    layout = Layout(config)
+    found = {
+        part: tensor for name, stored in stack_experts(plain).items() for part, tensor in layout.split(name, stored)
+    }
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], plain[name]) for name in expected)
+
+
+def test_stacked_experts_of_another_number_or_of_a_dense_layer_are_named(folder: Path) -> None:
+    layout = Layout(HunYuanConfig.from_pretrained(folder))
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    with pytest.raises(CheckpointError, match=r"shape \[3, 192, 128\]; this config needs \[4, 192, 128\]"):
+        layout.names(name, (3, 192, 128))
+    with pytest.raises(CheckpointError, match="not part of this network"):
+        Layout(tiny_config(num_experts=1)).names(name, (4, 192, 128))

@@ -29,7 +29,7 @@ def test_bfloat16(name: str) -> None:
     assert mean_difference(results, golden) <= golden.bfloat16_tolerance
 
 
-@pytest.mark.parametrize("name", ["cla2_top1", "cla4_top1"])
+@pytest.mark.parametrize("name", ["cla2_top1", "cla4_top1", "v1_a13b"])
 def test_compiled(name: str) -> None:
     check(name, enforce_eager=False)
 
@@ -40,11 +40,12 @@ def test_without_sharing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check(name)
 
 
-def test_chunked_prefill_prefix_caching_and_preemption() -> None:
+@pytest.mark.parametrize("name", ["cla2_top1", "v1_7b"])
+def test_chunked_prefill_prefix_caching_and_preemption(name: str) -> None:
     """One engine, three pressures: 48 tokens a step, prompts met again, and a cache too small for all at once."""
-    golden = load_golden("cla2_top1")
+    golden = load_golden(name)
     prompts = [item.prompt for item in golden.items]
-    block_bytes = 32 * 1024  # 32 tokens of 1 KiB
+    block_bytes = 32 * 1024  # 32 tokens of 1 KiB, with two layers that keep K and V
     with engine(
         golden.path,
         block_size=32,
@@ -73,16 +74,17 @@ def test_chunked_prefill_prefix_caching_and_preemption() -> None:
             assert greatest_difference(half, golden) <= FLOAT32_TOLERANCE
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_tensor_parallel(size: int) -> None:
-    """Two KV heads: at size 4 each is held twice."""
-    check("cla2_top1", tensor_parallel_size=size, enforce_eager=True)
+@pytest.mark.parametrize(("name", "size"), [("cla2_top1", 2), ("cla2_top1", 4), ("v1_a13b", 2)])
+def test_tensor_parallel(name: str, size: int) -> None:
+    """Two KV heads, or one: with more ranks each is held several times."""
+    check(name, tensor_parallel_size=size, enforce_eager=True)
 
 
-def test_pipeline_parallel() -> None:
+@pytest.mark.parametrize("name", ["cla4_top1", "v1_1_8b"])
+def test_pipeline_parallel(name: str) -> None:
     """vLLM's CPU runner needs a compile mode for a pipeline; the backend "eager" compiles nothing."""
     check(
-        "cla4_top1",
+        name,
         pipeline_parallel_size=2,
         enforce_eager=False,
         compilation_config={"mode": 2, "backend": "eager"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,11 +11,14 @@ import pytest
 import torch
 from checkpoints import tiny_config, write_checkpoint
 from engine import engine, random_prompts, score
-from golden_data import FLOAT32_TOLERANCE, Golden, load_golden, reference_answers
+from golden_data import FLOAT32_TOLERANCE, GOLDEN, Golden, load_golden, reference_answers
 from torch import nn
 
 from hunyuan_vllm import model as model_module
-from hunyuan_vllm.attention import FoldedQueryNorm, PlainRotaryEmbedding
+from hunyuan_vllm.attention import FoldedQueryNorm, RoundedRotaryEmbedding
+from hunyuan_vllm.checkpoint import check_headers
+from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.layout import CheckpointError, Layout
 from hunyuan_vllm.model import HunYuanAttention, HunYuanForCausalLM
 
 pytestmark = pytest.mark.engine
@@ -93,9 +98,34 @@ def test_top2_not_renormalised(monkeypatch: pytest.MonkeyPatch) -> None:
     assert worst("cla2_top2") > SEEN
 
 
+def test_v1_top8_not_renormalised(monkeypatch: pytest.MonkeyPatch) -> None:
+    factory = model_module.FusedMoEFactory
+    monkeypatch.setattr(model_module, "FusedMoEFactory", lambda **options: factory(**options | {"renormalize": False}))
+    assert worst("v1_a13b") > SEEN
+
+
+@pytest.mark.parametrize("left_out", ["use_qk_norm", "use_mixed_mlp_moe"])
+def test_v1_defaults_of_the_field_left_out(left_out: str, tmp_path: Path) -> None:
+    """transformers' files leave both fields out; their tensors are there, so the loader refuses a reader of "off"."""
+    shutil.copytree(GOLDEN / "v1_moe_tf", tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {left_out: False}))
+    with pytest.raises(CheckpointError, match="not part of this network"):
+        check_headers(file.parent, Layout(HunYuanConfig.from_pretrained(file.parent)))
+
+
+def test_v1_rounded_frequencies_with_plain_rope(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Hunyuan-Large's rounding, seen against the reference model."""
+    config = tiny_config(architectures=["HunYuanMoEV1ForCausalLM"], use_cla=False, rope_scaling=None)
+    folder = write_checkpoint(tmp_path / "plain_rope", config)
+    answers = reference_answers(folder, random_prompts(config.vocab_size, [160] * 4), max_new_tokens=1)
+    monkeypatch.setattr(HunYuanConfig, "is_v1", False)
+    assert worst_against(answers) > SEEN
+
+
 def test_float32_frequencies_with_plain_rope(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No golden checkpoint has plain RoPE, so this one is seen against the reference model."""
-    monkeypatch.delattr(PlainRotaryEmbedding, "_compute_inv_freq")
+    monkeypatch.delattr(RoundedRotaryEmbedding, "_compute_inv_freq")
     config = tiny_config(rope_scaling=None)
     folder = write_checkpoint(tmp_path / "plain_rope", config)
     answers = reference_answers(folder, random_prompts(config.vocab_size, [160] * 4), max_new_tokens=1)

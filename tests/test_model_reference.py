@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import VARIANTS, tiny_config, write_checkpoint
+from checkpoints import VARIANTS, stack_experts, tiny_config, write_checkpoint
 from engine import engine, greatest_difference, random_prompts, score
 from golden_data import FLOAT32_TOLERANCE, reference_answers
+from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.engine
 
@@ -59,3 +60,19 @@ def test_every_published_spelling_loads_alike(options: dict[str, bool], tied: bo
     plain = write_checkpoint(tmp_path / "plain", config)
     spelled = write_checkpoint(tmp_path / "spelled", config, **options)
     check(spelled, random_prompts(config.vocab_size, [60]), reference=plain)
+
+
+def test_stacked_experts_load_alike(tmp_path: Path) -> None:
+    config = tiny_config(moe_topk=2, moe_intermediate_size=64)
+    plain = write_checkpoint(tmp_path / "plain", config)
+    stacked = write_checkpoint(tmp_path / "stacked", config)
+    tensors = stack_experts(load_file(plain / "model.safetensors"))
+    save_file(tensors, stacked / "model.safetensors")
+    check(stacked, random_prompts(config.vocab_size, [60]), reference=plain)
+
+
+def test_alpha_rope_beyond_max_position_embeddings(tmp_path: Path) -> None:
+    """The base is the same at any length, so the file's maximum changes no answer."""
+    config = tiny_config(model_type="hunyuan_v1_dense", num_experts=1, use_cla=False, max_position_embeddings=64)
+    folder = write_checkpoint(tmp_path / "short", config)
+    check(folder, random_prompts(config.vocab_size, [9, 200]))

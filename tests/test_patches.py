@@ -67,19 +67,19 @@ def test_cpu_experts_still_need_repacking(tmp_path: Path, monkeypatch: pytest.Mo
     assert greatest_difference(results, reference_answers(second, prompts, 1)) > FLOAT32_TOLERANCE
 
 
-def stock(function: Callable) -> Callable:
+def upstream(function: Callable) -> Callable:
     return getattr(function, "__wrapped__", function)
 
 
 @without_amx
-def test_stock_still_keeps_the_packed_linear_to_amx() -> None:
-    assert not stock(layer_utils.check_cpu_sgl_kernel)(4096, 1280, torch.bfloat16)
+def test_upstream_still_keeps_the_packed_linear_to_amx() -> None:
+    assert not upstream(layer_utils.check_cpu_sgl_kernel)(4096, 1280, torch.bfloat16)
 
 
 @without_amx
-def test_stock_still_has_no_packed_experts() -> None:
+def test_upstream_still_has_no_packed_experts() -> None:
     """A class of vLLM's own that packs for AVX-512 BF16 would be in this list."""
-    classes = stock(unquantized.backend_to_kernel_cls)(unquantized.UnquantizedMoeBackend.CPU)
+    classes = upstream(unquantized.backend_to_kernel_cls)(unquantized.UnquantizedMoeBackend.CPU)
     assert [cls.__name__ for cls in classes] == [
         "X86CPUUnquantizedExperts",
         "ArmCPUUnquantizedExperts",
@@ -118,10 +118,10 @@ def zentorch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     library._destroy()
 
 
-def test_stock_still_prefers_zentorch(zentorch: None) -> None:
+def test_upstream_still_prefers_zentorch(zentorch: None) -> None:
     patches.apply_patches()
     layer = SimpleNamespace(activation="silu", moe_config=None)
-    assert stock(cpu_moe.is_zentorch_moe_supported)(layer)
+    assert upstream(cpu_moe.is_zentorch_moe_supported)(layer)
     assert not cpu_moe.is_zentorch_moe_supported(layer)
 
 
@@ -132,17 +132,17 @@ def test_experts_do_without_zentorch(zentorch: None) -> None:
     assert greatest_difference(results, golden) <= FLOAT32_TOLERANCE
 
 
-def test_stock_still_adapts_rows_without_an_adapter() -> None:
+def test_upstream_still_adapts_rows_without_an_adapter() -> None:
     """tests/test_lora.py shows what that does to a batch, and that the patch prevents it."""
     patches.apply_patches()
     assert punica_cpu.bgmv_shrink is lora_ops.bgmv_shrink
-    for shrink, adapts in ((stock(lora_ops.bgmv_shrink), True), (lora_ops.bgmv_shrink, False)):
+    for shrink, adapts in ((upstream(lora_ops.bgmv_shrink), True), (lora_ops.bgmv_shrink, False)):
         out = torch.zeros(2, 1)
         shrink(torch.ones(2, 3), torch.ones(2, 1, 1, 3), out, torch.tensor([0, -1]), 2.0)
         assert out[0].item() == 6 and (out[1].item() != 0) is adapts
 
 
-def test_stock_still_takes_adapters_of_which_nothing_applies(tmp_path: Path) -> None:
+def test_upstream_still_takes_adapters_of_which_nothing_applies(tmp_path: Path) -> None:
     """tests/test_adapter.py has the other kinds of adapters that do not fit."""
     patches.apply_patches()
     config = tiny_config()
@@ -154,12 +154,12 @@ def test_stock_still_takes_adapters_of_which_nothing_applies(tmp_path: Path) -> 
     worker = SimpleNamespace(_adapter_manager=manager, _lora_model_cls=LoRAModel, vocab_size=config.vocab_size)
     worker.max_position_embeddings, worker.lora_config = None, LoRAConfig(max_lora_rank=8, lora_dtype=torch.float32)
     load = WorkerLoRAManager._load_adapter
-    assert stock(load)(worker, request).loras
+    assert upstream(load)(worker, request).loras
     with pytest.raises(ValueError, match=r"adapter wrong \(.*\): none of its"):
         load(worker, request)
 
 
-def test_stock_still_hands_any_adapter_to_the_engine(tmp_path: Path) -> None:
+def test_upstream_still_hands_any_adapter_to_the_engine(tmp_path: Path) -> None:
     patches.check_adapters_of_requests()
     config = tiny_config()
     folder = rename_modules(write_adapter(tmp_path / "a", adapter_pairs(config)), lambda name: f"model.{name}")
@@ -167,7 +167,7 @@ def test_stock_still_hands_any_adapter_to_the_engine(tmp_path: Path) -> None:
     processor = MagicMock(lora_config=LoRAConfig(max_lora_rank=8), tokenizer=None)
     processor.model_config.hf_config = config
     validate = InputProcessor._validate_lora
-    stock(validate)(processor, request)
+    upstream(validate)(processor, request)
     with pytest.raises(ValueError, match="adapter far: .*: none of its"):
         validate(processor, request)
     validate(processor, LoRARequest("near", 2, str(write_adapter(tmp_path / "b", adapter_pairs(config)))))
@@ -198,7 +198,7 @@ def attention() -> str:
     return cpu_attn._get_attn_isa(torch.bfloat16, 128, 128)
 
 
-def test_stock_still_chooses_amx_without_permission(amx: Callable[[bool, bool], list[str]]) -> None:
+def test_upstream_still_chooses_amx_without_permission(amx: Callable[[bool, bool], list[str]]) -> None:
     requests = amx(True, True)
     assert attention() == "amx"
     assert not requests
@@ -292,10 +292,10 @@ def unpatch_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
         (structured_output.StructuredOutputManager, "_create_grammar"),
         (StructuredOutputRequest, "_check_grammar_completion"),
     ):
-        monkeypatch.setattr(owner, name, stock(getattr(owner, name)))
+        monkeypatch.setattr(owner, name, upstream(getattr(owner, name)))
 
 
-def test_stock_still_compiles_grammars_at_the_engines_priority_without_end(
+def test_upstream_still_compiles_grammars_at_the_engines_priority_without_end(
     compiling: Callable[[], SimpleNamespace], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unpatch_compilation(monkeypatch)
@@ -349,7 +349,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], obje
     return lambda: decorators._try_load_aot_compiled_fn(network, str(tmp_path / "model"))
 
 
-def test_stock_still_cannot_load_what_inductor_compiled(loaded: Callable[[], object]) -> None:
+def test_upstream_still_cannot_load_what_inductor_compiled(loaded: Callable[[], object]) -> None:
     assert loaded() is None
 
 

@@ -83,7 +83,7 @@ def test_other_overrides_stay_beside_greedy(tmp_path: Path) -> None:
 
 def test_a_default_length_of_answers_is_said_once(tmp_path: Path) -> None:
     def said(**options: Any) -> list[str]:
-        preflight._say_answers_end.cache_clear()
+        preflight._warn_of_max_new_tokens.cache_clear()
         with messages_of(preflight.logger) as lines:
             for _ in range(2):
                 found = sampling(tmp_path, {"max_new_tokens": 8}, **options)

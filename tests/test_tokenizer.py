@@ -22,7 +22,8 @@ from hunyuan_vllm.chat_template import CHAT_TEMPLATE
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.tokenizer import HYTokenizer, register_tokenizer
 
-CONFIG = Path(__file__).parent / "golden" / "cla2_top1" / "config.json"
+GOLDEN = Path(__file__).parent / "golden"
+CONFIG = GOLDEN / "cla2_top1" / "config.json"
 REMOTE = {"AutoTokenizer": ["tokenization_hy.HYTokenizer", None]}
 START, END, EOS, PAD = "<|startoftext|>", "<|endoftext|>", "<|eos|>", "<|pad|>"
 
@@ -49,6 +50,19 @@ def load(folder: Path, tokenizer_config: dict[str, Any] | None = None) -> HYToke
 @pytest.fixture(scope="module")
 def small() -> HYTokenizer:
     return HYTokenizer(vocab_file=str(SMALL_VOCAB))
+
+
+def test_v1_has_one_more_special_token(tmp_path: Path) -> None:
+    """Of model_type hunyuan_v1_moe, whose tokenizer_config.json names the class, and remote code of the same name."""
+    folder = checkpoint(tmp_path, {"tokenizer_class": "HYTokenizer", "auto_map": REMOTE})
+    ranks = len(SMALL_VOCAB.read_text().splitlines())
+    fields = json.loads((GOLDEN / "v1_moe_tf" / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"vocab_size": ranks + 210}))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert isinstance(tokenizer, HYTokenizer) and len(tokenizer) == ranks + 210
+    assert tokenizer.encode("<|extra_204|>", add_special_tokens=False) == [ranks + 209]
+    assert tokenizer(["<|extra_204|>"], add_special_tokens=False)["input_ids"] == [[ranks + 209]]
+    assert len(load(tmp_path)) == ranks + 209, "Hunyuan-Large's vocabulary is larger than its tokens"
 
 
 # ---- ids

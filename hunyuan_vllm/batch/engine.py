@@ -14,12 +14,12 @@ from pydantic import BaseModel, ValidationError
 from hunyuan_vllm import envs
 from hunyuan_vllm.batch.requests import BadLine, Request
 from hunyuan_vllm.chat_template import known_faults, replacement, stored_template
+from hunyuan_vllm.envs import Settings
 from hunyuan_vllm.server.hardware import read_machine
 from hunyuan_vllm.server.launch import decide
 from hunyuan_vllm.server.middleware.errors import explain
 from hunyuan_vllm.server.models import ModelSource
 from hunyuan_vllm.server.options import Flags
-from hunyuan_vllm.settings import Settings
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.net import LOOPBACK
 

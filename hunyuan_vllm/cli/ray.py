@@ -12,8 +12,8 @@ from hunyuan_vllm.cluster.processes import process_title, ray_processes
 from hunyuan_vllm.cluster.ray_node import GCS_PORT, NodeSetup, parse_variables
 from hunyuan_vllm.cluster.ray_start import find_ray, read_ray_state, start, stop
 from hunyuan_vllm.cluster.token import make_token, token_file
+from hunyuan_vllm.envs import Settings
 from hunyuan_vllm.ray_environment import NODE_FOLDER
-from hunyuan_vllm.settings import Settings
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.net import family_of, interface_of, is_loopback, own_addresses, own_interfaces
 from hunyuan_vllm.util.text import plural, some

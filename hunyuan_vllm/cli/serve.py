@@ -193,6 +193,7 @@ def serve(
       75    not available yet: the Ray cluster, GPUs, or the port
       128+n signal n ended it; 137 if it had to be killed
     """
+    from hunyuan_vllm.envs import Settings
     from hunyuan_vllm.quant.schemes import find_scheme
     from hunyuan_vllm.server import keys
     from hunyuan_vllm.server.certificate import check_certificate
@@ -203,7 +204,6 @@ def serve(
     from hunyuan_vllm.server.process import Stop
     from hunyuan_vllm.server.ray_cluster import wait_for_gpus
     from hunyuan_vllm.server.supervisor import RestartPolicy, run_once, supervise
-    from hunyuan_vllm.settings import Settings
     from hunyuan_vllm.util.errors import UserError
     from hunyuan_vllm.util.net import check_port
     from hunyuan_vllm.util.streams import make_output_unfailing

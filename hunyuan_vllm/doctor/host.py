@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hunyuan_vllm.doctor.probes import System
+from hunyuan_vllm.envs import Settings
 from hunyuan_vllm.ray_environment import current_cluster_file
-from hunyuan_vllm.settings import Settings
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.findings import Section
 from hunyuan_vllm.util.machine import installed_version

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
+from hunyuan_vllm.envs import Settings
 from hunyuan_vllm.quant.formats import Format
 from hunyuan_vllm.quant.schemes import SCHEMES, Scheme, find_scheme
 from hunyuan_vllm.server.models import ModelSource, convert, demo_in, open_model
-from hunyuan_vllm.settings import Settings
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.progress import Progress
 from hunyuan_vllm.util.text import gigabytes

@@ -1,7 +1,5 @@
 """Compiles the C++ kernels with the machine's own compiler, once, into a folder that only its user can write to."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import platform
@@ -13,8 +11,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-
-__all__ = ["Unavailable", "build", "require_features"]
 
 FOLDER = Path(__file__).parent
 _TORCH = Path(torch.__file__).parent

@@ -1,7 +1,7 @@
 // SiLU-gated experts: Σ over a token's experts of weight · w2(silu(gate) ⊙ up), and a shared one, which all tokens pass.
 #pragma once
 
-#include "products.h"
+#include "gemm.h"
 
 namespace hunyuan {
 

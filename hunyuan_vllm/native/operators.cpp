@@ -8,7 +8,7 @@
 #include <tuple>
 
 #include "experts.h"
-#include "products.h"
+#include "gemm.h"
 #include "routing.h"
 #include "w8a16.h"
 #include "w8a8.h"

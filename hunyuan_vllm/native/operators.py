@@ -3,8 +3,6 @@
 Their rows are bfloat16. Nothing of Python runs between torch and them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 
@@ -14,8 +12,6 @@ from vllm.logger import init_logger
 
 from hunyuan_vllm import envs
 from hunyuan_vllm.native.build import Unavailable, build, require_features
-
-__all__ = ["available"]
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
 
@@ -29,7 +25,7 @@ def available() -> bool:
         require_features()
         _load(str(build(envs.cache_folder() / "kernels")))
     except (Unavailable, OSError) as error:
-        logger.warning("No C++ kernels (int8 products are slow without them): %s", error)
+        logger.warning("No C++ kernels (int8 is slow without them): %s", error)
         return False
     return True
 

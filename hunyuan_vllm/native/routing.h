@@ -44,11 +44,11 @@ inline void choose_experts(float* weights, int32_t* ids, const float* logits, in
   std::vector<float> left(experts), powers(experts);
   for (int64_t token = 0; token < tokens; ++token, weights += k, ids += k, logits += experts) {
     left.assign(logits, logits + experts);
-    const __m512 greatest = _mm512_set1_ps(*std::max_element(left.begin(), left.end()));
+    const __m512 largest = _mm512_set1_ps(*std::max_element(left.begin(), left.end()));
     float all = 0, chosen = 0;
     for (int64_t e = 0; e < experts; e += kLanes) {
       const __mmask16 lanes = first_lanes(experts - e);
-      const __m512 power = exponential(_mm512_sub_ps(_mm512_maskz_loadu_ps(lanes, logits + e), greatest));
+      const __m512 power = exponential(_mm512_sub_ps(_mm512_maskz_loadu_ps(lanes, logits + e), largest));
       all += _mm512_mask_reduce_add_ps(lanes, power);
       _mm512_mask_storeu_ps(&powers[e], lanes, power);
     }

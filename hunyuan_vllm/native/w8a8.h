@@ -42,12 +42,12 @@ struct W8A8 {
     return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(sums)), _mm512_set1_ps(scale));
   }
 
-  // 128 + level of `count` values, and what a level is worth: the greatest value is 127.
+  // 128 + level of `count` values, and what a level is worth: the largest value is 127.
   static float prepare(const bf16* from, int64_t count, uint8_t* to) {
-    __m512 greatest = _mm512_setzero_ps();
+    __m512 largest = _mm512_setzero_ps();
     for (int64_t i = 0; i < count; i += kLanes)
-      greatest = _mm512_max_ps(greatest, _mm512_abs_ps(load_bf16(from + i, first_lanes(count - i))));
-    const float most = _mm512_reduce_max_ps(greatest), scale = most > 0 ? most / 127 : 1;
+      largest = _mm512_max_ps(largest, _mm512_abs_ps(load_bf16(from + i, first_lanes(count - i))));
+    const float most = _mm512_reduce_max_ps(largest), scale = most > 0 ? most / 127 : 1;
     const __m512 levels = _mm512_set1_ps(1 / scale);
     for (int64_t i = 0; i < count; i += kLanes) {
       const __mmask16 lanes = first_lanes(count - i);

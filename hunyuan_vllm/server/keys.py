@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
-from hunyuan_vllm.settings import KEY_FILE_VARIABLE
+from hunyuan_vllm.envs import KEY_FILE_VARIABLE
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.files import make_private, read_private
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hunyuan_vllm import envs
 from hunyuan_vllm.chat_template import WITH_TOOLS
+from hunyuan_vllm.envs import KEY_FILE_VARIABLE, Settings
 from hunyuan_vllm.quant.schemes import Scheme
 from hunyuan_vllm.replies import parsers_for
 from hunyuan_vllm.server.hardware import Machine
@@ -24,7 +25,6 @@ from hunyuan_vllm.server.models import (
 )
 from hunyuan_vllm.server.options import MIB, POLICY_VARIABLE, ApiPolicy, Flags
 from hunyuan_vllm.server.parallel import Ranks, choose_context_ranks, choose_ranks, interface_env
-from hunyuan_vllm.settings import KEY_FILE_VARIABLE, Settings
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.net import LOOPBACK, host_port, is_loopback
 from hunyuan_vllm.util.text import GIB, gibibytes

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, field
 
+from hunyuan_vllm.envs import Settings
 from hunyuan_vllm.plan.hardware import choose_backend
 from hunyuan_vllm.server.hardware import GpuKind, Machine
 from hunyuan_vllm.server.models import ModelSource
 from hunyuan_vllm.server.options import Flags
 from hunyuan_vllm.server.ray_cluster import describe_nodes
-from hunyuan_vllm.settings import Settings
 from hunyuan_vllm.util.errors import NotYetError, UserError
 from hunyuan_vllm.util.net import INTERFACE_VARIABLES, LOOPBACK, interface_of
 

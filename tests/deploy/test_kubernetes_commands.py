@@ -16,8 +16,8 @@ from waiting import eventually
 from hunyuan_vllm import envs
 from hunyuan_vllm.cluster.ray_node import PORTS, NodeSetup
 from hunyuan_vllm.cluster.token import PATH_VARIABLE
+from hunyuan_vllm.envs import DEFAULT_PORT, KEY_FILE_VARIABLE, Settings
 from hunyuan_vllm.server.middleware import health
-from hunyuan_vllm.settings import DEFAULT_PORT, KEY_FILE_VARIABLE, Settings
 from hunyuan_vllm.util.net import INTERFACE_VARIABLES
 
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,7 @@ import pytest
 from manifests import LWS, Pod, allowed, named, pods, replica_pods, selects, templates
 
 from hunyuan_vllm.cluster.ray_node import checked_ports
-from hunyuan_vllm.settings import DEFAULT_PORT
+from hunyuan_vllm.envs import DEFAULT_PORT
 
 RAY_AND_VLLM = [*checked_ports(), 23456, 61000]  # vLLM takes what the system gives it
 ROUTER = pods(templates()["router"])

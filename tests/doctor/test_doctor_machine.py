@@ -12,7 +12,7 @@ import pytest
 from fakes import look, machine, statuses
 
 from hunyuan_vllm.doctor import hardware, host
-from hunyuan_vllm.settings import Settings
+from hunyuan_vllm.envs import Settings
 
 CPUINFO = "processor\t: 0\nmodel name\t: Imaginary 9000\nflags\t\t: fpu {flags}\n"
 

@@ -9,11 +9,11 @@ import pytest
 from vllm.entrypoints.openai.responses.utils import construct_input_messages
 from vllm.renderers.chat_utils import _parse_chat_message_content_mm_part
 
+from hunyuan_vllm.envs import KEY_FILE_VARIABLE
 from hunyuan_vllm.server.middleware.errors import ErrorHandler, explain
 from hunyuan_vllm.server.middleware.limits import Limits
 from hunyuan_vllm.server.middleware.stack import BehindKey
 from hunyuan_vllm.server.options import ApiPolicy
-from hunyuan_vllm.settings import KEY_FILE_VARIABLE
 
 JSON = (b"content-type", b"application/json")
 STREAM = (b"content-type", b"text/event-stream")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.envs import Settings
 from hunyuan_vllm.quant.schemes import FP8, INT8, Scheme
 from hunyuan_vllm.server.hardware import GpuKind, Machine
 from hunyuan_vllm.server.launch import Launch, decide
 from hunyuan_vllm.server.models import ModelSource
 from hunyuan_vllm.server.options import Flags
 from hunyuan_vllm.server.ray_cluster import RayCluster, RayNode
-from hunyuan_vllm.settings import Settings
 from hunyuan_vllm.util.errors import UserError
 
 GIB = 2**30

@@ -13,13 +13,13 @@ from serving import running_server
 from test_launch import CPU, DEMO, GIB, GPU8, HUB, LARGE, MODEL, NODE1, SMALL, parsed
 
 from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.envs import Settings
 from hunyuan_vllm.quant.quantization_config import stored_format
 from hunyuan_vllm.quant.schemes import FP8, INT4, find_scheme
 from hunyuan_vllm.server.hardware import Machine
 from hunyuan_vllm.server.launch import Launch, decide
 from hunyuan_vllm.server.models import ModelSource, convert, demo_in, demo_model, open_model
 from hunyuan_vllm.server.options import Flags
-from hunyuan_vllm.settings import Settings
 from hunyuan_vllm.util.errors import UserError
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]

@@ -13,6 +13,7 @@ from serving import running_server
 from test_launch import CPU, DEMO, GIB, GPU8, HUB, LARGE, MODEL, NODE1, parsed
 
 from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.envs import Settings
 from hunyuan_vllm.layout import expected_tensors
 from hunyuan_vllm.quant.formats import PACKED, PLAIN
 from hunyuan_vllm.quant.quantization_config import describe, stored_format
@@ -21,7 +22,6 @@ from hunyuan_vllm.server.hardware import Machine
 from hunyuan_vllm.server.launch import Launch, decide
 from hunyuan_vllm.server.models import ModelSource
 from hunyuan_vllm.server.options import Flags
-from hunyuan_vllm.settings import Settings
 from hunyuan_vllm.util.errors import UserError
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]

@@ -196,13 +196,13 @@ class EngineMetrics(Collector):
         self._counts_experts = config.parallel_config.worker_extension_cls == EXTENSION
         self._loads: Loads | None = None
 
-    async def fetch(self, afresh: bool = False) -> None:
+    async def fetch(self, reset: bool = False) -> None:
         """Read from the workers how many tokens each expert has processed, if they count."""
         if not self._counts_experts:
             return
         try:
             async with asyncio.timeout(SCRAPE_TIMEOUT):
-                answers: list[Loads] = await self._engine.collective_rpc("expert_load", args=(afresh,))
+                answers: list[Loads] = await self._engine.collective_rpc("expert_load", args=(reset,))
         except Exception as error:  # a scrape must show the others, especially when the engine fails
             logger.warning_once("The load of experts is unavailable: %s", type(error).__name__)
             return
@@ -273,7 +273,7 @@ class Metrics:
                 self._added = CollectorRegistry()
                 self._added.register(info)
             (self._added or REGISTRY).register(self._metrics)
-            await self._metrics.fetch(afresh=True)
+            await self._metrics.fetch(reset=True)
         elif scope["type"] == "http" and self._metrics is not None and scope["path"] == METRICS:
             await self._metrics.fetch()
             if self._added is not None:

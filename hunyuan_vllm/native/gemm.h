@@ -1,4 +1,4 @@
-// Rows times packed int8 weights, for both schemes (w8a16.h, w8a8.h): linears and SiLU-gated experts.
+// Rows times packed int8 weights, for both schemes (w8a16.h, w8a8.h): linear layers and SiLU-gated experts.
 //
 // A weight [outputs, inputs] is packed into blocks of 32 output channels, 16 of the first half of all and 16 of the second:
 // of gate and up, what belongs together. A block is its head, and then for each few inputs (kInputs) a piece of all its

@@ -10,8 +10,6 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 
 from hunyuan_vllm.config import CONFIG_CLASSES, HunYuanConfig
 
-PUBLISHED_ALPHA, PUBLISHED_LENGTH = 1000.0, 262144
-
 
 class HunYuanConfigParser(HFConfigParser):
     """vLLM's parser of config.json, but every Hunyuan checkpoint gets our config class.
@@ -37,10 +35,8 @@ class HunYuanConfigParser(HFConfigParser):
         if fields.get("model_type") not in CONFIG_CLASSES:
             return super().parse(model, trust_remote_code, revision, code_revision, **kwargs)
         config = HunYuanConfig.from_dict(fields, name_or_path=str(model))
-        # vLLM looks at it where --max-model-len is larger than max_position_embeddings, which these models were trained
-        # with and are not limited to; Hunyuan-Large, the one with CLA, is documented with its own.
-        if config.rope_parameters.get("alpha") == PUBLISHED_ALPHA and not config.use_cla:
-            config.model_max_length = max(PUBLISHED_LENGTH, config.max_position_embeddings)
+        if config.longest_context > config.max_position_embeddings:
+            config.model_max_length = config.longest_context  # vLLM's limit of --max-model-len
         return fields, config
 
 

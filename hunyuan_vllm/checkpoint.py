@@ -1,13 +1,16 @@
-"""Check a checkpoint folder from its files' headers, before minutes are spent on reading it."""
+"""A checkpoint's files: found, checked from their headers before minutes are spent on reading, and read"""
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 from hunyuan_vllm.layout import CheckpointError, Layout
 from hunyuan_vllm.util.text import some
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INDEX_FILE = "model.safetensors.index.json"
 PUBLISHED_AT = "tencent/Tencent-Hunyuan-Large on the Hugging Face hub, folder Hunyuan-A52B-Instruct"
@@ -103,6 +106,38 @@ def check_headers(folder: Path, layout: Layout) -> int:
     if shards and (missing := layout.missing(found)):
         raise CheckpointError(f"{folder} lacks checkpoint tensor {_quoted(missing)}")
     return len(found)
+
+
+def read_weights(folder: Path, layout: Layout) -> dict[str, "Tensor"]:
+    """Every tensor the network uses, by its canonical name. Headers are checked before any data is read.
+
+    Raises:
+        CheckpointError: as `check_headers`; or there are no weights, or quantised ones.
+    """
+    if not check_headers(folder, layout):
+        raise CheckpointError(f"{folder} holds no *.safetensors file")
+    weights: dict[str, Tensor] = {}
+    for shard in shard_files(folder):
+        with safe_open(shard, framework="pt") as tensors:
+            for name in tensors.keys():
+                for part, tensor in layout.split(name, tensors.get_tensor(name)):
+                    if (kind := str(tensor.dtype).removeprefix("torch.")) not in ("float32", "bfloat16", "float16"):
+                        raise CheckpointError(
+                            f"checkpoint tensor {name!r} is {kind}: quantised weights need the engine"
+                        )
+                    weights[part] = tensor
+    return weights
+
+
+def local_folder(name_or_path: str | Path, options: dict[str, Any]) -> Path:
+    """The checkpoint's folder, downloaded first if it is a hub name. Takes the hub's arguments out of `options`."""
+    from huggingface_hub import snapshot_download
+
+    names = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+    hub = {name: options.pop(name) for name in names if options.get(name) is not None}
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    return Path(snapshot_download(str(name_or_path), allow_patterns=["*.json", "*.safetensors"], **hub))
 
 
 def tensor_names(folder: Path) -> list[str]:

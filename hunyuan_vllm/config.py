@@ -9,6 +9,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 ARCHITECTURES = ("HunYuanForCausalLM", "HunYuanMoEV1ForCausalLM", "HunYuanDenseV1ForCausalLM")
 DEFAULT_ROPE_THETA = 10000.0
+PUBLISHED_CONTEXT = 262144
 ROPE_TYPES = ("default", "linear", "dynamic")
 COUNTS = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -132,6 +133,13 @@ class HunYuanConfig(PreTrainedConfig):
     def is_v1(self) -> bool:
         """Whether the file says that its network is of the V1 family; "hunyuan" with HunYuanForCausalLM does not."""
         return self.model_type != "hunyuan" or (self.architectures or [""])[0] in ARCHITECTURES[1:]
+
+    @property
+    def longest_context(self) -> int:
+        """Tokens that the model is documented for. The V1 models have `max_position_embeddings` of their training, and
+        with alpha 1000 go further; Hunyuan-Large, the one with CLA, is documented with its own."""
+        published = PUBLISHED_CONTEXT if self.rope_parameters.get("alpha") == 1000 and not self.use_cla else 0
+        return max(self.max_position_embeddings, published)
 
     def experts_at(self, layer: int) -> int:
         """Routed experts of a layer; 1 means that the layer has a plain dense MLP."""

@@ -8,18 +8,14 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
-from hunyuan_vllm.checkpoint import check_headers, shard_files
+from hunyuan_vllm.checkpoint import local_folder, read_weights
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.layout import CheckpointError, Layout
-
-READABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from hunyuan_vllm.layout import Layout
 
 
 class RMSNorm(nn.Module):
@@ -438,46 +434,14 @@ class HunYuanForCausalLM(HunYuanPreTrainedModel, GenerationMixin):
         """
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
-        folder = _local_folder(pretrained_model_name_or_path, kwargs)
+        folder = local_folder(pretrained_model_name_or_path, kwargs)
         if not isinstance(config, HunYuanConfig):
             config, kwargs = HunYuanConfig.from_pretrained(config or folder, return_unused_kwargs=True, **kwargs)
         if "generation_config" not in kwargs and (folder / "generation_config.json").exists():
             kwargs["generation_config"] = GenerationConfig.from_pretrained(folder)
         loaded = super().from_pretrained(
-            None, *model_args, config=config, state_dict=read_weights(folder, config), **kwargs
+            None, *model_args, config=config, state_dict=read_weights(folder, Layout(config)), **kwargs
         )
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         return loaded
-
-
-def read_weights(folder: Path, config: HunYuanConfig) -> dict[str, Tensor]:
-    """Every tensor the network uses, by its canonical name. Headers are checked before any data is read.
-
-    Raises:
-        CheckpointError: as `HunYuanForCausalLM.from_pretrained`.
-    """
-    layout = Layout(config)
-    if not check_headers(folder, layout):
-        raise CheckpointError(f"{folder} holds no *.safetensors file")
-    weights: dict[str, Tensor] = {}
-    for shard in shard_files(folder):
-        with safe_open(shard, framework="pt") as tensors:
-            for name in tensors.keys():
-                for part, tensor in layout.split(name, tensors.get_tensor(name)):
-                    if tensor.dtype not in READABLE_DTYPES:
-                        kind = str(tensor.dtype).removeprefix("torch.")
-                        raise CheckpointError(
-                            f"checkpoint tensor {name!r} is {kind}: quantised weights need the engine"
-                        )
-                    weights[part] = tensor
-    return weights
-
-
-def _local_folder(name_or_path: str | Path, kwargs: dict[str, Any]) -> Path:
-    """The checkpoint's folder, downloaded first if it is a hub name. Takes the hub's arguments out of `kwargs`."""
-    names = ("cache_dir", "force_download", "local_files_only", "token", "revision")
-    hub = {name: kwargs.pop(name) for name in names if kwargs.get(name) is not None}
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path)
-    return Path(snapshot_download(str(name_or_path), allow_patterns=["*.json", "*.safetensors"], **hub))

@@ -265,6 +265,7 @@ class TestAsVllmReadsIt:
     def test_v1_serves_its_documented_length_where_it_is_asked_for(self, read: Any) -> None:
         config = read(tiny_config(use_cla=False, model_type="hunyuan_v1_moe"))
         assert isinstance(config, HunYuanV1MoEConfig)
+        assert config.longest_context == 262144
         assert (self.max_model_len(config), self.max_model_len(config, 262144)) == (512, 262144)
         with pytest.raises(ValueError, match="262145"):
             self.max_model_len(config, 262145)

@@ -102,7 +102,7 @@ def _cache(scenario: Scenario) -> Iterator[Change]:
         yield Change({"kv": "fp8"}, "--kv fp8", "cached keys and values are rounded to FP8", 40, "kv")
     else:
         yield Change({"kv": "auto"}, "--kv auto", "twice the bytes a token", 40, "undo kv")
-    longest = scenario.config.max_position_embeddings
+    longest = scenario.config.longest_context
     if scenario.max_model_len > longest:
         yield shorter(longest)
 

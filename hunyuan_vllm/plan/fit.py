@@ -75,12 +75,10 @@ def _dcp(scenario: Scenario) -> str | None:
 
 
 def _length(scenario: Scenario) -> str | None:
-    longest = scenario.config.max_position_embeddings
+    longest = scenario.config.longest_context
     if scenario.max_model_len <= longest:
         return None
-    return (
-        f"--max-model-len {scenario.max_model_len} is beyond the model's max_position_embeddings: use at most {longest}"
-    )
+    return f"--max-model-len {scenario.max_model_len} is beyond the model's context: use at most {longest}"
 
 
 def _attention(scenario: Scenario) -> str | None:

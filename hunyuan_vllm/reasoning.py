@@ -17,6 +17,7 @@ from vllm.tokenizers import TokenizerLike
 
 from hunyuan_vllm.replies import ANSWER, ANSWER_END, ROLE, THINK, THINK_END, ReplyReader
 
+PART = 512  # tokens that are looked through at a time
 BEGINNING = 24  # tokens at most of white space, role and a tag, with which a reply begins
 
 
@@ -125,13 +126,15 @@ class HunYuanReasoningParser(ReasoningParser):
 
     def _place(self, tag: str, ids: Sequence[int], at: int = 0) -> tuple[int, int] | None:
         """How many tokens come before `tag`, and how many with it; None if it is not there from token `at` on."""
-        # Tokens as a vocabulary writes them: a tag is the same there as in text.
-        tokens: list[str] = self.model_tokenizer.convert_ids_to_tokens(list(ids[at:]))
-        start = "".join(tokens).find(tag)
-        if start < 0:
-            return None
-        ends = list(accumulate(map(len, tokens)))
-        return at + bisect_right(ends, start), at + bisect_left(ends, start + len(tag)) + 1
+        for start in range(at, len(ids), PART):
+            part = list(ids[start : start + PART + len(tag)])
+            if tag not in self.model_tokenizer.decode(part):
+                continue
+            # Tokens as a vocabulary writes them: a tag is the same there as in text.
+            tokens: list[str] = self.model_tokenizer.convert_ids_to_tokens(part)
+            begin, ends = "".join(tokens).index(tag), list(accumulate(map(len, tokens)))
+            return start + bisect_right(ends, begin), start + bisect_left(ends, begin + len(tag)) + 1
+        return None
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:

@@ -192,6 +192,10 @@ def test_tokens_are_told_apart(tokenizer: Any) -> None:
     assert growing[-1] == count and max(growing) < count + len("</think>")  # tokens of the tag, until it is whole
     content = tokenizer.decode(made.reasoning_parser.extract_content_ids(tokens))
     assert content.strip() == REPLY.partition("</think>")[2].strip()
+    for length in range(500, 540, 3):
+        long = ids(tokenizer, f"<think>\n{'é字' * length}\n</think>\n<answer>\nyes")
+        content = tokenizer.decode(made.reasoning_parser.extract_content_ids(long))
+        assert content.strip() == "<answer>\nyes"
     unfinished = ids(tokenizer, "<think>\nTwo")
     assert made.count_reasoning_tokens(unfinished) <= len(ids(tokenizer, "\nTwo"))
     assert made.reasoning_parser.extract_content_ids(unfinished) == []

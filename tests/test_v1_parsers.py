@@ -32,6 +32,7 @@ from vllm.reasoning import ReasoningParserManager
 from vllm.renderers import renderer_from_config
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.sampling_params import SamplingParams
+from vllm.v1.structured_output import StructuredOutputManager
 from xgrammar.testing import _is_grammar_accept_string
 
 from hunyuan_vllm.tokenizer import HYTokenizer
@@ -178,6 +179,29 @@ def test_a_grammar_begins_where_thinking_ends(tokenizer: Any) -> None:
                 if end - new < first <= end or end < first:
                     seen = before + tokens[:end], tokens[max(end - new, 0) : end]
                     assert engine.is_reasoning_end_streaming(*seen) == (end >= first)
+
+
+@BOTH
+def test_the_engine_holds_drafts_to_a_grammar_from_there_on(tokenizer: Any) -> None:
+    manager = object.__new__(StructuredOutputManager)
+    manager.enable_in_reasoning, manager.tokenizer = False, tokenizer
+    manager.reasoner_cls = ReasoningParserManager.get_reasoning_parser("hunyuan_v1")
+
+    def free(drafts: list[int], **variables: Any) -> int:
+        """How many of the drafts, and the token behind them, are the model's own choice."""
+        before = prompt(tokenizer, **variables)
+        asked_of_engine: Any = SimpleNamespace(
+            prompt_token_ids=before,
+            all_token_ids=before,
+            structured_output_request=SimpleNamespace(reasoning_ended=None, reasoner=None, reasoning_parser_kwargs={}),
+        )
+        return manager._get_constraint_bounds(asked_of_engine, drafts).constraint_start
+
+    tokens = ids(tokenizer, "<think>\nno\n</think>\n<answer>\n")
+    end = next(end for end in range(len(tokens)) if "</think>" in tokenizer.decode(tokens[:end]))
+    assert [free(tokens[:count]) for count in range(end)] == [count + 1 for count in range(end)]
+    assert [free(tokens[:count]) for count in range(end, len(tokens))] == [end] * (len(tokens) - end)
+    assert free(tokens, enable_thinking=False) == 0
 
 
 @BOTH

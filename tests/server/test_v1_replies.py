@@ -25,6 +25,7 @@ CITY = {
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": CITY}}]
 QUESTION = {"role": "user", "content": "Why is sea water salty?"}
 BEGUN = {"role": "assistant", "content": "<think>\nIt is"}  # which the model goes on with
+THOUGHT = {"role": "assistant", "content": "<think>\nIt is.\n</think>"}
 FORM = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
 OFF = {"chat_template_kwargs": {"enable_thinking": False}}
 HOT = {"temperature": 1.5, "top_p": 1.0, "max_tokens": 200}
@@ -78,15 +79,13 @@ def test_a_call_that_is_asked_for_comes(client: OpenAI, choice) -> None:
     assert ask(client, done, result, tools=TOOLS, extra_body=OFF).choices
 
 
-def test_thinking_is_apart_and_a_grammar_begins_behind_it(client: OpenAI) -> None:
-    budget = {"thinking_token_budget": 12}  # after which vLLM writes its end
-    answer = ask(client, BEGUN, response_format=FORM, extra_body=budget)
-    message = answer.choices[0].message
-    assert message.reasoning and "<" not in message.reasoning[-3:]
-    jsonschema.validate(json.loads(message.content), CITY)
-    assert 0 < answer.usage.completion_tokens_details.reasoning_tokens <= 16
-    chunks = [*ask(client, BEGUN, stream=True, tools=TOOLS, tool_choice="required", extra_body=budget)]
-    assert any(getattr(chunk.choices[0].delta, "reasoning", None) for chunk in chunks)
-    assert not any(chunk.choices[0].delta.content for chunk in chunks)
-    name, arguments = arguments_of(chunks)
-    jsonschema.validate(json.loads(arguments), CITY)
+def test_a_reply_that_was_begun_goes_on(client: OpenAI) -> None:
+    answer = ask(client, THOUGHT, response_format=FORM)
+    jsonschema.validate(json.loads(answer.choices[0].message.content), CITY)
+    thinking = ask(client, BEGUN)
+    message = thinking.choices[0].message
+    assert message.reasoning and not message.content
+    assert 0 < thinking.usage.completion_tokens_details.reasoning_tokens <= thinking.usage.completion_tokens
+    deltas = [chunk.choices[0].delta for chunk in ask(client, BEGUN, stream=True)]
+    assert any(getattr(delta, "reasoning", None) for delta in deltas)
+    assert not any(delta.content for delta in deltas)

@@ -34,7 +34,7 @@ A13B = """
       {{ '' if loop.index0 == 1 and messages[0]['role'] == 'system' else '<|startoftext|>' }}
       {{- message['content'] ~ '<|extra_0|>' }}
     {%- elif message['role'] == 'assistant' -%}
-      {{ (message['content'] if loop.last else think(message['content'])) ~ '<|eos|>' }}
+      {{ think(message['content']) ~ '<|eos|>' }}
     {%- endif -%}
   {%- endfor -%}
 {%- endif -%}

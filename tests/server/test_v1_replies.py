@@ -24,8 +24,6 @@ CITY = {
 }
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": CITY}}]
 QUESTION = {"role": "user", "content": "Why is sea water salty?"}
-BEGUN = {"role": "assistant", "content": "<think>\nIt is"}  # which the model goes on with
-THOUGHT = {"role": "assistant", "content": "<think>\nIt is.\n</think>"}
 FORM = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
 OFF = {"chat_template_kwargs": {"enable_thinking": False}}
 HOT = {"temperature": 1.5, "top_p": 1.0, "max_tokens": 200}
@@ -77,15 +75,3 @@ def test_a_call_that_is_asked_for_comes(client: OpenAI, choice) -> None:
     done = {"role": "assistant", "content": None, "tool_calls": [call.model_dump()]}
     result = {"role": "tool", "tool_call_id": call.id, "content": "18 °C"}
     assert ask(client, done, result, tools=TOOLS, extra_body=OFF).choices
-
-
-def test_a_reply_that_was_begun_goes_on(client: OpenAI) -> None:
-    answer = ask(client, THOUGHT, response_format=FORM)
-    jsonschema.validate(json.loads(answer.choices[0].message.content), CITY)
-    thinking = ask(client, BEGUN)
-    message = thinking.choices[0].message
-    assert message.reasoning and not message.content
-    assert 0 < thinking.usage.completion_tokens_details.reasoning_tokens <= thinking.usage.completion_tokens
-    deltas = [chunk.choices[0].delta for chunk in ask(client, BEGUN, stream=True)]
-    assert any(getattr(delta, "reasoning", None) for delta in deltas)
-    assert not any(delta.content for delta in deltas)

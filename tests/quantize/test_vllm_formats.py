@@ -36,13 +36,13 @@ def quantization(folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def fp8(tiny: Path, documents: Documents, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("stock") / "fp8"
+    folder = tmp_path_factory.mktemp("upstream") / "fp8"
     quantize_checkpoint(tiny, folder, "fp8", calibration=documents)
     return folder
 
 
 @pytest.fixture(scope="module")
-def stock_fp8(fp8: Path) -> Iterator[nn.Module]:
+def upstream_fp8(fp8: Path) -> Iterator[nn.Module]:
     """Our network with vLLM's own `fp8` method, as on an H100, loaded."""
     with (
         patch.object(HunYuanFp8Config, "override_quantization_method", classmethod(lambda *_, **__: None)),
@@ -59,11 +59,11 @@ def same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
-def test_stock_fp8_takes_every_linear_and_all_experts(stock_fp8: nn.Module) -> None:
-    assert type(stock_fp8.quant_config) is Fp8Config and stock_fp8.quant_config.activation_scheme == "static"
+def test_upstream_fp8_takes_every_linear_layer_and_all_experts(upstream_fp8: nn.Module) -> None:
+    assert type(upstream_fp8.quant_config) is Fp8Config and upstream_fp8.quant_config.activation_scheme == "static"
     methods = {
         name: type(module.quant_method)
-        for name, module in stock_fp8.named_modules()
+        for name, module in upstream_fp8.named_modules()
         if isinstance(module, LinearBase | RoutedExperts)
     }
     linears = [name for name in methods if name.endswith("_proj")]
@@ -72,9 +72,9 @@ def test_stock_fp8_takes_every_linear_and_all_experts(stock_fp8: nn.Module) -> N
     assert len(experts) == 4 and all(methods[name] is Fp8MoEMethod for name in experts)
 
 
-def test_stock_fp8_loads_fused_linears_and_requantises_nothing(stock_fp8: nn.Module, fp8: Path) -> None:
+def test_upstream_fp8_loads_fused_linears_and_requantises_nothing(upstream_fp8: nn.Module, fp8: Path) -> None:
     tensors = load_file(fp8 / "model.safetensors")
-    qkv = stock_fp8.get_submodule("model.layers.2.self_attn.qkv_proj")
+    qkv = upstream_fp8.get_submodule("model.layers.2.self_attn.qkv_proj")
     names = [f"model.layers.2.self_attn.{part}_proj" for part in "qkv"]
     whole = torch.cat([tensors[f"{name}.weight"].view(torch.int8) for name in names]).view(torch.float8_e4m3fn)
     assert same(qkv.weight, whole)
@@ -93,11 +93,11 @@ def test_stock_fp8_loads_fused_linears_and_requantises_nothing(stock_fp8: nn.Mod
     assert input_scale.max() == tensors[f"{names[0]}.input_scale"]
 
 
-def test_stock_fp8_loads_experts(stock_fp8: nn.Module, fp8: Path) -> None:
+def test_upstream_fp8_loads_experts(upstream_fp8: nn.Module, fp8: Path) -> None:
     tensors = load_file(fp8 / "model.safetensors")
     (experts,) = [
         module
-        for name, module in stock_fp8.named_modules()
+        for name, module in upstream_fp8.named_modules()
         if isinstance(module, RoutedExperts) and name.startswith("model.layers.3.")
     ]
     for expert in range(4):

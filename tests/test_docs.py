@@ -6,6 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+import typer
+
+from hunyuan_vllm.cli import app
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -19,3 +22,19 @@ def test_links_and_paths_lead_somewhere(document: Path) -> None:
     missing = [link for link in links if not (document.parent / link).exists()]
     missing += [path for path in paths if not (ROOT / path).exists()]
     assert missing == []
+
+
+def test_the_reference_page_names_every_option_and_variable() -> None:
+    text = (ROOT / "docs" / "reference.md").read_text()
+    options = set()
+    commands = [typer.main.get_command(app)]
+    while commands:
+        command = commands.pop()
+        commands += getattr(command, "commands", {}).values()
+        options |= {word for option in command.params if option.param_type_name == "option" for word in option.opts}
+    folders = ROOT / "hunyuan_vllm", ROOT / "deploy"
+    sources = [path for folder in folders for kind in ("*.py", "*.sh") for path in folder.rglob(kind)]
+    variables = {name for source in sources for name in re.findall(r"\bHUNYUAN_[A-Z_]+[A-Z]\b", source.read_text())}
+    named = set(re.findall(r"`(--?[\w-]+|[A-Z_]+)`", text))
+    assert options - {"--help", "--install-completion", "--show-completion", "--version"} - named == set()
+    assert variables - {"HUNYUAN_VLLM"} - named == set()  # a word of the router's settings

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.table import Table
 
-from hunyuan_vllm.client import ServedModel, is_this_machine
+from hunyuan_vllm.bench.client import ServedModel, is_this_machine
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.files import replacing
 

@@ -53,8 +53,8 @@ def bench(
     if context.invoked_subcommand is not None:
         return
     from hunyuan_vllm import __version__
+    from hunyuan_vllm.bench.client import connect, default_url, find_key
     from hunyuan_vllm.bench.run import check_fits, describe, measure, run_table
-    from hunyuan_vllm.client import connect, default_url, find_key
     from hunyuan_vllm.vllm_version import installed_version
 
     loads = _positive_numbers(concurrency)

@@ -205,7 +205,7 @@ def tasks(
     Exit status: 0 done, 2 nothing was run, 3 the server stopped answering,
     130 interrupted.
     """
-    from hunyuan_vllm.client import connect, find_key
+    from hunyuan_vllm.bench.client import connect, find_key
     from hunyuan_vllm.evaluation import tasks
 
     wanted = tasks.task_names(names)

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from rich.table import Table
 
-from hunyuan_vllm.client import ServedModel
+from hunyuan_vllm.bench.client import ServedModel
 from hunyuan_vllm.tokenizer import load_tokenizer
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.files import replacing

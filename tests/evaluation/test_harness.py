@@ -14,7 +14,7 @@ import torch
 from serving import COMMAND, Server, running_server
 
 from hunyuan_vllm import demo
-from hunyuan_vllm.client import ServedModel, connect
+from hunyuan_vllm.bench.client import ServedModel, connect
 from hunyuan_vllm.evaluation.passages import MAX_ANSWER, held_out_questions
 from hunyuan_vllm.evaluation.tasks import PUBLISHED, TASKS_FOLDER, Harness
 from hunyuan_vllm.reference import HunYuanForCausalLM

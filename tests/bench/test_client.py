@@ -14,7 +14,7 @@ import pytest
 from certificates import own_certificate
 from serving import free_port
 
-from hunyuan_vllm.client import connect, default_url, find_key
+from hunyuan_vllm.bench.client import connect, default_url, find_key
 from hunyuan_vllm.util.errors import UserError
 
 KEY = "the-key-of-this-test"

@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import TextIO
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from hunyuan_vllm.server.process import notify_systemd
+from hunyuan_vllm.server.process import Stop, notify_systemd
 from hunyuan_vllm.util.errors import NotYetError, UserError
 from hunyuan_vllm.util.net import why_unreachable
 from hunyuan_vllm.util.text import duration
@@ -117,19 +117,12 @@ def _query(address: str, environ: Mapping[str, str]) -> tuple[RayCluster | None,
     return None, (probe.stderr.strip().splitlines() or ["no answer"])[-1]
 
 
-class Stopping(Protocol):
-    """What a wait looks at, to end early."""
-
-    @property
-    def requested(self) -> bool: ...
-
-
 def wait_for_gpus(
     needed: int,
     environ: Mapping[str, str],
     limit: float | None = None,
     expected: Sequence[str] = (),
-    stop: Stopping | None = None,
+    stop: Stop | None = None,
     find: Callable[[Mapping[str, str]], RayCluster | None] = find_ray_cluster,
     stream: TextIO | None = None,
 ) -> None:
@@ -205,7 +198,7 @@ def _free_gpus(
     return cluster.free_gpus, lines
 
 
-def _show_countdown(live: Live, text: str, deadline: float | None, stop: Stopping | None) -> None:
+def _show_countdown(live: Live, text: str, deadline: float | None, stop: Stop | None) -> None:
     """Wait until the next query; on a terminal with the time left."""
     until = min(time.monotonic() + POLL_PERIOD, deadline or math.inf)
     while (now := time.monotonic()) < until and not (stop and stop.requested):

@@ -156,11 +156,8 @@ class Readiness:
             return DEAD
         if completion.done():
             status = completion.result()
-            return (
-                HealthStatus("ready")
-                if status == httpx.codes.OK
-                else HealthStatus("failed", f"a completion gave {status}")
-            )
+            failed = status != httpx.codes.OK
+            return HealthStatus("failed", f"a completion returned {status}") if failed else HealthStatus("ready")
         late = f"no token within {self._timeout:g} s"
         if not warm:  # new tokens may be those of the warm-up requests
             return HealthStatus("warming", "the engine is warming up")
@@ -168,7 +165,7 @@ class Readiness:
             return HealthStatus("busy", f"{late}, but other requests got theirs")
         if stepping:
             return HealthStatus("slow", f"{late} for any request, but the engine is at work")
-        return HealthStatus("stalled", f"{late} for any request, and the engine does not move")
+        return HealthStatus("stalled", f"{late} for any request, and the engine makes no progress")
 
     async def _complete(self, application: Any) -> int | str:
         """Finish the warm-up, then request the token; the answer's status."""

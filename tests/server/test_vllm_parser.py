@@ -68,9 +68,9 @@ def test_it_understands_what_vllm_does(argv, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--max-modellen", "9"], "--max-modellen is no option .* did you mean --max-model-len[?]"),
+        (["--max-modellen", "9"], "--max-modellen is not an option .* did you mean --max-model-len[?]"),
         (["--max_modellen.secret=secret"], "did you mean --max-model-len[?]"),
-        (["--tp=2"], "--tp is no option .* did you mean -tp[?]"),
+        (["--tp=2"], "--tp is not an option .* did you mean -tp[?]"),
         (["--drry-run"], "did you mean --dry-run[?]"),
         (["--xyzzy", "secret"], "--xyzzy is not an option of this command or of vLLM .vllm serve --help=all"),
         (["/a", "/secret"], "too many arguments"),

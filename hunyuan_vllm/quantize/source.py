@@ -43,8 +43,8 @@ class Source:
     """A checkpoint folder, checked from its headers.
 
     Raises:
-        UserError: it is no folder with an unquantised Hunyuan checkpoint in safetensors files; the message names the
-            file or the tensor.
+        UserError: it is not a directory with an unquantised Hunyuan checkpoint in safetensors files; the message names
+            the file or the tensor.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -32,7 +32,7 @@ OPTIONS = (
     "--force-device-scale-factor=1",
     "--window-size=1000,760",
 )
-PATIENCE = 20  # seconds
+TIMEOUT = 20  # seconds
 
 
 @contextmanager
@@ -86,7 +86,7 @@ class Page:
 
     def wait(self, condition: Any) -> Any:
         """Until condition() is true; its value."""
-        return WebDriverWait(self.driver, PATIENCE, poll_frequency=0.02).until(lambda _: condition())
+        return WebDriverWait(self.driver, TIMEOUT, poll_frequency=0.02).until(lambda _: condition())
 
     @property
     def focused(self) -> str:

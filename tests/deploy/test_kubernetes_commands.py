@@ -84,8 +84,8 @@ def test_a_workers_probes_ask_its_ray():
     assert worker["ports"] == [{"name": "ray-node", "containerPort": node_manager}]
     assert f"/dev/tcp/$LOCAL_IP/{node_manager}" in worker["command"][-1]
     assert {worker[probe]["tcpSocket"]["port"] for probe in ("startupProbe", "readinessProbe")} == {"ray-node"}
-    patience = worker["startupProbe"]["periodSeconds"] * worker["startupProbe"]["failureThreshold"]
-    assert patience >= int(variables("leader")["GPU_WAIT"])
+    limit = worker["startupProbe"]["periodSeconds"] * worker["startupProbe"]["failureThreshold"]
+    assert limit >= int(variables("leader")["GPU_WAIT"])
 
 
 def test_the_servers_port_is_one_everywhere():

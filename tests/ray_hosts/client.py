@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-PATIENCE = 120.0  # seconds without a word; longer than any answer may take
+TIMEOUT = 120.0  # seconds without a word; longer than any answer may take
 FIRST_WORDS = 3
 
 
@@ -49,7 +49,7 @@ def stream(client: httpx.Client, body: dict[str, Any], flowing: threading.Semaph
 def main(command: str) -> None:
     asked = json.load(sys.stdin)
     headers = {"Authorization": f"Bearer {asked['key']}"}
-    with httpx.Client(base_url=asked["url"], headers=headers, timeout=PATIENCE, trust_env=False) as client:
+    with httpx.Client(base_url=asked["url"], headers=headers, timeout=TIMEOUT, trust_env=False) as client:
         if command == "post":
             response = client.post(asked["path"], json=asked["body"])
             print(json.dumps({"status": response.status_code, "body": response.json()}))

@@ -82,7 +82,7 @@ async def test_experts_are_there_where_workers_count(registry, monkeypatch):
         for layer, expert, count in ((0, 0, 3.0), (0, 1, 4.0), (1, 0, 7.0), (1, 1, 0.0))
     ]
     assert samples(registry)[-4:] == expected
-    # An engine that does not answer costs a scrape some patience, and no figure.
+    # An engine that does not answer delays a scrape and removes no figure.
     monkeypatch.setattr(metrics, "SCRAPE_TIMEOUT", 0.05)
     engine.loads = None
     await own.fetch()

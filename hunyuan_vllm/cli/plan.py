@@ -19,14 +19,14 @@ TRAINING_OPTIONS = {
     "lora_targets", "host_memory",
 }  # fmt: skip
 COMMON_OPTIONS = {
-    "model", "gpu", "gpus", "gpus_per_node", "network", "assume", "as_json", "assumptions", "list_gpus",
+    "model", "gpu", "gpus", "gpus_per_node", "network", "assume", "as_json", "assumptions", "list_gpus", "list_models",
 }  # fmt: skip
 
 
 def plan(
     context: typer.Context,
     model: str = typer.Option(
-        "hunyuan-large", help="Checkpoint directory, config.json, published model (hunyuan-large) or demo."
+        "hunyuan-large", help="Checkpoint directory, config.json, published model (--list-models) or demo."
     ),
     gpu: str = typer.Option("H20", metavar="NAME|FILE.json", help="Type of GPU (--list-gpus)."),
     gpus: int | None = typer.Option(None, min=1, help="Total GPUs; default: the fewest that fit."),
@@ -84,6 +84,9 @@ def plan(
     as_json: bool = typer.Option(False, "--json", rich_help_panel=OUTPUT, help="Print the plan as JSON."),
     assumptions: bool = typer.Option(False, "--assumptions", rich_help_panel=OUTPUT, help="Show the assumptions."),
     list_gpus: bool = typer.Option(False, "--list-gpus", rich_help_panel=OUTPUT, help="Show the known GPUs."),
+    list_models: bool = typer.Option(
+        False, "--list-models", rich_help_panel=OUTPUT, help="Show the published models and the GPUs that they need."
+    ),
 ) -> None:
     """Say whether a model fits on some GPUs, what to expect there, and what to change if it does not fit.
 
@@ -93,6 +96,8 @@ def plan(
     Examples:
       hunyuan-vllm plan --gpu H20
           the published 389B model in BF16: how many H20 does it need?
+      hunyuan-vllm plan --model hunyuan-a13b --gpu H20 --max-model-len 262144
+          A13B with its longest context
       hunyuan-vllm plan --gpu H20 --gpus 16 --tp 16 --dcp 2 --max-model-len 131072
           two machines, each KV head held once
       hunyuan-vllm plan --gpu H100 --gpus 8 --scheme int8 --kv fp8
@@ -107,7 +112,7 @@ def plan(
     Exit status: 0 it fits, 1 it does not fit or cannot run, 2 bad input.
     """
     from hunyuan_vllm.plan.plan import make_plan, make_scenario
-    from hunyuan_vllm.plan.report import show_assumptions, show_gpus, show_plan, to_json
+    from hunyuan_vllm.plan.report import show_assumptions, show_gpus, show_models, show_plan, to_json
     from hunyuan_vllm.plan.scenario import Assumptions
     from hunyuan_vllm.plan.training import TrainingAssumptions, TrainingMemory
 
@@ -118,6 +123,8 @@ def plan(
     else:
         _refuse(given - COMMON_OPTIONS - TRAINING_OPTIONS, "is an option of a server: leave it out with --train")
     assumed = (TrainingAssumptions() if train else Assumptions()).changed(assume)
+    if list_models:
+        return show_models(console)
     if list_gpus:
         return show_gpus(console)
     if assumptions:

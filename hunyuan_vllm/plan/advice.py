@@ -20,6 +20,7 @@ SCHEME_PRICES = {
     "int8": "weights are rounded to int8 while they load",
     "int8-w8a8": "weights and activations are rounded to int8",
     "fp8": "weights and activations are rounded to FP8; needs an FP8 checkpoint",
+    "int4": "weights are rounded to 4 bits; needs a 4-bit checkpoint",
 }
 
 

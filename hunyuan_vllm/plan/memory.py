@@ -42,10 +42,10 @@ class Weights:
 
 
 def rank_weights(
-    network: Network, scheme: Scheme, ranks: int, stage: Stage | None = None, gpu: Gpu | None = None
+    network: Network, scheme: Scheme, ranks: int, stage: Stage | None = None, gpu: Gpu | None = None, length: int = 0
 ) -> Weights:
     """Bytes on each of `ranks` tensor-parallel ranks of a stage (default: the whole network), on CPUs if no GPU is
-    given."""
+    given; `length` is that of the longest sequence, 0 for the config's."""
     config = network.config
     stage = stage or Stage(range(config.num_hidden_layers))
     parts: Counter[str] = Counter()
@@ -62,15 +62,17 @@ def rank_weights(
         parts["norms"] += BF16 * config.hidden_size
         if not config.tie_word_embeddings:
             parts["head"] = table
-    return Weights(dict(parts), _buffers(config, len(stage.layers)), padding)
+    return Weights(dict(parts), _buffers(config, len(stage.layers), length), padding)
 
 
-def _buffers(config: HunYuanConfig, layers: int) -> int:
+def _buffers(config: HunYuanConfig, layers: int, length: int) -> int:
     folded = BF16 * config.head_dim if config.use_qk_norm else 0
     rope = config.rope_parameters
     positions = config.max_position_embeddings
     if rope["rope_type"] == "linear" or (rope["rope_type"] == "dynamic" and "alpha" not in rope):
         positions = int(positions * rope["factor"])
+    else:
+        positions = max(positions, length)
     return BF16 * positions * config.head_dim + layers * (folded + FLOAT32 * CACHE_SCALES)
 
 
@@ -217,7 +219,9 @@ def _budget(scenario: Scenario, stage: Stage) -> Budget:
         stage=stage,
         total=scenario.gpu.memory,
         taken=int(scenario.gpu.memory * scenario.utilization),
-        weights=rank_weights(scenario.network, scenario.scheme, scenario.tensor, stage, scenario.gpu),
+        weights=rank_weights(
+            scenario.network, scenario.scheme, scenario.tensor, stage, scenario.gpu, scenario.max_model_len
+        ),
         activations=activation_peak(scenario, stage),
         graphs=graph_memory(scenario, stage),
         workspace=int(assumed.workspace_gib * GIB),

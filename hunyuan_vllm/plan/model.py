@@ -111,8 +111,15 @@ def vectors(config: HunYuanConfig) -> int:
 
 
 DATA = Path(__file__).parent / "data"
-# Published model, whose config is in `data/` → a path as its checkpoint may have.
-PUBLISHED = {"hunyuan-large": "/models/Hunyuan-A52B-Instruct"}
+# Published model, whose config is in `data/` → the path of its checkpoint in examples.
+PUBLISHED = {
+    "hunyuan-large": "/models/Hunyuan-A52B-Instruct",
+    "hunyuan-a13b": "/models/Hunyuan-A13B-Instruct",
+    "hunyuan-7b": "/models/Hunyuan-7B-Instruct",
+    "hunyuan-4b": "/models/Hunyuan-4B-Instruct",
+    "hunyuan-1.8b": "/models/Hunyuan-1.8B-Instruct",
+    "hunyuan-0.5b": "/models/Hunyuan-0.5B-Instruct",
+}
 UNQUANTISED = ("lm_head", "embed_tokens", "wg", "gate")  # modules that no scheme here quantises
 
 

@@ -13,7 +13,10 @@ from hunyuan_vllm.plan.model import PUBLISHED, Network, PlannedModel, open_plann
 from hunyuan_vllm.plan.scenario import Scenario, vllm_limits
 from hunyuan_vllm.plan.schemes import Scheme, find_scheme, scheme_of_checkpoint
 from hunyuan_vllm.plan.speed import BATCHES, Decode, Prefill, PublishedRate, decode, prefill, published_rates, served
+from hunyuan_vllm.quant import schemes as quant
 from hunyuan_vllm.util.errors import UserError
+
+SUFFIXES = {"fp8": "-FP8", "int4": "-GPTQ-Int4"}  # of the checkpoints of a scheme, as published
 
 
 def make_scenario(
@@ -83,9 +86,11 @@ def _scheme(name: str | None, model: PlannedModel) -> Scheme:
     if name is None:
         return stored
     scheme = find_scheme(name)
-    if model.format.kind is not None and scheme.name != stored.name:
+    if model.format.kind is None:
+        return scheme
+    if scheme.name not in (stored.name, model.format.scheme):
         raise UserError(f"--scheme {name}: {model.name} is already quantised to {stored.name}: leave --scheme out")
-    return scheme
+    return stored
 
 
 def _largest_tensor(scenario: Scenario, ranks: int) -> int:
@@ -141,16 +146,18 @@ def serve_command(scenario: Scenario) -> str:
 
 
 def preparation(scenario: Scenario) -> str | None:
-    """How to make the checkpoint that the scheme needs; None where it needs none."""
-    if scenario.scheme.name != "fp8" or scenario.quantised or scenario.name in PUBLISHED:
+    """How to get the checkpoint that the scheme needs; None where it needs none."""
+    if scenario.scheme.name not in SUFFIXES or scenario.quantised or scenario.name in PUBLISHED:
         return None
+    if scenario.scheme.name == "int4":
+        return f"int4 needs {quant.SCHEMES['int4'].needs}"
     source, target = shlex.quote(scenario.name), shlex.quote(_checkpoint(scenario))
     return f"fp8 needs an FP8 checkpoint; make it with hunyuan-vllm quantize {source} {target} --scheme fp8"
 
 
 def _checkpoint(scenario: Scenario) -> str:
     name = PUBLISHED.get(scenario.name, scenario.name.rstrip("/"))
-    return name if scenario.quantised or scenario.scheme.name != "fp8" else f"{name}-FP8"
+    return name if scenario.quantised else name + SUFFIXES.get(scenario.scheme.name, "")
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,17 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from hunyuan_vllm.kv_cache import CacheShape
 from hunyuan_vllm.plan.advice import BATCH
-from hunyuan_vllm.plan.hardware import known_gpus
-from hunyuan_vllm.plan.memory import Budget, Capacity
-from hunyuan_vllm.plan.plan import Plan
+from hunyuan_vllm.plan.fit import check_fit
+from hunyuan_vllm.plan.hardware import find_gpu, known_gpus
+from hunyuan_vllm.plan.memory import Budget, Capacity, rank_weights
+from hunyuan_vllm.plan.model import PUBLISHED
+from hunyuan_vllm.plan.plan import Plan, make_scenario
 from hunyuan_vllm.plan.scenario import Assumptions, Scenario, explain
 from hunyuan_vllm.plan.speed import Decode, Step
-from hunyuan_vllm.util.text import GIB
+from hunyuan_vllm.quant import schemes as quant
+from hunyuan_vllm.util.text import GIB, gibibytes
 
 KIB, MIB = 2**10, 2**20
 
@@ -60,8 +64,8 @@ def _speed(plan: Plan) -> list[str]:
             known = published.get(decode.batch)
             lines.append(f"{line}, published {known:g}." if known else f"{line}.")
     lines.append(
-        "The estimate has not been validated on GPUs; its low end is the share of the bound that the only published "
-        "rates reached."
+        "The estimate has not been validated on GPUs; its low end is the share of the bound that the published rates "
+        "of Hunyuan-Large reached."
     )
     return lines
 
@@ -125,8 +129,10 @@ def _context(plan: Plan) -> RenderableType:
         table.add_column(f"{point.length:,}", justify="right")
     table.add_column("tokens", justify="right")
     shared, unshared = plan.fit.shared, plan.fit.unshared
-    table.add_row("with CLA's shared cache", *(f"{p.shared:,}" for p in plan.concurrency), f"{shared.tokens:,}")
-    table.add_row("without", *(f"{p.unshared:,}" for p in plan.concurrency), f"{unshared.tokens:,}", style="dim")
+    name = "with CLA's shared cache" if plan.scenario.config.use_cla else "sequences"
+    table.add_row(name, *(f"{p.shared:,}" for p in plan.concurrency), f"{shared.tokens:,}")
+    if plan.scenario.config.use_cla:
+        table.add_row("without", *(f"{p.unshared:,}" for p in plan.concurrency), f"{unshared.tokens:,}", style="dim")
     return table
 
 
@@ -207,6 +213,49 @@ def show_gpus(console: Console) -> None:
         console.print(Text(f"{gpu.name}: {'; '.join(gpu.sources)}", style="dim"))
     console.print("\nAnother GPU: --gpu FILE.json, with these fields:")
     console.print(known_gpus()[0].model_dump_json(exclude={"aliases"}), soft_wrap=True)
+
+
+TABLE_GPUS = ("RTX-4090", "L40S", "H100", "H20", "H200")
+SCRIPTS = {
+    "bf16": "run_server.sh",
+    "int8": "run_server_int8.sh",
+    "fp8": "run_server_fp8.sh",
+    "int4": "run_server_int4.sh",
+}
+MIN_CONTEXT = 32768
+
+
+def show_models(console: Console) -> None:
+    """A Markdown table: the fewest GPUs for each published model and script, and the longest sequence on them."""
+    names = ["model", "script", "weights", "cache per token", *TABLE_GPUS]
+    rows = [names, ["---"] * len(names)]
+    for model in PUBLISHED:
+        for scheme, script in SCRIPTS.items():
+            if (model, scheme) == ("hunyuan-large", "int4"):  # not published
+                continue
+            options = {"scheme": scheme, "kv": quant.SCHEMES[scheme].kv_cache, "max_model_len": MIN_CONTEXT}
+            scenarios = [make_scenario(model, gpu, **options) for gpu in TABLE_GPUS]
+            one = scenarios[0].changed(tensor=1, pipeline=1)
+            weights = rank_weights(one.network, one.scheme, 1).total
+            cache = CacheShape.of(one.config, tensor_parallel=1, stage=one.stages[0].layers, itemsize=one.kv_itemsize)
+            sizes = [gibibytes(weights), f"{cache.bytes_per_token / KIB:g} KiB"]
+            rows.append([model, f"`{script}`", *sizes, *map(_fewest_gpus, scenarios)])
+    for row in rows:
+        console.print(f"| {' | '.join(row)} |", soft_wrap=True, markup=False)
+    memory = ", ".join(f"{gpu} {find_gpu(gpu).memory_gb:.0f} GB" for gpu in TABLE_GPUS)
+    explanation = "in brackets, the longest sequence that their cache holds"
+    console.print(
+        f"\nThe fewest GPUs ({memory}) that hold a sequence of {MIN_CONTEXT:,} tokens; {explanation}.", soft_wrap=True
+    )
+
+
+def _fewest_gpus(scenario: Scenario) -> str:
+    """As in "2 (256K)"."""
+    if not check_fit(scenario).fits:
+        return "–"
+    longest = scenario.config.longest_context
+    held = min(longest, check_fit(scenario.changed(max_model_len=longest)).shared.tokens)
+    return f"{scenario.gpus} ({held // 1024}K)"
 
 
 def show_assumptions(assumptions: Assumptions, console: Console) -> None:

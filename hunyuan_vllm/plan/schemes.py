@@ -1,13 +1,13 @@
 """A quantisation scheme's bytes per matrix, its rate of arithmetic, and the GPUs that support it"""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 from hunyuan_vllm.plan.hardware import Gpu
 from hunyuan_vllm.plan.model import Matrix
 from hunyuan_vllm.quant import schemes as quant
 from hunyuan_vllm.quant.formats import Format
-from hunyuan_vllm.quant.layouts import StoredTensors
+from hunyuan_vllm.quant.layouts import StoredTensors, gptq
 
 BF16, FLOAT32, INT64 = 2, 4, 8
 
@@ -132,6 +132,10 @@ SCHEMES = {
 }
 
 
+# As published: GPTQ with groups of 128.
+GPTQ = Format("gptq", "GPTQ, 4 bits, groups of 128", "int4", False, lambda linear: gptq(4, 128), None, 4)
+
+
 def find_scheme(name: str) -> Scheme:
     """Raises UserError if the name is unknown."""
     return SCHEMES[quant.find_scheme(name, SCHEMES).name]
@@ -150,6 +154,9 @@ def scheme_of_checkpoint(form: Format) -> Scheme:
         stored=form.stored("model.layers.0.self_attn.q_proj"),
         format=form,
     )
+
+
+SCHEMES["int4"] = replace(scheme_of_checkpoint(GPTQ), name="int4")
 
 
 def _marlin_shape(matrix: Matrix) -> tuple[int, int]:

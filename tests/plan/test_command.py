@@ -118,7 +118,7 @@ def test_a_checkpoint_names_its_scheme(tmp_path: Path) -> None:
         (["--gpu", "H2O"], "--gpu H2O is not in the table: use one of H20, "),
         (["--gpu", "/no/such.json"], "--gpu /no/such.json cannot be read: No such file"),
         (["--model", "/no/such"], "--model /no/such: /no/such cannot be read .*: give a directory with a config.json"),
-        (["--scheme", "int4"], "--scheme int4 is not known here: use one of bf16, int8, int8-w8a8, fp8"),
+        (["--scheme", "int2"], "--scheme int2 is not known here: use one of bf16, int8, int8-w8a8, fp8, int4"),
         (["--kv", "int8"], "--kv int8 is unknown: use auto or fp8"),
         (["--assume", "memory_eficiency=1"], "did you mean memory_efficiency?"),
         (["--assume", "memory_efficiency=2"], "it must be above 0 and at most 1"),

@@ -28,7 +28,8 @@ class ConfigFile:
 
     @property
     def is_v1(self) -> bool:
-        return self.network is not None and self.network.is_v1
+        """Whether it is a V1 model; some of those have the model_type and architecture of Hunyuan-Large, but no CLA."""
+        return self.network is not None and (self.network.is_v1 or not self.network.use_cla)
 
 
 def read_object(path: Path) -> dict[str, Any]:

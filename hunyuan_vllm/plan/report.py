@@ -233,8 +233,10 @@ def show_models(console: Console) -> None:
         for scheme, script in SCRIPTS.items():
             if (model, scheme) == ("hunyuan-large", "int4"):  # not published
                 continue
-            options = {"scheme": scheme, "kv": quant.SCHEMES[scheme].kv_cache, "max_model_len": MIN_CONTEXT}
-            scenarios = [make_scenario(model, gpu, **options) for gpu in TABLE_GPUS]
+            kv = quant.SCHEMES[scheme].kv_cache
+            scenarios = [
+                make_scenario(model, gpu, scheme=scheme, kv=kv, max_model_len=MIN_CONTEXT) for gpu in TABLE_GPUS
+            ]
             one = scenarios[0].changed(tensor=1, pipeline=1)
             weights = rank_weights(one.network, one.scheme, 1).total
             cache = CacheShape.of(one.config, tensor_parallel=1, stage=one.stages[0].layers, itemsize=one.kv_itemsize)

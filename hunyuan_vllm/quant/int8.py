@@ -20,7 +20,7 @@ from hunyuan_vllm.layout import CheckpointError, Layout
 from hunyuan_vllm.quant.base import HunYuanQuantization, is_hunyuan
 from hunyuan_vllm.quant.formats import PACKED, PLAIN
 from hunyuan_vllm.quant.layouts import IgnoredLayers, is_quantised
-from hunyuan_vllm.quant.quantization_config import describe, int8, int8_form
+from hunyuan_vllm.quant.quantization_config import describe, ignored_layers, int8, int8_form
 from hunyuan_vllm.quant.rounding import pack_int8, quantize_per_channel, unpack_int8
 from hunyuan_vllm.quant.schemes import INT8, INT8_W8A8
 
@@ -43,16 +43,16 @@ class Int8Config(HunYuanQuantization):
     form: ClassVar[str] = PACKED
     """The format of quantised checkpoints that ask for this method, and of vLLM's parameters for it on CUDA."""
 
-    def __init__(self, stored: str | None = None, ignored: Iterable[str] = ()) -> None:
+    def __init__(self, stored: str | None = None, ignored: IgnoredLayers | None = None) -> None:
         super().__init__()
         self.stored = stored
-        self.ignored = IgnoredLayers(ignored)
+        self.ignored = ignored or IgnoredLayers()
 
     # What vLLM asks of a quantisation.
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Int8Config:
-        return cls(int8_form(config), config.get("ignore") or [])
+        return cls(int8_form(config), ignored_layers(config))
 
     @classmethod
     def override_quantization_method(

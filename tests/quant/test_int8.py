@@ -20,6 +20,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
 from vllm.scalar_type import scalar_types
 
 from hunyuan_vllm.checkpoint import check_headers
+from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import CheckpointError, Layout
 from hunyuan_vllm.quant.formats import PACKED, PLAIN
 from hunyuan_vllm.quant.int8 import Int8Config, Int8W8A8Config
@@ -112,7 +113,7 @@ def test_which_formats_are_ours(config: Fields, form: str | None) -> None:
     ],
 )
 def test_who_takes_a_checkpoint(form: str, user: str | None, model_type: str, taken: str | None) -> None:
-    hf_config = type("Config", (), {"model_type": model_type})()
+    hf_config = HunYuanConfig() if model_type == "hunyuan" else type("Config", (), {"model_type": model_type})()
     names = [
         config.override_quantization_method(describe(form), user, hf_config) for config in (Int8Config, Int8W8A8Config)
     ]

@@ -18,7 +18,6 @@ from hunyuan_vllm.checkpoint import check_headers
 from hunyuan_vllm.config import CONFIG_CLASSES, HunYuanConfig
 from hunyuan_vllm.kv_cache import check_pipeline
 from hunyuan_vllm.layout import mlp_widths, tensor_parallel_sizes
-from hunyuan_vllm.quant.base import layout_of
 from hunyuan_vllm.quant.preflight import check_quantisation
 from hunyuan_vllm.ray_environment import join_own_cluster
 from hunyuan_vllm.util.errors import UserError
@@ -152,6 +151,8 @@ def _check_options(vllm_config: VllmConfig) -> None:
 
 
 def _check_files(vllm_config: VllmConfig) -> None:
+    from hunyuan_vllm.quant.base import layout_of  # imports vLLM, which `plan` does without
+
     folder = Path(vllm_config.model_config.model)
     load_format = vllm_config.load_config.load_format
     layout = layout_of(vllm_config)

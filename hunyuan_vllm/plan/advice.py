@@ -15,12 +15,11 @@ from hunyuan_vllm.plan.speed import decode
 from hunyuan_vllm.util.text import plural
 
 COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # GPUs that are offered
-SCHEME_PRICES = {
+SCHEME_PRICES = {  # of the schemes that any checkpoint can be brought into
     "bf16": "twice the weights",
     "int8": "weights are rounded to int8 while they load",
     "int8-w8a8": "weights and activations are rounded to int8",
     "fp8": "weights and activations are rounded to FP8; needs an FP8 checkpoint",
-    "int4": "weights are rounded to 4 bits; needs a 4-bit checkpoint",
 }
 
 
@@ -109,9 +108,9 @@ def _cache(scenario: Scenario) -> Iterator[Change]:
 
 
 def _scheme(scenario: Scenario) -> Iterator[Change]:
-    for name, scheme in SCHEMES.items():
-        if scheme is not scenario.scheme:
-            yield Change({"scheme": scheme}, f"--scheme {name}", SCHEME_PRICES[name], 50, f"scheme {name}")
+    for name, price in SCHEME_PRICES.items():
+        if SCHEMES[name] is not scenario.scheme:
+            yield Change({"scheme": SCHEMES[name]}, f"--scheme {name}", price, 50, f"scheme {name}")
 
 
 def _hardware(scenario: Scenario) -> Iterator[Change]:
@@ -250,7 +249,7 @@ def _rate(fit: Fit) -> float:
 
 def _fewest_gpus(fit: Fit) -> Improvement | None:
     scenario = fit.scenario
-    schemes = [scenario.scheme] if scenario.quantised else list(SCHEMES.values())
+    schemes = [scenario.scheme] if scenario.quantised else [SCHEMES[name] for name in SCHEME_PRICES]
     for gpus in (count for count in COUNTS if count < scenario.gpus):
         for scheme in schemes:
             for tensor, stages in arrangements(scenario.network, gpus):

@@ -139,7 +139,7 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     for text, message in (
         ("{", "is not JSON"),
-        ('{"model_type": "llama"}', "has model_type 'llama'; the planner supports 'hunyuan'"),
+        ('{"model_type": "llama"}', "has model_type 'llama'; the planner supports hunyuan,"),
         ('{"model_type": "hunyuan", "num_experts": -1}', "num_experts is -1"),
         (
             '{"model_type": "hunyuan", "quantization_config": {"quant_method": "hqq"}}',

@@ -7,7 +7,7 @@ trust_remote_code". What is here has to work where our package does not, and wit
 
 
 def register() -> None:
-    """Make Hunyuan-Large known to vLLM in this process. Idempotent; never raises."""
+    """Make the Hunyuan models known to vLLM in this process. Idempotent; never raises."""
     try:
         from hunyuan_vllm.plugin import register as register_all
 

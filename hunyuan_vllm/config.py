@@ -229,9 +229,9 @@ class HunYuanConfig(PreTrainedConfig):
             raise _error("hidden_act", self.hidden_act, "'silu'")
         if not _is_number(self.rms_norm_eps) or self.rms_norm_eps <= 0:
             raise _error("rms_norm_eps", self.rms_norm_eps, "a positive number")
-        for name, allowed in FIXED_FIELDS.items():
-            if (value := getattr(self, name, None)) is not None and value != allowed:
-                raise _error(name, value, f"{allowed!r} or absent: no published code reads it")
+        for name, published in FIXED_FIELDS.items():
+            if (value := getattr(self, name, None)) is not None and value != published:
+                raise _error(name, value, f"{published!r} or absent: no published code reads it")
         self._check_per_layer_fields()
         super().validate()
 

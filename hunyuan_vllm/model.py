@@ -337,14 +337,14 @@ class HunYuanModel(nn.Module, EagleModelMixin):
 
         Where EAGLE-3 asks for `aux_hidden_state_layers`, also the inputs of those layers.
         """
-        auxiliary = self.collect_remote_aux_hidden_states(intermediate_tensors)
+        auxiliary = self.collect_remote_aux_hidden_states(intermediate_tensors)  # type: ignore[operator]
         local: list[torch.Tensor] = []
         if get_pp_group().is_first_rank:
             if inputs_embeds is None:
                 assert input_ids is not None
                 inputs_embeds = self.embed_input_ids(input_ids)
             hidden_states, residual = inputs_embeds, None
-            self._maybe_add_hidden_state(local, self.start_layer, hidden_states, residual)
+            self._maybe_add_hidden_state(local, self.start_layer, hidden_states, residual)  # type: ignore[operator]
         else:
             assert intermediate_tensors is not None
             hidden_states = intermediate_tensors["hidden_states"]
@@ -352,9 +352,9 @@ class HunYuanModel(nn.Module, EagleModelMixin):
         shared_kv: SharedKV = (None, None)
         for number, layer in enumerate(islice(self.layers, self.start_layer, self.end_layer), self.start_layer + 1):
             hidden_states, residual, shared_kv = layer(positions, hidden_states, residual, shared_kv)
-            self._maybe_add_hidden_state(local, number, hidden_states, residual)
+            self._maybe_add_hidden_state(local, number, hidden_states, residual)  # type: ignore[operator]
         if not get_pp_group().is_last_rank:
-            packed = self.pack_local_aux_hidden_states(local)
+            packed = self.pack_local_aux_hidden_states(local)  # type: ignore[operator]
             return IntermediateTensors({"hidden_states": hidden_states, "residual": residual, **packed})
         hidden_states, _ = self.norm(hidden_states, residual)
         return (hidden_states, auxiliary + local) if auxiliary or local else hidden_states

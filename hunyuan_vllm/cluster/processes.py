@@ -5,7 +5,7 @@ import re
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 
@@ -28,7 +28,7 @@ def ray_processes() -> list[psutil.Process]:
             PROGRAM.search(_ask(process.exe, "").removesuffix(" (deleted)")) or any(_session_files(process))
         ):
             found[process.pid] = process
-            for child in _ask(process.children, [], True):
+            for child in _ask(process.children, list[psutil.Process](), True):
                 found.setdefault(child.pid, child)
     above = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
     return [process for pid, process in found.items() if pid not in above and _lives(process)]
@@ -44,7 +44,9 @@ def session_processes(leader: int) -> list[psutil.Process]:
 def has_raylet(processes: Iterable[psutil.Process], address: str, gcs: str) -> bool:
     """Whether one of these processes is the node `address` of the cluster at `gcs`."""
     wanted = {f"--node_ip_address={address}", f"--gcs-address={gcs}"}
-    return any(_ask(process.name, "") == RAYLET and wanted <= set(_ask(process.cmdline, [])) for process in processes)
+    return any(
+        _ask(process.name, "") == RAYLET and wanted <= set(_ask(process.cmdline, list[str]())) for process in processes
+    )
 
 
 def count_raylets(processes: Iterable[psutil.Process]) -> int:
@@ -56,7 +58,7 @@ def workloads(processes: Iterable[psutil.Process]) -> list[str]:
     """What uses that Ray: actors and tasks, as Ray and vLLM title them, and drivers. Idle workers do not count."""
     found = []
     for process in processes:
-        title = " ".join(_ask(process.cmdline, [])).strip()
+        title = " ".join(_ask(process.cmdline, list[str]())).strip()
         if title.startswith(("ray::", "VLLM::")):
             found += [] if title.startswith(IDLE) else [title]
         elif any(DRIVER_LOG in file for file in _session_files(process)):
@@ -66,7 +68,7 @@ def workloads(processes: Iterable[psutil.Process]) -> list[str]:
 
 def process_title(process: psutil.Process) -> str:
     """Its name, and its number."""
-    words = _ask(process.cmdline, [])
+    words = _ask(process.cmdline, list[str]())
     name = next((word.rpartition("/")[2] for word in words if word.endswith(".py")), None) or _ask(process.name, "")
     return f"{words[0].strip() if words and '::' in words[0] else name} (pid {process.pid})"
 
@@ -92,7 +94,7 @@ def end_processes(find: Callable[[], Sequence[psutil.Process]]) -> tuple[list[st
     return [text for pid, text in seen.items() if pid not in stuck], [seen[pid] for pid in stuck]
 
 
-def _ask(call: Callable[..., Value], default: Value, *arguments: object) -> Value:
+def _ask(call: Callable[..., Value], default: Value, *arguments: Any) -> Value:
     """What a process says of itself; `default` where it has ended or belongs to another user."""
     try:
         return call(*arguments)

@@ -61,7 +61,7 @@ class Int8LinearMethod(LinearMethodBase):
         replace_parameter(layer, "weight_scale", scale.squeeze(-1))
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self.kernels.linear(x, layer.weight, layer.weight_scale, bias)
+        return self.kernels.linear(x, layer.get_parameter("weight"), layer.get_parameter("weight_scale"), bias)
 
 
 class Int8ExpertsMethod(FusedMoEMethodBase):
@@ -122,10 +122,10 @@ class Int8ExpertsMethod(FusedMoEMethodBase):
             shared = first.weight, second.weight, first.weight_scale, second.weight_scale
         return self.kernels.experts(
             x,
-            layer.w13_weight,
-            layer.w2_weight,
-            layer.w13_weight_scale,
-            layer.w2_weight_scale,
+            layer.get_parameter("w13_weight"),
+            layer.get_parameter("w2_weight"),
+            layer.get_parameter("w13_weight_scale"),
+            layer.get_parameter("w2_weight_scale"),
             topk_weights,
             topk_ids,
             shared,

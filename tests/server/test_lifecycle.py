@@ -120,7 +120,7 @@ async def test_a_slow_warm_up_is_not_ready_nor_busy_by_its_own_tokens(applicatio
         await asyncio.sleep(health.KEPT)
         compiled.set()
         assert (await client.get("/readyz")).status_code == 200
-    assert application.warm_ups[0] == application.warm_ups[1], "what was withdrawn is asked again"
+    assert len(application.warm_ups) == len(health.WARM_UP)  # the slow one went on meanwhile
     assert len(application.asked) == 1
 
 

@@ -122,7 +122,7 @@ class Readiness:
         """
         self._app = app
         self._timeout = timeout
-        self._warm_ups = list(WARM_UP)
+        self._warm_up: asyncio.Task[None] | None = None
         self._status: HealthStatus | None = None
         self._valid_until = 0.0
         self._check: asyncio.Task[HealthStatus] | None = None
@@ -144,7 +144,14 @@ class Readiness:
 
     async def _measure(self, application: Any) -> HealthStatus:
         engine = application.state.engine_client
-        tokens, warm = _tokens_generated(), not self._warm_ups
+        if self._warm_up is None:
+            self._warm_up = asyncio.create_task(self._send_warm_up(application))
+        await asyncio.wait({self._warm_up}, timeout=self._timeout)
+        if has_ended(engine):
+            return DEAD
+        if not self._warm_up.done():
+            return HealthStatus("warming", "the engine is warming up")
+        tokens = _tokens_generated()
         completion = asyncio.create_task(self._complete(application))
         # Answered between two steps of the engine, without waiting for a place in the batch as the completion does.
         step = asyncio.create_task(_succeeds_after(self._timeout / 2, engine.is_sleeping))
@@ -159,17 +166,28 @@ class Readiness:
             failed = status != httpx.codes.OK
             return HealthStatus("failed", f"a completion returned {status}") if failed else HealthStatus("ready")
         late = f"no token within {self._timeout:g} s"
-        if not warm:  # new tokens may be those of the warm-up requests
-            return HealthStatus("warming", "the engine is warming up")
         if _tokens_generated() > tokens:
             return HealthStatus("busy", f"{late}, but other requests got theirs")
         if stepping:
             return HealthStatus("slow", f"{late} for any request, but the engine is at work")
         return HealthStatus("stalled", f"{late} for any request, and the engine makes no progress")
 
-    async def _complete(self, application: Any) -> int | str:
-        """Finish the warm-up, then request the token; the answer's status."""
+    async def _send_warm_up(self, application: Any) -> None:
+        """Send the warm-up requests. One that is refused, as with --max-logprobs 0, is refused to users too."""
+        async with self._client(application) as client:
+            for request in WARM_UP:
+                with suppress(Exception):
+                    await client.post("/v1/completions", json=self._on_all_engines(application, request))
 
+    async def _complete(self, application: Any) -> int | str:
+        """Request the token; the answer's status."""
+        async with self._client(application) as client:
+            try:
+                return (await client.post("/v1/completions", json=REQUEST)).status_code
+            except Exception:
+                return "no answer"
+
+    def _client(self, application: Any) -> httpx.AsyncClient:
         async def within(scope: Scope, receive: Receive, send: Send) -> None:
             await self._app({**scope, "app": application}, receive, send)
 
@@ -177,17 +195,7 @@ class Readiness:
         key = os.environ.get("VLLM_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         transport = httpx.ASGITransport(app=within)
-        async with httpx.AsyncClient(transport=transport, base_url="http://readyz", headers=headers) as client:
-            while self._warm_ups:
-                # One that is not answered in time is aborted, and repeated by the next probe. A refused one, as with
-                # --max-logprobs 0, needs no warm-up: its users' are refused too.
-                with suppress(Exception):
-                    await client.post("/v1/completions", json=self._on_all_engines(application, self._warm_ups[0]))
-                self._warm_ups.pop(0)
-            try:
-                return (await client.post("/v1/completions", json=REQUEST)).status_code
-            except Exception:
-                return "no answer"
+        return httpx.AsyncClient(transport=transport, base_url="http://readyz", headers=headers)
 
     @staticmethod
     def _on_all_engines(application: Any, request: dict[str, Any]) -> dict[str, Any]:

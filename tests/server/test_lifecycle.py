@@ -214,7 +214,7 @@ def caplog_vllm():
         yield messages
 
 
-async def test_a_late_completion_is_withdrawn(application):
+async def test_a_late_completion_is_withdrawn(application, warm):
     withdrawn = asyncio.Event()
 
     async def late():

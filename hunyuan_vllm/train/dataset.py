@@ -15,8 +15,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import torch
-
 from hunyuan_vllm.train.messages import DEFAULT_SYSTEM, BadConversation, form_of, parse_conversation
 from hunyuan_vllm.train.tokens import Example, encode
 from hunyuan_vllm.util.errors import UserError
@@ -214,7 +212,7 @@ SHOWN = 5  # bad lines in a message
 logger = logging.getLogger(__name__)
 
 
-class ConversationDataset(torch.utils.data.Dataset[Example]):
+class ConversationDataset:
     """The conversations of a file that have learned tokens, in the file's order; 24 bytes each in memory.
 
     Conversations longer than `max_seq_length` are cut, and those left without an answer are skipped; both are logged.
@@ -272,7 +270,7 @@ class ConversationDataset(torch.utils.data.Dataset[Example]):
         return array("I", (min(self.scan.lengths[place], limit) for place in self._kept))
 
 
-class PackedDataset(torch.utils.data.Dataset[list[Example]]):
+class PackedDataset:
     """Rows of several conversations that together have at most `max_seq_length` tokens, for `PackingCollator`.
 
     Conversations are shuffled by `seed`, and each is put into the fullest open row that has room for it.

@@ -64,7 +64,7 @@ def test_a_folder_that_is_not_there(given):
         ({}, "has no config.json"),
         ({"config.json": "{"}, "cannot be read"),
         ({"config.json": "[1]"}, "model_type None"),
-        ({"config.json": '{"model_type": "llama"}'}, "model_type 'llama'; this server serves 'hunyuan'"),
+        ({"config.json": '{"model_type": "llama"}'}, "model_type 'llama'; this server serves hunyuan, "),
         ({"config.json": '{"model_type": "hunyuan", "num_key_value_heads": 3}'}, "num_key_value_heads is 3"),
         (
             {

@@ -108,7 +108,8 @@ class TestMistakesShow:
 
     @pytest.mark.parametrize(("name", "renormalise"), [("cla2_top1", True), ("cla2_top2", False)])
     def test_route_weights(self, name: str, renormalise: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-        def route(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+        def route(logits: Tensor, topk: int, right: bool) -> tuple[Tensor, Tensor]:
+            assert right is not renormalise
             weights, ids = logits.softmax(-1).topk(topk)
             return (weights / weights.sum(-1, keepdim=True) if renormalise else weights), ids
 

@@ -49,14 +49,17 @@ def answer_to(page: Page, fake: FakeServer, text: str) -> None:
 def test_hostile_text_is_shown_and_never_run(page: Page, fake: FakeServer) -> None:
     answer_to(page, fake, HOSTILE)
     allowed = set("article h2 h3 div p pre code span a table thead tbody tr th td button em strong blockquote".split())
-    found = {element.tag_name for element in page.all("#log *")}
+    own = "details:has(> summary[data-text=thinking])"  # the page's own, for thinking
+    found = {element.tag_name for element in page.all(f"#log :not({own}, {own} > summary)")}
     assert found <= allowed
     links = [link.get_attribute("href") for link in page.all("#log a")]
     assert links and all(link.startswith("https://") for link in links)
     assert all("noopener" in link.get_attribute("rel") for link in page.all("#log a"))
-    names = page.driver.execute_script("""
-        return [...new Set([...document.querySelectorAll("#log *")].flatMap((element) => element.getAttributeNames()))]
-    """)
+    script = """
+        const others = document.querySelectorAll(`#log :not(${arguments[0]})`)
+        return [...new Set([...others].flatMap((element) => element.getAttributeNames()))]
+    """
+    names = page.driver.execute_script(script, own)
     harmless = {"class", "dir", "type", "data-text", "tabindex", "href", "rel", "target", "title", "aria-busy"}
     assert set(names) <= harmless
     for link in page.all("#log a"):

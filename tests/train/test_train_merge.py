@@ -331,7 +331,7 @@ def test_targets(base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.
     assert digests(merge(base, adapter, tmp_path / "empty"))  # an empty folder is taken
     with pytest.raises(UserError, match="empty exists: name a folder that does not"):
         merge(base, adapter, tmp_path / "empty")
-    with pytest.raises(UserError, match="is what is merged: name another folder"):
+    with pytest.raises(UserError, match="is an input: name another folder"):
         merge(base, adapter, base)
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)

@@ -36,7 +36,7 @@ __all__ = [
     "ratios",
 ]
 
-T = TypeVar("T")
+K, T = TypeVar("K"), TypeVar("T")
 REPOSITORY = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hunyuan-vllm"
 # Variables that change what is measured; the report shows those that are set.
@@ -82,9 +82,9 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def interleaved(contestants: dict[str, Callable[[], T]], rounds: int, notes: bool = True) -> dict[str, list[T]]:
+def interleaved(contestants: dict[K, Callable[[], T]], rounds: int, notes: bool = True) -> dict[K, list[T]]:
     """Run every contestant once a round, in an order that turns round each time; its results, by round."""
-    results: dict[str, list[T]] = {name: [] for name in contestants}
+    results: dict[K, list[T]] = {name: [] for name in contestants}
     order = list(contestants)
     for number in range(rounds):
         for name in order:

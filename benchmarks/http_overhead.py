@@ -148,7 +148,10 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--new-tokens", type=int, default=32, help="default: %(default)s")
     parser.add_argument(
-        "--bind", help="VLLM_CPU_OMP_THREADS_BIND of both, such as 0-1 (default: as the environment has it)"
+        "--bind",
+        nargs="+",
+        default=[""],
+        help="values of VLLM_CPU_OMP_THREADS_BIND to compare, such as auto 0-1 nobind (default: the environment's)",
     )
     arguments = parser.parse_args()
     report = Report("http_overhead", arguments)
@@ -170,36 +173,43 @@ def _compare(name: str, model: Path, report: Report, arguments: Any) -> None:
         kv_cache_memory_bytes=64 * MIB,
         tokenizer=str(demo.path()),
     )
-    environ = COMMON | ({"VLLM_CPU_OMP_THREADS_BIND": arguments.bind} if arguments.bind else {})
     new_tokens = arguments.new_tokens
     with ExitStack() as stack:
-        server = stack.enter_context(Server(model, settings, environ))
-        offline = stack.enter_context(Child(f"offline {name}", Offline, model, settings, environ=environ))
-        offline.ready()
-        server.ready()
+        engines: dict[str, tuple[Server, Child]] = {}
+        for bind in arguments.bind:  # one after another: they compile into the same cache
+            environ = COMMON | ({"VLLM_CPU_OMP_THREADS_BIND": bind} if bind else {})
+            server = stack.enter_context(Server(model, settings, environ))
+            server.ready()
+            offline = Child(f"offline {name} {bind}".strip(), Offline, model, settings, environ=environ)
+            engines[bind] = server, stack.enter_context(offline).ready()
         for concurrency in CONCURRENCY:
             count = REQUESTS[name][concurrency]
             prompts = random_prompts(VOCABULARY, [arguments.prompt_tokens] * count, concurrency)
             work = (prompts, new_tokens, concurrency)
             settled = Settled()
-            ways: dict[str, Callable[[], float]] = {
-                "offline": partial(settled.run, "offline", partial(offline.call, "serve", *work)),
-                "HTTP": partial(settled.run, "server", partial(server.serve, *work, stream=False)),
-                "HTTP, streamed": partial(settled.run, "server", partial(server.serve, *work, stream=True)),
-            }
+            ways: dict[tuple[str, str], Callable[[], float]] = {}
+            for bind, (server, offline) in engines.items():
+                run_offline = partial(settled.run, f"offline {bind}")
+                run_server = partial(settled.run, f"server {bind}")
+                ways[bind, "offline"] = partial(run_offline, partial(offline.call, "serve", *work))
+                ways[bind, "HTTP"] = partial(run_server, partial(server.serve, *work, stream=False))
+                ways[bind, "HTTP, streamed"] = partial(run_server, partial(server.serve, *work, stream=True))
             note(f"{name}, {concurrency} at a time")
             for run in ways.values():
                 run()  # warms up
             seconds = interleaved(ways, arguments.rounds, notes=False)
-            for way, times in seconds.items():
+            first = arguments.bind[0]
+            for (bind, way), times in seconds.items():
                 report.add(
                     "Completions, as a share of the offline engine's speed",
                     model=name,
                     at_a_time=concurrency,
+                    bind=bind or "default",
                     way=way,
                     requests_a_second=Spread.of(count / spent for spent in times),
                     tokens_a_second=Spread.of(count * new_tokens / spent for spent in times),
-                    of_offline=ratios(seconds["offline"], times),
+                    of_offline=ratios(seconds[bind, "offline"], times),
+                    of_first_bind=ratios(seconds[first, way], times),
                 )
 
 

@@ -119,6 +119,7 @@ class Settings:
         api_key_file: HUNYUAN_VLLM_API_KEY_FILE.
         config_home: where a generated key is kept.
         cache_home: where a converted demo model is kept.
+        state_home: where the log of a server is kept that was started from a terminal.
     """
 
     model: str | None = None
@@ -133,6 +134,7 @@ class Settings:
     api_key_file: Path | None = None
     config_home: Path = Path("~/.config").expanduser()
     cache_home: Path = Path("~/.cache").expanduser()
+    state_home: Path = Path("~/.local/state").expanduser()
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Self:
@@ -155,6 +157,7 @@ class Settings:
         gpu_wait = _integer("GPU_WAIT", text("GPU_WAIT"), 0, 10**6)
         config_home = text("XDG_CONFIG_HOME") or "~/.config"
         cache_home = text("XDG_CACHE_HOME") or "~/.cache"
+        state_home = text("XDG_STATE_HOME") or "~/.local/state"
         return cls(
             model=text("MODEL_PATH"),
             local_ip=local_ip,
@@ -168,6 +171,7 @@ class Settings:
             api_key_file=Path(key_file).expanduser() if key_file else None,
             config_home=Path(config_home).expanduser(),
             cache_home=Path(cache_home).expanduser(),
+            state_home=Path(state_home).expanduser(),
         )
 
 

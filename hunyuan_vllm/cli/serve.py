@@ -134,6 +134,9 @@ def serve(
     tools: bool = typer.Option(
         False, "--tools", help="Use a chat template with tools: definitions, calls and results are in the prompt."
     ),
+    verbose: bool = typer.Option(
+        False, "--verbose", help="Log to the terminal; by default a start from there logs to a file."
+    ),
     json_logs: bool = typer.Option(False, "--json-logs", help="Log one JSON object per line."),
     expert_load: bool = typer.Option(False, "--expert-load", help="Count the tokens of each expert in /metrics."),
 ) -> None:
@@ -204,6 +207,7 @@ def serve(
     from hunyuan_vllm.server.process import Stop
     from hunyuan_vllm.server.ray_cluster import wait_for_gpus
     from hunyuan_vllm.server.supervisor import RestartPolicy, run_once, supervise
+    from hunyuan_vllm.server.terminal import LogFile, Terminal
     from hunyuan_vllm.util.errors import UserError
     from hunyuan_vllm.util.net import check_port
     from hunyuan_vllm.util.streams import make_output_unfailing
@@ -268,7 +272,15 @@ def serve(
         wait_for_gpus(launch.ray_gpus, {**environ, **launch.env}, settings.gpu_wait, launch.nodes, stop)
     where = launch.uds or f"{launch.host} port {launch.port}"
     print(f"hunyuan-vllm: starting {model.given} on {where}", file=sys.stderr, flush=True)
+    terminal = None
+    if not verbose and sys.stdout.isatty():
+        log = settings.state_home / "hunyuan-vllm" / f"serve-{Path(launch.uds).name if launch.uds else launch.port}.log"
+        try:
+            terminal = Terminal(LogFile(log))
+            print(f"hunyuan-vllm: its log is in {log}", file=sys.stderr, flush=True)
+        except OSError as error:
+            print(f"hunyuan-vllm: {log} cannot be written ({error.strerror}): the log is here", file=sys.stderr)
     if not supervised:
-        raise typer.Exit(run_once(launch, environ, stop))
+        raise typer.Exit(run_once(launch, environ, stop, terminal=terminal))
     restarts = RestartPolicy(start_timeout, hang_timeout, max_restarts, max_wait)
-    raise typer.Exit(supervise(launch, environ, stop, restarts))
+    raise typer.Exit(supervise(launch, environ, stop, restarts, terminal=terminal))

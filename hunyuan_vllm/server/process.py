@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -104,10 +104,12 @@ TRACKER = "multiprocessing.resource_tracker"
 class Child:
     """A running server: its front end and the processes that one starts.
 
-    Its output goes to standard output; the last lines are kept in `tail`.
+    Its output goes to standard output, or to `output`; the last lines are kept in `tail`.
     """
 
-    def __init__(self, argv: Sequence[str], environ: Mapping[str, str]) -> None:
+    def __init__(
+        self, argv: Sequence[str], environ: Mapping[str, str], output: Callable[[bytes], object] | None = None
+    ) -> None:
         make_output_unfailing()  # a server blocks once its output is not read any more
         # Processes whose parents exit become children of this one, which can then find and kill them.
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -125,7 +127,8 @@ class Child:
         )
         assert self._process.stdout is not None
         self.tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
-        self._copier = threading.Thread(target=self._copy_output, args=(self._process.stdout,), daemon=True)
+        arguments = (self._process.stdout, output or sys.stdout.buffer.write)
+        self._copier = threading.Thread(target=self._copy_output, args=arguments, daemon=True)
         self._copier.start()
 
     @property
@@ -183,9 +186,9 @@ class Child:
         remove_stale_sockets()
         return self.exit_code if self.exit_code >= 0 else 128 - self.exit_code
 
-    def _copy_output(self, pipe: BinaryIO) -> None:
+    def _copy_output(self, pipe: BinaryIO, output: Callable[[bytes], object]) -> None:
         while line := pipe.readline(MAX_LINE):
-            sys.stdout.buffer.write(line)
+            output(line)
             text = line.decode(errors="replace")
             self.tail.append(text)
             if match := RENDEZVOUS.search(text):

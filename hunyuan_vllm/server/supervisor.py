@@ -14,6 +14,7 @@ from hunyuan_vllm.server.launch import Launch
 from hunyuan_vllm.server.process import NOTIFY_SOCKET, Child, Stop, make_directories, notify_systemd
 from hunyuan_vllm.server.ray_cluster import kill_stale_workers, wait_for_gpus
 from hunyuan_vllm.server.readiness import HealthMonitor, HealthStatus, read_health
+from hunyuan_vllm.server.terminal import Terminal
 from hunyuan_vllm.util.errors import UserError
 
 START_PERIOD = 0.5  # seconds between two health checks of a server that starts
@@ -65,13 +66,19 @@ class RestartPolicy:
         return min(self.max_wait, self.first_wait * 2 ** min(failures - 1, 30))
 
 
-def run_once(launch: Launch, environ: Mapping[str, str], stop: Stop, health: ReadHealth = read_health) -> int:
+def run_once(
+    launch: Launch,
+    environ: Mapping[str, str],
+    stop: Stop,
+    health: ReadHealth = read_health,
+    terminal: Terminal | None = None,
+) -> int:
     """Run a server without supervision.
 
     Returns:
         Its exit status (128 + n if signal n ended it); 0 if it was told to stop before it was ready.
     """
-    run = run_server(launch, environ, stop, health=health)
+    run = run_server(launch, environ, stop, health=health, terminal=terminal)
     if stop.requested:
         return _status_after_stop(run)
     report(f"the server {'stopped before it was ready' if run.ready_for is None else 'died'}: {run.cause}")
@@ -79,7 +86,12 @@ def run_once(launch: Launch, environ: Mapping[str, str], stop: Stop, health: Rea
 
 
 def supervise(
-    launch: Launch, environ: Mapping[str, str], stop: Stop, policy: RestartPolicy, health: ReadHealth = read_health
+    launch: Launch,
+    environ: Mapping[str, str],
+    stop: Stop,
+    policy: RestartPolicy,
+    health: ReadHealth = read_health,
+    terminal: Terminal | None = None,
 ) -> int:
     """Run a server again and again until the operator stops it.
 
@@ -89,7 +101,8 @@ def supervise(
     restarts = failures = 0
     while True:
         monitor = HealthMonitor(policy.start_timeout, policy.hang_timeout, time.monotonic())
-        run = run_server(launch, {**environ, envs.SUPERVISOR_RESTARTS: str(restarts)}, stop, monitor, health)
+        variables = {**environ, envs.SUPERVISOR_RESTARTS: str(restarts)}
+        run = run_server(launch, variables, stop, monitor, health, terminal)
         if stop.requested:
             return _status_after_stop(run)
         if run.ready_for is None and run.status == REFUSED:
@@ -124,6 +137,7 @@ def run_server(
     stop: Stop,
     monitor: HealthMonitor | None = None,
     health: ReadHealth = read_health,
+    terminal: Terminal | None = None,
 ) -> Run:
     """Start a server and return once it has exited and its processes and files are gone.
 
@@ -131,6 +145,7 @@ def run_server(
         environ: what it inherits, under `launch.env`.
         stop: stops it when the operator asks for that.
         monitor: detects that it hangs, so that it is killed; None leaves that to the operator.
+        terminal: takes its output; None leaves that on standard output.
     """
     inherited = {name: value for name, value in environ.items() if name != NOTIFY_SOCKET}
     started = time.monotonic()
@@ -138,7 +153,9 @@ def run_server(
     for line in make_directories(environment):
         report(line)
     oom_kills_before = oom_kills()
-    child = Child(launch.argv, environment)
+    if terminal:
+        terminal.start()
+    child = Child(launch.argv, environment, terminal and terminal.write)
     stop.forward_to(child)
     ready_since = started if launch.headless else None  # a headless server answers no health check
     kill_reason = None
@@ -151,12 +168,16 @@ def run_server(
                 child.kill()
             child.wait(START_PERIOD)
             continue
+        if terminal and ready_since is None:
+            terminal.show()
         if not launch.headless and (ready_since is None or monitor):
             status = health(launch)
             now = time.monotonic()
             if status.ready and ready_since is None and child.running:
                 ready_since = now
                 child.note_shared_memory()
+                if terminal:
+                    terminal.finish()
                 _announce(launch, now - started)
             if monitor and (kill_reason := monitor.reason_to_kill(status, now)) and child.running:
                 child.kill()
@@ -164,6 +185,9 @@ def run_server(
     ended = time.monotonic()
     exit_status = child.reap(graceful=stop.requested and kill_reason is None)
     oom_killed = None if oom_kills_before is None else oom_kills() != oom_kills_before
+    if terminal and not stop.requested:
+        terminal.finish()
+        terminal.show_errors(child.tail)
     cause = kill_reason or exit_cause(child.tail, child.exit_code, oom_killed) or "no error was logged"
     return Run(
         exit_status, None if ready_since is None else ended - ready_since, f"{cause} (exit status {exit_status})"

@@ -76,9 +76,6 @@ def check_adapter(folder: Path, config: HunYuanConfig, cpu: bool, max_rank: int 
     Args:
         cpu: the server runs on CPUs, where adapters act on attention only.
         max_rank: the server's --max-lora-rank; None: not checked.
-
-    Raises:
-        UserError: it is not a LoRA adapter as PEFT saves it, or would not be served as it was trained.
     """
     rank = read_adapter_config(folder).max_rank
     if max_rank is not None and rank > max_rank:
@@ -106,9 +103,6 @@ def check_modules(
         name: what the message calls it.
         modules: those that it changes, without PEFT's prefix.
         targets: the modules that adapters may act on here, by the ends of their names; None: all.
-
-    Raises:
-        UserError: the message names a module and the remedy.
     """
     linear = {tensor.removesuffix(".weight") for tensor, shape in expected_tensors(config).items() if len(shape) == 2}
     linear -= {"model.embed_tokens", "lm_head"}
@@ -150,11 +144,6 @@ def absent(module: str, config: HunYuanConfig) -> str:
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
-    """The config in an adapter's folder.
-
-    Raises:
-        UserError: there is none, it is not LoRA's, or the folder holds another library's adapter.
-    """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a directory: name the folder that training saved the adapter in")
     file = folder / ADAPTER_CONFIG

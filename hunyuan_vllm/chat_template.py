@@ -236,7 +236,6 @@ class SpecialTokens:
         return content
 
     def unmark(self, text: str, mark: str) -> str:
-        """A rendered text without its marks."""
         first, *others = text.split(mark)
         if not others:
             return text

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
+from hunyuan_vllm.headers import StoredTensor, Used, header_faults, read_shards
 from hunyuan_vllm.layout import CheckpointError, Layout
 from hunyuan_vllm.util.text import some
 
@@ -84,6 +85,19 @@ def shard_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+def stored_tensors(folder: Path) -> list[StoredTensor]:
+    """The tensors of a checkpoint, from its headers.
+
+    Raises:
+        CheckpointError: a file is missing, cut short or unreadable.
+    """
+    shards = read_shards(shard_files(folder))
+    for shard in shards:
+        if shard.fault:
+            raise CheckpointError(f"{shard.file} {shard.fault}: download it again")
+    return [tensor for shard in shards for tensor in shard.tensors]
+
+
 def check_headers(folder: Path, layout: Layout) -> int:
     """Compare every tensor's name, shape and type with the network's, without reading tensor data.
 
@@ -93,19 +107,10 @@ def check_headers(folder: Path, layout: Layout) -> int:
         CheckpointError: a file is cut short or unreadable, or a tensor is unknown, misshapen, of a wrong
             type, missing or there twice.
     """
-    shards = shard_files(folder)
-    found: dict[str, Path] = {}
-    for shard in shards:
-        headers = _header(shard)
-        for name, (shape, dtype) in headers.items():
-            layout.check_type(name, dtype)
-            for part in layout.names(name, shape):
-                if part in found:
-                    raise CheckpointError(f"checkpoint tensor {part!r} is in {found[part]} and again in {shard}")
-                found[part] = shard
-    if shards and (missing := layout.missing(found)):
-        raise CheckpointError(f"{folder} lacks checkpoint tensor {_quoted(missing)}")
-    return len(found)
+    tensors, used = stored_tensors(folder), Used()
+    if tensors and (fault := next(header_faults(tensors, layout, used), None)):
+        raise CheckpointError(fault.message)
+    return sum(map(len, used.values()))
 
 
 def read_weights(folder: Path, layout: Layout) -> dict[str, "Tensor"]:
@@ -138,25 +143,6 @@ def local_folder(name_or_path: str | Path, options: dict[str, Any]) -> Path:
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     return Path(snapshot_download(str(name_or_path), allow_patterns=["*.json", "*.safetensors"], **hub))
-
-
-def tensor_names(folder: Path) -> list[str]:
-    """The names of all tensors of a checkpoint.
-
-    Raises:
-        CheckpointError: a file is missing, cut short or unreadable.
-    """
-    return [name for shard in shard_files(folder) for name in _header(shard)]
-
-
-def _header(shard: Path) -> dict[str, tuple[list[int], str]]:
-    """Tensor → its shape and type."""
-    try:
-        with safe_open(shard, framework="np") as tensors:
-            slices = {name: tensors.get_slice(name) for name in tensors.keys()}
-            return {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{shard} is cut short or not a safetensors file ({error}): download it again") from None
 
 
 def _quoted(names: list[str]) -> str:

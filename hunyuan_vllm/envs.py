@@ -138,12 +138,6 @@ class Settings:
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Self:
-        """Read them.
-
-        Raises:
-            UserError: a value means nothing.
-        """
-
         def text(name: str) -> str | None:
             return environ.get(name, "").strip() or None
 

@@ -157,18 +157,6 @@ class Layout:
         """The types, as safetensors spells them, that the canonical tensor `part` may have."""
         return FLOATS
 
-    def check_type(self, name: str, dtype: str) -> None:
-        """Compare the type of the checkpoint's tensor `name`, as safetensors spells it, with what belongs there.
-
-        Raises:
-            CheckpointError: `name` is not part of this network, or values of this type mean nothing in its place.
-        """
-        if dtype.startswith("F8_") and self.parts(name):
-            raise CheckpointError(
-                f"checkpoint tensor {name!r} is {dtype}, and config.json has no quantization_config that says so: "
-                "copy the config.json that belongs to the checkpoint"
-            )
-
     def missing(self, seen: Iterable[str]) -> list[str]:
         """Canonical names not in `seen`, in the order of the network."""
         present = set(seen)

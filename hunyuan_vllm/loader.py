@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from math import prod
 from typing import TYPE_CHECKING
 
 import torch
+from rich.console import Console
 from torch import Tensor
-from tqdm import tqdm
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
@@ -27,12 +25,13 @@ from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import FUSED, CheckpointError, Layout
 from hunyuan_vllm.quant.base import HunYuanQuantization, loaded_layout
 from hunyuan_vllm.quant.layouts import is_quantised
+from hunyuan_vllm.util.progress import Progress
 from hunyuan_vllm.util.text import duration
 
 if TYPE_CHECKING:
     from hunyuan_vllm.model import HunYuanForCausalLM
 
-QUIET = 3.0  # seconds before a bar appears, and that a load must take to be summed up
+QUIET = 3.0  # seconds that a load must take to be summed up
 LINE_EVERY = 10.0  # seconds
 
 logger = init_logger(f"vllm.{__name__}")
@@ -40,7 +39,7 @@ logger = init_logger(f"vllm.{__name__}")
 Named = tuple[str, Tensor]
 
 
-class LoadProgress:
+class LoadProgress(Progress):
     """Counts tensors as they pass through `reading` and `quantised`, and shows it.
 
     Args:
@@ -50,33 +49,27 @@ class LoadProgress:
     """
 
     def __init__(self, layout: Layout, *, shown: bool, bar: bool = True) -> None:
-        self._expected = layout.expected
-        self._elements = sum(map(prod, layout.expected.values()))
-        self._shown, self._bar_wanted = shown, bar and sys.stderr.isatty()
-        self._done = self._count = self._bytes_read = self._bytes_quantised = 0
+        terminal = None if shown and bar else False
+        super().__init__(Console(stderr=True, force_terminal=terminal), LINE_EVERY)
+        self._expected, self._shown = layout.expected, shown
+        self._count = self._bytes_read = self._bytes_quantised = 0
+
+    def say(self, text: str) -> None:
+        if self._shown:
+            logger.info(text)
 
     def reading(self, tensors: Iterable[Named]) -> Iterator[Named]:
         """Pass on what the checkpoint holds; the next is asked for when the last has been loaded."""
-        self._started = self._reported = time.monotonic()
-        bar = tqdm(
-            total=self._elements,
-            disable=not (self._shown and self._bar_wanted),
-            delay=QUIET,
-            bar_format="Loading weights: {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left{postfix}",
-        )
-        with bar:
+        started = time.monotonic()
+        with self.stage("Loading weights", sum(map(math.prod, self._expected.values())), unit=None):
             for name, tensor in tensors:
                 yield name, tensor
-                if name not in self._expected:
-                    continue
-                self._count += 1
-                self._done += tensor.numel()
-                self._bytes_read += tensor.nbytes
-                bar.set_postfix_str(self._amounts(), refresh=False)
-                bar.update(tensor.numel())
-                self._log_progress()
-        if self._shown and self._seconds() >= QUIET:
-            logger.info("Loaded %s in %s", self._amounts(), duration(self._seconds()))
+                if name in self._expected:
+                    self._count += 1
+                    self._bytes_read += tensor.nbytes
+                    self.advance(tensor.numel(), self._amounts())
+        if (seconds := time.monotonic() - started) >= QUIET:
+            self.say(f"Loaded {self._amounts()} in {duration(seconds)}")
 
     def quantised(self, tensors: Iterable[Named]) -> Iterator[Named]:
         """Pass on what a checkpoint's tensor was quantised to."""
@@ -84,20 +77,9 @@ class LoadProgress:
             self._bytes_quantised += tensor.nbytes
             yield name, tensor
 
-    def _log_progress(self) -> None:
-        if not self._shown or self._bar_wanted or time.monotonic() - self._reported < LINE_EVERY:
-            return
-        self._reported = time.monotonic()
-        share = self._done / self._elements
-        left = duration(self._seconds() * (1 / share - 1)) if share < 1 else "0:00"
-        logger.info("Loading weights: %.0f%%, %s, %s left", 100 * share, self._amounts(), left)
-
     def _amounts(self) -> str:
         quantised = f", {self._bytes_quantised / 1e9:.1f} GB quantised" if self._bytes_quantised else ""
         return f"{self._count:,} of {len(self._expected):,} tensors, {self._bytes_read / 1e9:.1f} GB read{quantised}"
-
-    def _seconds(self) -> float:
-        return time.monotonic() - self._started
 
 
 # Checkpoint name → this package's module name. An owner's q_proj is added by `_names_for`.

@@ -10,11 +10,7 @@ _registered = False
 
 
 def register() -> None:
-    """Register everything once a process.
-
-    Raises:
-        UserError: the installed vLLM is not one this package supports.
-    """
+    """Register everything once a process."""
     global _registered
     if _registered:
         return

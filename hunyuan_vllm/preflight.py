@@ -94,9 +94,6 @@ def check_tensor_parallel(config: HunYuanConfig, size: int) -> None:
 def check_main_guard() -> None:
     """A script that starts an engine as it is imported does so again in each process that is spawned, which ends in
     pages of errors. Looked at where vLLM spawns for certain; a script that guards itself in a way unknown here passes.
-
-    Raises:
-        UserError: this is such a script.
     """
     from vllm import envs
     from vllm.platforms import current_platform
@@ -122,7 +119,6 @@ def check_main_guard() -> None:
 
 @cache
 def _warn_of_max_new_tokens(after: int | None) -> None:
-    """Once a process."""
     if after is not None:
         logger.warning(
             "generation_config.json has max_new_tokens %s: answers end after %s tokens unless a request says "

@@ -81,7 +81,6 @@ class KVCache:
         self._lengths: dict[int, int] = {}
 
     def get_seq_length(self) -> int:
-        """Tokens held."""
         return self._lengths.get(0, 0)  # layer 0 always owns its cache
 
     def update(self, k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:
@@ -306,7 +305,6 @@ class HunYuanModel(HunYuanPreTrainedModel):
         use_cache: bool | None = None,
         **_: Any,
     ) -> MoeModelOutputWithPast:
-        """See `HunYuanForCausalLM.forward`."""
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if self.training and any(layer.gradient_checkpointing for layer in self.layers):
             use_cache, past_key_values = False, None

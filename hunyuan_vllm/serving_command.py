@@ -8,8 +8,6 @@ from pathlib import Path
 from hunyuan_vllm import demo
 from hunyuan_vllm.adapter import ATTENTION, MAX_LORA_RANKS, max_lora_rank
 
-__all__ = ["adapter_command", "checkpoint_command"]
-
 
 def checkpoint_command(folder: Path, scheme: str | None = None) -> str:
     """Serve a checkpoint, quantised as `scheme` says if it is."""

@@ -292,11 +292,7 @@ def register_tokenizer() -> None:
 
 
 def load_tokenizer(name: str | Path) -> HYTokenizer:
-    """The tokenizer in a checkpoint's folder, or of a hub name; without vLLM.
-
-    Raises:
-        UserError: there is none that can be read.
-    """
+    """The tokenizer in a checkpoint's folder, or of a hub name; without vLLM."""
     AutoConfig.register(HunYuanConfig.model_type, HunYuanConfig, exist_ok=True)
     register_tokenizer()
     try:
@@ -308,7 +304,6 @@ def load_tokenizer(name: str | Path) -> HYTokenizer:
 
 @cache
 def _warn_of_template(faults: tuple[str, ...]) -> None:
-    """Once a process."""
     logger.warning("For chats, %s", replacement(faults))
 
 

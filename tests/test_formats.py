@@ -121,7 +121,7 @@ def test_an_mlx_config_says_it_twice() -> None:
         ),
         (
             lambda tensors, name: tensors.update({f"{name}.qweight": tensors[f"{name}.qweight"].float()}),
-            "checkpoint tensor '{name}.qweight' is F32 where quantization_config promises I32",
+            "checkpoint tensor '{name}.qweight' is F32 where config.json promises I32",
         ),
         (
             lambda tensors, name: tensors.update({f"{name}.weight_packed": torch.ones(2)}),

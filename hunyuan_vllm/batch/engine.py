@@ -46,11 +46,7 @@ class EngineOptions:
 
 
 def engine_options(model: ModelSource, flags: Sequence[str], environ: Mapping[str, str]) -> EngineOptions:
-    """Those that `hunyuan-vllm serve` would use, with the user's vLLM flags.
-
-    Raises:
-        UserError: it cannot work.
-    """
+    """Those that `hunyuan-vllm serve` would use, with the user's vLLM flags."""
     settings = replace(Settings.read(environ), host=LOOPBACK, api_key=False, api_key_file=None)
     machine = read_machine(environ, sys.executable)
     options = Flags(flags)
@@ -107,11 +103,7 @@ class Engine:
 
 
 def parse_options(argv: Sequence[str]) -> Namespace:
-    """Parse `EngineOptions.argv` with the parser of vLLM's server. Its environment variables must be set.
-
-    Raises:
-        UserError: an option is unknown to vLLM, or its value is invalid.
-    """
+    """Parse `EngineOptions.argv` with the parser of vLLM's server. Its environment variables must be set."""
     from vllm.entrypoints.cli.serve import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -128,11 +120,7 @@ def parse_options(argv: Sequence[str]) -> Namespace:
 
 @asynccontextmanager
 async def open_engine(args: Namespace) -> AsyncIterator[Engine]:
-    """Start the engine, and stop it when the block ends.
-
-    Raises:
-        UserError: it does not start; says why.
-    """
+    """Start the engine, and stop it when the block ends."""
     from starlette.datastructures import State
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client

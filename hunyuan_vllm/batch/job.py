@@ -38,9 +38,6 @@ def generate(
         append: puts records into the output.
 
     Returns what made it stop early, or None.
-
-    Raises:
-        UserError: the engine does not start.
     """
     signal.signal(signal.SIGINT, _interrupt)  # asyncio's own handler would act only once the engine is there
     try:
@@ -119,11 +116,7 @@ class Job:
     retry_failed: bool = False
 
     def run(self, console: Console) -> int:
-        """Run what is left of it and return the exit status.
-
-        Raises:
-            UserError: nothing was run, for the reason given.
-        """
+        """Run what is left of it and return the exit status."""
         _check_files(self.source, self.target)
         with console.status(f"reading {self.source}"):
             index = index_file(self.source)

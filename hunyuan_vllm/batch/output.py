@@ -61,7 +61,6 @@ def answered(line: Line, settings: Settings, response: BaseModel) -> Record:
 
 
 def failed(line: Line, settings: Settings, bad: BadLine) -> Record:
-    """Record what is wrong with a line."""
     error = {"message": bad.problem.message, "type": bad.kind, "param": bad.problem.field, "code": bad.code}
     return _record(line, settings, {"error": error}, failed=True)
 
@@ -100,11 +99,7 @@ class State:
 
 
 class Output:
-    """An output file, open for appending and locked against other runs.
-
-    Raises:
-        UserError: it cannot be written, or another run is writing it.
-    """
+    """An output file, open for appending and locked against other runs."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -133,9 +128,6 @@ class Output:
         Args:
             index: the input file's.
             retry_failed: drop the records that hold an error, so that their lines are run again.
-
-        Raises:
-            UserError: the file is not the output of this input under these settings.
         """
         state = State(bytearray([0]) + bytearray(1 if digest else 0 for digest in index.digests))
         kept = 0

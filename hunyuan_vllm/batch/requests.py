@@ -53,11 +53,7 @@ class Index:
 
 
 def index_file(path: Path) -> Index:
-    """Read the whole file once.
-
-    Raises:
-        UserError: it cannot be read, or holds no line of JSON.
-    """
+    """Read the whole file once."""
     digests, ids = array("Q"), array("Q")
     requests = broken = 0
     cause: str | None = None

@@ -44,11 +44,7 @@ class ServedModel:
 
     @property
     def tokenizer(self) -> Path:
-        """Folder of the model's tokenizer: the server's checkpoint, if this machine has it.
-
-        Raises:
-            UserError: it does not.
-        """
+        """Folder of the model's tokenizer: the server's checkpoint, if this machine has it."""
         if self.root and Path(self.root).is_dir():
             return Path(self.root)
         raise UserError(
@@ -57,20 +53,12 @@ class ServedModel:
         )
 
     def read(self, path: str) -> str:
-        """The text of a page of the server, such as /metrics.
-
-        Raises:
-            UserError: the server does not answer, or answers with an error.
-        """
+        """The text of a page of the server, such as /metrics."""
         return _get(self.url + path, self.key, self.authority)
 
 
 def connect(url: str, key: str | None, name: str | None = None, authority: Path | None = None) -> ServedModel:
-    """Ask a server for its model called `name`, or its first.
-
-    Raises:
-        UserError: `url` is not an address, nothing answers there, it asks for another key or has no such model.
-    """
+    """Ask a server for its model called `name`, or its first."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"--url {url} is not the address of a server: use the form http://127.0.0.1:8020")
@@ -118,11 +106,7 @@ def default_url(environ: Mapping[str, str]) -> str:
 
 
 def find_key(url: str, file: Path | None, environ: Mapping[str, str]) -> str | None:
-    """The key to send: from `file`, else from the environment, else that of this machine's server; None without one.
-
-    Raises:
-        UserError: a file cannot be read, or others may read it.
-    """
+    """The key to send: from `file`, else from the environment, else that of this machine's server; None without one."""
     settings = Settings.read(environ)
     if file is None and settings.api_key:
         return next(iter(parse_keys(environ["VLLM_API_KEY"], "VLLM_API_KEY").values()))

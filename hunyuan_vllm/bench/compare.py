@@ -5,16 +5,11 @@ from pathlib import Path
 
 from rich.table import Table
 
-from hunyuan_vllm.bench.run import Point, Run
+from hunyuan_vllm.bench.run import LOAD, METRICS, Run
 from hunyuan_vllm.util.errors import UserError
 
 
 def check_machines(a: Run, b: Run, names: tuple[Path, Path]) -> None:
-    """Refuse runs of different machines.
-
-    Raises:
-        UserError: the machines differ, or one is unknown.
-    """
     remedy = "--other-machine compares them anyway"
     for run, name in zip((a, b), names, strict=True):
         if not run.machine:
@@ -38,33 +33,33 @@ def _different(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
     ]
 
 
-def pairs(a: Run, b: Run) -> list[tuple[Point, Point]]:
-    """Points of the same lengths and concurrency.
-
-    Raises:
-        UserError: there are none.
-    """
-    known = {point.load: point for point in b.points}
-    found = [(point, known[point.load]) for point in a.points if point.load in known]
+def pairs(a: Run, b: Run) -> list[tuple[dict[str, float], dict[str, float]]]:
+    """Points of the same lengths and concurrency."""
+    known = {load(point): point for point in b.points}
+    found = [(point, known[load(point)]) for point in a.points if load(point) in known]
     if not found:
         raise UserError("the runs have no point with the same lengths and concurrency")
     return found
 
 
-def comparison(found: list[tuple[Point, Point]]) -> Table:
+def load(point: Mapping[str, float]) -> tuple[float, ...]:
+    return tuple(point[name] for name in LOAD)
+
+
+FIGURES = {"out tokens/s": "output_tokens_per_second"} | {
+    f"{METRICS[name]} p{of}": f"{name}_p{of}" for name in ("ttft", "tpot") for of in (50, 99)
+}
+
+
+def comparison(found: list[tuple[dict[str, float], dict[str, float]]]) -> Table:
     """A row a point: A's figure, B's, and B's over A's. Times are medians and 99th percentiles in milliseconds."""
     table = Table(header_style="bold", title="A → B (B/A)", title_justify="left")
-    for name in ("in", "out", "concurrency", "out tokens/s", "TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99", "failed"):
+    for name in ("in", "out", "concurrency", *FIGURES, "failed"):
         table.add_column(name, justify="right")
-    for one, other in found:
+    for a, b in found:
+        failed = f"{a['failed']:g} → {b['failed']:g}"
         table.add_row(
-            *map(str, one.load),
-            _change(one.output_tokens_per_second, other.output_tokens_per_second),
-            _change(one.ttft.p50, other.ttft.p50),
-            _change(one.ttft.p99, other.ttft.p99),
-            _change(one.tpot.p50, other.tpot.p50),
-            _change(one.tpot.p99, other.tpot.p99),
-            f"{one.failed} → {other.failed}",
+            *(f"{size:g}" for size in load(a)), *(_change(a[name], b[name]) for name in FIGURES.values()), failed
         )
     return table
 

@@ -27,46 +27,11 @@ SPARE = 16  # tokens: decoding and tokenizing random tokens may lengthen a promp
 STRIDE = 1000  # between the seeds of points: repeated prompts would be answered from the prefix cache
 
 
-class Times(BaseModel):
-    """Milliseconds: the mean and percentiles over requests, or over tokens for `itl`."""
-
-    mean: float
-    p50: float
-    p90: float
-    p99: float
-
-
-class Point(BaseModel):
-    """What was measured at one concurrency.
-
-    Attributes:
-        failed: requests without an answer, which no other figure counts.
-        seconds: from the first request to the last answer.
-        ttft, tpot, itl, e2el: time to first token, per output token, between tokens, to the whole answer.
-    """
-
-    concurrency: int
-    input_len: int
-    output_len: int
-    requests: int
-    failed: int
-    seconds: float
-    requests_per_second: float
-    output_tokens_per_second: float
-    total_tokens_per_second: float
-    ttft: Times
-    tpot: Times
-    itl: Times
-    e2el: Times
-
-    @property
-    def load(self) -> tuple[int, int, int]:
-        """Points with the same load are compared: tokens in, tokens out, concurrency."""
-        return self.input_len, self.output_len, self.concurrency
+LOAD = ("input_len", "output_len", "concurrency")  # points are compared where these are equal
 
 
 class Run(BaseModel):
-    """All points of one run.
+    """All points of one run. Times are percentiles in milliseconds, over requests (ITL: over tokens).
 
     Attributes:
         date: of the start, UTC, ISO 8601.
@@ -78,31 +43,23 @@ class Run(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     date: str
     model: str
     client: dict[str, str]
     machine: dict[str, str]
     options: dict[str, str]
     seed: int
-    points: list[Point] = []
+    points: list[dict[str, float]] = []
 
     def save(self, path: Path) -> None:
-        """Write the file, completely or not at all.
-
-        Raises:
-            UserError: it cannot be written.
-        """
+        """Write the file, completely or not at all."""
         with replacing(path) as temporary:
             temporary.write_text(self.model_dump_json(indent=1) + "\n")
 
 
 def read_run(path: Path) -> Run:
-    """The run in a file.
-
-    Raises:
-        UserError: it cannot be read, or is not a run.
-    """
+    """The run in a file."""
     try:
         return Run.model_validate_json(path.read_bytes())
     except OSError as error:
@@ -115,11 +72,7 @@ def read_run(path: Path) -> Run:
 
 
 def describe(served: ServedModel, version: str) -> Run:
-    """A run without points, with the server's machine and options from /metrics.
-
-    Raises:
-        UserError: the server does not answer.
-    """
+    """A run without points, with the server's machine and options from /metrics."""
     families = text_string_to_metric_families(served.read("/metrics"))
     labels = {sample.name: sample.labels for family in families for sample in family.samples}
     options = dict(labels.get("hunyuan_server_info") or labels.get("vllm:cache_config_info") or {})
@@ -135,11 +88,7 @@ def describe(served: ServedModel, version: str) -> Run:
 
 
 def check_fits(input_len: int, output_len: int, context: int | None) -> None:
-    """Refuse lengths beyond the model's context.
-
-    Raises:
-        UserError: the message names lengths that fit.
-    """
+    """Refuse lengths beyond the model's context."""
     if context is None or input_len + output_len + SPARE <= context:
         return
     fitting = max(min(output_len, context // 2 - SPARE), 1)
@@ -152,34 +101,25 @@ def check_fits(input_len: int, output_len: int, context: int | None) -> None:
 
 def measure(
     served: ServedModel, tokenizer: Path, concurrency: int, input_len: int, output_len: int, requests: int, seed: int
-) -> tuple[Point, str | None]:
-    """Warm up and measure one point; returns it with an error of a failed request.
-
-    Raises:
-        UserError: the server does not answer the warm-up.
-    """
+) -> tuple[dict[str, float], str | None]:
+    """Warm up and measure one point; returns it with an error of a failed request."""
     _prepare(served)
     shared = (served, tokenizer, concurrency, input_len)
     warm_up = _benchmark(*shared, min(output_len, 32), concurrency, STRIDE * seed)
     if error := _error(warm_up):
         raise UserError(f"{served.url} did not answer the warm-up requests ({error}): see the server's log")
     found = _benchmark(*shared, output_len, requests, STRIDE * seed + 1, bar=sys.stderr.isatty())
-    times = {
-        name: Times(mean=found[f"mean_{name}_ms"], **{f"p{of}": found[f"p{of}_{name}_ms"] for of in PERCENTILES})
-        for name in METRICS
+    point = {
+        "input_len": input_len,
+        "output_len": output_len,
+        "concurrency": concurrency,
+        "requests": requests,
+        "failed": found["failed"],
+        "seconds": found["duration"],
+        "requests_per_second": found["request_throughput"],
+        "output_tokens_per_second": found["output_throughput"],
     }
-    point = Point(
-        concurrency=concurrency,
-        input_len=input_len,
-        output_len=output_len,
-        requests=requests,
-        failed=found["failed"],
-        seconds=found["duration"],
-        requests_per_second=found["request_throughput"],
-        output_tokens_per_second=found["output_throughput"],
-        total_tokens_per_second=found["total_token_throughput"],
-        **times,
-    )
+    point |= {f"{name}_p{of}": found[f"p{of}_{name}_ms"] for name in METRICS for of in PERCENTILES}
     return point, _error(found)
 
 
@@ -250,20 +190,16 @@ def run_table(run: Run) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for name in METRICS.values():
         table.add_column(f"{name}, ms", justify="right")
-    for one in run.points:
+    for point in run.points:
         table.add_row(
-            str(one.input_len),
-            str(one.output_len),
-            str(one.concurrency),
-            str(one.requests),
-            f"[red]{one.failed}[/]" if one.failed else "0",
-            f"{one.requests_per_second:.3g}",
-            f"{one.output_tokens_per_second:,.1f}",
-            *(_percentiles(getattr(one, name)) for name in METRICS),
+            *(f"{point[name]:g}" for name in (*LOAD, "requests")),
+            f"[red]{point['failed']:g}[/]" if point["failed"] else "0",
+            f"{point['requests_per_second']:.3g}",
+            f"{point['output_tokens_per_second']:,.1f}",
+            *(" / ".join(_milliseconds(point[f"{name}_p{of}"]) for of in PERCENTILES) for name in METRICS),
         )
     return table
 
 
-def _percentiles(times: Times) -> str:
-    values = (times.p50, times.p90, times.p99)
-    return " / ".join(f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values)
+def _milliseconds(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

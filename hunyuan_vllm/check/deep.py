@@ -11,7 +11,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from hunyuan_vllm.check.files import SUMS_FILE, Shard, StoredTensor, plain_files
+from hunyuan_vllm.check.files import SUMS_FILE, plain_files
+from hunyuan_vllm.headers import Shard, StoredTensor
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.files import replacing
 from hunyuan_vllm.util.findings import Section
@@ -169,9 +170,6 @@ class Deep:
         used: the tensors that the network uses; only their values are checked.
         write_sums: write SHA256SUMS if nothing is wrong.
         jobs: files read at a time.
-
-    Raises:
-        UserError: SHA256SUMS cannot be read or written.
     """
 
     folder: Path
@@ -193,7 +191,6 @@ class Deep:
 
     @property
     def total(self) -> int:
-        """Bytes to be read."""
         return sum(path.stat().st_size for path in self.files)
 
     def run(self, advance: Callable[[int], None], section: Section) -> None:

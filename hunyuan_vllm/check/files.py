@@ -1,17 +1,15 @@
-"""The files of a checkpoint: its directory, its shards and their headers, its index"""
+"""The files of a checkpoint: its directory, its shards, its index"""
 
-import json
-import math
 import re
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hunyuan_vllm import demo
 from hunyuan_vllm.checkpoint import INDEX_FILE, missing_config, missing_weights, read_index
-from hunyuan_vllm.layout import CheckpointError, Shape
+from hunyuan_vllm.headers import LFS_POINTER, Shard, StoredTensor
+from hunyuan_vllm.layout import CheckpointError
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.findings import Section
 from hunyuan_vllm.util.text import HUB_NAME, gigabytes, plural, some
@@ -23,93 +21,6 @@ def plain_files(folder: Path) -> list[Path]:
     """The checkpoint's files at the top of its directory, except hidden ones and SHA256SUMS."""
     files = (path for path in folder.iterdir() if path.is_file())
     return sorted(path for path in files if not path.name.startswith(".") and path.name != SUMS_FILE)
-
-
-ITEM_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
-    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
-}  # fmt: skip
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-LFS_POINTER = b"version https://git-lfs"
-READERS = 16  # on a network file system, waiting is most of reading a header
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor of a file: its type as safetensors names it, and its bytes at `file[start : start + nbytes]`."""
-
-    name: str
-    dtype: str
-    shape: Shape
-    file: Path
-    start: int
-    nbytes: int
-
-    @property
-    def elements(self) -> int:
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A file, its tensors in the order of their bytes, and its `fault`, "" if there is none.
-
-    A shard with a fault has the tensors of its header, if that could be read.
-    """
-
-    file: Path
-    size: int
-    tensors: tuple[StoredTensor, ...]
-    fault: str = ""
-
-
-def read_shards(files: Sequence[Path]) -> list[Shard]:
-    """Read the headers of `files`, in their order."""
-    with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(_read, files))
-
-
-def _read(path: Path) -> Shard:
-    size = 0
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-            if start + file.read(len(LFS_POINTER) - 8) == LFS_POINTER:
-                return Shard(path, size, (), "is a Git LFS pointer instead of the file")
-            length = int.from_bytes(start, "little")
-            if len(start) < 8 or not 2 <= length <= MAX_HEADER_BYTES:
-                return Shard(path, size, (), "is empty" if not size else "does not start as a safetensors file does")
-            file.seek(8)
-            header = json.loads(file.read(length))
-        tensors = tuple(sorted(_tensors(path, header, 8 + length), key=lambda tensor: tensor.start))
-        fault = _fault(tensors, 8 + length, size)
-    except OSError as error:
-        return Shard(path, size, (), f"cannot be read ({error.strerror})")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        what = "is cut short inside its header" if size < 8 + length else f"has a header that cannot be read ({error})"
-        return Shard(path, size, (), what)
-    return Shard(path, size, tensors, fault)
-
-
-def _tensors(path: Path, header: Any, data: int) -> Iterator[StoredTensor]:
-    for name, entry in header.items():
-        if name != "__metadata__":
-            begin, end = entry["data_offsets"]
-            yield StoredTensor(name, entry["dtype"], tuple(entry["shape"]), path, data + begin, end - begin)
-
-
-def _fault(tensors: Sequence[StoredTensor], data: int, size: int) -> str:
-    position = data
-    for tensor in tensors:
-        if tensor.dtype not in ITEM_BYTES:
-            return f"has {tensor.name!r} in the unknown type {tensor.dtype!r}"
-        if tensor.start != position or tensor.nbytes != tensor.elements * ITEM_BYTES[tensor.dtype]:
-            return f"has a header whose offsets do not fit its shapes, at {tensor.name!r}"
-        position += tensor.nbytes
-    if position > size:
-        return f"is cut short: {size:,} of {position:,} bytes are there"
-    return f"has {size - position:,} bytes behind its last tensor" if position < size else ""
 
 
 SHARD_NUMBER = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
@@ -131,11 +42,7 @@ class Contents:
 
 
 def open_folder(given: str) -> Path:
-    """The directory of a checkpoint, of a downloaded hub repository, or of the demo model (`demo`).
-
-    Raises:
-        UserError: it does not exist or holds no checkpoint.
-    """
+    """The directory of a checkpoint, of a downloaded hub repository, or of the demo model (`demo`)."""
     folder = Path(given).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").exists() and not any(folder.glob("model*.safetensors*")):

@@ -13,9 +13,10 @@ from hunyuan_vllm.check.configs import (
     stop_ids,
 )
 from hunyuan_vllm.check.deep import Deep
-from hunyuan_vllm.check.files import Shard, check_index, check_shards, list_files, read_shards
-from hunyuan_vllm.check.tensors import Used, check_scales, check_tensors
+from hunyuan_vllm.check.files import check_index, check_shards, list_files
+from hunyuan_vllm.check.tensors import check_scales, check_tensors
 from hunyuan_vllm.check.text import check_template, check_tokenizer
+from hunyuan_vllm.headers import Shard, Used, read_shards
 from hunyuan_vllm.util.findings import Section, exit_status
 
 Progress = Callable[[Deep, Section], None]
@@ -49,9 +50,6 @@ def check_folder(folder: Path, run_deep: Progress | None = None, write_sums: boo
 
     Args:
         run_deep: runs a `Deep` with a progress display; None: the tensors' data are not read.
-
-    Raises:
-        UserError: SHA256SUMS cannot be read.
     """
     report = Report(folder)
     files = report.section("Files")

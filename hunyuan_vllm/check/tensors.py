@@ -9,15 +9,14 @@ from statistics import median
 import numpy as np
 
 from hunyuan_vllm.check.configs import ConfigFile
-from hunyuan_vllm.check.files import StoredTensor
 from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.headers import HeaderFault, StoredTensor, Used, header_faults
 from hunyuan_vllm.layout import FLOATS, CheckpointError, Layout, expected_tensors
 from hunyuan_vllm.quant.formats import Format, is_scale
 from hunyuan_vllm.util.findings import Section
 from hunyuan_vllm.util.text import plural
 
 TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-Used = dict[StoredTensor, tuple[str, ...]]  # stored tensor → the canonical tensors it holds
 
 
 def check_tensors(tensors: Sequence[StoredTensor], config: ConfigFile, complete: bool, section: Section) -> Used:
@@ -33,32 +32,19 @@ def check_tensors(tensors: Sequence[StoredTensor], config: ConfigFile, complete:
         section.problem("config.json", str(error), "download config.json again, or correct that list")
         return {}
     used: Used = {}
-    unknown: list[str] = []
-    misshapen: list[str] = []
-    unused: list[StoredTensor] = []
-    for tensor in tensors:
-        try:
-            parts = layout.parts(tensor.name)
-        except CheckpointError:
-            unknown.append(tensor.name)
-            continue
-        if not parts:
-            unused.append(tensor)
-            continue
-        used[tensor] = parts
-        try:
-            layout.names(tensor.name, tensor.shape)
-        except CheckpointError:
-            misshapen.append(f"{tensor.name} is {list(tensor.shape)}, not {list(layout.shape(parts))}")
+    faults: dict[str, list[HeaderFault]] = defaultdict(list)
+    for fault in header_faults(tensors, layout, used):
+        faults[fault.kind].append(fault)
     contradictions = _contradictions(tensors, config.network, complete)
     remedy = "config.json is from another checkpoint: download both again" if contradictions else ""
     if contradictions:
         text = f"the tensors have {'; '.join(contradictions)}"
         section.problem("config.json", text, remedy)
-    _report_names(layout, used, unknown, misshapen, complete, remedy, section)
-    _report_types(used, config.format, layout, section)
+    _report_names(faults, layout, complete, remedy, section)
+    _report_types(faults["types"], config.format, layout, section)
     _report_precision(used, config, section)
-    if unused:
+    known = {fault.tensor for fault in faults["unknown"]}.union(used)
+    if unused := [tensor for tensor in tensors if tensor not in known]:
         size = sum(tensor.nbytes for tensor in unused)
         section.ok("unused", f"{plural(len(unused), 'tensor')} ({size / 1e6:,.1f} MB) that the network does not use")
     if section.sound:
@@ -67,19 +53,10 @@ def check_tensors(tensors: Sequence[StoredTensor], config: ConfigFile, complete:
 
 
 def _report_names(
-    layout: Layout,
-    used: Used,
-    unknown: Sequence[str],
-    misshapen: Sequence[str],
-    complete: bool,
-    remedy: str,
-    section: Section,
+    faults: dict[str, list[HeaderFault]], layout: Layout, complete: bool, remedy: str, section: Section
 ) -> None:
-    places = defaultdict(list)
-    for tensor, parts in used.items():
-        for part in parts:
-            places[part].append(tensor)
-    missing = layout.missing(places)
+    names = {kind: [fault.name for fault in found] for kind, found in faults.items()}
+    missing = names.get("missing", [])
     if missing and complete:
         weights = [name for name in missing if not is_scale(name)]
         again = remedy or "download the checkpoint again, or copy the config.json that belongs to it"
@@ -90,27 +67,26 @@ def _report_names(
             section.problem("scales", f"{len(scales):,} missing; their weights are unusable", again, scales)
     elif missing:
         section.skipped("missing", f"{plural(len(missing), 'tensor')} not found; a missing shard may hold them")
-    if unknown:
+    if unknown := names.get("unknown"):
         again = remedy or "if the network was changed, it is another model; otherwise download config.json again"
         section.problem("unknown", f"{plural(len(unknown), 'tensor')} not part of this network", again, unknown)
-    if misshapen:
+    if misshapen := [
+        f"{tensor.name} is {list(tensor.shape)}, not {list(layout.shape(layout.parts(tensor.name)))}"
+        for fault in faults["shapes"]
+        if (tensor := fault.tensor)
+    ]:
         again = remedy or "download config.json and the shards again"
         section.problem("shapes", f"{len(misshapen):,} do not fit config.json", again, misshapen)
-    if twice := [
-        f"{part} (in {' and '.join(sorted({tensor.file.name for tensor in holders}))})"
-        for part, holders in places.items()
-        if len(holders) > 1
-    ]:
+    if twice := [fault.message.removeprefix("checkpoint tensor ") for fault in faults["twice"]]:
         text = f"{plural(len(twice), 'tensor')} stored twice"
         section.problem("twice", text, "delete the shard that does not belong to the checkpoint", twice)
 
 
-def _report_types(used: Used, format: Format, layout: Layout, section: Section) -> None:
+def _report_types(faults: list[HeaderFault], format: Format, layout: Layout, section: Section) -> None:
     surprising = defaultdict(list)
-    for tensor, parts in used.items():
-        allowed = layout.types(parts[0])
-        if tensor.dtype not in allowed:
-            surprising[tensor.dtype, allowed].append(tensor.name)
+    for fault in faults:
+        assert fault.tensor is not None
+        surprising[fault.tensor.dtype, layout.types(layout.parts(fault.name)[0])].append(fault.name)
     for (dtype, allowed), names in surprising.items():
         text = f"{len(names):,} are {dtype} where {format.name} has {' or '.join(allowed)}"
         remedy = "vLLM would cast them to wrong values: correct quantization_config in config.json"

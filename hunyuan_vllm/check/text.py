@@ -191,7 +191,6 @@ def check_template(
 
 
 def _rendered(template: str, remedy: str, section: Section) -> dict[str, str]:
-    """The prompts of the conversations that render."""
     rendered = {}
     for name, messages in CONVERSATIONS.items():
         try:

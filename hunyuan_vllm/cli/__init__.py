@@ -1,7 +1,5 @@
 """The command `hunyuan-vllm`: one module a subcommand, imported when that subcommand runs."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import os
@@ -27,8 +25,6 @@ from hunyuan_vllm.cli.train import train
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.streams import prepare_output
 from hunyuan_vllm.vllm_version import GET_VLLM, installed_version
-
-__all__ = ["app", "main"]
 
 app = typer.Typer(
     name="hunyuan-vllm",

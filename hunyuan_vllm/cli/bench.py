@@ -57,7 +57,7 @@ def bench(
     from hunyuan_vllm.bench.run import check_fits, describe, measure, run_table
     from hunyuan_vllm.vllm_version import installed_version
 
-    loads = _positive_numbers(concurrency)
+    steps = _positive_numbers(concurrency)
     if output and not output.absolute().parent.is_dir():
         raise UserError(f"{output} cannot be written: {output.absolute().parent} does not exist")
     url = url or default_url(os.environ)
@@ -71,10 +71,10 @@ def bench(
     notes = Console(stderr=True, highlight=False)
     error, interrupted = None, False
     try:
-        for number, load in enumerate(loads):
-            count = requests or max(8, 4 * load)
-            notes.print(f"{number + 1} of {len(loads)}: {count} requests, {load} at a time", style="dim")
-            point, problem = measure(served, folder, load, input_len, output_len, count, run.seed + number)
+        for number, step in enumerate(steps):
+            count = requests or max(8, 4 * step)
+            notes.print(f"{number + 1} of {len(steps)}: {count} requests, {step} at a time", style="dim")
+            point, problem = measure(served, folder, step, input_len, output_len, count, run.seed + number)
             error = error or problem
             run.points.append(point)
             if output:
@@ -89,9 +89,9 @@ def bench(
     if interrupted:
         print("hunyuan-vllm: interrupted", file=sys.stderr)
         raise typer.Exit(INTERRUPTED)
-    if failed := sum(point.failed for point in run.points):
-        asked = sum(point.requests for point in run.points)
-        print(f"hunyuan-vllm: {failed} of {asked} requests failed ({error}): see the server's log", file=sys.stderr)
+    if failed := sum(point["failed"] for point in run.points):
+        asked = sum(point["requests"] for point in run.points)
+        print(f"hunyuan-vllm: {failed:g} of {asked:g} requests failed ({error}): see the server's log", file=sys.stderr)
         raise typer.Exit(FAILED)
 
 
@@ -111,7 +111,7 @@ def compare(
 
     Exit status: 0; 2 they cannot be compared.
     """
-    from hunyuan_vllm.bench.compare import check_machines, comparison, differences, pairs
+    from hunyuan_vllm.bench.compare import check_machines, comparison, differences, load, pairs
     from hunyuan_vllm.bench.run import read_run
 
     runs = read_run(a), read_run(b)
@@ -119,18 +119,18 @@ def compare(
         check_machines(*runs, (a, b))
     found, differ = pairs(*runs), differences(*runs)
     if as_json:
-        points = [{"a": one.model_dump(), "b": other.model_dump()} for one, other in found]
+        points = [{"a": one, "b": other} for one, other in found]
         print(json.dumps({"differs": differ, "points": points}, indent=1))
         return
     console = _console()
     console.print(comparison(found))
     for line in differ:
         console.print(f"differs: {line}")
-    common = {one.load for one, _ in found}
+    common = {load(one) for one, _ in found}
     for name, run in zip(("A", "B"), runs, strict=True):
         for point in run.points:
-            if point.load not in common:
-                console.print("only in {}: {} in, {} out, {} at a time".format(name, *point.load))
+            if load(point) not in common:
+                console.print("only in {}: {:g} in, {:g} out, {:g} at a time".format(name, *load(point)))
 
 
 def _positive_numbers(text: str) -> list[int]:

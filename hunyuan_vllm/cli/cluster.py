@@ -32,11 +32,7 @@ def connected(
     timeout: float,
     quiet: bool = False,
 ) -> Iterator[Connections]:
-    """Log in to the hosts, which are an operator's list or recorded.
-
-    Raises:
-        UserError: the list is wrong.
-    """
+    """Log in to the hosts, which are an operator's list or recorded."""
     from hunyuan_vllm.cluster.connections import Connections, Steps
     from hunyuan_vllm.cluster.credentials import default_keys, this_user
     from hunyuan_vllm.cluster.host_keys import read_known_hosts

@@ -101,7 +101,7 @@ def compare(
         passages = read_passages(text, tokenizer, window) if text else default_passages(source, tokenizer, window)
         console = Console(stderr=True)
         settings = Work(limited(passages, limit))
-        _, _, compared = measure(source, first, others, settings, flags, work, console)
+        compared = measure(source, first, others, settings, flags, work, console)
         if as_json:
             print(json.dumps(distances_json(source.given, first.label, compared), indent=1, ensure_ascii=False))
         else:
@@ -110,47 +110,6 @@ def compare(
         for problem in broken:
             print(f"hunyuan-vllm: {problem}", file=sys.stderr)
         return BROKEN_LIMIT if broken else 0
-
-    _run_in_session(run)
-
-
-@app.command(context_settings=PASS_THROUGH)
-def demo(
-    context: typer.Context,
-    scheme: list[str] = typer.Option(
-        None,
-        "--scheme",
-        help="Schemes, as of `compare`; may be repeated; default: int8, int8-w8a8 and fp8, whose cache only CPUs with "
-        "AVX-512 can read: elsewhere fp8+kv-bf16.",
-    ),
-    each: int = typer.Option(None, min=1, help="Questions of each kind and language, of 60; default: all."),
-    as_json: bool = typer.Option(False, "--json", help="Print JSON instead of the table."),
-) -> None:
-    """Measure the schemes on the demo model's 1,680 held-out questions.
-
-    Each scheme answers at temperature 0 and scores the right answers, through the engine; takes a minute or two.
-
-    \b
-    Examples:
-      hunyuan-vllm eval demo
-      hunyuan-vllm eval demo --scheme int8+kv-fp8 --scheme kv-fp8 --each 10
-
-    Exit status: 0 done, 2 nothing was run, 3 an engine failed, 130 interrupted.
-    """
-    _only_flags(context.args)
-
-    def run() -> int:
-        from hunyuan_vllm.evaluation.demo import demo_rows, demo_table, rows_json
-        from hunyuan_vllm.server.hardware import reads_fp8_caches
-        from hunyuan_vllm.server.models import demo_model
-
-        schemes = scheme or ["int8", "int8-w8a8", "fp8" if reads_fp8_caches() else "fp8+kv-bf16"]
-        rows = demo_rows(demo_model(), schemes, each, context.args, Console(stderr=True))
-        if as_json:
-            print(json.dumps(rows_json(rows), indent=1))
-        else:
-            _show(demo_table(rows))
-        return 0
 
     _run_in_session(run)
 

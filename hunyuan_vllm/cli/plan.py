@@ -19,7 +19,7 @@ TRAINING_OPTIONS = {
     "lora_targets", "host_memory",
 }  # fmt: skip
 COMMON_OPTIONS = {
-    "model", "gpu", "gpus", "gpus_per_node", "network", "assume", "as_json", "assumptions", "list_gpus", "list_models",
+    "model", "gpu", "gpus", "gpus_per_node", "assume", "as_json", "assumptions", "list_gpus", "list_models",
 }  # fmt: skip
 
 
@@ -105,7 +105,7 @@ def plan(
       hunyuan-vllm plan --model /models/my-hunyuan --gpu A100-80G --gpus 16 --pp 2
       hunyuan-vllm plan --gpu H200 --gpus 8 --json | jq .kv_cache.tokens
       hunyuan-vllm plan --train lora --gpu H20
-          fine-tuning: memory by ZeRO stage and offload, time per iteration
+          fine-tuning: memory by ZeRO stage and offload
       hunyuan-vllm plan --train full --gpu H800 --gpus 64 --seq-length 8192
 
     \b
@@ -135,7 +135,7 @@ def plan(
         setup = training_report.make_setup(
             model, gpu, gpus, train, zero_stage, offload, lora_targets,
             rank=lora_rank, length=seq_length, batch=micro_batch, checkpointing=checkpointing, leaves=moe_leaf,
-            per_node=gpus_per_node, node_link=network * 1e9 / 8, host=host_memory * GIB, assumptions=assumed,
+            per_node=gpus_per_node, host=host_memory * GIB, assumptions=assumed,
         )  # fmt: skip
         document, fits = training_report.to_json(setup), TrainingMemory(setup).fits
         show = partial(training_report.show_training, setup)

@@ -15,8 +15,6 @@ from hunyuan_vllm.util.errors import UserError
 if TYPE_CHECKING:
     from hunyuan_vllm.quantize.convert import Options
 
-__all__ = ["quantize"]
-
 CALIBRATION = "Calibration (fp8, and --smooth)"
 OUTLIERS = "Outliers"
 

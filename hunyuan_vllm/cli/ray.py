@@ -132,11 +132,7 @@ def _show(setup: NodeSetup, force: bool) -> None:
 
 
 def _old_processes(setup: NodeSetup, force: bool) -> list[str] | None:
-    """Processes of another Ray that must end first; None where Ray runs as requested.
-
-    Raises:
-        UserError: that Ray is in use.
-    """
+    """Processes of another Ray that must end first; None where Ray runs as requested."""
     ray = read_ray_state(setup.address)
     if ray.setup == setup:
         return None

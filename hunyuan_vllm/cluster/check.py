@@ -224,11 +224,7 @@ def compare_clocks(section: Section, offsets: Mapping[str, float]) -> None:
 
 
 def parse_ports(text: str) -> list[int]:
-    """The ports in a list like "6379,20000-20003", each once.
-
-    Raises:
-        UserError: it is something else, or too many.
-    """
+    """The ports in a list like "6379,20000-20003", each once."""
     ports: dict[int, None] = {}
     for part in filter(None, text.replace(" ", ",").split(",")):
         first, dash, last = part.partition("-")
@@ -248,7 +244,6 @@ def _logged_in(host: Host) -> str:
 
 
 def _group(values: Mapping[str, str]) -> dict[str, list[str]]:
-    """Value → hosts that have it."""
     groups = defaultdict(list)
     for host, value in values.items():
         groups[value].append(host)

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hunyuan_vllm.cluster.host_keys import keys_of, verify_host_key
 from hunyuan_vllm.cluster.hosts import Host, HostError
@@ -21,6 +20,7 @@ from hunyuan_vllm.cluster.ssh import (
     log_in,
 )
 from hunyuan_vllm.util.net import is_loopback
+from hunyuan_vllm.util.progress import Progress
 
 SET_UP = "run python3 deploy/login_ssh.py first"
 Item = TypeVar("Item")
@@ -39,13 +39,12 @@ class Steps:
             return
         started = time.monotonic()
         pool = ThreadPoolExecutor(min(self._jobs, len(items)), thread_name_prefix=title)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        progress = Progress(self._console)
         try:
-            with Progress(*columns, console=self._console, disable=not self._console.is_terminal) as bar:
-                task = bar.add_task(title, total=len(items))
+            with progress.stage(title, len(items), unit="hosts"):
                 for future in as_completed([pool.submit(action, item) for item in items]):
                     future.result()
-                    bar.advance(task)
+                    progress.advance(1)
         finally:
             # All are done, or this was interrupted: do not wait for threads that wait for a silent host.
             pool.shutdown(wait=False, cancel_futures=True)

@@ -15,11 +15,7 @@ DEFAULT_KEYS = ("id_ed25519", "id_ecdsa", "id_rsa")
 
 
 def this_user() -> pwd.struct_passwd:
-    """Who runs this, and the home where that user's SSH files are.
-
-    Raises:
-        UserError: the system does not know the user.
-    """
+    """Who runs this, and the home where that user's SSH files are."""
     try:
         return pwd.getpwuid(os.geteuid())
     except KeyError:
@@ -27,11 +23,6 @@ def this_user() -> pwd.struct_passwd:
 
 
 def read_password_file(file: Path) -> str:
-    """The first line of `file`.
-
-    Raises:
-        UserError: it cannot be read, is open to other users, or is empty.
-    """
     try:
         with file.open() as opened:
             mode = Path(f"/proc/self/fd/{opened.fileno()}").stat().st_mode
@@ -51,9 +42,6 @@ def read_identity(file: Path, ask_passphrase: Callable[[str], str] | None) -> pa
 
     Args:
         ask_passphrase: asks a person, or None where there is none to ask.
-
-    Raises:
-        UserError: it cannot be read or used.
     """
     if file.suffix == ".pub":
         raise UserError(f"--identity {file} is the public half: name the private key, {file.with_suffix('')}")

@@ -78,7 +78,6 @@ GLOBAL_FILE = Path("/etc/ssh/ssh_known_hosts")
 
 
 def read_known_hosts(home: Path) -> str:
-    """The known_hosts of a user and of this machine."""
     texts = []
     for file in (home / ".ssh" / "known_hosts", GLOBAL_FILE):
         try:
@@ -99,7 +98,6 @@ def keys_of(text: str, name: str) -> list[PublicKey]:
 
 
 def revoked_keys_of(text: str, name: str) -> list[PublicKey]:
-    """The keys that `text` forbids for a host."""
     words = (line.split() for line in text.splitlines())
     return _keys((line[1:] for line in words if line[:1] == ["@revoked"]), name)
 
@@ -170,9 +168,6 @@ def parse_fingerprints(text: str | None, hosts: Iterable[Host]) -> dict[str, fro
     """Host name → fingerprints of its keys, from `HOST=SHA256:…,HOST=SHA256:…` or a file with `HOST SHA256:…` lines.
 
     A file may name other hosts too; on the command line that is a mistake.
-
-    Raises:
-        UserError: a part of it is something else, or the file cannot be read.
     """
     if not text or not text.strip():
         return {}

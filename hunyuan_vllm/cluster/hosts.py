@@ -90,7 +90,6 @@ class Host:
         return self.name
 
     def problem(self, text: str, remedy: str) -> None:
-        """Record a problem, once."""
         finding = Finding(self.name, text, remedy)
         if finding not in self.problems:
             self.problems.append(finding)
@@ -113,11 +112,7 @@ def report_hosts(section: Section, hosts: Sequence[Host], success: Callable[[Hos
 
 
 def parse_hosts(text: str, port: int, user: str, option: str = "--ips") -> list[Host]:
-    """The hosts in a list like "10.0.0.1, 10.0.0.2 node3,fd00::4", without repetitions. It came from `option`.
-
-    Raises:
-        UserError: there is none, or one that no other host could reach.
-    """
+    """The hosts in a list like "10.0.0.1, 10.0.0.2 node3,fd00::4", without repetitions. It came from `option`."""
     if not USER.fullmatch(user):
         raise UserError(f"--user {user!r} is not a user name")
     names = list(dict.fromkeys(normalise_address(word) for word in re.split(r"[\s,]+", text) if word))

@@ -3,8 +3,6 @@
 Standard library only, and readable by any Python: it runs before anything else is imported.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import sys

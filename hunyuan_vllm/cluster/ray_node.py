@@ -126,7 +126,6 @@ class NodeSetup:
         }
 
     def ray_arguments(self) -> list[str]:
-        """What follows `ray`."""
         role = ["--head", "--include-dashboard=false", "--no-monitor"] if self.is_head else [f"--address={self.gcs}"]
         # Ray starts a worker per CPU in advance; vLLM's ask for GPUs, and one CPU each is enough.
         sizes = [f"--num-gpus={self.gpus}", f"--num-cpus={max(self.gpus, 1)}", f"--object-store-memory={OBJECT_STORE}"]
@@ -143,11 +142,6 @@ class NodeSetup:
 
 
 def parse_variables(words: list[str]) -> dict[str, str]:
-    """`NAME=VALUE` each.
-
-    Raises:
-        UserError: one is something else, is set by the cluster, or looks like a secret, which Ray would show.
-    """
     ours = NodeSetup("", "", "", 0, "", "/").environment()
     variables = {}
     for word in words:

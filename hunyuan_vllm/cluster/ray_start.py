@@ -112,9 +112,6 @@ def start(setup: NodeSetup, token: str | None = None) -> list[str]:
 
     Returns:
         Files that were changed, a line each.
-
-    Raises:
-        UserError: it cannot be started, or did not start; no process of it is left then.
     """
     find_ray()
     said = []

@@ -78,7 +78,6 @@ NAMED = 8  # up to so many hosts there is room for their names before the matrix
 
 
 def show(report: Report, console: Console) -> None:
-    """Print the report."""
     console.print(_hosts(report.hosts))
     console.print("Logins by key, from the row's host to the column's:", soft_wrap=True)
     console.print(_matrix(report))

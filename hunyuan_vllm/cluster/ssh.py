@@ -264,8 +264,6 @@ class LocalShell:
 
 
 class RemoteShell:
-    """A host that is logged in to."""
-
     def __init__(self, transport: paramiko.Transport) -> None:
         self._transport = transport
 

@@ -93,11 +93,7 @@ def store_certificate(files: NodeFiles, certificate: str, authority: str) -> Non
 
 
 def has_certificate(files: NodeFiles) -> bool:
-    """Whether the node has all three, they belong together, and they hold for another month.
-
-    Raises:
-        UserError: a file is open to others.
-    """
+    """Whether the node has all three, they belong together, and they hold for another month."""
     try:
         key = _load_key(files.key)
         loaded = [x509.load_pem_x509_certificate(file.read_bytes()) for file in (files.certificate, files.authority)]

@@ -18,11 +18,6 @@ def token_file(environ: Mapping[str, str], home: Path) -> Path:
 
 
 def read_token(file: Path) -> str | None:
-    """The token in `file`; None where there is no such file.
-
-    Raises:
-        UserError: others may read it, or there is no token in it.
-    """
     text = read_private(file)
     if text is None:
         return None
@@ -33,11 +28,7 @@ def read_token(file: Path) -> str | None:
 
 
 def make_token(file: Path) -> str:
-    """The token in `file`, made if there is none.
-
-    Raises:
-        UserError: as `read_token`, or it cannot be written.
-    """
+    """The token in `file`, made if there is none."""
     make_private(file, secrets.token_hex(BYTES))
     token = read_token(file)
     assert token is not None

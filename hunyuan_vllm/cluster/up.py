@@ -86,11 +86,7 @@ class Up:
         return all(section.sound for section in self.sections)
 
     def run(self) -> None:
-        """As far as possible; what stops it is a problem in `sections`.
-
-        Raises:
-            UserError: this machine is none of the hosts.
-        """
+        """As far as possible; what stops it is a problem in `sections`."""
         self._connections.each("reading", self._connections.usable, self._nodes.read)
         if not report_hosts(self._section("Hosts"), self._hosts, lambda host: "logged in"):
             return

@@ -2,13 +2,10 @@
 
 from pathlib import Path
 
-__all__ = ["NAME", "folder", "path"]
-
 NAME = "demo"  # what commands call it, where a checkpoint's folder may be named
 
 
 def path() -> Path:
-    """Folder of the checkpoint."""
     return Path(__file__).parent
 
 

@@ -92,7 +92,7 @@ def measure(
     flags: Sequence[str],
     folder: Path | None,
     console: Console,
-) -> tuple[EngineRun, Outcome, list[Compared]]:
+) -> list[Compared]:
     """Run A and keep its logits, then run each of the others and compare.
 
     Args:
@@ -117,7 +117,7 @@ def measure(
         for run in runs[1:]:
             outcome = execute(run, work, file, first.format, progress)
             compared.append(Compared(run, outcome, distance(first, outcome, scored)))
-    return runs[0], first, compared
+    return compared
 
 
 def _record(folder: Path | None) -> tempfile.TemporaryDirectory[str]:
@@ -131,7 +131,7 @@ def _check_space(folder: Path, run: EngineRun, work: Work) -> None:
     config = run.model.config
     if config is None:  # a hub name, which vLLM has yet to fetch
         return
-    tokens = sum(len(passage.scored) for passage in work.passages)
+    tokens = work.tokens
     needed = tokens * config.vocab_size * (4 if "float32" in run.flags else 2)
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -143,8 +143,6 @@ def _check_space(folder: Path, run: EngineRun, work: Work) -> None:
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a comparison; None: no limit."""
-
     agreement: float | None = None
     kl: float | None = None
     perplexity_ratio: float | None = None
@@ -202,5 +200,4 @@ def distances_json(model: str, a: str, compared: Sequence[Compared]) -> dict[str
 
 
 def percent(share: float) -> str:
-    """As in 98.25%."""
     return f"{100 * share:.2f}%"

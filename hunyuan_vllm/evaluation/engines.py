@@ -40,11 +40,7 @@ class EngineRun:
     flags: Sequence[str] = ()
 
     def argv(self, tokens: int, environ: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
-        """vLLM's options for passages of up to `tokens` tokens, and variables to set for it.
-
-        Raises:
-            UserError: the flags cannot work, or the evaluation sets them itself.
-        """
+        """vLLM's options for passages of up to `tokens` tokens, and variables to set for it."""
         given = Flags(self.flags)
         for name in RESERVED:
             if name in given:
@@ -63,41 +59,28 @@ class EngineRun:
 
 @dataclass(frozen=True)
 class Work:
-    """Passages to score, and questions to answer at temperature 0, as token ids."""
+    """Passages to score."""
 
     passages: Sequence[Passage]
-    questions: Sequence[list[int]] = ()
-    max_tokens: int = 1
 
     @property
-    def steps(self) -> int:
-        return sum(len(passage.scored) for passage in self.passages) + len(self.questions)
+    def tokens(self) -> int:
+        return sum(len(passage.scored) for passage in self.passages)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence."""
-        passages = [len(passage.ids) + 1 for passage in self.passages]
-        return max([*passages, *(len(ids) + self.max_tokens for ids in self.questions)])
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Token ids, and whether the model ended them itself."""
-
-    ids: list[int]
-    stopped: bool
+        return max(len(passage.ids) + 1 for passage in self.passages)
 
 
 @dataclass
 class Outcome:
-    """The result of one run: for each passage its scores (see `recorder.score_block`), and the answers.
+    """The result of one run: for each passage its scores (see `recorder.score_block`).
 
     Attributes:
         format: (vocabulary size, type) of its logits.
     """
 
     passages: list[dict[str, list[float]]] = field(default_factory=list)
-    answers: list[Answer] = field(default_factory=list)
     format: tuple[int, str] | None = None
 
     def joined(self, name: str) -> list[float]:
@@ -123,8 +106,6 @@ def execute(run: EngineRun, work: Work, record: Path, format: tuple[int, str] | 
         "file": str(record),
         "format": format,
         "passages": [(passage.ids, passage.scored) for passage in work.passages],
-        "questions": work.questions,
-        "max_tokens": work.max_tokens,
     }
     outcome = Outcome()
     last: dict[str, Any] = {}
@@ -133,15 +114,12 @@ def execute(run: EngineRun, work: Work, record: Path, format: tuple[int, str] | 
         progress.say(f"{name}: starting the engine")
         with progress.console.status(f"{name}: starting"):
             last = next(messages, last)
-        shown.enter_context(progress.stage(name, work.steps, unit="tokens and answers" if work.questions else "tokens"))
+        shown.enter_context(progress.stage(name, work.tokens, unit="tokens"))
         for last in messages:
             if "scores" in last:
                 outcome.format = (last["format"][0], last["format"][1])
                 outcome.passages.append(last["scores"])
                 progress.advance(len(last["scores"]["nll"]))
-            elif "answers" in last:
-                outcome.answers += [Answer(ids, stopped) for ids, stopped in last["answers"]]
-                progress.advance(len(last["answers"]))
         if "mistake" in last:
             raise UserError(last["mistake"])
         if "done" not in last:
@@ -185,21 +163,16 @@ def _cause(log: Any) -> str:
 
 
 RECORDER = "hunyuan_vllm.evaluation.recorder.Recorder"
-QUESTIONS_AT_ONCE = 512
 
 Message = dict[str, Any]
 
 
 def perform(job: Message) -> Iterator[Message]:
-    """Start the engine and do the job, as messages: one `started`, one of `scores` for each passage, one of `answers`
-    for each batch of questions.
+    """Start the engine and do the job, as messages: one `started`, one of `scores` for each passage.
 
     Args:
         job: "argv", vLLM's options, model first; "file" and "format", as of `Recorder.quality_open`; "passages", as
-            pairs of ids and scored indices; "questions", ids; "max_tokens" of an answer.
-
-    Raises:
-        UserError: an option is unknown to vLLM.
+            pairs of ids and scored indices.
     """
     from vllm.engine.arg_utils import EngineArgs
     from vllm.entrypoints.llm import LLM
@@ -209,22 +182,14 @@ def perform(job: Message) -> Iterator[Message]:
     llm = LLM.from_engine_args(EngineArgs.from_cli_args(parse_options(job["argv"])))
     yield {"started": True}
     one_token = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
-    if job["passages"]:
-        llm.collective_rpc("quality_open", args=(job["file"], job["format"]))
+    llm.collective_rpc("quality_open", args=(job["file"], job["format"]))
     for ids, scored in job["passages"]:
         llm.collective_rpc("quality_begin", args=(len(ids),))
         llm.generate(TokensPrompt(prompt_token_ids=ids), one_token, use_tqdm=False)
         answers = llm.collective_rpc("quality_end", args=(scored, ids))
         format, scores = next(answer for answer in answers if answer is not None)
         yield {"format": format, "scores": scores}
-    if job["passages"]:
-        llm.collective_rpc("quality_close")
-
-    greedy = SamplingParams(temperature=0, max_tokens=job["max_tokens"], detokenize=False)
-    for start in range(0, len(job["questions"]), QUESTIONS_AT_ONCE):
-        prompts = [TokensPrompt(prompt_token_ids=ids) for ids in job["questions"][start : start + QUESTIONS_AT_ONCE]]
-        outputs = [output.outputs[0] for output in llm.generate(prompts, greedy, use_tqdm=False)]
-        yield {"answers": [[list(one.token_ids), one.finish_reason == "stop"] for one in outputs]}
+    llm.collective_rpc("quality_close")
     llm.llm_engine.engine_core.shutdown()
 
 

@@ -35,9 +35,6 @@ def read_passages(file: Path, tokenizer: Any, context: int) -> list[Passage]:
     Args:
         tokenizer: the checkpoint's, as transformers gives it.
         context: maximum tokens of a passage.
-
-    Raises:
-        UserError: the file cannot be read, or a line is neither.
     """
     passages: list[Passage] = []
     for number, document in enumerate(read_documents(file, option="--text"), start=1):

@@ -40,7 +40,6 @@ class Recorder:
         return self._quality.end(scored, ids)
 
     def quality_close(self) -> None:
-        """Finish the record."""
         self._quality.close()
 
 

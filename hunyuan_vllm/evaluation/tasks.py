@@ -87,9 +87,6 @@ class Harness:
         tokenizer: folder of the checkpoint's tokenizer; the client tokenizes.
         concurrency: requests in flight.
         include: a folder with more tasks.
-
-    Raises:
-        UserError: lm-evaluation-harness is not installed, or the tokenizer cannot be loaded.
     """
 
     def __init__(self, served: ServedModel, tokenizer: str, concurrency: int, include: Path | None = None) -> None:
@@ -106,11 +103,7 @@ class Harness:
         self._loaded: dict[str, _Loaded] = {}
 
     def load(self, name: str) -> None:
-        """Read a task or group with its data, which `run` then finds here.
-
-        Raises:
-            UserError: there is no such task, or its data cannot be loaded.
-        """
+        """Read a task or group with its data, which `run` then finds here."""
         if name in self._loaded:
             return
         manager = self._manager(name)
@@ -242,11 +235,7 @@ def _quiet() -> None:
 
 
 def task_names(given: str) -> list[str]:
-    """Each task of a list with commas once, in order; `published` stands for those of the published table.
-
-    Raises:
-        UserError: the list is empty.
-    """
+    """Each task of a list with commas once, in order; `published` stands for those of the published table."""
     words = [name.strip() for name in given.split(",") if name.strip()]
     names = [name for word in words for name in (PUBLISHED if word == "published" else [word])]
     if not names:
@@ -293,7 +282,6 @@ def run(
 
 
 def scores_json(results: Sequence[TaskResult]) -> list[dict[str, Any]]:
-    """Every score in full."""
     return [
         {
             "task": result.name,

@@ -38,9 +38,6 @@ class Variant:
         """Read WEIGHTS[+kv-fp8|+kv-bf16][:PATH], as in int8, int8+kv-fp8 or fp8:/models/hunyuan-fp8.
 
         `kv-fp8` alone means bf16+kv-fp8. `fp8` comes with the FP8 cache.
-
-        Raises:
-            UserError: there is no such scheme.
         """
         name, _, path = text.partition(":")
         weights, _, cache = ("bf16", "", name) if name in CACHES else name.partition("+")
@@ -73,11 +70,7 @@ MAX_CONVERTED = 32 * 10**9  # bytes; larger checkpoints are not converted unaske
 
 
 def checkpoint_of(variant: Variant, model: ModelSource, progress: Progress) -> ModelSource:
-    """The checkpoint of `variant`, by default `model`. A BF16 one is converted on first use where the scheme needs it.
-
-    Raises:
-        UserError: it does not exist, or its format does not fit the scheme.
-    """
+    """The checkpoint of `variant`, by default `model`; a BF16 one is converted on first use if the scheme needs it."""
     source = open_model(variant.path) if variant.path else model
     stored = (source.format or Format()).scheme
     if stored in variant.weights.stored:

@@ -49,7 +49,6 @@ def arrangements(network: Network, gpus: int) -> list[tuple[int, int]]:
 
 
 def possible_changes(scenario: Scenario) -> Iterator[Change]:
-    """Changes to a scenario; not all of them run or fit."""
     yield from _limits(scenario)
     yield from _split(scenario)
     yield from _cache(scenario)

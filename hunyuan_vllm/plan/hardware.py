@@ -64,11 +64,7 @@ def known_gpus() -> tuple[Gpu, ...]:
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU of this name or alias in any case, or of a JSON file like an entry of `data/gpus.json`.
-
-    Raises:
-        UserError: the name is unknown, or a field of the file is wrong.
-    """
+    """The GPU of this name or alias in any case, or of a JSON file like an entry of `data/gpus.json`."""
     if name.endswith(".json"):
         return _read(Path(name).expanduser())
     for gpu in known_gpus():

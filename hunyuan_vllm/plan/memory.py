@@ -207,7 +207,6 @@ class Capacity:
 
 
 def budgets(scenario: Scenario) -> list[Budget]:
-    """One for each pipeline stage."""
     return [_budget(scenario, stage) for stage in scenario.stages]
 
 

@@ -148,11 +148,7 @@ class PlannedModel:
 
 
 def open_planned(given: str) -> PlannedModel:
-    """A published model by name, `demo`, a checkpoint's directory, or a config.json alone, without weights.
-
-    Raises:
-        UserError: there is no such config, or it is not of a Hunyuan network.
-    """
+    """A published model by name, `demo`, a checkpoint's directory, or a config.json alone, without weights."""
     if given in PUBLISHED:
         path = DATA / given / "config.json"
     elif given == demo.NAME:

@@ -39,9 +39,6 @@ def make_scenario(
 
     Args:
         others: fields of `Scenario`.
-
-    Raises:
-        UserError: a name is unknown, or two options contradict each other.
     """
     found, kind = open_planned(model), find_gpu(gpu)
     default_tokens, default_sequences = vllm_limits(kind)

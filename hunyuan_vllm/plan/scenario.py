@@ -42,11 +42,7 @@ class Assumptions:
     network_us: float = _assumed(25, "µs more where it crosses nodes")
 
     def changed(self, settings: Iterable[str]) -> Self:
-        """With each "name=value" of `settings` replaced.
-
-        Raises:
-            UserError: a name is unknown, or a value is out of range.
-        """
+        """With each "name=value" of `settings` replaced."""
         known = {entry.name for entry in fields(self)}
         values: dict[str, float] = {}
         for setting in settings:
@@ -157,7 +153,6 @@ class Scenario:
 
     @property
     def ranks(self) -> int:
-        """Ranks of one engine."""
         return self.tensor * self.pipeline
 
     @property

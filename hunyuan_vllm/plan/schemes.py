@@ -142,7 +142,6 @@ def find_scheme(name: str) -> Scheme:
 
 
 def scheme_of_checkpoint(form: Format) -> Scheme:
-    """The scheme of a checkpoint that is stored in this format."""
     if form.stored is None or form.ours:
         return SCHEMES[str(form.scheme)]
     marlin: dict[str, tuple[float, int]] = {"bf16": (inf, 0), "fp8": (8, 9), "fp4": (10, 0), "int8": (0, 0)}

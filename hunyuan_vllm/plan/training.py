@@ -1,4 +1,4 @@
-"""Fine-tuning one network on so many GPUs: what is trained, and the memory it takes"""
+"""Fine-tuning one network: what is trained, the memory it takes, and the fewest GPUs for each ZeRO stage and offload"""
 
 import math
 from collections.abc import Iterator
@@ -26,12 +26,6 @@ class TrainingAssumptions(Assumptions):
     fragmentation_efficiency: float = _assumed(0.95, "share of a GPU's memory that PyTorch's allocator can use")
     bucket_gib: float = _assumed(0.5, "GiB a GPU: DeepSpeed's buckets for gradients and for parameters to come")
     backward_copies: float = _assumed(2, "gradients of a layer's widest tensors that are alive at once, in copies")
-    gathers: float = _assumed(
-        2, "times ZeRO-3 gathers all weights in an iteration; once more with checkpointing, whose second forward "
-        "pass releases a layer before its backward pass (a layer is larger than stage3_max_reuse_distance)"
-    )  # fmt: skip
-    pcie_gbs: float = _assumed(25, "GB/s between a GPU and its host, each way")
-    host_gbs: float = _assumed(250, "GB/s of a host's memory that the optimizer's step on its CPUs reaches")
     host_used_gib: float = _assumed(60, "GiB a host: Python, CUDA and the data, of all its processes")
 
 
@@ -47,8 +41,6 @@ class Parameters:
         trained_narrow, trained_wide: those with a gradient.
         experts: of the largest layer's MLPs and router together: what ZeRO-3 gathers at once.
         largest: of the largest single tensor.
-        active: weights that a token is multiplied with, the head included.
-        trained_active: those among them that have a gradient.
     """
 
     narrow: int
@@ -57,8 +49,6 @@ class Parameters:
     trained_wide: int
     experts: int
     largest: int
-    active: int
-    trained_active: int
 
     @property
     def total(self) -> int:
@@ -83,20 +73,16 @@ class Parameters:
         sizes = {name: math.prod(shape) for name, shape in shapes.items()}
         wide = sum(size for name, size in sizes.items() if _is_router(name))
         narrow = sum(sizes.values()) - wide
-        head = config.vocab_size * config.hidden_size
-        active = head + round(sum(size * _share(name, config) for name, size in sizes.items()))
         leaves = [0] * config.num_hidden_layers
         for name, size in sizes.items():
             if ".mlp." in name:
                 leaves[_layer(name)] += size
-        trained, trained_wide, trained_active = narrow, wide, active
+        trained, trained_wide = narrow, wide
         if mode == "lora":
             adapted = [name for name in shapes if name.endswith(tuple(f".{target}.weight" for target in targets))]
-            added = {name: rank * sum(shapes[name]) for name in adapted}
-            trained, trained_wide = sum(added.values()), 0
-            trained_active = round(sum(size * _share(name, config) for name, size in added.items()))
-            narrow, active = narrow + trained, active + trained_active
-        return cls(narrow, wide, trained, trained_wide, max(leaves), max(sizes.values()), active, trained_active)
+            trained, trained_wide = rank * sum(sum(shapes[name]) for name in adapted), 0
+            narrow += trained
+        return cls(narrow, wide, trained, trained_wide, max(leaves), max(sizes.values()))
 
 
 def _is_router(name: str) -> bool:
@@ -105,14 +91,6 @@ def _is_router(name: str) -> bool:
 
 def _layer(name: str) -> int:
     return int(name.split(".")[2])
-
-
-def _share(name: str, config: HunYuanConfig) -> float:
-    """Part of the tokens that a layer's weight is multiplied with."""
-    if not name.startswith("model.layers.") or name.endswith("norm.weight"):
-        return 0.0
-    layer = _layer(name)
-    return config.topk_at(layer) / config.experts_at(layer) if ".experts." in name else 1.0
 
 
 Offload = Literal["none", "optimizer", "all"]
@@ -132,7 +110,6 @@ class TrainingSetup:
         checkpointing: layers are computed again in the backward pass.
         leaves: ZeRO-3 gathers all experts of a layer at once (--make_moe_param_leaf_module).
         per_node: GPUs of a node.
-        node_link: bytes a second that each GPU can send to another node.
         host: bytes of a node's memory; None for no limit.
     """
 
@@ -150,7 +127,6 @@ class TrainingSetup:
     checkpointing: bool = True
     leaves: bool = True
     per_node: int = 8
-    node_link: float = 400e9 / 8
     host: float | None = None
     assumptions: TrainingAssumptions = field(default_factory=TrainingAssumptions)
 
@@ -184,7 +160,6 @@ def input_bytes(config: HunYuanConfig) -> int:
 
 
 def layer_bytes(config: HunYuanConfig, layer: int) -> int:
-    """Of one layer, all its intermediate tensors."""
     return _attention(config, layer) + _feed_forward(config, layer) + 2 * _norm(config.hidden_size)
 
 
@@ -355,3 +330,22 @@ class TrainingMemory:
             else:
                 yield Item("gradients", F32 * share, True, "float32, for the step")
         yield Item("processes", setup.assumptions.host_used_gib * GIB)
+
+
+COUNTS = (1, 2, 4, 8, *range(16, 129, 8), *range(144, 257, 16), 320, 384, 448, 512, 768, 1024)
+WAYS: tuple[tuple[int, Offload], ...] = (
+    (0, "none"), (1, "none"), (2, "none"), (2, "optimizer"), (3, "none"), (3, "optimizer"), (3, "all"),
+)  # fmt: skip
+"""ZeRO stages and offloads, the fastest first."""
+
+
+def fewest(setup: TrainingSetup) -> TrainingSetup | None:
+    """`setup` on the smallest number of GPUs that it fits on, up to 1,024."""
+    tried = (setup.changed(gpus=gpus) for gpus in COUNTS)
+    return next((one for one in tried if TrainingMemory(one).fits), None)
+
+
+def fitting(setup: TrainingSetup, ways: tuple[tuple[int, Offload], ...] = WAYS) -> TrainingSetup | None:
+    """`setup` in the first of `ways` that fits on its GPUs."""
+    tried = (setup.changed(stage=stage, offload=offload) for stage, offload in ways)
+    return next((one for one in tried if TrainingMemory(one).fits), None)

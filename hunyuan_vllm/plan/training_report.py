@@ -11,8 +11,7 @@ from rich.text import Text
 from hunyuan_vllm.layout import expected_tensors
 from hunyuan_vllm.plan.hardware import find_gpu
 from hunyuan_vllm.plan.model import open_planned
-from hunyuan_vllm.plan.training import Item, Mode, Offload, TrainingMemory, TrainingSetup
-from hunyuan_vllm.plan.training_speed import WAYS, Choice, Iteration, choices, fewest, fitting, iteration
+from hunyuan_vllm.plan.training import WAYS, Item, Mode, Offload, TrainingMemory, TrainingSetup, fewest, fitting
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.text import GIB
 
@@ -34,9 +33,6 @@ def make_setup(
 
     Args:
         others: fields of `TrainingSetup`.
-
-    Raises:
-        UserError: a name is unknown, or two options contradict each other.
     """
     found, kind = open_planned(model), find_gpu(gpu)
     if found.format.kind is not None:
@@ -90,15 +86,9 @@ def to_json(setup: TrainingSetup) -> dict[str, Any]:
         "parameters": {"total": memory.parameters.total, "trained": memory.parameters.trained},
         "gpu_memory": {"available": memory.gpu_free, "used": memory.gpu_bytes, "items": _items(memory.gpu)},
         "host_memory": {"available": setup.host, "used": memory.host_bytes, "items": _items(memory.host)},
-        "iteration": _seconds(iteration(setup)),
         "fewest_gpus": [
-            {
-                "zero_stage": choice.stage,
-                "offload": choice.offload,
-                "gpus": choice.setup and choice.setup.gpus,
-                "iteration": choice.setup and _seconds(choice.iteration),
-            }
-            for choice in choices(setup)
+            {"zero_stage": way.stage, "offload": way.offload, "gpus": found and found.gpus}
+            for way, found in _smallest(setup)
         ],
         "assumptions": asdict(setup.assumptions),
     }
@@ -108,31 +98,29 @@ def _items(items: list[Item]) -> list[dict[str, Any]]:
     return [{"name": item.name, "bytes": item.nbytes, "exact": item.exact} for item in items]
 
 
-def _seconds(took: Iteration) -> dict[str, float]:
-    low, high = took.tokens_per_second
-    parts = {name: getattr(took, name) for name in ("compute", "gather", "reduce", "host", "step")}
-    together = {"overlapped": took.overlapped, "sequential": took.sequential}
-    return {**parts, **together, "tokens_per_second_min": low, "tokens_per_second_max": high}
+def _smallest(setup: TrainingSetup) -> list[tuple[TrainingSetup, TrainingSetup | None]]:
+    """Each ZeRO stage and offload, and the same on the fewest GPUs that it fits on."""
+    ways = [setup.changed(stage=stage, offload=offload) for stage, offload in WAYS]
+    return [(way, fewest(way)) for way in ways]
 
 
 OFFLOADED = {"none": "nothing offloaded", "optimizer": "optimizer offloaded", "all": "optimizer and weights offloaded"}
 
 
 def show_training(setup: TrainingSetup, console: Console) -> None:
-    memory, took = TrainingMemory(setup), iteration(setup)
+    memory = TrainingMemory(setup)
     console.print(_headline(memory))
     console.print(
         _item_table(f"Each GPU: {memory.gpu_bytes / GIB:,.1f} of {memory.gpu_free / GIB:,.1f} GiB", memory.gpu)
     )
     total = f" of {setup.host / GIB:,.0f}" if setup.host else ""
     console.print(_item_table(f"Each host: {memory.host_bytes / GIB:,.1f}{total} GiB", memory.host))
-    console.print(_times(took, setup))
-    console.print(_others(choices(setup), setup))
+    console.print(_others(setup))
     exact = "Weights, gradients and optimizer are exact; --assumptions lists the assumptions behind the rest"
     console.print(Text(f"\n{exact}", style="dim"))
 
 
-def way(setup: TrainingSetup) -> str:
+def _way(setup: TrainingSetup) -> str:
     """As in "ZeRO-3, optimizer offloaded"."""
     stage = f"ZeRO-{setup.stage}" if setup.stage else "no ZeRO"
     return stage if setup.offload == "none" else f"{stage}, {OFFLOADED[setup.offload]}"
@@ -141,7 +129,7 @@ def way(setup: TrainingSetup) -> str:
 def _headline(memory: TrainingMemory) -> Panel:
     setup = memory.setup
     kind = "all weights" if setup.mode == "full" else f"LoRA of rank {setup.rank}"
-    title = f"{setup.name} · {kind} · {setup.gpus} × {setup.gpu.name} · {way(setup)}"
+    title = f"{setup.name} · {kind} · {setup.gpus} × {setup.gpu.name} · {_way(setup)}"
     trained = f"{memory.parameters.trained:,} of {memory.parameters.total:,} parameters are trained."
     if memory.fits:
         body = Text.assemble(("It fits. ", "bold green"), trained)
@@ -171,34 +159,17 @@ def _item_table(title: str, items: list[Item]) -> Table:
     return table
 
 
-def _times(took: Iteration, setup: TrainingSetup) -> Table:
-    table = _table(f"An iteration, {setup.batch} × {setup.length:,} tokens per GPU")
-    table.add_column("s", justify="right", no_wrap=True)
-    table.add_column("", style="dim")
-    again = ", the forward pass twice" if setup.checkpointing else ""
-    table.add_row("products", f"{took.compute:,.1f}", f"{took.operations / 1e12:,.0f} · 10¹² operations per GPU{again}")
-    table.add_row("gathering weights", f"{took.gather:,.1f}", "from the other GPUs")
-    table.add_row("reducing gradients", f"{took.reduce:,.1f}", "")
-    table.add_row("GPU ↔ host", f"{took.host:,.1f}", "")
-    table.add_row("optimizer", f"{took.step:,.1f}", "on the GPUs" if setup.offload == "none" else "on the hosts")
-    low, high = took.tokens_per_second
-    spread = f"{took.overlapped:,.1f}–{took.sequential:,.1f}"
-    table.add_row("total", spread, f"with and without overlap of transfers: {low:,.0f}–{high:,.0f} tokens/s")
-    return table
-
-
-def _others(found: list[Choice], setup: TrainingSetup) -> Table:
+def _others(setup: TrainingSetup) -> Table:
     table = _table("Fewest GPUs")
-    for column in ("GPUs", "GiB per GPU", "GiB per host", "s per iteration"):
+    for column in ("GPUs", "GiB per GPU", "GiB per host"):
         table.add_column(column, justify="right", no_wrap=True)
-    for choice in found:
-        label = way(setup.changed(stage=choice.stage, offload=choice.offload))
-        if choice.setup is None:
-            table.add_row(label, "more than 1,024", "", "", "")
+    for way, found in _smallest(setup):
+        if found is None:
+            table.add_row(_way(way), "more than 1,024", "", "")
             continue
-        memory, took = choice.memory, choice.iteration
+        memory = TrainingMemory(found)
         sizes = [f"{nbytes / GIB:,.0f}" for nbytes in (memory.gpu_bytes, memory.host_bytes)]
-        table.add_row(label, f"{choice.setup.gpus:,}", *sizes, f"{took.overlapped:,.0f}–{took.sequential:,.0f}")
+        table.add_row(_way(way), f"{found.gpus:,}", *sizes)
     return table
 
 

@@ -1,9 +1,5 @@
 """Quantised weights and caches: int8 weight-only, int8 W8A8, and W8A8C8-FP8."""
 
-from __future__ import annotations
-
-__all__ = ["register_quantization"]
-
 
 def register_quantization() -> None:
     """Make our quantisations known to vLLM by their names; it also asks them which checkpoints they take over."""

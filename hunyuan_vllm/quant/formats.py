@@ -3,8 +3,6 @@
 A format is loaded by a quantisation of ours or by one of vLLM's own. Neither torch nor vLLM is imported.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

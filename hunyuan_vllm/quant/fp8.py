@@ -48,7 +48,6 @@ class CacheScales:
         self._given: dict[tuple[int, str], float] = {}
 
     def keep(self, name: str, scale: float) -> None:
-        """Remember the scale with this canonical name."""
         match = _NAME.match(name)
         assert match is not None
         self._given[int(match[1]), match[2]] = scale

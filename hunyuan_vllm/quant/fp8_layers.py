@@ -1,7 +1,5 @@
 """Linear layers and experts with E4M3 weights and static scales"""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -28,7 +26,6 @@ _ALIGNMENT = 16  # of both dimensions, for FP8 matrix products on CUDA
 
 
 def linear_method(config: Fp8Config) -> LinearMethodBase:
-    """The method for this platform."""
     return CPUFp8LinearMethod() if current_platform.is_cpu() else CUDAFp8LinearMethod(config)
 
 
@@ -111,7 +108,6 @@ class CPUFp8LinearMethod(LinearMethodBase):
 
 
 def experts_method(config: Fp8Config, layer: RoutedExperts) -> FusedMoEMethodBase:
-    """The method for this platform."""
     return CPUFp8ExpertsMethod(layer.moe_config) if current_platform.is_cpu() else CUDAFp8ExpertsMethod(config, layer)
 
 

@@ -3,8 +3,6 @@
 Shapes follow from the weight's `[out, in]`. Neither torch nor vLLM is imported.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -278,15 +276,6 @@ class QuantisedLayout(Layout):
 
     def types(self, part: str) -> tuple[str, ...]:
         return self._types.get(part, FLOATS)
-
-    def check_type(self, name: str, dtype: str) -> None:
-        for part in self.parts(name):
-            if dtype not in self.types(part):
-                raise CheckpointError(
-                    f"checkpoint tensor {name!r} is {dtype} where quantization_config promises "
-                    f"{' or '.join(self.types(part))}: copy the config.json that belongs to the checkpoint, or correct "
-                    "which layers it leaves unquantised"
-                )
 
     def missing(self, seen: Iterable[str]) -> list[str]:
         """What a linear layer that is stored unquantised does not need is not missing; but all that the engine computes

@@ -12,8 +12,6 @@ from hunyuan_vllm.quant.schemes import INT8, INT8_W8A8
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-__all__ = ["check_quantisation"]
-
 WORD = 4  # int8 weights in a word of vLLM's weight-only kernels on GPUs
 CPU_CACHE_ALIGNMENT = 32  # elements of a head that vLLM's CPU attention takes at a time from an FP8 cache
 

@@ -3,8 +3,6 @@
 Neither torch nor vLLM is imported.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -79,10 +77,10 @@ def read_format(fields: Mapping[str, Any], folder: Path | None = None) -> Format
 
 
 def _holds_plain_weights(folder: Path) -> bool:
-    from hunyuan_vllm.checkpoint import tensor_names
+    from hunyuan_vllm.checkpoint import stored_tensors
 
     try:
-        names = tensor_names(folder)
+        names = [tensor.name for tensor in stored_tensors(folder)]
     except CheckpointError:
         return False
     return bool(names) and not any(".weight." in name or name.endswith(".SCB") for name in names)

@@ -1,7 +1,5 @@
 """Rounding to int8 with a scale per output channel, and to E4M3 with a scale per tensor"""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -58,9 +58,6 @@ def find_scheme(name: str, names: Container[str] = SCHEMES) -> Scheme:
 
     Args:
         names: those that may be asked for here.
-
-    Raises:
-        UserError: it is none of them.
     """
     name = _FORMER_NAMES.get(name, name)
     if name not in names or name not in SCHEMES:

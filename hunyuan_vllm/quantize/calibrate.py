@@ -64,7 +64,6 @@ class LayerStats:
 
     @classmethod
     def from_tensors(cls, flat: dict[str, Tensor]) -> LayerStats:
-        """The inverse of `to_tensors`."""
         stats = cls()
         for key, tensor in flat.items():
             kind, name = key.split("/", 1)
@@ -174,11 +173,7 @@ class Calibration:
         self.layer = lru_cache(maxsize=source.config.cla_share_factor + 1)(self._layer)
 
     def run(self, tokens: Tokens, device: str, progress: Progress) -> None:
-        """Run the layers that no earlier run has.
-
-        Raises:
-            UserError: a weight or an activation is not finite.
-        """
+        """Run the layers that no earlier run has."""
         config = self._source.config
         held = self._workspace.tensors(STATE)
         x, k, v, first = self._embedded(tokens) if held is None else _unpacked(held)

@@ -1,7 +1,5 @@
 """A conversion from start to end: check everything, calibrate, write file by file, read back, report, rename."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -46,9 +44,6 @@ class Options:
             small numbers alike, so room costs nothing, whereas what lies beyond the range is cut off.
         shard_bytes: most bytes of a file, unless a tensor is larger.
         device: "cpu", "cuda" or "cuda:N": where the arithmetic runs.
-
-    Raises:
-        UserError: one is out of range.
     """
 
     scheme: str
@@ -81,36 +76,21 @@ def quantize_checkpoint(
     scheme: str,
     *,
     calibration: Path | Sequence[Sequence[int]] | None = None,
-    calibration_tokens: int = 8192,
-    headroom: float = 2.0,
-    clip: str = "max",
-    smooth: float | None = None,
-    shard_bytes: int = 5 * 10**9,
-    device: str = "cpu",
     console: Console | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Convert the BF16 checkpoint in `src` to `scheme`, in `dst`, which must not exist; returns the error report.
 
-    A run that was killed goes on where it stopped when it is started again alike.
+    A run that was killed continues where it stopped when it is started again with the same arguments.
 
     Args:
-        scheme: "fp8", "int8" or "int8-w8a8".
         calibration: a text file or a JSONL file of chats, or documents as token ids; None for the built-in text.
-        calibration_tokens: most tokens that calibration reads.
-        headroom: how many times what calibration saw at most the static input and V scales reach.
-        clip: "max" or "mse", for weight scales.
-        smooth: SmoothQuant's α; None for no smoothing of outliers.
-        shard_bytes: most bytes of a file.
-        device: where the arithmetic runs, as torch names it.
         console: where progress is shown; None for silence.
-
-    Raises:
-        UserError: something given is of no use, or the disk is; one line that names it.
+        options: fields of `Options`.
     """
-    scheme = find_scheme(scheme, WRITTEN).name
-    options = Options(scheme, clip, smooth, calibration_tokens, headroom, shard_bytes, device)
+    chosen = Options(find_scheme(scheme, WRITTEN).name, **options)
     progress = Progress(console or Console(quiet=True))
-    return Conversion(Source(src), dst.absolute(), options, calibration, progress).run()
+    return Conversion(Source(src), dst.absolute(), chosen, calibration, progress).run()
 
 
 class Conversion:

@@ -73,7 +73,6 @@ class Plan:
         )
 
     def lines(self) -> list[str]:
-        """What to tell a user."""
         memory, extra = [f"converting {gigabytes(self.memory_converting)}"], ""
         if self.state_bytes:
             memory.insert(0, f"calibrating {gigabytes(self.memory_calibrating)}")

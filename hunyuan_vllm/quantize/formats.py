@@ -1,7 +1,5 @@
 """How each scheme rounds and stores a weight"""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -179,11 +177,7 @@ class WeightFormat(ABC):
         """config.json's quantization_config; `kept` names the linear layers that are not quantised."""
 
     def check(self, config: HunYuanConfig) -> None:
-        """Refuse a network that the format has no room for.
-
-        Raises:
-            UserError: names the field.
-        """
+        """Refuse a network that the format has no room for."""
         widths = {
             "hidden_size": config.hidden_size,
             "num_attention_heads * head_dim": config.num_attention_heads * config.head_dim,

@@ -4,8 +4,6 @@ Factors are powers of two, so that multiplying and dividing bfloat16 weights by 
 same to the bit. (Xiao et al. 2023, arXiv:2211.10438, eq. 4, rounded to a power of two.)
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 
@@ -15,8 +13,6 @@ from torch import Tensor
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.quantize.calibrate import LayerStats
 from hunyuan_vllm.quantize.source import layer_of, place
-
-__all__ = ["SmoothQuant", "factors"]
 
 MOST_POWERS = 10  # a factor is from 2⁻¹⁰ to 2¹⁰, so that no weight leaves bfloat16's range
 

@@ -2,8 +2,6 @@
 tensors that are read together, because the engine fuses them under one scale.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -40,12 +38,7 @@ class Place:
 
 
 class Source:
-    """A checkpoint folder, checked from its headers.
-
-    Raises:
-        UserError: it is not a directory with an unquantised Hunyuan checkpoint in safetensors files; the message names
-            the file or the tensor.
-    """
+    """A checkpoint folder, checked from its headers."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -67,11 +60,7 @@ class Source:
         return math.prod(self.shapes[name]) * self.dtype(name).itemsize
 
     def read(self, name: str) -> Tensor:
-        """A canonical tensor, mapped from its file where it is stored alone.
-
-        Raises:
-            UserError: it holds NaN or infinite values, or its file cannot be read.
-        """
+        """A canonical tensor, mapped from its file where it is stored alone."""
         place = self._places[name]
         try:
             with safe_open(place.file, framework="pt") as tensors:
@@ -111,22 +100,13 @@ class Source:
                 for stored in tensors.keys():
                     part = tensors.get_slice(stored)
                     names = self._layout.names(stored, part.get_shape())
-                    kind = part.get_dtype()
-                    if names and kind not in DTYPES:
-                        raise UserError(
-                            f"checkpoint tensor {stored!r} in {file} is {kind}: {self.folder} is already quantised; "
-                            "give the BF16 checkpoint"
-                        )
-                    places.update(dict.fromkeys(names, Place(file, stored, DTYPES.get(kind, torch.float32))))
+                    dtype = DTYPES.get(part.get_dtype(), torch.float32)
+                    places.update(dict.fromkeys(names, Place(file, stored, dtype)))
         return places
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], HunYuanConfig]:
-    """config.json as it is, and what it says; `path` is its folder or the file.
-
-    Raises:
-        UserError: there is none, it is not a Hunyuan config, or it is that of a quantised checkpoint.
-    """
+    """config.json as it is, and what it says; `path` is its folder or the file."""
     file = path if path.is_file() else path / "config.json"
     if not path.exists():
         raise UserError(f"{path} does not exist: SRC is a folder; a checkpoint on the hub is downloaded first")

@@ -1,7 +1,5 @@
 """The calibration text: documents from a file or the package, as token ids packed into rows of one length."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,8 +12,6 @@ from torch import Tensor
 
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.jsonl import Line, parse_line, read_lines, refuse_other_encodings
-
-__all__ = ["Tokens", "calibration_tokens", "pack", "read_documents", "tokenise"]
 
 ROW = 1024  # tokens: longest document that is seen in one piece
 CHARACTERS_A_TOKEN = 16  # more than any text has on average: how much of a long file is looked at
@@ -59,9 +55,6 @@ def calibration_tokens(
     Args:
         folder: the checkpoint's, for its tokenizer and chat template.
         given: a file of text or chats, documents as token ids, or None for the built-in text.
-
-    Raises:
-        UserError: as `read_documents`, `tokenise` and `pack`.
     """
     if isinstance(given, Path | None):
         documents = _built_in() if given is None else read_documents(given, limit * CHARACTERS_A_TOKEN)
@@ -72,9 +65,6 @@ def calibration_tokens(
 def read_documents(path: Path, characters: int = -1, option: str = "--calibration") -> Iterator[Document]:
     """The documents of a file: a .jsonl holds one a line, `{"messages": [...]}` or `{"text": "..."}`; any other is one
     plain text, of which no more than `characters` are read, if not all. `option` is what named the file.
-
-    Raises:
-        UserError: it cannot be read, is empty, or a line is broken; the message names the line.
     """
     found = False
     try:
@@ -101,9 +91,6 @@ def read_documents(path: Path, characters: int = -1, option: str = "--calibratio
 def tokenise(folder: Path, documents: Iterable[Document], limit: int) -> Iterator[list[int]]:
     """Token ids of documents, by the tokenizer and the chat template of the checkpoint in `folder`, until there are
     `limit` of them; a long text becomes several documents.
-
-    Raises:
-        UserError: the folder has no tokenizer that can be loaded, or the template refuses a chat.
     """
     tokenizer = _tokenizer(folder)
     head = tokenizer("")["input_ids"][:1]
@@ -126,11 +113,7 @@ def tokenise(folder: Path, documents: Iterable[Document], limit: int) -> Iterato
 
 
 def pack(documents: Iterable[Sequence[int]], limit: int, vocab_size: int) -> Tokens:
-    """Fill rows with documents, at most `limit` tokens; one that reaches beyond its row is cut there.
-
-    Raises:
-        UserError: there is no token, or one that the model's vocabulary does not have.
-    """
+    """Fill rows with documents, at most `limit` tokens; one that reaches beyond its row is cut there."""
     flat: list[tuple[int, int, int]] = []
     for number, document in enumerate(documents):
         room = min(ROW - len(flat) % ROW, limit - len(flat))

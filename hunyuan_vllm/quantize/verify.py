@@ -1,7 +1,5 @@
 """The written checkpoint read back and compared, and the report of the errors"""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -131,11 +129,7 @@ class Verifier:
         self._format, self._read, self._activations, self._device = weight_format, read, activations, device
 
     def check(self, file: Path, shard: Shard, advance: Callable[[str], None]) -> list[Measured]:
-        """Measure every projection in `file`; `advance` is told of each canonical tensor.
-
-        Raises:
-            UserError: what is read differs from its source by more than rounding.
-        """
+        """Measure every projection in `file`; `advance` is told of each canonical tensor."""
         measured = []
         parts: dict[str, list[str]] = {}
         for spec in shard.specs:
@@ -235,7 +229,6 @@ def _out_of_place(
 
 
 def _square(matrix: Tensor) -> float:
-    """Sum of squares."""
     return float(torch.linalg.vector_norm(matrix)) ** 2
 
 

@@ -79,7 +79,6 @@ def index_of(shards: Sequence[Shard]) -> dict[str, object]:
 
 
 def size_of(spec: Spec) -> int:
-    """Bytes."""
     return math.prod(spec.shape) * spec.dtype.itemsize
 
 
@@ -147,9 +146,6 @@ class Workspace:
     Args:
         target: DST.
         record: what the run does; a run that takes up the folder must have the same.
-
-    Raises:
-        UserError: DST exists, another run is writing it, or DST.partial was begun with other options.
     """
 
     def __init__(self, target: Path, record: Mapping[str, Any]) -> None:
@@ -199,9 +195,6 @@ class Workspace:
         Args:
             what: needs it, for the message.
             target: how the user names the folder that is written.
-
-        Raises:
-            UserError: it has not.
         """
         free = shutil.disk_usage(self.folder).free
         if free < nbytes:
@@ -236,7 +229,6 @@ class Workspace:
         return sum(file.stat().st_size for file in self.state.glob("*.safetensors"))
 
     def copy(self, source: Path, file: Path) -> None:
-        """Copy a small file."""
         partial = self.beside(file)
         shutil.copyfile(source, partial)
         self.put(partial, file)

@@ -10,11 +10,7 @@ from hunyuan_vllm.util.errors import UserError
 
 
 def check_certificate(flags: Flags) -> None:
-    """Check the files of --ssl-certfile and --ssl-keyfile, if they are given.
-
-    Raises:
-        UserError: a file is missing, they do not belong together, or others can read the private key.
-    """
+    """Check the files of --ssl-certfile and --ssl-keyfile, if they are given."""
     certificate, key = flags.get("ssl-certfile") or None, flags.get("ssl-keyfile") or None
     if certificate is None:
         if key is not None:

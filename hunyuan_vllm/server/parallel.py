@@ -145,11 +145,7 @@ def _division_problem(model: ModelSource, size: int) -> str | None:
 
 
 def interface_env(settings: Settings, machine: Machine, several_nodes: bool) -> dict[str, str]:
-    """The variables that name this node's address and the network interface between ranks.
-
-    Raises:
-        UserError: LOCAL_IP or SOCKET_IFNAME is not this machine's.
-    """
+    """The variables that name this node's address and the network interface between ranks."""
     if settings.local_ip and not interface_of(settings.local_ip, machine.interfaces):
         own = sorted(address for addresses in machine.interfaces.values() for address in addresses)
         raise UserError(f"LOCAL_IP={settings.local_ip} is not this machine's address: it has {', '.join(own)}")

@@ -100,7 +100,6 @@ def find_ray_cluster(environ: Mapping[str, str] = os.environ) -> RayCluster | No
 
 
 def _query(address: str, environ: Mapping[str, str]) -> tuple[RayCluster | None, str]:
-    """The cluster, or None and why."""
     try:
         if why := why_unreachable(address):
             return None, why

@@ -44,11 +44,7 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def check_mergeable(config: AdapterConfig, file: Path) -> None:
-    """Refuse an adapter that is not W + scale · B·A.
-
-    Raises:
-        UserError: the message names the field of its config.
-    """
+    """Refuse an adapter that is not W + scale · B·A."""
     for field, reason in NOT_PLAIN.items():
         if value := (config.model_extra or {}).get(field):
             raise UserError(f"{file}: {field} is {value!r}: {reason}, which cannot be merged into one weight")
@@ -85,9 +81,6 @@ class Adapter:
 
     Attributes:
         changes: canonical name of each weight that it changes, and how.
-
-    Raises:
-        UserError: it is for another network, damaged, or of a kind that cannot be merged; the message names the tensor.
     """
 
     def __init__(self, folder: Path, config: HunYuanConfig) -> None:
@@ -106,11 +99,7 @@ class Adapter:
             raise UserError(f"{self._file} holds no LoRA matrix")
 
     def delta(self, name: str) -> tuple[Tensor, Tensor]:
-        """scale · B `[out, rank]` and A `[rank, in]` of a weight, in float32.
-
-        Raises:
-            UserError: they hold NaN or infinite values, or can no longer be read.
-        """
+        """scale · B `[out, rank]` and A `[rank, in]` of a weight, in float32."""
         change = self.changes[name]
         try:
             with safe_open(self._file, framework="pt") as tensors:

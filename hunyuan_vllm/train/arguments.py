@@ -79,8 +79,6 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """What it is trained on."""
-
     train_data_file: str | None = _flag(None, "JSONL, one conversation a line.")
     eval_data_file: str | None = _flag(None, "Held-out data in the same format, whose loss is logged (--eval_steps).")
     max_seq_length: int = _flag(2048, "Longer conversations are cut; also the length of a packed row.")
@@ -173,9 +171,6 @@ def parse(argv: Sequence[str], deepspeed: dict[str, Any] | None = None) -> Argum
 
     Args:
         deepspeed: the config to use instead of what `--deepspeed` names.
-
-    Raises:
-        UserError: a flag or a value is invalid.
     """
     given = frozenset(
         word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--") and len(word) > 2

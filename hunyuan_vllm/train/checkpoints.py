@@ -29,11 +29,7 @@ def checkpoints(output: Path) -> list[Path]:
 
 
 def resume_folder(given: str, output: Path) -> Path:
-    """The checkpoint that `--resume_from_checkpoint` names: a folder, or `last` (or `True`) for the newest there is.
-
-    Raises:
-        UserError: there is none, or it is incomplete.
-    """
+    """The checkpoint that `--resume_from_checkpoint` names: a folder, or `last` (or `True`) for the newest there is."""
     if given.lower() in ("last", "true"):
         if not (found := checkpoints(output)):
             raise UserError(
@@ -47,11 +43,7 @@ def resume_folder(given: str, output: Path) -> Path:
 
 
 def check_checkpoint(folder: Path) -> Path:
-    """`folder`, if it holds everything needed to resume.
-
-    Raises:
-        UserError: the message names what is missing.
-    """
+    """`folder`, if it holds everything needed to resume."""
     if STAGING in folder.absolute().parts:
         raise UserError(f"{folder} is incomplete: resume from a checkpoint-N beside {STAGING}")
     state = folder / STATE

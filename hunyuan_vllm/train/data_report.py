@@ -38,11 +38,7 @@ def percentiles(lengths: Sequence[int]) -> dict[str, int]:
 
 
 def read_sample(path: Path, found: Scan, encoding: Encoding, line: int | None = None) -> Sample | None:
-    """The conversation of line `line`, or the first one that can be trained on; None where there is none.
-
-    Raises:
-        UserError: the line holds no conversation.
-    """
+    """The conversation of line `line`, or the first one that can be trained on; None where there is none."""
     if line is None:
         place = next((place for place, learned in enumerate(found.learned) if learned), None)
         if place is None:

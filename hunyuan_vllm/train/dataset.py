@@ -57,8 +57,6 @@ class Encoding:
 
 @dataclass(frozen=True)
 class BadLine:
-    """A line that cannot be trained on."""
-
     number: int
     cause: str
 
@@ -129,9 +127,6 @@ def scan(
     Args:
         processes: default: one for a small file, else this rank's share of the cores.
         advance: called with the number of bytes that were read.
-
-    Raises:
-        UserError: it cannot be read, or holds no line.
     """
     result = Scan(encoding.max_seq_length)
     try:
@@ -224,9 +219,6 @@ class ConversationDataset:
 
     Attributes:
         scan: what the file holds.
-
-    Raises:
-        UserError: it cannot be read, a line is bad, or nothing is left to train on.
     """
 
     def __init__(

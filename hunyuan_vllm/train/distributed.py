@@ -79,11 +79,7 @@ EXAMPLE: Final = "(see train/ds_zero3_no_offload.json)"
 
 
 def read_deepspeed_config(given: str) -> dict[str, Any]:
-    """The config in a file. "auto" values stay: transformers fills them in.
-
-    Raises:
-        UserError: it cannot be read, is not JSON, or lacks a field.
-    """
+    """The config in a file. "auto" values stay: transformers fills them in."""
     try:
         config = json.loads(Path(given).read_text())
     except OSError as error:

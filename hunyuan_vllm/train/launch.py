@@ -57,7 +57,6 @@ class Launch:
         return [sys.executable, "-m", "hunyuan_vllm.train", *self._flags]
 
     def order(self, rank: int) -> dict[str, Any]:
-        """The order that a node reads."""
         node = self._nodes[rank]
         return {
             "do": "run", "folder": os.getcwd(), "address": node.address, "interface": self._interface,
@@ -83,11 +82,7 @@ class Launch:
         return "\n".join(parts)
 
     def check(self) -> None:
-        """Compare code, libraries, checkpoint and data of all nodes.
-
-        Raises:
-            UserError: a node cannot be reached, or something differs.
-        """
+        """Compare code, libraries, checkpoint and data of all nodes."""
         paths = [str(path) for name in PATHS if (path := self._given(name)) and Path(path).exists()]
         order = json.dumps({"do": "facts", "folder": os.getcwd(), "paths": paths}) + "\n"
         running = [self._start(rank, output=subprocess.PIPE) for rank in range(len(self._nodes))]

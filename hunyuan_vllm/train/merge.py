@@ -34,9 +34,6 @@ class Merge:
         target: folder to write, which must not exist.
         save_dtype: of all tensors but the routers, which keep a wider type of their own.
         shard_bytes: maximum size of a file.
-
-    Raises:
-        UserError: the inputs or the target cannot be used.
     """
 
     def __init__(
@@ -85,11 +82,6 @@ class Merge:
             workspace.finish()
 
     def tensor(self, name: str) -> Tensor:
-        """A canonical tensor as it is written.
-
-        Raises:
-            UserError: it has values beyond the range of the type.
-        """
         wide, dtype = self._source.read(name), self._spec(name).dtype
         if name not in self._adapter.changes:
             written = wide.to(dtype)

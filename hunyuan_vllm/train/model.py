@@ -58,11 +58,7 @@ def _load(parameters: dict[str, nn.Parameter], layout: Layout, name: str, tensor
 
 
 def check_base(folder: Path) -> HunYuanConfig:
-    """The config of a checkpoint, checked by its files' headers.
-
-    Raises:
-        UserError: it does not exist, has another architecture, or is incomplete or quantised.
-    """
+    """The config of a checkpoint, checked by its files' headers."""
     file = folder / "config.json"
     if not folder.is_dir():
         raise UserError(f"--model_name_or_path {folder} is not a directory: name the folder of a checkpoint")
@@ -82,11 +78,7 @@ def check_base(folder: Path) -> HunYuanConfig:
 
 
 def load_model(folder: Path, dtype: torch.dtype) -> HunYuanForCausalLM:
-    """The checkpoint in `folder`, in `dtype`; under ZeRO-3 each process holds only its part.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """The checkpoint in `folder`, in `dtype`; under ZeRO-3 each process holds only its part."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     try:
@@ -106,11 +98,7 @@ def train_attention_only(model: nn.Module) -> None:
 def add_lora(
     model: HunYuanForCausalLM, *, rank: int, alpha: float, dropout: float, targets: Sequence[str], base: Path | None
 ) -> Any:
-    """`model` as a PeftModel: its weights frozen, adapters on every module whose name ends with one of `targets`.
-
-    Raises:
-        UserError: the network has no linear layer of this name, or none that takes an adapter.
-    """
+    """`model` as a PeftModel: its weights frozen, adapters on every module whose name ends with one of `targets`."""
     from peft import LoraConfig, get_peft_model
 
     linears = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -168,11 +156,7 @@ class BaseCheckpoint:
 
     @classmethod
     def find(cls, arguments: Arguments) -> Self:
-        """Check everything that the flags name; nothing large is read.
-
-        Raises:
-            UserError: something does not exist, or does not fit the rest.
-        """
+        """Check everything that the flags name; nothing large is read."""
         training, model = arguments.training, arguments.model
         given = training.resume_from_checkpoint
         resume = resume_folder(given, Path(training.output_dir)) if given else None
@@ -233,11 +217,7 @@ class BaseCheckpoint:
 
 
 def _take_over(arguments: Arguments, resume: Path, named: Path | None) -> Path:
-    """Take LoRA's settings from the checkpoint to resume, and return the base.
-
-    Raises:
-        UserError: the flags contradict them.
-    """
+    """Take LoRA's settings from the checkpoint to resume, and return the base."""
     flags = arguments.model
     if not (resume / ADAPTER_CONFIG).is_file():
         if flags.use_lora:

@@ -45,9 +45,6 @@ def read_nodes(
     Args:
         count_gpus: called if HOST_GPU_NUM is not set.
         own: address → interface of this machine; default: looked up.
-
-    Raises:
-        UserError: a variable is invalid, or does not fit the others.
     """
     each = _number(environ, "HOST_GPU_NUM")
     port = _number(environ, "MASTER_PORT") or DEFAULT_PORT
@@ -132,11 +129,6 @@ def facts(paths: Sequence[str]) -> dict[str, str]:
 
 
 def compare(nodes: Mapping[str, Mapping[str, str]]) -> None:
-    """Compare the facts of all nodes.
-
-    Raises:
-        UserError: something differs; the message names it and the nodes.
-    """
     names = sorted({name for known in nodes.values() for name in known})
     differing: dict[str, dict[str, list[str]]] = {}
     for name in names:
@@ -175,7 +167,6 @@ def _digest(file: Path) -> str:
 
 
 def torchrun_arguments(order: dict[str, Any]) -> list[str]:
-    """The arguments of `torchrun`."""
     address, port = order["master"]
     return [
         f"--nnodes={order['nodes']}", f"--node-rank={order['rank']}", f"--nproc-per-node={order['processes']}",

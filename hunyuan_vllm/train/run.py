@@ -20,11 +20,7 @@ EXTRA: Final = ("accelerate", "peft", "tensorboard")
 
 
 def need_extra(deepspeed: bool = False) -> None:
-    """Check that the libraries of fine-tuning are installed.
-
-    Raises:
-        UserError: one is not.
-    """
+    """Check that the libraries of fine-tuning are installed."""
     wanted = (*EXTRA, "deepspeed") if deepspeed else EXTRA
     if missing := [name for name in wanted if find_spec(name) is None]:
         raise UserError(
@@ -34,11 +30,7 @@ def need_extra(deepspeed: bool = False) -> None:
 
 
 def need_writable(output: Path) -> None:
-    """Create the output folder and check that it is writable.
-
-    Raises:
-        UserError: it is not.
-    """
+    """Create the output folder and check that it is writable."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output) as file:
@@ -72,11 +64,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 def train(argv: Sequence[str]) -> None:
-    """Train as the flags say.
-
-    Raises:
-        UserError: a mistake of the user; DiskError: a full or broken disk.
-    """
     from hunyuan_vllm.train.distributed import is_first, prepare
 
     file = flag_value(argv, "deepspeed")

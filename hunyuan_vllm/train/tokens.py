@@ -33,7 +33,6 @@ class Example:
         return sum(label != IGNORED for label in self.labels[1:])
 
     def cut(self, length: int) -> Self:
-        """The first `length` tokens."""
         if len(self) <= length:
             return self
         return replace(self, input_ids=self.input_ids[:length], labels=self.labels[:length], truncated=True)

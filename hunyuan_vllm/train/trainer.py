@@ -165,11 +165,6 @@ def without_padding_mask(inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor
 def build_trainer(
     arguments: Arguments, base: BaseCheckpoint, display: Display, say: Callable[[str], None]
 ) -> HunYuanTrainer:
-    """A trainer that is ready to `train()`.
-
-    Raises:
-        UserError: the data or the checkpoint cannot be used.
-    """
     training, flags = arguments.training, arguments.model
     collator, train_data, held_out = _data(arguments, base, say)
     if held_out is not None and "eval_strategy" not in arguments.given:

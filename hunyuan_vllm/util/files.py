@@ -1,7 +1,5 @@
 """Files that appear complete or not at all, and files that only their owner can read"""
 
-from __future__ import annotations
-
 import os
 import stat
 from collections.abc import Iterator
@@ -26,11 +24,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A path beside `file` to write to. What is there when the block ends becomes `file`; after an error, nothing does.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """A path beside `file` to write to; when the block ends it becomes `file`, unless there was an error."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         yield temporary
@@ -43,11 +37,7 @@ def replacing(file: Path) -> Iterator[Path]:
 
 
 def write_private(file: Path, text: str) -> bool:
-    """Write `file` with mode 0600 unless it holds `text` already; whether anything changed, its mode included.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """Write `file` with mode 0600 unless it holds `text` already; whether anything changed, its mode included."""
     try:
         private = stat.S_IMODE(file.stat().st_mode) == 0o600
         if file.read_text() == text:
@@ -65,11 +55,7 @@ def write_private(file: Path, text: str) -> bool:
 
 
 def make_private(file: Path, text: str) -> bool:
-    """Write `file` with mode 0600 if there is none; whether it was made. Of two who try at once, one makes it.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """Write `file` with mode 0600 if there is none; whether it was made. Of two who try at once, one makes it."""
     if file.exists():
         return False
     try:
@@ -86,11 +72,7 @@ def make_private(file: Path, text: str) -> bool:
 
 
 def read_private(file: Path) -> str | None:
-    """Its text; None where there is no such file.
-
-    Raises:
-        UserError: others may read it, or its owner may not.
-    """
+    """Its text; None where there is no such file."""
     try:
         status = file.stat()
         text = file.read_text()

@@ -46,11 +46,7 @@ class Line:
 
 
 def read_lines(path: Path) -> Iterator[Line]:
-    """The lines of a file that are not blank, in order.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """The lines of a file that are not blank, in order."""
     try:
         refuse_other_encodings(path)
         with path.open("rb") as file:

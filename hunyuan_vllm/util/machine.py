@@ -15,7 +15,6 @@ def is_installed(distribution: str) -> bool:
 
 
 def installed_version(distribution: str) -> str | None:
-    """The version of a distribution, None if it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

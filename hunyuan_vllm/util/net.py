@@ -40,11 +40,7 @@ def family_of(address: str) -> socket.AddressFamily:
 
 
 def normalise_address(word: str) -> str:
-    """One spelling for each address or name: `[FD00:0::1]` is fd00::1, `Node3` is node3.
-
-    Raises:
-        UserError: it is neither an address that other hosts can use nor a name.
-    """
+    """One spelling for each address or name: `[FD00:0::1]` is fd00::1, `Node3` is node3."""
     bare = word[1:-1] if word.startswith("[") and word.endswith("]") else word
     try:
         address = ipaddress.ip_address(bare)

@@ -1,4 +1,4 @@
-"""The progress display of every long command: a bar on a terminal, a line every half minute elsewhere"""
+"""The progress display of everything that takes long: a bar on a terminal, a line now and then elsewhere"""
 
 import time
 from collections.abc import Iterator
@@ -14,18 +14,18 @@ LINE_EVERY = 30.0  # seconds
 
 
 class Progress:
-    """Shows one stage after the other."""
+    """Shows one stage after the other; without a terminal, a line every `line_every` seconds."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, console: Console, line_every: float = LINE_EVERY) -> None:
+        self.console, self._line_every = console, line_every
         self._bars: Bars | None = None
 
     def say(self, text: str) -> None:
         self.console.print(f"hunyuan-vllm: {text}", markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
-    def stage(self, name: str, total: int, done: int = 0, unit: str = "bytes") -> Iterator[None]:
-        """Show a stage while the block runs; `done` is what an earlier run did of it."""
+    def stage(self, name: str, total: int, done: int = 0, unit: str | None = "bytes") -> Iterator[None]:
+        """Show a stage while the block runs; `done` is what an earlier run did of it. Without a unit, as percent."""
         self._name, self._total, self._done, self._unit, self._detail = name, total, done, unit, ""
         self._at_start, self._started = done, time.monotonic()
         self._reported = self._started
@@ -45,7 +45,7 @@ class Progress:
         self._detail = detail or self._detail
         if self._bars is not None:
             self._bars.update(self._task, completed=self._done, amount=self._amount())
-        elif (now := time.monotonic()) - self._reported >= LINE_EVERY:
+        elif (now := time.monotonic()) - self._reported >= self._line_every:
             self._reported = now
             seconds = (self._total - self._done) * (now - self._started) / max(self._done - self._at_start, 1)
             self.say(f"{self._name}: {self._amount()}, {duration(seconds)} left")
@@ -54,6 +54,8 @@ class Progress:
         if self._unit == "bytes":
             rate = (self._done - self._at_start) / max(time.monotonic() - self._started, 1e-3)
             amount = f"{gigabytes(self._done)} of {gigabytes(self._total)}, {gigabytes(rate)}/s"
+        elif self._unit is None:
+            amount = f"{100 * self._done / self._total:.0f}%"
         else:
             amount = f"{self._done:,} of {self._total:,} {self._unit}"
         return f"{amount}, {self._detail}" if self._detail else amount

@@ -51,11 +51,7 @@ def group_similar(items: Sequence[str], limit: int = 6) -> list[str]:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "5GB", "500MB", "2GiB" or "1000000", as --shard-size has it.
-
-    Raises:
-        UserError: `text` is not a size of at least a kilobyte.
-    """
+    """Bytes of "5GB", "500MB", "2GiB" or "1000000", as --shard-size has it."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
     size = int(float(match[1]) * _SIZES[match[2]]) if match and match[2] in _SIZES else 0
     if size < 1000:

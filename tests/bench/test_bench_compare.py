@@ -8,23 +8,22 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from hunyuan_vllm.bench.run import Point, Run, Times, check_fits, read_run
+from hunyuan_vllm.bench.run import Run, check_fits, read_run
 from hunyuan_vllm.cli import app
 from hunyuan_vllm.util.errors import UserError
 
 H20 = {"device": "NVIDIA H20", "devices": "8"}
 
 
-def measured(speed: float, concurrency: int = 1) -> Point:
-    times = Times(mean=10, p50=10 / speed, p90=20, p99=30)
-    return Point(
-        concurrency=concurrency, input_len=64, output_len=16, requests=4, failed=0, seconds=1,
-        requests_per_second=4, output_tokens_per_second=100 * speed, total_tokens_per_second=500,
-        ttft=times, tpot=times, itl=times, e2el=times,
-    )  # fmt: skip
+def measured(speed: float, concurrency: int = 1) -> dict[str, float]:
+    times = {f"{name}_p{of}": 10 / speed for name in ("ttft", "tpot", "itl", "e2el") for of in (50, 90, 99)}
+    return {
+        "concurrency": concurrency, "input_len": 64, "output_len": 16, "requests": 4, "failed": 0, "seconds": 1,
+        "requests_per_second": 4, "output_tokens_per_second": 100 * speed, **times,
+    }  # fmt: skip
 
 
-def write(path: Path, *points: Point, machine: dict[str, str] = H20, **options: str) -> Path:
+def write(path: Path, *points: dict[str, float], machine: dict[str, str] = H20, **options: str) -> Path:
     run = Run(
         date="2026-01-01T00:00:00+00:00", model="hunyuan", client={"version": "1"}, machine=machine,
         options=options, seed=1, points=list(points),

@@ -15,7 +15,8 @@ from damage import check_folder, copy_demo, copy_sharded, findings, only_problem
 from safetensors.torch import load_file, save_file
 
 from hunyuan_vllm import demo
-from hunyuan_vllm.check.files import open_folder, read_shards
+from hunyuan_vllm.check.files import open_folder
+from hunyuan_vllm.headers import read_shards
 from hunyuan_vllm.server.models import open_model
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.findings import Status

@@ -1,4 +1,4 @@
-"""`hunyuan-vllm eval compare` and `demo` as a user runs them; the figures once more by the reference model."""
+"""`hunyuan-vllm eval compare` as a user runs it; the figures once more by the reference model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from serving import COMMAND
 from torch import Tensor
 
 from hunyuan_vllm import demo
-from hunyuan_vllm.evaluation.passages import MAX_ANSWER, held_out_questions
 from hunyuan_vllm.reference import HunYuanForCausalLM
 from hunyuan_vllm.tokenizer import load_tokenizer
 
@@ -33,7 +32,7 @@ TEXT = "The capital of France is Paris. 2 + 3 = 5, and 法国的首都是巴黎�
 CASES = {
     "int4": ["compare", "--b", "int4"],
     "no such model": ["compare", "stray", "--b", "int8"],
-    "two models": ["demo", "stray"],
+    "two models": ["compare", "demo", "stray", "--b", "int8"],
     "no such flag": ["compare", "--b", "kv-fp8", "--limit", "5", "--block-sizee", "3"],
     "no such block size": ["compare", "--b", "kv-fp8", "--limit", "5", "--block-size", "7"],
 }
@@ -73,7 +72,7 @@ def ran(perturbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
     text.write_text(TEXT)
     other = f"bf16:{perturbed}"
     compare = ["compare", "--b", other, "--text", str(text), "--context", "40", *LIMITS, *EXACT, *CACHE]
-    cases = {"compare": compare, "demo": ["demo", "--each", "1", "--scheme", other, *EXACT, *CACHE], **CASES}
+    cases = {"compare": compare, **CASES}
 
     def run(arguments: list[str]) -> Ran:
         temporary = tmp_path_factory.mktemp("temporary")
@@ -125,24 +124,6 @@ def test_compare_on_a_text(ran: dict[str, Future[Ran]], perturbed: Path) -> None
     windows = [[tokenizer.bos_token_id, *ids[start : start + 39]] for start in range(0, len(ids), 39)]
     assert len(windows) > 1
     check(found, demo.path(), perturbed, windows, [1] * len(windows))
-
-
-def test_the_demo_table(ran: dict[str, Future[Ran]], perturbed: Path) -> None:
-    result = ran["demo"].result()
-    assert result.status == 0, result.errors
-    plain, other = json.loads(result.output)
-    questions, tokenizer = held_out_questions(1), load_tokenizer(demo.path())
-    passages = [question.passage(tokenizer) for question in questions]
-    sequences, firsts = [passage.ids for passage in passages], [passage.scored[0] for passage in passages]
-    for row, folder in ((plain, demo.path()), (other, perturbed)):
-        model = HunYuanForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        right = 0
-        for ids, first in zip(sequences, firsts, strict=True):
-            said, _ = model.greedy(torch.tensor([ids[:first]]), MAX_ANSWER, stop_ids=(ids[-1],))
-            right += said[0, : len(ids) - first].tolist() == ids[first:]
-        assert row["asked"] == len(questions) == 28
-        assert round(row["accuracy"] * 28) == sum(row["right"].values()) == right
-    check(other["distance"], demo.path(), perturbed, sequences, firsts)
 
 
 def test_an_engine_that_does_not_start(ran: dict[str, Future[Ran]]) -> None:

@@ -1,23 +1,18 @@
-"""Figures of hand-made scores, limits, and rows of the demo table."""
+"""Figures of hand-made scores, limits, and rows of the table."""
 
 from __future__ import annotations
 
 import io
 import math
-from collections import Counter
 
 import pytest
 from rich.console import Console
 from rich.table import Table
 
-from hunyuan_vllm import demo
 from hunyuan_vllm.evaluation.compare import Compared, Distance, Limits, distance, distance_table
-from hunyuan_vllm.evaluation.demo import Row, demo_table, held_out_work, row_of
-from hunyuan_vllm.evaluation.engines import Answer, EngineRun, Outcome
-from hunyuan_vllm.evaluation.passages import held_out_questions
+from hunyuan_vllm.evaluation.engines import EngineRun, Outcome
 from hunyuan_vllm.evaluation.variants import Variant
 from hunyuan_vllm.server.models import demo_model
-from hunyuan_vllm.tokenizer import load_tokenizer
 
 
 def test_a_distance() -> None:
@@ -62,27 +57,9 @@ def shown(table: Table) -> list[list[str]]:
     return [[cell.strip() for cell in line] for line in lines]
 
 
-def test_the_tables() -> None:
+def test_the_table() -> None:
     found = Distance(100, 2.0, 2.1, 0.9725, 1e-3, 1e-5, 1e-2, 0.5, (0, 1))
     run = EngineRun(Variant.parse("int8:/models/other"), demo_model())
     assert shown(distance_table("bf16", [Compared(run, Outcome(), found)])) == [
         ["int8:other", "2.1000", "1.0500", "97.25%", "1.00e-03", "1.00e-05", "1.00e-02", "5.00e-01"]
     ]
-    asked = Counter(add=40, sort=60)
-    rows = [Row("bf16", Counter(add=40, sort=51), asked), Row("int8", Counter(add=40, sort=50), asked, found)]
-    assert shown(demo_table(rows)) == [
-        ["bf16", "91.00%", "-", "-", "-", "-", "-"],
-        ["int8", "90.00%", "-1.00", "97.25%", "1.00e-03", "1.00e-02", "1.0500"],
-    ]
-
-
-def test_an_answer_must_be_whole_and_ended() -> None:
-    tokenizer, questions = load_tokenizer(demo.path()), held_out_questions(1)[:4]
-    work = held_out_work(questions, tokenizer)
-    asked, passage = work.questions[0], work.passages[0]
-    assert tokenizer.decode(asked).endswith(f"{questions[0].question}<|extra_0|>")
-    assert tokenizer.decode(passage.ids[len(asked) :]) == f"{questions[0].answer}<|eos|>"
-    right = [passage.ids[len(asked) :] for asked, passage in zip(work.questions, work.passages, strict=True)]
-    answers = [Answer(right[0], True), Answer(right[1], False), Answer(right[2][:-2], True), Answer(right[3], True)]
-    row = row_of("x", Outcome(answers=answers), questions, tokenizer)
-    assert row.right.total() == 2 and row.asked.total() == 4 and row.accuracy == 0.5

@@ -45,7 +45,7 @@ def configured(folder: Path, described: dict[str, Any] | None = None, *, network
             {},
             "outputs of k_proj, and the checkpoint (FP8 weights, a scale for each block of 128 × 128) keeps",
         ),
-        (STATIC, {}, "down_proj.weight' is BF16 where quantization_config promises F8_E4M3"),
+        (STATIC, {}, "down_proj.weight' is BF16 where config.json promises F8_E4M3"),
         (
             None,
             dict(quantization="hunyuan_fp8"),

@@ -40,15 +40,14 @@ def test_a_small_sweep(keyed_server: KeyedServer, tmp_path: Path) -> None:
     assert run.model == "hunyuan" and run.client["place"] == "this machine"
     assert run.machine["devices"] == "1" and run.machine["device"] and int(run.machine["cores"]) >= 1
     assert run.options["max_num_seqs"] == "8" and run.options["vllm"] in run.client["version"]
-    assert [(one.concurrency, one.requests, one.failed) for one in run.points] == [(1, 6, 0), (3, 6, 0)]
+    assert [(one["concurrency"], one["requests"], one["failed"]) for one in run.points] == [(1, 6, 0), (3, 6, 0)]
     for one in run.points:
-        assert one.output_tokens_per_second == pytest.approx(6 * 16 / one.seconds)
-        assert one.requests_per_second == pytest.approx(6 / one.seconds)
-        assert one.total_tokens_per_second == pytest.approx(6 * (64 + 16) / one.seconds, rel=0.05)
-        for times in (one.ttft, one.tpot, one.itl, one.e2el):
-            assert 0 < times.p50 <= times.p90 <= times.p99
-        assert one.e2el.mean == pytest.approx(one.ttft.mean + 15 * one.tpot.mean, rel=0.02)
-    assert run.points[0].seconds * 1000 == pytest.approx(6 * run.points[0].e2el.mean, rel=0.2)
+        assert one["output_tokens_per_second"] == pytest.approx(6 * 16 / one["seconds"])
+        assert one["requests_per_second"] == pytest.approx(6 / one["seconds"])
+        for name in ("ttft", "tpot", "itl", "e2el"):
+            assert 0 < one[f"{name}_p50"] <= one[f"{name}_p90"] <= one[f"{name}_p99"]
+        assert one["e2el_p50"] == pytest.approx(one["ttft_p50"] + 15 * one["tpot_p50"], rel=0.2)
+    assert run.points[0]["seconds"] * 1000 == pytest.approx(6 * run.points[0]["e2el_p50"], rel=0.4)
     assert "out tokens/s" in result.stdout
     assert KEYS["alice"] not in output.read_text() + result.stdout + result.stderr
     assert "2 of 2: 6 requests, 3 at a time" in result.stderr and "Traceback" not in result.stderr

@@ -1,12 +1,8 @@
 """The data of the lm-evaluation-harness tasks beside it: the demo model's held-out questions."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
-
-__all__ = ["load"]
 
 
 def load(**_: Any) -> dict[str, Any]:

@@ -46,7 +46,6 @@ for _reason in REASONS:
 
 
 def count_refusal(reason: str) -> None:
-    """`reason` is one of REASONS."""
     _refused.labels(reason).inc()
 
 
@@ -184,8 +183,6 @@ def vllm_metrics() -> Iterable[Metric]:
 
 
 class EngineMetrics(Collector):
-    """The metrics of one engine, read at each scrape."""
-
     def __init__(self, engine: EngineClient, metrics: Callable[[], Iterable[Metric]] = vllm_metrics) -> None:
         config = engine.vllm_config
         self._vllm_metrics = metrics

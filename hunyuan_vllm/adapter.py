@@ -31,8 +31,6 @@ class AdapterConfig(BaseModel):
     """The adapter_config.json that PEFT wrote. Fields that are not declared here are in `model_extra`.
 
     Attributes:
-        r: rank.
-        lora_alpha: numerator of the scale.
         rank_pattern, alpha_pattern: exceptions, by the end of a module's name or a regular expression for it.
         use_rslora: the scale is alpha / √r instead of alpha / r.
     """
@@ -71,12 +69,7 @@ def _matching(patterns: Mapping[str, Any] | None, module: str, default: Any) -> 
 
 
 def check_adapter(folder: Path, config: HunYuanConfig, cpu: bool, max_rank: int | None = None) -> None:
-    """Refuse an adapter's folder, from its files' headers alone. Pickled weights are left to vLLM.
-
-    Args:
-        cpu: the server runs on CPUs, where adapters act on attention only.
-        max_rank: the server's --max-lora-rank; None: not checked.
-    """
+    """Refuse an adapter's folder, from its files' headers alone. Pickled weights are left to vLLM."""
     rank = read_adapter_config(folder).max_rank
     if max_rank is not None and rank > max_rank:
         raise UserError(

@@ -24,11 +24,7 @@ UNPICKLE = (
 
 
 def read_index(folder: Path) -> dict[str, Any] | None:
-    """The index of a sharded checkpoint: "weight_map" (tensor → file name) and perhaps "metadata". None without one.
-
-    Raises:
-        CheckpointError: it is not readable.
-    """
+    """The index of a sharded checkpoint: "weight_map" (tensor → file name) and perhaps "metadata". None without one."""
     index = folder / INDEX_FILE
     if not index.exists():
         return None
@@ -68,11 +64,7 @@ def _gguf(folder: Path) -> tuple[str, str] | None:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those its index names, or all there are. Empty for other formats.
-
-    Raises:
-        CheckpointError: the index is not readable, or names a file that is not there.
-    """
+    """The safetensors files of a checkpoint: those its index names, or all there are. Empty for other formats."""
     index = read_index(folder)
     if index is None:
         return sorted(folder.glob("*.safetensors"))
@@ -86,11 +78,7 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def stored_tensors(folder: Path) -> list[StoredTensor]:
-    """The tensors of a checkpoint, from its headers.
-
-    Raises:
-        CheckpointError: a file is missing, cut short or unreadable.
-    """
+    """The tensors of a checkpoint, from its headers."""
     shards = read_shards(shard_files(folder))
     for shard in shards:
         if shard.fault:
@@ -114,11 +102,7 @@ def check_headers(folder: Path, layout: Layout) -> int:
 
 
 def read_weights(folder: Path, layout: Layout) -> dict[str, "Tensor"]:
-    """Every tensor the network uses, by its canonical name. Headers are checked before any data is read.
-
-    Raises:
-        CheckpointError: as `check_headers`; or there are no weights, or quantised ones.
-    """
+    """Every tensor the network uses, by its canonical name. Headers are checked before any data is read."""
     if not check_headers(folder, layout):
         raise CheckpointError(f"{folder} holds no *.safetensors file")
     weights: dict[str, Tensor] = {}

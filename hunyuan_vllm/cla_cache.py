@@ -61,9 +61,7 @@ class CLAAttention(Attention):
     checkpoint's, of the owner layer.
 
     Args:
-        config, layer: the network's, and this layer's number.
         q_amax: the bound of |q| after the norm, where there is one; else None.
-        args, kwargs: vLLM's.
     """
 
     def __init__(

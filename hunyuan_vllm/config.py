@@ -211,11 +211,7 @@ class HunYuanConfig(PreTrainedConfig):
         self.rope_parameters["factor"] = float(factor)
 
     def validate(self) -> None:
-        """Check every field; `save_pretrained` calls this too.
-
-        Raises:
-            ValueError: the first field found wrong, its value and what is allowed.
-        """
+        """Check every field; `save_pretrained` calls this too."""
         self._check_counts(*COUNTS)
         for name in SWITCHES:
             if not isinstance(getattr(self, name), bool):

@@ -16,7 +16,6 @@ class CacheShape:
         layers: attention layers on the rank (its pipeline stage).
         owners: those that keep K and V.
         kv_heads: KV heads on the rank; `max(1, total / tensor_parallel)`.
-        head_dim: elements of K, and of V, a head.
         itemsize: bytes an element (2 for bfloat16, 1 for FP8).
         dcp: decode-context-parallel ranks among which a sequence's tokens are spread.
     """

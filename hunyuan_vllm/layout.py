@@ -139,11 +139,7 @@ class Layout:
         return parts
 
     def split(self, name: str, tensor: Any) -> list[tuple[str, Any]]:
-        """(canonical name, tensor) pairs of a checkpoint's tensor; anything with `shape`, `reshape` and slicing.
-
-        Raises:
-            CheckpointError: as `names`.
-        """
+        """(canonical name, tensor) pairs of a checkpoint's tensor; anything with `shape`, `reshape` and slicing."""
         parts = self.names(name, tensor.shape)
         if len(parts) < 2:
             return [(part, tensor) for part in parts]
@@ -172,11 +168,7 @@ class Layout:
         return (rows, *first[1:]) if experts == 1 else (experts, rows // experts, *first[1:])
 
     def parts(self, name: str) -> tuple[str, ...]:
-        """`names`, whatever the shape.
-
-        Raises:
-            CheckpointError: `name` is not part of this network.
-        """
+        """`names`, whatever the shape."""
         if name in self.known:
             return (name,)
         match = _FUSED_TENSOR.match(name)

@@ -43,7 +43,6 @@ class LoadProgress(Progress):
     """Counts tensors as they pass through `reading` and `quantised`, and shows it.
 
     Args:
-        layout: what the checkpoint holds.
         shown: this process reports.
         bar: show a bar if standard error is a terminal.
     """
@@ -132,11 +131,7 @@ def load_checkpoint(model: HunYuanForCausalLM, weights: Iterable[tuple[str, torc
 
 @contextmanager
 def _refusals_explained(model: HunYuanForCausalLM) -> Iterator[None]:
-    """A quantisation of vLLM's own may take another view of which layers are quantised than the file shows.
-
-    Raises:
-        CheckpointError: it has no place for a tensor; the message says which.
-    """
+    """A quantisation of vLLM's own may take another view of which layers are quantised than the file shows."""
     try:
         yield
     except CheckpointError:

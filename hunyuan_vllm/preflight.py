@@ -77,11 +77,7 @@ class HunYuanPreflight:
 
 
 def check_tensor_parallel(config: HunYuanConfig, size: int) -> None:
-    """Query heads and every MLP width must divide by the tensor-parallel size; KV heads may also be replicated.
-
-    Raises:
-        ValueError: names the widths and the sizes that would work.
-    """
+    """Query heads and every MLP width must divide by the tensor-parallel size; KV heads may also be replicated."""
     if size not in (sizes := tensor_parallel_sizes(config)):
         widths = sorted(mlp_widths(config))
         raise ValueError(

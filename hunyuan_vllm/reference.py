@@ -425,11 +425,7 @@ class HunYuanForCausalLM(HunYuanPreTrainedModel, GenerationMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path | None, *model_args: Any, config: Any = None, **kwargs: Any
     ) -> Any:
-        """Load a published-layout checkpoint from a folder or the hub; the arguments are `PreTrainedModel`'s.
-
-        Raises:
-            CheckpointError: a tensor is missing, unknown, misshapen or of a type this cannot read, or a file is broken.
-        """
+        """Load a published-layout checkpoint from a folder or the hub; the arguments are `PreTrainedModel`'s."""
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
         folder = local_folder(pretrained_model_name_or_path, kwargs)

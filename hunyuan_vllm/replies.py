@@ -226,9 +226,6 @@ UNFINISHED_IN_STRING = re.compile(r"(?:\\(?:u[0-9a-fA-F]{0,3})?)?")
 class CallList:
     """`[{"name": …, "arguments": {…}}, …]`, checked token by token, so that a call's arguments may be shown while they
     are being written. Control characters in strings, which JSON forbids and models write, are escaped.
-
-    Args:
-        calls: where the calls are put as they begin.
     """
 
     def __init__(self, calls: list[Call]) -> None:

@@ -37,7 +37,6 @@ class EngineOptions:
     Attributes:
         argv: vLLM's options, model first.
         env: variables to set before vLLM is imported.
-        notes: what the user should know about the choices made, a line each.
     """
 
     argv: list[str]

@@ -33,10 +33,6 @@ def generate(
 ) -> str | None:
     """Start the engine and run the requests until all are written or the user stops it.
 
-    Args:
-        args: vLLM's options.
-        append: puts records into the output.
-
     Returns what made it stop early, or None.
     """
     signal.signal(signal.SIGINT, _interrupt)  # asyncio's own handler would act only once the engine is there
@@ -96,16 +92,7 @@ SHOWN_PROBLEMS = 10
 
 @dataclass(frozen=True)
 class Job:
-    """What the user asked for.
-
-    Attributes:
-        source, target: the input and the output file.
-        model: the checkpoint.
-        defaults: request fields for the lines that leave them out.
-        flags: vLLM's own options.
-        strict: run nothing if any line is wrong.
-        retry_failed: run lines again that have an error in the output.
-    """
+    """What the user asked for."""
 
     source: Path
     target: Path

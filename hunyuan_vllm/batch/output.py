@@ -22,12 +22,7 @@ KEPT_FIELDS = ("prompt_logprobs", "prompt_token_ids", "usage")  # of a response,
 
 @dataclass(frozen=True)
 class Settings:
-    """What all answers in one output file have in common; each record repeats it.
-
-    Attributes:
-        model: the checkpoint, as the user named it.
-        defaults: the fields that lines are completed with.
-    """
+    """What all answers in one output file have in common; each record repeats it."""
 
     model: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -35,13 +30,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Record:
-    """A line of the output file.
-
-    Attributes:
-        text: the record as JSON, with its line feed.
-        failed: it holds an error.
-        tokens: tokens generated for it.
-    """
+    """A line of the output file."""
 
     text: bytes
     failed: bool
@@ -91,7 +80,6 @@ class State:
 
     Attributes:
         pending: at [line number], 1 for a line that is still to be run.
-        failed: records in the file that hold an error.
     """
 
     pending: bytearray
@@ -126,7 +114,6 @@ class Output:
         """Read what an earlier run wrote, and remove a last record that was cut short.
 
         Args:
-            index: the input file's.
             retry_failed: drop the records that hold an error, so that their lines are run again.
         """
         state = State(bytearray([0]) + bytearray(1 if digest else 0 for digest in index.digests))

@@ -43,7 +43,6 @@ class Index:
 
     Attributes:
         digests: at [number - 1] the digest of a line; 0 for a blank one.
-        requests: number of lines that are not blank.
         repeated: line → the earlier line that has the same id.
     """
 
@@ -122,11 +121,7 @@ def is_batch_api(given: Any) -> bool:
 
 
 def build(line: Line, defaults: Mapping[str, Any]) -> Request:
-    """Complete and check one line.
-
-    Raises:
-        BadLine: names the field and what is wrong with it.
-    """
+    """Complete and check one line."""
     if line.broken:
         raise BadLine(Problem(None, f"the line is not JSON: {line.broken}"))
     if not isinstance(line.given, dict):

@@ -18,7 +18,6 @@ class Reporter:
     """Counts what is written.
 
     Args:
-        total: lines of the input.
         left: those that this run has to write.
         failed: those that earlier runs wrote with an error.
     """
@@ -64,12 +63,7 @@ class Runner:
 
     Args:
         answer: asks the engine; raises BadLine if the request has no answer.
-        settings: the run's, for the records.
-        write: puts records on the disk.
         window: maximum of lines in flight, those that wait to be written included.
-
-    Attributes:
-        draining: no more lines are started.
     """
 
     def __init__(

@@ -28,10 +28,7 @@ class ServedModel:
 
     Attributes:
         url: the server's, without a path, as in http://127.0.0.1:8020.
-        name: of the model, in requests.
         context: maximum tokens of a prompt and its answer, if known.
-        root: what the server loaded it from.
-        key: the API key to send.
         authority: CA certificates to trust instead of the system's.
     """
 

@@ -34,11 +34,9 @@ class Run(BaseModel):
     """All points of one run. Times are percentiles in milliseconds, over requests (ITL: over tokens).
 
     Attributes:
-        date: of the start, UTC, ISO 8601.
         client: versions, and whether it ran on the server's machine.
         machine: the server's hardware; empty if unknown.
         options: the server's configuration and versions.
-        seed: of the prompts.
     """
 
     model_config = ConfigDict(extra="forbid")

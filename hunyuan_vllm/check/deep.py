@@ -112,9 +112,6 @@ def read_through(
     Args:
         tensors: those to scan, in the order of their bytes, without overlaps.
         advance: is told how many bytes have been read since its last call; raises `Interrupted` to stop.
-
-    Raises:
-        OSError: the disk failed, or the file has become shorter.
     """
     content = Content(file)
     with file.open("rb") as source:
@@ -166,10 +163,7 @@ class Deep:
     """A check of every byte.
 
     Args:
-        shards: those with sound headers.
         used: the tensors that the network uses; only their values are checked.
-        write_sums: write SHA256SUMS if nothing is wrong.
-        jobs: files read at a time.
     """
 
     folder: Path

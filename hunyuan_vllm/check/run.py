@@ -27,7 +27,6 @@ class Report:
     """The result of a check.
 
     Attributes:
-        stored_bytes: size of the shards.
         parameters: of the network, and those a token uses; None where config.json does not say.
     """
 

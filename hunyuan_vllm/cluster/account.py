@@ -38,22 +38,14 @@ class Account:
     public: str = ""
 
     def tighten(self) -> list[str]:
-        """Close .ssh (700) and its files (600) to others; returns the names of those that were open.
-
-        Raises:
-            HostError: it could not be done.
-        """
+        """Close .ssh (700) and its files (600) to others; returns the names of those that were open."""
         open_files = [file for file, mode in self.modes.items() if file != "." and mode & GROUP_OR_OTHERS]
         if open_files:
             self._run("tighten", "closing its SSH files to others", files=" ".join(open_files))
         return open_files
 
     def make_key(self) -> tuple[str, bool]:
-        """The account's ed25519 key: its public line, and whether it was made now.
-
-        Raises:
-            HostError: it cannot be made, or the existing one needs a passphrase.
-        """
+        """The account's ed25519 key: its public line, and whether it was made now."""
         if self.public and ".ssh/id_ed25519" not in self.modes:
             raise self._foreign_public_key()
         out = self._run("key", "making its key")
@@ -68,11 +60,7 @@ class Account:
         return line, made
 
     def write(self, file: str, text: str) -> bool:
-        """Write `text` to the file; whether that changed anything.
-
-        Raises:
-            HostError: it could not be written; the file is unchanged.
-        """
+        """Write `text` to the file; whether that changed anything."""
         if self.texts.get(file, "") == text:
             return False
         content = base64.b64encode(text.encode(errors="surrogateescape")).decode()
@@ -109,11 +97,7 @@ class Account:
 
 
 def read_account(shell: Shell, timeout: float) -> Account:
-    """The SSH files of the account that `shell` acts for; changes nothing.
-
-    Raises:
-        HostError: it cannot be read.
-    """
+    """The SSH files of the account that `shell` acts for; changes nothing."""
     done = shell.run(load_script("account"), timeout)
     pairs = [line.partition(" ")[::2] for line in done.out.decode(errors="surrogateescape").splitlines()]
     facts = dict(pairs)

@@ -27,7 +27,6 @@ class Requirements:
 
     Attributes:
         ports: those that hosts must reach on each other, besides one that the system chooses.
-        model: checkpoint folder, on every host.
         interface: network interface that must have each host's address.
         gpus: how many each host must have; None for any number that is the same.
     """
@@ -136,11 +135,7 @@ class ClusterCheck:
 
 
 def clock_offset(host: Host, connections: Connections) -> float:
-    """Seconds that the host's clock is ahead, from the shortest of some round trips; the error is half of that.
-
-    Raises:
-        HostError: `date` does not print the time.
-    """
+    """Seconds that the host's clock is ahead, from the shortest of some round trips; the error is half of that."""
     trips = []
     for _ in range(CLOCK_ROUNDS):
         sent = time.time()

@@ -122,11 +122,7 @@ class Connections:
         return host.shell.run(script, timeout or self.timeout).out.decode(errors="replace")
 
     def run_module(self, host: Host, module: str, *words: str, given: str = "", timeout: float = 60.0) -> str:
-        """What a module of this package prints on a host. `given` is its standard input, which may hold a secret.
-
-        Raises:
-            HostError: it fails; the reason is its last line on standard error.
-        """
+        """What a module of this package prints on a host. `given` is its standard input, which may hold a secret."""
         assert host.shell is not None
         variables = {"python": self._python, "local_ip": host.address, "given": given}
         arguments = shlex.join([module, *words])

@@ -38,11 +38,7 @@ def read_password_file(file: Path) -> str:
 
 
 def read_identity(file: Path, ask_passphrase: Callable[[str], str] | None) -> paramiko.PKey:
-    """The private key in `file`, such as a cloud provider gives out.
-
-    Args:
-        ask_passphrase: asks a person, or None where there is none to ask.
-    """
+    """The private key in `file`, such as a cloud provider gives out."""
     if file.suffix == ".pub":
         raise UserError(f"--identity {file} is the public half: name the private key, {file.with_suffix('')}")
     try:

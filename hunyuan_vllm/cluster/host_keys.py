@@ -23,12 +23,7 @@ TYPES = re.compile(r"(ssh-(ed25519|rsa|dss)|ecdsa-sha2-nistp\d+|sk-[\w@.-]+)", r
 
 @dataclass(frozen=True)
 class PublicKey:
-    """The public half of a host's or a user's key.
-
-    Attributes:
-        type: such as "ssh-ed25519".
-        data: the key itself, in base64.
-    """
+    """The public half of a host's or a user's key."""
 
     type: str
     data: str
@@ -202,15 +197,7 @@ def _read(file: Path) -> list[str]:
 def verify_host_key(
     host: Host, key: PublicKey, known_hosts: str, fingerprints: Mapping[str, frozenset[str]]
 ) -> Trust | None:
-    """Why `key` is trusted to be the host's; None where a person must confirm it.
-
-    Args:
-        known_hosts: text of the files of this machine.
-        fingerprints: host name → those that the operator gave.
-
-    Raises:
-        HostError: it is another key than the known one, or than the one whose fingerprint was given.
-    """
+    """Why `key` is trusted to be the host's; None where a person must confirm it."""
     if key in revoked_keys_of(known_hosts, host.known_hosts_name):
         raise HostError(f"its host key is revoked: {key.fingerprint}", "give the host a new key (ssh-keygen -A)")
     shown = f"{key.kind} {key.fingerprint}"

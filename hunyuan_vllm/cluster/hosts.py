@@ -36,12 +36,8 @@ class Host:
 
     Attributes:
         name: as the operator gave it: IPv4 or IPv6 address (without brackets), or a name in lower case.
-        port: of its SSH server.
-        user: who logs in.
         local: it is the machine that this runs on, where no connection is needed.
-        shell: runs scripts on it, once it is logged in to.
         address: the IP address that it was reached at.
-        hostname: what it calls itself.
         host_key, trust: its host key and why that is trusted.
         account: the user's SSH files.
         password_needed: the key logins failed and a password was not given.

@@ -34,11 +34,9 @@ class MutualLogin:
     """One run.
 
     Args:
-        hosts: each once.
         known_hosts: the host keys this machine knows, as text of such a file.
         fingerprints: host name → those of its keys that the operator gave.
         credentials: for the first login; later the key of this machine is enough.
-        timeout: seconds for each connection and each command.
     """
 
     def __init__(

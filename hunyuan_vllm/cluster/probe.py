@@ -39,8 +39,6 @@ class NodeFacts:
 
     Attributes:
         versions: "Python" and packages → version; a package that is not installed is left out.
-        gpus: model and memory of each GPU.
-        interfaces: network interface → its addresses.
         files: name in the checkpoint folder → size, or size and SHA-256; None where there is no such folder.
     """
 

@@ -9,11 +9,7 @@ import sys
 
 
 def take_option(name: str) -> str | None:
-    """Remove the option `name` (with its value) from sys.argv and hide the value in the process's arguments.
-
-    Returns:
-        The value, or None where the option is not given, or given without one.
-    """
+    """Remove the option `name` (with its value) from sys.argv and hide the value in the process's arguments."""
     value = None
     arguments = []
     rest = iter(sys.argv)

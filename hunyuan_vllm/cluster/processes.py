@@ -74,11 +74,7 @@ def process_title(process: psutil.Process) -> str:
 
 
 def end_processes(find: Callable[[], Sequence[psutil.Process]]) -> tuple[list[str], list[str]]:
-    """Terminate what `find` returns, then kill it, until it returns nothing.
-
-    Returns:
-        The processes that ended, and those that did not.
-    """
+    """Terminate what `find` returns, then kill it, until it returns nothing."""
     found = find()
     seen = {process.pid: process_title(process) for process in found}
     for process in found:

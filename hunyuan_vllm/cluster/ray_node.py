@@ -18,10 +18,8 @@ class Port:
     """One port, or a range of them.
 
     Attributes:
-        name: as documents call it.
         first, last: the same number for a single port.
         flag: of `ray start`; for a range the flags of its ends, with a comma between.
-        head_only: whether only the head listens on it.
         extra: whether it is open only where the extra `ray[default]` is installed, which nothing here needs.
     """
 
@@ -81,13 +79,8 @@ class NodeSetup:
     """One node of a cluster.
 
     Attributes:
-        address: its own.
         head: the head's address, which is the same on the head.
-        interface: network interface that carries `address`.
-        gpus: how many Ray is told of.
-        token_file: where the token is.
         tls: the folder with keys and certificates; None where connections between nodes are not encrypted.
-        variables: more environment variables, for Ray and all it starts.
     """
 
     address: str

@@ -57,13 +57,9 @@ class RayState:
     """What a machine has, and what runs of Ray there.
 
     Attributes:
-        home: the user's home directory.
-        interfaces: network interface → its addresses.
         gpus: how many nvidia-smi lists.
         setup: of the node that runs here, as recorded when it started; None if none runs, or another one.
-        processes: the processes of any Ray.
         raylets: how many of those run a node; with none, the rest is left over.
-        workloads: actors, tasks and drivers that use it.
     """
 
     home: str
@@ -136,11 +132,7 @@ def start(setup: NodeSetup, token: str | None = None) -> list[str]:
 
 
 def find_ray() -> Path:
-    """The command `ray` of this environment.
-
-    Raises:
-        NodeError: Ray is not installed.
-    """
+    """The command `ray` of this environment."""
     ray = Path(sys.executable).with_name("ray")
     if not ray.exists():
         raise NodeError(f"Ray is not installed in the environment of {sys.executable}", "pip install ray")

@@ -43,9 +43,6 @@ def fetch_host_key(host: Host, known: Iterable[PublicKey], timeout: float) -> Pu
 
     Args:
         known: keys known for it: their types are requested first, so that they can be compared.
-
-    Raises:
-        HostError: it is not reached, or is not an SSH server.
     """
     with _handshake(host, [key.type for key in known], timeout) as transport:
         key = _presented(transport)
@@ -54,12 +51,7 @@ def fetch_host_key(host: Host, known: Iterable[PublicKey], timeout: float) -> Pu
 
 
 def log_in(host: Host, pinned: PublicKey, credentials: Credentials, timeout: float) -> paramiko.Transport:
-    """A connection that is logged in to `host`; nothing is sent to a host that presents another key than `pinned`.
-
-    Raises:
-        PasswordNeeded: see there.
-        HostError: it is not reached, presents another key, or refuses the credentials.
-    """
+    """A connection that is logged in to `host`; nothing is sent to a host that presents another key than `pinned`."""
     with _handshake(host, [pinned.type], timeout) as transport:
         presented = _presented(transport)
         if presented != pinned:
@@ -206,11 +198,7 @@ class Shell(Protocol):
     """Where scripts run."""
 
     def run(self, script: str, timeout: float, **variables: str) -> Output:
-        """Run a POSIX shell script with these variables set.
-
-        Raises:
-            HostError: it did not run, or not to its end within `timeout` seconds.
-        """
+        """Run a POSIX shell script with these variables set."""
 
 
 def load_script(name: str) -> str:

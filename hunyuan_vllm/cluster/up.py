@@ -46,13 +46,8 @@ class Plan:
     """What the cluster is to be.
 
     Attributes:
-        check: what hosts are checked for before Ray starts.
         gpus: of each node as Ray is told; None for those that it has.
         token_file: where the token is, on every node; None for its place in the home there.
-        encrypt: whether nodes talk to each other over TLS.
-        variables: more environment variables for Ray and all it starts.
-        accept_warnings: whether to continue where the check warns.
-        force: whether to end a Ray that is in use.
     """
 
     check: Requirements
@@ -65,12 +60,7 @@ class Plan:
 
 
 class Up:
-    """One run, from the head, over hosts that are logged in to. Each host's `setup` says how its node is set up.
-
-    Attributes:
-        sections: what was found and done, in order.
-        changed: whether anything was started, ended or written.
-    """
+    """One run, from the head, over hosts that are logged in to. Each host's `setup` says how its node is set up."""
 
     def __init__(self, connections: Connections, plan: Plan, home: Path) -> None:
         self._connections = connections

@@ -23,7 +23,6 @@ class System:
         environ: the environment that a server would inherit.
         cwd: the folder that it would be started in.
         root: what /proc, /sys and /dev are below.
-        python: the interpreter it would run on.
         timeout: seconds that imports in other processes may take.
     """
 
@@ -82,7 +81,6 @@ class Probe:
     Attributes:
         values: of all its JSON lines together.
         failure: why it ended early, with the step it was at; "" if it did not.
-        timed_out: it took too long and was ended.
     """
 
     values: dict[str, Any] = field(default_factory=dict)

@@ -27,7 +27,6 @@ class Distance:
     """How far B's predictions are from A's, over all scored tokens.
 
     Attributes:
-        tokens: how many they are.
         perplexity_a, perplexity_b: exp of the mean negative log-likelihood of the text.
         agreement: share of tokens at which both give the same token the highest probability.
         kl_mean, kl_median, kl_p99, kl_max: of KL(A‖B) over the whole vocabulary, in nats.
@@ -97,12 +96,7 @@ def measure(
 
     Args:
         model: the checkpoint of the variants that name none.
-        flags: vLLM's own options, for all of them.
         folder: where A's logits are kept until the end; None for the temporary folder.
-
-    Raises:
-        UserError: it cannot work, for the reason given; no engine was started.
-        EngineFailed: an engine did not start, or exited early.
     """
     progress = Progress(console)
     runs = [EngineRun(variant, checkpoint_of(variant, model, progress), flags) for variant in (a, *others)]

@@ -94,10 +94,6 @@ def execute(run: EngineRun, work: Work, record: Path, format: tuple[int, str] | 
     Args:
         record: the file of logits: written where `format` is None, else compared with.
         format: that of the outcome whose run wrote the file.
-
-    Raises:
-        UserError: vLLM's flags cannot work.
-        EngineFailed: see there.
     """
     name = run.variant.label
     argv, env = run.argv(work.longest, os.environ)

@@ -18,7 +18,6 @@ class Passage:
     """Tokens that the engine reads at once.
 
     Attributes:
-        ids: token ids.
         scored: indices into `ids`, each at least 1, of the tokens whose prediction counts.
     """
 
@@ -31,10 +30,6 @@ def read_passages(file: Path, tokenizer: Any, context: int) -> list[Passage]:
 
     A line of JSONL is {"messages": [...]}, of which what the assistant says counts, or {"text": "..."}, which is cut
     into windows as a text file is.
-
-    Args:
-        tokenizer: the checkpoint's, as transformers gives it.
-        context: maximum tokens of a passage.
     """
     passages: list[Passage] = []
     for number, document in enumerate(read_documents(file, option="--text"), start=1):

@@ -127,9 +127,6 @@ def score_block(logits: Tensor, targets: Tensor, reference: Tensor | None = None
     Returns:
         "nll": -log q(target); with a reference also "kl": sum over the vocabulary of p (log p - log q) in nats, where
         p is the reference's distribution, and "same": 1 if both have the same most likely token, else 0.
-
-    Raises:
-        ValueError: the logits are not finite.
     """
     if not bool(torch.isfinite(logits).all()):
         raise ValueError("the model's logits are not finite")

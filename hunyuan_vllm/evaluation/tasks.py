@@ -70,7 +70,6 @@ class TaskResult:
     Attributes:
         setting: how it was asked; `shots` as they were.
         metrics: for the task, or each part of a group, each metric's value and its standard error, if it has one.
-        raw: the whole result of lm-evaluation-harness.
     """
 
     name: str
@@ -85,8 +84,6 @@ class Harness:
 
     Args:
         tokenizer: folder of the checkpoint's tokenizer; the client tokenizes.
-        concurrency: requests in flight.
-        include: a folder with more tasks.
     """
 
     def __init__(self, served: ServedModel, tokenizer: str, concurrency: int, include: Path | None = None) -> None:
@@ -128,10 +125,6 @@ class Harness:
         Args:
             limit: questions a task; None for all.
             samples: keep every question with its answer in `raw`.
-
-        Raises:
-            UserError: as of `load`.
-            ServerFailed: the server stopped answering.
         """
         import aiohttp
         import requests
@@ -251,13 +244,6 @@ def run(
 
     Args:
         shots, chat: instead of each task's setting; None leaves it.
-        limit: questions of each task; None for all.
-        output: a JSON file for all results.
-        samples: keep questions and answers in `output`.
-
-    Raises:
-        UserError: a task or its data cannot be loaded, or `output` cannot be written.
-        ServerFailed: the server stopped answering.
     """
     if samples and output is None:
         raise UserError("--samples needs --output, the file that they are written to")

@@ -30,7 +30,6 @@ class Change:
     Attributes:
         values: fields of the scenario and their new values.
         flags: the same as options of `hunyuan-vllm plan`.
-        price: what it costs, in words.
         cost: its rank; the cheapest changes come first.
         kind: its subject. Where a change suffices, others of its kind are not offered beside it.
     """

@@ -18,13 +18,9 @@ class Gpu(BaseModel):
     """One kind of GPU. Rates are dense peaks, in units of 10¹² operations a second; None where it has no such units.
 
     Attributes:
-        capability: CUDA compute capability, such as (9, 0).
         memory_gib: total memory as CUDA reports it: what vLLM takes its share of.
         memory_gb: the memory it is sold with.
-        bandwidth_gbs: GB/s between it and its memory.
         link_gbs: GB/s to the other GPUs of its node, both directions together.
-        link: what those links are.
-        sources: where the numbers are from.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

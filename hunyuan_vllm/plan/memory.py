@@ -156,9 +156,7 @@ class Budget:
     """Bytes on each GPU of one pipeline stage.
 
     Attributes:
-        total: the GPU's memory.
         taken: vLLM's share of it.
-        weights: exact.
         outside: context and NCCL buffers.
     """
 

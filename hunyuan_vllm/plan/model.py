@@ -125,12 +125,7 @@ UNQUANTISED = ("lm_head", "embed_tokens", "wg", "gate")  # modules that no schem
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A network, of which only the config need exist.
-
-    Attributes:
-        name: what the user called it.
-        format: how the checkpoint stores its weights.
-    """
+    """A network, of which only the config need exist."""
 
     name: str
     config: HunYuanConfig

@@ -111,14 +111,7 @@ class Scenario:
         gpus: GPUs in total; those that one engine leaves over run replicas of it.
         tensor, pipeline, dcp: ranks that share each layer, stages, ranks that share a sequence's cache.
         kv: the cache's type, "auto" (the model's) or "fp8".
-        batched_tokens, sequences: vLLM's --max-num-batched-tokens and --max-num-seqs.
-        utilization: vLLM's --gpu-memory-utilization.
-        block_size: tokens of a KV block.
-        eager: without CUDA graphs and compilation (--enforce-eager).
-        input_len, output_len: tokens of the requests that rates are given for.
-        per_node: GPUs of a node.
         node_link: bytes a second that each GPU can send to another node.
-        remarks: what is special about the checkpoint.
     """
 
     name: str

@@ -17,7 +17,6 @@ class Scheme:
     """A way to hold and multiply the quantised matrices.
 
     Attributes:
-        itemsize: bytes of a quantised element.
         channel_scales: bytes of a scale an output channel, on GPUs and on CPUs.
         tensor_scales: one float32 scale a tensor, and one for its input.
         packs: on GPUs the weight's shape is kept beside it: two int64, of an expert two BF16.

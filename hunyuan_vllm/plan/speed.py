@@ -61,9 +61,7 @@ class Step:
     """One step of one rank, in bytes, operations and seconds.
 
     Attributes:
-        tokens: tokens in the step.
         experts: distinct experts a layer reads, on average over the layers that have any.
-        weight_bytes, cache_bytes: what is read.
         operations: multiplications and additions, of the matrices and of attention.
         reduced_bytes: the message of one all-reduce.
         memory, compute: seconds at the datasheet's rates.

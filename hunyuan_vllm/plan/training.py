@@ -101,15 +101,12 @@ class TrainingSetup:
     """A fine-tuning to plan.
 
     Attributes:
-        mode: all weights, or low-rank adapters.
         rank, targets: of the adapters; modules by the end of their names.
         stage: of ZeRO: 0 nothing is divided among the GPUs, 1 the optimizer, 2 gradients too, 3 weights too.
         offload: what is in the hosts' memory: nothing, the optimizer (with gradients), or weights as well (stage 3).
-        length: tokens of a sequence.
         batch: sequences of a GPU in an iteration.
         checkpointing: layers are computed again in the backward pass.
         leaves: ZeRO-3 gathers all experts of a layer at once (--make_moe_param_leaf_module).
-        per_node: GPUs of a node.
         host: bytes of a node's memory; None for no limit.
     """
 
@@ -237,12 +234,7 @@ class Item:
 
 
 class TrainingMemory:
-    """The memory of one GPU and of one node.
-
-    Attributes:
-        gpu: what is on each GPU.
-        host: what is in a node's memory.
-    """
+    """The memory of one GPU and of one node."""
 
     def __init__(self, setup: TrainingSetup) -> None:
         self.setup = setup

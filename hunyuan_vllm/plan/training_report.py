@@ -30,9 +30,6 @@ def make_setup(
 
     Without a number of GPUs it takes the fewest; without a stage or offload, the fastest that fits, or else the one
     that needs the least memory.
-
-    Args:
-        others: fields of `TrainingSetup`.
     """
     found, kind = open_planned(model), find_gpu(gpu)
     if found.format.kind is not None:

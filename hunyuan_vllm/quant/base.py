@@ -68,11 +68,7 @@ class HunYuanQuantization(QuantizationConfig):
 
 
 def layout_of(vllm_config: VllmConfig) -> Layout:
-    """What the engine's checkpoint should hold.
-
-    Raises:
-        UnservedFormat: it is in a format that cannot be loaded.
-    """
+    """What the engine's checkpoint should hold."""
     from vllm.model_executor.model_loader.weight_utils import get_quant_config
 
     model_config = vllm_config.model_config
@@ -84,11 +80,7 @@ def layout_of(vllm_config: VllmConfig) -> Layout:
 
 
 def loaded_layout(quant_config: QuantizationConfig | None, config: HunYuanConfig) -> Layout:
-    """What a checkpoint that `quant_config` loads holds: as our quantisation says, or as config.json does.
-
-    Raises:
-        UnservedFormat: it is in a format that cannot be loaded.
-    """
+    """What a checkpoint that `quant_config` loads holds: as our quantisation says, or as config.json does."""
     if isinstance(quant_config, HunYuanQuantization):
         return quant_config.layout(config)
     return stored_format(quantization_of(vars(config))).layout(config)

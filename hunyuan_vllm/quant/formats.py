@@ -31,12 +31,10 @@ class Format:
 
     Attributes:
         kind: a short name; None: unquantised.
-        name: for people.
         scheme: the scheme (`quant.schemes`) that it is stored in; None where it has none.
         ours: a quantisation of this package loads it, not one of vLLM's own.
         stored: how the linear layer of a name is stored.
         ignored: the linear layers that stay unquantised, as the config lists them; None: as the tensors show.
-        bits: of a weight.
         operands: what its GEMMs are computed in on GPUs that have the units.
         cpus: why a CPU cannot load it, "" if it can.
     """
@@ -58,11 +56,7 @@ class Format:
         return int4 if self.scheme == "int4" else self.cpus
 
     def layout(self, config: HunYuanConfig) -> Layout:
-        """Names, shapes and types of the tensors that must be there, and of those that may.
-
-        Raises:
-            CheckpointError: the list of ignored layers cannot be followed.
-        """
+        """Names, shapes and types of the tensors that must be there, and of those that may."""
         if self.stored is None:
             return Layout(config)
         return QuantisedLayout(config, self.stored, self.ignored, cache_scales=not (self.ours and self.scheme != "fp8"))
@@ -85,11 +79,7 @@ class Format:
         return None
 
     def check_ranks(self, config: HunYuanConfig, ranks: int) -> None:
-        """Refuse a tensor-parallel size that cuts through what has one scale.
-
-        Raises:
-            UnservedFormat: names the sizes that would do.
-        """
+        """Refuse a tensor-parallel size that cuts through what has one scale."""
         if problem := self.rank_problem(config, ranks):
             sizes = self.rank_sizes(config)
             use = f"use tensor_parallel_size {' or '.join(map(str, sizes))} and pipeline stages" if sizes else CONVERT

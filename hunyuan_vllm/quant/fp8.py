@@ -93,11 +93,7 @@ _EXPERT_INPUT_SCALE = re.compile(r"^(.*\.experts\.\d+)\.(?:gate|up)_proj\.input_
 
 
 class HunYuanFp8Config(HunYuanQuantization):
-    """Weights and activations in E4M3 with one static scale a tensor.
-
-    Args:
-        ignored: the linear layers that the checkpoint left unquantised.
-    """
+    """Weights and activations in E4M3 with one static scale a tensor."""
 
     name: ClassVar[str] = "hunyuan_fp8"
 

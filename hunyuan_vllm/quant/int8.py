@@ -36,7 +36,6 @@ class Int8Config(HunYuanQuantization):
 
     Args:
         stored: how the checkpoint holds its weights: `PACKED`, `PLAIN`, or None for BF16 (or another float type).
-        ignored: the linear layers that a quantised checkpoint left as they were; see `IgnoredLayers`.
     """
 
     name: ClassVar[str] = str(INT8.quantization)

@@ -67,9 +67,6 @@ class Int8LinearMethod(LinearMethodBase):
 class Int8ExpertsMethod(FusedMoEMethodBase):
     """`w13_weight` int8 `[experts, 2 · intermediate, hidden]` (gate's rows first), `w2_weight` int8 `[experts, hidden,
     intermediate]`, and their float32 scales `[experts, rows, 1]`; after loading as `kernels` wants them.
-
-    Args:
-        kernels: `quant.cpu.w8a16` or `quant.cpu.w8a8`.
     """
 
     def __init__(self, moe: FusedMoEConfig, kernels: Int8Kernels) -> None:
@@ -136,7 +133,6 @@ def computes_shared_mlp(quant_config: QuantizationConfig | None, experts: str, w
     """Whether the experts that are built next are to compute `shared_mlp` too; then vLLM must not.
 
     Args:
-        experts: their prefix.
         width: their intermediate size on this rank, which the shared MLP's must equal.
     """
     from hunyuan_vllm.native import operators

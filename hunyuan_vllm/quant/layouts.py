@@ -65,11 +65,7 @@ class IgnoredLayers:
 
 
 def quantised_linears(config: HunYuanConfig, ignored: IgnoredLayers) -> dict[str, Shape]:
-    """Canonical name and weight's shape of the linear layers that are quantised.
-
-    Raises:
-        CheckpointError: only a part of what the engine computes in one GEMM is ignored.
-    """
+    """Canonical name and weight's shape of the linear layers that are quantised."""
     shapes = {
         name.removesuffix(".weight"): shape for name, shape in expected_tensors(config).items() if is_quantised(name)
     }
@@ -211,10 +207,8 @@ class QuantisedLayout(Layout):
     The canonical KV-cache scales are `model.layers.N.self_attn.{kv_scale,k_scale,v_scale}`.
 
     Args:
-        stored: how the linear layer of this name is stored.
         ignored: the linear layers that are not quantised; None: those that have a `weight` instead of the method's
             tensors, which only methods with names of their own allow.
-        cache_scales: the checkpoint may have KV-cache scales.
 
     Raises:
         CheckpointError: only a part of what the engine computes in one GEMM is ignored, or a weight cannot be packed.

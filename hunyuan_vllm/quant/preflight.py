@@ -17,11 +17,7 @@ CPU_CACHE_ALIGNMENT = 32  # elements of a head that vLLM's CPU attention takes a
 
 
 def check_quantisation(vllm_config: VllmConfig) -> None:
-    """Refuse what cannot work.
-
-    Raises:
-        ValueError: the message names the option, or the checkpoint's property, and what to use instead.
-    """
+    """Refuse what cannot work."""
     _check_format(vllm_config)
     if vllm_config.model_config.quantization in (INT8.quantization, INT8_W8A8.quantization):
         _check_int8(vllm_config)

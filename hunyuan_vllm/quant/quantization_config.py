@@ -20,9 +20,6 @@ from hunyuan_vllm.quant.layouts import IgnoredLayers, StoredTensors
 def quantization_of(fields: Mapping[str, Any], folder: Path | None = None) -> dict[str, Any] | None:
     """The description of a checkpoint's quantisation, from wherever vLLM reads it: config.json, or beside it
     hf_quant_config.json. None for an unquantised checkpoint.
-
-    Raises:
-        UnservedFormat: it is not a JSON object.
     """
     described = fields.get("quantization_config")
     source = folder / "hf_quant_config.json" if folder else None
@@ -58,9 +55,6 @@ def read_format(fields: Mapping[str, Any], folder: Path | None = None) -> Format
 
     Args:
         folder: the checkpoint's, if there is more of it than its config.
-
-    Raises:
-        UnservedFormat: it cannot be served here.
     """
     described = quantization_of(fields, folder)
     if (
@@ -87,11 +81,7 @@ def _holds_plain_weights(folder: Path) -> bool:
 
 
 def stored_format(described: Mapping[str, Any] | None) -> Format:
-    """The format that a description, of `quantization_of`, stands for.
-
-    Raises:
-        UnservedFormat: it cannot be served here.
-    """
+    """The format that a description, of `quantization_of`, stands for."""
     if not described:
         return Format()
     try:

@@ -11,7 +11,6 @@ class Scheme:
     """A way to hold a network's weights and compute with them.
 
     Attributes:
-        name: what users call it.
         stored: names of the schemes that a checkpoint may be stored in, to be served in this one.
         needs: what it is served from, for messages.
         quantization: vLLM's --quantization for it; None where the checkpoint's config.json says it.
@@ -54,11 +53,7 @@ _FORMER_NAMES = {"fp8-w8a8c8": "fp8"}
 
 
 def find_scheme(name: str, names: Container[str] = SCHEMES) -> Scheme:
-    """The scheme of this name, or of a former one.
-
-    Args:
-        names: those that may be asked for here.
-    """
+    """The scheme of this name, or of a former one."""
     name = _FORMER_NAMES.get(name, name)
     if name not in names or name not in SCHEMES:
         known = ", ".join(known for known in SCHEMES if known in names)

@@ -37,7 +37,6 @@ class LayerStats:
         inputs: largest magnitude of each input channel, float32 `[in]`.
         columns: largest magnitude of each column of the weight, float32 `[in]`.
         samples: some inputs, `[at most SAMPLE, in]`.
-        tokens: inputs seen.
         routed: for experts, tokens that the router sent there; the rest of `tokens` was shown to it besides.
         k_amax: an owner's largest magnitude of K as a cache without qk-norm holds it, float32 `[]`.
         v_amax: an owner's largest magnitude of each channel of V, float32 `[kv_heads * head_dim]`.
@@ -75,12 +74,7 @@ class LayerStats:
 
 
 class ObservedLayer:
-    """A decoder layer of the plain model that holds one projection's weight at a time.
-
-    Args:
-        read: a canonical tensor of the checkpoint.
-        device: where the layer runs.
-    """
+    """A decoder layer of the plain model that holds one projection's weight at a time."""
 
     def __init__(
         self, config: HunYuanConfig, layer: int, read: Callable[[str], Tensor], device: torch.device | str

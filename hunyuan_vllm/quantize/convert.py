@@ -35,15 +35,12 @@ class Options:
     """A conversion's options, beside its source and target.
 
     Attributes:
-        scheme: a name of `quant.schemes.WRITTEN`.
         clip: the largest magnitude that a weight scale represents: "max", the largest weight's, or "mse", the one with
             the least squared error.
         smooth: SmoothQuant's α, from 0 (all difficulty stays in the activations) to 1; None for no smoothing.
-        calibration_tokens: most tokens that calibration reads.
         headroom: how many times what calibration saw at most the static input and V scales reach. E4M3 rounds large and
             small numbers alike, so room costs nothing, whereas what lies beyond the range is cut off.
         shard_bytes: most bytes of a file, unless a tensor is larger.
-        device: "cpu", "cuda" or "cuda:N": where the arithmetic runs.
     """
 
     scheme: str
@@ -248,7 +245,6 @@ class Encoder:
     Args:
         read: a canonical tensor as it is to be represented: the checkpoint's, after smoothing.
         activations: what calibration saw; needed by a scheme with static input scales.
-        device: where the arithmetic runs.
     """
 
     def __init__(

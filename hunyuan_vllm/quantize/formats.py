@@ -283,12 +283,7 @@ FORMATS: dict[str, WeightFormat] = {"int8": Int8(), "int8-w8a8": Int8W8A8(), "fp
 def specs_of(
     unit: Unit, weight_format: WeightFormat, shapes: dict[str, Shape], dtype: Callable[[str], torch.dtype]
 ) -> list[Spec]:
-    """The tensors that will be written for a unit, known without reading it.
-
-    Args:
-        shapes: of every canonical tensor of the source.
-        dtype: of a canonical tensor of the source.
-    """
+    """The tensors that will be written for a unit, known without reading it."""
     if not unit.quantised:
         return [Spec(name, dtype(name), shapes[name]) for name in unit.names]
     specs = [spec for name in unit.names for spec in weight_format.specs(name.removesuffix(".weight"), shapes[name])]

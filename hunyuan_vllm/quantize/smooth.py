@@ -37,9 +37,6 @@ class SmoothQuant:
 
     Where the layer before is linear in each channel, it takes them on: a norm for q, k, v; a norm for gate, up, and the
     router that reads the same; up for down (silu(gate) · up is linear in up); an owner's v for the o of all its group.
-
-    Args:
-        stats: what calibration learnt of a layer.
     """
 
     def __init__(self, config: HunYuanConfig, alpha: float, stats: Callable[[int], LayerStats]) -> None:

@@ -53,7 +53,6 @@ def calibration_tokens(
     """The rows that calibration reads, at most `limit` tokens.
 
     Args:
-        folder: the checkpoint's, for its tokenizer and chat template.
         given: a file of text or chats, documents as token ids, or None for the built-in text.
     """
     if isinstance(given, Path | None):

@@ -95,7 +95,6 @@ class Measured:
     """What quantising did to one projection.
 
     Attributes:
-        projection: its name in the checkpoint, without ".weight".
         relative_error: ‖Ŵ − W‖ / ‖W‖, Frobenius.
         saturated: share of the weights beyond what the scale represents.
         input_scale: the static one, where the scheme has it.
@@ -116,7 +115,6 @@ class Verifier:
 
     Args:
         read: a canonical tensor as it is to be represented: the checkpoint's, after smoothing.
-        activations: what calibration saw, where there was one.
     """
 
     def __init__(

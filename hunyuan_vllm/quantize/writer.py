@@ -86,9 +86,6 @@ class ShardWriter:
     """A safetensors file whose tensors are written one at a time, in any order, to their places.
 
     The header comes first, so all specs are known. Wide types lie in front, which keeps every tensor aligned.
-
-    Raises:
-        OSError: the disk has no room for the file.
     """
 
     def __init__(self, path: Path, specs: Sequence[Spec]) -> None:
@@ -144,7 +141,6 @@ class Workspace:
     """A context manager that makes or takes up DST.partial, locked against other runs.
 
     Args:
-        target: DST.
         record: what the run does; a run that takes up the folder must have the same.
     """
 

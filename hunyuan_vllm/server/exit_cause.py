@@ -29,7 +29,6 @@ def exit_cause(lines: Sequence[str], exit_code: int = 0, oom_killed: bool | None
     """What ended a server, in one line without the log's prefix; None if it is unknown.
 
     Args:
-        lines: the end of its output.
         exit_code: of its first process; negative if a signal ended it.
         oom_killed: whether the kernel killed a process for memory while it ran; None if that is unknown.
     """

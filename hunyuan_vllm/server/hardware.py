@@ -15,12 +15,7 @@ from hunyuan_vllm.util.net import own_interfaces
 
 @dataclass(frozen=True)
 class GpuKind:
-    """The GPUs of this machine, which are taken to be alike.
-
-    Attributes:
-        capability: CUDA compute capability, such as (9, 0).
-        memory: bytes of one GPU's memory.
-    """
+    """The GPUs of this machine, which are taken to be alike."""
 
     capability: tuple[int, int]
     memory: int
@@ -34,10 +29,7 @@ class Machine:
         cuda: the installed engine is vLLM's GPU build.
         gpus: GPUs this process may use.
         gpu: what they are; None where there are none or that is unknown.
-        ray: the Ray cluster found, if any.
         ray_env: variables with which to join the cluster that `hunyuan-vllm cluster up` made of this machine.
-        interfaces: network interface → its IP addresses.
-        cores: CPU cores this process may use.
         memory: bytes of memory free for a server; on a NUMA machine, of the node its first rank is bound to.
         fp8_cache: its attention can read an FP8 KV cache; on CPUs vLLM's needs AVX-512 or AMX.
         compiles: a C++ compiler and Python's headers are there, which compiled kernels on the CPU need.

@@ -17,11 +17,7 @@ VISIBLE = re.compile(r"[!-~]+")
 
 
 def parse_keys(text: str, source: str) -> dict[str, str]:
-    """Name → key. A line is `NAME KEY`, or a key alone, which is called "default"; `#` begins a line of comment.
-
-    Args:
-        source: where the text is from, for messages.
-    """
+    """Name → key. A line is `NAME KEY`, or a key alone, which is called "default"; `#` begins a line of comment."""
     keys: dict[str, str] = {}
     for number, line in enumerate(text.splitlines(), 1):
         words = line.split()

@@ -40,10 +40,8 @@ class Ranks:
     """Parallel sizes.
 
     Attributes:
-        tensor: tensor-parallel ranks.
         world: all ranks: tensor × pipeline × data parallel.
         executor: vLLM's --distributed-executor-backend, or None for its default on one machine.
-        several_nodes: some ranks are on other machines.
     """
 
     tensor: int
@@ -66,10 +64,6 @@ def choose_ranks(
     Args:
         most: GPUs to use at most, unless the user says how many.
         weight_bytes: size of the weights as GPUs hold them; 0 if unknown.
-
-    Raises:
-        NotYetError: there are fewer GPUs than were asked for, or none.
-        UserError: the network cannot be divided over so many.
     """
     others = flags.integer("pipeline-parallel-size", 1) * flags.integer("data-parallel-size", 1)
     asked = flags.integer("tensor-parallel-size", 0) or settings.tp_size

@@ -131,9 +131,6 @@ def wait_for_gpus(
         limit: seconds to wait at most; None waits for ever.
         expected: addresses of the nodes that should join, if they are known.
         stream: where to report what is missing; None is standard error.
-
-    Raises:
-        NotYetError: they are not free in that time; the message says what is missing.
     """
     console = Console(file=stream or sys.stderr, highlight=False)
     deadline = None if limit is None else time.monotonic() + limit

@@ -75,10 +75,6 @@ class Change:
 class Adapter:
     """An adapter's folder. Only headers are read until a pair is asked for.
 
-    Args:
-        folder: as PEFT saves it.
-        config: the network it is to be merged into.
-
     Attributes:
         changes: canonical name of each weight that it changes, and how.
     """

@@ -20,8 +20,6 @@ class Sample:
     """One conversation as it is trained on.
 
     Attributes:
-        line: its number in the file.
-        example: its tokens, cut as training cuts them.
         parts: its text in runs: (text, whether its tokens are learned).
     """
 

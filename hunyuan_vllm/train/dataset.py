@@ -30,10 +30,7 @@ class Encoding:
     """How a line becomes token ids. Picklable.
 
     Args:
-        tokenizer: the checkpoint's, as `load_tokenizer` gives it.
         max_seq_length: tokens beyond it are cut off; None for no limit.
-        train_on_all: see `encode`.
-        default_system: see `encode`.
     """
 
     tokenizer: Any
@@ -42,11 +39,7 @@ class Encoding:
     default_system: str = DEFAULT_SYSTEM
 
     def __call__(self, line: Line) -> Example:
-        """The conversation in a line, uncut.
-
-        Raises:
-            BadConversation: there is none.
-        """
+        """The conversation in a line, uncut."""
         conversation = parse_conversation(line)
         return encode(conversation, self.tokenizer, train_on_all=self.train_on_all, default_system=self.default_system)
 
@@ -70,9 +63,7 @@ class Scan:
         offsets: where each begins, in bytes.
         lengths: tokens of each, uncut.
         learned: learned tokens of each, after cutting; conversations with 0 are skipped.
-        forms: number of conversations by form (see messages.py).
         bad: the first bad lines, up to `MAX_BAD`.
-        bad_count: number of all bad lines.
     """
 
     max_seq_length: int | None
@@ -126,7 +117,6 @@ def scan(
 
     Args:
         processes: default: one for a small file, else this rank's share of the cores.
-        advance: called with the number of bytes that were read.
     """
     result = Scan(encoding.max_seq_length)
     try:
@@ -211,14 +201,6 @@ class ConversationDataset:
     """The conversations of a file that have learned tokens, in the file's order; 24 bytes each in memory.
 
     Conversations longer than `max_seq_length` are cut, and those left without an answer are skipped; both are logged.
-
-    Args:
-        path: a JSONL file (see messages.py).
-        encoding: how its lines become token ids.
-        processes, advance: as `scan` takes them.
-
-    Attributes:
-        scan: what the file holds.
     """
 
     def __init__(

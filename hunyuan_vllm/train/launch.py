@@ -35,10 +35,7 @@ class Launch:
     """A run on some nodes, of which the first is this one.
 
     Args:
-        nodes: see `read_nodes`.
         port: of the rendezvous, on this node.
-        flags: of `python -m hunyuan_vllm.train`.
-        environ: this process's environment.
     """
 
     def __init__(self, nodes: Sequence[NodeOfRun], port: int, flags: Sequence[str], environ: Mapping[str, str]) -> None:

@@ -30,10 +30,7 @@ class Merge:
 
     Args:
         source: the checkpoint, in any spelling that layout.py reads; what is written has the published names.
-        adapter: checked against it.
-        target: folder to write, which must not exist.
         save_dtype: of all tensors but the routers, which keep a wider type of their own.
-        shard_bytes: maximum size of a file.
     """
 
     def __init__(
@@ -57,12 +54,7 @@ class Merge:
         return sum(shard.nbytes for shard in self._shards)
 
     def run(self) -> None:
-        """Merge.
-
-        Raises:
-            UserError: as for the class; finished files stay for the next run.
-            OSError: a disk failure.
-        """
+        """Merge."""
         self._source_is_not_target()
         if self._target.is_dir() and not any(self._target.iterdir()):
             self._target.rmdir()

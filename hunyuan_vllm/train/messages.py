@@ -19,11 +19,7 @@ class BadForm(ValueError):
 
 
 def form_of(given: dict[str, Any]) -> str:
-    """The name of the form that a line's fields have.
-
-    Raises:
-        BadForm: it has none, or two of them.
-    """
+    """The name of the form that a line's fields have."""
     if MESSAGES in given:
         return MESSAGES  # some data sets also have the first question as "prompt"
     fitting = [name for name, form in FORMS.items() if form.fields <= given.keys()]
@@ -35,11 +31,7 @@ def form_of(given: dict[str, Any]) -> str:
 
 
 def to_messages(given: dict[str, Any]) -> Any:
-    """The messages of a line, not checked yet.
-
-    Raises:
-        BadForm: as `form_of`, or its fields do not hold what the form has there.
-    """
+    """The messages of a line, not checked yet."""
     name = form_of(given)
     return given[MESSAGES] if name == MESSAGES else FORMS[name].convert(given)
 

@@ -140,9 +140,6 @@ class BaseCheckpoint:
     Attributes:
         folder: the checkpoint whose weights are read; None for a new network.
         resume: the earlier run's checkpoint to resume from.
-        config: the network's.
-        tokenizer_folder: where the tokenizer's files are.
-        served_dtype: what the result is saved in.
         origin: the checkpoint that the first run started from; None for a new network.
     """
 

@@ -45,8 +45,6 @@ class ExpertLoad:
     """Counts the tokens of each expert of each MoE layer.
 
     Attributes:
-        layers: those with a router.
-        topk: experts a token is given, of each of them.
         shares: layer → share of the tokens of each expert, up to the last `take`.
     """
 

@@ -43,7 +43,6 @@ def read_nodes(
     NODES and NODE_NUM, of nodes and of processes in all, are only checked; MASTER_PORT is the port.
 
     Args:
-        count_gpus: called if HOST_GPU_NUM is not set.
         own: address → interface of this machine; default: looked up.
     """
     each = _number(environ, "HOST_GPU_NUM")

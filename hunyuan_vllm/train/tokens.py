@@ -17,7 +17,6 @@ class Example:
 
     Attributes:
         labels: as long as `input_ids` and not shifted: the token itself where it is learned, else `IGNORED`.
-        truncated: whether the conversation was longer.
     """
 
     input_ids: list[int]
@@ -45,12 +44,7 @@ def encode(
     their weight is 0.
 
     Args:
-        tokenizer: the checkpoint's, as `load_tokenizer` gives it.
-        train_on_all: every token is learned, the user's too.
         default_system: put in front of a conversation without a system message; "" for none.
-
-    Raises:
-        BadConversation: the template refuses the messages, or does not append each turn to the previous ones.
     """
     messages = conversation.as_dicts(default_system)
     added = len(messages) - len(conversation.messages)

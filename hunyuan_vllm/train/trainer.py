@@ -32,10 +32,8 @@ class HunYuanTrainer(transformers.Trainer):
     """transformers' Trainer with what this network needs.
 
     Args:
-        aux_loss_coef: weight of `balance_loss`.
         finish: called with a folder of weights and their type before it is complete: adds the files that serving
             needs.
-        around: a context manager around each forward pass.
         arguments: `transformers.Trainer`'s.
 
     Attributes:
@@ -244,9 +242,6 @@ def save_result(trainer: HunYuanTrainer, folder: Path, dtype: torch.dtype) -> st
     """Save the trained weights to `folder`, completely or not at all; returns "an adapter" or "a checkpoint".
 
     Every process must call this: under ZeRO-3 each holds a part. A full model is saved in `dtype`, routers in float32.
-
-    Raises:
-        DiskError: it could not be written.
     """
     staged = folder.parent / STAGING / folder.name
     is_adapter = hasattr(trainer.model, "peft_config")

@@ -4,11 +4,7 @@ import os
 
 
 class UserError(Exception):
-    """A user's mistake: what is wrong and what to do about it, in one line. Docstrings do not list where it is raised.
-
-    Attributes:
-        status: exit status of the command.
-    """
+    """A user's mistake: what is wrong and what to do, in one line. Docstrings do not list where it is raised."""
 
     status = 2
 

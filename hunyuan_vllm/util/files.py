@@ -10,11 +10,7 @@ from hunyuan_vllm.util.errors import UserError
 
 
 def sync(path: Path) -> None:
-    """Flush a file's bytes, or a directory's entries, to the disk.
-
-    Raises:
-        OSError: the disk did not take it.
-    """
+    """Flush a file's bytes, or a directory's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -20,8 +20,6 @@ class Finding:
     """One line.
 
     Attributes:
-        subject: what was checked, in a word or two.
-        text: what was found.
         remedy: what to do about it; every warning and problem has one.
         items: all the tensors, files or ids it is about; `text` may only count them.
     """

@@ -58,12 +58,7 @@ def read_lines(path: Path) -> Iterator[Line]:
 
 
 def refuse_other_encodings(path: Path) -> None:
-    """Refuse a compressed, Parquet, UTF-16 or UTF-32 file with one error instead of one a line.
-
-    Raises:
-        UserError: the message holds the command that converts it.
-        OSError: it cannot be read.
-    """
+    """Refuse a compressed, Parquet, UTF-16 or UTF-32 file with one error instead of one a line."""
     with path.open("rb") as file:
         start = file.read(8)
     for mark, (kind, command) in OTHER_FILES.items():

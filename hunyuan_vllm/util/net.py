@@ -83,11 +83,7 @@ def own_addresses() -> set[str]:
 
 
 def why_unreachable(address: str, timeout: float = CONNECT_TIMEOUT) -> str:
-    """Why no connection to HOST:PORT opens, or "" where one does. A scheme before it (ray://) is ignored.
-
-    Raises:
-        ValueError: it is not HOST:PORT.
-    """
+    """Why no connection to HOST:PORT opens, or "" where one does. A scheme before it (ray://) is ignored."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     number = int(port)
     if not 0 < number < 65536:

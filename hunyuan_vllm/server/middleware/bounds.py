@@ -93,11 +93,7 @@ REPETITION = re.compile(r"\{(?:\d*,)?(\d+),?\}")
 
 
 def check_bounds(request: Mapping[str, Any]) -> None:
-    """Refuse a request over a bound. Fields of the wrong type are left to vLLM.
-
-    Raises:
-        BadField: with the field's name and the bound.
-    """
+    """Refuse a request over a bound. Fields of the wrong type are left to vLLM."""
     for name in LISTS.keys() - {"choice"}:
         _list(name, request.get(name), LISTS[name], LONGEST_STRING)
     constraint = request.get("structured_outputs")

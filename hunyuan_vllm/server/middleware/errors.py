@@ -57,7 +57,6 @@ class Problem:
 
     Attributes:
         field: where it is, as in "temperature" or "messages.0.role"; None if it is not in one.
-        message: one line, which names the field.
     """
 
     field: str | None

@@ -75,9 +75,6 @@ def read_fields(path: str, request: Mapping[str, Any], lenient: bool = False) ->
 
     Args:
         lenient: unknown fields are ignored, as vLLM does.
-
-    Raises:
-        BadField: a field is unknown, or known and not supported.
     """
     if path not in MODELS:
         return request

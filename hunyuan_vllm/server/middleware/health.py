@@ -52,11 +52,7 @@ logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below i
 
 
 class Drain:
-    """Counts the requests in flight, and handles SIGTERM instead of vLLM, which would cut them off.
-
-    Attributes:
-        draining: no new request is accepted.
-    """
+    """Counts the requests in flight, and handles SIGTERM instead of vLLM, which would cut them off."""
 
     def __init__(self, grace: float) -> None:
         """`grace` is how many seconds requests may continue after SIGTERM."""

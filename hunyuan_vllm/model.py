@@ -377,17 +377,18 @@ class HunYuanForCausalLM(nn.Module, SupportsPP, SupportsLoRA, SupportsEagle3, Mi
         self.config, self.vllm_config, self.quant_config = config, vllm_config, vllm_config.quant_config
         self.model = HunYuanModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         count_expert_load(self.model, vllm_config)
-        if get_pp_group().is_last_rank:
+        if not get_pp_group().is_last_rank:
+            self.lm_head = PPMissingLayer()
+        elif config.tie_word_embeddings:
+            # Not another layer with its weight: on CPUs that one would keep, packed, the weight from before a reload.
+            self.lm_head = self.model.embed_tokens
+        else:
             self.lm_head = ParallelLMHead(
                 config.vocab_size,
                 config.hidden_size,
                 quant_config=self.quant_config,
                 prefix=maybe_prefix(prefix, "lm_head"),
             )
-            if config.tie_word_embeddings:
-                self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
-        else:
-            self.lm_head = PPMissingLayer()
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         # Weights pushed into a model that began with dummy ones come in parts.

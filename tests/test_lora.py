@@ -9,10 +9,11 @@ import pytest
 from adapters import adapter_pairs, rename_modules, write_adapter
 from checkpoints import tiny_config, write_checkpoint
 from engine import engine, random_prompts
-from golden_data import FLOAT32_TOLERANCE, reference_answers
+from golden_data import FLOAT32_TOLERANCE, load_golden, reference_answers
 from vllm import SamplingParams, TokensPrompt
 from vllm.lora.request import LoRARequest
 
+from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.quantize.source import Source
 from hunyuan_vllm.train.adapter import Adapter
 from hunyuan_vllm.train.merge import SAVE_DTYPES, Merge
@@ -33,13 +34,14 @@ def furthest(a: list[float], b: list[float]) -> float:
     return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
-def test_adapters_of_one_batch_equal_their_merged_checkpoints(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [None, "v1_a13b"], ids=["CLA", "V1"])
+def test_adapters_of_one_batch_equal_their_merged_checkpoints(name: str | None, tmp_path: Path) -> None:
     """Two at once and none, in one batch; against `merge-lora`'s checkpoints, by the reference and by the engine.
 
     One whose modules the network does not have is refused, and the others are answered.
     """
-    config = tiny_config()
-    base = write_checkpoint(tmp_path / "base", config)
+    base = load_golden(name).path if name else write_checkpoint(tmp_path / "base", tiny_config())
+    config = HunYuanConfig.from_pretrained(base)
     merged, requests = [], []
     for number in (1, 2):
         adapter = write_adapter(tmp_path / f"adapter{number}", adapter_pairs(config, seed=number))

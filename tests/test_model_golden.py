@@ -74,7 +74,7 @@ def test_chunked_prefill_prefix_caching_and_preemption(name: str) -> None:
             assert greatest_difference(half, golden) <= FLOAT32_TOLERANCE
 
 
-@pytest.mark.parametrize(("name", "size"), [("cla2_top1", 2), ("cla2_top1", 4), ("v1_a13b", 2)])
+@pytest.mark.parametrize(("name", "size"), [("cla2_top1", 2), ("cla2_top1", 4), ("v1_a13b", 2), ("v1_moe_tf", 4)])
 def test_tensor_parallel(name: str, size: int) -> None:
     """Two KV heads, or one: with more ranks each is held several times."""
     check(name, tensor_parallel_size=size, enforce_eager=True)

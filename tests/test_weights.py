@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hunyuan_vllm import preflight
 
 pytestmark = pytest.mark.engine
 
+V1 = dict(model_type="hunyuan_v1_moe", use_cla=False, num_experts=16, moe_topk=8, tie_word_embeddings=True)
 NAME = "model.layers.3.mlp.experts.1.down_proj.weight"
 
 
@@ -77,9 +79,11 @@ def test_what_cannot_work_is_refused_at_once(options: dict, message: str, folder
     assert message in refused(folder, **options)
 
 
-def test_reload_in_place(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("changes", [{}, V1], ids=["CLA", "V1"])
+def test_reload_in_place(changes: dict[str, Any], tmp_path: Path) -> None:
     """vLLM's own reload from another path, then a single norm pushed as in reinforcement learning."""
-    config = tiny_config()
+    config = tiny_config(**changes)
+    folder = write_checkpoint(tmp_path / "model", config)
     other = write_checkpoint(tmp_path / "other", config, seed=5)
     prompts = random_prompts(config.vocab_size, [60])
     name = "model.layers.1.self_attn.key_layernorm.weight"

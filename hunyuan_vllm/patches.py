@@ -73,6 +73,15 @@
              of Inductor, which CPUs use, do not: each start compiles the model again.
    upstream  vllm#45447
    until     tests/test_patches.py::test_upstream_still_cannot_load_what_inductor_compiled fails
+
+11. The former name of reasoning, beside the new one.
+   where     vllm/entrypoints/openai/chat_completion/serving.py, OpenAIServingChat._finalize_response_message, and
+             vllm/parser/abstract_parser.py, DelegatingParser.parse_delta
+   why       vLLM 0.32 answers with `reasoning`. Clients of the versions that the Hunyuan models were published for, and
+             of other servers, read `reasoning_content` and would show no thinking.
+   upstream  removed on purpose
+   until     clients read `reasoning`, or tests/test_patches.py::test_upstream_still_answers_without_reasoning_content
+             fails
 """
 
 import os
@@ -81,6 +90,7 @@ from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +120,7 @@ from hunyuan_vllm.cpu import PackedCPUExperts, packs
 from hunyuan_vllm.util.errors import UserError
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
-_applied = _requests_checked = _compilation_limited = False
+_applied = _requests_checked = _compilation_limited = _reasoning_named = False
 COMPILATION_NICENESS = 10
 COMPILATION_LIMIT = 30.0  # seconds
 
@@ -189,6 +199,34 @@ def limit_compilation() -> None:
     StructuredOutputManager._create_grammar = _create_grammar
     StructuredOutputRequest._check_grammar_completion = _check_grammar_completion
     _compilation_limited = True
+
+
+def name_reasoning_as_before() -> None:
+    """Apply patch 11, once. Called in each process that answers requests."""
+    global _reasoning_named
+    if _reasoning_named:
+        return
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.parser.abstract_parser import DelegatingParser
+
+    finalize, parse_delta = OpenAIServingChat._finalize_response_message, DelegatingParser.parse_delta
+
+    def named(message: Any) -> Any:
+        if message is not None and message.reasoning:
+            message.reasoning_content = message.reasoning
+        return message
+
+    @wraps(finalize)
+    def _finalize_response_message(*args: Any, **kwargs: Any) -> Any:
+        return named(finalize(*args, **kwargs))
+
+    @wraps(parse_delta)
+    def _parse_delta(*args: Any, **kwargs: Any) -> Any:
+        return named(parse_delta(*args, **kwargs))
+
+    OpenAIServingChat._finalize_response_message = _finalize_response_message
+    DelegatingParser.parse_delta = _parse_delta
+    _reasoning_named = True
 
 
 def _repack_cpu_experts_on_reload() -> None:

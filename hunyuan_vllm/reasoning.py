@@ -29,13 +29,28 @@ class HunYuanReasoningParser(ReasoningParser):
     """
 
     engine_based_streaming = True
-    reasoning_start_str = f"{THINK}\n"  # as the model writes them: with the line break they have other tokens
-    reasoning_end_str = f"{THINK_END}\n"
 
     def __init__(self, tokenizer: TokenizerLike, *args: Any, **kwargs: Any) -> None:
         super().__init__(tokenizer, *args, **kwargs)
         self._serves = "model_config" in kwargs  # which the engine's structured outputs do not give
         self._open(thinking=False)
+
+    @property
+    def reasoning_start_str(self) -> str:
+        return self._written(THINK)
+
+    @property
+    def reasoning_end_str(self) -> str:
+        return self._written(THINK_END)
+
+    def _written(self, tag: str) -> str:
+        """The tag, with the line break behind it where the two share a token.
+
+        vLLM looks for the tokens of this, and writes them to end thinking at `thinking_token_budget`. A line break of
+        its own would come when a grammar already holds, which begins behind the tag.
+        """
+        ids, line = (self.model_tokenizer.encode(text, add_special_tokens=False) for text in (tag, f"{tag}\n"))
+        return tag if line[: len(ids)] == ids else f"{tag}\n"
 
     def _open(self, thinking: bool) -> None:
         self._end: int | None

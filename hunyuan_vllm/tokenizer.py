@@ -1,4 +1,4 @@
-"""HYTokenizer: the tokenizer of a checkpoint that brings hy.tiktoken, for transformers and so for vLLM.
+"""HYTokenizer: the tokenizer of Hunyuan checkpoints, for transformers and so for vLLM.
 
 Ids come from tiktoken (text_encoder.py); decoding, streaming, offsets and saving from `tokenizers` (vocab.py).
 """
@@ -13,7 +13,14 @@ from typing import Any, TypeVar
 
 from tokenizers import Encoding, Tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig, AutoTokenizer, BatchEncoding, TokenizersBackend
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BatchEncoding,
+    HunYuanDenseV1Config,
+    HunYuanMoEV1Config,
+    TokenizersBackend,
+)
 from transformers.models.auto import tokenization_auto
 
 from hunyuan_vllm import envs
@@ -37,7 +44,7 @@ from hunyuan_vllm.chat_template import (
     prompt_time,
     replacement,
 )
-from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.config import CONFIG_CLASSES, HunYuanConfig
 from hunyuan_vllm.util.errors import UserError
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
@@ -60,12 +67,14 @@ _Text = TypeVar("_Text")
 
 
 class HYTokenizer(TokenizersBackend):
-    """Tokenizer of the checkpoints with hy.tiktoken, named as the published tokenizer_config.json names it.
+    """Tokenizer of Hunyuan checkpoints, named as the published tokenizer_config.json names it. Chats are rendered and
+    encoded alike for all of them.
 
-    Text is brought to NFC first. A plain text gets <|startoftext|> in front (unless `add_bos_token`, or the published
-    `add_bod_token`, is false) and <|endoftext|> behind only if `add_eos_token` or `add_eod_token` is true.
+    A tokenizer.json, where there is one, is used as it is. With hy.tiktoken, text is brought to NFC first; a plain text
+    gets <|startoftext|> in front (unless `add_bos_token`, or the published `add_bod_token`, is false) and <|endoftext|>
+    behind only if `add_eos_token` or `add_eod_token` is true.
     A checkpoint without a chat template, or with one that is known to be wrong (see `known_faults`), gets the built-in
-    one. A tokenizer.json, where there is one, is used as it is.
+    one.
 
     Raises:
         ValueError: neither file is there, or hy.tiktoken is damaged (see `read_tokens`).
@@ -77,10 +86,11 @@ class HYTokenizer(TokenizersBackend):
         self._as_given = tokenizer_file is not None
         self._clock = envs.prompt_clock()
         self._text_encoder: TextEncoder | None = None
-        if kwargs.get("chat_template") is None:
-            kwargs["chat_template"] = CHAT_TEMPLATE
+        template: str | None = CHAT_TEMPLATE
         if tokenizer_file is not None:
             self._tokenizer = Tokenizer.from_file(tokenizer_file)
+            if self._tokenizer.token_to_id(START_OF_TEXT) is None:  # the smaller vocabulary, of another format
+                template = None
         elif vocab_file is not None:
             tokens = read_tokens(vocab_file)
             special = _special_tokens(Path(vocab_file).parent, len(tokens))
@@ -92,6 +102,8 @@ class HYTokenizer(TokenizersBackend):
                 f"{kwargs.get('name_or_path', 'The checkpoint')} has neither hy.tiktoken nor tokenizer.json. Copy it "
                 "there from the published checkpoint, or name another folder as the tokenizer"
             )
+        if kwargs.get("chat_template") is None:
+            kwargs["chat_template"] = template
         super().__init__(vocab_file=vocab_file, **kwargs)
 
     @classmethod
@@ -282,13 +294,13 @@ class _LateEncoding(BatchEncoding):
 
 
 def register_tokenizer() -> None:
-    """Make `AutoTokenizer`, and through it vLLM, load `model_type` "hunyuan" with `HYTokenizer`. Idempotent."""
-    model_type = HunYuanConfig.model_type
-    AutoTokenizer.register(HunYuanConfig, HYTokenizer, exist_ok=True)
-    # Whatever class or remote code tokenizer_config.json names: transformers keeps a list of the model types whose
-    # checkpoints name the wrong one, and loads those with the class that the model type maps to.
-    tokenization_auto.TOKENIZER_MAPPING_NAMES[model_type] = HYTokenizer.__name__
-    tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(model_type)
+    """Make `AutoTokenizer`, and through it vLLM, load all Hunyuan checkpoints with `HYTokenizer`. Idempotent."""
+    for config in (*CONFIG_CLASSES.values(), HunYuanMoEV1Config, HunYuanDenseV1Config):
+        AutoTokenizer.register(config, HYTokenizer, exist_ok=True)
+        # Whatever class or remote code tokenizer_config.json names: transformers keeps a list of the model types whose
+        # checkpoints name the wrong one, and loads those with the class that the model type maps to.
+        tokenization_auto.TOKENIZER_MAPPING_NAMES[config.model_type] = HYTokenizer.__name__
+        tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(config.model_type)
 
 
 def load_tokenizer(name: str | Path) -> HYTokenizer:

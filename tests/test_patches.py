@@ -23,7 +23,8 @@ from vllm.compilation import decorators
 from vllm.config import VllmConfig
 from vllm.config.lora import LoRAConfig
 from vllm.engine.arg_utils import EngineArgs
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.generate.base.protocol import DeltaMessage
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatMessage
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.punica_wrapper import punica_cpu
@@ -241,6 +242,11 @@ def test_an_engine_has_the_permission() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
     assert "granted 1" in done.stdout, done.stderr
+
+
+def test_upstream_still_answers_without_reasoning_content() -> None:
+    for message in (ChatMessage(role="assistant", reasoning="Hm"), DeltaMessage(reasoning="Hm")):
+        assert "reasoning_content" not in message.model_dump()
 
 
 def test_stock_tool_grammars_still_let_arguments_run_on() -> None:

@@ -13,13 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_replies import JSON, SIZES, TEXTS, pieces
 from tokenizer_texts import SMALL_VOCAB
-from tokenizers import AddedToken, Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.trainers import BpeTrainer
-from transformers import PreTrainedTokenizerFast
-from v1_templates import A13B, DENSE
+from v1_templates import A13B, small_vocabulary
 from vllm.config import ModelConfig, VllmConfig
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
@@ -35,6 +29,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.structured_output import StructuredOutputManager
 from xgrammar.testing import _is_grammar_accept_string
 
+from hunyuan_vllm.patches import name_reasoning_as_before
 from hunyuan_vllm.tokenizer import HYTokenizer
 
 load_general_plugins()
@@ -53,19 +48,8 @@ REPLY = (
 CALLS = [("weather", '{"city": "</answer>"}'), ("now", "{}")]
 
 
-def small_vocabulary() -> PreTrainedTokenizerFast:
-    """In the form of the smaller dense models' tokenizer.json."""
-    pipeline = Tokenizer(BPE())
-    pipeline.pre_tokenizer, pipeline.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
-    trainer = BpeTrainer(vocab_size=400, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
-    pipeline.train_from_iterator([REPLY, "think answer tool calls 助手"] * 4, trainer)
-    marks = ["begin▁of▁sentence", "place▁holder▁no▁3", "place▁holder▁no▁2", "User", "Assistant"]
-    pipeline.add_special_tokens([AddedToken(f"<｜hy_{mark}｜>", special=True) for mark in marks])
-    return PreTrainedTokenizerFast(tokenizer_object=pipeline, chat_template=DENSE)
-
-
 LARGE = HYTokenizer(vocab_file=str(SMALL_VOCAB), chat_template=A13B)
-SMALL = small_vocabulary()
+SMALL = small_vocabulary([REPLY, "think answer tool calls 助手"] * 4)
 BOTH = pytest.mark.parametrize("tokenizer", [LARGE, SMALL], ids=["128k", "120k"])
 Message = tuple[str, str, list[tuple[str, str]]]
 
@@ -262,6 +246,7 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> OpenAIServingChat:
     }
     renderer = OnlineRenderer(model, engine.renderer, **options)
     models = OpenAIServingModels(engine, [BaseModelPath(name="m", model_path="m")])  # type: ignore[arg-type]
+    name_reasoning_as_before()
     return OpenAIServingChat(engine, models, "assistant", online_renderer=renderer, **options)  # type: ignore[arg-type]
 
 
@@ -293,6 +278,7 @@ async def test_vllm_answers_alike_streamed_or_not(serving: OpenAIServingChat) ->
     whole: Any = await serving.create_chat_completion(asked(model="m"))
     (choice,) = whole.choices
     assert (choice.message.reasoning, choice.message.content) == ("Two calls, 两次 <tool_calls>[]", "Let me see.")
+    assert whole.model_dump()["choices"][0]["message"]["reasoning_content"] == choice.message.reasoning
     assert [(call.function.name, call.function.arguments) for call in choice.message.tool_calls] == CALLS
     assert choice.finish_reason == "tool_calls" and whole.usage.completion_tokens_details.reasoning_tokens > 0
     engine.says = [*pieces(REPLY, [9] * 30)]
@@ -300,6 +286,7 @@ async def test_vllm_answers_alike_streamed_or_not(serving: OpenAIServingChat) ->
     async for event in await serving.create_chat_completion(asked(model="m", stream=True)):  # type: ignore[union-attr]
         if event.startswith("data: {"):
             (choice,) = json.loads(event.removeprefix("data: "))["choices"]
+            assert choice["delta"].get("reasoning_content") == choice["delta"].get("reasoning")
             reasoning += choice["delta"].get("reasoning") or ""
             content += choice["delta"].get("content") or ""
             for call in choice["delta"].get("tool_calls", ()):
@@ -365,3 +352,4 @@ async def test_a_loop_with_results_is_rendered(serving: OpenAIServingChat) -> No
     (eos,) = ids(LARGE, "<|eos|>")
     assert engine.prompt.count(eos) == 1
     assert (answer.choices[0].message.reasoning, answer.choices[0].message.content) == (None, "18 °C")
+    assert "reasoning_content" not in answer.model_dump()["choices"][0]["message"]

@@ -1,4 +1,13 @@
-"""Chat templates in the formats of the Hunyuan V1 models, written after their description."""
+"""Chat templates in the formats of the Hunyuan V1 models, written after their description, and a small vocabulary."""
+
+from collections.abc import Sequence
+
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
 
 A13B = """
 {%- macro think(text) -%}
@@ -67,3 +76,14 @@ TRANSLATION = """
   {%- endif -%}
 {%- endfor -%}
 """
+
+
+def small_vocabulary(texts: Sequence[str], chat_template: str = DENSE) -> PreTrainedTokenizerFast:
+    """In the form of the smaller dense models' tokenizer.json."""
+    pipeline = Tokenizer(BPE())
+    pipeline.pre_tokenizer, pipeline.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    trainer = BpeTrainer(vocab_size=400, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
+    pipeline.train_from_iterator(texts, trainer)
+    marks = ["begin▁of▁sentence", "place▁holder▁no▁3", "place▁holder▁no▁2", "User", "Assistant"]
+    pipeline.add_special_tokens([AddedToken(f"<｜hy_{mark}｜>", special=True) for mark in marks])
+    return PreTrainedTokenizerFast(tokenizer_object=pipeline, chat_template=chat_template)

@@ -1,12 +1,14 @@
 """A server of a checkpoint whose chat template thinks and calls tools: what `serve` makes of that by itself."""
 
+import asyncio
 import json
 import shutil
 from collections.abc import Iterator
 
+import httpx
 import jsonschema
 import pytest
-from openai import OpenAI
+from openai import AsyncOpenAI, BadRequestError, OpenAI
 from serving import Server, running_server
 from v1_templates import A13B
 
@@ -26,6 +28,11 @@ TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": CITY
 QUESTION = {"role": "user", "content": "Why is sea water salty?"}
 FORM = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
 OFF = {"chat_template_kwargs": {"enable_thinking": False}}
+# Within the bounds of a request, and half a minute of work for the compiler.
+SLOW_GRAMMAR = "".join(
+    f"r{rule} ::= {' '.join(f'[^{letter}]?' for letter in 'abcdefgh')} r{rule + 1}\n" for rule in range(16)
+)
+SLOW_GRAMMAR = f'root ::= r0\n{SLOW_GRAMMAR}r16 ::= "x"\n'
 HOT = {"temperature": 1.5, "top_p": 1.0, "max_tokens": 200}
 
 
@@ -75,3 +82,30 @@ def test_a_call_that_is_asked_for_comes(client: OpenAI, choice) -> None:
     done = {"role": "assistant", "content": None, "tool_calls": [call.model_dump()]}
     result = {"role": "tool", "tool_call_id": call.id, "content": "18 °C"}
     assert ask(client, done, result, tools=TOOLS, extra_body=OFF).choices
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_grammar_holds_where_the_budget_ends_thinking(client: OpenAI, stream: bool) -> None:
+    begun = {"role": "assistant", "content": "<think>\nSalt"}
+    answer = ask(client, begun, response_format=FORM, stream=stream, extra_body={"thinking_token_budget": 6})
+    messages = [chunk.choices[0].delta for chunk in answer] if stream else [answer.choices[0].message]
+    reasoning = "".join(getattr(message, "reasoning", None) or "" for message in messages)
+    assert reasoning == "".join(getattr(message, "reasoning_content", None) or "" for message in messages)
+    assert reasoning and "think>" not in reasoning
+    jsonschema.validate(json.loads("".join(message.content or "" for message in messages)), CITY)
+
+
+async def test_a_slow_grammar_of_one_client_does_not_stall_another(server: Server) -> None:
+    constrained = {"model": "hunyuan", "prompt": "1", "structured_outputs": {"grammar": SLOW_GRAMMAR}}
+    async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as one:
+        compiling = asyncio.create_task(one.post("/completions", body=constrained, cast_to=httpx.Response))
+        await asyncio.sleep(0.5)  # the grammar reaches the engine first
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as other:
+            for _ in range(3):
+                answer = await other.completions.create(model="hunyuan", prompt="1", max_tokens=4)
+                assert answer.usage is not None and answer.usage.completion_tokens <= 4
+        assert not compiling.done()
+        try:
+            await compiling
+        except BadRequestError as refused:
+            assert "took too long to compile" in refused.message

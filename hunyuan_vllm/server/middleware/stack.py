@@ -22,6 +22,9 @@ PROBES = ("/health", LIVE, READY, METRICS)
 
 def build(app: App, keys: KeyRing | None) -> App:
     """The middleware around vLLM's application, from the inside out."""
+    from hunyuan_vllm.patches import name_reasoning_as_before  # imports vLLM, which is there by now
+
+    name_reasoning_as_before()
     policy = ApiPolicy.read(os.environ)
     served: App = ErrorHandler(app)
     served = Limits(served, policy)

@@ -29,6 +29,7 @@ __all__ = [
     "checkpoint_option",
     "cores",
     "interleaved",
+    "kept_checkpoint",
     "mid_checkpoint",
     "note",
     "options",
@@ -209,14 +210,19 @@ def checkpoint_option(parser: argparse.ArgumentParser) -> None:
 
 def mid_checkpoint(folder: Path) -> Path:
     """The benchmarks' checkpoint in `folder`, written there if it is not there yet."""
+    return kept_checkpoint(folder, "mid_config")
+
+
+def kept_checkpoint(folder: Path, shape: str) -> Path:
+    """A random checkpoint in `folder`, written there if it is not there yet; `shape` as for `random_checkpoint`."""
     if (folder / "config.json").exists():
         return folder
     if folder.exists():
-        raise SystemExit(f"{folder} is there and holds no checkpoint: name another folder with --checkpoint")
-    note(f"writing 2.2 GB of random weights to {folder}")
+        raise SystemExit(f"{folder} exists but holds no checkpoint: remove it or name another folder")
+    note(f"writing random weights to {folder}")
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    random_checkpoint(partial, "mid_config")
+    random_checkpoint(partial, shape)
     partial.rename(folder)
     return folder
 

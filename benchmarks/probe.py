@@ -21,22 +21,29 @@ class Probe:
     """Best rates over a few passes each, to be built in a `Child`.
 
     Reading: summing a buffer in huge pages, summing one in ordinary pages, and multiplying one bfloat16 row with a
-    stream of weights in vLLM's packed kernel; all far larger than the caches. The bound is the fastest of them.
+    stream of weights in this CPU's packed kernel; all far larger than the caches. The bound is the fastest of them.
     Multiplying: torch's bfloat16 matrix product of a prefill's size.
     """
 
     def __init__(self) -> None:
         import vllm._custom_ops as ops  # registers torch.ops._C
 
+        from hunyuan_vllm.native import operators
+
         pages = mmap.mmap(-1, BUFFER)
         pages.madvise(mmap.MADV_HUGEPAGE)
         self._huge = torch.frombuffer(pages, dtype=torch.float32).fill_(1)
         self._plain = torch.ones(BUFFER // 4)
-        self._ops = ops
         outputs, inputs = GEMV
         weights = [torch.randn(GEMV, dtype=torch.bfloat16) for _ in range(24)]
-        self._weights: list[Tensor] = [torch.ops._C.convert_weight_packed(weight) for weight in weights]
         self._row = torch.randn(1, inputs, dtype=torch.bfloat16)
+        self._multiply: Callable[[Tensor], Tensor]
+        if operators.multiplies_bf16():
+            self._weights = [torch.ops.hunyuan_vllm.bf16_pack_experts(weight.unsqueeze(0))[0] for weight in weights]
+            self._multiply = lambda packed: torch.ops.hunyuan_vllm.bf16_linear(self._row, packed, None, outputs)
+        else:
+            self._weights = [torch.ops._C.convert_weight_packed(weight) for weight in weights]
+            self._multiply = lambda packed: ops.weight_packed_linear_cpu(self._row, packed, outputs, None)
         rows, inner, columns = GEMM
         self._left = torch.randn(rows, inner, dtype=torch.bfloat16)
         self._right = torch.randn(columns, inner, dtype=torch.bfloat16)
@@ -58,7 +65,7 @@ class Probe:
 
     def _products(self) -> None:
         for weight in self._weights:
-            self._ops.weight_packed_linear_cpu(self._row, weight, GEMV[0], None)
+            self._multiply(weight)
 
 
 def _least_seconds(run: Callable[[], object], passes: int = 5) -> float:

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.transformers_utils.config import HFConfigParser
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
@@ -45,10 +46,43 @@ class HunYuanArchConfigConvertor(ModelArchConfigConvertorBase):
 
     def get_num_experts(self) -> int:
         """Most routed experts of any layer; 0 for a dense network."""
-        config: HunYuanConfig = self.hf_text_config
+        config = self.hf_text_config
+        if not isinstance(config, HunYuanConfig):
+            return super().get_num_experts()
         experts = max(config.experts_at(layer) for layer in range(config.num_hidden_layers))
         return experts if experts > 1 else 0
 
     def derive_max_model_len_and_key(self) -> tuple[float, str | None]:
         """The default of --max-model-len; `model_max_length` is what may be asked for."""
         return self.hf_text_config.max_position_embeddings, "max_position_embeddings"
+
+
+class TransformersPreflight:
+    """vLLM's config hook of its Transformers backend (`--model-impl transformers`), which other models have too.
+
+    It needs transformers' own config class, which vLLM's parser no longer makes of a Hunyuan checkpoint.
+    """
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        """Give a V1 checkpoint the config class of transformers.
+
+        Raises:
+            ValueError: transformers has none for this model_type.
+        """
+        config = model_config.hf_config
+        if not isinstance(config, HunYuanConfig):
+            return
+        if config.model_type not in CONFIG_MAPPING or config.model_type == HunYuanConfig.model_type:
+            raise ValueError(
+                f"--model-impl transformers: transformers has no model of model_type {config.model_type!r}: "
+                "leave the option out"
+            )
+        fields, _ = PreTrainedConfig.get_config_dict(model_config.hf_config_path or model_config.model)
+        theirs = CONFIG_MAPPING[config.model_type].from_dict(fields)
+        model_config.hf_config = model_config.hf_text_config = theirs
+        model_config.model_arch_config = model_config.get_model_arch_config()
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Nothing more."""

@@ -3,12 +3,13 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding, get_rope
 
 from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.cpu import has_native_kernels
 
 
 class _FoldAfterLoading(QuantizeMethodBase):
@@ -40,6 +41,7 @@ class FoldedQueryNorm(RMSNorm):
         self.query_weight = nn.Parameter(torch.ones_like(weight), requires_grad=False)
         self.key_weight = nn.Parameter(torch.ones_like(weight), requires_grad=False)
         self.quant_method = _FoldAfterLoading()
+        self.is_native = has_native_kernels()
 
     @torch.no_grad()
     def fold(self) -> None:
@@ -89,3 +91,31 @@ def make_rotary(config: HunYuanConfig, served_length: int) -> RotaryEmbedding:
         is_neox_style=True,
         rope_parameters=rope,
     )
+
+
+def rotate_and_normalize(
+    qk: Tensor,
+    positions: Tensor,
+    rotary: RotaryEmbedding,
+    q_norm: FoldedQueryNorm | None,
+    k_norm: RMSNorm | None,
+    heads: int,
+    key_heads: int,
+) -> tuple[Tensor, Tensor | None]:
+    """The rotary embedding of queries and keys and then, where there are norms, the norm of each head.
+
+    `qk` is `[tokens, (heads + key_heads) · size]`, queries first; with no `key_heads` there are no keys.
+    """
+    size = rotary.head_size
+    if q_norm is not None and q_norm.is_native:
+        table, eps = rotary.cos_sin_cache.to(torch.bfloat16), q_norm.variance_epsilon
+        run = torch.ops.hunyuan_vllm.rotate_and_normalize
+        return run(qk, positions, table, q_norm.weight, heads, key_heads, eps)
+    q, k = qk.split([heads * size, key_heads * size], dim=-1) if key_heads else (qk, None)
+    q, k = rotary(positions, q, k)
+    return _per_head(q_norm, q, size), _per_head(k_norm, k, size)
+
+
+def _per_head(norm: RMSNorm | None, x: Tensor | None, size: int) -> Tensor | None:
+    """Normalise each head of `[tokens, heads · size]`."""
+    return x if norm is None or x is None else norm(x.view(*x.shape[:-1], -1, size)).view(x.shape)

@@ -9,6 +9,7 @@ import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from torch import Tensor, nn
 from vllm import _custom_ops as ops
 from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import GateLinear
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
@@ -103,8 +104,84 @@ class PackedCPUExperts(CPUUnquantizedExperts):
         )
 
 
-def routes_natively() -> bool:
-    """Whether the model that is being built routes by our kernels."""
+class NativeCPUExperts(CPUUnquantizedExperts):
+    """SiLU-gated bfloat16 experts on our kernel, of any size."""
+
+    @staticmethod
+    def is_supported_config(
+        cls: type[mk.FusedMoEExperts],
+        moe_config: FusedMoEConfig,
+        weight_key: QuantKey | None,
+        activation_key: QuantKey | None,
+        activation_format: mk.FusedMoEActivationFormat,
+    ) -> tuple[bool, str | None]:
+        if moe_config.in_dtype != torch.bfloat16 or moe_config.has_bias:
+            return False, "our experts take bfloat16 without biases"
+        if moe_config.activation != MoEActivation.SILU:
+            return False, "our experts compute SiLU"
+        if not operators.multiplies_bf16():
+            return False, "our experts are for CPUs with AVX2 and without AVX-512"
+        return mk.FusedMoEExperts.is_supported_config(cls, moe_config, weight_key, activation_key, activation_format)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        for name in ("w13_weight", "w2_weight"):
+            replace_parameter(layer, name, torch.ops.hunyuan_vllm.bf16_pack_experts(getattr(layer, name)))
+
+    def apply(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        *_: object,
+        **__: object,
+    ) -> None:
+        """`hidden_states` and `output` are `[tokens, hidden]`, `topk_*` `[tokens, k]`; see vLLM's base class."""
+        width = self.moe_config.intermediate_size_per_partition
+        gates, ids = topk_weights.float().contiguous(), topk_ids.int().contiguous()
+        output.copy_(torch.ops.hunyuan_vllm.bf16_experts(hidden_states, w1, w2, gates, ids, width, None, None))
+
+
+def multiply_natively(layer: nn.Module, remove_weight: bool) -> bool:
+    """Let our kernel compute a linear layer, as vLLM's `dispatch_cpu_unquantized_gemm` does; whether it will."""
+    weight = layer.weight
+    if weight.is_meta or weight.ndim != 2 or weight.dtype != torch.bfloat16 or not operators.multiplies_bf16():
+        return False
+    packed = torch.ops.hunyuan_vllm.bf16_pack_experts(weight.unsqueeze(0)).squeeze(0)
+    outputs = weight.shape[0]
+    if getattr(layer, "bias", None) is not None:
+        layer.bias.data = layer.bias.float()
+
+    if remove_weight:
+        replace_parameter(layer, "weight", packed)
+
+    def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        rows = x.view(-1, x.shape[-1])
+        # A parameter's place in memory outlives a reload, which code that is compiled relies on.
+        y = torch.ops.hunyuan_vllm.bf16_linear(rows, weight if remove_weight else packed, bias, outputs)
+        return y.view(*x.shape[:-1], outputs)
+
+    layer.cpu_linear = cpu_linear
+    return True
+
+
+def computes_mlp(quant_config: object, bias: bool) -> bool:
+    """Whether `native_mlp` computes the MLP that is being built."""
+    natively = current_platform.is_cpu() and torch.get_default_dtype() == torch.bfloat16
+    return natively and quant_config is None and not bias and operators.multiplies_bf16()
+
+
+def native_mlp(x: Tensor, gate_up_proj: Any, down_proj: Any) -> Tensor:
+    """down(silu(gate) ⊙ up), `[tokens, hidden]`: the sum over the ranks, where `down_proj` makes it."""
+    width = down_proj.input_size_per_partition
+    y = torch.ops.hunyuan_vllm.bf16_mlp(x, gate_up_proj.weight, down_proj.weight, width)
+    return tensor_model_parallel_all_reduce(y) if down_proj.reduce_results and down_proj.tp_size > 1 else y
+
+
+def has_native_kernels() -> bool:
+    """Whether the model that is being built rotates, normalises and routes by our kernels."""
     return current_platform.is_cpu() and torch.get_default_dtype() == torch.bfloat16 and operators.available()
 
 

@@ -46,10 +46,10 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.sequence import IntermediateTensors
 
-from hunyuan_vllm.attention import FoldedQueryNorm, make_rotary
+from hunyuan_vllm import cpu
+from hunyuan_vllm.attention import FoldedQueryNorm, make_rotary, rotate_and_normalize
 from hunyuan_vllm.cla_cache import CLAAttention, OwnerAttention, SharedKV, kv_sharing_target, passes_kv
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.cpu import NativeGate, choose_experts, experts_without_lora_on_cpu, routes_natively
 from hunyuan_vllm.expert_load import count_expert_load
 from hunyuan_vllm.layout import FUSED
 from hunyuan_vllm.loader import CHECKPOINT_NAMES, load_checkpoint
@@ -88,8 +88,11 @@ class HunYuanMLP(nn.Module):
         )
         self.adds_skipped_bias = get_tensor_model_parallel_rank() == 0
         self.act_fn = SiluAndMul()
+        self.is_native = cpu.computes_mlp(quant_config, bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.is_native:
+            return cpu.native_mlp(x, self.gate_up_proj, self.down_proj)
         gate_up, _ = self.gate_up_proj(x)
         x, skipped_bias = self.down_proj(self.act_fn(gate_up))
         if skipped_bias is not None and self.adds_skipped_bias:  # once among the partial sums
@@ -112,8 +115,8 @@ class HunYuanMoE(nn.Module):
         top_k = config.topk_at(layer)
         intermediate_size = config.intermediate_at(layer)
 
-        routes_itself = routes_natively()
-        gate = NativeGate if routes_itself else GateLinear
+        routes_itself = cpu.has_native_kernels()
+        gate = cpu.NativeGate if routes_itself else GateLinear
         self.gate = gate(
             config.hidden_size,
             self.num_experts,
@@ -136,14 +139,14 @@ class HunYuanMoE(nn.Module):
         )
         ranks = 1 if parallel_config.enable_expert_parallel else get_tensor_model_parallel_world_size()
         joined = computes_shared_mlp(quant_config, f"{prefix}.experts", intermediate_size // ranks, self.shared_mlp)
-        with experts_without_lora_on_cpu():
+        with cpu.experts_without_lora_on_cpu():
             self.experts = FusedMoEFactory(
                 num_experts=self.num_experts,
                 top_k=top_k,
                 hidden_size=config.hidden_size,
                 intermediate_size=intermediate_size,
                 renormalize=config.renormalizes_at(layer),
-                custom_routing_function=choose_experts if routes_itself else None,
+                custom_routing_function=cpu.choose_experts if routes_itself else None,
                 quant_config=quant_config,
                 prefix=f"{prefix}.experts",
                 enable_eplb=enable_eplb,
@@ -211,8 +214,8 @@ class HunYuanAttention(nn.Module):
             quant_config=quant_config,
             prefix=f"{prefix}.o_proj",
         )
-        self.use_qk_norm = config.use_qk_norm
-        if self.use_qk_norm:
+        self.qk_norm = self.unit_norm = None
+        if config.use_qk_norm:
             self.qk_norm = FoldedQueryNorm(self.head_dim, config.rms_norm_eps)
             self.unit_norm = RMSNorm(self.head_dim, config.rms_norm_eps, has_weight=False)
         attention = CLAAttention if self.is_cross else OwnerAttention
@@ -227,30 +230,25 @@ class HunYuanAttention(nn.Module):
             kv_sharing_target_layer_name=kv_sharing_target(config, layer, f"{prefix}.attn"),
             config=config,
             layer=layer,
-            q_amax=self.qk_norm.bound if self.use_qk_norm else None,
+            q_amax=self.qk_norm.bound if self.qk_norm else None,
         )
 
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, shared_kv: SharedKV
     ) -> tuple[torch.Tensor, SharedKV]:
+        norms = self.qk_norm, self.unit_norm
         if self.is_cross:
             q, _ = self.q_proj(hidden_states)
-            q, _ = self.rotary_emb(positions, q, None)
+            q, _ = rotate_and_normalize(q, positions, self.rotary_emb, *norms, self.num_heads, 0)
         else:
             qkv, _ = self.qkv_proj(hidden_states)
             kv_size = self.num_kv_heads * self.head_dim
-            q, k, v = qkv.split([self.num_heads * self.head_dim, kv_size, kv_size], dim=-1)
-            q, k = self.rotary_emb(positions, q, k)
-            shared_kv = (self._per_head(self.unit_norm, k), v) if self.use_qk_norm else (k, v)
-        if self.use_qk_norm:
-            q = self._per_head(self.qk_norm, q)
+            qk, v = qkv.split([self.num_heads * self.head_dim + kv_size, kv_size], dim=-1)
+            q, k = rotate_and_normalize(qk, positions, self.rotary_emb, *norms, self.num_heads, self.num_kv_heads)
+            shared_kv = (k, v)
         output = self.attn(q, *shared_kv)
         output, _ = self.o_proj(output)
         return output, shared_kv if self.passes_kv else (None, None)
-
-    def _per_head(self, norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
-        """Normalise each head of `[tokens, heads * head_dim]`."""
-        return norm(x.view(*x.shape[:-1], -1, self.head_dim)).view(x.shape)
 
 
 class HunYuanDecoderLayer(nn.Module):

@@ -7,17 +7,20 @@
    upstream  not reported yet (0.32.0 and 0.33.0 have it)
    until     tests/test_patches.py::test_cpu_experts_still_need_repacking fails
 
-2. Packed linear kernel without AMX.
-   where     vllm/model_executor/layers/utils.py, check_cpu_sgl_kernel
+2. Packed linear kernels without AMX.
+   where     vllm/model_executor/layers/utils.py, check_cpu_sgl_kernel and dispatch_cpu_unquantized_gemm
    why       vLLM keeps `weight_packed_linear` to AMX machines. With AVX-512 BF16 alone it is 1.05 to 1.2 times as fast
              as oneDNN up to 8 rows, where decoding is, and 0.92 to 1.02 times from 64 (benchmarks/cpu_kernels.py).
+             With AVX2 alone oneDNN has no bfloat16 product and vLLM falls back to torch's, which is 10 to 50 times as
+             slow as our kernel.
    upstream  not reported yet
-   until     tests/test_patches.py::test_upstream_still_keeps_the_packed_linear_to_amx fails
+   until     tests/test_patches.py::test_upstream_still_keeps_the_packed_linear_to_amx and
+             ::test_upstream_still_has_no_linear_for_avx2 fail
 
 3. Packed experts without AMX.
    where     vllm/model_executor/layers/fused_moe/oracle/unquantized.py, backend_to_kernel_cls
    why       The same for experts: `fused_experts_cpu` is 1.1 times as fast as the portable kernel in decoding, 1.4 to
-             1.8 times from 64 rows (benchmarks/cpu_kernels.py).
+             1.8 times from 64 rows (benchmarks/cpu_kernels.py); with AVX2 alone our kernel is.
    upstream  not reported yet
    until     tests/test_patches.py::test_upstream_still_has_no_packed_experts fails
 
@@ -116,7 +119,7 @@ from vllm.v1.structured_output.request import StructuredOutputRequest
 
 from hunyuan_vllm.adapter import check_adapter, check_modules
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.cpu import PackedCPUExperts, packs
+from hunyuan_vllm.cpu import NativeCPUExperts, PackedCPUExperts, multiply_natively, packs
 from hunyuan_vllm.util.errors import UserError
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
@@ -278,6 +281,14 @@ def _use_packed_linear_kernel() -> None:
         return upstream(n, k, dtype) or packs(n, k, dtype)
 
     layer_utils.check_cpu_sgl_kernel = check_cpu_sgl_kernel
+    dispatch = layer_utils.dispatch_cpu_unquantized_gemm
+
+    @wraps(dispatch)
+    def dispatch_cpu_unquantized_gemm(layer: nn.Module, remove_weight: bool) -> None:
+        if not multiply_natively(layer, remove_weight):
+            dispatch(layer, remove_weight)
+
+    layer_utils.dispatch_cpu_unquantized_gemm = dispatch_cpu_unquantized_gemm
 
 
 def _use_packed_experts() -> None:
@@ -286,7 +297,7 @@ def _use_packed_experts() -> None:
     @wraps(upstream)
     def backend_to_kernel_cls(backend: UnquantizedMoeBackend) -> list[type[modular_kernel.FusedMoEExperts]]:
         classes = upstream(backend)
-        return [PackedCPUExperts, *classes] if backend == UnquantizedMoeBackend.CPU else classes
+        return [PackedCPUExperts, NativeCPUExperts, *classes] if backend == UnquantizedMoeBackend.CPU else classes
 
     unquantized.backend_to_kernel_cls = backend_to_kernel_cls
 

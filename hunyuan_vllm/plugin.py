@@ -27,7 +27,7 @@ def register() -> None:
     from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
 
     from hunyuan_vllm import envs
-    from hunyuan_vllm.arch_config import HunYuanArchConfigConvertor, HunYuanConfigParser
+    from hunyuan_vllm.arch_config import HunYuanArchConfigConvertor, HunYuanConfigParser, TransformersPreflight
     from hunyuan_vllm.config import ARCHITECTURES, CONFIG_CLASSES, HunYuanConfig
     from hunyuan_vllm.preflight import HunYuanPreflight
     from hunyuan_vllm.quant import register_quantization
@@ -43,6 +43,8 @@ def register() -> None:
     for architecture in ARCHITECTURES:
         ModelRegistry.register_model(architecture, "hunyuan_vllm.model:HunYuanForCausalLM")
         MODELS_CONFIG_MAP[architecture] = HunYuanPreflight
+    for architecture in ("TransformersForCausalLM", "TransformersMoEForCausalLM"):
+        MODELS_CONFIG_MAP.setdefault(architecture, TransformersPreflight)
     for model_type in CONFIG_CLASSES:
         MODEL_ARCH_CONFIG_CONVERTORS[model_type] = HunYuanArchConfigConvertor
     ToolParserManager.register_lazy_module("hunyuan_large", "hunyuan_vllm.tool_calls", "HunYuanToolParser")

@@ -67,6 +67,51 @@ def mid_config(**overrides: Any) -> HunYuanConfig:
     return tiny_config(**(fields | overrides))
 
 
+def v1_moe_config(**overrides: Any) -> HunYuanConfig:
+    """Hunyuan-A13B in small, in its file's spelling: 457e6 parameters, top-8 of 64 experts, a shared one."""
+    layers = 8
+    fields: dict[str, Any] = dict(
+        architectures=["HunYuanMoEV1ForCausalLM"],
+        model_type="hunyuan_v1_moe",
+        vocab_size=32768,
+        hidden_size=1024,
+        intermediate_size=256,
+        moe_intermediate_size=[256] * layers,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        attention_head_dim=128,
+        max_position_embeddings=4096,
+        num_experts=64,
+        moe_topk=[8] * layers,
+        num_shared_expert=[1] * layers,
+        use_cla=False,
+        tie_word_embeddings=True,
+    )
+    return tiny_config(**(fields | overrides))
+
+
+def v1_dense_config(**overrides: Any) -> HunYuanConfig:
+    """A dense V1 model of 252e6 parameters."""
+    fields: dict[str, Any] = dict(
+        architectures=["HunYuanDenseV1ForCausalLM"],
+        model_type="hunyuan_v1_dense",
+        vocab_size=32768,
+        hidden_size=1024,
+        intermediate_size=3584,
+        num_hidden_layers=16,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=128,
+        max_position_embeddings=4096,
+        num_experts=1,
+        use_mixed_mlp_moe=False,
+        use_cla=False,
+        tie_word_embeddings=True,
+    )
+    return tiny_config(**(fields | overrides))
+
+
 # What to change in `tiny_config` to reach the branches that the golden checkpoints leave out.
 VARIANTS: dict[str, dict[str, Any]] = {
     "rope_plain": dict(rope_scaling=None),
@@ -92,7 +137,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "v1_top1": dict(model_type="hunyuan_v1_moe", use_cla=False, moe_intermediate_size=64),
 }
 
-CONFIGS: dict[str, Callable[..., HunYuanConfig]] = {"tiny": tiny_config, "mid": mid_config}
+CONFIGS: dict[str, Callable[..., HunYuanConfig]] = {
+    "tiny": tiny_config,
+    "mid": mid_config,
+    "v1_moe": v1_moe_config,
+    "v1_dense": v1_dense_config,
+}
 
 
 def write_checkpoint(

@@ -19,7 +19,7 @@ from hunyuan_vllm.attention import FoldedQueryNorm, RoundedRotaryEmbedding
 from hunyuan_vllm.checkpoint import check_headers
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import CheckpointError, Layout
-from hunyuan_vllm.model import HunYuanAttention, HunYuanForCausalLM
+from hunyuan_vllm.model import HunYuanForCausalLM
 
 pytestmark = pytest.mark.engine
 
@@ -65,20 +65,13 @@ def test_key_weight_not_folded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_norm_before_rope(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forward(self: HunYuanAttention, positions, hidden_states, shared_kv):
-        if self.is_cross:
-            q, _ = self.q_proj(hidden_states)
-            q, _ = self.rotary_emb(positions, self._per_head(self.qk_norm, q), None)
-        else:
-            qkv, _ = self.qkv_proj(hidden_states)
-            kv_size = self.num_kv_heads * self.head_dim
-            q, k, v = qkv.split([self.num_heads * self.head_dim, kv_size, kv_size], dim=-1)
-            q, k = self._per_head(self.qk_norm, q), self._per_head(self.unit_norm, k)
-            shared_kv = (self.rotary_emb(positions, q, k)[1], v)
-        output, _ = self.o_proj(self.attn(q, *shared_kv))
-        return output, (None, None)
+    def norm_then_rotate(qk, positions, rotary, q_norm, k_norm, heads, key_heads):
+        by_head = qk.view(len(qk), -1, rotary.head_size)
+        q = q_norm(by_head[:, :heads].contiguous()).view(len(qk), -1)
+        k = k_norm(by_head[:, heads:].contiguous()).view(len(qk), -1) if key_heads else None
+        return rotary(positions, q, k)
 
-    monkeypatch.setattr(HunYuanAttention, "forward", forward)
+    monkeypatch.setattr(model_module, "rotate_and_normalize", norm_then_rotate)
     assert worst("cla2_top1") > SEEN
 
 

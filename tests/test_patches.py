@@ -19,6 +19,7 @@ from checkpoints import tiny_config, write_checkpoint
 from engine import engine, greatest_difference, random_prompts, score
 from golden_data import FLOAT32_TOLERANCE, load_golden, reference_answers
 from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable
+from vllm import _custom_ops
 from vllm.compilation import decorators
 from vllm.config import VllmConfig
 from vllm.config.lora import LoRAConfig
@@ -44,11 +45,14 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.structured_output.request import StructuredOutputRequest
 
 from hunyuan_vllm import demo, model, patches
-from hunyuan_vllm.cpu import PackedCPUExperts, has_avx512_bf16_without_amx
+from hunyuan_vllm.cpu import NativeCPUExperts, PackedCPUExperts, has_avx512_bf16_without_amx
+from hunyuan_vllm.native import operators
 
 without_amx = pytest.mark.skipif(
     not has_avx512_bf16_without_amx(), reason="needs a CPU with AVX-512 BF16 and without AMX, where the patch acts"
 )
+
+without_avx512 = pytest.mark.skipif(torch.cpu._is_avx512_supported(), reason="needs a CPU without AVX-512")
 
 pytestmark = pytest.mark.engine
 
@@ -89,7 +93,16 @@ def test_upstream_still_has_no_packed_experts() -> None:
     ]
 
 
-@without_amx
+@without_avx512
+def test_upstream_still_has_no_linear_for_avx2() -> None:
+    """Its own products of bfloat16 would come from oneDNN."""
+    with pytest.raises(RuntimeError, match="could not create a primitive"):
+        _custom_ops.create_onednn_mm(torch.ones(64, 64, dtype=torch.bfloat16), 32)
+
+
+@pytest.mark.skipif(
+    not has_avx512_bf16_without_amx() and not operators.multiplies_bf16(), reason="this CPU keeps vLLM's kernels"
+)
 def test_the_packed_kernels_are_used() -> None:
     """By a bfloat16 engine; a float32 one keeps the portable kernels."""
 
@@ -98,7 +111,8 @@ def test_the_packed_kernels_are_used() -> None:
         return type(kernel.fused_experts).__name__
 
     golden = load_golden("cla2_top1")
-    for dtype, expected in (("bfloat16", PackedCPUExperts.__name__), ("float32", "CPUUnquantizedExperts")):
+    ours = (NativeCPUExperts if operators.multiplies_bf16() else PackedCPUExperts).__name__
+    for dtype, expected in (("bfloat16", ours), ("float32", "CPUUnquantizedExperts")):
         with engine(golden.path, dtype=dtype) as llm:
             assert llm.apply_model(experts) == [expected]
 

@@ -252,16 +252,15 @@ def _field(cpuinfo: str, name: str) -> str:
 
 
 def _kernels(flags: set[str]) -> str:
+    ours = "AVX-512" if {"avx512_bf16", "avx512vbmi", "avx512_vnni"} <= flags else "AVX2"
     if "amx_bf16" in flags:
-        return "AMX: vLLM's packed kernels"
+        return f"AMX: bfloat16 on vLLM's AMX kernels, int8 weights on our {ours} ones"
     if "avx512_bf16" in flags:
-        vnni = "and VNNI" if "avx512_vnni" in flags else "without VNNI, which W8A8 needs"
-        weights = "our own kernel" if "avx512vbmi" in flags else "plain torch, slowly, as VBMI is missing"
-        return f"AVX-512 with BF16 {vnni}: packed kernels; int8 weights on {weights}"
+        return f"AVX-512 with BF16: bfloat16 on vLLM's packed kernels, int8 weights on our {ours} ones"
     if "avx512f" in flags:
-        return "AVX-512 without BF16: bfloat16 is computed through float32, slowly"
+        return f"AVX-512 without BF16: bfloat16 through float32, slowly; int8 weights on our {ours} kernels"
     if "avx2" in flags:
-        return "AVX2 only: works, slowly"
+        return "AVX2: bfloat16 and int8 weights on our kernels"
     return "ARM with BF16" if "bf16" in flags else "no instructions for bfloat16"
 
 

@@ -14,7 +14,7 @@ import torch
 
 FOLDER = Path(__file__).parent
 _TORCH = Path(torch.__file__).parent
-_FEATURES = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_bf16", "avx512_vbmi", "avx512_vnni")
+AVX512 = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_bf16", "avx512_vbmi", "avx512_vnni")
 _TORCH_ABI = "0x020a000000000000"  # 2.10, the oldest whose stable interface has all we call
 _FLAGS = (
     "-std=c++17",
@@ -22,7 +22,7 @@ _FLAGS = (
     "-fPIC",
     "-shared",
     "-w",
-    *(f"-m{name.replace('_', '')}" for name in _FEATURES),
+    "-mavx2",
     "-mfma",
     f"-DTORCH_TARGET_VERSION={_TORCH_ABI}",
     f"-I{_TORCH / 'include'}",
@@ -34,13 +34,18 @@ class Unavailable(Exception):
     """Why there are no kernels; and what to do, if anything can be done."""
 
 
+def has_avx512() -> bool:
+    """Whether this CPU has all that the AVX-512 kernels need; the others are for AVX2."""
+    has = torch.cpu.get_capabilities()
+    return all(has.get(name) for name in AVX512)
+
+
 def require_features() -> None:
-    """Raises Unavailable, if this is no machine for the kernels."""
+    """Raises Unavailable if the kernels cannot run on this machine."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         raise Unavailable("they are for x86 CPUs on Linux")
     has = torch.cpu.get_capabilities()
-    missing = [name for name in _FEATURES if not has.get(name)]
-    if missing:
+    if missing := [name for name in ("avx2", "fma3") if not has.get(name)]:
         raise Unavailable(f"this CPU lacks {', '.join(missing)}")
 
 
@@ -57,7 +62,8 @@ def build(folder: Path) -> Path:
     except (OSError, subprocess.CalledProcessError) as error:
         raise Unavailable(f"{shlex.join(compiler)} does not run ({error}): set CXX to a C++ compiler") from error
     sources = sorted([*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h")])
-    command = [*compiler, *_FLAGS, *(str(path) for path in sources if path.suffix == ".cpp")]
+    features = [f"-m{name.replace('_', '')}" for name in AVX512] if has_avx512() else []
+    command = [*compiler, *_FLAGS, *features, *(str(path) for path in sources if path.suffix == ".cpp")]
     parts = (
         *(path.read_bytes() for path in sources),
         version,

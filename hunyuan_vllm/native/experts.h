@@ -33,7 +33,7 @@ struct ExpertsShape {
   int64_t tokens, k, experts, hidden, width;
 };
 
-// Of [experts, 2 · width, hidden] and [experts, hidden, width], packed, and their scales.
+// Of [experts, 2 · width, hidden] and [experts, hidden, width], packed, and their scales, null where there are none.
 struct ExpertsWeights {
   const uint8_t *w13, *w2;
   const float *scale13, *scale2;
@@ -55,35 +55,35 @@ void experts(bf16* y, const bf16* x, int64_t stride, const ExpertsWeights& route
     if (begin == end) return;
     gate_up.push_back({outer_rows.rows(routes.tokens.data() + begin, end - begin),
                        Weight<Scheme>{weights.w13, hidden, 2 * width}.of_expert(e),
-                       weights.scale13 + e * 2 * width});
+                       weights.scale13 ? weights.scale13 + e * 2 * width : nullptr});
     down.push_back({inner_rows.rows(routes.slots.data() + begin, end - begin),
                     Weight<Scheme>{weights.w2, width, hidden}.of_expert(e),
-                    weights.scale2 + e * hidden});
+                    weights.scale2 ? weights.scale2 + e * hidden : nullptr});
   };
   for (int64_t e = 0; e < count; ++e) add_expert(routed, e, routes.ends[e], routes.ends[e + 1]);
   if (shared) add_expert(*shared, 0, of_routed, slots);
 
   const auto store_inner = [&](const Group<Scheme>& group, int64_t first, int64_t last) {
     const int32_t* slot = routes.slots.data() + (group.rows.indices - routes.tokens.data());
-    product(group.rows, group.weight, first, last, [&](int64_t row, int64_t block, __m512 gate, __m512 up) {
+    product(group.rows, group.weight, first, last, [&](int64_t row, int64_t block, Floats gate, Floats up) {
       const int64_t channel = block * kLanes;
-      const __mmask16 lanes = first_lanes(width - channel);
-      gate = _mm512_mul_ps(gate, _mm512_maskz_loadu_ps(lanes, group.scale + channel));
-      up = _mm512_mul_ps(up, _mm512_maskz_loadu_ps(lanes, group.scale + width + channel));
-      store_bf16(&inner[slot[row] * width + channel], lanes, _mm512_mul_ps(silu(gate), up));
+      const Lanes lanes = first_lanes(width - channel);
+      gate = scaled(gate, group.scale, channel, lanes);
+      up = scaled(up, group.scale, width + channel, lanes);
+      store_bf16(&inner[slot[row] * width + channel], lanes, multiply(silu(gate), up));
     });
   };
-  const auto store_part = [&](int64_t slot, int64_t channel, int64_t end, const float* scale, __m512 value) {
-    const __mmask16 lanes = first_lanes(end - channel);
-    value = _mm512_mul_ps(value, _mm512_maskz_loadu_ps(lanes, scale + channel));
-    if (slot < of_routed) value = _mm512_mul_ps(value, _mm512_set1_ps(topk_weights[slot]));
+  const auto store_part = [&](int64_t slot, int64_t channel, int64_t end, const float* scale, Floats value) {
+    const Lanes lanes = first_lanes(end - channel);
+    value = scaled(value, scale, channel, lanes);
+    if (slot < of_routed) value = multiply(value, all(topk_weights[slot]));
     if (one_part)
       store_bf16(y + slot * hidden + channel, lanes, value);
     else
-      _mm512_mask_storeu_ps(&parts[slot * hidden + channel], lanes, value);
+      ::hunyuan::store(&parts[slot * hidden + channel], lanes, value);
   };
   const auto store_down = [&](const Group<Scheme>& group, int64_t begin, int64_t end) {
-    product(group.rows, group.weight, begin, end, [&](int64_t row, int64_t block, __m512 first, __m512 second) {
+    product(group.rows, group.weight, begin, end, [&](int64_t row, int64_t block, Floats first, Floats second) {
       const int64_t slot = group.rows.indices[row];
       store_part(slot, block * kLanes, half, group.scale, first);
       store_part(slot, half + block * kLanes, hidden, group.scale, second);
@@ -91,10 +91,10 @@ void experts(bf16* y, const bf16* x, int64_t stride, const ExpertsWeights& route
   };
   const auto add_parts = [&](int64_t token) {
     for (int64_t channel = 0; channel < hidden; channel += kLanes) {
-      const __mmask16 lanes = first_lanes(hidden - channel);
-      const auto part = [&](int64_t slot) { return _mm512_maskz_loadu_ps(lanes, &parts[slot * hidden + channel]); };
-      __m512 sum = shared ? part(of_routed + token) : _mm512_setzero_ps();
-      for (int64_t slot = token * k; slot < (token + 1) * k; ++slot) sum = _mm512_add_ps(sum, part(slot));
+      const Lanes lanes = first_lanes(hidden - channel);
+      const auto part = [&](int64_t slot) { return load(&parts[slot * hidden + channel], lanes); };
+      Floats sum = shared ? part(of_routed + token) : zeros();
+      for (int64_t slot = token * k; slot < (token + 1) * k; ++slot) sum = add(sum, part(slot));
       store_bf16(y + token * hidden + channel, lanes, sum);
     }
   };

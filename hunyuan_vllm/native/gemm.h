@@ -1,4 +1,4 @@
-// Rows times packed int8 weights, for both schemes (w8a16.h, w8a8.h): linear layers and SiLU-gated experts.
+// Rows times packed weights, for all schemes (avx2.h, w8a16.h, w8a8.h): linear layers and SiLU-gated experts.
 //
 // A weight [outputs, inputs] is packed into blocks of 32 output channels, 16 of the first half of all and 16 of the second:
 // of gate and up, what belongs together. A block is its head, and then for each few inputs (kInputs) a piece of all its
@@ -15,7 +15,6 @@
 namespace hunyuan {
 
 constexpr int kBlock = 2 * kLanes;
-constexpr int kMostRows = 512;                // rows that pass a block before the next: they stay in a cache
 constexpr int64_t kAhead = 2560;              // bytes to fetch ahead of their use
 constexpr int kReadingRows = 8;               // reading a weight takes as long as multiplying it with some rows
 
@@ -52,7 +51,7 @@ void tile(const typename Scheme::Element* const* x, const uint8_t* block, int64_
           typename Scheme::Stored* sums) {
   const typename Scheme::Reader read;
   // A multiplication waits for the one before that adds to the same sum: few rows need several sums to keep it busy.
-  constexpr int kChains = sizeof...(kRow) == 1 ? 4 : sizeof...(kRow) <= 3 ? 2 : 1;
+  constexpr int kChains = Scheme::chains(sizeof...(kRow));
   typename Scheme::Sums first_sums[kChains][sizeof...(kRow)], second_sums[kChains][sizeof...(kRow)];
   for (int c = 0; c < kChains; ++c)
     ((first_sums[c][kRow] = second_sums[c][kRow] = Scheme::zero()), ...);
@@ -61,16 +60,14 @@ void tile(const typename Scheme::Element* const* x, const uint8_t* block, int64_
     const uint8_t* at = w + p * Scheme::kBytes;
     for (int line = 0; line < Scheme::kBytes; line += 64)
       _mm_prefetch(reinterpret_cast<const char*>(at + kAhead + line), kOnce ? _MM_HINT_NTA : _MM_HINT_T0);
-    __m512i first, second;
+    typename Scheme::Vector first, second;
     read(at, first, second);
-    const auto add = [&](const typename Scheme::Element* row, auto& first_sum, auto& second_sum) {
-      int some;
-      std::memcpy(&some, row + Scheme::kInputs * p, sizeof some);
-      const __m512i inputs = _mm512_set1_epi32(some);
-      first_sum = Scheme::add(first_sum, inputs, first);
-      second_sum = Scheme::add(second_sum, inputs, second);
+    const auto add = [&](const typename Scheme::Element* row, auto& sum, const auto& weights) {
+      sum = Scheme::add(sum, Scheme::broadcast(row + Scheme::kInputs * p), weights);
     };
-    (add(x[kRow], first_sums[c][kRow], second_sums[c][kRow]), ...);
+    (add(x[kRow], first_sums[c][kRow], first), ...);
+    Scheme::between_halves(second, p);
+    (add(x[kRow], second_sums[c][kRow], second), ...);
   };
   int64_t p = 0;
   for (; p + kChains <= pieces; p += kChains)
@@ -81,7 +78,7 @@ void tile(const typename Scheme::Element* const* x, const uint8_t* block, int64_
       second_sums[0][kRow] = Scheme::sum(second_sums[0][kRow], second_sums[c][kRow])),
      ...);
   (Scheme::store(sums + kRow * kBlock, first_sums[0][kRow], block), ...);
-  (Scheme::store(sums + kRow * kBlock + kLanes, second_sums[0][kRow], block + sizeof(__m512i)), ...);
+  (Scheme::store(sums + kRow * kBlock + kLanes, second_sums[0][kRow], block + kLanes * sizeof(int32_t)), ...);
 }
 
 template <class Scheme, bool kOnce, int... kRow>
@@ -103,8 +100,8 @@ template <class Scheme, typename Store>
 void product(const Rows<Scheme>& rows, const Weight<Scheme>& weight, int64_t first, int64_t last, const Store& store) {
   constexpr int kTileRows = Scheme::kTileRows;
   constexpr auto kSizes = std::make_integer_sequence<int, kTileRows>();
-  for (int64_t done = 0; done < rows.count; done += kMostRows) {
-    const int64_t count = std::min<int64_t>(kMostRows, rows.count - done), tiles = (count + kTileRows - 1) / kTileRows;
+  for (int64_t done = 0; done < rows.count; done += Scheme::kMostRows) {
+    const int64_t count = std::min<int64_t>(Scheme::kMostRows, rows.count - done), tiles = (count + kTileRows - 1) / kTileRows;
     for (int64_t block = first; block < last; ++block)
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t begin = done + count * t / tiles, size = done + count * (t + 1) / tiles - begin;
@@ -183,14 +180,15 @@ class Prepared {
 
 // Packs a weight [outputs, inputs]; there are zeros where there is no channel.
 template <class Scheme>
-void pack(uint8_t* packed, const int8_t* weight, int64_t outputs, int64_t inputs) {
+void pack(uint8_t* packed, const typename Scheme::Value* weight, int64_t outputs, int64_t inputs) {
+  using Value = typename Scheme::Value;
   constexpr int kInputs = Scheme::kInputs;
   const Weight<Scheme> to{packed, inputs, outputs};
-  const std::vector<int8_t> zeros(inputs);
+  const std::vector<Value> zeros(inputs);
   parallel(outputs * inputs, [&] {
     const auto [first, last] = part_of(to.blocks());
     for (int64_t block = first; block < last; ++block) {
-      const int8_t* rows[kBlock];
+      const Value* rows[kBlock];
       uint8_t* out = packed + block * to.block_bytes();
       for (int place = 0; place < kBlock; ++place) {
         const int half = Scheme::half(place);
@@ -205,32 +203,37 @@ void pack(uint8_t* packed, const int8_t* weight, int64_t outputs, int64_t inputs
       out += Scheme::kHeadBytes;
       for (int64_t p = 0; p < to.pieces(); ++p, out += Scheme::kBytes) {
         std::memset(out, 0, Scheme::kBytes);
-        const int64_t size = std::min<int64_t>(kInputs, inputs - p * kInputs);
-        for (int place = 0; place < kBlock; ++place) std::memcpy(out + place * kInputs, rows[place] + kInputs * p, size);
-        for (int line = 0; line < Scheme::kBytes; line += 64)
-          _mm512_storeu_si512(out + line, Scheme::encode(_mm512_loadu_si512(out + line)));
+        const int64_t size = std::min<int64_t>(kInputs, inputs - p * kInputs) * sizeof(Value);
+        for (int place = 0; place < kBlock; ++place)
+          std::memcpy(out + place * kInputs * sizeof(Value), rows[place] + kInputs * p, size);
+        Scheme::encode(out);
       }
     }
   });
 }
 
-// y [rows, outputs] = x [rows, inputs] · (scale ⊙ weight)ᵀ + bias
+// With the scales of channels from `channel` on, if there are any.
+inline Floats scaled(Floats values, const float* scale, int64_t channel, Lanes lanes) {
+  return scale ? multiply(values, load(scale + channel, lanes)) : values;
+}
+
+// y [rows, outputs] = x [rows, inputs] · (scale ⊙ weight)ᵀ + bias; scale and bias may be null
 template <class Scheme>
 void linear(bf16* y, const bf16* x, int64_t stride, const uint8_t* packed, const float* scale, const float* bias,
             int64_t rows, int64_t outputs, int64_t inputs) {
   const Prepared<Scheme> prepared(x, stride, rows, inputs);
   const std::vector<Group<Scheme>> groups{{prepared.rows(nullptr, rows), {packed, inputs, outputs}, scale}};
   const int64_t half = groups[0].weight.half();
-  const auto store = [&](int64_t row, int64_t channel, int64_t end, __m512 value) {
-    const __mmask16 lanes = first_lanes(end - channel);
-    value = _mm512_mul_ps(value, _mm512_maskz_loadu_ps(lanes, scale + channel));
-    if (bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(lanes, bias + channel));
+  const auto store = [&](int64_t row, int64_t channel, int64_t end, Floats value) {
+    const Lanes lanes = first_lanes(end - channel);
+    value = scaled(value, scale, channel, lanes);
+    if (bias) value = add(value, load(bias + channel, lanes));
     store_bf16(y + row * outputs + channel, lanes, value);
   };
   parallel(rows * outputs * inputs, [&] {
     prepared.prepare();
     share(groups, [&](const Group<Scheme>& group, int64_t begin, int64_t end) {
-      product(group.rows, group.weight, begin, end, [&](int64_t row, int64_t block, __m512 first, __m512 second) {
+      product(group.rows, group.weight, begin, end, [&](int64_t row, int64_t block, Floats first, Floats second) {
         store(row, block * kLanes, half, first);
         store(row, half + block * kLanes, outputs, second);
       });

@@ -11,7 +11,7 @@ from torch import Tensor
 from vllm.logger import init_logger
 
 from hunyuan_vllm import envs
-from hunyuan_vllm.native.build import Unavailable, build, require_features
+from hunyuan_vllm.native.build import Unavailable, build, has_avx512, require_features
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
 
@@ -25,9 +25,14 @@ def available() -> bool:
         require_features()
         _load(str(build(envs.cache_folder() / "kernels")))
     except (Unavailable, OSError) as error:
-        logger.warning("No C++ kernels (int8 is slow without them): %s", error)
+        logger.warning("No C++ kernels (the model is slow without them): %s", error)
         return False
     return True
+
+
+def multiplies_bf16() -> bool:
+    """Whether `bf16_linear` and `bf16_experts` are to be used: without AVX-512, vLLM and torch have slow ones only."""
+    return available() and not torch.cpu._is_avx512_supported()
 
 
 @cache
@@ -36,9 +41,12 @@ def _load(library: str) -> None:
     fakes: dict[str, Callable] = {
         "router_logits": _router_logits,
         "choose_experts": _choose_experts,
+        "rotate_and_normalize": _rotate_and_normalize,
         **{f"{scheme}_linear": _linear for scheme in ("w8a16", "w8a8")},
         **{f"{scheme}_experts": _experts for scheme in ("w8a16", "w8a8")},
     }
+    if not has_avx512():
+        fakes |= {"bf16_linear": _bf16_linear, "bf16_mlp": _experts, "bf16_experts": _experts}
     for name, fake in fakes.items():
         torch.library.register_fake(f"hunyuan_vllm::{name}", fake)
 
@@ -55,8 +63,19 @@ def _choose_experts(logits: Tensor, topk: int, renormalize: bool) -> tuple[Tenso
     return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int32)
 
 
+def _rotate_and_normalize(
+    rows: Tensor, positions: Tensor, cos_sin: Tensor, weight: Tensor, heads: int, key_heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    tokens, size = rows.shape[0], cos_sin.shape[1]
+    return rows.new_empty(tokens, heads * size), rows.new_empty(tokens, key_heads * size)
+
+
 def _linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], scale.shape[0])
+
+
+def _bf16_linear(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+    return x.new_empty(x.shape[0], outputs)
 
 
 def _experts(hidden: Tensor, *_: Tensor | None) -> Tensor:

@@ -18,20 +18,20 @@ inline void router_logits(float* logits, const bf16* x, int64_t stride, const fl
     const auto [first, last] = part_of(tokens);
     for (int64_t token = first; token < last; ++token) {
       for (int64_t i = 0; i < hidden; i += kLanes)
-        _mm512_storeu_ps(&row[i], load_bf16(x + token * stride + i, first_lanes(hidden - i)));
+        store(&row[i], load_bf16(x + token * stride + i, first_lanes(hidden - i)));
       for (int64_t e = 0; e < experts; ++e) {
         const float* weights = gate + e * hidden;
-        __m512 even = _mm512_setzero_ps(), odd = even;  // two, since an addition takes longer than its place in line
+        Floats even = zeros(), odd = even;  // two, since an addition takes longer than its place in line
         int64_t i = 0;
         for (; i + 2 * kLanes <= hidden; i += 2 * kLanes) {
-          even = _mm512_fmadd_ps(_mm512_loadu_ps(&row[i]), _mm512_loadu_ps(weights + i), even);
-          odd = _mm512_fmadd_ps(_mm512_loadu_ps(&row[i + kLanes]), _mm512_loadu_ps(weights + i + kLanes), odd);
+          even = multiply_add(load(&row[i]), load(weights + i), even);
+          odd = multiply_add(load(&row[i + kLanes]), load(weights + i + kLanes), odd);
         }
         for (; i < hidden; i += kLanes) {
-          const __mmask16 lanes = first_lanes(hidden - i);
-          even = _mm512_fmadd_ps(_mm512_loadu_ps(&row[i]), _mm512_maskz_loadu_ps(lanes, weights + i), even);
+          const Lanes lanes = first_lanes(hidden - i);
+          even = multiply_add(load(&row[i]), load(weights + i, lanes), even);
         }
-        logits[token * experts + e] = _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
+        logits[token * experts + e] = sum(add(even, odd));
       }
     }
   });
@@ -44,13 +44,13 @@ inline void choose_experts(float* weights, int32_t* ids, const float* logits, in
   std::vector<float> left(experts), powers(experts);
   for (int64_t token = 0; token < tokens; ++token, weights += k, ids += k, logits += experts) {
     left.assign(logits, logits + experts);
-    const __m512 largest = _mm512_set1_ps(*std::max_element(left.begin(), left.end()));
-    float all = 0, chosen = 0;
+    const Floats greatest = all(*std::max_element(left.begin(), left.end()));
+    float total = 0, chosen = 0;
     for (int64_t e = 0; e < experts; e += kLanes) {
-      const __mmask16 lanes = first_lanes(experts - e);
-      const __m512 power = exponential(_mm512_sub_ps(_mm512_maskz_loadu_ps(lanes, logits + e), largest));
-      all += _mm512_mask_reduce_add_ps(lanes, power);
-      _mm512_mask_storeu_ps(&powers[e], lanes, power);
+      const Lanes lanes = first_lanes(experts - e);
+      const Floats power = exponential(subtract(load(logits + e, lanes), greatest));
+      store(&powers[e], lanes, power);
+      total += sum(load(&powers[e], lanes));
     }
     for (int64_t n = 0; n < k; ++n) {
       const int64_t best = std::max_element(left.begin(), left.end()) - left.begin();
@@ -58,7 +58,7 @@ inline void choose_experts(float* weights, int32_t* ids, const float* logits, in
       ids[n] = static_cast<int32_t>(best);
       chosen += weights[n] = powers[best];
     }
-    for (int64_t n = 0; n < k; ++n) weights[n] /= renormalize ? chosen : all;
+    for (int64_t n = 0; n < k; ++n) weights[n] /= renormalize ? chosen : total;
   }
 }
 

@@ -1,4 +1,4 @@
-// bfloat16 rows and int8 weights.
+// bfloat16 rows and int8 weights, with AVX-512.
 //
 // Weights lie in memory as int8 and become bfloat16, exactly, in registers: two table look-ups give the low and the high
 // byte of |w|, and the sign is stored beside it. The look-ups run beside the multiplications of eight rows at no cost, so
@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 
 #include "vectors.h"
 
@@ -30,25 +31,38 @@ constexpr Bf16Bytes bf16_bytes() {
 }
 
 struct W8A16 {
+  using Value = int8_t;
   using Element = bf16;
+  using Vector = __m512i;
   using Sums = __m512;
   using Stored = float;
   static constexpr bool kRoundsRows = false;
   static constexpr int kInputs = 2;      // that lie together
   static constexpr int kBytes = 64;      // of 32 channels for them
   static constexpr int kHeadBytes = 0;   // before a block's weights
+  static constexpr int kMostRows = 512;   // rows that pass a block before the next: they stay in a cache
   static constexpr int kTileRows = 8;    // 16 of 32 registers hold their sums
+
+  static constexpr int chains(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 
   // Which half of the channels and which of its 16 a block's n-th pair belongs to: as unpacking leaves them in order.
   static constexpr int half(int place) { return place / 4 % 2; }
   static constexpr int lane(int place) { return place / 8 * 4 + place % 4; }
 
   // Sign and magnitude.
-  static __m512i encode(__m512i values) {
-    return _mm512_or_si512(_mm512_abs_epi8(values), _mm512_and_si512(values, _mm512_set1_epi8(-128)));
+  static void encode(uint8_t* piece) {
+    const __m512i values = _mm512_loadu_si512(piece), sign = _mm512_and_si512(values, _mm512_set1_epi8(-128));
+    _mm512_storeu_si512(piece, _mm512_or_si512(_mm512_abs_epi8(values), sign));
   }
 
   static Sums zero() { return _mm512_setzero_ps(); }
+
+  static __m512i broadcast(const Element* inputs) {
+    int some;
+    std::memcpy(&some, inputs, sizeof some);
+    return _mm512_set1_epi32(some);
+  }
+  static void between_halves(__m512i&, int64_t&) {}
 
   struct Reader {
     static constexpr Bf16Bytes kBytesOf = bf16_bytes();

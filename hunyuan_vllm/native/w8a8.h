@@ -1,30 +1,43 @@
-// Rows rounded to int8 and int8 weights.
+// Rows rounded to int8 and int8 weights, with AVX-512.
 //
 // The instruction multiplies unsigned with signed bytes: rows are kept as 128 + their level, and −128 times the sum of the
 // weights belongs to each sum.
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 
 #include "vectors.h"
 
 namespace hunyuan {
 
 struct W8A8 {
+  using Value = int8_t;
   using Element = uint8_t;
+  using Vector = __m512i;
   using Sums = __m512i;
   using Stored = int32_t;
   static constexpr bool kRoundsRows = true;
   static constexpr int kInputs = 4;
   static constexpr int kBytes = 128;
   static constexpr int kHeadBytes = 128;  // int32 of 32 channels: what belongs to their sums
+  static constexpr int kMostRows = 512;   // rows that pass a block before the next: they stay in a cache
   static constexpr int kTileRows = 8;
+
+  static constexpr int chains(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 
   static constexpr int half(int place) { return place / kLanes; }
   static constexpr int lane(int place) { return place % kLanes; }
-  static __m512i encode(__m512i values) { return values; }
+  static void encode(uint8_t*) {}
 
   static Sums zero() { return _mm512_setzero_si512(); }
+
+  static __m512i broadcast(const Element* inputs) {
+    int some;
+    std::memcpy(&some, inputs, sizeof some);
+    return _mm512_set1_epi32(some);
+  }
+  static void between_halves(__m512i&, int64_t&) {}
 
   struct Reader {
     void operator()(const uint8_t* packed, __m512i& first, __m512i& second) const {
@@ -50,7 +63,7 @@ struct W8A8 {
     const float most = _mm512_reduce_max_ps(largest), scale = most > 0 ? most / 127 : 1;
     const __m512 levels = _mm512_set1_ps(1 / scale);
     for (int64_t i = 0; i < count; i += kLanes) {
-      const __mmask16 lanes = first_lanes(count - i);
+      const Lanes lanes = first_lanes(count - i);
       const __m512i level = _mm512_cvtps_epi32(_mm512_mul_ps(load_bf16(from + i, lanes), levels));
       _mm512_mask_cvtepi32_storeu_epi8(to + i, lanes, _mm512_add_epi32(level, _mm512_set1_epi32(128)));
     }

@@ -20,12 +20,11 @@ CPUINFO = "processor\t: 0\nmodel name\t: Imaginary 9000\nflags\t\t: fpu {flags}\
 @pytest.mark.parametrize(
     ("flags", "kernels"),
     [
-        ("avx2 avx512f avx512_bf16 avx512_vnni amx_bf16", "AMX"),
-        ("avx2 avx512f avx512_bf16 avx512_vnni", "with BF16 and VNNI: packed kernels; int8 weights on plain torch"),
-        ("avx2 avx512f avx512_bf16 avx512_vnni avx512vbmi", "int8 weights on our own kernel"),
-        ("avx2 avx512f avx512_bf16", "without VNNI"),
-        ("avx2 avx512f", "without BF16"),
-        ("avx2", "AVX2 only"),
+        ("avx2 avx512f avx512_bf16 avx512_vnni avx512vbmi amx_bf16", "AMX kernels, int8 weights on our AVX-512"),
+        ("avx2 avx512f avx512_bf16 avx512_vnni", "packed kernels, int8 weights on our AVX2"),
+        ("avx2 avx512f avx512_bf16 avx512_vnni avx512vbmi", "packed kernels, int8 weights on our AVX-512"),
+        ("avx2 avx512f", "without BF16: bfloat16 through float32, slowly; int8 weights on our AVX2"),
+        ("avx2", "AVX2: bfloat16 and int8 weights on our kernels"),
     ],
 )
 def test_the_processor_says_which_kernels(tmp_path: Path, flags: str, kernels: str) -> None:

@@ -27,8 +27,9 @@ KERNELS = {
     "aten::mm": LINEARS,
     "aten::addmm": LINEARS,
     "mkldnn_linear": LINEARS,
-    **{f"hunyuan_vllm::{scheme}_linear": LINEARS for scheme in ("w8a16", "w8a8")},
-    **{f"hunyuan_vllm::{scheme}_experts": EXPERTS for scheme in ("w8a16", "w8a8")},
+    **{f"hunyuan_vllm::{scheme}_linear": LINEARS for scheme in ("bf16", "w8a16", "w8a8")},
+    **{f"hunyuan_vllm::{scheme}_experts": EXPERTS for scheme in ("bf16", "w8a16", "w8a8")},
+    "hunyuan_vllm::bf16_mlp": LINEARS,
     "_C::fused_experts_cpu": EXPERTS,
     "_C::cpu_fused_moe": EXPERTS,
     "_C::cpu_attention": ATTENTION,
@@ -75,7 +76,9 @@ def profile(
     model: Path, settings: dict[str, Any], batches: Sequence[int], arguments: argparse.Namespace, report: Report
 ) -> None:
     """Add a table for each batch size to the report; `settings` are the engine's."""
-    vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
+    config = json.loads((model / "config.json").read_text())
+    vocab_size, topk = config["vocab_size"], config["moe_topk"]
+    topk = topk[0] if isinstance(topk, list) else topk
     environ = engine_environ(arguments.threads)
     with (
         Child("compiled", ProfiledEngine, model, settings, environ=environ | ENVIRON) as engine,
@@ -93,20 +96,21 @@ def profile(
             }
             turns["plain"]()
             weights = Weights.of(model, projections=1 if settings.get("quantization") else 2)
-            _tabulate(report, batch, weights, **interleaved(turns, arguments.rounds, notes=False))
+            _tabulate(report, batch, weights, topk, **interleaved(turns, arguments.rounds, notes=False))
 
 
 def _tabulate(
     report: Report,
     batch: int,
     weights: Weights,
+    topk: int,
     probe: list[dict[str, float]],
     plain: list[tuple[list[float], Any]],
     profiled: list[dict[str, float]],
 ) -> None:
     """By round: bytes a second, seconds of each step and its tokens, milliseconds of a step by part."""
     title = f"A decode step at batch {batch}"
-    read = {LINEARS: weights.always} | ({EXPERTS: weights.expert} if batch == 1 else {})
+    read = {LINEARS: weights.always} | ({EXPERTS: topk * weights.expert} if batch == 1 else {})
     totals = [sum(parts.values()) for parts in profiled]
     for part in sorted(profiled[0], key=profiled[0].__getitem__, reverse=True):
         times = [parts[part] for parts in profiled]

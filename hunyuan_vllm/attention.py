@@ -113,9 +113,8 @@ def rotate_and_normalize(
         return run(qk, positions, table, q_norm.weight, heads, key_heads, eps)
     q, k = qk.split([heads * size, key_heads * size], dim=-1) if key_heads else (qk, None)
     q, k = rotary(positions, q, k)
-    return _per_head(q_norm, q, size), _per_head(k_norm, k, size)
 
+    def per_head(norm: RMSNorm | None, x: Tensor) -> Tensor:
+        return x if norm is None else norm(x.view(*x.shape[:-1], -1, size)).view(x.shape)
 
-def _per_head(norm: RMSNorm | None, x: Tensor | None, size: int) -> Tensor | None:
-    """Normalise each head of `[tokens, heads · size]`."""
-    return x if norm is None or x is None else norm(x.view(*x.shape[:-1], -1, size)).view(x.shape)
+    return per_head(q_norm, q), None if k is None else per_head(k_norm, k)

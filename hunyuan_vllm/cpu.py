@@ -144,7 +144,7 @@ class NativeCPUExperts(CPUUnquantizedExperts):
         output.copy_(torch.ops.hunyuan_vllm.bf16_experts(hidden_states, w1, w2, gates, ids, width, None, None))
 
 
-def multiply_natively(layer: nn.Module, remove_weight: bool) -> bool:
+def multiply_natively(layer: Any, remove_weight: bool) -> bool:
     """Let our kernel compute a linear layer, as vLLM's `dispatch_cpu_unquantized_gemm` does; whether it will."""
     weight = layer.weight
     if weight.is_meta or weight.ndim != 2 or weight.dtype != torch.bfloat16 or not operators.multiplies_bf16():
@@ -153,12 +153,11 @@ def multiply_natively(layer: nn.Module, remove_weight: bool) -> bool:
     outputs = weight.shape[0]
     if getattr(layer, "bias", None) is not None:
         layer.bias.data = layer.bias.float()
-
     if remove_weight:
         replace_parameter(layer, "weight", packed)
 
     def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        rows = x.view(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1])
         # A parameter's place in memory outlives a reload, which code that is compiled relies on.
         y = torch.ops.hunyuan_vllm.bf16_linear(rows, weight if remove_weight else packed, bias, outputs)
         return y.view(*x.shape[:-1], outputs)

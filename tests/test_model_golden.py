@@ -29,6 +29,14 @@ def test_bfloat16(name: str) -> None:
     assert mean_difference(results, golden) <= golden.bfloat16_tolerance
 
 
+@pytest.mark.parametrize("name", ["cla2_dense", "v1_a13b"])
+def test_bfloat16_in_two_ranks(name: str) -> None:
+    golden = load_golden(name)
+    with engine(golden.path, dtype="bfloat16", tensor_parallel_size=2) as llm:
+        results = score(llm, [item.prompt for item in golden.items])
+    assert mean_difference(results, golden) <= golden.bfloat16_tolerance
+
+
 @pytest.mark.parametrize("name", ["cla2_top1", "cla4_top1", "v1_a13b"])
 def test_compiled(name: str) -> None:
     check(name, enforce_eager=False)

@@ -1,7 +1,11 @@
 """The bfloat16 products against torch's of the same numbers in float64, and where vLLM's layers use them."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from checkpoints import tiny_config, write_checkpoint
+from engine import engine, random_prompts, score
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
@@ -122,3 +126,20 @@ def test_compiled() -> None:
     for rows in (2, 5):
         x = torch.randn(rows, 32).bfloat16()
         assert torch.equal(compiled(x), twice(x))
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+def test_reload(eager: bool, tmp_path: Path) -> None:
+    """An engine whose weights are replaced answers as one that began with them."""
+    config = tiny_config()
+    first, other = (write_checkpoint(tmp_path / str(seed), config, seed=seed) for seed in (1, 2))
+    prompts = random_prompts(config.vocab_size, [60])
+    with engine(first, dtype="bfloat16", enforce_eager=eager) as llm:
+        before = score(llm, prompts)
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})
+        llm.reset_prefix_cache()
+        after = score(llm, prompts)
+    with engine(other, dtype="bfloat16", enforce_eager=eager) as llm:
+        assert after == score(llm, prompts) != before

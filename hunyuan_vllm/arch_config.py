@@ -79,7 +79,7 @@ class TransformersPreflight:
                 "leave the option out"
             )
         fields, _ = PreTrainedConfig.get_config_dict(model_config.hf_config_path or model_config.model)
-        theirs = CONFIG_MAPPING[config.model_type].from_dict(fields)
+        theirs = CONFIG_MAPPING[config.model_type].from_dict(fields | {"head_dim": config.head_dim})
         model_config.hf_config = model_config.hf_text_config = theirs
         model_config.model_arch_config = model_config.get_model_arch_config()
 

@@ -1,8 +1,9 @@
-"""Settings every test process needs before vLLM is imported."""
+"""Settings every test process needs before vLLM is imported, and which tests share a process."""
 
 import os
 import signal
 from collections import defaultdict
+from typing import Any
 
 import pytest
 
@@ -21,12 +22,42 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # A suite that was started in the background would hand its ignoring of Ctrl-C on to programs that are tested for it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Files that use the same server or browser run in the same process, one after the other.
+SHARED = {
+    "tests/chat/": "chat",
+    "tests/server/test_chat_features.py": "keyed server",
+    "tests/server/test_served_api_policy.py": "keyed server",
+    "tests/server/test_served_bench.py": "keyed server",
+    "tests/server/test_served_hostile.py": "keyed server",
+}
+# The longest file first, then the slow ones, those with a server, those with an engine: the processes end together.
+MARKS = {"slow": 1, "server": 2, "engine": 3}
+# Not at the same time: each starts Ray on several hosts.
+PLACES = {"tests/server/test_ray_serving.py": 0, "tests/cluster/test_cluster_up.py": 2}
+
+
+def scope(nodeid: str) -> str:
+    """What a process runs without a break: a file, or several of `SHARED`."""
+    file = nodeid.partition("::")[0]
+    return next((shared for prefix, shared in SHARED.items() if file.startswith(prefix)), file)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first, so that files that run side by side end together."""
-    ranks: defaultdict[object, int] = defaultdict(lambda: 3)
+    places: defaultdict[str, int] = defaultdict(lambda: len(MARKS) + 1)
     for item in items:
-        for rank, mark in enumerate(("slow", "server", "engine")):
-            if item.get_closest_marker(mark):
-                ranks[item.path] = min(ranks[item.path], rank)
-    items.sort(key=lambda item: ranks[item.path])
+        name = scope(item.nodeid)
+        for mark in item.iter_markers():
+            places[name] = min(places[name], MARKS.get(mark.name, places[name]))
+    places.update(PLACES)
+    items.sort(key=lambda item: (places[scope(item.nodeid)], scope(item.nodeid)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return scope(nodeid)
+
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None

@@ -9,6 +9,15 @@ bin="${HUNYUAN_VENV:-$root/.venv}/bin"
 # Engines start twice as fast from bytecode.
 unset PYTHONDONTWRITEBYTECODE
 "$bin/ruff" check .
-"$bin/mypy"
+# Types beside the tests, and their errors below those of the tests.
+types=$(mktemp)
+"$bin/mypy" >"$types" 2>&1 &
+mypy=$!
+trap 'kill "$mypy" 2>/dev/null || :; rm -f "$types"' EXIT
+trap 'exit 130' INT TERM
+status=0
 # Two at a time, a file's tests in one process: most of them wait for a process that starts (-n 0: one by one).
-exec "$bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+"$bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@" || status=$?
+wait "$mypy" || status=1
+cat "$types"
+exit "$status"

@@ -12,6 +12,7 @@ from queue import Queue
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
+import forked_programs
 import pytest
 import torch
 from adapters import adapter_pairs, rename_modules, write_adapter
@@ -345,7 +346,7 @@ def test_the_process_of_an_engine_limits_compilation() -> None:
         "from vllm.v1.structured_output import StructuredOutputManager as manager\n"
         "print(hasattr(manager._create_grammar, '__wrapped__'))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    result = forked_programs.run([sys.executable, "-c", code])
     assert result.stdout.split()[-1:] == ["True"], result.stderr
 
 

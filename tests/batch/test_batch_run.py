@@ -11,8 +11,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import forked_programs
 import psutil
 import pytest
+from forked_programs import ENGINE_TOO, Program
 from golden_data import reference_answers
 
 from hunyuan_vllm import demo
@@ -48,7 +50,7 @@ LINES: dict[str, object] = {
     "cold": {"prompt": "a", "temperature": -1},
     "same id": {"prompt": "a", "id": "chat"},
     "text": "no JSON",
-    **{f"long {at}": {"prompt": f"{at}...", "max_tokens": 200, "ignore_eos": True} for at in range(100)},
+    **{f"long {at}": {"prompt": f"{at}...", "max_tokens": 200, "ignore_eos": True} for at in range(30)},
 }
 FAILING = {
     "unknown model": ("model", "`nope` does not exist"),
@@ -82,37 +84,37 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Runs:
     folder = tmp_path_factory.mktemp("batch")
-    source, target = folder / "in.jsonl", folder / "out.jsonl"
+    source, target, said = folder / "in.jsonl", folder / "out.jsonl", folder / "said"
     source.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in LINES.values()))
     command = [COMMAND, "batch", source, target, "--max-tokens", "60", "--seed", "11", *FLAGS]
-    environ = {name: value for name, value in os.environ.items() if name != "MODEL_PATH"}
+    environ = {name: value for name, value in os.environ.items() if name != "MODEL_PATH"} | ENGINE_TOO
 
-    def start() -> subprocess.Popen[str]:
-        return subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    def start() -> Program:
+        with said.open("w") as stderr:
+            return Program(command, environ, stderr=stderr, start_new_session=True)
 
     first = start()
     wait_for_growth(first, target, 0)
     worker = psutil.Process(first.pid).children()[0]
     processes = worker.children(recursive=True)
     worker.send_signal(signal.SIGKILL)
-    status = first.wait(timeout=30)
+    status = first.wait(30)
     orphans = psutil.wait_procs(processes, timeout=30)[1]
     killed = target.read_bytes()
 
     second = start()
     wait_for_growth(second, target, len(killed))
     os.killpg(second.pid, signal.SIGINT)  # Ctrl-C, by which time all lines are in flight
-    stderr = second.communicate(timeout=120)[1]
-    resumed = subprocess.CompletedProcess(command, second.returncode, stderr=stderr)
+    resumed = subprocess.CompletedProcess(command, second.wait(120), stderr=said.read_text())
     resumed_output = target.read_bytes()
-    again = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+    again = forked_programs.run(command, environ)
     return Runs(source, target, killed, status, orphans, resumed, resumed_output, again)
 
 
-def wait_for_growth(run: subprocess.Popen[str], target: Path, size: int) -> None:
+def wait_for_growth(run: Program, target: Path, size: int) -> None:
     deadline = time.monotonic() + 400
     while not (target.exists() and target.stat().st_size > size):
-        assert run.poll() is None and time.monotonic() < deadline, run.stderr and run.stderr.read()
+        assert run.poll() is None and time.monotonic() < deadline, target.with_name("said").read_text()
         time.sleep(0.02)
 
 

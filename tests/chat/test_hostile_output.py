@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import pytest
 from browser import Page
 from fake_server import MODEL, FakeServer
 from selenium.webdriver.common.keys import Keys
@@ -123,14 +124,18 @@ def test_the_rate_is_of_tokens_and_not_of_the_pieces_that_they_come_in(page: Pag
     assert rates[0] <= 52 and rates[1] / 52 > 5  # 50 pieces a second at most
 
 
-def test_a_growing_answer_leaves_finished_blocks_alone(page: Page, fake: FakeServer) -> None:
+def test_a_growing_answer_leaves_finished_blocks_alone(
+    page: Page, fake: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake.text, fake.fault, fake.breaks_off = "First.\n\n" + "word " * 600, None, False
+    monkeypatch.setattr(fake, "pace", 0.1)  # until it has been looked at
     page.open(fake.url)
     page.ask("Go")
     page.wait(lambda: len(page.all(".assistant .block")) > 1)
     first = page.find(".assistant .block")
     assert page.find(".assistant .note").text == ""  # nothing is wrong with it yet
     assert not page.find("#send").is_displayed()
+    monkeypatch.undo()
     page.answered()
     assert first.text == "First."  # still the same element
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forked_programs
 import numpy as np
 import pytest
 import torch
@@ -67,7 +67,7 @@ def perturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ran(perturbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Ran]]]:
-    """All commands, a core each: most of what they do is imports."""
+    """All commands, a core each."""
     text = tmp_path_factory.mktemp("text") / "text.txt"
     text.write_text(TEXT)
     other = f"bf16:{perturbed}"
@@ -76,10 +76,7 @@ def ran(perturbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
 
     def run(arguments: list[str]) -> Ran:
         temporary = tmp_path_factory.mktemp("temporary")
-        found = subprocess.run(
-            [COMMAND, "eval", *arguments],
-            env=os.environ | {"TMPDIR": str(temporary)}, capture_output=True, text=True, timeout=400,
-        )  # fmt: skip
+        found = forked_programs.run([COMMAND, "eval", *arguments], os.environ | {"TMPDIR": str(temporary)})
         assert list(temporary.glob("hunyuan-vllm-*")) == []  # the logits' folder is gone
         return Ran(found.returncode, found.stdout, found.stderr)
 

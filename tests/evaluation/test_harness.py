@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forked_programs
 import pytest
 import torch
 from serving import COMMAND, Server, running_server
@@ -87,11 +87,10 @@ def found(server: Server, key_file: Path, tmp_path_factory: pytest.TempPathFacto
     (folder / "local_data.py").write_text(DATA)
     output = folder / "found.json"
     names = "hunyuan_demo,hunyuan_demo_choice,local_shots,local_arc"
-    result = subprocess.run(
+    result = forked_programs.run(
         [COMMAND, "eval", "tasks", "--url", server.url, "--tasks", names, "--limit", str(QUESTIONS), "--samples",
          "--include", folder, "--num-fewshot", "1", "--output", output, "--key-file", key_file, "--json"],
-        env={name: value for name, value in os.environ.items() if name != "VLLM_API_KEY"},
-        capture_output=True, text=True, timeout=300,
+        {name: value for name, value in os.environ.items() if name != "VLLM_API_KEY"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert KEY not in result.stdout + result.stderr + output.read_text()

@@ -37,10 +37,11 @@ def check(config: HunYuanConfig, scheme: str, tensor: int, partition: str = "", 
 @pytest.mark.parametrize("scheme", QUANTISED)
 @pytest.mark.parametrize("tensor", [8, 16])
 def test_the_published_model_on_a_rank(scheme: str, tensor: int) -> None:
-    """With the layers that vLLM makes on CPUs, and with those it makes on an H100."""
-    check(published(), scheme, tensor)
+    """Eight of its 64 layers, which are alike: as vLLM makes them on CPUs, and as it makes them on an H100."""
+    config = HunYuanConfig(**published().to_diff_dict() | {"num_hidden_layers": 8})
+    check(config, scheme, tensor)
     with patch.object(_custom_ops, "cutlass_scaled_mm_supports_fp8", lambda capability: True), fake_cuda(9):
-        check(published(), scheme, tensor, gpu=find_gpu("H100"))
+        check(config, scheme, tensor, gpu=find_gpu("H100"))
 
 
 @pytest.mark.parametrize(("scheme", "tensor", "partition"), [("bf16", 8, "32,32"), ("int8", 2, "22,22,20")])

@@ -7,7 +7,6 @@ import ssl
 import subprocess
 from pathlib import Path
 
-import anthropic
 import httpx
 import openai
 import pytest
@@ -130,6 +129,8 @@ def test_one_model_or_adapter(keyed_server):
 
 
 def test_anthropics_client_gets_answers_and_its_own_errors(keyed_server):
+    import anthropic  # takes five seconds
+
     http = anthropic.DefaultHttpxClient(verify=keyed_server.trust, trust_env=False)
     client = anthropic.Anthropic(base_url=keyed_server.url, api_key=KEYS["bob"], http_client=http, max_retries=0)
     asked = {"model": "hunyuan", "messages": SALT["messages"], "extra_body": {"temperature": 0}}

@@ -13,7 +13,7 @@ from waiting import eventually
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 KEY = "the-key-of-this-test"
 READY_TIMEOUT = 2.0
-STREAM = {"prompt": "1", "max_tokens": 1000, "ignore_eos": True, "temperature": 1, "stream": True, "n": 4}
+STREAM = {"prompt": "1", "max_tokens": 300, "ignore_eos": True, "temperature": 1, "stream": True, "n": 4}
 
 
 @pytest.fixture(scope="module")

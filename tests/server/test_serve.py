@@ -12,7 +12,7 @@ from serving import COMMAND, running_server
 from waiting import eventually
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 KEY = "the-key-of-this-test"
 
 

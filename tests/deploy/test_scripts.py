@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 POSIX_SCRIPTS = sorted(script for folder in ("deploy", "train", "tests") for script in (ROOT / folder).glob("*.sh"))
 HELPFUL = [script for script in POSIX_SCRIPTS if script.parent.name != "tests"]
 SCRIPTS = [*POSIX_SCRIPTS, ROOT / ".ci" / "run"]

@@ -14,8 +14,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import expected_tensors
+from hunyuan_vllm.network import Network
 from hunyuan_vllm.util.errors import UserError
 
 ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -68,7 +68,7 @@ def _matching(patterns: Mapping[str, Any] | None, module: str, default: Any) -> 
     return next(found, default)
 
 
-def check_adapter(folder: Path, config: HunYuanConfig, cpu: bool, max_rank: int | None = None) -> None:
+def check_adapter(folder: Path, config: Network, cpu: bool, max_rank: int | None = None) -> None:
     """Refuse an adapter's folder, from its files' headers alone. Pickled weights are left to vLLM."""
     rank = read_adapter_config(folder).max_rank
     if max_rank is not None and rank > max_rank:
@@ -88,7 +88,7 @@ def check_adapter(folder: Path, config: HunYuanConfig, cpu: bool, max_rank: int 
 
 
 def check_modules(
-    name: str, modules: Collection[str], config: HunYuanConfig, cpu: bool, targets: Iterable[str] | None = None
+    name: str, modules: Collection[str], config: Network, cpu: bool, targets: Iterable[str] | None = None
 ) -> None:
     """Refuse an adapter that would be served in part, or not at all.
 
@@ -122,7 +122,7 @@ def max_lora_rank(rank: int) -> int:
     return next((size for size in MAX_LORA_RANKS if size >= rank), rank)
 
 
-def absent(module: str, config: HunYuanConfig) -> str:
+def absent(module: str, config: Network) -> str:
     """Why a network has no linear layer of this name."""
     if match := re.match(r"model\.layers\.(\d+)\.(.+)", module):
         layer, part = int(match[1]), match[2]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Self
 
-from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.network import Network
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class CacheShape:
     @classmethod
     def of(
         cls,
-        config: HunYuanConfig,
+        config: Network,
         *,
         tensor_parallel: int = 1,
         stage: range | None = None,
@@ -66,7 +66,7 @@ def even_partition(layers: int, stages: int) -> list[int]:
     return partition
 
 
-def legal_partition(config: HunYuanConfig, stages: int) -> list[int] | None:
+def legal_partition(config: Network, stages: int) -> list[int] | None:
     """The most even partition whose stages all start on an owner layer; None if there are fewer groups than stages.
 
     A last, incomplete group stays whole, in the last stage.
@@ -80,7 +80,7 @@ def legal_partition(config: HunYuanConfig, stages: int) -> list[int] | None:
     return partition
 
 
-def check_pipeline(config: HunYuanConfig, stages: int) -> None:
+def check_pipeline(config: Network, stages: int) -> None:
     """Check the cut that vLLM will make (VLLM_PP_LAYER_PARTITION, or even).
 
     Raises:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from itertools import accumulate, count, takewhile
 from typing import Any
 
-from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.network import Network
 
 Shape = tuple[int, ...]
 
@@ -32,12 +32,12 @@ class CheckpointError(ValueError):
     """A checkpoint does not hold what its config promises; the message names the tensor or the file."""
 
 
-def expected_tensors(config: HunYuanConfig) -> dict[str, Shape]:
+def expected_tensors(config: Network) -> dict[str, Shape]:
     """Canonical name → shape of every tensor the network uses. Shapes are `[out, in]`, as torch keeps them."""
     return dict(_tensors(config))
 
 
-def _tensors(config: HunYuanConfig) -> Iterator[tuple[str, Shape]]:
+def _tensors(config: Network) -> Iterator[tuple[str, Shape]]:
     hidden = config.hidden_size
     yield "model.embed_tokens.weight", (config.vocab_size, hidden)
     for layer in range(config.num_hidden_layers):
@@ -51,7 +51,7 @@ def _tensors(config: HunYuanConfig) -> Iterator[tuple[str, Shape]]:
         yield "lm_head.weight", (config.vocab_size, hidden)
 
 
-def _attention(config: HunYuanConfig, layer: int, prefix: str) -> Iterator[tuple[str, Shape]]:
+def _attention(config: Network, layer: int, prefix: str) -> Iterator[tuple[str, Shape]]:
     hidden, head_dim = config.hidden_size, config.head_dim
     q_size, kv_size = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     yield from _linear(f"{prefix}q_proj", q_size, hidden, config.attention_bias)
@@ -64,7 +64,7 @@ def _attention(config: HunYuanConfig, layer: int, prefix: str) -> Iterator[tuple
         yield f"{prefix}key_layernorm.weight", (head_dim,)
 
 
-def _feed_forward(config: HunYuanConfig, layer: int, prefix: str) -> Iterator[tuple[str, Shape]]:
+def _feed_forward(config: Network, layer: int, prefix: str) -> Iterator[tuple[str, Shape]]:
     experts, width = config.experts_at(layer), config.intermediate_at(layer)
     if experts == 1:
         yield from _mlp(config, prefix, width)
@@ -76,7 +76,7 @@ def _feed_forward(config: HunYuanConfig, layer: int, prefix: str) -> Iterator[tu
         yield from _mlp(config, f"{prefix}experts.{expert}.", width)
 
 
-def _mlp(config: HunYuanConfig, prefix: str, width: int) -> Iterator[tuple[str, Shape]]:
+def _mlp(config: Network, prefix: str, width: int) -> Iterator[tuple[str, Shape]]:
     yield from _linear(f"{prefix}gate_proj", width, config.hidden_size, config.mlp_bias)
     yield from _linear(f"{prefix}up_proj", width, config.hidden_size, config.mlp_bias)
     yield from _linear(f"{prefix}down_proj", config.hidden_size, width, config.mlp_bias)
@@ -88,13 +88,13 @@ def _linear(name: str, outputs: int, inputs: int, bias: bool) -> Iterator[tuple[
         yield f"{name}.bias", (outputs,)
 
 
-def mlp_widths(config: HunYuanConfig) -> set[int]:
+def mlp_widths(config: Network) -> set[int]:
     """The widths of all MLPs: dense ones, experts and shared ones."""
     layers = range(config.num_hidden_layers)
     return {width for n in layers for width in (config.intermediate_at(n), config.shared_width_at(n)) if width}
 
 
-def tensor_parallel_sizes(config: HunYuanConfig) -> list[int]:
+def tensor_parallel_sizes(config: Network) -> list[int]:
     """Sizes that divide the query heads and every MLP's width; KV heads may also be replicated."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     sizes = {heads, *mlp_widths(config)}
@@ -114,7 +114,7 @@ class Layout:
     """
 
     def __init__(
-        self, config: HunYuanConfig, expected: dict[str, Shape] | None = None, optional: dict[str, Shape] | None = None
+        self, config: Network, expected: dict[str, Shape] | None = None, optional: dict[str, Shape] | None = None
     ) -> None:
         self.config = config
         self.expected = expected_tensors(config) if expected is None else expected

@@ -28,7 +28,8 @@ def register() -> None:
 
     from hunyuan_vllm import envs
     from hunyuan_vllm.arch_config import HunYuanArchConfigConvertor, HunYuanConfigParser, TransformersPreflight
-    from hunyuan_vllm.config import ARCHITECTURES, CONFIG_CLASSES, HunYuanConfig
+    from hunyuan_vllm.config import CONFIG_CLASSES, HunYuanConfig
+    from hunyuan_vllm.network import ARCHITECTURES
     from hunyuan_vllm.preflight import HunYuanPreflight
     from hunyuan_vllm.quant import register_quantization
     from hunyuan_vllm.ray_environment import limit_copied_variables

@@ -15,9 +15,9 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from hunyuan_vllm.checkpoint import check_headers
-from hunyuan_vllm.config import CONFIG_CLASSES, HunYuanConfig
 from hunyuan_vllm.kv_cache import check_pipeline
 from hunyuan_vllm.layout import mlp_widths, tensor_parallel_sizes
+from hunyuan_vllm.network import Network
 from hunyuan_vllm.quant.preflight import check_quantisation
 from hunyuan_vllm.ray_environment import join_own_cluster
 from hunyuan_vllm.util.errors import UserError
@@ -50,7 +50,8 @@ class HunYuanPreflight:
             CheckpointError: a checkpoint file or tensor is wrong.
             UserError: the script that makes the engine would make another in each of the engine's processes.
         """
-        # These bring vLLM, which the checks below do without.
+        # These bring vLLM and transformers, which the checks below do without.
+        from hunyuan_vllm.config import CONFIG_CLASSES, HunYuanConfig
         from hunyuan_vllm.cpu import key_compiled_code, limit_targets_on_cpu
         from hunyuan_vllm.cpu_executor import run_in_engine_process
 
@@ -76,7 +77,7 @@ class HunYuanPreflight:
         _check_files(vllm_config)
 
 
-def check_tensor_parallel(config: HunYuanConfig, size: int) -> None:
+def check_tensor_parallel(config: Network, size: int) -> None:
     """Query heads and every MLP width must divide by the tensor-parallel size; KV heads may also be replicated."""
     if size not in (sizes := tensor_parallel_sizes(config)):
         widths = sorted(mlp_widths(config))

@@ -52,7 +52,7 @@ def test_completion(typed: str, completed: str) -> None:
     assert result.stdout.split() == [completed], result.stderr
 
 
-@pytest.mark.parametrize("module", ["cluster.probe", "cluster.ray_node", "doctor.run", "server.launch"])
+@pytest.mark.parametrize("module", ["cluster.probe", "cluster.ray_node", "doctor.run", "server.launch", "preflight"])
 def test_what_starts_often_does_not_wait_for_torch(module: str) -> None:
     code = f"import sys, hunyuan_vllm.{module}; print({{'torch', 'transformers', 'vllm'}} & sys.modules.keys())"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from golden_data import GOLDEN, LARGE_NAMES, V1_NAMES
 from transformers import AutoConfig
 
 from hunyuan_vllm.config import HunYuanConfig, HunYuanV1DenseConfig, HunYuanV1MoEConfig
+from hunyuan_vllm.network import Network
 from hunyuan_vllm_plugin import register
 
 
@@ -52,6 +54,17 @@ def test_published_v1_files_have_the_class_of_their_model_type() -> None:
         config = read[name]
         assert (config.experts_at(1), config.topk_at(1), config.renormalizes_at(1)) == (16, 8, True)
         assert config.intermediate_at(1) == config.shared_width_at(1) == width
+
+
+@pytest.mark.parametrize("name", [*LARGE_NAMES, *V1_NAMES])
+def test_a_network_is_read_as_its_config_is(name: str) -> None:
+    fields = json.loads((GOLDEN / name / "config.json").read_text())
+    network, config = Network.read(fields), HunYuanConfig.from_pretrained(GOLDEN / name)
+    assert isinstance(config, type(network)) and not isinstance(network, HunYuanConfig)
+    for field in dataclasses.fields(network):
+        assert getattr(network, field.name) == getattr(config, field.name), field.name
+    assert (network.is_v1, network.longest_context) == (config.is_v1, config.longest_context)
+    assert not hasattr(network, "auto_map") and network.model_type == config.model_type
 
 
 @pytest.mark.parametrize("name", ["cla4_top1", *V1_NAMES])

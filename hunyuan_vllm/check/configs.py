@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hunyuan_vllm.config import ARCHITECTURES, CONFIG_CLASSES, HunYuanConfig
+from hunyuan_vllm.config import CONFIG_CLASSES, HunYuanConfig
 from hunyuan_vllm.layout import expected_tensors, tensor_parallel_sizes
+from hunyuan_vllm.network import ARCHITECTURES
 from hunyuan_vllm.quant.formats import Format, UnservedFormat
 from hunyuan_vllm.quant.quantization_config import read_format
 from hunyuan_vllm.util.findings import Section

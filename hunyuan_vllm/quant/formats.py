@@ -7,8 +7,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import CheckpointError, Layout, tensor_parallel_sizes
+from hunyuan_vllm.network import Network
 from hunyuan_vllm.quant.layouts import IgnoredLayers, QuantisedLayout, StoredTensors
 
 PACKED, PLAIN = "pack-quantized", "int-quantized"  # compressed-tensors' int8 formats: weights alone, and W8A8
@@ -55,13 +55,13 @@ class Format:
         int4 = "vLLM loads it on GPUs, and on CPUs with AVX-512; experts need AMX there"
         return int4 if self.scheme == "int4" else self.cpus
 
-    def layout(self, config: HunYuanConfig) -> Layout:
+    def layout(self, config: Network) -> Layout:
         """Names, shapes and types of the tensors that must be there, and of those that may."""
         if self.stored is None:
             return Layout(config)
         return QuantisedLayout(config, self.stored, self.ignored, cache_scales=not (self.ours and self.scheme != "fp8"))
 
-    def rank_problem(self, config: HunYuanConfig, ranks: int) -> str | None:
+    def rank_problem(self, config: Network, ranks: int) -> str | None:
         """Why tensor-parallel ranks cannot share this network's weights in this format; None if they can."""
         if self.stored is None or self.ours:
             return None
@@ -78,14 +78,14 @@ class Format:
                 )
         return None
 
-    def check_ranks(self, config: HunYuanConfig, ranks: int) -> None:
+    def check_ranks(self, config: Network, ranks: int) -> None:
         """Refuse a tensor-parallel size that cuts through what has one scale."""
         if problem := self.rank_problem(config, ranks):
             sizes = self.rank_sizes(config)
             use = f"use tensor_parallel_size {' or '.join(map(str, sizes))} and pipeline stages" if sizes else CONVERT
             raise UnservedFormat(problem, use)
 
-    def rank_sizes(self, config: HunYuanConfig) -> list[int]:
+    def rank_sizes(self, config: Network) -> list[int]:
         """Tensor-parallel sizes that leave whole what has one scale, of those that the network divides over."""
         return [size for size in tensor_parallel_sizes(config) if self.rank_problem(config, size) is None]
 
@@ -95,7 +95,7 @@ def is_scale(name: str) -> bool:
     return name.endswith(("_scale", "_scale_inv", "_scale_2", ".scales"))
 
 
-def _cuts(config: HunYuanConfig, ranks: int) -> list[tuple[str, str, int]]:
+def _cuts(config: Network, ranks: int) -> list[tuple[str, str, int]]:
     """(name, the side that is cut, how long it is on a rank) of one of each kind of linear layer."""
     heads, kv_heads = config.num_attention_heads // ranks, max(1, config.num_key_value_heads // ranks)
     attention = "model.layers.0.self_attn."

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import FLOATS, FUSED, CheckpointError, Layout, Shape, expected_tensors
+from hunyuan_vllm.network import Network
 
 E4M3_NAME = "F8_E4M3"  # as safetensors' headers spell it
 SCALAR: Shape = ()
@@ -64,7 +64,7 @@ class IgnoredLayers:
         return f"{parent}.{first}" in self
 
 
-def quantised_linears(config: HunYuanConfig, ignored: IgnoredLayers) -> dict[str, Shape]:
+def quantised_linears(config: Network, ignored: IgnoredLayers) -> dict[str, Shape]:
     """Canonical name and weight's shape of the linear layers that are quantised."""
     shapes = {
         name.removesuffix(".weight"): shape for name, shape in expected_tensors(config).items() if is_quantised(name)
@@ -216,7 +216,7 @@ class QuantisedLayout(Layout):
 
     def __init__(
         self,
-        config: HunYuanConfig,
+        config: Network,
         stored: Callable[[str], StoredTensors],
         ignored: IgnoredLayers | None,
         cache_scales: bool = True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.network import Network
 from hunyuan_vllm.quant.formats import OLDER_CPU, UnservedFormat
 from hunyuan_vllm.quant.quantization_config import quantization_of, stored_format
 from hunyuan_vllm.quant.schemes import INT8, INT8_W8A8
@@ -29,14 +29,14 @@ def _check_format(vllm_config: VllmConfig) -> None:
     """What vLLM's own quantisations load is bound to hardware, and to ranks that leave whole what has one scale."""
     from vllm.platforms import current_platform
 
-    config: HunYuanConfig = vllm_config.model_config.hf_config
+    config: Network = vllm_config.model_config.hf_config
     form = stored_format(quantization_of(vars(config)))
     form.check_ranks(config, vllm_config.parallel_config.tensor_parallel_size)
     if current_platform.is_cpu() and (reason := form.cpus or (form.scheme == "int4" and lacks_int4_kernels(config))):
         raise UnservedFormat(form.name, str(reason))
 
 
-def lacks_int4_kernels(config: HunYuanConfig) -> str:
+def lacks_int4_kernels(config: Network) -> str:
     """Why this CPU cannot run a network with 4-bit weights; "" if it can."""
     import torch
 
@@ -49,7 +49,7 @@ def _check_int8(vllm_config: VllmConfig) -> None:
     from vllm.platforms import current_platform
 
     model = vllm_config.model_config
-    config: HunYuanConfig = model.hf_config
+    config: Network = model.hf_config
     if config.mlp_bias and any(config.experts_at(layer) > 1 for layer in range(config.num_hidden_layers)):
         raise ValueError(
             f"quantization={model.quantization!r}: int8 experts have no biases, and config.json says mlp_bias: serve "
@@ -82,7 +82,7 @@ def _check_fp8_cache(vllm_config: VllmConfig) -> None:
     import torch
     from vllm.platforms import current_platform
 
-    config: HunYuanConfig = vllm_config.model_config.hf_config
+    config: Network = vllm_config.model_config.hf_config
     option = f"kv_cache_dtype={vllm_config.cache_config.cache_dtype!r}"
     if current_platform.is_cpu():
         if config.head_dim % CPU_CACHE_ALIGNMENT:

@@ -20,7 +20,7 @@ from hunyuan_vllm.util.text import HUB_NAME
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from hunyuan_vllm.config import HunYuanConfig
+    from hunyuan_vllm.network import Network
     from hunyuan_vllm.quant.formats import Format
     from hunyuan_vllm.server.options import Flags
 
@@ -55,7 +55,7 @@ class ModelSource:
 
     name: str
     given: str
-    config: HunYuanConfig | None = None
+    config: Network | None = None
     weight_bytes: int = 0
     demo: bool = False
     tokenizer: bool = True
@@ -129,7 +129,7 @@ def check_files(model: ModelSource, flags: Flags, environ: Mapping[str, str]) ->
         )
 
 
-def longest_context(config: HunYuanConfig) -> int:
+def longest_context(config: Network) -> int:
     """The longest context that vLLM accepts for a checkpoint, by its rules."""
     lengths = [value for name in LENGTHS if (value := getattr(config, name, None)) is not None]
     own = getattr(config, "model_max_length", None)
@@ -147,15 +147,15 @@ def _open_folder(folder: Path, given: str, demo: bool = False) -> ModelSource:
         raise UserError(f"{given} {': '.join(missing_config(folder))}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / 'config.json'} cannot be read ({error}): download it again") from None
-    from hunyuan_vllm.config import CONFIG_CLASSES, HunYuanConfig
+    from hunyuan_vllm.network import NETWORKS, Network
     from hunyuan_vllm.quant.quantization_config import read_format
 
     kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind not in CONFIG_CLASSES:
-        raise UserError(f"MODEL_PATH={given} has model_type {kind!r}; this server serves {', '.join(CONFIG_CLASSES)}")
+    if kind not in NETWORKS:
+        raise UserError(f"MODEL_PATH={given} has model_type {kind!r}; this server serves {', '.join(NETWORKS)}")
 
     try:
-        parsed = HunYuanConfig.from_pretrained(folder)
+        parsed = Network.read(config)
         shards = shard_files(folder)
         form = read_format(config, folder)
         check_headers(folder, form.layout(parsed))
@@ -170,7 +170,7 @@ def _open_folder(folder: Path, given: str, demo: bool = False) -> ModelSource:
 MAX_LORA_RANK = 16  # vLLM's, where --max-lora-rank does not say
 
 
-def check_adapters(flags: Flags, config: HunYuanConfig | None, cpu: bool) -> None:
+def check_adapters(flags: Flags, config: Network | None, cpu: bool) -> None:
     """Refuse adapters that would be applied only in part or not at all. Those on the hub are left to vLLM.
 
     Raises:

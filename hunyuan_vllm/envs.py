@@ -14,6 +14,7 @@ CHECKPOINT_CHAT_TEMPLATE = "HUNYUAN_VLLM_CHECKPOINT_CHAT_TEMPLATE"
 READY_TIMEOUT = "HUNYUAN_VLLM_READY_TIMEOUT"
 DRAIN_GRACE = "HUNYUAN_VLLM_DRAIN_GRACE"
 LIMIT_RAY_VARIABLES = "HUNYUAN_VLLM_LIMIT_RAY_VARIABLES"
+FORK_ENGINE = "HUNYUAN_VLLM_FORK_ENGINE"
 PROMPT_CLOCK = "HUNYUAN_VLLM_PROMPT_CLOCK"
 SUPERVISOR_RESTARTS = "HUNYUAN_VLLM_SUPERVISOR_RESTARTS"
 KEY_FILE_VARIABLE = "HUNYUAN_VLLM_API_KEY_FILE"
@@ -67,6 +68,11 @@ def limit_ray_variables() -> bool:
     """HUNYUAN_VLLM_LIMIT_RAY_VARIABLES (default 0; `serve` and `batch` set 1): vLLM copies only those variables of this
     process to its Ray workers that steer them."""
     return _flag(LIMIT_RAY_VARIABLES, default=False)
+
+
+def fork_engine() -> bool:
+    """HUNYUAN_VLLM_FORK_ENGINE (default 0; `serve` sets 1 for one rank on a CPU): the server forks its engine."""
+    return _flag(FORK_ENGINE, default=False)
 
 
 def cache_folder() -> Path:

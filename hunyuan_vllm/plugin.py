@@ -4,7 +4,14 @@ Runs in every vLLM process (front end, engine core, workers, the registry's insp
 over names; the classes behind them are imported when a Hunyuan checkpoint is opened.
 """
 
+from __future__ import annotations
+
+import multiprocessing
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _registered = False
 
@@ -41,8 +48,15 @@ def register() -> None:
     if envs.limit_ray_variables():
         limit_copied_variables()
     _CONFIG_FORMAT_TO_CONFIG_PARSER["hf"] = HunYuanConfigParser  # `register_config_parser` warns of a format it knows
+    model: str | type[nn.Module] = "hunyuan_vllm.model:HunYuanForCausalLM"
+    if envs.fork_engine() and multiprocessing.parent_process() is None:
+        from hunyuan_vllm.forked_engine import fork_engines
+        from hunyuan_vllm.model import HunYuanForCausalLM
+
+        fork_engines()
+        model = HunYuanForCausalLM  # by its name, vLLM would look at the class in a process of its own
     for architecture in ARCHITECTURES:
-        ModelRegistry.register_model(architecture, "hunyuan_vllm.model:HunYuanForCausalLM")
+        ModelRegistry.register_model(architecture, model)
         MODELS_CONFIG_MAP[architecture] = HunYuanPreflight
     for architecture in ("TransformersForCausalLM", "TransformersMoEForCausalLM"):
         MODELS_CONFIG_MAP.setdefault(architecture, TransformersPreflight)

@@ -176,6 +176,8 @@ def decide(
 
     env = machine.ray_env if ranks.executor == "ray" else {}
     env = {**env, **_engine_env(flags, machine, model, ranks), **interface_env(settings, machine, ranks.several_nodes)}
+    if not machine.cuda and parsed.get("enforce-eager"):
+        env["TORCH_COMPILE_DISABLE"] = "1"  # vLLM compiles functions of its sampler even then
     env |= policy.environment(environ)
     if policy.admin:
         env |= dict.fromkeys(ADMIN_VARIABLES, "1")
@@ -298,8 +300,12 @@ def _cpu_options(
     if not sized and not environ.get("VLLM_CPU_KVCACHE_SPACE"):
         options["kv-cache-memory-bytes"] = [str(_cpu_kv_cache(machine, model, ranks, quantization))]
     compile_options = ("compilation-config", "optimization-level", "enforce-eager")
-    if not machine.compiles and not any(name in flags for name in compile_options):
-        options["compilation-config"] = ['{"mode": 0}']
+    if any(name in flags for name in compile_options):
+        return options
+    if model.demo and ranks.world == 1:
+        options["enforce-eager"] = []  # compiling it takes longer than all the rest of a first start
+    elif not machine.compiles:
+        options["enforce-eager"] = []
         notes.append(
             "there is no C++ compiler or no Python headers, so the model runs uncompiled and slower: to compile it, "
             "install g++ and python3-dev (Debian, Ubuntu)"
@@ -345,4 +351,6 @@ def _engine_env(flags: Flags, machine: Machine, model: ModelSource, ranks: Ranks
         # By default vLLM binds each rank to a NUMA node of its own and refuses more ranks than nodes.
         env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         env["OMP_NUM_THREADS"] = str(max(machine.cores // ranks.world, 1))
+    elif not machine.cuda:
+        env[envs.FORK_ENGINE] = "1"
     return env

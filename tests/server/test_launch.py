@@ -190,11 +190,26 @@ def test_gpus_that_do_not_divide_the_network_are_left_idle():
 
 
 def test_without_a_compiler_the_cpu_model_runs_uncompiled():
-    machine = Machine(cuda=False, cores=2, memory=32 * GIB, compiles=False)
-    made = launch(machine, DEMO)
-    assert parsed(made).compilation_config.mode == 0
+    machine = replace(CPU, compiles=False)
+    made = launch(machine, SMALL)
+    assert parsed(made).enforce_eager and made.env["TORCH_COMPILE_DISABLE"] == "1"
     assert "g++" in made.notes[0]
-    assert parsed(launch(machine, DEMO, "-O2")).compilation_config.mode != 0
+    assert not parsed(launch(machine, SMALL, "-O2")).enforce_eager
+    assert not parsed(launch(CPU, SMALL)).enforce_eager
+
+
+def test_the_demo_model_is_compiled_only_where_that_is_asked_for():
+    made = launch(CPU, DEMO)
+    assert parsed(made).enforce_eager and made.env["TORCH_COMPILE_DISABLE"] == "1" and not made.notes
+    asked = launch(CPU, DEMO, "-O2")
+    assert not parsed(asked).enforce_eager and "TORCH_COMPILE_DISABLE" not in asked.env
+    assert not parsed(launch(CPU, DEMO, "--tensor-parallel-size", "2")).enforce_eager
+
+
+def test_the_engine_of_one_rank_on_a_cpu_is_forked():
+    assert launch(CPU, SMALL).env["HUNYUAN_VLLM_FORK_ENGINE"] == "1"
+    for other in (launch(CPU, SMALL, "--tensor-parallel-size", "2"), launch(GPU8, MODEL, "-tp", "1")):
+        assert "HUNYUAN_VLLM_FORK_ENGINE" not in other.env
 
 
 @pytest.mark.parametrize(

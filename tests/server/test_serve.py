@@ -18,7 +18,7 @@ KEY = "the-key-of-this-test"
 
 @pytest.fixture(scope="module")
 def server():
-    with running_server(as_users_do=True, VLLM_API_KEY=KEY) as running:
+    with running_server("-O2", as_users_do=True, VLLM_API_KEY=KEY) as running:  # compiled, as other models are
         yield running
 
 

@@ -1,0 +1,67 @@
+"""An engine that the API server forks, which saves importing vLLM a second time
+
+vLLM spawns it on CPUs: a forked process cannot choose how its threads are bound by variables that OpenMP reads once,
+and cannot start any if its parent has. `serve` asks for this where the engine has one rank and binds its own threads.
+"""
+
+import gc
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import stat
+from contextlib import suppress
+from functools import cache
+from multiprocessing.context import BaseContext
+from pathlib import Path
+
+import torch
+
+OPENMP = re.compile(r"/\S*/lib(?:gomp|iomp5|omp)\b\S*\.so\S*")
+PRIVATE = re.compile(r"/(?!torch\.)[\w-]+\.libs/")  # another package's, under a name of its own
+
+
+@cache
+def fork_engines() -> None:
+    """Have this process, an API server, fork its engine. Called before anything is computed here."""
+    from vllm.v1.engine import utils
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # OpenMP does not survive a fork once it has started threads
+    spawning = utils.get_mp_context
+
+    def get_mp_context() -> BaseContext:
+        context: BaseContext = spawning()
+        return multiprocessing.get_context("fork") if _one_openmp() else context
+
+    def let_go_of_the_parent() -> None:
+        signal.set_wakeup_fd(-1)  # a signal must not wake the parent's event loop
+        _close_listening_sockets()
+        torch.set_num_threads(threads)
+        gc.freeze()  # the child need not look through what the parent made
+
+    os.register_at_fork(after_in_child=let_go_of_the_parent)
+    utils.get_mp_context = get_mp_context
+
+
+def _one_openmp() -> bool:
+    """Whether torch and vLLM have the same OpenMP library: of another's threads torch does not know."""
+    loaded = set(OPENMP.findall(Path("/proc/self/maps").read_text()))
+    return sum(not PRIVATE.search(library) for library in loaded) == 1
+
+
+def _close_listening_sockets() -> None:
+    """The parent alone listens. Their numbers stay taken: objects that believe to own them are left in the child."""
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for entry in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # listdir's own descriptor
+            number = int(entry)
+            if stat.S_ISSOCK(os.fstat(number).st_mode) and _listens(number):
+                os.dup2(nothing, number, inheritable=False)
+    os.close(nothing)
+
+
+def _listens(number: int) -> bool:
+    with socket.socket(fileno=os.dup(number)) as copy:
+        return bool(copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))

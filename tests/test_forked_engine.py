@@ -1,0 +1,49 @@
+"""An engine forked from a front end: its threads, its sockets, and when it is spawned instead"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import os, signal, socket, sys
+import torch
+from hunyuan_vllm import forked_engine
+
+def engine(listener):
+    torch.ones(2**22).add_(1)  # on all threads; it would hang after a fork from threads of OpenMP
+    tasks = len(os.listdir("/proc/self/task"))
+    try:
+        socket.socket(fileno=os.dup(listener))
+        listens = True
+    except OSError:
+        listens = False
+    print("child", torch.get_num_threads(), tasks, listens, os.readlink(f"/proc/self/fd/{listener}"), flush=True)
+
+if __name__ == "__main__":
+    forked_engine.fork_engines()
+    from vllm.v1.engine import utils
+    listener = socket.create_server(("127.0.0.1", 0))
+    torch.ones(2**22).add_(1)
+    context = utils.get_mp_context()
+    process = context.Process(target=engine, args=(listener.fileno(),))
+    process.start()
+    process.join(60)
+    print("parent", context.get_start_method(), torch.get_num_threads(), process.exitcode)
+    socket.create_connection(listener.getsockname()).close()
+    forked_engine._one_openmp = lambda: False
+    print("otherwise", utils.get_mp_context().get_start_method())
+"""
+
+
+@pytest.mark.engine
+def test_a_forked_engine_has_its_own_threads_and_does_not_listen() -> None:
+    environ = {name: value for name, value in os.environ.items() if name != "FORKED_ENGINES"}
+    environ |= {"OMP_NUM_THREADS": "2", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    ran = subprocess.run([sys.executable, "-c", SCRIPT], env=environ, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    lines = [line.split() for line in ran.stdout.splitlines()]
+    assert ["child", "2", "2", "False", os.devnull] in lines, ran.stdout + ran.stderr
+    assert ["parent", "fork", "1", "0"] in lines
+    assert ["otherwise", "spawn"] in lines

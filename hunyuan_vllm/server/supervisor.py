@@ -155,7 +155,7 @@ def run_server(
     oom_kills_before = oom_kills()
     if terminal:
         terminal.start()
-    child = Child(launch.argv, environment, terminal and terminal.write)
+    child = Child(launch.argv, environment, terminal.write if terminal else None)
     stop.forward_to(child)
     ready_since = started if launch.headless else None  # a headless server answers no health check
     kill_reason = None

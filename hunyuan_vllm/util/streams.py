@@ -30,23 +30,26 @@ def prepare_output() -> None:
 def make_output_unfailing() -> None:
     """Make sys.stdout and sys.stderr accept every write at once; what cannot be written is dropped and counted.
 
-    Any thread and any signal handler may write to them.
+    Any thread and any signal handler may write to them. What goes to one terminal or file by both keeps its order.
     """
     prepare_output()
+    outputs: list[_UnfailingOutput] = []
     for name in STREAMS:
         stream = getattr(sys, name)
         if isinstance(getattr(stream, "buffer", None), _UnfailingOutput):
             continue
         try:
-            output = _UnfailingOutput(stream.fileno())
+            descriptor = stream.fileno()
+            if not (outputs and os.path.sameopenfile(descriptor, outputs[0].fileno())):
+                outputs.append(_UnfailingOutput(descriptor))
+                atexit.register(outputs[-1].finish)
         except (OSError, ValueError):  # in memory, which does not fail
             continue
         try:
             stream.flush()
         except OSError:
             pass
-        setattr(sys, name, io.TextIOWrapper(output, stream.encoding, "backslashreplace", line_buffering=True))
-        atexit.register(output.finish)
+        setattr(sys, name, io.TextIOWrapper(outputs[-1], stream.encoding, "backslashreplace", line_buffering=True))
 
 
 def _occupy_standard_descriptors() -> None:

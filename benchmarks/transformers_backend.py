@@ -59,6 +59,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=CACHE, help="of the checkpoints (default: %(default)s)")
     parser.add_argument("--prompt-tokens", type=int, default=256, help="default: %(default)s")
     parser.add_argument("--new-tokens", type=int, default=32, help="default: %(default)s")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count CPU time, for a busy machine; only fair with --threads 1"
+    )
     parser.add_argument("--share", action="store_true", help="compare native decode with the memory bandwidth instead")
     arguments = parser.parse_args()
     if "large" in arguments.models and not arguments.share:
@@ -109,7 +112,7 @@ def _compare(name: str, model: Path, arguments: argparse.Namespace, report: Repo
         children: dict[str, Child] = {}
         for key, model_impl in IMPLEMENTATIONS.items():
             settings = _settings(arguments) | {"model_impl": model_impl}
-            child = Child(f"{name} {key}", ScoringEngine, model, settings, environ=environ)
+            child = Child(f"{name} {key}", ScoringEngine, model, settings, arguments.cpu_time, environ=environ)
             children[key] = stack.enter_context(child)
         for child in children.values():
             child.ready()
@@ -136,7 +139,7 @@ def _share(name: str, model: Path, arguments: argparse.Namespace, report: Report
     config = json.loads((model / "config.json").read_text())
     environ = engine_environ(arguments.threads)
     with (
-        Child(f"{name} native", Engine, model, _settings(arguments), environ=environ) as engine,
+        Child(f"{name} native", Engine, model, _settings(arguments), arguments.cpu_time, environ=environ) as engine,
         Child("probe", Probe, environ=environ) as probe,
     ):
         engine.ready(), probe.ready()

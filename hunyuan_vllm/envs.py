@@ -54,7 +54,7 @@ def cla_sharing() -> bool:
 
 
 def native_kernels() -> bool:
-    """HUNYUAN_VLLM_NATIVE_KERNELS (default 1): 0 leaves linear layers, experts and routing on CPUs to torch and vLLM."""
+    """HUNYUAN_VLLM_NATIVE_KERNELS (default 1): 0 leaves CPU linear layers, experts and routing to torch and vLLM."""
     return _flag("HUNYUAN_VLLM_NATIVE_KERNELS", default=True)
 
 

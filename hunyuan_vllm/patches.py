@@ -11,8 +11,8 @@
    where     vllm/model_executor/layers/utils.py, check_cpu_sgl_kernel and dispatch_cpu_unquantized_gemm
    why       vLLM keeps `weight_packed_linear` to AMX machines. With AVX-512 BF16 alone it is 1.05 to 1.2 times as fast
              as oneDNN up to 8 rows, where decoding is, and 0.92 to 1.02 times from 64 (benchmarks/cpu_kernels.py).
-             With AVX2 alone oneDNN has no bfloat16 product and vLLM falls back to torch's, which is 10 to 50 times as
-             slow as our kernel.
+             With AVX2 alone oneDNN has no bfloat16 product and vLLM falls back to torch's: our kernel is 1.4 to 1.8
+             times as fast at one row, 4 to 7 times from 8.
    upstream  not reported yet
    until     tests/test_patches.py::test_upstream_still_keeps_the_packed_linear_to_amx and
              ::test_upstream_still_has_no_linear_for_avx2 fail
@@ -20,7 +20,7 @@
 3. Packed experts without AMX.
    where     vllm/model_executor/layers/fused_moe/oracle/unquantized.py, backend_to_kernel_cls
    why       The same for experts: `fused_experts_cpu` is 1.1 times as fast as the portable kernel in decoding, 1.4 to
-             1.8 times from 64 rows (benchmarks/cpu_kernels.py); with AVX2 alone our kernel is.
+             1.8 times from 64 rows (benchmarks/cpu_kernels.py). With AVX2 alone our kernel is 1.0 to 1.3 times as fast.
    upstream  not reported yet
    until     tests/test_patches.py::test_upstream_still_has_no_packed_experts fails
 

@@ -22,6 +22,7 @@ TOKENS = 1024
 # Operators of the wheel that write into tensors they are given, and of which torch knows no form without values.
 WITHOUT_META = {
     "_C": (
+        "silu_and_mul",
         "vocab_parallel_embedding",
         "rotary_embedding",
         "dynamic_scaled_int8_quant",

@@ -9,6 +9,26 @@ from networks import NETWORKS, built
 from torch import nn
 
 BY_CAPABILITY = {"8.0 (A100)": (8, 0), "9.0 (H100, H20)": (9, 0), "10.0 (B200)": (10, 0)}
+INT8_ENDS = "refused: vLLM's int8 kernels end with compute capability 9.0"
+# Scheme, GPUs; kernels of linear layers and of experts: of the V1 family, with any number of ranks.
+V1_ROWS = [
+    ("bf16", "8.0 (A100)", "torch", "Triton"),
+    ("bf16", "9.0 (H100, H20)", "torch", "Triton"),
+    ("bf16", "10.0 (B200)", "torch", "TrtLlmBf16ExpertsMonolithic"),
+    ("int8", "8.0 (A100)", "Marlin", "Marlin"),
+    ("int8", "9.0 (H100, H20)", "Machete", "Marlin"),
+    ("int8", "10.0 (B200)", "Marlin", "Marlin"),
+    ("int8-w8a8", "8.0 (A100)", "CutlassInt8", "Triton"),
+    ("int8-w8a8", "9.0 (H100, H20)", "CutlassInt8", "Triton"),
+    ("int8-w8a8", "10.0 (B200)", INT8_ENDS, ""),
+    ("fp8", "8.0 (A100)", "MarlinFP8", "Marlin"),
+    ("fp8", "9.0 (H100, H20)", "CutlassFP8", "FlashInfer"),
+    ("fp8", "10.0 (B200)", "down_proj, o_proj: FlashInferFP8; gate_up_proj, qkv_proj: CutlassFP8",
+     "TrtLlmFp8ExpertsMonolithic"),
+    ("gptq-int4", "8.0 (A100)", "Marlin", "Marlin"),
+    ("gptq-int4", "9.0 (H100, H20)", "Machete", "HummingIndexed"),
+    ("gptq-int4", "10.0 (B200)", "Marlin", "Marlin"),
+]  # fmt: skip
 # Network, scheme, GPUs; ranks; kernels of linear layers ("part: kernel" where parts differ); of experts.
 ROWS = [
     ("Hunyuan-Large", "bf16", "8.0 (A100)", (8, 16), "torch", "Triton"),
@@ -19,14 +39,15 @@ ROWS = [
     ("Hunyuan-Large", "int8", "10.0 (B200)", (8, 16), "Marlin", "Marlin"),
     ("Hunyuan-Large", "int8-w8a8", "8.0 (A100)", (8, 16), "CutlassInt8", "Triton"),
     ("Hunyuan-Large", "int8-w8a8", "9.0 (H100, H20)", (8, 16), "CutlassInt8", "Triton"),
-    ("Hunyuan-Large", "int8-w8a8", "10.0 (B200)", (8, 16),
-     "refused: vLLM's int8 kernels end with compute capability 9.0", ""),
+    ("Hunyuan-Large", "int8-w8a8", "10.0 (B200)", (8, 16), INT8_ENDS, ""),
     ("Hunyuan-Large", "fp8", "8.0 (A100)", (8, 16), "MarlinFP8", "Marlin"),  # no FP8 arithmetic: FP8 weights alone
     ("Hunyuan-Large", "fp8", "9.0 (H100, H20)", (8, 16), "CutlassFP8", "FlashInfer"),
     ("Hunyuan-Large", "fp8", "10.0 (B200)", (8,),
      "down_proj, o_proj, q_proj: FlashInferFP8; gate_up_proj, qkv_proj: CutlassFP8", "FlashInfer"),
     ("Hunyuan-Large", "fp8", "10.0 (B200)", (16,),
      "down_proj, gate_up_proj, qkv_proj: CutlassFP8; o_proj, q_proj: FlashInferFP8", "FlashInfer"),
+    *((network, scheme, gpu, (1, 2, 4, 8), linears, experts if network == "Hunyuan-A13B" else "")
+      for network in ("Hunyuan-A13B", "Hunyuan-7B") for scheme, gpu, linears, experts in V1_ROWS),
 ]  # fmt: skip
 CASES = [(*row[:3], ranks, *row[4:]) for row in ROWS for ranks in row[3]]
 
@@ -44,7 +65,8 @@ def test_kernels(
         table(network, scheme, gpu, ranks, linears)
         return
     table(network, scheme, gpu, ranks, *found)
-    assert found == (linears, experts, "FlashAttention")
+    head_dim = NETWORKS[network].head_dim
+    assert found == (linears, experts, "FlashInfer" if gpu[:2] == "10" and head_dim == 128 else "FlashAttention")
 
 
 def linear_kernels(model: nn.Module) -> tuple[str, str]:
@@ -53,7 +75,8 @@ def linear_kernels(model: nn.Module) -> tuple[str, str]:
     experts = set()
     for name, module in model.named_modules():
         method = getattr(module, "quant_method", None)
-        kernel = getattr(getattr(module, "scheme", None), "kernel", None) or getattr(method, "fp8_linear", None)
+        owners = (getattr(module, "scheme", None), "kernel"), (method, "fp8_linear"), (method, "kernel")
+        kernel = next(filter(None, (getattr(owner, name, None) for owner, name in owners)), None)
         if chosen := getattr(method, "experts_cls", None):
             experts.add(chosen.__name__.removesuffix("Experts"))
         elif name.endswith("_proj"):

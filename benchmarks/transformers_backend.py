@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument(
         "--cpu-time", action="store_true", help="count CPU time, for a busy machine; only fair with --threads 1"
     )
+    parser.add_argument("--eager", action="store_true", help="compile neither")
     parser.add_argument("--share", action="store_true", help="compare native decode with the memory bandwidth instead")
     arguments = parser.parse_args()
     if "large" in arguments.models and not arguments.share:
@@ -87,6 +88,7 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
         max_num_batched_tokens=max(BATCHES) * longest,  # all prompts of a batch are read in one step
         kv_cache_memory_bytes=256 * MIB,
         enable_prefix_caching=False,
+        enforce_eager=arguments.eager,
     )
 
 

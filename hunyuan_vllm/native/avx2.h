@@ -23,6 +23,7 @@ struct FloatRows {
   static constexpr int kTileRows = 3;   // 12 of 16 registers hold their sums
   static constexpr int chains(int) { return 1; }
   static void encode(uint8_t*) {}
+  static bool streams() { return true; }  // weights that are read once pass the caches by
   static Sums zero() { return zeros(); }
   static __m256 broadcast(const float* input) { return _mm256_broadcast_ss(input); }
   // Or the compiler would keep what it has read of rows and weights, for which there are no registers.
@@ -113,6 +114,7 @@ struct W8A8 {
   static constexpr int half(int place) { return place / kLanes; }
   static constexpr int lane(int place) { return place % kLanes; }
   static void encode(uint8_t*) {}
+  static bool streams() { return true; }
   static Sums zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
   static __m256i broadcast(const int16_t* inputs) {
     int some;

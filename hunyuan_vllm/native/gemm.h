@@ -108,7 +108,7 @@ void product(const Rows<Scheme>& rows, const Weight<Scheme>& weight, int64_t fir
         const typename Scheme::Element* x[kTileRows];
         typename Scheme::Stored sums[kTileRows * kBlock];
         for (int64_t r = 0; r < size; ++r) x[r] = rows.data + rows.stride * rows.index(begin + r);
-        const auto multiply = tiles == 1 ? tile_of<Scheme, true>(size, kSizes) : tile_of<Scheme, false>(size, kSizes);
+        const auto multiply = tiles == 1 && Scheme::streams() ? tile_of<Scheme, true>(size, kSizes) : tile_of<Scheme, false>(size, kSizes);
         multiply(x, weight.block(block), weight.pieces(), sums);
         for (int64_t r = 0; r < size; ++r) {
           const auto* own = sums + r * kBlock;

@@ -55,6 +55,8 @@ struct W8A16 {
     _mm512_storeu_si512(piece, _mm512_or_si512(_mm512_abs_epi8(values), sign));
   }
 
+  static bool streams() { return true; }  // weights that are read once pass the caches by
+
   static Sums zero() { return _mm512_setzero_ps(); }
 
   static __m512i broadcast(const Element* inputs) {

@@ -1,15 +1,17 @@
 """How vLLM reads the config.json of a Hunyuan checkpoint, and what it then derives from the config"""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import huggingface_hub.constants
 from transformers import CONFIG_MAPPING, PreTrainedConfig
-from vllm.config import ModelConfig, VllmConfig
 from vllm.transformers_utils.config import HFConfigParser
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
 from hunyuan_vllm.config import CONFIG_CLASSES, HunYuanConfig
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
 
 
 class HunYuanConfigParser(HFConfigParser):
@@ -64,7 +66,7 @@ class TransformersPreflight:
     """
 
     @staticmethod
-    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+    def verify_and_update_model_config(model_config: "ModelConfig") -> None:
         """Give a V1 checkpoint the config class of transformers.
 
         Raises:
@@ -84,5 +86,5 @@ class TransformersPreflight:
         model_config.model_arch_config = model_config.get_model_arch_config()
 
     @staticmethod
-    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+    def verify_and_update_config(vllm_config: "VllmConfig") -> None:
         """Nothing more."""

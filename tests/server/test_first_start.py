@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from forked_programs import Program
 from serving import COMMAND, NOT_INHERITED, free_port
 
 from hunyuan_vllm.server.keys import read_key_file
@@ -25,17 +26,15 @@ def environment(config_home: Path, **more: str) -> dict[str, str]:
 
 def start_and_stop(config_home: Path) -> str:
     """What a start on all addresses says before it loads a model, which is when it is stopped."""
-    process = subprocess.Popen(
-        [COMMAND, "serve"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True,
-        env=environment(config_home, HOST="0.0.0.0", PORT=str(free_port())),
-    )  # fmt: skip
+    environ = environment(config_home, HOST="0.0.0.0", PORT=str(free_port()))
+    process = Program([COMMAND, "serve"], environ, start_new_session=True)
     said = ""
-    for line in process.stderr:
+    for line in process.stdout:
         said += line
         if "hunyuan-vllm: starting" in line:
             break
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.wait()
     return said
 
 

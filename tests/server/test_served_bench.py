@@ -7,6 +7,7 @@ import os
 import subprocess
 from pathlib import Path
 
+import forked_programs
 import pytest
 from keyed_server import KEYS, KeyedServer
 from serving import COMMAND, free_port
@@ -20,12 +21,9 @@ pytestmark = pytest.mark.server
 
 
 def bench(server: KeyedServer, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    return forked_programs.run(
         [COMMAND, "bench", "--url", server.url, "--ca", str(server.certificate), *arguments],
-        env={**os.environ, "VLLM_API_KEY": KEYS["alice"], "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        timeout=300,
+        {**os.environ, "VLLM_API_KEY": KEYS["alice"], "COLUMNS": "200"},
     )
 
 
@@ -51,7 +49,7 @@ def test_a_small_sweep(keyed_server: KeyedServer, tmp_path: Path) -> None:
     assert "out tokens/s" in result.stdout
     assert KEYS["alice"] not in output.read_text() + result.stdout + result.stderr
     assert "2 of 2: 6 requests, 3 at a time" in result.stderr and "Traceback" not in result.stderr
-    same = subprocess.run([COMMAND, "bench", "compare", output, output, "--json"], capture_output=True, text=True)
+    same = forked_programs.run([COMMAND, "bench", "compare", output, output, "--json"])
     assert same.returncode == 0 and json.loads(same.stdout)["differs"] == []
 
 

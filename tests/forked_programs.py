@@ -236,6 +236,8 @@ def become(
             os.setsid()
         os.environ.clear()
         os.environ.update(environ)
+        if environ.get("TORCH_COMPILE_DISABLE") == "1":  # which torch reads when it is imported
+            importlib.import_module("torch._dynamo.config").disable = True
         if cwd:
             os.chdir(cwd)
         if prepare:

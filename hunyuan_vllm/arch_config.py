@@ -49,9 +49,10 @@ class HunYuanArchConfigConvertor(ModelArchConfigConvertorBase):
     def get_num_experts(self) -> int:
         """Most routed experts of any layer; 0 for a dense network."""
         config = self.hf_text_config
-        if not isinstance(config, HunYuanConfig):
-            return super().get_num_experts()
-        experts = max(config.experts_at(layer) for layer in range(config.num_hidden_layers))
+        if isinstance(config, HunYuanConfig):
+            experts = max(config.experts_at(layer) for layer in range(config.num_hidden_layers))
+        else:
+            experts = super().get_num_experts()
         return experts if experts > 1 else 0
 
     def derive_max_model_len_and_key(self) -> tuple[float, str | None]:

@@ -144,6 +144,20 @@ def test_readers_can_be_handed_the_owners_k_and_v(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.engine
+def test_another_engine_goes_on_from_a_transferred_cache(tmp_path: Path) -> None:
+    """Prefill and decode apart, by vLLM's connector that stores each layer's K and V."""
+    golden = load_golden("cla4_top1")
+    prompts = [item.prompt for item in golden.items]
+    storage = {"shared_storage_path": str(tmp_path)}
+    transfer = {"kv_connector": "ExampleConnector", "kv_role": "kv_both", "kv_connector_extra_config": storage}
+    for new_tokens in (1, 24):
+        with engine(golden.path, kv_transfer_config=transfer, enable_prefix_caching=False, block_size=32) as llm:
+            results = score(llm, prompts, new_tokens, prompt_logprobs=False)
+        assert greatest_difference(results, golden) <= FLOAT32_TOLERANCE
+        assert any(result.cached_tokens for result in results) == (new_tokens > 1)
+
+
+@pytest.mark.engine
 def test_the_start_says_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(cla_cache.logger, "info", lambda text, *values: said.append(text % values))

@@ -126,7 +126,7 @@ def test_what_needs_no_engine_works_from_the_bare_package(bare, command, says):
         ["quantize", "demo", "quantised", "--scheme", "int8"],
         ["merge-lora", "--base_model_path", "a", "--adapter_model_path", "b", "--output_path", "c"],
         ["train", "--help"],
-        ["eval", "demo"],
+        ["eval", "compare", "--b", "int8"],
     ],
     ids=lambda command: " ".join(command[:2]),
 )

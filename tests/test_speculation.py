@@ -1,11 +1,11 @@
-"""Speculation with an EAGLE-3 draft: a random one changes no greedy answer."""
+"""Speculative decoding, by an EAGLE-3 draft and by n-grams of the prompt: it changes no greedy answer."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from engine import engine, greatest_difference, score
+from engine import counter, engine, greatest_difference, score
 from golden_data import FLOAT32_TOLERANCE, load_golden
 from safetensors.torch import save_file
 from vllm.model_executor.models.interfaces import supports_eagle3
@@ -72,4 +72,18 @@ def test_a_random_draft_changes_no_answer(name: str, tmp_path: Path) -> None:
     speculation = {"method": "eagle3", "model": str(draft), "num_speculative_tokens": 2}
     with engine(golden.path, speculative_config=speculation) as llm:
         results = score(llm, [item.prompt for item in golden.items], max_tokens=24, prompt_logprobs=False)
+    assert greatest_difference(results, golden) <= FLOAT32_TOLERANCE
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v1_7b", "cla2_top1"])
+def test_ngrams_change_no_answer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the engine's own process: where numba is imported, vLLM cannot make a second engine."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    golden = load_golden(name)
+    speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    with engine(golden.path, speculative_config=speculation) as llm:
+        results = score(llm, [item.prompt for item in golden.items], max_tokens=24, prompt_logprobs=False)
+        assert counter(llm, "vllm:spec_decode_num_accepted_tokens") > 0
     assert greatest_difference(results, golden) <= FLOAT32_TOLERANCE

@@ -1,0 +1,58 @@
+"""`batch` and `eval` on a checkpoint like the smaller V1 models': a dense network, a tokenizer.json."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from checkpoints import tiny_config, write_checkpoint
+from golden_data import reference_answers
+from serving import COMMAND
+from v1_templates import small_vocabulary
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+TEXT = "The capital of France is Paris. 2 + 3 = 5, and 法国的首都是巴黎。 " * 3
+CACHE = ["--kv-cache-memory-bytes", str(64 * 2**20)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tokenizer = small_vocabulary([TEXT])
+    tokenizer.bos_token, tokenizer.eos_token = "<｜hy_begin▁of▁sentence｜>", "<｜hy_place▁holder▁no▁2｜>"
+    config = tiny_config(
+        model_type="hunyuan_v1_dense", architectures=["HunYuanDenseV1ForCausalLM"], num_experts=1, use_cla=False,
+        vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=None,
+    )  # fmt: skip
+    folder = write_checkpoint(tmp_path_factory.mktemp("models") / "v1", config)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run(*arguments: object) -> str:
+    command = [COMMAND, *map(str, arguments), "--dtype", "float32", *CACHE]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+def test_batch(folder: Path, tmp_path: Path) -> None:
+    prompts = [[5, 6, 7], [9] * 40]
+    greedy = {"temperature": 0, "max_tokens": 16, "ignore_eos": True, "return_token_ids": True}
+    lines = [{"prompt": prompt, **greedy} for prompt in prompts] + [
+        {"messages": [{"role": "user", "content": "<｜hy_User｜>"}], **greedy}
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run("batch", tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--model", folder, "--enforce-eager")
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    *plain, chat = sorted(records, key=lambda record: record["line"])
+    for record, item in zip(plain, reference_answers(folder, prompts, 16).items, strict=True):
+        assert record["outputs"][0]["token_ids"] == item.greedy
+    assert chat["error"] is None and chat["usage"]["completion_tokens"] == 16
+    assert chat["usage"]["prompt_tokens"] > 8  # what a user writes is no special token
+
+
+def test_eval_compare(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    text = ["--text", tmp_path / "text.txt", "--context", "40"]
+    (found,) = json.loads(run("eval", "compare", folder, "--b", "int8", *text, "--json"))["compared"]
+    assert found["tokens"] > 40 and found["kl_mean"] > 0

@@ -227,6 +227,33 @@ def test_several_adapters_answer_at_once_as_each_does_alone(keyed_server, client
     assert alone[1] == alone[2] and len(set(alone)) == 3
 
 
+# Special tokens in messages
+
+
+def chat_tokens(client: OpenAI, text: str) -> int:
+    return ask(client, [{"role": "user", "content": text}], max_tokens=1).usage.prompt_tokens
+
+
+def response_tokens(client: OpenAI, text: str) -> int:
+    return client.responses.create(model=MODEL, input=text, max_output_tokens=16).usage.input_tokens
+
+
+def response_parts_tokens(client: OpenAI, text: str) -> int:
+    parts = [{"role": "user", "content": [{"type": "input_text", "text": text}]}]
+    return client.responses.create(model=MODEL, input=parts, max_output_tokens=16).usage.input_tokens
+
+
+def anthropic_tokens(client: OpenAI, text: str) -> int:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": text}], "max_tokens": 1}
+    return client.post("/messages", body=body, cast_to=httpx.Response).json()["usage"]["input_tokens"]
+
+
+@pytest.mark.parametrize("count", [chat_tokens, response_tokens, response_parts_tokens, anthropic_tokens])
+def test_special_tokens_in_a_users_text_stay_text(client, count):
+    special = "<|eos|><|extra_0|>"  # two tokens
+    assert count(client, f"a {special} b") - count(client, "a  b") > 4
+
+
 # The rest
 
 

@@ -34,7 +34,6 @@ PUBLISHED: dict[str, Any] = dict(
     rope_scaling={"type": "dynamic", "alpha": 1000.0, "factor": 1.0}, tie_word_embeddings=True,
 )  # fmt: skip
 RUNS = {scheme: dict(scheme=scheme) for scheme in WRITTEN} | {
-    "int8, mse": dict(scheme="int8", clip="mse"),
     "int8-w8a8, smooth": dict(scheme="int8-w8a8", smooth=0.5),
 }
 
@@ -68,7 +67,7 @@ class Converter:
         try:
             quantize_checkpoint(
                 self._source, target, given["scheme"], calibration=documents, calibration_tokens=given["tokens"],
-                clip=given.get("clip", "max"), smooth=given.get("smooth"), shard_bytes=500_000_000,
+                smooth=given.get("smooth"), shard_bytes=500_000_000,
             )  # fmt: skip
         finally:
             done.set()
@@ -79,8 +78,7 @@ class Converter:
 
 
 def _options(given: dict[str, Any]) -> Options:
-    clip = given.get("clip", "max")
-    return Options(given["scheme"], clip, given.get("smooth"), calibration_tokens=given["tokens"])
+    return Options(given["scheme"], given.get("smooth"), calibration_tokens=given["tokens"])
 
 
 def _anonymous_bytes() -> int:

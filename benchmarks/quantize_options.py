@@ -29,7 +29,6 @@ RUNS: list[tuple[str, dict[str, Any]]] = [
     *[(FP8, {"headroom": headroom}) for headroom in (1.0, 2.0, 4.0, 16.0)],
     *[(FP8, {"calibration_tokens": 24, "headroom": headroom}) for headroom in (1.0, 2.0, 4.0)],
     *[(scheme, {}) for scheme in ("int8", "int8-w8a8")],
-    *[(scheme, {"clip": "mse"}) for scheme in (FP8, "int8", "int8-w8a8")],
     *[(scheme, {"smooth": 0.5}) for scheme in (FP8, "int8", "int8-w8a8")],
 ]
 

@@ -86,10 +86,10 @@ def stored_tensors(folder: Path) -> list[StoredTensor]:
     return [tensor for shard in shards for tensor in shard.tensors]
 
 
-def check_headers(folder: Path, layout: Layout) -> int:
-    """Compare every tensor's name, shape and type with the network's, without reading tensor data.
+def used_tensors(folder: Path, layout: Layout) -> Used:
+    """The stored tensors that the network uses, each with the canonical ones that it holds; none without weights.
 
-    Returns the number of tensors the network uses, 0 where the folder has no safetensors files.
+    Every tensor's name, shape and type is compared with the network's, without reading tensor data.
 
     Raises:
         CheckpointError: a file is cut short or unreadable, or a tensor is unknown, misshapen, of a wrong
@@ -98,7 +98,12 @@ def check_headers(folder: Path, layout: Layout) -> int:
     tensors, used = stored_tensors(folder), Used()
     if tensors and (fault := next(header_faults(tensors, layout, used), None)):
         raise CheckpointError(fault.message)
-    return sum(map(len, used.values()))
+    return used
+
+
+def check_headers(folder: Path, layout: Layout) -> int:
+    """As `used_tensors`; returns the number of canonical tensors."""
+    return sum(map(len, used_tensors(folder, layout).values()))
 
 
 def read_weights(folder: Path, layout: Layout) -> dict[str, "Tensor"]:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -35,9 +34,27 @@ def generate(
 
     Returns what made it stop early, or None.
     """
-    signal.signal(signal.SIGINT, _interrupt)  # asyncio's own handler would act only once the engine is there
+
+    def write(records: Sequence[Record]) -> None:
+        append(records)
+        reporter.advance(records)
+
+    async def run() -> None:
+        async with AsyncExitStack() as stack:
+            with reporter.progress.console.status("loading the model"):
+                engine = await stack.enter_async_context(open_engine(args))
+            runner = Runner(engine.answer, settings, write, engine.window)
+            _obey_signals(runner, reporter)
+            with reporter.writing():
+                await runner.run(requests)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    # In place of Python's own handler, which asyncio replaces by one that acts only once the engine is there.
+    signal.signal(signal.SIGINT, interrupt)
     try:
-        asyncio.run(_generate(args, requests, settings, append, reporter))
+        asyncio.run(run())
     except KeyboardInterrupt:  # while the engine was being started
         return None
     except EngineStopped as error:
@@ -47,43 +64,18 @@ def generate(
     return None
 
 
-async def _generate(
-    args: Namespace,
-    requests: Iterable[tuple[Line, Request | BadLine]],
-    settings: Settings,
-    append: Callable[[Sequence[Record]], None],
-    reporter: Reporter,
-) -> None:
-    def write(records: Sequence[Record]) -> None:
-        append(records)
-        reporter.advance(records)
-
-    async with AsyncExitStack() as stack:
-        with reporter.progress.console.status("loading the model"):
-            engine = await stack.enter_async_context(open_engine(args))
-        runner = Runner(engine.answer, settings, write, engine.window)
-        _obey_signals(runner, reporter)
-        with reporter.writing():
-            await runner.run(requests)
-
-
 def _obey_signals(runner: Runner, reporter: Reporter) -> None:
     def interrupt() -> None:
         if runner.draining:
             runner.drop()
         else:
             runner.drain()
-            reporter.progress.say(
-                f"finishing {plural(runner.in_flight, 'line')} in flight; press Ctrl-C again to drop them"
-            )
+            text = f"finishing {plural(runner.in_flight, 'line')} in flight; press Ctrl-C again to drop them"
+            reporter.progress.say(text)
 
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGINT, interrupt)
     loop.add_signal_handler(signal.SIGTERM, runner.drop)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 FAILED_LINES, STOPPED, INTERRUPTED = 1, 3, 130  # exit statuses

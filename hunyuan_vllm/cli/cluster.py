@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import typer
 from rich.console import Console
 
-from hunyuan_vllm.cli.show import show_sections, tally
+from hunyuan_vllm.cli.show import end_report, show_sections
 from hunyuan_vllm.util.errors import UserError
-from hunyuan_vllm.util.findings import Section, exit_status, sections_json
+from hunyuan_vllm.util.findings import Section
 
 if TYPE_CHECKING:
     from hunyuan_vllm.cluster.connections import Connections
@@ -128,7 +128,7 @@ def check(
     wanted = Requirements(wanted_ports, str(model.absolute()) if model else None, interface, gpus)
     with connected(hosts, ssh_port, user, python, jobs, timeout) as connections:
         sections = ClusterCheck(connections, wanted).run()
-    _end(sections, as_json)
+    end_report(sections, as_json)
 
 
 @app.command()
@@ -201,7 +201,7 @@ def up(
         run.run()
         if all(host.setup for host in connections.hosts) and (run.changed or run.ok):
             record_cluster(connections.hosts, python, home)
-    _end(run.sections, as_json, changed=run.changed)
+    end_report(run.sections, as_json, changed=run.changed)
 
 
 @app.command()
@@ -260,7 +260,7 @@ def down(
         named, python = _recorded()
     with connected(named, ssh_port, user, python, jobs, timeout) as connections:
         section = bring_down(connections)
-    _end([section], as_json)
+    end_report([section], as_json)
 
 
 def _recorded() -> tuple[list[Host], str]:
@@ -271,16 +271,3 @@ def _recorded() -> tuple[list[Host], str]:
     if record is None:
         raise UserError("no cluster was started from here: hunyuan-vllm cluster up --hosts …, or name --hosts")
     return record
-
-
-def _end(sections: Sequence[Section], as_json: bool, **more: bool) -> None:
-    """Print the report, and exit with its status."""
-    code = exit_status(sections)
-    if as_json:
-        report = {"sound": code == 0, **more, "sections": sections_json(sections)}
-        print(json.dumps(report, indent=1, ensure_ascii=False))
-    else:
-        console = Console(highlight=False)
-        show_sections(sections, console)
-        console.print(tally(sections), style="bold red" if code else "green", soft_wrap=True)
-    raise typer.Exit(code)

@@ -1,13 +1,11 @@
 """`hunyuan-vllm doctor`: problems of this machine or installation, found before a server is started on it"""
 
-import json
 import sys
 
 import typer
 from rich.console import Console
 
-from hunyuan_vllm.cli.show import show_sections, tally
-from hunyuan_vllm.util.findings import exit_status, sections_json
+from hunyuan_vllm.cli.show import end_report
 
 
 def doctor(
@@ -45,11 +43,4 @@ def doctor(
     except KeyboardInterrupt:
         print("hunyuan-vllm: interrupted", file=sys.stderr)
         raise typer.Exit(130) from None
-    status = exit_status(sections)
-    if as_json:
-        print(json.dumps({"sound": status == 0, "sections": sections_json(sections)}, indent=1, ensure_ascii=False))
-    else:
-        console = Console(highlight=False)
-        show_sections(sections, console)
-        console.print(tally(sections), style="bold red" if status else "green", soft_wrap=True)
-    raise typer.Exit(status)
+    end_report(sections, as_json)

@@ -35,11 +35,6 @@ def quantize(
         help="Static FP8 scales of inputs and V reach this many times what was seen.",
         rich_help_panel=CALIBRATION,
     ),
-    clip: str = typer.Option(
-        "max",
-        help="How far a weight scale reaches: max, or mse (least squared error).",
-        rich_help_panel=OUTLIERS,
-    ),
     smooth: float = typer.Option(
         None,
         metavar="ALPHA",
@@ -82,9 +77,8 @@ def quantize(
 
     \b
     One tensor is in memory at a time. Everything written is read back and
-    compared with its source; the errors are in DST/quantize_report.json and
-    .png. Work goes on in DST.partial: stopped at any moment, by Ctrl-C or by
-    a power cut, the same command goes on where it was.
+    compared with its source; the errors are in DST/quantize_report.json. Work
+    goes on in DST.partial: after an interruption, the same command continues.
 
     \b
     Exit status: 0 DST is complete, 2 something given is of no use, 3 the disk
@@ -96,7 +90,7 @@ def quantize(
 
     console = Console(stderr=True)
     name = find_scheme(scheme, WRITTEN).name
-    options = Options(name, clip, smooth, calibration_tokens, headroom, parse_size(shard_size), _device(device))
+    options = Options(name, smooth, calibration_tokens, headroom, parse_size(shard_size), _device(device))
     source = demo.folder(source)
     if plan:
         _show_plan(source, options)
@@ -139,7 +133,7 @@ def _show_plan(source: Path, options: Options) -> None:
     given = str(source)
     published = given in PUBLISHED and not source.exists()
     config = open_planned(given).config if published else read_config(source)[1]
-    print(f"{options.scheme}, {config.num_hidden_layers} layers, clip {options.clip}, smooth {options.smooth}")
+    print(f"{options.scheme}, {config.num_hidden_layers} layers, smooth {options.smooth}")
     print("\n".join(Plan.of(config, options).lines()))
 
 

@@ -1,16 +1,18 @@
 """Findings on a terminal, and errors of commands that can be resumed"""
 
 import errno
+import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from hunyuan_vllm.util.findings import Finding, Section, Status
+from hunyuan_vllm.util.findings import Finding, Section, Status, exit_status, sections_json
 from hunyuan_vllm.util.text import group_similar, plural
 
 STYLES = {Status.OK: "green", Status.WARNING: "yellow", Status.PROBLEM: "bold red", Status.SKIPPED: "cyan"}
@@ -26,6 +28,19 @@ def show_sections(sections: Iterable[Section], console: Console) -> None:
             console.print(Text(section.title, style="bold"))
             for finding in section.findings:
                 _show(finding, console)
+
+
+def end_report(sections: Sequence[Section], as_json: bool, **more: bool) -> NoReturn:
+    """Print the findings, as JSON with `more` beside them or for a reader, and exit with their status."""
+    status = exit_status(sections)
+    if as_json:
+        report = {"sound": status == 0, **more, "sections": sections_json(sections)}
+        print(json.dumps(report, indent=1, ensure_ascii=False))
+    else:
+        console = Console(highlight=False)
+        show_sections(sections, console)
+        console.print(tally(sections), style="bold red" if status else "green", soft_wrap=True)
+    raise typer.Exit(status)
 
 
 def tally(sections: Iterable[Section]) -> str:

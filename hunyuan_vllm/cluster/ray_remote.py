@@ -1,20 +1,17 @@
 """Ray on the hosts of a cluster: read, started and stopped over SSH, and the nodes that the head counts"""
 
 import json
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from hunyuan_vllm.cluster.connections import Connections
 from hunyuan_vllm.cluster.hosts import Host, HostError
 from hunyuan_vllm.cluster.ray_node import NodeSetup
+from hunyuan_vllm.cluster.ray_nodes import RayNode, query_nodes
 from hunyuan_vllm.cluster.ray_start import START_TIMEOUT, RayState
 from hunyuan_vllm.util.net import why_unreachable
 
 HEAD_TIMEOUT = 40.0  # seconds, with the import of Ray
-# In a process of its own, because Ray's client keeps threads and waits long for a silent head.
 LIST_NODES = """
 import json, sys
 from ray.autoscaler.v2.sdk import get_cluster_status
@@ -25,38 +22,20 @@ for node in (*status.active_nodes, *status.idle_nodes):
     gpus = next((one for one in usage if one.resource_name == "GPU"), None)
     total, used = (int(gpus.total), int(gpus.used)) if gpus else (0, 0)
     nodes.append({"address": node.ip_address, "gpus": total, "free_gpus": total - used})
-print("NODES", json.dumps(nodes))
+print("RAY", json.dumps(nodes))
 """
 
 
-@dataclass(frozen=True)
-class Member:
-    """A node that is alive, by its address, with its GPUs and those that are free."""
-
-    address: str
-    gpus: int
-    free_gpus: int
-
-
-def ask_members(setup: NodeSetup) -> tuple[list[Member], str]:
+def ask_members(setup: NodeSetup) -> tuple[list[RayNode], str]:
     """The living nodes of the cluster that this node, set up so, is part of; and why there is no answer, or ""."""
     if why := why_unreachable(setup.gcs):
         return [], f"nothing answers at {setup.gcs} ({why})"
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", LIST_NODES, setup.gcs],
-            env={"PATH": "/usr/bin:/bin", "HOME": "/", **setup.environment()}, cwd="/",
-            capture_output=True, text=True, timeout=HEAD_TIMEOUT,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return [], f"no answer in {HEAD_TIMEOUT:.0f} s"
-    for line in done.stdout.splitlines():
-        if line.startswith("NODES "):
-            return [Member(**node) for node in json.loads(line.removeprefix("NODES "))], ""
-    return [], (done.stderr.strip().splitlines() or ["no answer"])[-1]
+    environ = {"PATH": "/usr/bin:/bin", "HOME": "/", **setup.environment()}
+    nodes, why = query_nodes(LIST_NODES, setup.gcs, environ, HEAD_TIMEOUT)
+    return nodes or [], why
 
 
-def missing_members(setups: Sequence[NodeSetup], members: Sequence[Member]) -> list[str]:
+def missing_members(setups: Sequence[NodeSetup], members: Sequence[RayNode]) -> list[str]:
     """What the head does not count of these nodes, a line each."""
     by_address = {member.address: member for member in members}
     lines = []

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -74,13 +73,8 @@ def _problem(problem: Finding | None) -> dict[str, Any] | None:
     return None if problem is None else {"what": problem.text, "remedy": problem.remedy}
 
 
-NAMED = 8  # up to so many hosts there is room for their names before the matrix
-
-
 def show(report: Report, console: Console) -> None:
     console.print(_hosts(report.hosts))
-    console.print("Logins by key, from the row's host to the column's:", soft_wrap=True)
-    console.print(_matrix(report))
     for host in report.hosts:
         for problem in host.problems:
             _show_problem(console, host.name, problem.text, problem.remedy)
@@ -111,27 +105,6 @@ def _hosts(hosts: Iterable[Host]) -> Table:
         name = host.name if host.hostname in (None, host.name) else f"{host.name}\n({host.hostname})"
         table.add_row(str(number), *map(Text, (name, host_key + (host.trust or ""), user_key, changed)), state)
     return table
-
-
-def _matrix(report: Report) -> Table:
-    numbers = {host.name: str(number) for number, host in enumerate(report.hosts, 1)}
-    targets = list(dict.fromkeys(pair.target for pair in report.pairs))
-    pairs = {(pair.source, pair.target): pair for pair in report.pairs}
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
-    table.add_column("from", no_wrap=True)
-    few = len(targets) <= NAMED
-    for target in targets:
-        table.add_column(numbers[target], justify="center", no_wrap=True)
-    for source in dict.fromkeys(pair.source for pair in report.pairs):
-        cells = [_cell(pairs[source, target]) for target in targets]
-        table.add_row(Text(f"{numbers[source]} {source}" if few else numbers[source]), *cells)
-    return table
-
-
-def _cell(pair: Pair) -> Text:
-    if pair.ok:
-        return Text("ok", style="green")
-    return Text("no", style="red") if pair.tried else Text("-", style="dim")
 
 
 def _show_problem(console: Console, where: str, text: str, remedy: str) -> None:

@@ -11,7 +11,8 @@ from rich.table import Table
 from hunyuan_vllm.cluster.connections import Connections
 from hunyuan_vllm.cluster.hosts import Host
 from hunyuan_vllm.cluster.ray_node import NodeSetup
-from hunyuan_vllm.cluster.ray_remote import Member, RemoteRay, ask_members
+from hunyuan_vllm.cluster.ray_nodes import RayNode
+from hunyuan_vllm.cluster.ray_remote import RemoteRay, ask_members
 from hunyuan_vllm.ray_environment import NODE_FOLDER
 from hunyuan_vllm.util.files import write_private
 from hunyuan_vllm.util.text import plural, some
@@ -51,7 +52,7 @@ class NodeStatus:
     host: Host
     setup: NodeSetup
     state: str
-    member: Member | None
+    member: RayNode | None
 
     @property
     def gpus(self) -> int:
@@ -127,7 +128,7 @@ def read_status(connections: Connections) -> ClusterStatus:
     )  # fmt: skip
 
 
-def _state(host: Host, setup: NodeSetup, member: Member | None, silence: str) -> str:
+def _state(host: Host, setup: NodeSetup, member: RayNode | None, silence: str) -> str:
     """The host's state; what is missing becomes one of its problems."""
     ray = host.ray
     if ray is None:

@@ -1,6 +1,5 @@
 """Limits, disk, clock, network and environment variables of this machine"""
 
-import ctypes
 import difflib
 import importlib.util
 import os
@@ -9,7 +8,6 @@ import resource
 import shutil
 import socket
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +25,6 @@ MIN_SHM, ENOUGH_SHM = 512 * MIB, 8 * GIB  # a container's default is 64 MiB
 VLLM_FILES = 65535  # what vLLM raises the soft limit to, up to the hard one
 MIN_PROCESSES = 4096
 MIN_DISK, ENOUGH_DISK = 2 * GIB, 10 * GIB
-TIME_ERROR = 5  # adjtimex: the clock is not synchronised
 RAY_PORTS = {6379: "GCS", 10001: "clients", 8265: "dashboard"}
 CONNECT_TIMEOUT = 2.0  # seconds
 Limit = Callable[[int], tuple[int, int]]
@@ -114,27 +111,6 @@ def check_disk(section: Section, system: System) -> None:
             report("disk", f"{space / 1e9:.1f} GB free for {name}, {folder}", f"free space, or {elsewhere}")
     if not section.findings:
         section.ok("disk", "; ".join(f"{space} free for {', '.join(names)}" for space, names in free.items()))
-
-
-def check_clock(section: Section, system: System, now: Callable[[], float] = time.time) -> None:
-    """A clock that is far off breaks TLS and tokens; between nodes, logs and leases too."""
-    if now() < Path(__file__).stat().st_mtime - 86400:
-        text = f"it shows {time.strftime('%Y-%m-%d', time.gmtime(now()))}, which is before this package was installed"
-        section.problem("clock", text, "set it: timedatectl set-ntp true")
-        return
-    try:
-        state = ctypes.CDLL(None, use_errno=True).adjtimex(ctypes.create_string_buffer(512))
-    except AttributeError:
-        state = -1
-    if state < 0:
-        section.skipped("clock", "the kernel does not show here whether it is synchronised")
-    elif state == TIME_ERROR and not system.among_several:
-        section.ok("clock", "not synchronised, which only several nodes need")
-    elif state == TIME_ERROR:
-        text = "it is not synchronised with the other nodes'"
-        section.warning("clock", text, "timedatectl set-ntp true, or run chrony; in a container, on its host")
-    else:
-        section.ok("clock", "synchronised")
 
 
 def check_settings(section: Section, system: System) -> Settings:

@@ -31,7 +31,6 @@ def _sections(system: System, imports: Future[Probe], worker: Future[Probe]) -> 
     _check(limits, "/dev/shm", lambda section: host.check_shared_memory(section, system, cuda))
     _check(limits, "limits", lambda section: host.check_limits(section, system))
     _check(limits, "disk", lambda section: host.check_disk(section, system))
-    _check(limits, "clock", lambda section: host.check_clock(section, system))
 
     network = Section("Network")
     settings = host.check_settings(network, system)

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.model_executor.layers.quantization import QuantizationConfig
+from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
 from hunyuan_vllm.config import HunYuanConfig
@@ -65,6 +66,15 @@ class HunYuanQuantization(QuantizationConfig):
         """Raises ValueError for a model of another kind, whose loader would not ask us."""
         if not is_hunyuan(hf_config):
             raise ValueError(f"quantization={self.name!r} is for Hunyuan checkpoints; {model_name} is another model")
+
+
+def add_parameter(
+    layer: nn.Module, name: str, shape: tuple[int, ...], dtype: torch.dtype, attributes: dict[str, Any]
+) -> None:
+    """Give a layer an empty parameter with the attributes that vLLM's weight loaders read."""
+    parameter = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+    set_weight_attrs(parameter, attributes)
+    layer.register_parameter(name, parameter)
 
 
 def layout_of(vllm_config: VllmConfig) -> Layout:

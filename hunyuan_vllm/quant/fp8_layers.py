@@ -16,9 +16,10 @@ from vllm.model_executor.layers.quantization.utils.fp8_utils import (
 )
 from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8StaticChannelSym
 from vllm.model_executor.parameter import PerTensorScaleParameter
-from vllm.model_executor.utils import replace_parameter, set_weight_attrs
+from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
+from hunyuan_vllm.quant.base import add_parameter
 from hunyuan_vllm.quant.cpu import expand_fp8, fp8_experts, fp8_linear
 from hunyuan_vllm.quant.rounding import E4M3
 
@@ -168,24 +169,16 @@ class CPUFp8ExpertsMethod(FusedMoEMethodBase):
         **attributes: Any,
     ) -> None:
         width = intermediate_size_per_partition
-        self._register(layer, "w13_weight", (num_experts, 2 * width, hidden_size), E4M3, attributes)
-        self._register(layer, "w2_weight", (num_experts, hidden_size, width), E4M3, attributes)
+        add_parameter(layer, "w13_weight", (num_experts, 2 * width, hidden_size), E4M3, attributes)
+        add_parameter(layer, "w2_weight", (num_experts, hidden_size, width), E4M3, attributes)
         if self.moe.has_bias:
-            self._register(layer, "w13_bias", (num_experts, 2 * width), params_dtype, attributes)
-            self._register(layer, "w2_bias", (num_experts, hidden_size), params_dtype, attributes)
+            add_parameter(layer, "w13_bias", (num_experts, 2 * width), params_dtype, attributes)
+            add_parameter(layer, "w2_bias", (num_experts, hidden_size), params_dtype, attributes)
         for name in ("w13_input_scale", "w2_input_scale"):
-            self._register(layer, name, (num_experts,), torch.float32, attributes)
+            add_parameter(layer, name, (num_experts,), torch.float32, attributes)
         attributes |= {"quant_method": FusedMoeWeightScaleSupported.TENSOR.value}
-        self._register(layer, "w13_weight_scale", (num_experts, 2), torch.float32, attributes)
-        self._register(layer, "w2_weight_scale", (num_experts,), torch.float32, attributes)
-
-    @staticmethod
-    def _register(
-        layer: nn.Module, name: str, shape: tuple[int, ...], dtype: torch.dtype, attributes: dict[str, Any]
-    ) -> None:
-        parameter = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
-        set_weight_attrs(parameter, attributes)
-        layer.register_parameter(name, parameter)
+        add_parameter(layer, "w13_weight_scale", (num_experts, 2), torch.float32, attributes)
+        add_parameter(layer, "w2_weight_scale", (num_experts,), torch.float32, attributes)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         share_scales(layer)

@@ -11,8 +11,10 @@ from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, FusedMoeWei
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter
-from vllm.model_executor.utils import replace_parameter, set_weight_attrs
+from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
+
+from hunyuan_vllm.quant.base import add_parameter
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
@@ -86,12 +88,8 @@ class Int8ExpertsMethod(FusedMoEMethodBase):
         width = intermediate_size_per_partition
         by_channel = attributes | {"quant_method": FusedMoeWeightScaleSupported.CHANNEL.value}
         for name, rows, columns in (("w13", 2 * width, hidden_size), ("w2", hidden_size, width)):
-            weight = nn.Parameter(torch.empty(num_experts, rows, columns, dtype=torch.int8), requires_grad=False)
-            scale = nn.Parameter(torch.empty(num_experts, rows, 1, dtype=torch.float32), requires_grad=False)
-            set_weight_attrs(weight, attributes)
-            set_weight_attrs(scale, by_channel)
-            layer.register_parameter(f"{name}_weight", weight)
-            layer.register_parameter(f"{name}_weight_scale", scale)
+            add_parameter(layer, f"{name}_weight", (num_experts, rows, columns), torch.int8, attributes)
+            add_parameter(layer, f"{name}_weight_scale", (num_experts, rows, 1), torch.float32, by_channel)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         for name in ("w13", "w2"):

@@ -1,7 +1,7 @@
 """A conversion from start to end: check everything, calibrate, write file by file, read back, report, rename."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from hunyuan_vllm.quant.schemes import WRITTEN, find_scheme
 from hunyuan_vllm.quantize import verify
 from hunyuan_vllm.quantize.calibrate import ActivationScales, Calibration, static_scales
 from hunyuan_vllm.quantize.estimate import state_bytes
-from hunyuan_vllm.quantize.formats import FORMATS, WeightFormat, specs_of
+from hunyuan_vllm.quantize.formats import FORMATS, specs_of
 from hunyuan_vllm.quantize.smooth import SmoothQuant
 from hunyuan_vllm.quantize.source import Source, Unit, kept_linears, units
 from hunyuan_vllm.quantize.texts import Tokens, calibration_tokens
@@ -27,7 +27,6 @@ from hunyuan_vllm.util.progress import Progress
 from hunyuan_vllm.util.text import gigabytes
 
 REPORT = "quantize_report.json"
-CLIPS = ("max", "mse")
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,6 @@ class Options:
     """A conversion's options, beside its source and target.
 
     Attributes:
-        clip: the largest magnitude that a weight scale represents: "max", the largest weight's, or "mse", the one with
-            the least squared error.
         smooth: SmoothQuant's α, from 0 (all difficulty stays in the activations) to 1; None for no smoothing.
         headroom: how many times what calibration saw at most the static input and V scales reach. E4M3 rounds large and
             small numbers alike, so room costs nothing, whereas what lies beyond the range is cut off.
@@ -44,7 +41,6 @@ class Options:
     """
 
     scheme: str
-    clip: str = "max"
     smooth: float | None = None
     calibration_tokens: int = 8192
     headroom: float = 2.0
@@ -52,8 +48,6 @@ class Options:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.clip not in CLIPS:
-            raise UserError(f"--clip {self.clip}: it is one of {', '.join(CLIPS)}")
         if self.smooth is not None and not 0 <= self.smooth <= 1:
             raise UserError(f"--smooth {self.smooth:g}: it is a number from 0 to 1; 0.5 is usual")
         if self.calibration_tokens < 1:
@@ -142,7 +136,6 @@ class Conversion:
         return {
             "an SRC of contents": self._source.fingerprint()[:12],
             "--scheme": options.scheme,
-            "--clip": options.clip,
             "--smooth": options.smooth,
             "--headroom": options.headroom,
             "--shard-size": options.shard_bytes,
@@ -189,10 +182,9 @@ class Conversion:
 
     def _write_shard(self, workspace: Workspace, shard: Shard) -> None:
         partial_file = workspace.beside(workspace.checkpoint / shard.file)
-        encoder = Encoder(self._format, self._options.clip, self._read, self._activations, self._options.device)
         with ShardWriter(partial_file, shard.specs) as writer:
             for unit in shard.units:
-                for name, tensor in encoder.tensors(unit):
+                for name, tensor in self._encoded(unit):
                     writer.write(name, tensor)
                 for name in unit.names:
                     self._progress.advance(self._source.nbytes(name) // 2)
@@ -200,6 +192,20 @@ class Conversion:
         measured = verifier.check(partial_file, shard, self._verified)
         workspace.write_json(workspace.state / f"{shard.file}.json", [asdict(one) for one in measured])
         workspace.put(partial_file, workspace.checkpoint / shard.file)
+
+    def _encoded(self, unit: Unit) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) as `specs_of` says."""
+        if not unit.quantised:
+            yield from ((name, self._read(name)) for name in unit.names)
+            return
+        weights = [self._read(name).to(self._options.device) for name in unit.names]
+        for name, stored in zip(unit.names, self._format.encode(weights), strict=True):
+            projection = name.removesuffix(".weight")
+            for part, tensor in stored.items():
+                yield f"{projection}.{part}", tensor
+        if self._format.static_inputs:
+            assert self._activations is not None
+            yield from static_scales(unit, self._activations)
 
     def _verified(self, name: str) -> None:
         self._tensors_done += 1
@@ -215,7 +221,6 @@ class Conversion:
         facts: dict[str, Any] = {
             "scheme": options.scheme,
             "source": source.folder.resolve().name,
-            "clip": options.clip,
             "smooth": options.smooth,
             "headroom": options.headroom if self._format.static_inputs else None,
             "source_bytes": sum(map(source.nbytes, source.shapes)),
@@ -237,37 +242,3 @@ class Conversion:
         scheme = self._format.config(kept_linears(source.config))
         workspace.write_json(folder / "config.json", {**source.json, "quantization_config": scheme})
         workspace.write_json(folder / REPORT, made)
-
-
-class Encoder:
-    """Makes the tensors of a unit.
-
-    Args:
-        read: a canonical tensor as it is to be represented: the checkpoint's, after smoothing.
-        activations: what calibration saw; needed by a scheme with static input scales.
-    """
-
-    def __init__(
-        self,
-        weight_format: WeightFormat,
-        clip: str,
-        read: Callable[[str], Tensor],
-        activations: ActivationScales | None,
-        device: str,
-    ) -> None:
-        self._format, self._clip, self._read = weight_format, clip, read
-        self._activations, self._device = activations, device
-
-    def tensors(self, unit: Unit) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) as `specs_of` says."""
-        if not unit.quantised:
-            yield from ((name, self._read(name)) for name in unit.names)
-            return
-        weights = [self._read(name).to(self._device) for name in unit.names]
-        for name, stored in zip(unit.names, self._format.encode(weights, self._clip), strict=True):
-            projection = name.removesuffix(".weight")
-            for part, tensor in stored.items():
-                yield f"{projection}.{part}", tensor
-        if self._format.static_inputs:
-            assert self._activations is not None
-            yield from static_scales(unit, self._activations)

@@ -1,8 +1,7 @@
 """How each scheme rounds and stores a weight"""
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -18,8 +17,8 @@ from hunyuan_vllm.quant.quantization_config import describe, int8, static_fp8
 from hunyuan_vllm.quant.rounding import (
     E4M3,
     E4M3_MAX,
-    INT8_MAX,
     pack_int8,
+    quantize_per_channel,
     quantize_per_tensor,
     round_through_fp8,
     unpack_int8,
@@ -52,72 +51,6 @@ def in_blocks(matrix: Tensor, work: Callable[[slice], T]) -> list[T]:
         torch.set_num_threads(threads)
 
 
-MAGNITUDES = 1 << 15
-# An FP8 grid repeats itself at every power of two: one above the plain scale, where all weights may fall on a finer
-# part of it, and below as many as an outlier may be worth giving up for.
-FP8_STEPS, FP8_POWERS = 32, range(-12, 2)
-INT8_SHRINKS = [1 - 0.025 * step for step in range(29)]  # of the largest weight of a row, down to 0.3
-
-
-def tensor_scale(weights: Iterable[Tensor], clip: str) -> float:
-    """One E4M3 scale for all of `weights` together, any shapes; 1 where all are zero."""
-    if clip == "max":
-        return (max(float(_amax(weight)) for weight in weights) / E4M3_MAX) or 1.0
-    counts = torch.stack([_histogram(weight) for weight in weights]).sum(0)
-    magnitudes = torch.arange(MAGNITUDES, dtype=torch.int16).view(torch.bfloat16).float()
-    used = counts.nonzero()[:, 0]
-    counts, magnitudes = counts[used], magnitudes[used]
-    if not magnitudes[-1]:
-        return 1.0
-    return _min_error(magnitudes, counts.double())
-
-
-def row_scales(weight: Tensor, clip: str) -> Tensor:
-    """An int8 scale for each row of `weight [out, in]`, float32 `[out, 1]`; 1 for a row of zeros."""
-    chosen = torch.cat(in_blocks(weight, lambda rows: _largest(weight[rows].float(), clip)))
-    scale = chosen / INT8_MAX
-    return torch.where(scale == 0, 1.0, scale)
-
-
-def _largest(rows: Tensor, clip: str) -> Tensor:
-    """The largest magnitude of each row that is still to be represented, `[rows, 1]`."""
-    magnitudes = rows.abs()
-    amax = magnitudes.amax(dim=1, keepdim=True)
-    if clip == "max":
-        return amax
-    best, lowest = amax, torch.full_like(amax, math.inf)
-    for shrink in INT8_SHRINKS:
-        scale = torch.where(amax == 0, 1.0, amax * shrink / INT8_MAX)
-        values = (magnitudes / scale).round_().clamp_(max=INT8_MAX)
-        error = values.mul_(scale).sub_(magnitudes).square_().sum(dim=1, keepdim=True)
-        best = torch.where(error < lowest, amax * shrink, best)
-        lowest = torch.minimum(error, lowest)
-    return best
-
-
-def _min_error(magnitudes: Tensor, counts: Tensor) -> float:
-    widest = float(magnitudes[-1]) / E4M3_MAX
-    steps = range(FP8_STEPS * FP8_POWERS.start, FP8_STEPS * (FP8_POWERS.stop - 1))
-    scales = [widest * 2.0 ** (step / FP8_STEPS) for step in steps]
-    errors = [((round_through_fp8(magnitudes, s) - magnitudes).double().square() * counts).sum().item() for s in scales]
-    return scales[errors.index(min(errors))]
-
-
-def _amax(weight: Tensor) -> Tensor:
-    low, high = weight.aminmax()
-    return torch.maximum(-low, high)
-
-
-def _histogram(weight: Tensor) -> Tensor:
-    """How often each bfloat16 magnitude occurs, int64 `[32768]`, on the CPU."""
-
-    def count(rows: slice) -> Tensor:
-        bits = weight[rows].bfloat16().view(torch.int16).bitwise_and(MAGNITUDES - 1)
-        return bits.flatten().bincount(minlength=MAGNITUDES)
-
-    return torch.stack(in_blocks(weight, count)).sum(0).cpu()
-
-
 TORCH_TYPES = {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64, "F32": torch.float32, E4M3_NAME: E4M3}
 Stored = Mapping[str, Tensor]
 """The tensors that stand for one weight, or for some rows of it, by the last part of their names."""
@@ -133,7 +66,8 @@ class Spec:
 
 
 class WeightFormat(ABC):
-    """How a scheme stores weights. What it stores with two dimensions has the weight's rows.
+    """How a scheme stores weights: scales reach to the largest, so that none saturates. What it stores with two
+    dimensions has the weight's rows.
 
     Attributes:
         format: as readers know it.
@@ -153,7 +87,7 @@ class WeightFormat(ABC):
         return [Spec(f"{projection}.{part}", TORCH_TYPES[types[-1]], held) for part, (held, types) in tensors.items()]
 
     @abstractmethod
-    def encode(self, weights: Sequence[Tensor], clip: str) -> list[dict[str, Tensor]]:
+    def encode(self, weights: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         """The tensors that stand for each weight of a fused projection, without the input scale."""
 
     @abstractmethod
@@ -161,12 +95,8 @@ class WeightFormat(ABC):
         """The weight that is stood for, float32 `[out, in]`."""
 
     @abstractmethod
-    def at_limit(self, stored: Stored) -> Tensor:
-        """Which weights lie at the end of the range, boolean `[out, in]`."""
-
-    @abstractmethod
     def half_step(self, weight: Tensor, stored: Stored) -> Tensor:
-        """Most that rounding may move a weight within the range; broadcasts against `[out, in]`."""
+        """The most that rounding may move a weight; broadcasts against `[out, in]`."""
 
     @abstractmethod
     def as_served(self, inputs: Tensor, stored: Stored) -> Tensor:
@@ -198,18 +128,17 @@ class Fp8(WeightFormat):
     format = static_fp8(IgnoredLayers())
     static_inputs = True
 
-    def encode(self, weights: Sequence[Tensor], clip: str) -> list[dict[str, Tensor]]:
-        scale = torch.tensor(tensor_scale(weights, clip))
-        return [
-            {"weight": _by_rows(weight, E4M3, lambda w, rows: quantize_per_tensor(w, scale)[0]), "weight_scale": scale}
-            for weight in weights
-        ]
+    def encode(self, weights: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        largest = max(float(bound.abs()) for weight in weights for bound in weight.aminmax())
+        scale = torch.tensor(largest / E4M3_MAX or 1.0)
+
+        def rounded(weight: Tensor) -> Tensor:
+            return torch.cat(in_blocks(weight, lambda rows: quantize_per_tensor(weight[rows], scale)[0]))
+
+        return [{"weight": rounded(weight), "weight_scale": scale} for weight in weights]
 
     def decode(self, stored: Stored) -> Tensor:
         return _expand(stored["weight"]) * stored["weight_scale"]
-
-    def at_limit(self, stored: Stored) -> Tensor:
-        return stored["weight"].view(torch.int8).bitwise_and(0x7F) == 0x7E  # ±448
 
     def half_step(self, weight: Tensor, stored: Stored) -> Tensor:
         # 3 bits of mantissa: at most 1/16 of the value, or of the smallest normal one, 2⁻⁶.
@@ -227,26 +156,23 @@ class Int8W8A8(WeightFormat):
 
     format = int8(PLAIN, IgnoredLayers())
 
-    def encode(self, weights: Sequence[Tensor], clip: str) -> list[dict[str, Tensor]]:
-        return [self._encode(weight, clip) for weight in weights]
+    def encode(self, weights: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        return [self._encode(weight) for weight in weights]
 
-    def _encode(self, weight: Tensor, clip: str) -> dict[str, Tensor]:
-        scale = row_scales(weight, clip)
-        values = _by_rows(weight, torch.int8, lambda w, rows: (w / scale[rows]).round_().clamp_(-INT8_MAX, INT8_MAX))
+    def _encode(self, weight: Tensor) -> dict[str, Tensor]:
+        blocks = in_blocks(weight, lambda rows: quantize_per_channel(weight[rows]))
+        values, scale = (torch.cat(parts) for parts in zip(*blocks, strict=True))
         return self._pack(values) | {"weight_scale": scale}
 
     def decode(self, stored: Stored) -> Tensor:
         return self._unpack(stored).float() * stored["weight_scale"]
 
-    def at_limit(self, stored: Stored) -> Tensor:
-        return self._unpack(stored).abs() == INT8_MAX
-
     def half_step(self, weight: Tensor, stored: Stored) -> Tensor:
         return stored["weight_scale"] / 2
 
     def as_served(self, inputs: Tensor, stored: Stored) -> Tensor:
-        scale = row_scales(inputs, "max")
-        return (inputs / scale).round_().clamp_(-INT8_MAX, INT8_MAX).mul_(scale)
+        values, scale = quantize_per_channel(inputs)
+        return values.float() * scale
 
     def config(self, kept: Sequence[str]) -> dict[str, Any]:
         return describe(str(self.format.kind), kept)
@@ -297,9 +223,3 @@ def _expand(values: Tensor) -> Tensor:
     float32 has its own, and the exponents' biases, 7 and 127, lie 2¹²⁰ apart. (E4M3's NaN becomes 480, in no range.)"""
     bits = values.view(torch.int8).int()  # its sign is carried up to the highest bit
     return ((bits & 0x7F) << 20 | bits & -(1 << 31)).view(torch.float32) * 2.0**120
-
-
-def _by_rows(weight: Tensor, dtype: torch.dtype, encode: Callable[[Tensor, slice], Tensor]) -> Tensor:
-    encoded = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    in_blocks(weight, lambda rows: encoded[rows].copy_(encode(weight[rows], rows)))
-    return encoded

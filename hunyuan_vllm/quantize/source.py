@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hunyuan_vllm.check.files import SUMS_FILE
-from hunyuan_vllm.checkpoint import INDEX_FILE, check_headers, missing_weights, shard_files
+from hunyuan_vllm.checkpoint import INDEX_FILE, missing_weights, shard_files, used_tensors
 from hunyuan_vllm.config import CONFIG_CLASSES, HunYuanConfig
 from hunyuan_vllm.layout import FUSED, CheckpointError, Layout, expected_tensors
 from hunyuan_vllm.quant.layouts import is_quantised
@@ -44,14 +44,16 @@ class Source:
         self.folder = folder
         self.json, self.config = read_config(folder)
         self.shapes = expected_tensors(self.config)
+        self._layout = Layout(self.config)
         try:
-            found = check_headers(folder, Layout(self.config))
-            if not found:
-                raise UserError(f"{folder} {': '.join(missing_weights(folder))}")
-            self._layout = Layout(self.config)
-            self._places = self._find()
+            used = used_tensors(folder, self._layout)
         except CheckpointError as error:
             raise UserError(str(error)) from None
+        if not used:
+            raise UserError(f"{folder} {': '.join(missing_weights(folder))}")
+        self._places: dict[str, Place] = {}
+        for tensor, names in used.items():
+            self._places.update(dict.fromkeys(names, Place(tensor.file, tensor.name, DTYPES[tensor.dtype])))
 
     def dtype(self, name: str) -> torch.dtype:
         return self._places[name].dtype
@@ -93,17 +95,6 @@ class Source:
             and not file.name.endswith((*WEIGHT_FILES, ".index.json", ".py"))
         )
 
-    def _find(self) -> dict[str, Place]:
-        places: dict[str, Place] = {}
-        for file in shard_files(self.folder):
-            with safe_open(file, framework="pt") as tensors:
-                for stored in tensors.keys():
-                    part = tensors.get_slice(stored)
-                    names = self._layout.names(stored, part.get_shape())
-                    dtype = DTYPES.get(part.get_dtype(), torch.float32)
-                    places.update(dict.fromkeys(names, Place(file, stored, dtype)))
-        return places
-
 
 def read_config(path: Path) -> tuple[dict[str, Any], HunYuanConfig]:
     """config.json as it is, and what it says; `path` is its folder or the file."""
@@ -124,9 +115,6 @@ def read_config(path: Path) -> tuple[dict[str, Any], HunYuanConfig]:
         return fields, HunYuanConfig(**fields)
     except ValueError as error:
         raise UserError(f"{file}: {error}") from None
-
-
-_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)

@@ -45,12 +45,11 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     kinds = [kind for kind in KINDS if any(kind in layer["weight_error"] for layer in layers)]
     table = Table(title=f"{report['scheme']}: relative errors, mean of each layer", title_justify="left")
     after = ["outputs", "outlier\nchannels"] if with_outputs else []
-    for title in ["layer", *(f"weights,\n{kind}" for kind in kinds), "saturated\nweights", *after]:
+    for title in ["layer", *(f"weights,\n{kind}" for kind in kinds), *after]:
         table.add_column(title, justify="right")
     for layer in layers:
         cells = [str(layer["layer"])]
         cells += [_percent(layer["weight_error"][kind]) if kind in layer["weight_error"] else "" for kind in kinds]
-        cells.append(_percent(layer["saturated"]))
         if with_outputs:
             cells += [_percent(layer["output_error"]), str(layer["outlier_channels"])]
         table.add_row(*cells)
@@ -68,7 +67,6 @@ def _layer(number: int, ones: list[Mapping[str, Any]]) -> dict[str, Any]:
             for kind in KINDS
             if any(kind_of(one["projection"]) == kind for one in ones)
         },
-        "saturated": _mean(one["saturated"] for one in ones),
         "output_error": None,
     }
     if ones[0]["output_error"] is not None:
@@ -96,7 +94,6 @@ class Measured:
 
     Attributes:
         relative_error: ‖Ŵ − W‖ / ‖W‖, Frobenius.
-        saturated: share of the weights beyond what the scale represents.
         input_scale: the static one, where the scheme has it.
         output_error: ‖x̂Ŵᵀ − xWᵀ‖ / ‖xWᵀ‖ over calibration inputs, rounded as the engine rounds them.
         outliers: input channels whose largest input is more than ten times the median channel's → how many times.
@@ -104,7 +101,6 @@ class Measured:
 
     projection: str
     relative_error: float
-    saturated: float
     input_scale: float | None = None
     output_error: float | None = None
     outliers: dict[int, float] = field(default_factory=dict)
@@ -167,13 +163,12 @@ class Verifier:
         found = compare(self._format, weight, stored, inputs)
         if found.wrong:
             raise UserError(f"{file}: {found.wrong} weights of {projection} read back wrong: {REMEDY}")
-        error, saturated = _ratio(found.weight_error, found.weight), found.clipped / weight.numel()
+        error = _ratio(found.weight_error, found.weight)
         if self._activations is None:
-            return Measured(projection, error, saturated)
+            return Measured(projection, error)
         return Measured(
             projection,
             error,
-            saturated,
             float(stored["input_scale"]) if self._format.static_inputs else None,
             _ratio(found.output_error, found.output),
             _outliers(self._activations.amax(*place(projection))),
@@ -181,11 +176,10 @@ class Verifier:
 
 
 class Comparison(NamedTuple):
-    """A weight and what is stored for it: how many weights are wrong, how many are cut off at the end of the range, and
-    sums of squares, of weights, of outputs and of the differences in both."""
+    """A weight and what is stored for it: how many weights are wrong, and sums of squares of weights, of outputs and of
+    the differences in both."""
 
     wrong: int
-    clipped: int
     weight: float
     weight_error: float
     output: float
@@ -203,27 +197,15 @@ def compare(
         part = {key: tensor[rows] if tensor.dim() == 2 else tensor for key, tensor in stored.items()}
         decoded = weight_format.decode(part)
         difference = decoded - exact
-        wrong, clipped = _out_of_place(weight_format, exact, decoded, difference, part)
+        allowed = weight_format.half_step(exact, part) * (1 + 1e-5)  # float32 rounds too
+        wrong = int((difference.abs() > allowed).sum())
         output = output_error = 0.0
         if inputs is not None and served is not None:
             outputs = inputs @ exact.T
             output, output_error = _square(outputs), _square(served @ decoded.T - outputs)
-        return Comparison(wrong, clipped, _square(exact), _square(difference), output, output_error)
+        return Comparison(wrong, _square(exact), _square(difference), output, output_error)
 
     return Comparison(*map(sum, zip(*in_blocks(weight, block), strict=True)))
-
-
-def _out_of_place(
-    weight_format: WeightFormat, weight: Tensor, decoded: Tensor, difference: Tensor, stored: Mapping[str, Tensor]
-) -> tuple[int, int]:
-    """How many weights are wrong, and how many saturate. These move towards zero, by any amount; all others by half a
-    step at most."""
-    allowed = weight_format.half_step(weight, stored) * (1 + 1e-5)  # float32 rounds too
-    far = difference.abs() > allowed
-    if not far.any():
-        return 0, 0
-    clipped = far & weight_format.at_limit(stored) & (decoded * weight > 0) & (decoded.abs() < weight.abs())
-    return int((far & ~clipped).sum()), int(clipped.sum())
 
 
 def _square(matrix: Tensor) -> float:

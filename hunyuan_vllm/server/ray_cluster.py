@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import os
 import subprocess
@@ -18,12 +17,12 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from hunyuan_vllm.cluster.ray_nodes import RayNode, query_nodes
 from hunyuan_vllm.server.process import Stop, notify_systemd
 from hunyuan_vllm.util.errors import NotYetError, UserError
 from hunyuan_vllm.util.net import why_unreachable
 from hunyuan_vllm.util.text import duration
 
-# In a process of its own: Ray's client keeps threads and sockets, and hangs on a dead address.
 PROBE = """
 import json, ray, sys
 from ray._private.state import available_resources_per_node
@@ -44,16 +43,6 @@ POLL_PERIOD = 2.0  # seconds between two queries, each of which takes some itsel
 LOG_PERIOD = 30.0  # seconds after which a log repeats an unchanged state
 NO_CLUSTER = "no Ray cluster is running here"
 START = "start it on this node (sh deploy/ray_head.sh), or on all at once (hunyuan-vllm cluster up)"
-
-
-@dataclass(frozen=True)
-class RayNode:
-    """One node: its GPUs, and the free ones. A node that has left is listed with `alive` false."""
-
-    address: str
-    gpus: int
-    free_gpus: int
-    alive: bool = True
 
 
 @dataclass(frozen=True)
@@ -103,17 +92,10 @@ def _query(address: str, environ: Mapping[str, str]) -> tuple[RayCluster | None,
     try:
         if why := why_unreachable(address):
             return None, why
-        probe = subprocess.run(
-            [sys.executable, "-c", PROBE, address], env=dict(environ), capture_output=True, text=True, timeout=TIMEOUT
-        )
     except ValueError:
         raise UserError(f"{address} is not the address of a Ray cluster, which is host:port") from None
-    except subprocess.TimeoutExpired:
-        return None, f"no answer in {TIMEOUT:.0f} s"
-    for line in probe.stdout.splitlines():
-        if line.startswith("RAY "):
-            return RayCluster.of([RayNode(**node) for node in json.loads(line.removeprefix("RAY "))]), ""
-    return None, (probe.stderr.strip().splitlines() or ["no answer"])[-1]
+    nodes, why = query_nodes(PROBE, address, environ, TIMEOUT)
+    return (None if nodes is None else RayCluster.of(nodes)), why
 
 
 def wait_for_gpus(

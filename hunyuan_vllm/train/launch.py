@@ -16,12 +16,12 @@ from hunyuan_vllm.ray_environment import without_secrets
 from hunyuan_vllm.train.nodes import (
     NodeOfRun,
     compare,
-    interface_of,
     read_nodes,
     torchrun_arguments,
     torchrun_variables,
 )
 from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.net import interface_of, own_interfaces
 
 # Prefixes of the variables that are passed to other nodes.
 PASSED: Final = ("NCCL_", "GLOO_", "TP_SOCKET", "CUDA_", "TORCH_", "DS_", "OMP_", "HF_", "TOKENIZERS_", "PYTORCH_")
@@ -69,7 +69,7 @@ class Launch:
         for rank, node in enumerate(self._nodes):
             order = self.order(rank)
             interface = self._interface or (
-                interface_of(node.address) if rank == 0 else f"<the one with {node.address}>"
+                interface_of(node.address, own_interfaces()) if rank == 0 else f"<the one with {node.address}>"
             )
             variables = [f"{k}={shlex.quote(v)}" for k, v in sorted(torchrun_variables(order, interface).items())]
             how = "this node" if rank == 0 else f"over {shlex.join(self._ssh(node)[:-1])}"

@@ -10,16 +10,14 @@ import signal
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-import psutil
-
 from hunyuan_vllm.util.errors import UserError
-from hunyuan_vllm.util.net import INTERFACE_VARIABLES, normalise_address
+from hunyuan_vllm.util.net import INTERFACE_VARIABLES, interface_of, normalise_address, own_addresses, own_interfaces
 from hunyuan_vllm.util.text import some
 
 DEFAULT_PORT = 29500
@@ -34,7 +32,7 @@ class NodeOfRun:
 
 
 def read_nodes(
-    environ: Mapping[str, str], count_gpus: Callable[[], int], own: Mapping[str, str] | None = None
+    environ: Mapping[str, str], count_gpus: Callable[[], int], own: Collection[str] | None = None
 ) -> tuple[list[NodeOfRun], int]:
     """The nodes, this one first, and the port at which their processes meet.
 
@@ -43,7 +41,7 @@ def read_nodes(
     NODES and NODE_NUM, of nodes and of processes in all, are only checked; MASTER_PORT is the port.
 
     Args:
-        own: address → interface of this machine; default: looked up.
+        own: this machine's addresses; default: looked up.
     """
     each = _number(environ, "HOST_GPU_NUM")
     port = _number(environ, "MASTER_PORT") or DEFAULT_PORT
@@ -63,11 +61,6 @@ def read_nodes(
     return nodes, port
 
 
-def interface_of(address: str, own: Mapping[str, str] | None = None) -> str | None:
-    """The network interface of this machine that has `address`."""
-    return (_own_addresses() if own is None else own).get(address)
-
-
 def _node(word: str, each: int | None) -> NodeOfRun:
     address, colon, slots = word.rpartition(":")
     if not colon or not slots.isdigit() or not 1 <= int(slots) <= 64:
@@ -77,12 +70,12 @@ def _node(word: str, each: int | None) -> NodeOfRun:
     return NodeOfRun(normalise_address(address), int(slots))
 
 
-def _place_of_this(environ: Mapping[str, str], addresses: list[str], own: Mapping[str, str] | None) -> int:
+def _place_of_this(environ: Mapping[str, str], addresses: list[str], own: Collection[str] | None) -> int:
     if local := environ.get("LOCAL_IP", "").strip():
         if normalise_address(local) not in addresses:
             raise UserError(f"LOCAL_IP={local} is not in NODE_IP_LIST ({', '.join(addresses)})")
         return addresses.index(normalise_address(local))
-    have = _own_addresses() if own is None else own
+    have = own_addresses() if own is None else own
     for place, address in enumerate(addresses):
         if address in have:
             return place
@@ -96,10 +89,6 @@ def _number(environ: Mapping[str, str], name: str) -> int | None:
     if not raw.isdigit() or int(raw) < 1:
         raise UserError(f"{name}={raw} is not a number of at least 1")
     return int(raw)
-
-
-def _own_addresses() -> dict[str, str]:
-    return {entry.address: name for name, entries in psutil.net_if_addrs().items() for entry in entries}
 
 
 PACKAGES: Final = ("torch", "transformers", "accelerate", "peft", "deepspeed", "tokenizers")
@@ -192,7 +181,7 @@ def main() -> int:
     if order["do"] == "facts":
         print(json.dumps(facts(order["paths"])))
         return 0
-    os.environ.update(torchrun_variables(order, order["interface"] or interface_of(order["address"])))
+    os.environ.update(torchrun_variables(order, order["interface"] or interface_of(order["address"], own_interfaces())))
     threading.Thread(target=_end_with_input, daemon=True).start()
     return _torchrun(torchrun_arguments(order))
 

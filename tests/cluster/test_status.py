@@ -5,7 +5,7 @@ from test_up_decisions import HEAD, OTHER, Cluster
 
 from hunyuan_vllm.cluster import status
 from hunyuan_vllm.cluster.hosts import Host
-from hunyuan_vllm.cluster.ray_remote import Member
+from hunyuan_vllm.cluster.ray_nodes import RayNode
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_complete(cluster):
 
 
 def test_what_is_missing(cluster):
-    cluster.members = [Member(HEAD, 6, 0)]
+    cluster.members = [RayNode(HEAD, 6, 0)]
     cluster.states[OTHER] = cluster.state()
     states, problems = read(cluster)
     assert states == ["running", "stopped"]

@@ -8,7 +8,7 @@ from hunyuan_vllm.cluster import up
 from hunyuan_vllm.cluster.check import Requirements
 from hunyuan_vllm.cluster.hosts import Host
 from hunyuan_vllm.cluster.ray_node import NodeSetup
-from hunyuan_vllm.cluster.ray_remote import Member
+from hunyuan_vllm.cluster.ray_nodes import RayNode
 from hunyuan_vllm.cluster.ray_start import RayState
 from hunyuan_vllm.cluster.up import Plan, Up
 from hunyuan_vllm.util.findings import Section
@@ -23,7 +23,7 @@ class Cluster:
         self.hosts = [Host(address, address=address) for address in (HEAD, OTHER)]
         self.usable = self.hosts
         self.states = {address: self.state() for address in (HEAD, OTHER)}
-        self.members = [Member(address, 8, 8) for address in (HEAD, OTHER)]
+        self.members = [RayNode(address, 8, 8) for address in (HEAD, OTHER)]
         self.done: list[tuple[str, str]] = []
         self.warnings = 0
 
@@ -103,7 +103,7 @@ def test_what_runs_as_requested_is_left_alone(cluster):
 
 def test_a_node_that_the_head_does_not_count_is_restarted(cluster):
     cluster.states = {address: cluster.state(cluster.setup(address), 1) for address in (HEAD, OTHER)}
-    cluster.members = [Member(HEAD, 8, 8)]
+    cluster.members = [RayNode(HEAD, 8, 8)]
     run = cluster.up()
     assert cluster.done == [("stop", OTHER), ("start", OTHER)]
     assert not run.ok and "nodes or GPUs are missing" in problems(run)  # the stand-in's head never counts it

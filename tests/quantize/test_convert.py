@@ -188,14 +188,6 @@ def test_nan_stops_it_before_anything_is_at_the_target(tmp_path: Path) -> None:
     assert not (tmp_path / "dst").exists()
 
 
-@pytest.mark.parametrize("scheme", CONFIGS)
-@pytest.mark.parametrize("clip", ["max", "mse"])
-def test_clipping_reads_back(tmp_path: Path, tiny: Path, documents: Documents, scheme: str, clip: str) -> None:
-    report = quantize_checkpoint(tiny, tmp_path / "dst", scheme, clip=clip, calibration=documents[:1])
-    shares = [one["saturated"] for one in report["projections"]]
-    assert clip == "mse" or max(shares) == 0
-
-
 class TestVerification:
     """A file that differs from its source is not taken."""
 

@@ -24,8 +24,6 @@ def test_what_is_no_size(text: str) -> None:
 
 
 def test_options_out_of_range() -> None:
-    with pytest.raises(UserError, match="--clip percentile:99: it is one of max, mse"):
-        Options("int8", clip="percentile:99")
     with pytest.raises(UserError, match="--smooth 1.5"):
         Options("int8", smooth=1.5)
     with pytest.raises(UserError, match="--headroom 0.5"):

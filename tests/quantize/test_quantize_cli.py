@@ -72,7 +72,6 @@ def test_the_plan_writes_nothing(run: Callable, tmp_path: Path) -> None:
         (["SRC", "--scheme", "int8"], "name DST, the folder to write, after SRC"),
         (["absent", "DST", "--scheme", "int8"], "absent does not exist"),
         (["SRC", "SRC", "--scheme", "int8"], "exists: name a folder that does not"),
-        (["SRC", "DST", "--scheme", "int8", "--clip", "most"], "--clip most: it is one of max, mse"),
         (["SRC", "DST", "--scheme", "int8", "--smooth", "2"], "--smooth 2: it is a number from 0 to 1"),
         (["SRC", "DST", "--scheme", "int8", "--shard-size", "big"], "--shard-size big"),
         (["SRC", "DST", "--scheme", "int8", "--device", "tpu"], "--device tpu: it is auto, cpu"),
@@ -109,5 +108,5 @@ def test_ends_that_are_no_mistake(
 
 def test_help_teaches() -> None:
     text = CliRunner().invoke(cli.app, ["quantize", "--help"], env={"COLUMNS": "100"}).stdout
-    words = ("fp8", "int8-w8a8", "--calibration", "--smooth", "--clip", "--plan", "Examples:", "DST.partial")
+    words = ("fp8", "int8-w8a8", "--calibration", "--smooth", "--plan", "Examples:", "DST.partial")
     assert [word for word in words if word not in text] == []

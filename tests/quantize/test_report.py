@@ -13,7 +13,7 @@ from hunyuan_vllm.quantize.verify import assemble, show
 
 def one(projection: str, error: float, output: float | None = None, outliers: dict[int, float] | None = None) -> dict:
     return {
-        "projection": projection, "relative_error": error, "saturated": 0.001, "input_scale": None,
+        "projection": projection, "relative_error": error, "input_scale": None,
         "output_error": output, "outliers": outliers or {},
     }  # fmt: skip
 
@@ -49,7 +49,7 @@ def test_the_table(calibrated: bool) -> None:
     assert f"largest: {largest}" in text
     assert ("outlier" in text) == calibrated
     row = next(line for line in text.splitlines() if line.startswith("│    10"))
-    assert [cell.strip() for cell in row.split("│")[2:6]] == ["1%", "", "2%", "0.1%"]
+    assert [cell.strip() for cell in row.split("│")[2:5]] == ["1%", "", "2%"]
 
 
 def test_progress_off_a_terminal_is_lines(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,9 @@ import socket
 
 import pytest
 
+from hunyuan_vllm.cluster.ray_nodes import RayNode
 from hunyuan_vllm.server import ray_cluster
-from hunyuan_vllm.server.ray_cluster import RayNode, find_ray_cluster
+from hunyuan_vllm.server.ray_cluster import find_ray_cluster
 from hunyuan_vllm.util.errors import NotYetError, UserError
 
 GONE = "127.0.0.1:9"  # the discard port: nothing listens there

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from hunyuan_vllm.cluster.ray_nodes import RayNode
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.envs import Settings
 from hunyuan_vllm.quant.schemes import FP8, INT8, Scheme
@@ -11,7 +12,7 @@ from hunyuan_vllm.server.hardware import GpuKind, Machine
 from hunyuan_vllm.server.launch import Launch, decide
 from hunyuan_vllm.server.models import ModelSource
 from hunyuan_vllm.server.options import Flags
-from hunyuan_vllm.server.ray_cluster import RayCluster, RayNode
+from hunyuan_vllm.server.ray_cluster import RayCluster
 from hunyuan_vllm.util.errors import UserError
 
 GIB = 2**30

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import pytest
 
+from hunyuan_vllm.cluster.ray_nodes import RayNode
 from hunyuan_vllm.server import ray_cluster
-from hunyuan_vllm.server.ray_cluster import RayCluster, RayNode, describe_nodes, wait_for_gpus
+from hunyuan_vllm.server.ray_cluster import RayCluster, describe_nodes, wait_for_gpus
 from hunyuan_vllm.util.errors import NotYetError, UserError
 
 HEAD, WORKER = RayNode("10.0.0.1", 8, 8), RayNode("10.0.0.2", 8, 8)

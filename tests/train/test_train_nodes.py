@@ -21,7 +21,7 @@ PAIR = {"NODE_IP_LIST": "10.0.0.1:8,10.0.0.2:8", "LOCAL_IP": "10.0.0.1"}
 
 
 def nodes(**environ: str) -> list[NodeOfRun]:
-    return read_nodes(environ, lambda: 4, {"10.0.0.2": "bond1"})[0]
+    return read_nodes(environ, lambda: 4, {"10.0.0.2"})[0]
 
 
 class TestVariables:

@@ -93,9 +93,9 @@ class Limits:
                 body = json.dumps(request).encode()
             request_info(scope)[BODY] = body
             if scope["path"] in GENERATING:
-                await self._generate(scope, _Replay(body, receive), send, request)
+                await self._generate(scope, _replay(body, receive), send, request)
             else:
-                await self._app(scope, _Replay(body, receive), send)
+                await self._app(scope, _replay(body, receive), send)
         except _Refused as refusal:
             count_refusal(refusal.reason)
             headers = RETRY_AFTER if refusal.status == HTTPStatus.TOO_MANY_REQUESTS else []
@@ -182,18 +182,14 @@ class Limits:
             raise _Refused(HTTPStatus.TOO_MANY_REQUESTS, "queue", message)
 
 
-class _Replay:
+def _replay(body: bytes, receive: Receive) -> Receive:
     """A `receive` that returns the body again, and then the client's own messages."""
+    waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-    def __init__(self, body: bytes, receive: Receive) -> None:
-        self._body: bytes | None = body
-        self._receive = receive
+    async def replay() -> Message:
+        return waiting.pop() if waiting else await receive()
 
-    async def __call__(self) -> Message:
-        if self._body is None:
-            return await self._receive()
-        body, self._body = self._body, None
-        return {"type": "http.request", "body": body, "more_body": False}
+    return replay
 
 
 def _parse(body: bytes) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""Limits, disk, clock, network and environment variables of this machine"""
+"""Limits, disk, network and environment variables of this machine"""
 
 import difflib
 import importlib.util

@@ -1,5 +1,5 @@
 """Writes the bytecode of what a server start imports, and imports it: a broken installation shows here.
-The list of vLLM's options is kept, too.
+The list of vLLM's options is kept, too. On CPUs the C++ kernels are compiled meanwhile, on another core.
 
 Run with the environment's own Python. Without bytecode every start takes about twice as long. All bytecode of the
 environment would take longer than this on a small machine: most files are never imported.
@@ -8,6 +8,7 @@ environment would take longer than this on a small machine: most files are never
 import compileall
 import importlib
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +23,14 @@ vllm.entrypoints.cli.run_batch vllm.v1.engine.async_llm vllm.v1.engine.core vllm
 vllm.model_executor.models.transformers torch._inductor.compile_fx uvicorn.protocols.http.auto
 hunyuan_vllm.cli hunyuan_vllm.server.supervisor
 """
+# Its errors are reported by the start of a server, which would compile the kernels, too.
+KERNELS = """
+from hunyuan_vllm import envs
+from hunyuan_vllm.native.build import build, require_features
+if envs.native_kernels():
+    require_features()
+    build(envs.cache_folder() / "kernels")
+"""
 WORKERS = {"cpu": "vllm.v1.worker.cpu_worker", "cuda": "vllm.v1.worker.gpu_worker"}
 
 
@@ -32,7 +41,10 @@ def main() -> None:
         spec = importlib.util.find_spec(package)
         assert spec is not None and spec.origin is not None, name
         compileall.compile_dir(Path(spec.origin).parent / folder, quiet=2, workers=0)  # with all cores
-    for name in [*MODULES.split(), WORKERS[sys.argv[1]]]:
+    device = sys.argv[1]
+    quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    kernels = subprocess.Popen([sys.executable, "-c", KERNELS], **quiet) if device == "cpu" else None
+    for name in [*MODULES.split(), WORKERS[device]]:
         print(f"import {name}", flush=True)
         importlib.import_module(name)
     import hunyuan_vllm_plugin
@@ -40,6 +52,8 @@ def main() -> None:
 
     hunyuan_vllm_plugin.register()
     keep_in_environment()
+    if kernels is not None:
+        kernels.wait()
 
 
 if __name__ == "__main__":  # processes that compile import this file, too

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm import demo
 from hunyuan_vllm.evaluation import compare
 from hunyuan_vllm.evaluation.engines import EngineRun, Work
 from hunyuan_vllm.evaluation.passages import Passage
 from hunyuan_vllm.evaluation.variants import Variant, checkpoint_of
+from hunyuan_vllm.network import Network
 from hunyuan_vllm.quant.formats import PACKED
 from hunyuan_vllm.quant.quantization_config import describe, stored_format
 from hunyuan_vllm.server.models import ModelSource, demo_model
@@ -58,7 +60,8 @@ STATIC_FP8 = {"quant_method": "fp8", "activation_scheme": "static"}
 def quantised(described: dict) -> ModelSource:
     """The demo model, if it were stored like this."""
     model = demo_model()
-    config = HunYuanConfig(**model.config.to_diff_dict() | {"quantization_config": described})
+    fields = json.loads((demo.path() / "config.json").read_text())
+    config = Network.read(fields | {"quantization_config": described})
     return replace(model, demo=False, config=config, format=stored_format(described))
 
 

@@ -74,7 +74,8 @@ class Server:
         self.log = Path(tempfile.gettempdir()) / f"hunyuan-vllm-bench-{os.getpid()}-server.log"
         flags = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
         program = Path(sys.executable).with_name("hunyuan-vllm")
-        command: list[str | Path] = [program, "serve", "--generation-config", "vllm", *flags]
+        # -O2: `serve` does not compile the demo model by default, `LLM` does.
+        command: list[str | Path] = [program, "serve", "--generation-config", "vllm", "-O2", *flags]
         ours = {"MODEL_PATH": str(model), "PORT": str(port)}
         with self.log.open("w") as output:
             self._process = subprocess.Popen(command, env=os.environ | environ | ours, stdout=output, stderr=output)

@@ -71,7 +71,7 @@ class Server:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        self.log = Path(tempfile.gettempdir()) / f"hunyuan-vllm-bench-{os.getpid()}-server.log"
+        self.log = Path(tempfile.gettempdir()) / f"hunyuan-vllm-bench-{os.getpid()}-server-{port}.log"
         flags = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
         program = Path(sys.executable).with_name("hunyuan-vllm")
         # -O2: `serve` does not compile the demo model by default, `LLM` does.

@@ -42,8 +42,10 @@ def main() -> None:
         assert spec is not None and spec.origin is not None, name
         compileall.compile_dir(Path(spec.origin).parent / folder, quiet=2, workers=0)  # with all cores
     device = sys.argv[1]
-    quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-    kernels = subprocess.Popen([sys.executable, "-c", KERNELS], **quiet) if device == "cpu" else None
+    kernels = None
+    if device == "cpu":
+        nothing = subprocess.DEVNULL
+        kernels = subprocess.Popen([sys.executable, "-c", KERNELS], stdin=nothing, stdout=nothing, stderr=nothing)
     for name in [*MODULES.split(), WORKERS[device]]:
         print(f"import {name}", flush=True)
         importlib.import_module(name)

@@ -15,6 +15,7 @@ READY_TIMEOUT = "HUNYUAN_VLLM_READY_TIMEOUT"
 DRAIN_GRACE = "HUNYUAN_VLLM_DRAIN_GRACE"
 LIMIT_RAY_VARIABLES = "HUNYUAN_VLLM_LIMIT_RAY_VARIABLES"
 FORK_ENGINE = "HUNYUAN_VLLM_FORK_ENGINE"
+UNUSED_PACKAGES = "HUNYUAN_VLLM_UNUSED_PACKAGES"
 PROMPT_CLOCK = "HUNYUAN_VLLM_PROMPT_CLOCK"
 SUPERVISOR_RESTARTS = "HUNYUAN_VLLM_SUPERVISOR_RESTARTS"
 KEY_FILE_VARIABLE = "HUNYUAN_VLLM_API_KEY_FILE"
@@ -73,6 +74,11 @@ def limit_ray_variables() -> bool:
 def fork_engine() -> bool:
     """HUNYUAN_VLLM_FORK_ENGINE (default 0; `serve` sets 1 for one rank on a CPU): the server forks its engine."""
     return _flag(FORK_ENGINE, default=False)
+
+
+def unused_packages() -> list[str]:
+    """HUNYUAN_VLLM_UNUSED_PACKAGES (set by `serve`): packages that vLLM shall not import while the server starts."""
+    return os.environ.get(UNUSED_PACKAGES, "").split()
 
 
 def cache_folder() -> Path:

@@ -1,7 +1,6 @@
 """The engine behind a batch run: vLLM's, with the request handlers of its server, without HTTP."""
 
 import logging
-import sys
 from argparse import Namespace
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -20,6 +19,7 @@ from hunyuan_vllm.server.launch import decide
 from hunyuan_vllm.server.middleware.errors import explain
 from hunyuan_vllm.server.models import ModelSource
 from hunyuan_vllm.server.options import Flags
+from hunyuan_vllm.server.vllm_serve import COMMAND
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.net import LOOPBACK
 
@@ -47,7 +47,7 @@ class EngineOptions:
 def engine_options(model: ModelSource, flags: Sequence[str], environ: Mapping[str, str]) -> EngineOptions:
     """Those that `hunyuan-vllm serve` would use, with the user's vLLM flags."""
     settings = replace(Settings.read(environ), host=LOOPBACK, api_key=False, api_key_file=None)
-    machine = read_machine(environ, sys.executable)
+    machine = read_machine(environ)
     options = Flags(flags)
     if options.model:
         raise UserError(f"{options.model}: the model is named by --model or MODEL_PATH, before vLLM's flags")
@@ -58,7 +58,7 @@ def engine_options(model: ModelSource, flags: Sequence[str], environ: Mapping[st
         template, _ = stored_template(Path(model.name))
         if faults := known_faults(template or ""):
             notes.append(replacement(faults))
-    return EngineOptions(launch.argv[len(machine.vllm_command) :], launch.env, notes)
+    return EngineOptions(launch.argv[len(COMMAND) :], launch.env, notes)
 
 
 class Engine:

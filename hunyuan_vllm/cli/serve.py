@@ -241,7 +241,7 @@ def serve(
     launch = decide(
         settings,
         flags,
-        read_machine(environ, sys.executable),
+        read_machine(environ),
         model,
         environ,
         scheme=scheme,

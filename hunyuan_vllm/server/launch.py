@@ -5,7 +5,7 @@ Whatever the user gave wins; defaults of ours fill in the rest. Nothing is start
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from hunyuan_vllm.server.models import (
 )
 from hunyuan_vllm.server.options import MIB, POLICY_VARIABLE, ApiPolicy, Flags
 from hunyuan_vllm.server.parallel import Ranks, choose_context_ranks, choose_ranks, interface_env
+from hunyuan_vllm.server.vllm_serve import COMMAND
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.net import LOOPBACK, host_port, is_loopback
 from hunyuan_vllm.util.text import GIB, gibibytes
@@ -178,6 +179,9 @@ def decide(
     env = {**env, **_engine_env(flags, machine, model, ranks), **interface_env(settings, machine, ranks.several_nodes)}
     if not machine.cuda and parsed.get("enforce-eager"):
         env["TORCH_COMPILE_DISABLE"] = "1"  # vLLM compiles functions of its sampler even then
+    if not machine.cuda and ranks.world == 1:
+        env[envs.FORK_ENGINE] = "1"
+        env[envs.UNUSED_PACKAGES] = " ".join(_unused_packages(parsed))
     env |= policy.environment(environ)
     if policy.admin:
         env |= dict.fromkeys(ADMIN_VARIABLES, "1")
@@ -186,7 +190,7 @@ def decide(
     if grace is not None:
         env[envs.DRAIN_GRACE] = f"{grace:g}"
     return Launch(
-        argv=[*machine.vllm_command, model.name, *argv, *flags.argv],
+        argv=[*COMMAND, model.name, *argv, *flags.argv],
         env={name: value for name, value in env.items() if name not in environ or name in ALWAYS_SET},
         host=host,
         port=parsed.integer("port", settings.port),
@@ -351,6 +355,12 @@ def _engine_env(flags: Flags, machine: Machine, model: ModelSource, ranks: Ranks
         # By default vLLM binds each rank to a NUMA node of its own and refuses more ranks than nodes.
         env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         env["OMP_NUM_THREADS"] = str(max(machine.cores // ranks.world, 1))
-    elif not machine.cuda:
-        env[envs.FORK_ENGINE] = "1"
     return env
+
+
+def _unused_packages(parsed: Flags) -> Iterator[str]:
+    """Those that vLLM imports wherever they are installed, and that this server does without."""
+    if "ray" not in (parsed.get("distributed-executor-backend"), parsed.get("data-parallel-backend")):
+        yield "ray"
+    if not parsed.get("otlp-traces-endpoint"):
+        yield "opentelemetry"

@@ -56,8 +56,7 @@ def vllm_parser() -> FlexibleArgumentParser:
 
 
 def parsed(made: Launch) -> Namespace:
-    assert made.argv[:2] == ["vllm", "serve"]
-    return vllm_parser().parse_args(made.argv[2:])
+    return vllm_parser().parse_args(made.argv[made.argv.index("serve") + 1 :])
 
 
 @pytest.mark.parametrize(
@@ -210,6 +209,19 @@ def test_the_engine_of_one_rank_on_a_cpu_is_forked():
     assert launch(CPU, SMALL).env["HUNYUAN_VLLM_FORK_ENGINE"] == "1"
     for other in (launch(CPU, SMALL, "--tensor-parallel-size", "2"), launch(GPU8, MODEL, "-tp", "1")):
         assert "HUNYUAN_VLLM_FORK_ENGINE" not in other.env
+
+
+@pytest.mark.parametrize(
+    ("flags", "unused"),
+    [
+        ((), "ray opentelemetry"),
+        (("--distributed-executor-backend", "ray"), "opentelemetry"),
+        (("--otlp-traces-endpoint", "http://127.0.0.1:4317"), "ray"),
+        (("--tensor-parallel-size", "2"), None),
+    ],
+)
+def test_ray_and_tracing_are_imported_where_they_are_used(flags: tuple[str, ...], unused: str | None):
+    assert launch(CPU, SMALL, *flags).env.get("HUNYUAN_VLLM_UNUSED_PACKAGES") == unused
 
 
 @pytest.mark.parametrize(

@@ -199,7 +199,7 @@ class Popen(subprocess.Popen):
 
 def program_of(argv: list[str]) -> Callable[[], object] | None:
     """What runs it in this process; None for a program of another kind."""
-    words = argv[1:] if argv[0] == sys.executable else argv
+    words = _without_interpreter(argv)
     if words is not argv and words[:1] == ["-c"]:
         return lambda: exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
     if words is not argv and words[:1] == ["-m"]:
@@ -209,6 +209,10 @@ def program_of(argv: list[str]) -> Callable[[], object] | None:
         for point in importlib.metadata.entry_points(group="console_scripts", name=script.name):
             return lambda: sys.exit(point.load()())
     return None
+
+
+def _without_interpreter(argv: list[str]) -> list[str]:
+    return argv[2 if argv[1:2] == ["-P"] else 1 :] if argv[0] == sys.executable else argv
 
 
 def become(
@@ -255,7 +259,7 @@ def become(
             stream.reconfigure(line_buffering=number == 2, write_through="PYTHONUNBUFFERED" in environ)
             setattr(sys, name, stream)
         setproctitle.setproctitle(" ".join(argv))
-        words = argv[1:] if argv[0] == sys.executable else argv
+        words = _without_interpreter(argv)
         first_path = {"-c": "", "-m": os.getcwd()}.get(words[0], str(BIN))
         sys.path[:1] = [first_path, *filter(None, environ.get("PYTHONPATH", "").split(":"))]
         importlib.invalidate_caches()

@@ -5,10 +5,12 @@ Where this Python lacks what it needs, the environment of this checkout takes ov
 """
 
 import ast
+import ctypes
 import importlib.util
 import os
 import subprocess
 import sys
+from typing import Optional
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -19,8 +21,6 @@ def main() -> int:
         say("this needs Python 3.11 or newer: name it, as in python3.11 deploy/login_ssh.py")
         return 2
     sys.path[0] = ROOT
-    from hunyuan_vllm.cluster.process_title import take_option
-
     password = take_option("--password")
     if password is not None:
         pass_on(password)
@@ -43,6 +43,45 @@ def main() -> int:
     if status != 0:
         return status
     os.execv(python, [python] + sys.argv)
+
+
+def take_option(name: str) -> Optional[str]:  # noqa: UP045 - Python 3.8 may read this
+    """Remove the option `name` (with its value) from sys.argv and hide the value in the process's arguments."""
+    value = None
+    arguments = []
+    rest = iter(sys.argv)
+    for argument in rest:
+        if argument.startswith(name + "="):
+            value = argument[len(name) + 1 :]
+        elif argument == name:
+            value = next(rest, None)
+            if value is None:
+                arguments.append(argument)
+        else:
+            arguments.append(argument)
+    if value is not None:
+        sys.argv[:] = arguments
+        hide_in_memory(os.fsencode(name))
+    return value
+
+
+def hide_in_memory(name: bytes) -> None:
+    """Overwrite the option's values in the memory that the kernel shows as /proc/PID/cmdline."""
+    with open("/proc/self/stat", encoding="utf-8") as stat:
+        fields = stat.read().rpartition(")")[2].split()
+    start, end = int(fields[45]), int(fields[46])  # arg_start and arg_end in proc(5), which counts from 1 and two more
+    arguments = ctypes.string_at(start, end - start).split(b"\0")
+    shown = []
+    for index, argument in enumerate(arguments):
+        if argument.startswith(name + b"="):
+            shown.append(name + b"=*")
+        elif index and arguments[index - 1] == name:
+            shown.append(b"*")
+        else:
+            shown.append(argument)
+    # Shorter than before, and padded to the same size, so that not even the length is told.
+    text = b"\0".join(shown)
+    ctypes.memmove(start, text.ljust(end - start, b"\0"), end - start)
 
 
 def show_help() -> None:

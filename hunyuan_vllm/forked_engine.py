@@ -1,4 +1,4 @@
-"""An engine that the API server forks, which saves importing vLLM a second time
+"""The engine's process: forked by the API server, which saves importing vLLM a second time, and ended with it
 
 vLLM spawns it on CPUs: a forked process cannot choose how its threads are bound by variables that OpenMP reads once,
 and cannot start any if its parent has. `serve` asks for this where the engine has one rank and binds its own threads.
@@ -11,15 +11,38 @@ import re
 import signal
 import socket
 import stat
+import threading
 from contextlib import suppress
 from functools import cache
-from multiprocessing.context import BaseContext
+from multiprocessing.context import BaseContext, ForkContext, ForkProcess
 from pathlib import Path
 
 import torch
 
 OPENMP = re.compile(r"/\S*/lib(?:gomp|iomp5|omp)\b\S*\.so\S*")
 PRIVATE = re.compile(r"/(?!torch\.)[\w-]+\.libs/")  # another package's, under a name of its own
+
+
+def end_with_parent() -> None:
+    """Kill this process once its parent has exited: an API server that is killed cannot end its engine."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+
+        def wait_and_kill() -> None:
+            parent.join()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        threading.Thread(target=wait_and_kill, name="parent", daemon=True).start()
+
+
+class _Engine(ForkProcess):
+    def run(self) -> None:
+        end_with_parent()
+        super().run()
+
+
+class _Forking(ForkContext):
+    Process = _Engine
 
 
 @cache
@@ -33,7 +56,7 @@ def fork_engines() -> None:
 
     def get_mp_context() -> BaseContext:
         context: BaseContext = spawning()
-        return multiprocessing.get_context("fork") if _one_openmp() else context
+        return _Forking() if _one_openmp() else context
 
     def let_go_of_the_parent() -> None:
         signal.set_wakeup_fd(-1)  # a signal must not wake the parent's event loop

@@ -66,7 +66,10 @@ def register() -> None:
     ToolParserManager.register_lazy_module("hunyuan_v1", "hunyuan_vllm.tool_calls", "HunYuanV1ToolParser")
     ReasoningParserManager.register_lazy_module("hunyuan_v1", "hunyuan_vllm.reasoning", "HunYuanReasoningParser")
     if "vllm.v1.engine.core" in sys.modules:  # an engine's process, which configures nothing and may build no model
+        from hunyuan_vllm.forked_engine import end_with_parent
         from hunyuan_vllm.patches import limit_compilation
 
         limit_compilation()
+        if multiprocessing.current_process().name.startswith("EngineCore"):
+            end_with_parent()
     _registered = True

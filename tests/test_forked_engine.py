@@ -1,10 +1,13 @@
-"""An engine forked from a front end: its threads, its sockets, and when it is spawned instead"""
+"""An engine forked from a front end: its threads, its sockets, its end, and when it is spawned instead"""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import psutil
 import pytest
+from waiting import eventually
 
 SCRIPT = """
 import os, signal, socket, sys
@@ -44,6 +47,43 @@ def test_a_forked_engine_has_its_own_threads_and_does_not_listen() -> None:
     ran = subprocess.run([sys.executable, "-c", SCRIPT], env=environ, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
     lines = [line.split() for line in ran.stdout.splitlines()]
-    assert ["child", "2", "2", "False", os.devnull] in lines, ran.stdout + ran.stderr
+    assert ["child", "2", "3", "False", os.devnull] in lines, ran.stdout + ran.stderr
     assert ["parent", "fork", "1", "0"] in lines
     assert ["otherwise", "spawn"] in lines
+
+
+KILLED = """
+import multiprocessing, os, signal, sys, time
+
+def engine():
+    if sys.argv[1] == "spawn":
+        import hunyuan_vllm_plugin, vllm.v1.engine.core
+        hunyuan_vllm_plugin.register()
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    if sys.argv[1] == "fork":
+        from hunyuan_vllm import forked_engine
+        forked_engine.fork_engines()
+        from vllm.v1.engine import utils
+        context = utils.get_mp_context()
+    context.Process(target=engine, name="EngineCore").start()
+    time.sleep(600)
+"""
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_an_engine_ends_when_its_front_end_is_killed(method: str, tmp_path: Path) -> None:
+    script = tmp_path / "front_end.py"
+    script.write_text(KILLED)
+    environ = {name: value for name, value in os.environ.items() if name != "FORKED_ENGINES"}
+    environ |= {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    front_end = subprocess.Popen([sys.executable, script, method], env=environ, stdout=subprocess.PIPE, text=True)
+    assert front_end.stdout is not None
+    engine = psutil.Process(next(int(line) for line in front_end.stdout if line.strip().isdigit()))
+    front_end.kill()
+    front_end.wait()
+    eventually(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE)

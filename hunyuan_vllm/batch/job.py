@@ -6,7 +6,6 @@ import signal
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, closing
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -82,46 +81,39 @@ FAILED_LINES, STOPPED, INTERRUPTED = 1, 3, 130  # exit statuses
 SHOWN_PROBLEMS = 10
 
 
-@dataclass(frozen=True)
-class Job:
-    """What the user asked for."""
-
-    source: Path
-    target: Path
-    model: ModelSource
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    flags: Sequence[str] = ()
-    strict: bool = False
-    retry_failed: bool = False
-
-    def run(self, console: Console) -> int:
-        """Run what is left of it and return the exit status."""
-        _check_files(self.source, self.target)
-        with console.status(f"reading {self.source}"):
-            index = index_file(self.source)
-        settings = Settings(self.model.given, self.defaults)
-        with closing(Output(self.target)) as output:
-            state = output.resume(index, settings, self.retry_failed)
-            reporter = Reporter(index.requests, state.pending.count(1), state.failed, Progress(console))
-            requests = Requests(self.source, index, self.defaults)
-            cause = None
-            if reporter.left:
-                options = engine_options(self.model, self.flags, os.environ)
-                os.environ.update(options.env)  # before vLLM is imported, which reads them
-                args = parse_options(options.argv)
-                _check_defaults(self.defaults)
-                if self.strict:
-                    _check_lines(requests, state.pending)
-                for note in options.notes:
-                    reporter.progress.say(note)
-                part = f"{reporter.left:,} of " if reporter.left < reporter.total else ""
-                lines = plural(reporter.total, "line")
-                reporter.progress.say(f"starting {self.model.given} for {part}{lines}")
-                cause = generate(args, requests.of(state.pending), settings, output.append, reporter)
-        return _conclude(reporter, self.target, cause)
-
-
-def _conclude(reporter: Reporter, target: Path, cause: str | None) -> int:
+def run_batch(
+    source: Path,
+    target: Path,
+    model: ModelSource,
+    console: Console,
+    *,
+    defaults: Mapping[str, Any] = {},
+    flags: Sequence[str] = (),
+    strict: bool = False,
+    retry_failed: bool = False,
+) -> int:
+    """Answer the lines of `source` that `target` has no record of, and return the exit status."""
+    _check_files(source, target)
+    with console.status(f"reading {source}"):
+        index = index_file(source)
+    settings = Settings(model.given, defaults)
+    with closing(Output(target)) as output:
+        state = output.resume(index, settings, retry_failed)
+        reporter = Reporter(index.requests, state.pending.count(1), state.failed, Progress(console))
+        requests = Requests(source, index, defaults)
+        cause = None
+        if reporter.left:
+            options = engine_options(model, flags, os.environ)
+            os.environ.update(options.env)  # before vLLM is imported, which reads them
+            args = parse_options(options.argv)
+            _check_defaults(defaults)
+            if strict:
+                _check_lines(requests, state.pending)
+            for note in options.notes:
+                reporter.progress.say(note)
+            part = f"{reporter.left:,} of " if reporter.left < reporter.total else ""
+            reporter.progress.say(f"starting {model.given} for {part}{plural(reporter.total, 'line')}")
+            cause = generate(args, requests.of(state.pending), settings, output.append, reporter)
     if cause:
         reporter.progress.say(cause)
     reporter.progress.say(reporter.summary())

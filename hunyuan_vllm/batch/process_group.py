@@ -7,15 +7,18 @@ Ctrl-C to them as well, which makes them drop their work.
 import ctypes
 import os
 import signal
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 
 PR_SET_PDEATHSIG = 1
+# Warnings of libraries, meant for developers, would break the progress bar.
+QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
 def run_in_session(run: Callable[[], int]) -> int:
-    """Call `run` in a child process with its own session; returns its result, in both processes.
+    """Call `run` in a child process with its own session and no warnings; returns its result, in both processes.
 
     SIGINT, SIGTERM and SIGHUP are forwarded to the child only. When either process ends, for any reason, all processes
     of the session are killed. Call it before any thread is started.
@@ -28,6 +31,9 @@ def run_in_session(run: Callable[[], int]) -> int:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:
             _kill_session()
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
+        warnings.simplefilter("ignore")
         return run()
 
     def forward(number: int, frame: FrameType | None) -> None:

@@ -11,14 +11,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
-import psutil
 
 from hunyuan_vllm.envs import Settings
 from hunyuan_vllm.server.keys import parse_keys, read_key_file
 from hunyuan_vllm.util.errors import UserError
-from hunyuan_vllm.util.net import is_loopback
+from hunyuan_vllm.util.net import host_port, is_loopback, local_address, own_addresses
 
-ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 TIMEOUT = 30  # seconds
 
 
@@ -98,8 +96,7 @@ def _get(url: str, key: str | None, authority: Path | None) -> str:
 def default_url(environ: Mapping[str, str]) -> str:
     """Where `hunyuan-vllm serve` listens with the same variables set."""
     settings = Settings.read(environ)
-    host = ANY_ADDRESS.get(settings.host, settings.host)
-    return f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
+    return f"http://{host_port(local_address(settings.host), settings.port)}"
 
 
 def find_key(url: str, file: Path | None, environ: Mapping[str, str]) -> str | None:
@@ -120,9 +117,8 @@ def _made_by_serve(url: str, settings: Settings) -> Path | None:
 def is_this_machine(url: str) -> bool:
     """Whether the host of `url` is the machine this runs on."""
     host = urlsplit(url).hostname
-    addresses = {address.address for interface in psutil.net_if_addrs().values() for address in interface}
     try:
         found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
     except OSError:
         return False
-    return all(is_loopback(address) or address in addresses for address in found)
+    return all(is_loopback(address) or address in own_addresses() for address in found)

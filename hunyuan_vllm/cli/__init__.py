@@ -6,28 +6,40 @@ import os
 import platform
 import sys
 from importlib import metadata
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from hunyuan_vllm import __version__
 from hunyuan_vllm.cli.batch import batch
 from hunyuan_vllm.cli.bench import app as bench
 from hunyuan_vllm.cli.check import check
 from hunyuan_vllm.cli.cluster import app as cluster
-from hunyuan_vllm.cli.data import app as data
 from hunyuan_vllm.cli.doctor import doctor
 from hunyuan_vllm.cli.eval import app as evaluation
-from hunyuan_vllm.cli.merge import merge_lora
 from hunyuan_vllm.cli.plan import plan
 from hunyuan_vllm.cli.quantize import quantize
 from hunyuan_vllm.cli.serve import serve
-from hunyuan_vllm.cli.train import train
+from hunyuan_vllm.cli.train import data, merge_lora, train
 from hunyuan_vllm.util.errors import UserError
-from hunyuan_vllm.util.streams import prepare_output
+from hunyuan_vllm.util.streams import prepare_output, say
 from hunyuan_vllm.vllm_version import GET_VLLM, installed_version
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; one that is interrupted ends in one line."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            say("interrupted")
+            raise typer.Exit(130) from None
+
 
 app = typer.Typer(
     name="hunyuan-vllm",
+    cls=_Commands,
     help="Tencent Hunyuan-Large on vLLM.",
     no_args_is_help=True,
     add_completion=True,
@@ -84,13 +96,10 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"hunyuan-vllm: {error}", file=sys.stderr)
+        say(str(error))
         sys.exit(error.status)
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:
             raise
-        print(
-            f"hunyuan-vllm: this command needs {error.name}, which is not installed: {EXTRAS[error.name]}",
-            file=sys.stderr,
-        )
+        say(f"this command needs {error.name}, which is not installed: {EXTRAS[error.name]}")
         sys.exit(2)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,6 @@ from rich.console import Console
 from hunyuan_vllm.util.errors import UserError
 
 SAMPLING = "Defaults for lines without the field (otherwise generation_config.json's)"
-# Warnings of libraries, meant for developers, would break the progress bar.
-QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
 def batch(
@@ -90,17 +87,20 @@ def batch(
     defaults = _json_object(params) | {name: value for name, value in named.items() if value is not None}
 
     def run() -> int:
-        for name, value in QUIET.items():
-            os.environ.setdefault(name, value)
-        warnings.simplefilter("ignore")
+        from hunyuan_vllm.batch.job import run_batch
+        from hunyuan_vllm.server.models import open_model
 
-        from hunyuan_vllm.batch.job import Job
-        from hunyuan_vllm.server.models import demo_model, open_model
-
-        path = model or os.environ.get("MODEL_PATH", "").strip()
-        checkpoint = open_model(path) if path else demo_model()
-        job = Job(source, target.resolve(), checkpoint, defaults, context.args, strict, retry_failed)
-        return job.run(Console(stderr=True))
+        checkpoint = open_model(model or os.environ.get("MODEL_PATH", "").strip())
+        return run_batch(
+            source,
+            target.resolve(),
+            checkpoint,
+            Console(stderr=True),
+            defaults=defaults,
+            flags=context.args,
+            strict=strict,
+            retry_failed=retry_failed,
+        )
 
     raise typer.Exit(run_in_session(run))
 

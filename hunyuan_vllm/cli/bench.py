@@ -2,13 +2,14 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import typer
 from rich.console import Console
 
+from hunyuan_vllm.cli.show import show_table
 from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.streams import say
 
 FAILED, INTERRUPTED = 1, 130  # exit statuses
 
@@ -85,13 +86,13 @@ def bench(
         if as_json:
             print(run.model_dump_json(indent=1))
         else:
-            _console().print(run_table(run))
+            show_table(run_table(run))
     if interrupted:
-        print("hunyuan-vllm: interrupted", file=sys.stderr)
+        say("interrupted")
         raise typer.Exit(INTERRUPTED)
     if failed := sum(point["failed"] for point in run.points):
         asked = sum(point["requests"] for point in run.points)
-        print(f"hunyuan-vllm: {failed:g} of {asked:g} requests failed ({error}): see the server's log", file=sys.stderr)
+        say(f"{failed:g} of {asked:g} requests failed ({error}): see the server's log")
         raise typer.Exit(FAILED)
 
 
@@ -111,8 +112,7 @@ def compare(
 
     Exit status: 0; 2 they cannot be compared.
     """
-    from hunyuan_vllm.bench.compare import check_machines, comparison, differences, load, pairs
-    from hunyuan_vllm.bench.run import read_run
+    from hunyuan_vllm.bench.run import check_machines, comparison, differences, load, pairs, read_run
 
     runs = read_run(a), read_run(b)
     if not other_machine:
@@ -122,15 +122,14 @@ def compare(
         points = [{"a": one, "b": other} for one, other in found]
         print(json.dumps({"differs": differ, "points": points}, indent=1))
         return
-    console = _console()
-    console.print(comparison(found))
+    show_table(comparison(found))
     for line in differ:
-        console.print(f"differs: {line}")
+        print(f"differs: {line}")
     common = {load(one) for one, _ in found}
     for name, run in zip(("A", "B"), runs, strict=True):
         for point in run.points:
             if load(point) not in common:
-                console.print("only in {}: {:g} in, {:g} out, {:g} at a time".format(name, *load(point)))
+                print("only in {}: {:g} in, {:g} out, {:g} at a time".format(name, *load(point)))
 
 
 def _positive_numbers(text: str) -> list[int]:
@@ -141,9 +140,3 @@ def _positive_numbers(text: str) -> list[int]:
     if not found or min(found) < 1:
         raise UserError(f"--concurrency {text} is not a list of positive whole numbers such as 1,4,16")
     return found
-
-
-def _console() -> Console:
-    """Wide enough for the table where the output is a file."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(width=200, highlight=False)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from typing import TYPE_CHECKING
 
 import typer
@@ -16,8 +15,6 @@ from hunyuan_vllm.util.progress import Progress
 if TYPE_CHECKING:
     from hunyuan_vllm.check.deep import Deep
     from hunyuan_vllm.check.run import Report
-
-INTERRUPTED = 130
 
 
 def check(
@@ -67,19 +64,15 @@ def check(
     if write_sums and not os.access(folder, os.W_OK):
         raise UserError(f"--write-sums: {folder} is not writable")
     console = Console(stderr=True)
-    try:
-        with console.status("reading headers and tokenizer") as status:
+    with console.status("reading headers and tokenizer") as status:
 
-            def run_deep(work: "Deep", section: Section) -> None:
-                status.stop()
-                progress = Progress(console)
-                with progress.stage("reading", work.total):
-                    work.run(progress.advance, section)
+        def run_deep(work: "Deep", section: Section) -> None:
+            status.stop()
+            progress = Progress(console)
+            with progress.stage("reading", work.total):
+                work.run(progress.advance, section)
 
-            report = check_folder(folder, run_deep if deep else None, write_sums, jobs)
-    except KeyboardInterrupt:
-        print("hunyuan-vllm: interrupted; nothing was written", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
+        report = check_folder(folder, run_deep if deep else None, write_sums, jobs)
     if as_json:
         print(json.dumps(_json(report), indent=1, ensure_ascii=False))
     else:

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from hunyuan_vllm.cli.show import end_report, show_sections
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.findings import Section
+from hunyuan_vllm.util.streams import say
+from hunyuan_vllm.util.text import some
 
 if TYPE_CHECKING:
     from hunyuan_vllm.cluster.connections import Connections
@@ -50,10 +53,7 @@ def connected(
         connections.open()
         yield connections
     except KeyboardInterrupt:
-        print(
-            "hunyuan-vllm: interrupted; what was started on a host may take a minute or two to end there",
-            file=sys.stderr,
-        )
+        say("interrupted; what was started on a host may take a minute or two to end there")
         sys.stderr.flush()
         os._exit(130)  # a normal exit would wait for threads that wait for hosts
     finally:
@@ -88,12 +88,6 @@ def check(
     model: Path = MODEL,
     interface: str = INTERFACE,
     gpus: int = typer.Option(None, "--gpus-per-node", min=0, help="GPUs that each host must have."),
-    ports: str = typer.Option(
-        None,
-        "--ports",
-        show_default="Ray's",
-        help="Ports that hosts must reach on each other, besides one that the system chooses.",
-    ),
     python: str = PYTHON,
     as_json: bool = AS_JSON,
     jobs: int = JOBS,
@@ -102,7 +96,7 @@ def check(
     """Check that hosts can be one cluster. Changes nothing on them.
 
     Compares versions, GPUs, checkpoint files and clocks; connects from each
-    host to the ports of each other; and checks each host's GPU memory,
+    host to Ray's ports on each other; and checks each host's GPU memory,
     shared memory, limits, disk, name and network interfaces. The hosts need
     this package at the same path, and SSH by key from here.
 
@@ -111,7 +105,6 @@ def check(
       hunyuan-vllm cluster check --hosts 10.0.0.1,10.0.0.2 --ssh-port 36000
       hunyuan-vllm cluster check --hosts node1,node2 --ifname bond1 \\
           --gpus-per-node 8 --model /models/Hunyuan-A52B-Instruct
-      hunyuan-vllm cluster check --hosts node1,node2 --ports 6379,20000-20010
       hunyuan-vllm cluster check --hosts node1,node2 --json | jq .sound
 
     `hunyuan-vllm doctor` checks one host in more detail, `hunyuan-vllm check` a
@@ -121,13 +114,11 @@ def check(
     Exit status: 0 no problems (there may be warnings), 1 problems, 2 the
     command was wrong, 130 interrupted.
     """
-    from hunyuan_vllm.cluster.check import ClusterCheck, Requirements, parse_ports
-    from hunyuan_vllm.cluster.ray_node import checked_ports
+    from hunyuan_vllm.cluster.check import ClusterCheck
 
-    wanted_ports = checked_ports() if ports is None else parse_ports(ports)
-    wanted = Requirements(wanted_ports, str(model.absolute()) if model else None, interface, gpus)
+    folder = str(model.absolute()) if model else None
     with connected(hosts, ssh_port, user, python, jobs, timeout) as connections:
-        sections = ClusterCheck(connections, wanted).run()
+        sections = ClusterCheck(connections, folder, interface, gpus).run()
     end_report(sections, as_json)
 
 
@@ -175,22 +166,20 @@ def up(
     Exit status: 0 the cluster is complete, 1 it is not, 2 the command was wrong,
     130 interrupted.
     """
-    from hunyuan_vllm.cluster.check import Requirements
     from hunyuan_vllm.cluster.credentials import this_user
-    from hunyuan_vllm.cluster.ray_node import checked_ports, parse_variables
+    from hunyuan_vllm.cluster.ray_node import TOKEN_VARIABLE, parse_variables, token_file
     from hunyuan_vllm.cluster.status import record_cluster
-    from hunyuan_vllm.cluster.token import PATH_VARIABLE, token_file
     from hunyuan_vllm.cluster.up import Plan, Up
 
     if logical_gpus and gpus is None:
         raise UserError("--logical-gpus: give their number with --gpus-per-node")
     home = Path(this_user().pw_dir)
     plan = Plan(
-        check=Requirements(
-            checked_ports(), str(model.absolute()) if model else None, interface, None if logical_gpus else gpus
-        ),
+        model=str(model.absolute()) if model else None,
+        interface=interface,
         gpus=gpus,
-        token_file=str(token_file(os.environ, home)) if os.environ.get(PATH_VARIABLE) else None,
+        logical_gpus=logical_gpus,
+        token_file=str(token_file(os.environ, home)) if os.environ.get(TOKEN_VARIABLE) else None,
         encrypt=encrypt,
         variables=parse_variables(variables),
         accept_warnings=accept_warnings,
@@ -218,13 +207,20 @@ def status(as_json: bool = AS_JSON, jobs: int = JOBS, timeout: float = TIMEOUT) 
     with connected(hosts, 0, None, python, jobs, timeout, quiet=True) as connections:
         found = read_status(connections)
     if as_json:
-        print(json.dumps(found.to_json(), indent=1, ensure_ascii=False))
+        print(json.dumps(found, indent=1, ensure_ascii=False))
     else:
         console = Console(highlight=False)
-        console.print(found.table())
-        problems = [problem for node in found.nodes for problem in node.host.problems]
-        show_sections([Section("Missing", problems)], console)
-    raise typer.Exit(0 if found.whole else 1)
+        table = Table("host", "interface", "state", "GPUs", "free", "runs")
+        for node in found["nodes"]:
+            name, gpus = (
+                f"{node['host']}{' (head)' if node['head'] else ''}",
+                f"{node['gpus']} of {node['gpus_wanted']}",
+            )
+            runs = some(node["works"]) or "nothing"
+            table.add_row(name, node["interface"], node["state"], gpus, str(node["free_gpus"]), runs)
+        console.print(table)
+        show_sections([Section("Missing", [problem for host in hosts for problem in host.problems])], console)
+    raise typer.Exit(0 if found["whole"] else 1)
 
 
 @app.command()

@@ -1,7 +1,5 @@
 """`hunyuan-vllm doctor`: problems of this machine or installation, found before a server is started on it"""
 
-import sys
-
 import typer
 from rich.console import Console
 
@@ -37,10 +35,6 @@ def doctor(
     from hunyuan_vllm.doctor.probes import System
     from hunyuan_vllm.doctor.run import examine
 
-    try:
-        with Console(stderr=True).status("checking, and starting a worker process"):
-            sections = examine(System(timeout=timeout))
-    except KeyboardInterrupt:
-        print("hunyuan-vllm: interrupted", file=sys.stderr)
-        raise typer.Exit(130) from None
+    with Console(stderr=True).status("checking, and starting a worker process"):
+        sections = examine(System(timeout=timeout))
     end_report(sections, as_json)

@@ -2,19 +2,16 @@
 
 import json
 import os
-import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from hunyuan_vllm.cli.batch import QUIET
+from hunyuan_vllm.cli.show import show_table
 from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.streams import say
 
-BROKEN_LIMIT, STOPPED, INTERRUPTED = 1, 3, 130  # exit statuses
+BROKEN_LIMIT, STOPPED = 1, 3  # exit statuses
 LIMITS = "Limits (exit status 1 where one is broken)"
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -82,6 +79,7 @@ def compare(
     Exit status: 0 done, 1 a limit is broken, 2 nothing was run, 3 an engine
     failed, 130 interrupted.
     """
+    from hunyuan_vllm.batch.process_group import run_in_session
     from hunyuan_vllm.evaluation.compare import Limits
     from hunyuan_vllm.evaluation.variants import Variant
 
@@ -91,27 +89,31 @@ def compare(
 
     def run() -> int:
         from hunyuan_vllm.evaluation.compare import default_passages, distance_table, distances_json, measure
-        from hunyuan_vllm.evaluation.engines import Work
+        from hunyuan_vllm.evaluation.engines import EngineFailed, Work
         from hunyuan_vllm.evaluation.passages import limited, read_passages
-        from hunyuan_vllm.server.models import demo_model, open_model
+        from hunyuan_vllm.server.models import open_model
         from hunyuan_vllm.tokenizer import load_tokenizer
 
-        source = open_model(path) if path else demo_model()
+        source = open_model(path)
         tokenizer = load_tokenizer(source.name)
         passages = read_passages(text, tokenizer, window) if text else default_passages(source, tokenizer, window)
         console = Console(stderr=True)
         settings = Work(limited(passages, limit))
-        compared = measure(source, first, others, settings, flags, work, console)
+        try:
+            compared = measure(source, first, others, settings, flags, work, console)
+        except EngineFailed as error:
+            say(str(error))
+            return STOPPED
         if as_json:
             print(json.dumps(distances_json(source.given, first.label, compared), indent=1, ensure_ascii=False))
         else:
-            _show(distance_table(first.label, compared))
+            show_table(distance_table(first.label, compared))
         broken = [problem for one in compared for problem in limits.broken(one.run.variant.label, one.distance)]
         for problem in broken:
-            print(f"hunyuan-vllm: {problem}", file=sys.stderr)
+            say(problem)
         return BROKEN_LIMIT if broken else 0
 
-    _run_in_session(run)
+    raise typer.Exit(run_in_session(run))
 
 
 @app.command()
@@ -173,53 +175,18 @@ def tasks(
     try:
         results = tasks.run(harness, wanted, num_fewshot, chat, limit, output, samples)
     except tasks.ServerFailed as error:
-        print(f"hunyuan-vllm: {error}", file=sys.stderr)
+        say(str(error))
         raise typer.Exit(STOPPED) from None
-    except KeyboardInterrupt:
-        print("hunyuan-vllm: interrupted", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
     if as_json:
         print(json.dumps(tasks.scores_json(results), indent=1))
     else:
-        _show(tasks.scores_table(results))
+        show_table(tasks.scores_table(results))
 
 
 def _model_first(model: str | None, rest: list[str]) -> tuple[str | None, list[str]]:
     """The model, if it is given, and vLLM's flags, of which the parser may have taken one for the model."""
     if model is not None and model.startswith("-"):
         return os.environ.get("MODEL_PATH", "").strip() or None, [model, *rest]
-    _only_flags(rest)
+    if rest and not rest[0].startswith("-"):
+        raise UserError(f"{rest[0]!r} is one argument too many: MODEL comes first, then flags that begin with --")
     return model or os.environ.get("MODEL_PATH", "").strip() or None, rest
-
-
-def _only_flags(arguments: list[str]) -> None:
-    if arguments and not arguments[0].startswith("-"):
-        raise UserError(f"{arguments[0]!r} is one argument too many: MODEL comes first, then flags that begin with --")
-
-
-def _show(table: Table) -> None:
-    """On standard output; as wide as it has to be where that is a file."""
-    console = Console()
-    console.print(table) if console.is_terminal else Console(width=200).print(table)
-
-
-def _run_in_session(run: Callable[[], int]) -> None:
-    """Run it in its own session, so that no engine process outlives it, and exit with its status."""
-    from hunyuan_vllm.batch.process_group import run_in_session
-
-    def quietly() -> int:
-        for name, value in QUIET.items():
-            os.environ.setdefault(name, value)
-        warnings.simplefilter("ignore")
-        from hunyuan_vllm.evaluation.engines import EngineFailed
-
-        try:
-            return run()
-        except EngineFailed as error:
-            print(f"hunyuan-vllm: {error}", file=sys.stderr)
-            return STOPPED
-        except KeyboardInterrupt:
-            print("hunyuan-vllm: interrupted", file=sys.stderr)
-            return INTERRUPTED
-
-    raise typer.Exit(run_in_session(quietly))

@@ -1,24 +1,27 @@
 """The options, questions and exit status of `deploy/login_ssh.py`."""
 
 import getpass
+import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from hunyuan_vllm.cluster.connections import Steps
 from hunyuan_vllm.cluster.credentials import default_keys, read_identity, read_password_file, this_user
-from hunyuan_vllm.cluster.host_keys import parse_fingerprints, read_known_hosts
+from hunyuan_vllm.cluster.host_keys import PublicKey, parse_fingerprints, read_known_hosts
 from hunyuan_vllm.cluster.hosts import Host, parse_hosts
-from hunyuan_vllm.cluster.logins import MutualLogin
-from hunyuan_vllm.cluster.report import show
+from hunyuan_vllm.cluster.logins import MutualLogin, Pair
 from hunyuan_vllm.cluster.ssh import Credentials
 from hunyuan_vllm.envs import take_ssh_password
 from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.findings import Finding
 from hunyuan_vllm.util.streams import prepare_output
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -110,15 +113,17 @@ def login_ssh(
         home = Path(me.pw_dir)
         credentials = Credentials([*keys, *default_keys(home)], secret)
         known, steps = read_known_hosts(home), Steps(jobs, messages)
-        report = MutualLogin(hosts, known, trusted, credentials, terminal, steps, timeout).run()
+        questions = terminal.confirm_host_keys, terminal.ask_password
+        found, pairs = MutualLogin(hosts, known, trusted, credentials, *questions, steps, timeout).run()
     except KeyboardInterrupt:
         _say("interrupted: every file is complete, old or new; run it again to finish")
         os._exit(130)  # a normal exit would wait for threads that wait for hosts
+    ok = not any(one.problem for one in pairs) and not any(host.problems for host in found)
     if as_json:
-        print(report.to_json())
+        print(_json(ok, found, pairs))
     else:
-        show(report, Console())
-    raise typer.Exit(0 if report.ok else 1)
+        _show(ok, found, pairs)
+    raise typer.Exit(0 if ok else 1)
 
 
 def _password(given: str | None, file: Path | None) -> str | None:
@@ -127,6 +132,70 @@ def _password(given: str | None, file: Path | None) -> str | None:
     if given is not None:
         return given
     return read_password_file(file) if file else from_environment
+
+
+def _json(ok: bool, hosts: Sequence[Host], pairs: Sequence[Pair]) -> str:
+    def key(found: PublicKey | None) -> dict[str, str] | None:
+        return None if found is None else {"type": found.type, "fingerprint": found.fingerprint}
+
+    def problem(found: Finding | None) -> dict[str, Any] | None:
+        return None if found is None else {"what": found.text, "remedy": found.remedy}
+
+    report = {
+        "ok": ok,
+        "changed": any(host.changed for host in hosts),
+        "hosts": [
+            {
+                "host": host.name,
+                "hostname": host.hostname,
+                "host_key": key(host.host_key),
+                "trust": host.trust,
+                "user_key": key(PublicKey.parse((host.public_line or "").split())),
+                "key_made": host.key_made,
+                "changed": host.changed,
+                "problems": [problem(found) for found in host.problems],
+            }
+            for host in hosts
+        ],
+        "pairs": [
+            {"from": pair.source, "to": pair.target, "ok": pair.problem is None, "tried": pair.tried,
+             "problem": problem(pair.problem)}
+            for pair in pairs
+        ],
+    }  # fmt: skip
+    return json.dumps(report, indent=2)
+
+
+def _show(ok: bool, hosts: Sequence[Host], pairs: Sequence[Pair]) -> None:
+    console = Console()
+    table = Table()
+    for title in ("#", "host", "host key", "its own key", "changed", "state"):
+        table.add_column(title, overflow="fold")
+    for number, host in enumerate(hosts, 1):
+        host_key = f"{host.host_key.kind} {host.host_key.fingerprint}\n" if host.host_key else ""
+        user_key = "" if host.public_line is None else "made" if host.key_made else "existed"
+        state = Text("failed", style="red") if host.problems else Text("ok", style="green")
+        name = host.name if host.hostname in (None, host.name) else f"{host.name}\n({host.hostname})"
+        cells = (name, host_key + (host.trust or ""), user_key, "\n".join(host.changed) or "nothing")
+        table.add_row(str(number), *map(Text, cells), state)
+    console.print(table)
+    problems = [(host.name, problem.text, problem.remedy) for host in hosts for problem in host.problems]
+    # Of failed logins, those that no problem of their hosts explains: with all hosts from which they fail.
+    failed = {host.name for host in hosts if host.problems}
+    sources: dict[tuple[str, str, str], list[str]] = {}
+    for pair in pairs:
+        if pair.problem is not None and not {pair.source, pair.target} & failed:
+            sources.setdefault((pair.target, pair.problem.text, pair.problem.remedy), []).append(pair.source)
+    problems += [(f"{', '.join(names)} → {to}", text, remedy) for (to, text, remedy), names in sources.items()]
+    for where, text, remedy in problems:
+        # Text, not markup: some of it is what a host sent.
+        console.print(Text.assemble((f"{where}: ", "bold red"), text), soft_wrap=True)
+        console.print(Text(f"    {remedy}"), soft_wrap=True)
+    verified = sum(pair.problem is None for pair in pairs)
+    changed = "files were changed" if any(host.changed for host in hosts) else "nothing was changed"
+    summary = f"{verified} of {len(pairs)} logins verified, {changed}."
+    again = "" if ok else " Solve the problems above and run it again."
+    console.print(Text(summary + again, style="bold"), soft_wrap=True)
 
 
 def main() -> None:

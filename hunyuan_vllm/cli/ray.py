@@ -9,13 +9,13 @@ from pathlib import Path
 import typer
 
 from hunyuan_vllm.cluster.processes import process_title, ray_processes
-from hunyuan_vllm.cluster.ray_node import GCS_PORT, NodeSetup, parse_variables
+from hunyuan_vllm.cluster.ray_node import GCS_PORT, NodeSetup, make_token, parse_variables, token_file
 from hunyuan_vllm.cluster.ray_start import find_ray, read_ray_state, start, stop
-from hunyuan_vllm.cluster.token import make_token, token_file
 from hunyuan_vllm.envs import Settings
 from hunyuan_vllm.ray_environment import NODE_FOLDER
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.net import family_of, interface_of, is_loopback, own_addresses, own_interfaces
+from hunyuan_vllm.util.streams import say
 from hunyuan_vllm.util.text import plural, some
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -46,7 +46,7 @@ def head(
     find_ray()
     make_token(Path(setup.token_file))
     _start(setup, force)
-    _say(f"the head runs at {setup.gcs}; on each other node: sh deploy/ray_worker.sh {own}")
+    say(f"the head runs at {setup.gcs}; on each other node: sh deploy/ray_worker.sh {own}")
 
 
 @app.command()
@@ -63,7 +63,7 @@ def worker(
     if dry_run:
         return _show(setup, force)
     _start(setup, force)
-    _say(f"{own} joined the cluster at {setup.gcs}")
+    say(f"{own} joined the cluster at {setup.gcs}")
 
 
 @app.command("stop")
@@ -71,10 +71,10 @@ def end(dry_run: bool = typer.Option(False, "--dry-run", help="Print what would 
     """End all of Ray on this machine that is this user's, including stale workers."""
     if dry_run:
         found = [process_title(process) for process in ray_processes()]
-        _say(f"these would be ended: {some(found)}" if found else "no Ray runs here")
+        say(f"these would be ended: {some(found)}" if found else "no Ray runs here")
         return
     ended = _stop()
-    _say(f"{plural(ended, 'process')} of Ray ended" if ended else "no Ray ran here")
+    say(f"{plural(ended, 'process')} of Ray ended" if ended else "no Ray ran here")
 
 
 def _stop() -> int:
@@ -111,22 +111,22 @@ def _setup(
 def _start(setup: NodeSetup, force: bool) -> None:
     old = _old_processes(setup, force)
     if old is None:
-        _say("Ray already runs here as requested; nothing was changed")
+        say("Ray already runs here as requested; nothing was changed")
         return
     if old:
-        _say(f"an earlier Ray was ended: {plural(_stop(), 'process')}")
+        say(f"an earlier Ray was ended: {plural(_stop(), 'process')}")
     for line in start(setup):
-        _say(line)
+        say(line)
 
 
 def _show(setup: NodeSetup, force: bool) -> None:
     """What `_start` would do; the command as a line to paste into a shell."""
     old = _old_processes(setup, force)
     if old is None:
-        _say("Ray already runs here as requested; nothing would be changed")
+        say("Ray already runs here as requested; nothing would be changed")
         return
     if old:
-        _say(f"an earlier Ray would be ended: {some(old)}")
+        say(f"an earlier Ray would be ended: {some(old)}")
     variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in setup.environment().items())
     print(f"env {variables} \\\n  ray {shlex.join(setup.ray_arguments())}")
 
@@ -161,13 +161,9 @@ def _address_towards(other: str) -> str:
         raise UserError(f"{other} cannot be reached from here ({error.strerror or error}): give its IP") from None
 
 
-def _say(text: str) -> None:
-    print(f"hunyuan-vllm: {text}", file=sys.stderr)
-
-
 if __name__ == "__main__":
     try:
         app()
     except UserError as mistake:
-        _say(str(mistake))
+        say(str(mistake))
         sys.exit(mistake.status)

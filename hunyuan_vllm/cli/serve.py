@@ -2,80 +2,37 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
+
+from hunyuan_vllm.util.streams import say
 
 ROUTES, LIMITS = "What is served", "Limits (0 is none)"
 
 
-def _limit(name: str, metavar: str, text: str) -> Any:
-    return typer.Option(name, min=0, metavar=metavar, help=text, rich_help_panel=LIMITS, show_default=False)
+def _limit(name: str, text: str, metavar: str = "N") -> Any:
+    return typer.Option(None, name, min=0, metavar=metavar, help=text, rich_help_panel=LIMITS)
 
 
-AdminRoutes = Annotated[
-    bool,
-    typer.Option(
-        "--admin-routes", help="Serve vLLM's administrative routes as well, to the admin key.", rich_help_panel=ROUTES
-    ),
-]
-AllowedRoutes = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--allow-route", metavar="PATH", help="Serve this route of vLLM's as well; repeatable.", rich_help_panel=ROUTES
-    ),
-]
-IgnoreUnknownFields = Annotated[
-    bool,
-    typer.Option(
-        "--ignore-unknown-fields",
-        help="Ignore unknown fields of a request, as vLLM does, instead of refusing them.",
-        rich_help_panel=ROUTES,
-    ),
-]
-MaxBody = Annotated[float | None, _limit("--max-body", "MIB", "Size of a request (default: 16).")]
-MaxPromptTokens = Annotated[
-    int | None, _limit("--max-prompt-tokens", "N", "Tokens of a prompt (default: the context length).")
-]
-MaxOutputTokens = Annotated[
-    int | None, _limit("--max-output-tokens", "N", "Tokens of an answer (default: the context length).")
-]
-MaxSequences = Annotated[
-    int | None, _limit("--max-sequences", "N", "Sequences of one request: its prompts times n (default: 256).")
-]
-MaxRequestsPerKey = Annotated[
-    int | None, _limit("--max-requests-per-key", "N", "Requests of one key in flight (default: 512).")
-]
-MaxQueue = Annotated[int | None, _limit("--max-queue", "N", "Sequences waiting for the engine (default: 1024).")]
+def _seconds(default: float, name: str, text: str, minimum: float = 1) -> Any:
+    return typer.Option(default, name, min=minimum, metavar="SECONDS", help=f"With --supervise: {text}")
 
 
 def api_policy(
-    *,
-    insecure: bool = False,
-    admin: bool = False,
-    routes: list[str] | None = None,
-    max_body: float | None = None,
-    ignore_unknown_fields: bool = False,
-    **limits: int | None,
+    routes: Sequence[str] = (), max_body: float | None = None, insecure: bool = False, **options: Any
 ) -> Any:
-    """The ApiPolicy of these options; HUNYUAN_VLLM_API_POLICY, else the defaults, decide what they leave open.
-
-    Raises:
-        UserError: a route is not a path, or the variable cannot be parsed.
-    """
+    """The ApiPolicy of these options; HUNYUAN_VLLM_API_POLICY, else the defaults, decide what they leave open."""
     from hunyuan_vllm.server.options import MIB, ApiPolicy
     from hunyuan_vllm.util.errors import UserError
 
-    for route in routes or ():
+    for route in routes:
         if not route.startswith("/"):
             raise UserError(f"--allow-route {route} is not a path: give one as in --allow-route /load")
-    given: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
-    given["insecure"] = insecure
-    if admin:
-        given["admin"] = True
-    if ignore_unknown_fields:
-        given["ignore_unknown_fields"] = True
+    given = {name: value for name, value in options.items() if value is not None and value is not False}
+    given["insecure"] = insecure  # the variable alone does not permit that
     if routes:
         given["extra_routes"] = tuple(routes)
     if max_body is not None:
@@ -101,36 +58,36 @@ def serve(
     max_restarts: int = typer.Option(
         None, "--max-restarts", min=0, metavar="N", help="With --supervise: give up after N quick failures in a row."
     ),
-    max_wait: float = typer.Option(
-        60,
-        "--max-restart-wait",
-        min=0,
-        metavar="SECONDS",
-        help="With --supervise: quick failures in a row double the wait before a restart, from 1 s up to this.",
+    max_wait: float = _seconds(
+        60, "--max-restart-wait", "quick failures in a row double the wait before a restart, from 1 s up to this.", 0
     ),
-    hang_timeout: float = typer.Option(
-        60,
-        "--hang-timeout",
-        min=1,
-        metavar="SECONDS",
-        help="With --supervise: restart a server after a hang this long.",
+    hang_timeout: float = _seconds(60, "--hang-timeout", "restart a server after a hang this long."),
+    start_timeout: float = _seconds(3600, "--start-timeout", "a start may take this long."),
+    admin_routes: bool = typer.Option(
+        False,
+        "--admin-routes",
+        help="Serve vLLM's administrative routes as well, to the admin key.",
+        rich_help_panel=ROUTES,
     ),
-    start_timeout: float = typer.Option(
-        3600,
-        "--start-timeout",
-        min=1,
-        metavar="SECONDS",
-        help="With --supervise: a start may take this long.",
+    allowed_routes: list[str] = typer.Option(
+        [],
+        "--allow-route",
+        metavar="PATH",
+        help="Serve this route of vLLM's as well; repeatable.",
+        rich_help_panel=ROUTES,
     ),
-    admin_routes: AdminRoutes = False,
-    allowed_routes: AllowedRoutes = None,
-    ignore_unknown_fields: IgnoreUnknownFields = False,
-    max_body: MaxBody = None,
-    max_prompt_tokens: MaxPromptTokens = None,
-    max_output_tokens: MaxOutputTokens = None,
-    max_sequences: MaxSequences = None,
-    max_requests_per_key: MaxRequestsPerKey = None,
-    max_queue: MaxQueue = None,
+    ignore_unknown_fields: bool = typer.Option(
+        False,
+        "--ignore-unknown-fields",
+        help="Ignore unknown fields of a request, as vLLM does, instead of refusing them.",
+        rich_help_panel=ROUTES,
+    ),
+    max_body: float = _limit("--max-body", "Size of a request (default: 16).", "MIB"),
+    max_prompt_tokens: int = _limit("--max-prompt-tokens", "Tokens of a prompt (default: the context length)."),
+    max_output_tokens: int = _limit("--max-output-tokens", "Tokens of an answer (default: the context length)."),
+    max_sequences: int = _limit("--max-sequences", "Sequences of one request: its prompts times n (default: 256)."),
+    max_requests_per_key: int = _limit("--max-requests-per-key", "Requests of one key in flight (default: 512)."),
+    max_queue: int = _limit("--max-queue", "Sequences waiting for the engine (default: 1024)."),
     tools: bool = typer.Option(
         False, "--tools", help="Use a chat template with tools: definitions, calls and results are in the prompt."
     ),
@@ -199,10 +156,9 @@ def serve(
     from hunyuan_vllm.envs import Settings
     from hunyuan_vllm.quant.schemes import find_scheme
     from hunyuan_vllm.server import keys
-    from hunyuan_vllm.server.certificate import check_certificate
     from hunyuan_vllm.server.hardware import read_machine
-    from hunyuan_vllm.server.launch import decide
-    from hunyuan_vllm.server.models import convert, demo_in, demo_model, open_model
+    from hunyuan_vllm.server.launch import check_certificate, decide
+    from hunyuan_vllm.server.models import convert, demo_in, open_model
     from hunyuan_vllm.server.options import Flags
     from hunyuan_vllm.server.process import Stop
     from hunyuan_vllm.server.ray_cluster import wait_for_gpus
@@ -222,15 +178,14 @@ def serve(
     scheme = find_scheme(scheme_name) if scheme_name else None
     if flags.model and settings.model and flags.model != settings.model:
         raise UserError(f"the model is given twice: {flags.model}, and MODEL_PATH={settings.model}; leave one out")
-    given = flags.model or settings.model
-    source = model = open_model(given) if given else demo_model()
+    source = model = open_model(flags.model or settings.model)
     if scheme and model.demo:
         model = demo_in(scheme, source, settings.cache_home)
     policy = api_policy(
+        allowed_routes,
+        max_body,
         insecure=insecure,
         admin=admin_routes,
-        routes=allowed_routes,
-        max_body=max_body,
         ignore_unknown_fields=ignore_unknown_fields,
         max_prompt_tokens=max_prompt_tokens,
         max_output_tokens=max_output_tokens,
@@ -253,17 +208,17 @@ def serve(
     )
     check_certificate(flags)
     for note in launch.notes:
-        print(f"hunyuan-vllm: {note}", file=sys.stderr)
+        say(note)
     if dry_run:
         if model != source and not Path(model.name).exists():
-            print(f"hunyuan-vllm: a start converts the demo model to {model.name} first", file=sys.stderr)
+            say(f"a start converts the demo model to {model.name} first")
         print(launch.shell())
         return
     if not launch.uds and not launch.headless:
         check_port(launch.host, launch.port)
     if launch.key_file is not None:
         if settings.api_key_file is None and keys.create_key_file(launch.key_file):
-            print(f"hunyuan-vllm: a new API key is in {launch.key_file}", file=sys.stderr)
+            say(f"a new API key is in {launch.key_file}")
         keys.read_key_file(launch.key_file)
     if scheme and model != source:
         convert(Path(source.name), Path(model.name), scheme, "the demo model")
@@ -271,15 +226,15 @@ def serve(
     if launch.ray_gpus:
         wait_for_gpus(launch.ray_gpus, {**environ, **launch.env}, settings.gpu_wait, launch.nodes, stop)
     where = launch.uds or f"{launch.host} port {launch.port}"
-    print(f"hunyuan-vllm: starting {model.given} on {where}", file=sys.stderr, flush=True)
+    say(f"starting {model.given} on {where}")
     terminal = None
     if not verbose and sys.stdout.isatty():
         log = settings.state_home / "hunyuan-vllm" / f"serve-{Path(launch.uds).name if launch.uds else launch.port}.log"
         try:
             terminal = Terminal(LogFile(log))
-            print(f"hunyuan-vllm: its log is in {log}", file=sys.stderr, flush=True)
+            say(f"its log is in {log}")
         except OSError as error:
-            print(f"hunyuan-vllm: {log} cannot be written ({error.strerror}): the log is here", file=sys.stderr)
+            say(f"{log} cannot be written ({error.strerror}): the log is here")
     if not supervised:
         raise typer.Exit(run_once(launch, environ, stop, terminal=terminal))
     restarts = RestartPolicy(start_timeout, hang_timeout, max_restarts, max_wait)

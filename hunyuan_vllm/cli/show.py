@@ -2,7 +2,6 @@
 
 import errno
 import json
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +9,11 @@ from typing import NoReturn
 
 import typer
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from hunyuan_vllm.util.findings import Finding, Section, Status, exit_status, sections_json
+from hunyuan_vllm.util.streams import say
 from hunyuan_vllm.util.text import group_similar, plural
 
 STYLES = {Status.OK: "green", Status.WARNING: "yellow", Status.PROBLEM: "bold red", Status.SKIPPED: "cyan"}
@@ -41,6 +42,12 @@ def end_report(sections: Sequence[Section], as_json: bool, **more: bool) -> NoRe
         show_sections(sections, console)
         console.print(tally(sections), style="bold red" if status else "green", soft_wrap=True)
     raise typer.Exit(status)
+
+
+def show_table(table: Table) -> None:
+    """On standard output; as wide as it has to be where that is a file."""
+    console = Console(highlight=False)
+    console.print(table) if console.is_terminal else Console(width=200, highlight=False).print(table)
 
 
 def tally(sections: Iterable[Section]) -> str:
@@ -89,13 +96,10 @@ def resumable(target: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("hunyuan-vllm: stopped; run the same command again to resume", file=sys.stderr)
+        say("stopped; run the same command again to resume")
         raise typer.Exit(130) from None
     except OSError as error:
         if error.errno not in DISK:
             raise
-        print(
-            f"hunyuan-vllm: {error.strerror} while writing {target}: run the same command again to resume",
-            file=sys.stderr,
-        )
+        say(f"{error.strerror} while writing {target}: run the same command again to resume")
         raise typer.Exit(3) from None

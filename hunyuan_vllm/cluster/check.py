@@ -3,13 +3,12 @@
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 
 from hunyuan_vllm.cluster.connections import Connections
 from hunyuan_vllm.cluster.hosts import Host, HostError, report_hosts
 from hunyuan_vllm.cluster.probe import PACKAGES, NodeFacts
-from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.cluster.ray_node import checked_ports
 from hunyuan_vllm.util.findings import Section
 from hunyuan_vllm.util.net import interface_of
 from hunyuan_vllm.util.text import plural, some
@@ -17,36 +16,29 @@ from hunyuan_vllm.util.text import plural, some
 CLOCK_ROUNDS = 3
 SKEW_WARNING, SKEW_PROBLEM = 0.5, 5.0  # seconds: logs do not line up; leases and tokens fail
 HELD = 60  # seconds for which a host holds its ports if nobody ends that
-MAX_PORTS = 256
 PROBE = "hunyuan_vllm.cluster.probe"
-
-
-@dataclass(frozen=True)
-class Requirements:
-    """What the hosts are checked for.
-
-    Attributes:
-        ports: those that hosts must reach on each other, besides one that the system chooses.
-        interface: network interface that must have each host's address.
-        gpus: how many each host must have; None for any number that is the same.
-    """
-
-    ports: Sequence[int]
-    model: str | None = None
-    interface: str | None = None
-    gpus: int | None = None
 
 
 class ClusterCheck:
     """One run over hosts that are logged in to.
 
     Args:
+        model: checkpoint folder that all hosts must have alike.
+        interface: network interface that must have each host's address.
+        gpus: how many each host must have; None for any number that is the same.
         serving: addresses of hosts where Ray already has the ports, as it should.
     """
 
-    def __init__(self, connections: Connections, wanted: Requirements, serving: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        connections: Connections,
+        model: str | None = None,
+        interface: str | None = None,
+        gpus: int | None = None,
+        serving: Collection[str] = (),
+    ) -> None:
         self._connections = connections
-        self._wanted = wanted
+        self._model, self._interface, self._gpus = model, interface, gpus
         self._serving = serving
         self._hosts = connections.hosts
 
@@ -65,10 +57,10 @@ class ClusterCheck:
     def _read_facts(self, host: Host) -> None:
         # The clock first, while the host is idle.
         host.clock_offset = clock_offset(host, self._connections)
-        host.facts = NodeFacts.from_json(self._connections.run_module(host, PROBE, "facts", self._wanted.model or ""))
+        host.facts = NodeFacts.from_json(self._connections.run_module(host, PROBE, "facts", self._model or ""))
 
     def _listen(self, host: Host) -> None:
-        words = ["listen", host.address, str(HELD), *map(str, self._wanted.ports)]
+        words = ["listen", host.address, str(HELD), *map(str, checked_ports())]
         host.listening = json.loads(self._connections.run_module(host, PROBE, *words))
 
     def _connect(self, host: Host) -> None:
@@ -88,9 +80,9 @@ class ClusterCheck:
         report_hosts(logins, self._hosts, _logged_in)
         if facts:
             compare_versions(alike, facts)
-            compare_gpus(alike, facts, self._wanted.gpus)
-            if self._wanted.model:
-                compare_files(alike, facts, self._wanted.model)
+            compare_gpus(alike, facts, self._gpus)
+            if self._model:
+                compare_files(alike, facts, self._model)
         offsets = {host.name: host.clock_offset for host in self._hosts if host.clock_offset is not None}
         compare_clocks(network, offsets)
         self._report_interfaces(network)
@@ -101,7 +93,7 @@ class ClusterCheck:
         for host in self._hosts:
             if host.facts is None:
                 continue
-            found, wanted = interface_of(host.address, host.facts.interfaces), self._wanted.interface
+            found, wanted = interface_of(host.address, host.facts.interfaces), self._interface
             if found is None:
                 text = f"no interface of {host} has the address {host.address}: it is translated on the way"
                 section.problem("interface", text, "give the address that the host itself has")
@@ -130,8 +122,7 @@ class ClusterCheck:
                     section.problem("ports", text, remedy, lines)
                     failed += 1
         if tried and not failed:
-            given = f"{', '.join(map(str, self._wanted.ports))} and one " if self._wanted.ports else "one "
-            section.ok("ports", f"each host reaches {given}that the system chose on every other")
+            section.ok("ports", "each host reaches Ray's ports, and one that the system chose, on every other")
 
 
 def clock_offset(host: Host, connections: Connections) -> float:
@@ -216,21 +207,6 @@ def compare_clocks(section: Section, offsets: Mapping[str, float]) -> None:
         section.warning("clocks", f"{ahead} is {skew:.1f} s ahead of {behind}: their logs do not line up", remedy)
     else:
         section.problem("clocks", f"{ahead} is {skew:,.1f} s ahead of {behind}", remedy)
-
-
-def parse_ports(text: str) -> list[int]:
-    """The ports in a list like "6379,20000-20003", each once."""
-    ports: dict[int, None] = {}
-    for part in filter(None, text.replace(" ", ",").split(",")):
-        first, dash, last = part.partition("-")
-        try:
-            span = range(int(first), int(last if dash else first) + 1)
-        except ValueError:
-            span = range(0)
-        if not span or span[0] < 1 or span[-1] > 65535 or len(span) > MAX_PORTS:
-            raise UserError(f"--ports: {part} is not a port or a range of up to {MAX_PORTS}")
-        ports |= dict.fromkeys(span)
-    return list(ports)
 
 
 def _logged_in(host: Host) -> str:

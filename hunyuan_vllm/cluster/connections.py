@@ -1,10 +1,11 @@
 """Connections to all hosts of one run: logins, and steps that run on several hosts at once"""
 
+import json
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -134,6 +135,14 @@ class Connections:
             f"{self._python} cannot run {module}: {last_line(done.errors) or f'status {done.status}'}",
             "put the same checkout at the same path and run sh deploy/setup_env.sh there, or name its --python",
         )
+
+    def ask_ray(self, host: Host, request: Mapping[str, Any], timeout: float = 60.0) -> dict[str, Any]:
+        """The answer of `cluster.ray_start` on a host; its problem becomes the host's."""
+        text = self.run_module(host, "hunyuan_vllm.cluster.ray_start", given=json.dumps(request), timeout=timeout)
+        answer: dict[str, Any] = json.loads(text)
+        if "problem" in answer:
+            raise HostError(answer["problem"], answer["remedy"])
+        return answer
 
     def _log_in(self, host: Host) -> None:
         read_host_key(host, self._known_hosts, {}, self.timeout)

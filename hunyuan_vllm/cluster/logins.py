@@ -5,13 +5,12 @@ Each step takes all hosts as far as possible; a host that fails a step keeps its
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
 from hunyuan_vllm.cluster.account import AUTHORIZED_KEYS, KNOWN_HOSTS, Causes, find_cause, read_account
 from hunyuan_vllm.cluster.connections import Steps, connect, disconnect, read_host_key
 from hunyuan_vllm.cluster.host_keys import PublicKey, Trust, authorize, keys_of, pin
 from hunyuan_vllm.cluster.hosts import Host, HostError
-from hunyuan_vllm.cluster.report import Pair, Report
 from hunyuan_vllm.cluster.ssh import Credentials, LocalShell, last_line, load_script
 from hunyuan_vllm.util.findings import Finding
 
@@ -20,14 +19,14 @@ ATTEMPTS = 3
 DROPPED = ("Connection closed", "Connection reset")
 
 
-class Dialogue(Protocol):
-    """Questions to a person, where there is a terminal."""
+@dataclass(frozen=True)
+class Pair:
+    """One login without a password, from a host to a host. `tried` is false if an earlier problem prevents it."""
 
-    def confirm_host_keys(self, hosts: Sequence[Host]) -> bool:
-        """Whether the keys shown are the hosts'; False where nobody can answer."""
-
-    def ask_password(self, hosts: Sequence[Host]) -> str | None:
-        """The password of these hosts; None where nobody can answer."""
+    source: str
+    target: str
+    problem: Finding | None = None
+    tried: bool = True
 
 
 class MutualLogin:
@@ -37,6 +36,8 @@ class MutualLogin:
         known_hosts: the host keys this machine knows, as text of such a file.
         fingerprints: host name → those of its keys that the operator gave.
         credentials: for the first login; later the key of this machine is enough.
+        confirm: asks a person whether the keys of these hosts are theirs; False where nobody can answer.
+        ask_password: asks for the password of these hosts; None where nobody can answer.
     """
 
     def __init__(
@@ -45,7 +46,8 @@ class MutualLogin:
         known_hosts: str,
         fingerprints: Mapping[str, frozenset[str]],
         credentials: Credentials,
-        dialogue: Dialogue,
+        confirm: Callable[[Sequence[Host]], bool],
+        ask_password: Callable[[Sequence[Host]], str | None],
         steps: Steps,
         timeout: float,
     ) -> None:
@@ -53,14 +55,14 @@ class MutualLogin:
         self._known_hosts = known_hosts
         self._fingerprints = fingerprints
         self._credentials = credentials
-        self._dialogue = dialogue
+        self._confirm, self._ask_password = confirm, ask_password
         self._steps = steps
         self._timeout = timeout
         self._here = Host("this machine", local=True)
         self._all = list(hosts)
 
-    def run(self) -> Report:
-        """All steps. Connections are closed whatever ends it."""
+    def run(self) -> tuple[list[Host], list[Pair]]:
+        """All steps; the hosts, with this machine unless it is one of them, and the logins between them."""
         try:
             self._here.attempt(self._read_account)
             self._trust_host_keys()
@@ -71,7 +73,7 @@ class MutualLogin:
             usable = [host for host in self._all if host.account]
             self._steps.each("keys", usable, _make_key)
             self._distribute(usable)
-            return Report(self._all, self._verify())
+            return self._all, self._verify()
         finally:
             disconnect(self._hosts)
 
@@ -92,7 +94,7 @@ class MutualLogin:
         unknown = [host for host in self._hosts if not host.trust and not host.problems]
         if not unknown:
             return
-        confirmed = self._dialogue.confirm_host_keys(unknown)
+        confirmed = self._confirm(unknown)
         for host in unknown:
             if confirmed:
                 host.trust = Trust.CONFIRMED
@@ -111,7 +113,7 @@ class MutualLogin:
         waiting = [host for host in trusted if host.password_needed]
         if not waiting:
             return
-        if password := self._dialogue.ask_password(waiting):
+        if password := self._ask_password(waiting):
             credentials = Credentials(self._credentials.keys, password)
             self._steps.each(
                 "logins with the password", waiting, lambda host: connect(host, credentials, self._timeout)
@@ -152,7 +154,7 @@ class MutualLogin:
                     problem = Finding(source.name, f"not tried: see {at.name}", "solve that first")
                     pairs.append(Pair(source.name, target.name, problem, tried=False))
         # Where logins fail because of a host's home directory, report it once, at that host.
-        failed = {pair.target for pair in pairs if pair.tried and not pair.ok}
+        failed = {pair.target for pair in pairs if pair.tried and pair.problem}
         for host in self._hosts:
             if host.name in failed and host.account and (error := host.account.strict_modes_error()):
                 host.problem(error.text, error.remedy)

@@ -1,15 +1,16 @@
-"""How Ray is set up on a node: ports, flags of `ray start`, and the variables that it and its programs need"""
+"""How Ray is set up on a node: ports, flags of `ray start`, the token, and the variables of Ray and its programs"""
 
 import re
+import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hunyuan_vllm.cluster.tls import NodeFiles
-from hunyuan_vllm.cluster.token import PATH_VARIABLE
 from hunyuan_vllm.ray_environment import names_a_secret
 from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.files import make_private, read_private
 from hunyuan_vllm.util.net import INTERFACE_VARIABLES, host_port
 
 
@@ -72,6 +73,8 @@ RAY_SETTINGS = {
     "RAY_worker_niceness": "0",
 }
 OBJECT_STORE = 2**29  # bytes: vLLM's ranks pass tensors to each other without it
+TOKEN_VARIABLE = "RAY_AUTH_TOKEN_PATH"
+HOOK = f"{__name__}.leave_client_server_out"  # RAY_START_HOOK
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ class NodeSetup:
             **dict.fromkeys(INTERFACE_VARIABLES, self.interface),
             "RAY_ADDRESS": self.gcs,
             "RAY_AUTH_MODE": "token",
-            PATH_VARIABLE: self.token_file,
+            TOKEN_VARIABLE: self.token_file,
             "RAY_USAGE_STATS_ENABLED": "0",
             **RAY_SETTINGS,
             **(self.tls_files.variables if self.tls_files else {}),
@@ -132,6 +135,38 @@ class NodeSetup:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def leave_client_server_out(parameters: Any, head: bool) -> None:
+    """Disable the server for Ray's remote clients, which no flag of `ray start` does and nothing here uses.
+
+    `ray start` calls it with its RayParams before it starts anything.
+    """
+    parameters.ray_client_server_port = None
+
+
+def token_file(environ: Mapping[str, str], home: Path) -> Path:
+    """Where Ray looks for the token, which allows anyone to join and to run anything in the cluster."""
+    named = environ.get(TOKEN_VARIABLE, "").strip()
+    return Path(named).expanduser().absolute() if named else home / ".ray" / "auth_token"
+
+
+def read_token(file: Path) -> str | None:
+    text = read_private(file)
+    if text is None:
+        return None
+    token = text.strip()
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise UserError(f"{file} holds no token: delete it, and the next start makes one")
+    return token
+
+
+def make_token(file: Path) -> str:
+    """The token in `file`, made if there is none."""
+    make_private(file, secrets.token_hex(32))
+    token = read_token(file)
+    assert token is not None
+    return token
 
 
 def parse_variables(words: list[str]) -> dict[str, str]:

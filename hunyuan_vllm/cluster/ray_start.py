@@ -30,9 +30,7 @@ from hunyuan_vllm.cluster.processes import (
     session_processes,
     workloads,
 )
-from hunyuan_vllm.cluster.ray_node import NodeSetup, fixed_ports
-from hunyuan_vllm.cluster.start_hook import HOOK
-from hunyuan_vllm.cluster.token import read_token
+from hunyuan_vllm.cluster.ray_node import HOOK, NodeSetup, fixed_ports, read_token
 from hunyuan_vllm.doctor.hardware import read_gpus
 from hunyuan_vllm.doctor.probes import System
 from hunyuan_vllm.ray_environment import NODE_FOLDER, current_cluster_file, without_secrets
@@ -69,9 +67,6 @@ class RayState:
     processes: list[str]
     raylets: int
     workloads: list[str]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> RayState:
@@ -214,7 +209,7 @@ def _prune_sessions() -> None:
 def _main(request: Mapping[str, Any]) -> dict[str, Any]:
     """The request is under "do": state, certificate, start or stop."""
     if request["do"] == "state":
-        return read_ray_state(request["address"]).to_json()
+        return asdict(read_ray_state(request["address"]))
     if request["do"] == "stop":
         ended, stuck = stop()
         return {"ended": ended, "stuck": stuck, "on_gpus": processes_on_gpus(System())}

@@ -2,17 +2,14 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from rich.table import Table
 
 from hunyuan_vllm.cluster.connections import Connections
 from hunyuan_vllm.cluster.hosts import Host
 from hunyuan_vllm.cluster.ray_node import NodeSetup
-from hunyuan_vllm.cluster.ray_nodes import RayNode
-from hunyuan_vllm.cluster.ray_remote import RemoteRay, ask_members
+from hunyuan_vllm.cluster.ray_nodes import RayNode, ask_members
+from hunyuan_vllm.cluster.ray_start import RayState
 from hunyuan_vllm.ray_environment import NODE_FOLDER
 from hunyuan_vllm.util.files import write_private
 from hunyuan_vllm.util.text import plural, some
@@ -40,96 +37,45 @@ def recorded_cluster(home: Path) -> tuple[list[Host], str] | None:
         return None
 
 
-@dataclass(frozen=True)
-class NodeStatus:
-    """One host; its problems are the host's.
+def read_ray(connections: Connections) -> None:
+    """Set `ray` of every host that can be reached to what runs there."""
 
-    Attributes:
-        state: "running", "stopped", "unreached", or "other" where a Ray runs that is not this cluster's.
-        member: as the head counts it; None where it does not.
-    """
+    def read(host: Host) -> None:
+        host.ray = RayState.from_json(connections.ask_ray(host, {"do": "state", "address": host.address}))
 
-    host: Host
-    setup: NodeSetup
-    state: str
-    member: RayNode | None
-
-    @property
-    def gpus(self) -> int:
-        return self.member.gpus if self.member else 0
-
-    @property
-    def free_gpus(self) -> int:
-        return self.member.free_gpus if self.member else 0
-
-    @property
-    def workloads(self) -> list[str]:
-        return self.host.ray.workloads if self.host.ray else []
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "host": self.host.name,
-            "address": self.setup.address,
-            "head": self.setup.is_head,
-            "interface": self.setup.interface,
-            "state": self.state,
-            "gpus": self.gpus,
-            "free_gpus": self.free_gpus,
-            "gpus_wanted": self.setup.gpus,
-            "works": self.workloads,
-            "problems": [{"what": problem.text, "remedy": problem.remedy} for problem in self.host.problems],
-        }
+    connections.each("reading", connections.usable, read)
 
 
-@dataclass(frozen=True)
-class ClusterStatus:
-    """All hosts, the head's among them."""
-
-    nodes: tuple[NodeStatus, ...]
-
-    @property
-    def whole(self) -> bool:
-        return not any(node.host.problems for node in self.nodes)
-
-    def to_json(self) -> dict[str, Any]:
-        setup = self.nodes[0].setup
-        return {
-            "whole": self.whole,
-            "head": setup.head,
-            "tls": setup.tls is not None,
-            "gpus": sum(node.gpus for node in self.nodes),
-            "free_gpus": sum(node.free_gpus for node in self.nodes),
-            "gpus_wanted": sum(node.setup.gpus for node in self.nodes),
-            "nodes": [node.to_json() for node in self.nodes],
-        }
-
-    def table(self) -> Table:
-        table = Table("host", "interface", "state", "GPUs", "free", "runs")
-        for node in self.nodes:
-            name = f"{node.host}{' (head)' if node.setup.is_head else ''}"
-            gpus = f"{node.gpus} of {node.setup.gpus}"
-            runs = some(node.workloads) or "nothing"
-            table.add_row(name, node.setup.interface, node.state, gpus, str(node.free_gpus), runs)
-        return table
-
-
-def read_status(connections: Connections) -> ClusterStatus:
-    """Ask every host that can be reached, and the head."""
-    connections.each("reading", connections.usable, RemoteRay(connections).read)
-    setups = [host.setup for host in connections.hosts if host.setup]
-    members, silence = ask_members(next(setup for setup in setups if setup.is_head))
+def read_status(connections: Connections) -> dict[str, Any]:
+    """The cluster's state, as `cluster status --json` prints it. What is missing on a host becomes its problem."""
+    read_ray(connections)
+    setups = {host: host.setup for host in connections.hosts if host.setup}
+    head = next(setup for setup in setups.values() if setup.is_head)
+    members, silence = ask_members(head)
     by_address = {member.address: member for member in members}
-    return ClusterStatus(
-        tuple(
-            NodeStatus(host, setup, _state(host, setup, by_address.get(setup.address), silence),
-                       by_address.get(setup.address))
-            for host, setup in zip(connections.hosts, setups, strict=True)
-        )
-    )  # fmt: skip
+    nodes = []
+    for host, setup in setups.items():
+        member = by_address.get(setup.address)
+        state = _state(host, setup, member, silence)
+        nodes.append({
+            "host": host.name,
+            "address": setup.address,
+            "head": setup.is_head,
+            "interface": setup.interface,
+            "state": state,
+            "gpus": member.gpus if member else 0,
+            "free_gpus": member.free_gpus if member else 0,
+            "gpus_wanted": setup.gpus,
+            "works": host.ray.workloads if host.ray else [],
+            "problems": [{"what": problem.text, "remedy": problem.remedy} for problem in host.problems],
+        })  # fmt: skip
+    totals = {name: sum(node[name] for node in nodes) for name in ("gpus", "free_gpus", "gpus_wanted")}
+    whole = not any(host.problems for host in setups)
+    return {"whole": whole, "head": head.head, "tls": head.tls is not None, **totals, "nodes": nodes}
 
 
 def _state(host: Host, setup: NodeSetup, member: RayNode | None, silence: str) -> str:
-    """The host's state; what is missing becomes one of its problems."""
+    """ "running", "stopped", "unreached", or "other" where a Ray runs that is not this cluster's."""
     ray = host.ray
     if ray is None:
         state = "unreached"

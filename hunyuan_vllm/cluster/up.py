@@ -1,18 +1,18 @@
 """`cluster up` and `cluster down`"""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hunyuan_vllm.cluster.check import ClusterCheck, Requirements
+from hunyuan_vllm.cluster.check import ClusterCheck
 from hunyuan_vllm.cluster.connections import Connections
-from hunyuan_vllm.cluster.hosts import Host, report_hosts
-from hunyuan_vllm.cluster.ray_node import NodeSetup
-from hunyuan_vllm.cluster.ray_remote import RemoteRay, ask_members, missing_members
-from hunyuan_vllm.cluster.ray_start import RayState, find_ray
+from hunyuan_vllm.cluster.hosts import Host, HostError, report_hosts
+from hunyuan_vllm.cluster.ray_node import NodeSetup, make_token
+from hunyuan_vllm.cluster.ray_nodes import ask_members, missing_members
+from hunyuan_vllm.cluster.ray_start import START_TIMEOUT, RayState, find_ray
+from hunyuan_vllm.cluster.status import read_ray
 from hunyuan_vllm.cluster.tls import sign
-from hunyuan_vllm.cluster.token import make_token
 from hunyuan_vllm.ray_environment import NODE_FOLDER
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.findings import Section, Status
@@ -24,21 +24,33 @@ JOIN_TIMEOUT = 30.0  # seconds for started nodes to be counted by the head
 
 def bring_down(connections: Connections) -> Section:
     """End Ray on every host that can be reached."""
-    nodes = RemoteRay(connections)
-    stopped: dict[Host, tuple[list[str], list[str]]] = {}
-    connections.each("ending Ray", connections.usable, lambda host: stopped.__setitem__(host, nodes.stop(host)))
+    stopped = _stop_ray(connections, "ending Ray", connections.usable)
     section = Section("Down")
 
     def success(host: Host) -> str:
-        ended, _ = stopped[host]
+        ended = stopped[host]["ended"]
         return f"ended {plural(len(ended), 'process')}: {some(ended)}" if ended else "no Ray ran"
 
     report_hosts(section, connections.hosts, success)
-    for host, (_, holding) in stopped.items():
-        if holding:
+    for host, done in stopped.items():
+        if holding := done["on_gpus"]:
             text = f"GPU memory is still held by {some(holding)}, which Ray did not start"
             section.warning(host.name, text, "end them if they should not run")
     return section
+
+
+def _stop_ray(connections: Connections, title: str, hosts: Sequence[Host]) -> dict[Host, dict[str, list[str]]]:
+    """End all of Ray on these hosts: what ended there, and this user's other processes that hold GPU memory."""
+    stopped: dict[Host, dict[str, list[str]]] = {}
+
+    def stop(host: Host) -> None:
+        done = connections.ask_ray(host, {"do": "stop"})
+        if done["stuck"]:
+            raise HostError(f"these do not end: {', '.join(done['stuck'])}", "a driver holds them: reboot the host")
+        stopped[host] = done
+
+    connections.each(title, hosts, stop)
+    return stopped
 
 
 @dataclass(frozen=True)
@@ -46,12 +58,16 @@ class Plan:
     """What the cluster is to be.
 
     Attributes:
+        model, interface: what the check wants of each host.
         gpus: of each node as Ray is told; None for those that it has.
+        logical_gpus: hosts need not have that many.
         token_file: where the token is, on every node; None for its place in the home there.
     """
 
-    check: Requirements
+    model: str | None = None
+    interface: str | None = None
     gpus: int | None = None
+    logical_gpus: bool = False
     token_file: str | None = None
     encrypt: bool = False
     variables: Mapping[str, str] = field(default_factory=dict)
@@ -67,7 +83,6 @@ class Up:
         self._hosts = connections.hosts
         self._plan = plan
         self._home = home
-        self._nodes = RemoteRay(connections)
         self.sections: list[Section] = []
         self.changed = False
 
@@ -77,7 +92,7 @@ class Up:
 
     def run(self) -> None:
         """As far as possible; what stops it is a problem in `sections`."""
-        self._connections.each("reading", self._connections.usable, self._nodes.read)
+        read_ray(self._connections)
         if not report_hosts(self._section("Hosts"), self._hosts, lambda host: "logged in"):
             return
         self._plan_setups()
@@ -104,7 +119,7 @@ class Up:
             host.setup = NodeSetup(
                 address=host.address,
                 head=head,
-                interface=self._plan.check.interface or interface_of(host.address, ray.interfaces) or "",
+                interface=self._plan.interface or interface_of(host.address, ray.interfaces) or "",
                 gpus=ray.gpus if self._plan.gpus is None else self._plan.gpus,
                 token_file=self._plan.token_file or str(Path(ray.home) / ".ray" / "auth_token"),
                 tls=str(Path(ray.home) / NODE_FOLDER / "tls") if self._plan.encrypt else None,
@@ -134,19 +149,17 @@ class Up:
                 section.problem(host.name, text, "stop that and run `hunyuan-vllm cluster down`, or give --force")
         if not section.sound:
             return False
-        ended: dict[Host, list[str]] = {}
-        self._connections.each(
-            "ending the old Ray", old, lambda host: ended.__setitem__(host, self._nodes.stop(host)[0])
-        )
+        stopped = _stop_ray(self._connections, "ending the old Ray", old)
         self.changed = self.changed or bool(old)
         return report_hosts(
-            section, old, lambda host: f"an earlier Ray was ended: {plural(len(ended[host]), 'process')}"
+            section, old, lambda host: f"an earlier Ray was ended: {plural(len(stopped[host]['ended']), 'process')}"
         )
 
     def _check(self, running: set[Host]) -> bool:
         """Whether the check allows Ray to start."""
         serving = {host.address for host in running}
-        found = ClusterCheck(self._connections, self._plan.check, serving).run()
+        plan, gpus = self._plan, None if self._plan.logical_gpus else self._plan.gpus
+        found = ClusterCheck(self._connections, plan.model, plan.interface, gpus, serving).run()
         self.sections[:] = [section for section in self.sections if section.title != "Hosts"] + found
         if not self.ok:
             return False
@@ -165,10 +178,13 @@ class Up:
         seconds: dict[Host, float] = {}
 
         def start(host: Host) -> None:
-            signed = None
-            if self._plan.encrypt and (request := self._nodes.request_certificate(host)):
-                signed = sign(self._home / NODE_FOLDER / "tls", request, host.address)
-            seconds[host] = self._nodes.start(host, token, signed)
+            assert host.setup is not None
+            setup, ask = host.setup.to_json(), self._connections.ask_ray
+            request = {"do": "start", "setup": setup, "token": token}
+            if self._plan.encrypt and (csr := ask(host, {"do": "certificate", "setup": setup})["request"]):
+                signed = sign(self._home / NODE_FOLDER / "tls", csr, host.address)
+                request |= dict(zip(("certificate", "authority"), signed, strict=True))
+            seconds[host] = ask(host, request, START_TIMEOUT + 30)["seconds"]
 
         stopped = [host for host in self._hosts if host not in running]
         self.changed = self.changed or bool(stopped)

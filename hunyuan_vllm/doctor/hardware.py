@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from hunyuan_vllm.doctor.probes import Probe, System
+from hunyuan_vllm.doctor.probes import TOOL_TIMEOUT, Probe, System
 from hunyuan_vllm.util.findings import Section
 from hunyuan_vllm.util.machine import can_compile, free_memory
 from hunyuan_vllm.util.text import plural, some
@@ -21,7 +21,7 @@ IDLE_MIB = 1024  # what a driver, a display or a monitor may take of an idle GPU
 
 @dataclass(frozen=True)
 class Gpu:
-    """One line of nvidia-smi; memory in MiB. `ecc_errors` counts uncorrected ones, 0 where it does not count."""
+    """One line of nvidia-smi; memory in MiB, 0 where it does not say. `ecc_errors` counts uncorrected ones."""
 
     index: int
     name: str
@@ -33,13 +33,14 @@ class Gpu:
     ecc_errors: int
 
 
-def read_gpus(system: System) -> list[Gpu]:
+def read_gpus(system: System, timeout: float = TOOL_TIMEOUT) -> list[Gpu]:
     """The GPUs that nvidia-smi lists.
 
     Raises:
         OSError: nvidia-smi is not installed or fails; the message says which.
     """
-    listing = system.output("nvidia-smi", f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits")
+    query = f"--query-gpu={','.join(FIELDS)}"
+    listing = system.output("nvidia-smi", query, "--format=csv,noheader,nounits", timeout=timeout)
     return [_parse(line) for line in listing.splitlines() if line.count(",") == len(FIELDS) - 1]
 
 
@@ -95,9 +96,9 @@ def check_torch_cuda(section: Section, system: System, probe: Probe, gpus: list[
 
 
 def _parse(line: str) -> Gpu:
-    index, name, driver, capability, memory, used, mig, ecc = (part.strip() for part in line.split(","))
-    errors = int(ecc) if ecc.isdigit() else 0
-    return Gpu(int(index), name, driver, float(capability), int(memory), int(used), mig == "Enabled", errors)
+    index, name, driver, capability, *numbers, mig, ecc = (part.strip() for part in line.split(","))
+    memory, used, errors = (int(number) if number.isdigit() else 0 for number in (*numbers, ecc))
+    return Gpu(int(index), name, driver, float(capability), memory, used, mig == "Enabled", errors)
 
 
 def _without_gpus(section: Section, system: System, why: str, cuda_build: bool) -> None:

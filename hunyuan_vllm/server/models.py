@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -15,6 +14,7 @@ from hunyuan_vllm import __version__
 from hunyuan_vllm.quant.schemes import INT8, INT8_W8A8, Scheme
 from hunyuan_vllm.server.options import Flags
 from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.streams import say
 from hunyuan_vllm.util.text import HUB_NAME
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from hunyuan_vllm.network import Network
     from hunyuan_vllm.quant.formats import Format
-    from hunyuan_vllm.server.options import Flags
 
 TOKENIZER_FILES = ("hy.tiktoken", "tokenizer.json")
 # Fields of config.json that vLLM takes for a length; the smallest counts.
@@ -68,11 +67,7 @@ class ModelSource:
 
 
 def demo_model() -> ModelSource:
-    """The model in the package.
-
-    Raises:
-        UserError: the installation has lost it.
-    """
+    """The model in the package."""
     from hunyuan_vllm import demo
 
     folder = demo.path()
@@ -81,14 +76,12 @@ def demo_model() -> ModelSource:
     return _open_folder(folder, "hunyuan-demo", demo=True)
 
 
-def open_model(given: str) -> ModelSource:
-    """A checkpoint folder, checked, or a hub name, taken as it is; `demo` is the demo model.
-
-    Raises:
-        UserError: there is no such folder, or it holds no Hunyuan checkpoint.
-    """
+def open_model(given: str | None) -> ModelSource:
+    """A checkpoint folder, checked, or a hub name, taken as it is; `demo` or nothing is the demo model."""
     from hunyuan_vllm import demo
 
+    if not given:
+        return demo_model()
     folder = Path(given).expanduser()
     if folder.is_dir():
         return _open_folder(folder.resolve(), given)
@@ -102,11 +95,7 @@ def open_model(given: str) -> ModelSource:
 
 
 def check_files(model: ModelSource, flags: Flags, environ: Mapping[str, str]) -> None:
-    """Check what vLLM would report as missing only after seconds or minutes.
-
-    Raises:
-        UserError: no weights, no tokenizer, or the context asked for is longer than config.json allows.
-    """
+    """Check what vLLM would report as missing only after seconds or minutes."""
     from hunyuan_vllm.checkpoint import missing_weights
 
     if model.config is None:
@@ -171,11 +160,7 @@ MAX_LORA_RANK = 16  # vLLM's, where --max-lora-rank does not say
 
 
 def check_adapters(flags: Flags, config: Network | None, cpu: bool) -> None:
-    """Refuse adapters that would be applied only in part or not at all. Those on the hub are left to vLLM.
-
-    Raises:
-        UserError: the message names the adapter.
-    """
+    """Refuse adapters that would be applied only in part or not at all. Those on the hub are left to vLLM."""
     given = flags.get("lora-modules")
     if not given:
         return
@@ -207,11 +192,7 @@ def _name_and_path(item: str) -> tuple[str, str]:
 
 
 def check_scheme(scheme: Scheme, model: ModelSource) -> None:
-    """Refuse a checkpoint that cannot be served in this scheme; one on the hub is left to vLLM.
-
-    Raises:
-        UserError: the message says what to serve instead, or how to make it.
-    """
+    """Refuse a checkpoint that cannot be served in this scheme; one on the hub is left to vLLM."""
     form = model.format
     if form is None or form.scheme in scheme.stored or (model.demo and scheme.written):
         return
@@ -238,19 +219,12 @@ def demo_in(scheme: Scheme, demo: ModelSource, cache_home: Path) -> ModelSource:
 
 
 def convert(source: Path, target: Path, scheme: Scheme, given: str, console: Console | None = None) -> None:
-    """Write a checkpoint in another scheme to the cache, once.
-
-    Args:
-        given: what the user calls `source`.
-
-    Raises:
-        UserError: the directory cannot be written, or another start is writing it.
-    """
+    """Write a checkpoint, which the user calls `given`, in another scheme to the cache, once."""
     if target.exists():
         return
     from hunyuan_vllm.quantize.convert import quantize_checkpoint
 
-    print(f"hunyuan-vllm: converting {given} to {scheme.name}, once: {target}", file=sys.stderr, flush=True)
+    say(f"converting {given} to {scheme.name}, once: {target}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -259,21 +233,13 @@ def convert(source: Path, target: Path, scheme: Scheme, given: str, console: Con
 
 
 def gpu_weight_bytes(model: ModelSource, quantization: str | None) -> int:
-    """Bytes of a checkpoint's weights in all GPUs' memory; 0 where that is unknown.
-
-    Args:
-        quantization: vLLM's option of that name.
-    """
+    """Bytes of a checkpoint's weights in all GPUs' memory with vLLM's --quantization; 0 where that is unknown."""
     quantised = model.format is not None and model.format.kind is not None
     return model.weight_bytes if quantised else cpu_weight_bytes(model, quantization)
 
 
 def cpu_weight_bytes(model: ModelSource, quantization: str | None) -> int:
-    """Bytes of a checkpoint's weights in a CPU server's memory.
-
-    Args:
-        quantization: vLLM's option of that name.
-    """
+    """Bytes of a checkpoint's weights in a CPU server's memory."""
     from hunyuan_vllm.quant.layouts import IgnoredLayers, quantised_linears
 
     if model.format is not None and model.format.kind is not None:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -23,17 +23,6 @@ import psutil
 from hunyuan_vllm.util.streams import make_output_unfailing
 
 SHARED_MEMORY = "/dev/shm/psm_"  # the prefix of multiprocessing's blocks
-
-
-def mapped_shared_memory(processes: Iterable[psutil.Process]) -> set[Path]:
-    """The blocks that these processes have mapped."""
-    found: set[Path] = set()
-    for process in processes:
-        with suppress(psutil.Error, OSError):
-            found |= {Path(one.path) for one in process.memory_maps() if one.path.startswith(SHARED_MEMORY)}
-    return found
-
-
 SOCKET_DIRECTORY = "VLLM_RPC_BASE_PATH"
 DIRECTORIES = ("TMPDIR", SOCKET_DIRECTORY)
 # The file through which a server's workers meet, as vLLM's log names it. vLLM does not remove it.
@@ -148,7 +137,10 @@ class Child:
 
     def note_shared_memory(self) -> None:
         """Remember the shared memory in use now, to free it after the exit: Ray's workers may be killed by then."""
-        self._leftovers |= mapped_shared_memory(self._descendants())
+        for process in self._descendants():
+            with suppress(psutil.Error, OSError):
+                mapped = [Path(block.path) for block in process.memory_maps()]
+                self._leftovers |= {file for file in mapped if str(file).startswith(SHARED_MEMORY)}
 
     def stop(self) -> None:
         """Tell the front end to exit, after the requests in flight."""

@@ -8,16 +8,18 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TextIO
 
+import psutil
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
 from hunyuan_vllm.cluster.ray_nodes import RayNode, query_nodes
+from hunyuan_vllm.ray_environment import current_cluster_file
 from hunyuan_vllm.server.process import Stop, notify_systemd
 from hunyuan_vllm.util.errors import NotYetError, UserError
 from hunyuan_vllm.util.net import why_unreachable
@@ -66,13 +68,8 @@ class RayCluster:
 
 
 def find_ray_cluster(environ: Mapping[str, str] = os.environ) -> RayCluster | None:
-    """The cluster at RAY_ADDRESS, else the one that `ray start` recorded on this machine; None without either.
-
-    Raises:
-        UserError: the address is malformed, or Ray is not installed.
-        NotYetError: no cluster answers there. Serving on this machine alone instead would be a surprise.
-    """
-    record = Path(environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+    """The cluster at RAY_ADDRESS, else the one that `ray start` recorded on this machine; None without either."""
+    record = current_cluster_file(environ)
     address, remedy = environ.get("RAY_ADDRESS", "").strip(), "unset RAY_ADDRESS"
     if importlib.util.find_spec("ray") is None:
         if address:
@@ -83,7 +80,7 @@ def find_ray_cluster(environ: Mapping[str, str] = os.environ) -> RayCluster | No
             return None
         address, remedy = record.read_text().strip(), f"delete {record}, which names it"
     cluster, cause = _query(address, environ)
-    if cluster is None:
+    if cluster is None:  # serving on this machine alone instead would be a surprise
         raise NotYetError(f"no Ray cluster answers at {address} ({cause}): start it, or {remedy}")
     return cluster
 
@@ -194,9 +191,62 @@ def kill_stale_workers(environ: Mapping[str, str]) -> list[str]:
 
     Ray itself ends the workers of a driver that exits, but not those that a raylet leaves behind.
     """
-    command = [sys.executable, "-m", "hunyuan_vllm.server.stale_workers"]
+    command = [sys.executable, "-m", "hunyuan_vllm.server.ray_cluster"]
     try:
         done = subprocess.run(command, env=dict(environ), capture_output=True, text=True, timeout=TIMEOUT)
     except (OSError, subprocess.TimeoutExpired):
         return []
     return [line.removeprefix("KILLED ") for line in done.stdout.splitlines() if line.startswith("KILLED ")]
+
+
+# How Ray and vLLM title their workers. Once the raylet has exited, init or a user's systemd is their parent.
+TITLES = ("ray::", "VLLM::Worker")
+RAY_LIBRARY = "/ray/_raylet"  # which every worker of Ray has loaded
+
+
+def kill_workers_here(among: Iterable[psutil.Process] | None = None) -> list[str]:
+    """Kill this user's stale workers, among these processes or all of this machine; a line for each."""
+    stale = [process for process in (psutil.process_iter() if among is None else among) if _is_stale(process)]
+    killed = []
+    for process in stale:
+        with suppress(psutil.Error):
+            killed.append(f"{process.cmdline()[0].strip()} (pid {process.pid})")
+            process.kill()
+    psutil.wait_procs(stale, timeout=3.0)
+    return killed
+
+
+def _is_stale(process: psutil.Process) -> bool:
+    try:
+        parent = process.parent()
+        return (
+            process.uids().real == psutil.Process().uids().real
+            and " ".join(process.cmdline()).startswith(TITLES)
+            and (parent is None or parent.pid == 1 or parent.name() == "systemd")
+            and any(RAY_LIBRARY in file.path for file in process.memory_maps())
+        )
+    except psutil.Error:
+        return False
+
+
+def _main() -> None:
+    """Kill them on every node, as a driver of the cluster."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+    task = ray.remote(num_cpus=0, max_retries=0)(kill_workers_here)
+    calls = {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            calls[task.options(scheduling_strategy=here).remote()] = node["NodeManagerAddress"]
+    finished, _ = ray.wait(list(calls), num_returns=len(calls), timeout=30)
+    for call in finished:
+        with suppress(ray.exceptions.RayError):
+            for line in ray.get(call):
+                print(f"KILLED {line} on {calls[call]}")
+
+
+if __name__ == "__main__":
+    _main()

@@ -90,7 +90,6 @@ def supervise(
     environ: Mapping[str, str],
     stop: Stop,
     policy: RestartPolicy,
-    health: ReadHealth = read_health,
     terminal: Terminal | None = None,
 ) -> int:
     """Run a server again and again until the operator stops it.
@@ -102,7 +101,7 @@ def supervise(
     while True:
         monitor = HealthMonitor(policy.start_timeout, policy.hang_timeout, time.monotonic())
         variables = {**environ, envs.SUPERVISOR_RESTARTS: str(restarts)}
-        run = run_server(launch, variables, stop, monitor, health, terminal)
+        run = run_server(launch, variables, stop, monitor, terminal=terminal)
         if stop.requested:
             return _status_after_stop(run)
         if run.ready_for is None and run.status == REFUSED:

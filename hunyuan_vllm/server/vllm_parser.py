@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 from hunyuan_vllm import __version__, envs
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.files import replacing
+from hunyuan_vllm.util.streams import say
 from hunyuan_vllm.vllm_version import check_vllm_version, installed_version
 
 ENVIRONMENT_CACHE = Path(sys.prefix, "share", "hunyuan-vllm")
@@ -50,9 +51,6 @@ def parse(argv: Sequence[str], own_options: Sequence[str] = ()) -> dict[str, Any
     Args:
         argv: the server's arguments; a model, if there is one, first.
         own_options: names to suggest for a mistyped option, beside vLLM's.
-
-    Raises:
-        UserError: vLLM would refuse them, or is not installed. The message shows no value of an unknown option.
     """
     parser = _parser(tuple(own_options))
     try:
@@ -157,7 +155,7 @@ def _options() -> list[dict[str, Any]]:
     for folder in (ENVIRONMENT_CACHE, envs.cache_folder()):
         with suppress(OSError, ValueError):
             return list(json.loads((folder / name).read_text()))
-    print("hunyuan-vllm: reading vLLM's options, once for this version", file=sys.stderr, flush=True)
+    say("reading vLLM's options, once for this version")
     text = _query_vllm()
     with suppress(OSError, UserError):  # a cache that cannot be written costs seconds at the next start
         _write(envs.cache_folder() / name, text)

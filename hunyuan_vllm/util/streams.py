@@ -27,6 +27,11 @@ def prepare_output() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def say(text: str) -> None:
+    """Print a line of our own to standard error."""
+    print(f"hunyuan-vllm: {text}", file=sys.stderr, flush=True)
+
+
 def make_output_unfailing() -> None:
     """Make sys.stdout and sys.stderr accept every write at once; what cannot be written is dropped and counted.
 

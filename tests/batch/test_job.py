@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from rich.console import Console
 from hunyuan_vllm import demo
 from hunyuan_vllm.batch import job as job_module
 from hunyuan_vllm.batch.engine import engine_options, parse_options
-from hunyuan_vllm.batch.job import FAILED_LINES, Job
+from hunyuan_vllm.batch.job import FAILED_LINES, run_batch
 from hunyuan_vllm.batch.output import Output, Record, Settings, failed
 from hunyuan_vllm.batch.requests import BadLine
 from hunyuan_vllm.batch.runner import Reporter
@@ -45,8 +47,17 @@ def source(tmp_path):
     return path
 
 
-def job(source, target, **options) -> Job:
-    return Job(source, target, demo_model(), **options)
+def job(source, target, **options) -> Callable[[Console], int]:
+    return partial(run_batch, source, target, demo_model(), **options)
+
+
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """A run sets variables for its engine, in a process of its own otherwise."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def test_files_are_looked_at_first(tmp_path, source):
@@ -58,7 +69,7 @@ def test_files_are_looked_at_first(tmp_path, source):
         (job(source, source), "both input and output"),
     ]:
         with pytest.raises(UserError, match=says):
-            wrong.run(console())
+            wrong(console())
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
@@ -75,7 +86,7 @@ def test_a_file_that_is_not_jsonl_starts_nothing(tmp_path, content, says):
     source = tmp_path / "in.jsonl"
     source.write_bytes(content)
     with pytest.raises(UserError, match=says):
-        job(source, tmp_path / "out").run(console())
+        job(source, tmp_path / "out")(console())
     assert not (tmp_path / "out").exists()
 
 
@@ -93,7 +104,7 @@ def test_a_template_that_is_replaced_is_noted(tmp_path, monkeypatch):
 
 def test_strict_lists_the_wrong_lines_and_runs_none(tmp_path, source):
     with pytest.raises(UserError) as caught:
-        job(source, tmp_path / "out", strict=True).run(console())
+        job(source, tmp_path / "out", strict=True)(console())
     lines = str(caught.value).splitlines()
     assert lines[0] == "2 lines are wrong, so none was run (--strict):"
     assert lines[1].strip().startswith("line 2: top_p must be in (0, 1]")
@@ -103,7 +114,7 @@ def test_strict_lists_the_wrong_lines_and_runs_none(tmp_path, source):
 
 def test_a_default_that_no_line_can_have(tmp_path, source):
     with pytest.raises(UserError, match="as a default for all lines, temperature must be"):
-        job(source, tmp_path / "out", defaults={"temperature": -1}).run(console())
+        job(source, tmp_path / "out", defaults={"temperature": -1})(console())
 
 
 @pytest.mark.parametrize(("flags", "says"), [(["--bogus", "1"], "--bogus 1"), (["--dtype", "x"], "--dtype.*'x'")])
@@ -147,7 +158,7 @@ def test_nothing_is_left_to_do(tmp_path, source, monkeypatch):
     output.close()
     screen = console()
     monkeypatch.setattr(job_module, "generate", None)  # no engine
-    assert job(source, tmp_path / "out").run(screen) == FAILED_LINES
+    assert job(source, tmp_path / "out")(screen) == FAILED_LINES
     assert "0 of 3 lines answered, 3 failed" in said(screen)
     assert "--retry-failed" in said(screen)
 

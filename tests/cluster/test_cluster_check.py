@@ -18,7 +18,6 @@ MODEL = f"{HOME}/model"
 LATE_CLOCK = """#!/bin/sh
 exec /bin/date -d '90 seconds ago' "$@"
 """
-PORTS = "6379,20000-20002"
 # Has a port, and answers no one there.
 BIND = """
 import socket, sys, time
@@ -78,12 +77,12 @@ def test_hosts_that_can_be_one(with_model):
     a = with_model.hosts[0]
     before = [listeners(host) for host in with_model.hosts]
     files = {host.sh("ls -A ~ /tmp") for host in with_model.hosts}
-    done = Checked(a, with_model.ips, "--model", MODEL, "--ifname", "eth0", "--gpus-per-node", "0", "--ports", PORTS)
+    done = Checked(a, with_model.ips, "--model", MODEL, "--ifname", "eth0", "--gpus-per-node", "0")
     assert (done.status, done.sound) == (0, True), done.sections
     for subject in ("Python", "vllm", "hunyuan-vllm", "ray"):
         assert "everywhere" in done.texts("Alike", subject, "ok")
     assert "the same 2 files on each host" in done.texts("Alike", "checkpoint", "ok")
-    assert "6379, 20000, 20001, 20002 and one that the system chose" in done.texts("Between hosts", "ports", "ok")
+    assert "each host reaches Ray's ports, and one that the system chose" in done.texts("Between hosts", "ports", "ok")
     assert "within 0.0" in done.texts("Between hosts", "clocks", "ok")
     assert set(done.sections) == {"Hosts", "Alike", "Between hosts", *(host.address for host in with_model.hosts)}
     # Nothing stays behind, neither a held port nor a file.
@@ -102,14 +101,12 @@ def test_all_that_differs_is_named(with_model):
         host.sh("cat >/usr/local/bin/nvidia-smi; chmod 755 /usr/local/bin/nvidia-smi", input=GPUS.format(names=names))
     # b and c do not find each other, though a finds both; something of c's is in a port's way.
     b.sh(f"ip route add unreachable {c.address}/32")
-    hold = (
-        f"import socket, time; s = socket.socket(); s.bind(('{c.address}', 20001)); print(flush=True); time.sleep(60)"
-    )
+    hold = f"import socket, time; s = socket.socket(); s.bind(('{c.address}', 6381)); print(flush=True); time.sleep(60)"
     holder = c.start(sys.executable, "-c", hold, stdout=-1)
     holder.stdout.readline()
     try:
         done = Checked(a, with_model.ips, "--model", MODEL, "--ifname", "bond1", "--gpus-per-node", "2",
-                       "--ports", PORTS, "--timeout", "4")  # fmt: skip
+                       "--timeout", "4")  # fmt: skip
     finally:
         holder.kill()
         holder.communicate()
@@ -125,10 +122,10 @@ def test_all_that_differs_is_named(with_model):
     assert f"{c.address} has 1 GPU of 2" in gpus
     assert f"{a.address} has no interface bond1; {a.address} is on eth0" in done.texts("Between hosts", "interface")
     ports = done.texts("Between hosts", "ports")
-    assert f"{b.address} does not reach 5 ports of {c.address}" in ports and "No route to host" in ports
-    assert f"{a.address} does not reach 1 port of {c.address}\n20001: Connection refused" in ports
+    assert f"{b.address} does not reach 10 ports of {c.address}" in ports and "No route to host" in ports
+    assert f"{a.address} does not reach 1 port of {c.address}\n6381: Connection refused" in ports
     assert f"{a.address} does not reach 1 port of {b.address}" not in ports
-    assert f"20001 of {c.address} is used by another program" in done.texts("Between hosts", "ports", "warning")
+    assert f"6381 of {c.address} is used by another program" in done.texts("Between hosts", "ports", "warning")
     assert done.problems == {("Alike", "checkpoint"), ("Alike", "GPUs"), ("Between hosts", "clocks"),
                              ("Between hosts", "interface"), ("Between hosts", "ports")}  # fmt: skip
 
@@ -164,8 +161,6 @@ def test_nodes_are_looked_at_without_loading_the_engine():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--hosts", "10.0.0.1,10.0.0.2", "--ports", "x"], "--ports: x is not a port"),
-        (["--hosts", "10.0.0.1,10.0.0.2", "--ports", "70000"], "--ports: 70000 is not a port"),
         (["--hosts", "127.0.0.1,10.0.0.2"], "127.0.0.1 is another machine on every host"),
         (["--hosts", ","], "--hosts names no host"),
         (["--hosts", "10.0.0.1", "--user", "a b"], "--user 'a b' is not a user name"),

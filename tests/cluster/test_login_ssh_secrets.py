@@ -107,14 +107,14 @@ def test_anything_but_yes_leaves_the_hosts_out(trio, answer):
 
 def test_take_option_wipes_every_form_from_the_process():
     script = (
-        "import sys; sys.path.insert(0, sys.argv.pop(1)); from hunyuan_vllm.cluster.process_title import take_option;"
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); from login_ssh import take_option;"
         "value = take_option('--password'); print(repr(value)); print(sys.argv[1:]);"
         "print(open('/proc/self/cmdline').read().rstrip(chr(0)).split(chr(0))[4:])"
     )
 
     def run(*arguments: str) -> list[str]:
         done = subprocess.run(
-            [sys.executable, "-c", script, ROOT, *arguments], capture_output=True, text=True, check=True
+            [sys.executable, "-c", script, ROOT / "deploy", *arguments], capture_output=True, text=True, check=True
         )
         return done.stdout.splitlines()
 
@@ -134,10 +134,8 @@ def test_take_option_wipes_every_form_from_the_process():
 
 def test_without_the_libraries_the_environment_of_the_checkout_takes_over(tmp_path):
     """And gets the password neither by argument nor by variable."""
-    modules = ("__init__.py", "cluster/__init__.py", "cluster/process_title.py")
-    for name in ("deploy/login_ssh.py", *(f"hunyuan_vllm/{module}" for module in modules)):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "deploy").mkdir()
+    shutil.copy(ROOT / "deploy" / "login_ssh.py", tmp_path / "deploy")
     (tmp_path / "deploy" / "setup_env.sh").write_text("echo set up >&2\n")
     python = tmp_path / "venv" / "bin" / "python"
     python.parent.mkdir(parents=True)

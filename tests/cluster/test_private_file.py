@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from hunyuan_vllm.cluster.token import make_token, read_token, token_file
+from hunyuan_vllm.cluster.ray_node import make_token, read_token, token_file
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.files import make_private, read_private, write_private
 

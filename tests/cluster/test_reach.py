@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from hunyuan_vllm.cluster import ray_remote
+from hunyuan_vllm.cluster import ray_nodes
 from hunyuan_vllm.cluster.ray_node import NodeSetup
 from hunyuan_vllm.util.net import why_unreachable
 
@@ -38,7 +38,7 @@ def test_what_is_no_address(address):
 
 
 def test_the_members_of_a_cluster_that_does_not_run(monkeypatch):
-    monkeypatch.setattr(ray_remote, "query_nodes", lambda *_, **__: pytest.fail("Ray was asked, which takes 40 s"))
+    monkeypatch.setattr(ray_nodes, "query_nodes", lambda *_, **__: pytest.fail("Ray was asked, which takes 40 s"))
     head = NodeSetup("127.0.0.2", "127.0.0.2", "lo", 1, "token")
-    found, why = ray_remote.ask_members(head)
+    found, why = ray_nodes.ask_members(head)
     assert found == [] and why == f"nothing answers at {head.gcs} (Connection refused)"

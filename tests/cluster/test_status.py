@@ -14,7 +14,6 @@ def cluster(monkeypatch):
     for host in made.hosts:
         host.setup = made.setup(host.address)
         made.states[host.address] = made.state(host.setup, 1)
-    monkeypatch.setattr(status, "RemoteRay", made)
     monkeypatch.setattr(status, "ask_members", lambda setup: (made.members, "" if made.members else "no answer"))
     return made
 
@@ -22,14 +21,14 @@ def cluster(monkeypatch):
 def read(cluster) -> tuple[list[str], list[str]]:
     """State of each host, and all problems."""
     found = status.read_status(cluster)
-    problems = [problem.text for node in found.nodes for problem in node.host.problems]
-    assert found.whole is not bool(problems)
-    return [node.state for node in found.nodes], problems
+    problems = [problem["what"] for node in found["nodes"] for problem in node["problems"]]
+    assert found["whole"] is not bool(problems)
+    return [node["state"] for node in found["nodes"]], problems
 
 
 def test_complete(cluster):
     assert read(cluster) == (["running", "running"], [])
-    report = status.read_status(cluster).to_json()
+    report = status.read_status(cluster)
     assert (report["whole"], report["gpus"], report["gpus_wanted"], report["head"]) == (True, 16, 16, HEAD)
 
 

@@ -1,11 +1,11 @@
 """What `cluster up` starts, ends and leaves alone, with hosts and Ray that are stand-ins."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from hunyuan_vllm.cluster import up
-from hunyuan_vllm.cluster.check import Requirements
 from hunyuan_vllm.cluster.hosts import Host
 from hunyuan_vllm.cluster.ray_node import NodeSetup
 from hunyuan_vllm.cluster.ray_nodes import RayNode
@@ -36,26 +36,17 @@ class Cluster:
         for host in hosts:
             host.attempt(action)
 
-    # Of RemoteRay, which is made with the connections.
-    def __call__(self, connections):
-        return self
-
-    def read(self, host):
-        host.ray = self.states[host.address]
-
-    def start(self, host, token, signed):
-        self.done.append(("start", host.address))
-        return 1.0
-
-    def stop(self, host):
-        self.done.append(("stop", host.address))
-        return ["raylet (pid 7)"], []
+    def ask_ray(self, host, request, timeout=0.0):
+        if request["do"] == "state":
+            return asdict(self.states[host.address])
+        self.done.append((request["do"], host.address))
+        return {"seconds": 1.0, "ended": ["raylet (pid 7)"], "stuck": [], "on_gpus": []}
 
     def setup(self, address: str) -> NodeSetup:
         return NodeSetup(address, HEAD, "eth0", 8, "/home/me/.ray/auth_token")
 
     def up(self, **options) -> Up:
-        run = Up(self, Plan(Requirements([6379]), **options), Path("/home/me"))
+        run = Up(self, Plan(**options), Path("/home/me"))
         run.run()
         return run
 
@@ -74,7 +65,6 @@ def cluster(monkeypatch):
                 section.warning("clocks", "one is ahead", "set it")
             return [section]
 
-    monkeypatch.setattr(up, "RemoteRay", made)
     monkeypatch.setattr(up, "ClusterCheck", Check)
     monkeypatch.setattr(up, "ask_members", lambda setup: (made.members, "" if made.members else "no answer"))
     monkeypatch.setattr(up, "own_addresses", lambda: {HEAD})

@@ -14,8 +14,7 @@ from manifests import ADDRESS, NAMESPACE, container, named, objects, pods, repli
 from waiting import eventually
 
 from hunyuan_vllm import envs
-from hunyuan_vllm.cluster.ray_node import PORTS, NodeSetup
-from hunyuan_vllm.cluster.token import PATH_VARIABLE
+from hunyuan_vllm.cluster.ray_node import PORTS, TOKEN_VARIABLE, NodeSetup
 from hunyuan_vllm.envs import DEFAULT_PORT, KEY_FILE_VARIABLE, Settings
 from hunyuan_vllm.server.middleware import health
 from hunyuan_vllm.util.net import INTERFACE_VARIABLES
@@ -37,11 +36,11 @@ def test_the_server_gets_what_it_reads():
 
 def test_the_server_joins_ray_as_ray_was_started():
     given = variables("leader")
-    setup = NodeSetup(ADDRESS, ADDRESS, "eth0", 8, given[PATH_VARIABLE])
+    setup = NodeSetup(ADDRESS, ADDRESS, "eth0", 8, given[TOKEN_VARIABLE])
     found_by_the_server = {"VLLM_HOST_IP", *INTERFACE_VARIABLES}
     wanted = {name: value for name, value in setup.environment().items() if name not in found_by_the_server}
     assert {name: value for name, value in given.items() if name.startswith("RAY_")} == wanted
-    assert variables("worker")[PATH_VARIABLE] == given[PATH_VARIABLE]
+    assert variables("worker")[TOKEN_VARIABLE] == given[TOKEN_VARIABLE]
 
 
 @pytest.mark.parametrize("role", ["leader", "worker"])

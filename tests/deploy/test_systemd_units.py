@@ -12,8 +12,7 @@ import pytest
 from typer.main import get_command
 
 from hunyuan_vllm.cli import app
-from hunyuan_vllm.cluster.ray_node import RAY_SETTINGS, NodeSetup
-from hunyuan_vllm.cluster.start_hook import HOOK
+from hunyuan_vllm.cluster.ray_node import HOOK, RAY_SETTINGS, NodeSetup
 from hunyuan_vllm.server.supervisor import GAVE_UP, STOP_MARGIN
 from hunyuan_vllm.util.errors import NotYetError, UserError
 

@@ -133,7 +133,7 @@ def test_ray(tmp_path: Path) -> None:
 
     alone = machine(tmp_path, RAY_TMPDIR=str(tmp_path))
     assert statuses(look(host.check_ray, alone, absent)) == {"Ray": "skipped"}
-    assert look(host.check_ray, alone, present)["Ray"].status in ("ok", "warning")  # by who uses its ports here
+    assert statuses(look(host.check_ray, alone, present)) == {"Ray": "ok"}
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
         cluster = machine(tmp_path, RAY_ADDRESS=address, RAY_TMPDIR=str(tmp_path))

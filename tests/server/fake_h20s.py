@@ -27,10 +27,7 @@ __all__ = ["FakeHead", "ROOT", "write_published"]
 ROOT = Path(__file__).parents[2]
 NVIDIA_SMI = """#!/bin/sh
 for gpu in 0 1 2 3 4 5 6 7; do
-    case $1 in
-        -L) echo "GPU $gpu: NVIDIA H20 (UUID: GPU-$gpu)" ;;
-        *) echo "9.0, 97871" ;;
-    esac
+    echo "$gpu, NVIDIA H20, 570.86.15, 9.0, 97871, 4, Disabled, 0"
 done
 """
 WITHOUT_CPU_BUILD = """

@@ -3,60 +3,25 @@
 import shlex
 from argparse import Namespace
 from dataclasses import replace
-from functools import cache
 
 import httpx
 import pytest
-from v1_templates import A13B, DENSE, TRANSLATION
+from launches import BONDED, CPU, DEMO, GIB, GPU8, HUB, LARGE, MODEL, NODE1, SMALL, launch, parsed
 from vllm.config.model import _get_and_verify_max_len
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
-from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from hunyuan_vllm.chat_template import WITH_TOOLS
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.envs import Settings
 from hunyuan_vllm.expert_load import EXTENSION
 from hunyuan_vllm.server.exit_cause import exit_cause
 from hunyuan_vllm.server.hardware import Machine
-from hunyuan_vllm.server.launch import Launch, decide
+from hunyuan_vllm.server.launch import decide
 from hunyuan_vllm.server.models import ModelSource, longest_context
 from hunyuan_vllm.server.options import ApiPolicy, Flags
-from hunyuan_vllm.server.ray_cluster import RayCluster
 from hunyuan_vllm.util.errors import UserError
 
-try:
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-except ImportError:  # vLLM 0.33
-    from vllm.entrypoints.common.cli_args import make_arg_parser
-
-GIB = 2**30
 OPEN, KEYED = "hunyuan_vllm.server.middleware.stack.Open", "hunyuan_vllm.server.middleware.stack.BehindKey"
-LARGE = HunYuanConfig(use_cla=True, cla_share_factor=2, num_key_value_heads=8, num_experts=16, use_mixed_mlp_moe=True)
-MODEL = ModelSource("/models/large", "/models/large", LARGE, weight_bytes=777 * GIB)
-SMALL = ModelSource("/models/small", "/models/small", LARGE, weight_bytes=4 * GIB)
-DEMO = ModelSource("/demo", "hunyuan-demo", LARGE, weight_bytes=2**20, demo=True)
-HUB = ModelSource("tencent/Hunyuan-A52B-Instruct", "tencent/Hunyuan-A52B-Instruct")
-
-NETWORK = {"lo": ("127.0.0.1", "::1"), "eth0": ("192.168.7.2",), "ib0": ("10.0.0.5",)}
-CPU = Machine(cuda=False, cores=8, memory=32 * GIB, interfaces=NETWORK)
-GPU8 = Machine(cuda=True, gpus=8, cores=64, memory=900 * GIB, interfaces=NETWORK)
-NODE1 = Machine(cuda=True, gpus=8, ray=RayCluster(nodes=2, gpus=16, free_gpus=16), interfaces=NETWORK)
-BONDED = Machine(cuda=True, gpus=8, ray=NODE1.ray, interfaces={**NETWORK, "bond1": ("10.1.0.5",)})
-
-
-def launch(machine, model, *flags, insecure=False, **environ) -> Launch:
-    policy = ApiPolicy(insecure=insecure)
-    return decide(Settings.read(environ), Flags(flags), machine, model, environ, policy=policy)
-
-
-@cache
-def vllm_parser() -> FlexibleArgumentParser:
-    return make_arg_parser(FlexibleArgumentParser())
-
-
-def parsed(made: Launch) -> Namespace:
-    return vllm_parser().parse_args(made.argv[made.argv.index("serve") + 1 :])
 
 
 @pytest.mark.parametrize(
@@ -435,47 +400,6 @@ def test_a_limit_on_answers_is_also_their_default():
     theirs = Flags(["--override-generation-config", "{}"])
     with pytest.raises(UserError, match="--max-output-tokens"):
         decide(Settings.read({}), theirs, CPU, DEMO, {}, policy=limited)
-
-
-def test_tools_choose_a_template_and_the_parser_of_its_markup():
-    made = parsed(decide(Settings.read({}), Flags([]), CPU, DEMO, {}, tools=True))
-    assert made.chat_template == str(WITH_TOOLS) and WITH_TOOLS.is_file()
-    assert made.tool_call_parser == "hunyuan_large" and made.enable_auto_tool_choice
-    assert parsed(decide(Settings.read({}), Flags([]), CPU, DEMO, {})).chat_template is None
-    theirs = Flags(["--chat-template", "mine.jinja", "--tool-call-parser", "hermes"])
-    made = parsed(decide(Settings.read({}), theirs, CPU, DEMO, {}, tools=True))
-    assert (made.chat_template, made.tool_call_parser) == ("mine.jinja", "hermes")
-
-
-@pytest.mark.parametrize(
-    ("template", "reasoning", "tools"),
-    [
-        (A13B, "hunyuan_v1", "hunyuan_v1"),
-        (DENSE, "hunyuan_v1", "hunyuan_large"),
-        (TRANSLATION, "", "hunyuan_large"),
-        (None, "", "hunyuan_large"),
-    ],
-)
-def test_parsers_fit_the_chat_template(template, reasoning, tools, tmp_path):
-    def parsers(made):
-        return made.reasoning_parser, made.tool_call_parser
-
-    model = replace(DEMO, chat_template=template)
-    made = parsed(launch(CPU, model))
-    assert parsers(made) == (reasoning, tools) and made.enable_auto_tool_choice and made.chat_template is None
-    assert parsers(parsed(launch(CPU, model, "--reasoning-parser", "x", "--tool-call-parser", "y"))) == ("x", "y")
-    given = tmp_path / "template.jinja"
-    given.write_text(template or "")
-    for chosen in (str(given), template or "{{ messages }}"):
-        assert parsers(parsed(launch(CPU, DEMO, "--chat-template", chosen))) == (reasoning, tools)
-    with_tools = parsed(decide(Settings.read({}), Flags([]), CPU, model, {}, tools=True))
-    assert with_tools.chat_template == (None if tools == "hunyuan_v1" else str(WITH_TOOLS))
-
-
-def test_a_model_on_the_hub_has_parsers_of_the_users():
-    assert any("--reasoning-parser hunyuan_v1" in note for note in launch(GPU8, HUB).notes)
-    for chosen in (["--tool-call-parser", "hermes"], ["--chat-template", "mine.jinja"]):
-        assert not any("--reasoning-parser" in note for note in launch(GPU8, HUB, *chosen).notes)
 
 
 def test_json_logs():

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from engine import FP8_CACHE
+from launches import CPU, DEMO, GIB, GPU8, HUB, LARGE, MODEL, NODE1, SMALL, parsed
 from serving import running_server
-from test_launch import CPU, DEMO, GIB, GPU8, HUB, LARGE, MODEL, NODE1, SMALL, parsed
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.envs import Settings

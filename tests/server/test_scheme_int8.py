@@ -9,8 +9,8 @@ from math import prod
 from pathlib import Path
 
 import pytest
+from launches import CPU, DEMO, GIB, GPU8, HUB, LARGE, MODEL, NODE1, parsed
 from serving import running_server
-from test_launch import CPU, DEMO, GIB, GPU8, HUB, LARGE, MODEL, NODE1, parsed
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.envs import Settings

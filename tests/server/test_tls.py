@@ -3,7 +3,7 @@
 import pytest
 from certificates import own_certificate
 
-from hunyuan_vllm.server.certificate import check_certificate
+from hunyuan_vllm.server.launch import check_certificate
 from hunyuan_vllm.server.options import Flags
 from hunyuan_vllm.util.errors import UserError
 

@@ -16,31 +16,23 @@ MAX_FIELD = 200  # characters of a field in a message
 MIN_INTEGER, INTEGER_END = -(2**63), 2**64
 
 
-class BadJson(Exception):
-    """`field` is where, as in "messages.0.content"; None for the whole request."""
-
-    def __init__(self, field: str | None, message: str) -> None:
-        super().__init__(message)
-        self.field, self.message = field, message
-
-
 def read_json(body: bytes) -> object:
     """The content of a request; None if it is not JSON, which vLLM reports.
 
     Raises:
-        BadJson: a value that no field can have: nested too deeply, not finite, beyond 64 bits or invalid Unicode.
+        BadField: a value that no field can have: nested too deeply, not finite, beyond 64 bits or invalid Unicode.
     """
     try:
         content: object = json.loads(body)
     except ValueError:
         return None
     except RecursionError:
-        raise BadJson(None, "the request's JSON is nested too deeply") from None
+        raise BadField(None, "the request's JSON is nested too deeply") from None
     if SUSPICIOUS.search(body):
         for path, value in _leaves(content):
             if problem := _problem(value):
                 field = SURROGATE.sub("\N{REPLACEMENT CHARACTER}", ".".join(path))[:MAX_FIELD] or None
-                raise BadJson(field, f"{field or 'the request'} {problem}")
+                raise BadField(field, f"{field or 'the request'} {problem}")
     return content
 
 

@@ -57,9 +57,9 @@ STORE_VARIABLE: Final = "VLLM_ENABLE_RESPONSES_API_STORE"
 
 
 class BadField(Exception):
-    """The request has a field that the server cannot honour."""
+    """The request has a field that the server cannot honour, as in "messages.0.content"; None: as a whole."""
 
-    def __init__(self, field: str, message: str) -> None:
+    def __init__(self, field: str | None, message: str) -> None:
         super().__init__(message)
         self.field, self.message = field, message
 

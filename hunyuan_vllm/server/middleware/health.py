@@ -13,38 +13,21 @@ from typing import Any
 
 import httpx
 from prometheus_client import REGISTRY, CollectorRegistry, Gauge
-from prometheus_client.core import CounterMetricFamily
-from prometheus_client.registry import Collector
 from vllm.logger import init_logger
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from hunyuan_vllm import envs
 from hunyuan_vllm.server.exit_cause import ENGINE_DIED
 from hunyuan_vllm.server.middleware.asgi import App, Header, Receive, Scope, Send, refuse, respond
-from hunyuan_vllm.server.middleware.metrics import are_shared
 from hunyuan_vllm.server.readiness import HealthStatus
-
-RESTARTS = "hunyuan_supervisor_restarts"
-RESTARTS_HELP = "Restarts of the server by its supervisor"
-
-
-class _Restarts(Collector):
-    def __init__(self, count: int) -> None:
-        self._count = count
-
-    def collect(self) -> Iterator[CounterMetricFamily]:
-        yield CounterMetricFamily(RESTARTS, RESTARTS_HELP, value=self._count)
 
 
 def export_restarts(count: int | None, registry: CollectorRegistry = REGISTRY) -> None:
     """Export hunyuan_supervisor_restarts_total in /metrics; nothing without a supervisor (None)."""
-    if count is None:
-        return
-    if are_shared():
-        # A counter would be summed over the API servers, which all export the same value.
-        Gauge(f"{RESTARTS}_total", RESTARTS_HELP, registry=registry, multiprocess_mode="max").set(count)
-    else:
-        registry.register(_Restarts(count))
+    if count is not None:
+        # Several API servers export the same value, and a counter would be their sum.
+        name, text = "hunyuan_supervisor_restarts_total", "Restarts of the server by its supervisor"
+        Gauge(name, text, registry=registry, multiprocess_mode="max").set(count)
 
 
 ENGINE_LOGGER = "vllm.v1.engine.async_llm"

@@ -13,7 +13,7 @@ from vllm.engine.protocol import EngineClient
 from vllm.exceptions import VLLMUnprocessableEntityError
 
 from hunyuan_vllm.server.middleware.asgi import BODY, NO_KEY, App, Message, Receive, Scope, Send, refuse, request_info
-from hunyuan_vllm.server.middleware.bounds import BadJson, check_bounds, read_json
+from hunyuan_vllm.server.middleware.bounds import check_bounds, read_json
 from hunyuan_vllm.server.middleware.fields import BadField, read_fields
 from hunyuan_vllm.server.middleware.metrics import count_refusal
 from hunyuan_vllm.server.middleware.routes import Paths
@@ -196,7 +196,7 @@ def _parse(body: bytes) -> Mapping[str, Any]:
     """The request as vLLM will read it; empty if it is not a JSON object, which vLLM reports."""
     try:
         content = read_json(body)
-    except BadJson as bad:
+    except BadField as bad:
         raise _Refused(HTTPStatus.BAD_REQUEST, "json", bad.message, bad.field) from None
     return content if isinstance(content, dict) else {}
 

@@ -131,7 +131,9 @@ def server_info(config: VllmConfig) -> Info:
     """Set `hunyuan_server_info`: `device`, `devices` and `cores` are the machine's, the others versions and options."""
     model, parallel, scheduler = config.model_config, config.parallel_config, config.scheduler_config
     labels = {
-        **_machine(parallel.world_size * parallel.data_parallel_size),
+        "device": _cpu() if current_platform.is_cpu() else current_platform.get_device_name(),
+        "devices": parallel.world_size * parallel.data_parallel_size,  # on CPUs the ranks
+        "cores": len(os.sched_getaffinity(0)),
         "version": __version__,
         "vllm": (installed_version() or ("", "unknown"))[1],
         "torch": metadata.version("torch"),
@@ -149,12 +151,6 @@ def server_info(config: VllmConfig) -> Info:
     }
     _info.info({name: str(value) for name, value in labels.items()})
     return _info
-
-
-def _machine(ranks: int) -> dict[str, object]:
-    """`device` is the type of GPU or CPU, `devices` the GPUs (on CPUs the ranks), `cores` those of this process."""
-    device = _cpu() if current_platform.is_cpu() else current_platform.get_device_name()
-    return {"device": device, "devices": ranks, "cores": len(os.sched_getaffinity(0))}
 
 
 def _cpu() -> str:

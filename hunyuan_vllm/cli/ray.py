@@ -41,12 +41,9 @@ def head(
     """Start Ray on this machine as the head of a cluster. Makes the token if there is none."""
     own = address or Settings.read(os.environ).local_ip or _own_address()
     setup = _setup(own, own, interface, gpus, encrypt, variables)
-    if dry_run:
-        return _show(setup, force)
-    find_ray()
-    make_token(Path(setup.token_file))
-    _start(setup, force)
-    say(f"the head runs at {setup.gcs}; on each other node: sh deploy/ray_worker.sh {own}")
+    _start(setup, force, dry_run)
+    if not dry_run:
+        say(f"the head runs at {setup.gcs}; on each other node: sh deploy/ray_worker.sh {own}")
 
 
 @app.command()
@@ -60,10 +57,9 @@ def worker(
     setup = _setup(own, head_address, interface, gpus, encrypt, variables)
     if setup.is_head:
         raise UserError(f"{head_address} is this machine: sh deploy/ray_head.sh starts the head")
-    if dry_run:
-        return _show(setup, force)
-    _start(setup, force)
-    say(f"{own} joined the cluster at {setup.gcs}")
+    _start(setup, force, dry_run)
+    if not dry_run:
+        say(f"{own} joined the cluster at {setup.gcs}")
 
 
 @app.command("stop")
@@ -108,37 +104,27 @@ def _setup(
     )
 
 
-def _start(setup: NodeSetup, force: bool) -> None:
-    old = _old_processes(setup, force)
-    if old is None:
-        say("Ray already runs here as requested; nothing was changed")
+def _start(setup: NodeSetup, force: bool, dry_run: bool) -> None:
+    """Start Ray unless it runs as requested; with `dry_run` print the command as a line to paste into a shell."""
+    old = read_ray_state(setup.address)
+    if old.setup == setup:
+        say(f"Ray already runs here as requested; nothing {'would be' if dry_run else 'was'} changed")
         return
-    if old:
+    if old.raylets and old.workloads and not force:
+        raise UserError(f"another Ray runs here, used by {some(old.workloads)}: stop that, or give --force")
+    if dry_run:
+        if old.processes:
+            say(f"an earlier Ray would be ended: {some(old.processes)}")
+        variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in setup.environment().items())
+        print(f"env {variables} \\\n  ray {shlex.join(setup.ray_arguments())}")
+        return
+    find_ray()
+    if old.processes:
         say(f"an earlier Ray was ended: {plural(_stop(), 'process')}")
+    if setup.is_head:
+        make_token(Path(setup.token_file))
     for line in start(setup):
         say(line)
-
-
-def _show(setup: NodeSetup, force: bool) -> None:
-    """What `_start` would do; the command as a line to paste into a shell."""
-    old = _old_processes(setup, force)
-    if old is None:
-        say("Ray already runs here as requested; nothing would be changed")
-        return
-    if old:
-        say(f"an earlier Ray would be ended: {some(old)}")
-    variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in setup.environment().items())
-    print(f"env {variables} \\\n  ray {shlex.join(setup.ray_arguments())}")
-
-
-def _old_processes(setup: NodeSetup, force: bool) -> list[str] | None:
-    """Processes of another Ray that must end first; None where Ray runs as requested."""
-    ray = read_ray_state(setup.address)
-    if ray.setup == setup:
-        return None
-    if ray.raylets and ray.workloads and not force:
-        raise UserError(f"another Ray runs here, used by {some(ray.workloads)}: stop that, or give --force")
-    return ray.processes
 
 
 def _own_address() -> str:

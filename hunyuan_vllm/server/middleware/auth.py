@@ -8,7 +8,7 @@ from vllm.logger import init_logger
 from hunyuan_vllm.server.keys import KeyRing
 from hunyuan_vllm.server.middleware.asgi import App, Receive, Scope, Send, refuse, request_info
 from hunyuan_vllm.server.middleware.metrics import count_refusal
-from hunyuan_vllm.server.middleware.routes import KEYLESS, Paths
+from hunyuan_vllm.server.middleware.routes import KEYLESS
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
 SCHEME = b"bearer "
@@ -26,7 +26,7 @@ class RequireApiKey:
     def __init__(self, app: App, keys: KeyRing, keyless: Iterable[str] = KEYLESS) -> None:
         self._app = app
         self._keys = keys
-        self._keyless = Paths(keyless)
+        self._keyless = frozenset(keyless)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan" or self._admits(scope):

@@ -16,7 +16,6 @@ from hunyuan_vllm.server.middleware.asgi import BODY, NO_KEY, App, Message, Rece
 from hunyuan_vllm.server.middleware.bounds import check_bounds, read_json
 from hunyuan_vllm.server.middleware.fields import BadField, read_fields
 from hunyuan_vllm.server.middleware.metrics import count_refusal
-from hunyuan_vllm.server.middleware.routes import Paths
 from hunyuan_vllm.server.options import ApiPolicy
 
 
@@ -40,19 +39,17 @@ def limit_prompts(engine: EngineClient, most: int) -> None:
     engine.generate = generate
 
 
-GENERATING = Paths(
-    (
-        "/v1/chat/completions",
-        "/v1/chat/completions/batch",
-        "/v1/completions",
-        "/v1/responses",
-        "/v1/messages",
-        "/cohere/v2/chat",
-        "/generative_scoring",
-        "/inference/v1/generate",
-        "/invocations",
-    )
-)
+GENERATING = {
+    "/v1/chat/completions",
+    "/v1/chat/completions/batch",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/cohere/v2/chat",
+    "/generative_scoring",
+    "/inference/v1/generate",
+    "/invocations",
+}
 MAX_TOKENS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 RETRY_AFTER = [(b"retry-after", b"1")]  # seconds; at any load, some request ends in that time
 BODY_TIMEOUT = 120.0  # seconds

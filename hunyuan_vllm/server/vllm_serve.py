@@ -25,7 +25,7 @@ def fast_imports() -> Iterator[None]:
     """
     unused = [name for name in envs.unused_packages() if name not in sys.modules]
     gc.disable()
-    sys.modules.update(dict.fromkeys(unused))  # importing them is an ImportError
+    sys.modules.update(dict.fromkeys(unused))  # type: ignore[arg-type]  # importing them is an ImportError
     try:
         yield
     finally:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 from argparse import Namespace
 from functools import cache
 from pathlib import Path
@@ -34,7 +33,7 @@ def parsed(shown: str) -> tuple[dict[str, str], Namespace]:
     words = shlex.split(shown.replace("\\\n", " "))
     assert words[0] == "env"
     serve = words.index("serve")
-    python = words.index(sys.executable)
+    python = words.index("-P") - 1
     return dict(word.split("=", 1) for word in words[1:python]), vllm_parser().parse_args(words[serve + 1 :])
 
 

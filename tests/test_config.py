@@ -286,6 +286,24 @@ class TestAsVllmReadsIt:
             with pytest.raises(ValueError, match="513"):
                 self.max_model_len(read(tiny_config(**other)), 513)
 
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {},
+            {"rope_scaling": {"type": "linear", "factor": 4.0}},
+            {"rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 8.0}},
+            {"model_max_length": 1024},
+            {"seq_length": 128},
+            {"use_cla": False, "model_type": "hunyuan_v1_dense", "num_experts": 1},
+        ],
+    )
+    def test_the_longest_context_is_what_vllm_takes(self, read: Any, fields: dict[str, Any]) -> None:
+        config = read(tiny_config(**fields))
+        longest = Network.read(published_json(tiny_config(**fields))).longest_context
+        assert self.max_model_len(config, longest) == longest
+        with pytest.raises(ValueError, match=str(longest + 1)):
+            self.max_model_len(config, longest + 1)
+
     def test_overrides_are_normalised_and_checked_too(self, read: Any) -> None:
         config = read(tiny_config(), hf_overrides_kw={"rope_theta": 5e5})
         assert config.rope_parameters == {"rope_type": "dynamic", "rope_theta": 5e5, "alpha": 1000.0, "factor": 1.0}

@@ -24,17 +24,6 @@ if TYPE_CHECKING:
     from hunyuan_vllm.quant.formats import Format
 
 TOKENIZER_FILES = ("hy.tiktoken", "tokenizer.json")
-# Fields of config.json that vLLM takes for a length; the smallest counts.
-LENGTHS = (
-    "max_position_embeddings",
-    "n_positions",
-    "max_seq_len",
-    "seq_length",
-    "max_target_positions",
-    "max_sequence_length",
-    "max_seq_length",
-    "seq_len",
-)
 
 
 @dataclass(frozen=True)
@@ -110,20 +99,12 @@ def check_files(model: ModelSource, flags: Flags, environ: Mapping[str, str]) ->
         )
     overridden = any(name in flags for name in ("hf-overrides", "hf-config-path"))
     allowed = environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "0").strip().lower() in ("1", "true")
-    asked, longest = flags.get("max-model-len"), longest_context(model.config)
+    asked, longest = flags.get("max-model-len"), model.config.longest_context
     if asked and asked > longest and not (overridden or allowed):
         raise UserError(
-            f"--max-model-len {asked} is more than the {longest} tokens of the model's config.json: give at most that "
+            f"--max-model-len {asked} is more than the {longest} tokens that the model is made for: give at most that "
             "(VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 permits more, with unreliable output)"
         )
-
-
-def longest_context(config: Network) -> int:
-    """The longest context that vLLM accepts for a checkpoint, by its rules."""
-    lengths = [value for name in LENGTHS if (value := getattr(config, name, None)) is not None]
-    own = getattr(config, "model_max_length", None)
-    factor = (config.rope_parameters or {}).get("factor") or 1.0
-    return max(int((own or min(lengths)) * factor), own or 0)
 
 
 def _open_folder(folder: Path, given: str, demo: bool = False) -> ModelSource:

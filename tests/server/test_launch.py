@@ -7,8 +7,6 @@ from dataclasses import replace
 import httpx
 import pytest
 from launches import BONDED, CPU, DEMO, GIB, GPU8, HUB, LARGE, MODEL, NODE1, SMALL, launch, parsed
-from vllm.config.model import _get_and_verify_max_len
-from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from hunyuan_vllm.config import HunYuanConfig
@@ -17,7 +15,7 @@ from hunyuan_vllm.expert_load import EXTENSION
 from hunyuan_vllm.server.exit_cause import exit_cause
 from hunyuan_vllm.server.hardware import Machine
 from hunyuan_vllm.server.launch import decide
-from hunyuan_vllm.server.models import ModelSource, longest_context
+from hunyuan_vllm.server.models import ModelSource
 from hunyuan_vllm.server.options import ApiPolicy, Flags
 from hunyuan_vllm.util.errors import UserError
 
@@ -277,31 +275,12 @@ def test_the_context_is_at_most_the_models():
         (["--max-model-len", "140k", "--hf-overrides.max_position_embeddings", "262144"], {}),
     ):
         assert parsed(launch(GPU8, MODEL, *flags, **environ)).max_model_len in (131072, 140000)
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"rope_scaling": {"type": "linear", "factor": 4.0}},
-        {"rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 8.0}},
-        {"model_max_length": 1024},
-        {"seq_length": 512},
-    ],
-)
-def test_the_longest_context_is_by_vllms_rules(fields):
-    config = HunYuanConfig(max_position_embeddings=2048, **fields)
-    convertor = ModelArchConfigConvertorBase(config, config)
-
-    def accepts(length: int) -> bool:
-        arch = Namespace(derived_max_model_len_and_key=convertor.derive_max_model_len_and_key())
-        try:
-            _get_and_verify_max_len(config, arch, None, length, False, None)
-        except ValueError:
-            return False
-        return True
-
-    assert accepts(longest_context(config)) and not accepts(longest_context(config) + 1)
+    v1 = HunYuanConfig(
+        model_type="hunyuan_v1_moe", max_position_embeddings=32768, rope_scaling={"type": "dynamic", "alpha": 1000.0}
+    )
+    assert parsed(launch(GPU8, replace(MODEL, config=v1), "--max-model-len", "262144")).max_model_len == 262144
+    with pytest.raises(UserError, match="262145 is more than the 262144 tokens"):
+        launch(GPU8, replace(MODEL, config=v1), "--max-model-len", "262145")
 
 
 def test_a_users_middleware_stays_beside_ours():

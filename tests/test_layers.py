@@ -4,7 +4,10 @@ import ast
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+
+import pytest
 
 PACKAGE = Path(__file__).parents[1] / "hunyuan_vllm"
 # From the top. A package imports from its own row's other packages only where it is listed below, and from all rows
@@ -33,13 +36,40 @@ def area(module: str) -> str:
     return first if (PACKAGE / first).is_dir() else ""
 
 
-def imports() -> list[tuple[Path, str]]:
+def imports(folder: Path = PACKAGE) -> list[tuple[Path, str]]:
+    """What the files of a folder import from the package."""
     found = []
-    for path in PACKAGE.rglob("*.py"):
+    for path in folder.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE.name:
                 found += [(path, f"{node.module}.{alias.name}") for alias in node.names]
     return found
+
+
+@cache
+def names(module: str) -> set[str]:
+    """What a module of the package defines or imports at its top."""
+    file = PACKAGE.parent.joinpath(*module.split("."))
+    parsed = ast.parse((file / "__init__.py" if file.is_dir() else file.with_suffix(".py")).read_text())
+    found = {path.stem for path in file.glob("*")}
+    for node in parsed.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {alias.asname or alias.name for alias in node.names}
+        else:
+            found |= {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)}
+    return found
+
+
+@pytest.mark.parametrize("folder", ["tests/cuda", "benchmarks", "examples", "train", "deploy"])
+def test_what_no_other_test_runs_imports_what_is_there(folder: str) -> None:
+    wrong = []
+    for path, imported in imports(PACKAGE.parent / folder):
+        module, _, name = imported.rpartition(".")
+        if name not in names(module):
+            wrong.append(f"{path.relative_to(PACKAGE.parent)} imports {imported}")
+    assert sorted(wrong) == []
 
 
 def test_every_package_has_a_layer() -> None:

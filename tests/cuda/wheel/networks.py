@@ -15,8 +15,9 @@ from vllm import _custom_ops as ops
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.v1.attention.backends import flashinfer
 
-from hunyuan_vllm.config import ARCHITECTURES, HunYuanConfig
+from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.model import HunYuanForCausalLM
+from hunyuan_vllm.network import ARCHITECTURES
 from hunyuan_vllm.plugin import register
 
 E4M3_STATIC = {"quant_method": "fp8", "activation_scheme": "static"}

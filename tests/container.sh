@@ -1,6 +1,6 @@
 #!/bin/sh
 # Build the CPU form of deploy/Dockerfile, run it as documented and ask it a question: sh tests/container.sh
-# As root; it takes some minutes, and 5 GB in TMPDIR and in buildah's storage, where the image stays.
+# As root; it takes about ten minutes, and 5 GB in TMPDIR and in buildah's storage, where the image stays.
 #   BASE_IMAGE  an image to build on; default: one that mmdebstrap makes of Debian bookworm's packages
 #   WHEELS      a folder with the wheels of requirements/; default: pip downloads them with its own configuration
 set -eu

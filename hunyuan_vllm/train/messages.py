@@ -6,7 +6,7 @@ from typing import Any, Final, Literal, NamedTuple, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
-from hunyuan_vllm.util.jsonl import Line
+from hunyuan_vllm.util.jsonl import JSON_ARRAY, Line
 
 MESSAGES: Final = "messages"
 
@@ -216,7 +216,8 @@ def parse_conversation(line: Line) -> Conversation:
     if line.broken is not None:
         raise BadConversation(f"it is not JSON: {line.broken}")
     if not isinstance(line.given, dict):
-        raise BadConversation(f"it is a JSON {_kind(line.given)}, and should be {FORM}")
+        hint = JSON_ARRAY if line.number == 1 and isinstance(line.given, list) else ""
+        raise BadConversation(f"it is a JSON {_kind(line.given)}, and should be {FORM}{hint}")
     try:
         return Conversation.model_validate({MESSAGES: to_messages(line.given)})
     except BadForm as error:

@@ -143,6 +143,7 @@ def test_fields_of_a_message_that_hold_nothing_are_no_reason_to_refuse_it() -> N
     assert conversation.as_dicts(default_system="") == [user(), assistant()]
 
 
-def test_a_file_that_is_one_json_array() -> None:
+@pytest.mark.parametrize("start", [b'[{"messages": [', b'[{"instruction": "x", "output": "y"}]'])
+def test_a_file_that_is_one_json_array(start: bytes) -> None:
     with pytest.raises(BadConversation, match=r"looks like one JSON array: write one object a line \(jq -c"):
-        read(b'[{"messages": [', number=1)
+        read(start, number=1)

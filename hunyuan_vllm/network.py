@@ -142,8 +142,8 @@ class Network:
 
     @property
     def longest_context(self) -> int:
-        """Tokens that may be served. The V1 models have `max_position_embeddings` of their training, and with alpha 1000
-        go further; Hunyuan-Large, the one with CLA, is documented with its own."""
+        """Tokens that may be served. The V1 models have `max_position_embeddings` of their training, and with alpha
+        1000 go further; Hunyuan-Large, the one with CLA, is documented with its own."""
         scaled = int(self.max_position_embeddings * (self.rope_parameters.get("factor") or 1.0))
         published = PUBLISHED_CONTEXT if self.rope_parameters.get("alpha") == 1000 and not self.use_cla else 0
         return max(scaled, published, getattr(self, "model_max_length", None) or 0)

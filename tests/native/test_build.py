@@ -18,6 +18,7 @@ from hunyuan_vllm.quant.cpu import w8a16
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
+QUICK = "sh -c 'exec g++ \"$@\" -O0' g++"  # $CXX of tests in which it does not matter how fast the kernels are
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,7 +40,7 @@ def first_call() -> Iterator[None]:
 def test_processes_that_compile_at_once(tmp_path: Path) -> None:
     """As the set-up does, into a folder that only its user can write to, with one file in it in the end."""
     code = runpy.run_path(str(ROOT / "deploy" / "bootstrap" / "warm_imports.py"))["KERNELS"]
-    environ = {**os.environ, "VLLM_CACHE_ROOT": str(tmp_path)}
+    environ = {**os.environ, "VLLM_CACHE_ROOT": str(tmp_path), "CXX": QUICK}
     running = [subprocess.Popen([sys.executable, "-c", code], env=environ) for _ in range(2)]
     assert [process.wait() for process in running] == [0, 0]
     folder = tmp_path / "hunyuan-vllm" / "kernels"
@@ -122,11 +123,17 @@ def test_a_cpu_without_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None
         build.require_features()
 
 
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("libraries")
+
+
 @pytest.mark.parametrize("lacking", [None, "avx512_bf16", "avx512_vnni"])
-def test_the_instructions_that_are_used(lacking: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_instructions_that_are_used(lacking: str | None, libraries: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """AVX-512 only where the CPU has all that the kernels need of it; both compile on any machine."""
     has = {name: name != lacking for name in (*build.AVX512, "avx2", "fma3")}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
-    library = build.build(tmp_path)
+    monkeypatch.setenv("CXX", QUICK)
+    library = build.build(libraries)
     code = subprocess.run(["objdump", "-d", library], capture_output=True, text=True, check=True).stdout
     assert ("%zmm" in code) == (lacking is None)

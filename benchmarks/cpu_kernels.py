@@ -1,18 +1,19 @@
-"""The bfloat16 kernels in use on this CPU against vLLM's choice: linear layers of oneDNN or torch, portable experts.
+"""The kernels that can serve a layer on this CPU, side by side: what the rows of `hunyuan_vllm/cpu_kernels.py` rest on.
 
     python benchmarks/cpu_kernels.py
+    python benchmarks/cpu_kernels.py --schemes int8 --rows 64 256 --layers gate_up
 
-In use are vLLM's packed kernels on CPUs with AVX-512 BF16, and ours on those with AVX2 alone. The layer shapes of the
-1.1-billion-parameter benchmark model, with weights that are cold: each call reads another copy, out of more than the
-caches hold. Both kernels of a pair are checked against a float32 product before they are timed. The ratio is the stock
-kernel's time over the packed one's: above 1, packed is faster.
+The layers of the 1.1-billion-parameter benchmark model, with weights that are cold: each call reads another copy, of
+twice as many bytes as the last-level caches hold. "upstream" is what vLLM chooses for bfloat16: oneDNN or torch, and
+its portable experts. Each kernel is checked against a float32 product before it is timed. Ratios are
+upstream's time over the kernel's: above 1, the kernel is faster.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,110 +32,193 @@ LINEARS = {
 }
 EXPERTS, INTERMEDIATE, HIDDEN = 16, 2048, 1280
 ROWS = (1, 8, 64, 256)
-L3 = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
-COLD_BYTES = max(160 * 10**6, 2 * 1024 * int(L3.read_text().strip().rstrip("K"))) if L3.exists() else 640 * 10**6
-EXPERT_LAYERS = 2
-# bfloat16 rounds the result (2^-9) and, in experts, what is between the two products.
-TOLERANCE = 0.02
+SCHEMES = ("bf16", "int8", "int8-w8a8", "fp8")
+LEAST_COLD = 160 * 10**6  # bytes; a guest may be told of less cache than the host has
+# bfloat16 rounds the result (2^-9) and, in experts, what is between the two products; int8 and E4M3 rows round more.
+TOLERANCE = {"bf16": 0.02, "int8": 0.03, "int8-w8a8": 0.05, "fp8": 0.12}
+Multiply = Callable[..., "Tensor"]
+"""(x, and for experts float32 weights and int32 ids `[rows, 1]`) → y"""
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Seconds a call in each round, and the bytes of weights a call reads on average."""
-
-    stock: list[float]
-    packed: list[float]
-    weight_bytes: float
+def cold_bytes() -> int:
+    """Twice the last-level caches, each counted once."""
+    caches: dict[int, dict[str, int]] = {}
+    for cache in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index*"):
+        size, shared = (cache / "size").read_text().strip(), (cache / "shared_cpu_list").read_text()
+        unit = {"K": 2**10, "M": 2**20, "G": 2**30}[size[-1]]
+        caches.setdefault(int((cache / "level").read_text()), {})[shared] = unit * int(size[:-1])
+    return max(LEAST_COLD, 2 * sum(caches[max(caches)].values())) if caches else LEAST_COLD
 
 
 class Kernels:
-    """Runs both kernels of a pair; to be built in a `Child`."""
+    """Runs a layer's kernels; to be built in a `Child`."""
 
-    def __init__(self) -> None:
+    def __init__(self, schemes: Sequence[str], rows: Sequence[int], rounds: int) -> None:
         import torch
 
+        from hunyuan_vllm.native import operators
+
+        if not operators.available():
+            raise SystemExit("the C++ kernels are unavailable: see the log")
+        self._schemes, self._rows, self._rounds = schemes, rows, rounds
         self._generator = torch.Generator().manual_seed(0)
 
-    def linear(self, outputs: int, inputs: int, rounds: int) -> dict[int, Measured]:
-        """By rows. Weights are [outputs, inputs], rows [rows, inputs]."""
-        import torch
-        import vllm._custom_ops as ops
-
-        from hunyuan_vllm.native import operators
-
-        ours = operators.multiplies_bf16()
-        weights = [self._random(outputs, inputs) for _ in range(COLD_BYTES // (2 * outputs * inputs) + 1)]
-        if ours:
-            packed = [torch.ops.hunyuan_vllm.bf16_pack_experts(weight.unsqueeze(0))[0] for weight in weights]
-        else:
-            packed = [torch.ops._C.convert_weight_packed(weight) for weight in weights]
-            handlers = [ops.create_onednn_mm(weight.t(), 32) for weight in weights]
+    def linear(self, outputs: int, inputs: int) -> dict[int, dict[str, list[float]]]:
+        """Seconds a call in each round, by rows and kernel. Weights are [outputs, inputs]."""
+        weight = self._random(outputs, inputs)
+        count = cold_bytes() // weight.nbytes + 1
+        rings = self._rings([weight], count)
         measured = {}
-        for rows in ROWS:
+        for rows in self._rows:
             x = self._random(rows, inputs, spread=1.0)
-
-            def stock(index: int, x: Tensor = x) -> Tensor:
-                return (
-                    torch.nn.functional.linear(x, weights[index]) if ours else ops.onednn_mm(handlers[index], x, None)
-                )
-
-            def packed_linear(index: int, x: Tensor = x) -> Tensor:
-                if ours:
-                    return torch.ops.hunyuan_vllm.bf16_linear(x, packed[index], None, outputs)
-                return ops.weight_packed_linear_cpu(x, packed[index], outputs, None)
-
-            _check(x.float() @ weights[0].float().t(), [stock(0), packed_linear(0)])
-            measured[rows] = _time([stock, packed_linear], len(weights), rounds, weights[0].nbytes)
+            _check(x.float() @ weight.float().t(), {name: ring[0](x) for name, ring in rings.items()})
+            measured[rows] = self._time({name: [(call, x) for call in ring] for name, ring in rings.items()})
         return measured
 
-    def experts(self, rounds: int) -> dict[int, Measured]:
-        """By rows. Rows go to experts in turn, so that a call reads as many as it can; the next call begins with the
-        expert after."""
+    def experts(self) -> dict[int, dict[str, list[float]]]:
+        """As `linear`. Rows go to experts in turn, so that a call reads as many as it can; the next call begins with
+        the expert after."""
         import torch
-        import vllm._custom_ops as ops
 
-        from hunyuan_vllm.native import operators
-
-        ours = operators.multiplies_bf16()
-        pack = torch.ops.hunyuan_vllm.bf16_pack_experts if ours else torch.ops._C.convert_weight_packed
         first, second = self._random(EXPERTS, 2 * INTERMEDIATE, HIDDEN), self._random(EXPERTS, HIDDEN, INTERMEDIATE)
-        stock, packed = [], []
-        for _ in range(EXPERT_LAYERS):
-            stock.append([ops.cpu_prepack_moe_weight(weight, "vec") for weight in (first, second)])
-            packed.append([pack(weight) for weight in (first, second)])
+        layers = cold_bytes() // (first.nbytes + second.nbytes) + 1
+        rings = self._rings([first, second], layers)
         measured = {}
-        for rows in ROWS:
+        for rows in self._rows:
             x = self._random(rows, HIDDEN, spread=1.0)
             gates = torch.rand(rows, 1, generator=self._generator)
-            routes = [
-                ((torch.arange(rows) + start) % EXPERTS).to(torch.int32).unsqueeze(1)
-                for start in range(0, EXPERTS * EXPERT_LAYERS)
-            ]
-
-            def portable(index: int, x: Tensor = x, gates: Tensor = gates, routes: Any = routes) -> Tensor:
-                w1, w2 = stock[index // EXPERTS]
-                out = torch.empty_like(x)
-                ops.cpu_fused_moe(out, x, w1, w2, None, None, gates, routes[index], "silu", "vec", False)
-                return out
-
-            def fused(index: int, x: Tensor = x, gates: Tensor = gates, routes: Any = routes) -> Tensor:
-                w1, w2 = packed[index // EXPERTS]
-                if ours:
-                    ids = routes[index]
-                    return torch.ops.hunyuan_vllm.bf16_experts(x, w1, w2, gates, ids, INTERMEDIATE, None, None)
-                out, kind = torch.empty_like(x), ops.CPUQuantMethod.UNQUANT
-                ops.fused_experts_cpu(out, x, w1, w2, gates, routes[index], kind, *[None] * 5)
-                return out
-
-            _check(_expected_experts(x, first, second, gates, routes[0]), [portable(0), fused(0)])
-            read = min(rows, EXPERTS) * (first[0].nbytes + second[0].nbytes)
-            measured[rows] = _time([portable, fused], len(routes), rounds, read)
+            routes = [((torch.arange(rows) + start) % EXPERTS).int().unsqueeze(1) for start in range(EXPERTS)]
+            expected = _expected_experts(x, first, second, gates, routes[0])
+            _check(expected, {name: ring[0](x, gates, routes[0]) for name, ring in rings.items()})
+            measured[rows] = self._time(
+                {name: [(call, x, gates, ids) for call in ring for ids in routes] for name, ring in rings.items()}
+            )
         return measured
+
+    def _rings(self, weights: list[Tensor], count: int) -> dict[str, list[Multiply]]:
+        """`count` copies of each kernel that was asked for."""
+        wanted = ("upstream", *self._schemes)
+        makers = {name: make for name, make in kernels(weights).items() if name.split(":")[0] in wanted}
+        return {name: [make() for _ in range(count)] for name, make in makers.items()}
 
     def _random(self, *shape: int, spread: float = 0.03) -> Tensor:
         import torch
 
         return torch.empty(shape, dtype=torch.bfloat16).normal_(0, spread, generator=self._generator)
+
+    def _time(self, calls: dict[str, list[tuple]]) -> dict[str, list[float]]:
+        """Seconds a call, over passes through all copies."""
+
+        def one_pass(ring: list[tuple]) -> float:
+            begin = time.perf_counter()
+            for call, *tensors in ring:
+                call(*tensors)
+            return (time.perf_counter() - begin) / len(ring)
+
+        for ring in calls.values():
+            one_pass(ring)
+        turns = {name: lambda ring=ring: one_pass(ring) for name, ring in calls.items()}
+        return interleaved(turns, self._rounds, notes=False)
+
+
+def kernels(weights: Sequence[Tensor]) -> dict[str, Callable[[], Multiply]]:
+    """By name, which begins with the scheme: what makes a kernel with a copy of the weights of its own.
+
+    Args:
+        weights: bfloat16, a linear layer's [out, in] or experts' [experts, out, in], first and second.
+    """
+    import torch
+    import vllm._custom_ops as ops
+
+    from hunyuan_vllm.cpu_kernels import CPU, Kernel, cpu
+    from hunyuan_vllm.quant.cpu import fp8_experts, fp8_linear, prepare_fp8, w8a8, w8a16
+    from hunyuan_vllm.quant.rounding import quantize_per_channel, quantize_per_tensor
+
+    ours, here, is_linear = torch.ops.hunyuan_vllm, cpu(), len(weights) == 1
+    outputs, isa = weights[0].shape[-2], "amx" if here is CPU.AMX else "vec"
+
+    def quantised(quantise: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+        if is_linear:
+            values, scale = quantise(weights[0])
+            return [values], [scale.flatten().expand(outputs).contiguous()]
+        pairs = [[torch.stack(part) for part in zip(*map(quantise, weight), strict=True)] for weight in weights]
+        return [values for values, _ in pairs], [scale.flatten(1) if scale.ndim > 1 else scale for _, scale in pairs]
+
+    def maker(
+        tensors: Sequence[Tensor], pack: Callable[[Tensor], Any], linear: Callable, experts: Callable
+    ) -> Callable[[], Multiply]:
+        return lambda: partial(linear if is_linear else experts, [pack(tensor) for tensor in tensors])
+
+    def into(multiply: Callable[..., None]) -> Multiply:
+        def call(own: list[Tensor], x: Tensor, *route: Tensor) -> Tensor:
+            out = torch.empty_like(x)
+            multiply(out, x, *own, *route)
+            return out
+
+        return call
+
+    def amax_scale(x: Tensor) -> Tensor:
+        return x.abs().max().float() / 448
+
+    def pack_upstream(weight: Tensor) -> Any:
+        if not is_linear:
+            return ops.cpu_prepack_moe_weight(weight, isa)
+        return weight.clone() if here is CPU.AVX2 else ops.create_onednn_mm(weight.t(), 32)
+
+    makers = {
+        "upstream": maker(
+            weights,
+            pack_upstream,
+            (lambda own, x: torch.nn.functional.linear(x, own[0]))
+            if here is CPU.AVX2
+            else (lambda own, x: ops.onednn_mm(own[0], x, None)),
+            into(
+                lambda out, x, w13, w2, gates, ids: ops.cpu_fused_moe(
+                    out, x, w13, w2, None, None, gates, ids, "silu", isa, False
+                )
+            ),
+        )
+    }
+    if here is CPU.AVX2:
+        makers["bf16: ours"] = maker(
+            weights,
+            lambda weight: ours.bf16_pack_experts(weight.view(-1, *weight.shape[-2:])),
+            lambda own, x: ours.bf16_linear(x, own[0], None, outputs),
+            lambda own, x, gates, ids: ours.bf16_experts(x, *own, gates, ids, INTERMEDIATE, None, None),
+        )
+    elif here in (CPU.AVX512_BF16, CPU.AMX):
+        unquantised = ops.CPUQuantMethod.UNQUANT
+        makers["bf16: packed"] = maker(
+            weights,
+            lambda weight: torch.ops._C.convert_weight_packed(weight),
+            lambda own, x: ops.weight_packed_linear_cpu(x, own[0], outputs, None),
+            into(lambda *tensors: ops.fused_experts_cpu(*tensors, unquantised, *[None] * 5)),
+        )
+    levels, scales = quantised(quantize_per_channel)
+    for name, expand_from in {"int8: ours": 0, "int8: expanded": 1}.items():
+        makers[name] = maker(
+            levels,
+            lambda weight: w8a16.pack(weight, Kernel.OURS),
+            lambda own, x, start=expand_from: ours.w8a16_linear(x, own[0], scales[0], None, start),
+            lambda own, x, *route, start=expand_from: ours.w8a16_experts(x, *own, *scales, *route, *[None] * 4, start),
+        )
+    amx = [Kernel.AMX] if here is CPU.AMX else []
+    for kernel in (Kernel.OURS, *amx):
+        makers[f"int8-w8a8: {kernel}"] = maker(
+            levels,
+            lambda weight, kernel=kernel: w8a8.pack(weight, kernel),
+            lambda own, x: w8a8.linear(x, own[0], scales[0]),
+            lambda own, x, *route: w8a8.experts(x, *own, *scales, *route),
+        )
+    values, fp8_scales = quantised(quantize_per_tensor)
+    for kernel in (Kernel.TORCH, *amx):
+        makers[f"fp8: {kernel}"] = maker(
+            values,
+            lambda weight, stays=kernel is Kernel.AMX: prepare_fp8(weight, torch.bfloat16, stays),
+            lambda own, x: fp8_linear(x, own[0], fp8_scales[0], amax_scale(x), None),
+            lambda own, x, *route: fp8_experts(x, *own, *fp8_scales, amax_scale(x), amax_scale(x), None, None, *route),
+        )
+    return makers
 
 
 def _expected_experts(x: Tensor, first: Tensor, second: Tensor, gates: Tensor, routes: Tensor) -> Tensor:
@@ -150,61 +234,42 @@ def _expected_experts(x: Tensor, first: Tensor, second: Tensor, gates: Tensor, r
     return expected
 
 
-def _check(expected: Tensor, results: Sequence[Tensor]) -> None:
-    for name, result in zip(("stock", "packed"), results, strict=True):
+def _check(expected: Tensor, results: dict[str, Tensor]) -> None:
+    for name, result in results.items():
         error = ((result.float() - expected).norm() / expected.norm()).item()
-        if not error < TOLERANCE:
-            raise ValueError(f"the {name} kernel is wrong: relative error {error:.3g}")
-
-
-def _time(kernels: Sequence[Callable[[int], Tensor]], count: int, rounds: int, weight_bytes: float) -> Measured:
-    """Seconds a call, over passes through all `count` copies."""
-
-    def one_pass(kernel: Callable[[int], Tensor]) -> float:
-        begin = time.perf_counter()
-        for index in range(count):
-            kernel(index)
-        return (time.perf_counter() - begin) / count
-
-    for kernel in kernels:
-        one_pass(kernel)
-    stock, packed = kernels
-    turns = {"stock": lambda: one_pass(stock), "packed": lambda: one_pass(packed)}
-    return Measured(**interleaved(turns, rounds, notes=False), weight_bytes=weight_bytes)
+        if not error < TOLERANCE.get(name.split(":")[0], TOLERANCE["bf16"]):
+            raise ValueError(f"the kernel {name!r} is wrong: relative error {error:.3g}")
 
 
 def main() -> None:
-    arguments = options(__doc__, rounds=6).parse_args()
+    parser = options(__doc__, rounds=4)
+    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=SCHEMES[:3], help="default: all but fp8")
+    parser.add_argument("--rows", nargs="+", type=int, default=ROWS, help="default: %(default)s")
+    layers = [*LINEARS, "experts"]
+    parser.add_argument("--layers", nargs="+", choices=layers, default=layers, help="default: all")
+    arguments = parser.parse_args()
     report = Report("cpu_kernels", arguments)
-    with Child("kernels", Kernels, environ=engine_environ(arguments.threads)) as kernels:
-        kernels.ready()
-        for name, shape in LINEARS.items():
-            note(f"linear {name}, {shape[0]} x {shape[1]}")
-            measured = kernels.call("linear", *shape, arguments.rounds)
-            _tabulate(
-                report,
-                "Linear layers: vLLM's choice against the packed kernel",
-                f"{name} {shape[0]}x{shape[1]}",
-                measured,
-            )
-        note(f"{EXPERTS} experts, top-1")
-        name = f"{EXPERTS} x 3 x {INTERMEDIATE}x{HIDDEN}"
-        _tabulate(report, "Experts, top-1: portable against packed", name, kernels.call("experts", arguments.rounds))
+    settings = (arguments.schemes, arguments.rows, arguments.rounds)
+    with Child("kernels", Kernels, *settings, environ=engine_environ(arguments.threads)) as child:
+        child.ready()
+        for layer in arguments.layers:
+            note(layer)
+            if layer == "experts":
+                title = f"Experts, top-1: {EXPERTS} x 3 x {INTERMEDIATE}x{HIDDEN}"
+                measured = child.call("experts")
+            else:
+                title = f"Linear layer {layer}: {LINEARS[layer][0]}x{LINEARS[layer][1]}"
+                measured = child.call("linear", *LINEARS[layer])
+            for rows, times in measured.items():
+                for name, seconds in times.items():
+                    report.add(
+                        title,
+                        kernel=name,
+                        rows=rows,
+                        µs=Spread.of(1e6 * second for second in seconds),
+                        ratio=ratios(times["upstream"], seconds),
+                    )
     report.show()
-
-
-def _tabulate(report: Report, table: str, name: str, measured: dict[int, Measured]) -> None:
-    for rows, times in measured.items():
-        report.add(
-            table,
-            weights=name,
-            rows=rows,
-            stock_µs=Spread.of(1e6 * seconds for seconds in times.stock),
-            stock_GB_s=Spread.of(times.weight_bytes / seconds / 1e9 for seconds in times.stock),
-            packed_µs=Spread.of(1e6 * seconds for seconds in times.packed),
-            packed_GB_s=Spread.of(times.weight_bytes / seconds / 1e9 for seconds in times.packed),
-            ratio=ratios(times.stock, times.packed),
-        )
 
 
 if __name__ == "__main__":

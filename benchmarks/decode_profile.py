@@ -30,6 +30,8 @@ KERNELS = {
     **{f"hunyuan_vllm::{scheme}_linear": LINEARS for scheme in ("bf16", "w8a16", "w8a8")},
     **{f"hunyuan_vllm::{scheme}_experts": EXPERTS for scheme in ("bf16", "w8a16", "w8a8")},
     "hunyuan_vllm::bf16_mlp": LINEARS,
+    "_C::int8_scaled_mm": LINEARS,
+    "hunyuan_vllm::w8a8_amx_experts": EXPERTS,
     "_C::fused_experts_cpu": EXPERTS,
     "_C::cpu_fused_moe": EXPERTS,
     "_C::cpu_attention": ATTENTION,

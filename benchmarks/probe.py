@@ -28,7 +28,8 @@ class Probe:
     def __init__(self) -> None:
         import vllm._custom_ops as ops  # registers torch.ops._C
 
-        from hunyuan_vllm.native import operators
+        from hunyuan_vllm.cpu_kernels import LINEAR, Kernel, kernel
+        from hunyuan_vllm.quant.schemes import BF16
 
         pages = mmap.mmap(-1, BUFFER)
         pages.madvise(mmap.MADV_HUGEPAGE)
@@ -38,7 +39,7 @@ class Probe:
         weights = [torch.randn(GEMV, dtype=torch.bfloat16) for _ in range(24)]
         self._row = torch.randn(1, inputs, dtype=torch.bfloat16)
         self._multiply: Callable[[Tensor], Tensor]
-        if operators.multiplies_bf16():
+        if kernel(BF16, LINEAR) is Kernel.OURS:
             self._weights = [torch.ops.hunyuan_vllm.bf16_pack_experts(weight.unsqueeze(0))[0] for weight in weights]
             self._multiply = lambda packed: torch.ops.hunyuan_vllm.bf16_linear(self._row, packed, None, outputs)
         else:

@@ -22,25 +22,18 @@ from vllm.platforms import current_platform
 
 from hunyuan_vllm import __version__, envs
 from hunyuan_vllm.adapter import ATTENTION
+from hunyuan_vllm.cpu_kernels import EXPERTS, LINEAR, Kernel, kernel
 from hunyuan_vllm.native import operators
+from hunyuan_vllm.quant.schemes import BF16
 
 _REDUCTION_ALIGNMENT = 32  # input features a packed tile takes
 _OUTPUT_ALIGNMENT = 16
 
 
-def has_avx512_bf16_without_amx() -> bool:
-    """Whether this is a CPU on which vLLM leaves the packed kernels unused and they run."""
-    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
-
-
 def packs(outputs: int, inputs: int, dtype: torch.dtype) -> bool:
-    """Whether a weight `[outputs, inputs]` has a shape and type the packed linear kernel takes."""
-    return (
-        dtype == torch.bfloat16
-        and inputs % _REDUCTION_ALIGNMENT == 0
-        and outputs % _OUTPUT_ALIGNMENT == 0
-        and has_avx512_bf16_without_amx()
-    )
+    """Whether the packed kernel multiplies weights `[outputs, inputs]`."""
+    fits = inputs % _REDUCTION_ALIGNMENT == 0 and outputs % _OUTPUT_ALIGNMENT == 0
+    return dtype == torch.bfloat16 and fits and kernel(BF16, LINEAR) is Kernel.PACKED
 
 
 class PackedCPUExperts(CPUUnquantizedExperts):
@@ -56,7 +49,7 @@ class PackedCPUExperts(CPUUnquantizedExperts):
         activation_key: QuantKey | None,
         activation_format: mk.FusedMoEActivationFormat,
     ) -> tuple[bool, str | None]:
-        if not has_avx512_bf16_without_amx():
+        if kernel(BF16, EXPERTS) is not Kernel.PACKED:
             return False, "packed experts are for CPUs with AVX-512 BF16 and without AMX"
         if moe_config.in_dtype != torch.bfloat16 or moe_config.has_bias:
             return False, "packed experts take bfloat16 without biases"
@@ -119,7 +112,7 @@ class NativeCPUExperts(CPUUnquantizedExperts):
             return False, "our experts take bfloat16 without biases"
         if moe_config.activation != MoEActivation.SILU:
             return False, "our experts compute SiLU"
-        if not operators.multiplies_bf16():
+        if kernel(BF16, EXPERTS) is not Kernel.OURS:
             return False, "our experts are for CPUs with AVX2 and without AVX-512"
         return mk.FusedMoEExperts.is_supported_config(cls, moe_config, weight_key, activation_key, activation_format)
 
@@ -144,10 +137,14 @@ class NativeCPUExperts(CPUUnquantizedExperts):
         output.copy_(torch.ops.hunyuan_vllm.bf16_experts(hidden_states, w1, w2, gates, ids, width, None, None))
 
 
+def _multiplies_linears() -> bool:
+    return kernel(BF16, LINEAR) is Kernel.OURS
+
+
 def multiply_natively(layer: Any, remove_weight: bool) -> bool:
     """Let our kernel compute a linear layer, as vLLM's `dispatch_cpu_unquantized_gemm` does; whether it will."""
     weight = layer.weight
-    if weight.is_meta or weight.ndim != 2 or weight.dtype != torch.bfloat16 or not operators.multiplies_bf16():
+    if weight.is_meta or weight.ndim != 2 or weight.dtype != torch.bfloat16 or not _multiplies_linears():
         return False
     packed = torch.ops.hunyuan_vllm.bf16_pack_experts(weight.unsqueeze(0)).squeeze(0)
     outputs = weight.shape[0]
@@ -169,7 +166,7 @@ def multiply_natively(layer: Any, remove_weight: bool) -> bool:
 def computes_mlp(quant_config: object, bias: bool) -> bool:
     """Whether `native_mlp` computes the MLP that is being built."""
     natively = current_platform.is_cpu() and torch.get_default_dtype() == torch.bfloat16
-    return natively and quant_config is None and not bias and operators.multiplies_bf16()
+    return natively and quant_config is None and not bias and _multiplies_linears()
 
 
 def native_mlp(x: Tensor, gate_up_proj: Any, down_proj: Any) -> Tensor:

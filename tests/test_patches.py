@@ -46,11 +46,13 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.structured_output.request import StructuredOutputRequest
 
 from hunyuan_vllm import demo, model, patches
-from hunyuan_vllm.cpu import NativeCPUExperts, PackedCPUExperts, has_avx512_bf16_without_amx
-from hunyuan_vllm.native import operators
+from hunyuan_vllm.cpu import NativeCPUExperts, PackedCPUExperts
+from hunyuan_vllm.cpu_kernels import EXPERTS, LINEAR, Kernel, kernel
+from hunyuan_vllm.quant.schemes import BF16
 
 without_amx = pytest.mark.skipif(
-    not has_avx512_bf16_without_amx(), reason="needs a CPU with AVX-512 BF16 and without AMX, where the patch acts"
+    kernel(BF16, LINEAR) is not Kernel.PACKED,
+    reason="needs a CPU with AVX-512 BF16 and without AMX, where the patch acts",
 )
 
 without_avx512 = pytest.mark.skipif(torch.cpu._is_avx512_supported(), reason="needs a CPU without AVX-512")
@@ -101,9 +103,7 @@ def test_upstream_still_has_no_linear_for_avx2() -> None:
         _custom_ops.create_onednn_mm(torch.ones(64, 64, dtype=torch.bfloat16), 32)
 
 
-@pytest.mark.skipif(
-    not has_avx512_bf16_without_amx() and not operators.multiplies_bf16(), reason="this CPU keeps vLLM's kernels"
-)
+@pytest.mark.skipif(kernel(BF16, EXPERTS) is Kernel.UPSTREAM, reason="this CPU keeps vLLM's kernels")
 def test_the_packed_kernels_are_used() -> None:
     """By a bfloat16 engine; a float32 one keeps the portable kernels."""
 
@@ -112,7 +112,7 @@ def test_the_packed_kernels_are_used() -> None:
         return type(kernel.fused_experts).__name__
 
     golden = load_golden("cla2_top1")
-    ours = (NativeCPUExperts if operators.multiplies_bf16() else PackedCPUExperts).__name__
+    ours = (NativeCPUExperts if kernel(BF16, EXPERTS) is Kernel.OURS else PackedCPUExperts).__name__
     for dtype, expected in (("bfloat16", ours), ("float32", "CPUUnquantizedExperts")):
         with engine(golden.path, dtype=dtype) as llm:
             assert llm.apply_model(experts) == [expected]

@@ -253,9 +253,10 @@ def _field(cpuinfo: str, name: str) -> str:
 
 
 def _kernels(flags: set[str]) -> str:
+    """Which kernels a model's matrices meet here; see `cpu_kernels.py`."""
     ours = "AVX-512" if {"avx512_bf16", "avx512vbmi", "avx512_vnni"} <= flags else "AVX2"
     if "amx_bf16" in flags:
-        return f"AMX: bfloat16 on vLLM's AMX kernels, int8 weights on our {ours} ones"
+        return f"AMX: bfloat16, int8-w8a8 and FP8 on vLLM's AMX kernels, int8 on our {ours} ones and, many rows, on AMX"
     if "avx512_bf16" in flags:
         return f"AVX-512 with BF16: bfloat16 on vLLM's packed kernels, int8 weights on our {ours} ones"
     if "avx512f" in flags:

@@ -217,26 +217,37 @@ inline Floats scaled(Floats values, const float* scale, int64_t channel, Lanes l
   return scale ? multiply(values, load(scale + channel, lanes)) : values;
 }
 
-// y [rows, outputs] = x [rows, inputs] · (scale ⊙ weight)ᵀ + bias; scale and bias may be null
+// Puts a linear layer's products into y [rows, outputs], scaled and with their bias; scale and bias may be null.
+struct LinearResult {
+  bf16* y;
+  const float *scale, *bias;
+  int64_t outputs, half;
+
+  void operator()(int64_t row, int64_t block, Floats first, Floats second) const {
+    store(row, block * kLanes, half, first);
+    store(row, half + block * kLanes, outputs, second);
+  }
+
+ private:
+  void store(int64_t row, int64_t channel, int64_t end, Floats value) const {
+    const Lanes lanes = first_lanes(end - channel);
+    value = scaled(value, scale, channel, lanes);
+    if (bias) value = add(value, load(bias + channel, lanes));
+    store_bf16(y + row * outputs + channel, lanes, value);
+  }
+};
+
+// y [rows, outputs] = x [rows, inputs] · (scale ⊙ weight)ᵀ + bias
 template <class Scheme>
 void linear(bf16* y, const bf16* x, int64_t stride, const uint8_t* packed, const float* scale, const float* bias,
             int64_t rows, int64_t outputs, int64_t inputs) {
   const Prepared<Scheme> prepared(x, stride, rows, inputs);
   const std::vector<Group<Scheme>> groups{{prepared.rows(nullptr, rows), {packed, inputs, outputs}, scale}};
-  const int64_t half = groups[0].weight.half();
-  const auto store = [&](int64_t row, int64_t channel, int64_t end, Floats value) {
-    const Lanes lanes = first_lanes(end - channel);
-    value = scaled(value, scale, channel, lanes);
-    if (bias) value = add(value, load(bias + channel, lanes));
-    store_bf16(y + row * outputs + channel, lanes, value);
-  };
+  const LinearResult result{y, scale, bias, outputs, groups[0].weight.half()};
   parallel(rows * outputs * inputs, [&] {
     prepared.prepare();
     share(groups, [&](const Group<Scheme>& group, int64_t begin, int64_t end) {
-      product(group.rows, group.weight, begin, end, [&](int64_t row, int64_t block, Floats first, Floats second) {
-        store(row, block * kLanes, half, first);
-        store(row, half + block * kLanes, outputs, second);
-      });
+      product(group.rows, group.weight, begin, end, result);
     });
   });
 }

@@ -1,46 +1,19 @@
 // The kernels as operators of torch, by its stable C++ interface: no Python between torch and them.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <optional>
 #include <tuple>
 
-#include "experts.h"
-#include "gemm.h"
+#include "expanded.h"
 #include "rotary.h"
 #include "routing.h"
+#include "tensors.h"
 #ifdef __AVX512F__
-#include "w8a16.h"
 #include "w8a8.h"
-#else
-#include "avx2.h"
 #endif
 
 namespace hunyuan {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-template <typename T>
-const T* read(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-template <typename T>
-T* write(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-// What torch's own `empty` takes a dispatch for.
-Tensor empty(int64_t rows, int64_t columns, int32_t type) {
-  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
-  AtenTensorHandle made;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(2, sizes, strides, type, aoti_torch_device_type_cpu(), 0, &made));
-  return Tensor(made);
-}
 
 // Any stride from row to row will do.
 Tensor with_dense_rows(const Tensor& x) { return x.stride(1) == 1 ? x : torch::stable::contiguous(x); }
@@ -61,29 +34,35 @@ Tensor pack_experts(Tensor weight) {
 
 template <class Scheme>
 Tensor multiply_rows(Tensor x, const Tensor& packed, const float* scale, const std::optional<Tensor>& bias,
-                     int64_t outputs) {
+                     int64_t outputs, int64_t expand_from = 0) {
   const int64_t rows = x.size(0), inputs = x.size(1);
   x = with_dense_rows(x);
   Tensor y = empty(rows, outputs, aoti_torch_dtype_bfloat16());
-  linear<Scheme>(write<bf16>(y), read<bf16>(x), x.stride(0), read<uint8_t>(packed), scale,
-                 bias ? read<float>(*bias) : nullptr, rows, outputs, inputs);
+  const auto multiply = expands<Scheme>(rows, expand_from, {inputs}) ? &expanded_linear : &linear<Scheme>;
+  multiply(write<bf16>(y), read<bf16>(x), x.stride(0), read<uint8_t>(packed), scale,
+           bias ? read<float>(*bias) : nullptr, rows, outputs, inputs);
   return y;
 }
 
+// From `expand_from` rows the weight is expanded first; 0 is never, as always with W8A8.
 template <class Scheme>
-Tensor linear_operator(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> bias) {
-  return multiply_rows<Scheme>(x, packed, read<float>(scale), bias, scale.numel());
+Tensor linear_operator(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> bias, int64_t expand_from) {
+  return multiply_rows<Scheme>(x, packed, read<float>(scale), bias, scale.numel(), expand_from);
 }
 
 // The experts of `routed`, and the shared one's, where there is one.
 template <class Scheme>
 Tensor add_experts(Tensor x, const ExpertsWeights& routed, const std::optional<ExpertsWeights>& shared,
-                   const Tensor& topk_weights, const Tensor& topk_ids, int64_t count, int64_t width) {
+                   const Tensor& topk_weights, const Tensor& topk_ids, int64_t count, int64_t width,
+                   int64_t expand_from = 0) {
   const ExpertsShape shape{x.size(0), topk_ids.size(1), count, x.size(1), width};
   x = with_dense_rows(x);
   Tensor y = empty(shape.tokens, shape.hidden, aoti_torch_dtype_bfloat16());
-  experts<Scheme>(write<bf16>(y), read<bf16>(x), x.stride(0), routed, shared ? &*shared : nullptr,
-                  read<float>(topk_weights), read<int32_t>(topk_ids), shape);
+  const int64_t rows_each = shape.tokens * shape.k / count;  // of an expert, on average
+  const bool expand = expands<Scheme>(rows_each, expand_from, {shape.hidden, shape.width});
+  (expand ? &expanded_experts : &experts<Scheme>)(
+      write<bf16>(y), read<bf16>(x), x.stride(0), routed, shared ? &*shared : nullptr, read<float>(topk_weights),
+      read<int32_t>(topk_ids), shape);
   return y;
 }
 
@@ -91,14 +70,15 @@ Tensor add_experts(Tensor x, const ExpertsWeights& routed, const std::optional<E
 template <class Scheme>
 Tensor experts_operator(Tensor x, Tensor w13, Tensor w2, Tensor w13_scale, Tensor w2_scale, Tensor topk_weights,
                         Tensor topk_ids, std::optional<Tensor> shared_w13, std::optional<Tensor> shared_w2,
-                        std::optional<Tensor> shared_w13_scale, std::optional<Tensor> shared_w2_scale) {
+                        std::optional<Tensor> shared_w13_scale, std::optional<Tensor> shared_w2_scale,
+                        int64_t expand_from) {
   const auto weights_of = [](const Tensor& w13, const Tensor& w2, const Tensor& scale13, const Tensor& scale2) {
     return ExpertsWeights{read<uint8_t>(w13), read<uint8_t>(w2), read<float>(scale13), read<float>(scale2)};
   };
   std::optional<ExpertsWeights> shared;
   if (shared_w13) shared = weights_of(*shared_w13, *shared_w2, *shared_w13_scale, *shared_w2_scale);
   return add_experts<Scheme>(x, weights_of(w13, w2, w13_scale, w2_scale), shared, topk_weights, topk_ids,
-                             w2_scale.size(0), w13_scale.size(1) / 2);
+                             w2_scale.size(0), w13_scale.size(1) / 2, expand_from);
 }
 
 #ifndef __AVX512F__
@@ -164,14 +144,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hunyuan_vllm, library) {
   for (const char* schema : {
            "w8a16_pack_experts(Tensor weight) -> Tensor",
            "w8a8_pack_experts(Tensor weight) -> Tensor",
-           "w8a16_linear(Tensor x, Tensor packed, Tensor scale, Tensor? bias) -> Tensor",
-           "w8a8_linear(Tensor x, Tensor packed, Tensor scale, Tensor? bias) -> Tensor",
+           "w8a16_linear(Tensor x, Tensor packed, Tensor scale, Tensor? bias, int expand_from) -> Tensor",
+           "w8a8_linear(Tensor x, Tensor packed, Tensor scale, Tensor? bias, int expand_from) -> Tensor",
            "w8a16_experts(Tensor hidden, Tensor w13, Tensor w2, Tensor w13_scale, Tensor w2_scale, "
            "Tensor topk_weights, Tensor topk_ids, Tensor? shared_w13, Tensor? shared_w2, Tensor? shared_w13_scale, "
-           "Tensor? shared_w2_scale) -> Tensor",
+           "Tensor? shared_w2_scale, int expand_from) -> Tensor",
            "w8a8_experts(Tensor hidden, Tensor w13, Tensor w2, Tensor w13_scale, Tensor w2_scale, "
            "Tensor topk_weights, Tensor topk_ids, Tensor? shared_w13, Tensor? shared_w2, Tensor? shared_w13_scale, "
-           "Tensor? shared_w2_scale) -> Tensor",
+           "Tensor? shared_w2_scale, int expand_from) -> Tensor",
 #ifndef __AVX512F__
            "bf16_pack_experts(Tensor weight) -> Tensor",
            "bf16_linear(Tensor x, Tensor packed, Tensor? bias, int outputs) -> Tensor",

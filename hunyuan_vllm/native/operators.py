@@ -30,11 +30,6 @@ def available() -> bool:
     return True
 
 
-def multiplies_bf16() -> bool:
-    """Whether `bf16_linear` and `bf16_experts` are to be used: without AVX-512, vLLM and torch have slow ones only."""
-    return available() and not torch.cpu._is_avx512_supported()
-
-
 @cache
 def _load(library: str) -> None:
     torch.ops.load_library(library)
@@ -70,7 +65,7 @@ def _rotate_and_normalize(
     return rows.new_empty(tokens, heads * size), rows.new_empty(tokens, key_heads * size)
 
 
-def _linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def _linear(x: Tensor, packed: Tensor, scale: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape[0], scale.shape[0])
 
 
@@ -78,5 +73,5 @@ def _bf16_linear(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -
     return x.new_empty(x.shape[0], outputs)
 
 
-def _experts(hidden: Tensor, *_: Tensor | None) -> Tensor:
+def _experts(hidden: Tensor, *_: object) -> Tensor:
     return hidden.new_empty(hidden.shape)

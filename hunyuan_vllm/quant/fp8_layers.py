@@ -19,8 +19,9 @@ from vllm.model_executor.parameter import PerTensorScaleParameter
 from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
+from hunyuan_vllm.cpu_kernels import EXPERTS, LINEAR
 from hunyuan_vllm.quant.base import add_parameter
-from hunyuan_vllm.quant.cpu import expand_fp8, fp8_experts, fp8_linear
+from hunyuan_vllm.quant.cpu import fits_fp8, fp8_experts, fp8_linear, prepare_fp8
 from hunyuan_vllm.quant.rounding import E4M3
 
 _ALIGNMENT = 16  # of both dimensions, for FP8 matrix products on CUDA
@@ -74,7 +75,7 @@ class CUDAFp8LinearMethod(Fp8LinearMethod):
 
 @register_weight_loader_v2_supported_method
 class CPUFp8LinearMethod(LinearMethodBase):
-    """The same parameters and numbers, from weights expanded once."""
+    """The same parameters; the same numbers, or with AMX those of rows that are not rounded."""
 
     def create_weights(
         self,
@@ -100,7 +101,8 @@ class CPUFp8LinearMethod(LinearMethodBase):
         layer.register_parameter("input_scale", create_fp8_input_scale(output_partition_sizes, weight_loader))
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        replace_parameter(layer, "weight", expand_fp8(layer.weight.data, layer.orig_dtype))
+        weight, dtype = layer.weight.data, layer.orig_dtype
+        replace_parameter(layer, "weight", prepare_fp8(weight, dtype, fits_fp8(LINEAR, dtype, *weight.shape)))
         replace_parameter(layer, "weight_scale", _channel_scales(layer))
         replace_parameter(layer, "input_scale", layer.input_scale.data.max())
 
@@ -157,7 +159,7 @@ class CUDAFp8ExpertsMethod(Fp8MoEMethod):
 
 
 class CPUFp8ExpertsMethod(FusedMoEMethodBase):
-    """The same parameters and numbers, from weights expanded once."""
+    """The same parameters; the same numbers, or with AMX those of rows that are not rounded."""
 
     def create_weights(
         self,
@@ -182,9 +184,11 @@ class CPUFp8ExpertsMethod(FusedMoEMethodBase):
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         share_scales(layer)
+        dtype = self.moe.in_dtype
+        stays = not self.moe.has_bias and fits_fp8(EXPERTS, dtype, *layer.w2_weight.shape[1:])
         for name in ("w13", "w2"):
-            expanded = expand_fp8(getattr(layer, f"{name}_weight").data, self.moe.in_dtype)
-            replace_parameter(layer, f"{name}_weight", expanded)
+            weight = prepare_fp8(getattr(layer, f"{name}_weight").data, dtype, stays)
+            replace_parameter(layer, f"{name}_weight", weight)
             replace_parameter(layer, f"{name}_input_scale", getattr(layer, f"{name}_input_scale").data.max())
 
     def get_fused_moe_quant_config(self, layer: nn.Module) -> FusedMoEQuantConfig | None:

@@ -14,6 +14,7 @@ from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeigh
 from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
+from hunyuan_vllm.cpu_kernels import EXPERTS, LINEAR, Kernel
 from hunyuan_vllm.quant.base import add_parameter
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ class Int8LinearMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         weight, scale = layer.get_parameter("weight").data, layer.get_parameter("weight_scale").data
-        replace_parameter(layer, "weight", self.kernels.pack_linear(weight, self.dtype))
+        kernel = self.kernels.choose(LINEAR, self.dtype, *weight.shape)
+        replace_parameter(layer, "weight", self.kernels.pack(weight, kernel))
         replace_parameter(layer, "weight_scale", scale.squeeze(-1))
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -92,10 +94,11 @@ class Int8ExpertsMethod(FusedMoEMethodBase):
             add_parameter(layer, f"{name}_weight_scale", (num_experts, rows, 1), torch.float32, by_channel)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
+        kernel = self.kernels.choose(EXPERTS, self.moe.in_dtype, *layer.get_parameter("w2_weight").shape[1:])
         for name in ("w13", "w2"):
             weight = layer.get_parameter(f"{name}_weight").data
             scale = layer.get_parameter(f"{name}_weight_scale").data
-            replace_parameter(layer, f"{name}_weight", self.kernels.pack_experts(weight, self.moe.in_dtype))
+            replace_parameter(layer, f"{name}_weight", self.kernels.pack(weight, kernel))
             replace_parameter(layer, f"{name}_weight_scale", scale.squeeze(-1))
 
     def get_fused_moe_quant_config(self, layer: nn.Module) -> FusedMoEQuantConfig | None:
@@ -133,17 +136,21 @@ def computes_shared_mlp(quant_config: QuantizationConfig | None, experts: str, w
     Args:
         width: their intermediate size on this rank, which the shared MLP's must equal.
     """
-    from hunyuan_vllm.native import operators
     from hunyuan_vllm.quant.int8 import Int8Config
 
     if not isinstance(quant_config, Int8Config) or shared_mlp is None or not current_platform.is_cpu():
         return False
-    if torch.get_default_dtype() != torch.bfloat16 or not operators.available():
+    first, second = shared_mlp.gate_up_proj, shared_mlp.down_proj
+    for linear in (first, second):
+        if not isinstance(linear.quant_method, Int8LinearMethod) or linear.bias is not None:
+            return False
+    if quant_config.ignored.covers(experts) or second.input_size_per_partition != width:
         return False
-
-    linears = (shared_mlp.gate_up_proj, shared_mlp.down_proj)
-    quantised = all(isinstance(linear.quant_method, Int8LinearMethod) and linear.bias is None for linear in linears)
-    return quantised and not quant_config.ignored.covers(experts) and linears[1].input_size_per_partition == width
+    # Our kernel has to have both, or it could not read the shared expert's weights.
+    kernels, dtype = second.quant_method.kernels, torch.get_default_dtype()
+    hidden = second.output_size_per_partition
+    shapes = ((EXPERTS, (hidden, width)), (LINEAR, (2 * width, hidden)), (LINEAR, (hidden, width)))
+    return all(kernels.choose(layer, dtype, *shape) is Kernel.OURS for layer, shape in shapes)
 
 
 def join_shared_mlp(experts: Any, shared_mlp: nn.Module) -> None:

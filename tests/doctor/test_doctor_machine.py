@@ -20,7 +20,10 @@ CPUINFO = "processor\t: 0\nmodel name\t: Imaginary 9000\nflags\t\t: fpu {flags}\
 @pytest.mark.parametrize(
     ("flags", "kernels"),
     [
-        ("avx2 avx512f avx512_bf16 avx512_vnni avx512vbmi amx_bf16", "AMX kernels, int8 weights on our AVX-512"),
+        (
+            "avx2 avx512f avx512_bf16 avx512_vnni avx512vbmi amx_bf16",
+            "vLLM's AMX kernels, int8 on our AVX-512 ones",
+        ),
         ("avx2 avx512f avx512_bf16 avx512_vnni", "packed kernels, int8 weights on our AVX2"),
         ("avx2 avx512f avx512_bf16 avx512_vnni avx512vbmi", "packed kernels, int8 weights on our AVX-512"),
         ("avx2 avx512f", "without BF16: bfloat16 through float32, slowly; int8 weights on our AVX2"),

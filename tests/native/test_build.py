@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hunyuan_vllm.cpu_kernels import LINEAR
 from hunyuan_vllm.native import build, operators
 from hunyuan_vllm.quant.cpu import w8a16
 
@@ -59,8 +60,9 @@ def test_one_openmp_runtime() -> None:
 
 
 def product() -> float:
-    weight = w8a16.pack_linear(torch.ones(64, 64, dtype=torch.int8), torch.bfloat16)
-    return w8a16.linear(torch.ones(1, 64, dtype=torch.bfloat16), weight, torch.ones(64)).sum().item()
+    kernel = w8a16.choose(LINEAR, torch.bfloat16, 64, 64)
+    packed = w8a16.pack(torch.ones(64, 64, dtype=torch.int8), kernel)
+    return w8a16.linear(torch.ones(1, 64, dtype=torch.bfloat16), packed, torch.ones(64)).sum().item()
 
 
 def test_without_a_compiler(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from vllm import _custom_ops as ops
 
-from hunyuan_vllm.quant.cpu import expand_fp8, fp8_experts, fp8_linear, to_be_truncated
+from hunyuan_vllm.quant.cpu import fp8_experts, fp8_linear, prepare_fp8, to_be_truncated
 from hunyuan_vllm.quant.fp8_layers import share_scales
 from hunyuan_vllm.quant.rounding import E4M3, quantize_per_tensor, round_through_fp8
 
@@ -66,7 +66,7 @@ def test_saturation_zeros_and_the_smallest_numbers() -> None:
 def test_linear(outputs: int, inputs: int, dtype: torch.dtype) -> None:
     x, (weight, scale), bias = 3 * noise(2, 5, inputs).to(dtype), stored(noise(outputs, inputs, seed=1)), noise(outputs)
     input_scale = torch.tensor(0.01)  # 4.48 at most: some saturate
-    result = fp8_linear(x, expand_fp8(weight, dtype), scale.expand(outputs), input_scale, bias)
+    result = fp8_linear(x, prepare_fp8(weight, dtype, stays=False), scale.expand(outputs), input_scale, bias)
     assert result.dtype == dtype
     expected = rounded(x.float(), input_scale) @ (weight.float() * scale).t() + bias
     assert (result - expected).norm() / expected.norm() < {2: 2**-8, 4: 1e-6}[x.itemsize]
@@ -84,7 +84,7 @@ def test_experts(dtype: torch.dtype, topk: int) -> None:
     biases = noise(experts, 2 * width, seed=20), noise(experts, hidden, seed=21)
     in_scale, mid_scale = torch.tensor(0.006), torch.tensor(0.5)
     result = fp8_experts(
-        x, expand_fp8(w13, dtype), expand_fp8(w2, dtype), s13, s2, in_scale, mid_scale, *biases, weights, ids
+        x, *(prepare_fp8(w, dtype, stays=False) for w in (w13, w2)), s13, s2, in_scale, mid_scale, *biases, weights, ids
     )
     expected = torch.zeros(tokens, hidden)
     for token in range(tokens):

@@ -25,8 +25,8 @@ from typing import Any
 from common import Report, Spread, checkpoint_option, interleaved, mid_checkpoint, options, ratios
 
 from hunyuan_vllm.check.deep import read_through
+from hunyuan_vllm.checkpoint import ITEM_BYTES, read_shards
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.headers import ITEM_BYTES, read_shards
 from hunyuan_vllm.quant.formats import PLAIN
 from hunyuan_vllm.quant.quantization_config import describe, stored_format
 

@@ -33,10 +33,9 @@ class Reference:
     def steps(self, prompts: Sequence[list[int]], new_tokens: int) -> tuple[list[float], list[list[int]]]:
         """Seconds of each step, the first of which reads the prompts; and the tokens, greedy."""
         import torch
+        from transformers import DynamicCache
 
-        from hunyuan_vllm.reference import KVCache
-
-        cache, given = KVCache(), torch.tensor(prompts)
+        cache, given = DynamicCache(), torch.tensor(prompts)
         seconds, tokens = [], []
         last = time.perf_counter()
         with torch.inference_mode():

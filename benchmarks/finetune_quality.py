@@ -31,8 +31,7 @@ from hunyuan_vllm.evaluation.passages import MAX_ANSWER, held_out_questions
 from hunyuan_vllm.quantize.source import Source
 from hunyuan_vllm.reference import HunYuanForCausalLM
 from hunyuan_vllm.tokenizer import load_tokenizer
-from hunyuan_vllm.train.adapter import Adapter
-from hunyuan_vllm.train.merge import SAVE_DTYPES, Merge
+from hunyuan_vllm.train.merge import SAVE_DTYPES, Adapter, Merge
 from hunyuan_vllm.train.messages import Conversation
 
 HELD_OUT = REPOSITORY / "train" / "data" / "held_out.jsonl"

@@ -21,8 +21,7 @@ from common import Report, Spread, checkpoint_option, interleaved, mid_checkpoin
 from safetensors.torch import save_file
 
 from hunyuan_vllm.quantize.source import Source
-from hunyuan_vllm.train.adapter import Adapter
-from hunyuan_vllm.train.merge import SAVE_DTYPES, Merge
+from hunyuan_vllm.train.merge import SAVE_DTYPES, Adapter, Merge
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 

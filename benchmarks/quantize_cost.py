@@ -22,8 +22,7 @@ from processes import Child
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.quant.schemes import WRITTEN
-from hunyuan_vllm.quantize.convert import Options
-from hunyuan_vllm.quantize.estimate import Plan
+from hunyuan_vllm.quantize.convert import Options, Plan
 
 WIDE: dict[str, Any] = dict(
     vocab_size=8192, hidden_size=4096, intermediate_size=12288, num_hidden_layers=2, num_attention_heads=32,

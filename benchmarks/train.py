@@ -11,6 +11,7 @@ network loaded, over three steps of long rows, in a new process each.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import tempfile
@@ -36,7 +37,7 @@ class Network:
         import torch
 
         from hunyuan_vllm.adapter import ATTENTION
-        from hunyuan_vllm.train.collate import PaddingCollator
+        from hunyuan_vllm.train.collate import pad_batch
         from hunyuan_vllm.train.model import add_lora, load_model
 
         torch.set_num_threads(threads)
@@ -46,7 +47,7 @@ class Network:
         self.vocabulary = self.model.config.vocab_size
         if lora:
             self.model = add_lora(self.model, rank=16, alpha=32, dropout=0.0, targets=ATTENTION, base=folder)
-        self.collator = PaddingCollator(0)
+        self.collator = functools.partial(pad_batch, pad=0)
 
     def rows(self, tokens: int) -> Any:
         from hunyuan_vllm.train.collate import DummyDataset
@@ -101,8 +102,7 @@ class Trainer(Network):
         from transformers.trainer_callback import PrinterCallback
 
         from hunyuan_vllm.train.arguments import TrainingArguments
-        from hunyuan_vllm.train.progress import Display
-        from hunyuan_vllm.train.trainer import HunYuanTrainer
+        from hunyuan_vllm.train.trainer import Display, HunYuanTrainer
 
         with tempfile.TemporaryDirectory() as output:
             arguments = TrainingArguments(

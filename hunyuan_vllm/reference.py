@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
@@ -71,37 +71,6 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (j, j + head_dim / 2) of every head; x is [batch, heads, tokens, head_dim]."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
-class KVCache:
-    """RoPE'd, un-normed K and V of each owner layer, [batch, kv_heads, tokens, head_dim], in buffers that double."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
-        self._lengths: dict[int, int] = {}
-
-    def get_seq_length(self) -> int:
-        return self._lengths.get(0, 0)  # layer 0 always owns its cache
-
-    def update(self, k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Append k and v of new tokens to an owner layer's cache; returns all it holds."""
-        old = self._lengths.get(layer, 0)
-        new = old + k.shape[2]
-        if layer not in self._buffers or new > self._buffers[layer][0].shape[2]:
-            self._buffers[layer] = (self._grown(k, layer, 0, new), self._grown(v, layer, 1, new))
-        held = tuple(buffer[:, :, :new] for buffer in self._buffers[layer])
-        held[0][:, :, old:] = k
-        held[1][:, :, old:] = v
-        self._lengths[layer] = new
-        return held[0], held[1]
-
-    def _grown(self, like: Tensor, layer: int, which: int, length: int) -> Tensor:
-        batch, heads, _, head_dim = like.shape
-        buffer = like.new_empty(batch, heads, max(2 * length, 64), head_dim)
-        if layer in self._buffers:
-            old = self._lengths[layer]
-            buffer[:, :, :old] = self._buffers[layer][which][:, :, :old]
-        return buffer
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -309,7 +278,7 @@ class HunYuanModel(HunYuanPreTrainedModel):
         if self.training and any(layer.gradient_checkpointing for layer in self.layers):
             use_cache, past_key_values = False, None
         if use_cache and past_key_values is None:
-            past_key_values = KVCache()
+            past_key_values = DynamicCache()
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         total = past + x.shape[1]
         if position_ids is None:
@@ -377,9 +346,9 @@ class HunYuanForCausalLM(HunYuanPreTrainedModel, GenerationMixin):
             attention_mask: 1 for a token and 0 for padding, [batch, cached + new tokens]; or boolean, what sees what,
                 [batch, 1, tokens, cached + new tokens], for packed sequences.
             position_ids: [batch, tokens]; counted on from the cache where absent.
-            past_key_values: a `KVCache` or a transformers Cache; only owner layers write to it.
+            past_key_values: a transformers Cache; only owner layers write to it, K RoPE'd and un-normed.
             labels: [batch, tokens], shifted here; -100 is ignored.
-            use_cache: make and return a `KVCache` where none is given.
+            use_cache: make and return a `DynamicCache` where none is given.
             logits_to_keep: only the last that many positions, 0 for all.
 
         `router_logits` of the result holds [batch · tokens, experts] for each MoE layer.
@@ -405,7 +374,7 @@ class HunYuanForCausalLM(HunYuanPreTrainedModel, GenerationMixin):
         Returns tokens and their log-probabilities, [batch, new tokens]; ends early once every row has had a stop token
         (what a row holds after its stop token means nothing).
         """
-        cache = KVCache() if use_cache else None
+        cache = DynamicCache() if use_cache else None
         tokens, logprobs = [], []
         stopped = torch.zeros(len(input_ids), 1, dtype=torch.bool, device=input_ids.device)
         stops = torch.tensor(stop_ids, dtype=input_ids.dtype, device=input_ids.device)

@@ -15,8 +15,7 @@ from vllm.lora.request import LoRARequest
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.quantize.source import Source
-from hunyuan_vllm.train.adapter import Adapter
-from hunyuan_vllm.train.merge import SAVE_DTYPES, Merge
+from hunyuan_vllm.train.merge import SAVE_DTYPES, Adapter, Merge
 
 pytestmark = pytest.mark.engine
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -10,7 +11,7 @@ from pathlib import Path
 import forked_programs
 import pytest
 
-from hunyuan_vllm import vllm_version
+from hunyuan_vllm import plugin
 from hunyuan_vllm.util.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -101,8 +102,8 @@ for _ in range(2):
         print("because", error)
 """
 UNSUPPORTED = """
-import hunyuan_vllm.vllm_version as vllm_version
-vllm_version.installed_version = lambda: ("vllm", "0.34.2")
+import hunyuan_vllm.plugin as plugin
+plugin.installed_vllm = lambda: ("vllm", "0.34.2")
 """
 BROKEN = """
 import hunyuan_vllm.quant as quant
@@ -160,14 +161,41 @@ def test_a_broken_package_is_not_only_logged(tmp_path: Path) -> None:
     ],
 )
 def test_another_vllm_is_refused(found: object, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_version, "installed_version", lambda: found)
+    monkeypatch.setattr(plugin, "installed_vllm", lambda: found)
     with pytest.raises(UserError, match=message) as raised:
-        vllm_version.check_vllm_version()
+        plugin.check_vllm_version()
     assert "0.32 or 0.33" in str(raised.value)
     assert "pip install 'hunyuan-vllm[" in str(raised.value)
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.33.1", "0.33.0rc1"])
 def test_supported_versions_pass(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_version, "installed_version", lambda: ("vllm", version))
-    vllm_version.check_vllm_version()
+    monkeypatch.setattr(plugin, "installed_vllm", lambda: ("vllm", version))
+    plugin.check_vllm_version()
+
+
+@pytest.mark.parametrize(
+    ("torch", "torchvision", "body", "says"),
+    [
+        ("2.13.0+cpu", "0.28.0", "raise RuntimeError('operator torchvision::nms does not exist')", "torchvision::nms"),
+        ("2.13.0+cpu", "0.28.0", "", ""),
+        ("2.13.0+cpu", "0.28.0+cpu", "raise RuntimeError('it is not looked at')", ""),
+        ("2.13.0", "0.28.0", "raise RuntimeError('it is not looked at')", ""),
+    ],
+)
+def test_a_torchvision_that_keeps_vllm_from_being_imported(
+    tmp_path: Path, torch: str, torchvision: str, body: str, says: str
+) -> None:
+    """The error names the remedy."""
+    for name, version in (("torch", torch), ("torchvision", torchvision)):
+        described = tmp_path / f"{name}-{version}.dist-info"
+        described.mkdir()
+        (described / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(body)
+    done = subprocess.run(
+        [sys.executable, "-c", "from hunyuan_vllm.plugin import check_engine; check_engine()"],
+        capture_output=True, text=True, cwd=Path(__file__).parents[1], env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert (done.returncode == 0) is not bool(says)
+    assert says in done.stderr and ("pip uninstall -y torchvision" in done.stderr) is bool(says)

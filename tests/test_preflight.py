@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 
 from hunyuan_vllm import preflight
+from hunyuan_vllm.network import Network
 from hunyuan_vllm.util.errors import UserError
 
 spawning = pytest.mark.skipif(not current_platform.is_cpu(), reason="vLLM spawns its processes on CPUs only")
@@ -94,3 +96,18 @@ def test_a_default_length_of_answers_is_said_once(tmp_path: Path) -> None:
     assert "answers end after 8 tokens" in line
     remedy = line.split("--override-generation-config '")[1].split("'")[0]
     assert said(override_generation_config=json.loads(remedy)) == said(generation_config="vllm") == []
+
+
+def test_a_draft_with_other_kv_heads(tmp_path: Path) -> None:
+    """Beside the caches that a CLA group shares; without sharing any draft goes."""
+    load_general_plugins()
+    golden = Path(__file__).parent / "golden"
+    cla, v1 = (Network.read(json.loads((golden / name / "config.json").read_text())) for name in ("cla2_top1", "v1_7b"))
+    fields = {"model_type": "llama", "architectures": ["LlamaForCausalLMEagle3"], "vocab_size": cla.vocab_size}
+    for heads, fits in ((cla.num_key_value_heads, True), (2 * cla.num_key_value_heads, False)):
+        sizes = {"num_attention_heads": 2 * heads, "num_key_value_heads": heads, "head_dim": cla.head_dim}
+        (tmp_path / "config.json").write_text(json.dumps(fields | sizes))
+        draft = ModelConfig(model=str(tmp_path), dtype="float32", skip_tokenizer_init=True)
+        preflight.check_draft(v1, draft)
+        with nullcontext() if fits else pytest.raises(ValueError, match=f"draft has {heads} KV heads"):
+            preflight.check_draft(cla, draft)

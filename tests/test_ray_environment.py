@@ -52,7 +52,7 @@ def test_only_a_process_of_serve_or_batch_limits_them(variable, limited, copied,
     """Registration happens in every vLLM process, those of other people's models included."""
     if variable:
         monkeypatch.setenv("HUNYUAN_VLLM_LIMIT_RAY_VARIABLES", variable)
-    monkeypatch.setattr(plugin, "_registered", False)
+    plugin.register.cache_clear()
     monkeypatch.setenv("HF_TOKEN", "theirs")
     plugin.register()
     assert ("HF_TOKEN" in ray_env.RAY_NON_CARRY_OVER_ENV_VARS) is limited

@@ -14,11 +14,12 @@ from checkpoints import VARIANTS, random_tensors, rewrite, tiny_config, write_ch
 from golden_data import FLOAT32_TOLERANCE, GOLDEN_NAMES, Golden, load_golden, prompt_logprobs, reference_answers
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from hunyuan_vllm import reference
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import CheckpointError, expected_tensors
-from hunyuan_vllm.reference import HunYuanForCausalLM, KVCache, inverse_frequencies
+from hunyuan_vllm.reference import HunYuanForCausalLM, inverse_frequencies
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -177,18 +178,18 @@ class TestGenerationAndBatches:
         torch.testing.assert_close(logprobs, logprobs_again, rtol=0, atol=2e-4)
 
     def test_prefill_in_pieces(self, tmp_path: Path) -> None:
-        model, tokens, cache = random_model(tmp_path), some_tokens(2, 100), KVCache()
+        model, tokens, cache = random_model(tmp_path), some_tokens(2, 100), DynamicCache()
         with torch.inference_mode():
             pieces = [model(piece, past_key_values=cache).logits for piece in tokens.split([7, 1, 80, 12], dim=1)]
             torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens).logits, rtol=0, atol=2e-4)
         assert cache.get_seq_length() == 100
 
     def test_only_owners_hold_a_cache(self, tmp_path: Path) -> None:
-        cache = KVCache()
+        cache = DynamicCache()
         model = random_model(tmp_path, num_hidden_layers=5, cla_share_factor=3)
         with torch.inference_mode():
             model(some_tokens(1, 8), past_key_values=cache)
-        assert sorted(cache._buffers) == [0, 3]
+        assert [cache.get_seq_length(layer) for layer in range(len(cache))] == [8, 0, 0, 8]
 
     def test_stop_tokens(self, tmp_path: Path) -> None:
         model, prompt = random_model(tmp_path), some_tokens(1, 20)

@@ -2,13 +2,13 @@
 
 import json
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hunyuan_vllm.config import CONFIG_CLASSES, HunYuanConfig
 from hunyuan_vllm.layout import expected_tensors, tensor_parallel_sizes
-from hunyuan_vllm.network import ARCHITECTURES
+from hunyuan_vllm.network import ARCHITECTURES, NETWORKS, Network
 from hunyuan_vllm.quant.formats import Format, UnservedFormat
 from hunyuan_vllm.quant.quantization_config import read_format
 from hunyuan_vllm.util.findings import Section
@@ -24,7 +24,7 @@ class ConfigFile:
     """config.json: its fields, the network and the format of the weights; None where the fields do not describe it."""
 
     fields: dict[str, Any] = field(default_factory=dict)
-    network: HunYuanConfig | None = None
+    network: Network | None = None
     format: Format | None = None
 
     @property
@@ -58,27 +58,31 @@ def check_config(folder: Path, section: Section) -> ConfigFile:
         section.problem("config.json", f"it {error}", AGAIN)
         return found
     kind = found.fields.get("model_type")
-    if kind not in CONFIG_CLASSES:
-        text = f"model_type is {kind!r}; a Hunyuan checkpoint has one of {', '.join(CONFIG_CLASSES)}"
+    if kind not in NETWORKS:
+        text = f"model_type is {kind!r}; a Hunyuan checkpoint has one of {', '.join(NETWORKS)}"
         section.problem("config.json", text, "name the folder of a Hunyuan checkpoint")
         return found
     found.network = _network(found.fields, section)
     if found.network is None:
         return found
     section.ok("network", _describe(found.network))
-    _check_architecture(found.fields, section)
-    _check_ids(found.network, section)
+    given = found.fields.get("architectures")
+    if not (isinstance(given, list) and len(given) == 1 and given[0] in ARCHITECTURES):
+        text = f"architectures is {given!r}, by which vLLM finds no Hunyuan model"
+        section.problem("config.json", text, f'set it to ["{ARCHITECTURES[0]}"]')
+    for name, wrong in _bad_ids(vars(found.network), found.network.vocab_size):
+        section.problem("config.json", f"{name} is {wrong}", AGAIN)
     _check_format(found, folder, section)
     return found
 
 
-def _network(fields: dict[str, Any], section: Section) -> HunYuanConfig | None:
+def _network(fields: dict[str, Any], section: Section) -> Network | None:
     """The network; None where a field is wrong. The other fields are then checked as if that one were absent."""
     fields = dict(fields)
     wrong: set[str] = set()
     while True:
         try:
-            network = HunYuanConfig(**fields)
+            network = Network.read(fields)
             return None if wrong else network
         except (ValueError, TypeError) as error:
             text = str(error).removeprefix("HunYuanConfig: ")
@@ -92,7 +96,7 @@ def _network(fields: dict[str, Any], section: Section) -> HunYuanConfig | None:
             del fields[name]
 
 
-def parameters(config: HunYuanConfig) -> tuple[int, int]:
+def parameters(config: Network) -> tuple[int, int]:
     """All of the network's, and those that a token's forward pass uses (of the experts, the chosen ones)."""
     total = active = 0
     for name, shape in expected_tensors(config).items():
@@ -106,7 +110,7 @@ def parameters(config: HunYuanConfig) -> tuple[int, int]:
     return total, active
 
 
-def _describe(config: HunYuanConfig) -> str:
+def _describe(config: Network) -> str:
     total, active = parameters(config)
     owners = len({config.kv_owner(layer) for layer in range(config.num_hidden_layers)})
     return (
@@ -119,13 +123,6 @@ def _describe(config: HunYuanConfig) -> str:
 
 def _count(number: int) -> str:
     return f"{number / 1e9:.1f}B" if number >= 1e9 else f"{number / 1e6:.2f}M"
-
-
-def _check_architecture(fields: dict[str, Any], section: Section) -> None:
-    given = fields.get("architectures")
-    if not (isinstance(given, list) and len(given) == 1 and given[0] in ARCHITECTURES):
-        text = f"architectures is {given!r}, by which vLLM finds no Hunyuan model"
-        section.problem("config.json", text, f'set it to ["{ARCHITECTURES[0]}"]')
 
 
 def _check_format(found: ConfigFile, folder: Path, section: Section) -> None:
@@ -143,13 +140,13 @@ def _check_format(found: ConfigFile, folder: Path, section: Section) -> None:
         section.ok("hardware", found.format.hardware)
 
 
-def _check_ids(config: HunYuanConfig, section: Section) -> None:
+def _bad_ids(fields: Mapping[str, Any], rows: int | None) -> Iterator[tuple[str, str]]:
+    """(field, what is wrong) of each token id that is none of a vocabulary's `rows`, where these are known."""
+    known = "it is not an id" if rows is None else f"the vocabulary has {rows:,} ids"
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = getattr(config, name)
-        for token in value if isinstance(value, list) else [value]:
-            if token is not None and not (isinstance(token, int) and 0 <= token < config.vocab_size):
-                text = f"{name} is {token!r}, and the vocabulary has {config.vocab_size:,} ids"
-                section.problem("config.json", text, AGAIN)
+        for token in ids_of(fields.get(name)):
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < (rows or token + 1):
+                yield name, f"{token!r}, and {known}"
 
 
 # Field → (minimum, whether it is excluded, maximum, in words).
@@ -204,7 +201,8 @@ def check_generation(folder: Path, config: ConfigFile, section: Section) -> None
     if not ids_of(fields.get("eos_token_id")):
         text = "it names no eos_token_id, so answers end only at the tokenizer's end token"
         section.warning("eos_token_id", text, f"add it ({published})")
-    _check_generation_ids(fields, config, section)
+    for name, wrong in _bad_ids(fields, config.network.vocab_size if config.network else None):
+        section.problem(name, f"it is {wrong}", f"correct it ({published})")
     for name, (low, excluded, high, words) in RANGES.items():
         value = fields.get(name)
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -223,12 +221,3 @@ def check_generation(folder: Path, config: ConfigFile, section: Section) -> None
         sampling = ", ".join(f"{name} {defaults[name]}" for name in RANGES if defaults.get(name) is not None)
         stops = ", ".join(map(str, ids_of(fields.get("eos_token_id"))))
         section.ok("generation", f"ends at {stops or 'the end token'}; {sampling or 'no sampling defaults'}")
-
-
-def _check_generation_ids(fields: dict[str, Any], config: ConfigFile, section: Section) -> None:
-    for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
-        for token in ids_of(fields.get(name)):
-            whole = isinstance(token, int) and not isinstance(token, bool) and token >= 0
-            if not whole or (config.network is not None and token >= config.network.vocab_size):
-                rows = f"the vocabulary has {config.network.vocab_size:,} ids" if config.network else "it is not an id"
-                section.problem(name, f"it is {token!r}, and {rows}", f"correct it ({published_settings(config)})")

@@ -7,64 +7,46 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from hunyuan_vllm.check.files import SUMS_FILE, plain_files
-from hunyuan_vllm.headers import Shard, StoredTensor
+from hunyuan_vllm.checkpoint import Shard, StoredTensor
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.files import replacing
 from hunyuan_vllm.util.findings import Section
 from hunyuan_vllm.util.text import plural, some
 
 SUMS_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
+DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 NOTES = (".cache/huggingface/download", ".huggingface/download")
 
 
-@dataclass(frozen=True)
-class Digest:
+class Digest(NamedTuple):
     """A hash in hexadecimal and its source. 64 digits are SHA-256; 40 are Git's, which the hub uses for small files."""
 
     value: str
     source: str
 
-    def hasher(self, size: int) -> "hashlib._Hash":
-        """A fresh hash object of that kind, for a file of `size` bytes."""
-        if len(self.value) == 64:
-            return hashlib.sha256()
-        return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-
 
 def known_digests(folder: Path) -> dict[str, Digest]:
     """File name → hash; SHA256SUMS takes precedence. Raises OSError if it cannot be read."""
-    found: dict[str, Digest] = {}
+    given: list[tuple[str, str, str]] = []  # name, hash, source
     for path in plain_files(folder):
         if path.is_symlink() and path.resolve().parent.name == "blobs":
-            _add(found, path.name, path.resolve().name, "the hub's cache")
+            given.append((path.name, path.resolve().name, "the hub's cache"))
     for notes in NOTES:
         for path in (folder / notes).glob("*.metadata"):
             lines = path.read_text(errors="replace").splitlines()
-            _add(found, path.name.removesuffix(".metadata"), lines[1] if len(lines) > 1 else "", "the hub's download")
+            value = lines[1] if len(lines) > 1 else ""
+            given.append((path.name.removesuffix(".metadata"), value, "the hub's download"))
     if (folder / SUMS_FILE).exists():
         for line in (folder / SUMS_FILE).read_text(errors="replace").splitlines():
             if match := SUMS_LINE.fullmatch(line.strip()):
-                _add(found, match[2], match[1], SUMS_FILE)
-    return found
-
-
-def write_sums(folder: Path, sums: Mapping[str, str]) -> Path:
-    """Write SHA256SUMS, as `sha256sum --check` reads it."""
-    target = folder / SUMS_FILE
-    with replacing(target) as temporary:
-        temporary.write_text("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
-    return target
-
-
-def _add(found: dict[str, Digest], name: str, value: str, source: str) -> None:
-    value = value.strip().strip('"').lower()
-    if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", value):
-        found[name] = Digest(value, source)
+                given.append((match[2], match[1], SUMS_FILE))
+    stripped = ((name, value.strip().strip('"').lower(), source) for name, value, source in given)
+    return {name: Digest(value, source) for name, value, source in stripped if DIGEST.fullmatch(value)}
 
 
 CHUNK = 1 << 20  # stays in the processor's cache between its hash and its scan
@@ -177,11 +159,10 @@ class Deep:
             self.known = known_digests(self.folder)
         except OSError as error:
             raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
-        scanned = {shard.file: tuple(filter(self.used.__contains__, shard.tensors)) for shard in self.shards}
+        self._scanned = {shard.file: tuple(filter(self.used.__contains__, shard.tensors)) for shard in self.shards}
         files = [path for path in plain_files(self.folder) if self.write_sums or path.name in self.known]
         # The largest first, so that the last thread does not run alone for long.
-        self.files = sorted({*scanned, *files}, key=lambda path: (-path.stat().st_size, path.name))
-        self._scanned = scanned
+        self.files = sorted({*self._scanned, *files}, key=lambda path: (-path.stat().st_size, path.name))
 
     @property
     def total(self) -> int:
@@ -217,7 +198,11 @@ class Deep:
             advance(size)
 
         known = self.known.get(path.name)
-        hashers = [known.hasher(path.stat().st_size)] if known else []
+        hashers: list[hashlib._Hash] = []
+        if known and len(known.value) == 40:  # Git's
+            hashers.append(hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False))
+        elif known:
+            hashers.append(hashlib.sha256())
         if self.write_sums:
             hashers.append(hashlib.sha256())
         try:
@@ -278,5 +263,8 @@ class Deep:
             why = f"{SUMS_FILE} is not written because of the problems above"
             section.skipped("hashes", why, "fix them, then run this again")
             return
-        path = write_sums(self.folder, {content.file.name: content.digests[-1] for content in contents})
+        sums = {content.file.name: content.digests[-1] for content in contents}
+        path = self.folder / SUMS_FILE
+        with replacing(path) as temporary:
+            temporary.write_text("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
         section.ok("hashes", f"written to {path}; sha256sum --check {SUMS_FILE} reads it too")

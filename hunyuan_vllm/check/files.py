@@ -2,13 +2,19 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hunyuan_vllm import demo
-from hunyuan_vllm.checkpoint import INDEX_FILE, missing_config, missing_weights, read_index
-from hunyuan_vllm.headers import LFS_POINTER, Shard, StoredTensor
+from hunyuan_vllm.checkpoint import (
+    INDEX_FILE,
+    LFS_POINTER,
+    Shard,
+    StoredTensor,
+    missing_config,
+    missing_weights,
+    read_index,
+)
 from hunyuan_vllm.layout import CheckpointError
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.findings import Section
@@ -26,19 +32,6 @@ def plain_files(folder: Path) -> list[Path]:
 SHARD_NUMBER = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 CACHE_SCALES = "kv_cache_scales.safetensors"  # of an FP8 cache; published beside the shards, not in the index
 AGAIN = "download them again; an interrupted download resumes with the same command"
-
-
-@dataclass
-class Contents:
-    """A checkpoint's files.
-
-    Attributes:
-        shards: the safetensors files that vLLM will read.
-        index: model.safetensors.index.json; None if it is absent or unreadable.
-    """
-
-    shards: list[Path] = field(default_factory=list)
-    index: dict[str, Any] | None = None
 
 
 def open_folder(given: str) -> Path:
@@ -63,32 +56,33 @@ def open_folder(given: str) -> Path:
     raise UserError(f"{given} does not exist: give a checkpoint's directory, or {demo.NAME}")
 
 
-def list_files(folder: Path, section: Section) -> Contents:
-    """List the shards; report files that are missing, unfinished or not the real content."""
-    contents = Contents()
+def list_files(folder: Path, section: Section) -> tuple[list[Path], dict[str, Any] | None]:
+    """The shards that vLLM will read, and the index, None if it is absent or unreadable; files that are missing,
+    unfinished or not the real content are reported."""
     there = sorted(path for path in folder.glob("*.safetensors") if path.exists())
     _check_links(folder, section)
+    index = None
     try:
-        contents.index = read_index(folder)
+        index = read_index(folder)
     except CheckpointError:
         section.problem(INDEX_FILE, "it is not a safetensors index", "download it again")
-    if contents.index is None:
-        contents.shards = there
+    if index is None:
+        shards = there
         _check_numbers(there, section)
     else:
-        named = sorted(set(contents.index["weight_map"].values()))
-        contents.shards = [folder / name for name in named if (folder / name).exists()]
-        extra = [path.name for path in there if path not in contents.shards and path.name != CACHE_SCALES]
+        named = sorted(set(index["weight_map"].values()))
+        shards = [folder / name for name in named if (folder / name).exists()]
+        extra = [path.name for path in there if path not in shards and path.name != CACHE_SCALES]
         if absent := [name for name in named if not (folder / name).exists()]:
             text = f"{len(absent)} of {len(named)} in the index are missing: {some(absent)}"
             section.problem("shards", text, AGAIN, absent)
         if extra:
             text = f"not in the index, so not read by vLLM: {some(extra)}"
             section.warning("shards", text, f"delete them, or download {INDEX_FILE} again if they belong to it", extra)
-    if not contents.shards:
+    if not shards:
         what, remedy = missing_weights(folder)
         section.problem("shards", f"the directory {what}", remedy)
-    return contents
+    return shards, index
 
 
 def check_shards(shards: Sequence[Shard], section: Section) -> None:

@@ -4,19 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hunyuan_vllm.check.configs import (
-    ConfigFile,
-    check_config,
-    check_generation,
-    parameters,
-    read_generation,
-    stop_ids,
-)
+from hunyuan_vllm.check.configs import check_config, check_generation, parameters, read_generation, stop_ids
 from hunyuan_vllm.check.deep import Deep
 from hunyuan_vllm.check.files import check_index, check_shards, list_files
 from hunyuan_vllm.check.tensors import check_scales, check_tensors
 from hunyuan_vllm.check.text import check_template, check_tokenizer
-from hunyuan_vllm.headers import Shard, Used, read_shards
+from hunyuan_vllm.checkpoint import Used, read_shards
 from hunyuan_vllm.util.findings import Section, exit_status
 
 Progress = Callable[[Deep, Section], None]
@@ -52,40 +45,28 @@ def check_folder(folder: Path, run_deep: Progress | None = None, write_sums: boo
     """
     report = Report(folder)
     files = report.section("Files")
-    contents = list_files(folder, files)
-    shards = read_shards(contents.shards)
+    found, index = list_files(folder, files)
+    shards = read_shards(found)
     check_shards(shards, files)
     report.stored_bytes = sum(shard.size for shard in shards)
     tensors = [tensor for shard in shards for tensor in shard.tensors]
-    sound_files = files.sound and bool(shards)
-    if contents.index is not None:
-        check_index(contents.index, tensors, not sound_files, files)
+    complete = files.sound and bool(shards)
+    if index is not None:
+        check_index(index, tensors, not complete, files)
 
     config = check_config(folder, report.section("Config"))
     if config.network is not None:
         report.parameters = parameters(config.network)
-    used = _check_weights(shards, config, sound_files, report)
-    _check_text(folder, config, report)
-    if run_deep is not None:
-        sound_shards = [shard for shard in shards if not shard.fault]
-        run_deep(Deep(folder, sound_shards, used, write_sums, jobs), report.section("Data"))
-    return report
-
-
-def _check_weights(shards: list[Shard], config: ConfigFile, complete: bool, report: Report) -> Used:
     section = report.section("Tensors")
-    tensors = [tensor for shard in shards for tensor in shard.tensors]
+    used: Used = {tensor: () for tensor in tensors}
     if config.network is None or config.format is None:
         section.skipped("tensors", "not compared: config.json does not describe the network")
-        return {tensor: () for tensor in tensors}
-    used = check_tensors(tensors, config, complete, section)
-    if config.format.kind is not None:
-        whole = {shard.file for shard in shards if not shard.fault}
-        check_scales({tensor: parts for tensor, parts in used.items() if tensor.file in whole}, config, section)
-    return used
+    else:
+        used = check_tensors(tensors, config, complete, section)
+        if config.format.kind is not None:
+            whole = {shard.file for shard in shards if not shard.fault}
+            check_scales({tensor: parts for tensor, parts in used.items() if tensor.file in whole}, config, section)
 
-
-def _check_text(folder: Path, config: ConfigFile, report: Report) -> None:
     generation = read_generation(folder)
     tokenizer = check_tokenizer(folder, config, generation, report.section("Tokenizer"))
     template = report.section("Chat template")
@@ -94,3 +75,7 @@ def _check_text(folder: Path, config: ConfigFile, report: Report) -> None:
     else:
         check_template(folder, tokenizer, config, stop_ids(config, generation), template)
     check_generation(folder, config, report.section("Generation"))
+    if run_deep is not None:
+        sound_shards = [shard for shard in shards if not shard.fault]
+        run_deep(Deep(folder, sound_shards, used, write_sums, jobs), report.section("Data"))
+    return report

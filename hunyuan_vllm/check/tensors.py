@@ -9,9 +9,9 @@ from statistics import median
 import numpy as np
 
 from hunyuan_vllm.check.configs import ConfigFile
-from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.headers import HeaderFault, StoredTensor, Used, header_faults
+from hunyuan_vllm.checkpoint import HeaderFault, StoredTensor, Used, header_faults
 from hunyuan_vllm.layout import FLOATS, CheckpointError, Layout, expected_tensors
+from hunyuan_vllm.network import Network
 from hunyuan_vllm.quant.formats import Format, is_scale
 from hunyuan_vllm.util.findings import Section
 from hunyuan_vllm.util.text import plural
@@ -120,7 +120,7 @@ def _report_precision(used: Used, config: ConfigFile, section: Section) -> None:
         section.warning("types", text, f"set torch_dtype to {TORCH_NAMES[usual]} unless the cast is intended")
 
 
-def _contradictions(tensors: Iterable[StoredTensor], config: HunYuanConfig, complete: bool) -> list[str]:
+def _contradictions(tensors: Iterable[StoredTensor], config: Network, complete: bool) -> list[str]:
     """Fields of the config that the tensors' names and shapes contradict: one line instead of thousands."""
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     seen: dict[str, int] = {}

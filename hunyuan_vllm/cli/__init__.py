@@ -22,9 +22,9 @@ from hunyuan_vllm.cli.plan import plan
 from hunyuan_vllm.cli.quantize import quantize
 from hunyuan_vllm.cli.serve import serve
 from hunyuan_vllm.cli.train import data, merge_lora, train
+from hunyuan_vllm.plugin import GET_VLLM, installed_vllm
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.streams import prepare_output, say
-from hunyuan_vllm.vllm_version import GET_VLLM, installed_version
 
 
 class _Commands(TyperGroup):
@@ -49,7 +49,7 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        engine = installed_version()
+        engine = installed_vllm()
         versions = [" ".join(engine) if engine else "no vLLM"]
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions.append(f"torch {metadata.version('torch')}")

@@ -69,7 +69,7 @@ def batch(
     was run, 3 the engine or the disk failed, 130 interrupted.
     """
     from hunyuan_vllm.batch.process_group import run_in_session
-    from hunyuan_vllm.vllm_version import check_engine
+    from hunyuan_vllm.plugin import check_engine
 
     check_engine()
     if str(source).startswith("-") or str(target).startswith("-"):

@@ -56,7 +56,7 @@ def bench(
     from hunyuan_vllm import __version__
     from hunyuan_vllm.bench.client import connect, default_url, find_key
     from hunyuan_vllm.bench.run import check_fits, describe, measure, run_table
-    from hunyuan_vllm.vllm_version import installed_version
+    from hunyuan_vllm.plugin import installed_vllm
 
     steps = _positive_numbers(concurrency)
     if output and not output.absolute().parent.is_dir():
@@ -67,7 +67,7 @@ def bench(
     folder = tokenizer or served.tokenizer
     if not (folder / "tokenizer_config.json").is_file():
         raise UserError(f"--tokenizer {folder} is not a directory with a tokenizer_config.json")
-    engine = " ".join(installed_version() or ("no vLLM",))
+    engine = " ".join(installed_vllm() or ("no vLLM",))
     run = describe(served, f"{__version__} ({engine})")
     notes = Console(stderr=True, highlight=False)
     error, interrupted = None, False

@@ -52,8 +52,8 @@ def compare(
       bf16       the checkpoint as it is
       int8       int8 weights, quantised while loading
       int8-w8a8  int8 weights and inputs, quantised while loading
-      fp8        FP8 weights, inputs and cache; from an FP8 checkpoint, or from a
-                 BF16 one that is converted once, into ~/.cache
+      fp8        FP8 weights, inputs and cache; from an FP8 checkpoint, which
+                 hunyuan-vllm quantize writes (the demo model's is made once)
       kv-fp8     bf16 with an FP8 KV cache
     +kv-fp8 or +kv-bf16 behind a name sets its KV cache, :PATH a checkpoint of its own.
 
@@ -81,7 +81,7 @@ def compare(
     """
     from hunyuan_vllm.batch.process_group import run_in_session
     from hunyuan_vllm.evaluation.compare import Limits
-    from hunyuan_vllm.evaluation.variants import Variant
+    from hunyuan_vllm.evaluation.engines import Variant
 
     path, flags = _model_first(model, context.args)
     first, others = Variant.parse(a), [Variant.parse(one) for one in b]
@@ -89,7 +89,7 @@ def compare(
 
     def run() -> int:
         from hunyuan_vllm.evaluation.compare import default_passages, distance_table, distances_json, measure
-        from hunyuan_vllm.evaluation.engines import EngineFailed, Work
+        from hunyuan_vllm.evaluation.engines import EngineFailed
         from hunyuan_vllm.evaluation.passages import limited, read_passages
         from hunyuan_vllm.server.models import open_model
         from hunyuan_vllm.tokenizer import load_tokenizer
@@ -98,9 +98,8 @@ def compare(
         tokenizer = load_tokenizer(source.name)
         passages = read_passages(text, tokenizer, window) if text else default_passages(source, tokenizer, window)
         console = Console(stderr=True)
-        settings = Work(limited(passages, limit))
         try:
-            compared = measure(source, first, others, settings, flags, work, console)
+            compared = measure(source, first, others, limited(passages, limit), flags, work, console)
         except EngineFailed as error:
             say(str(error))
             return STOPPED
@@ -108,7 +107,7 @@ def compare(
             print(json.dumps(distances_json(source.given, first.label, compared), indent=1, ensure_ascii=False))
         else:
             show_table(distance_table(first.label, compared))
-        broken = [problem for one in compared for problem in limits.broken(one.run.variant.label, one.distance)]
+        broken = [problem for run, found in compared for problem in limits.broken(run.variant.label, found)]
         for problem in broken:
             say(problem)
         return BROKEN_LIMIT if broken else 0

@@ -127,12 +127,12 @@ def _convert(source: Path, target: Path, options: Options, calibration: Path | N
 
 def _show_plan(source: Path, options: Options) -> None:
     from hunyuan_vllm.plan.model import PUBLISHED, open_planned
-    from hunyuan_vllm.quantize.estimate import Plan
-    from hunyuan_vllm.quantize.source import read_config
+    from hunyuan_vllm.quantize.convert import Plan
+    from hunyuan_vllm.quantize.source import read_bf16_config
 
     given = str(source)
     published = given in PUBLISHED and not source.exists()
-    config = open_planned(given).config if published else read_config(source)[1]
+    config = open_planned(given).config if published else read_bf16_config(source)[1]
     print(f"{options.scheme}, {config.num_hidden_layers} layers, smooth {options.smooth}")
     print("\n".join(Plan.of(config, options).lines()))
 

@@ -154,6 +154,7 @@ def serve(
       128+n signal n ended it; 137 if it had to be killed
     """
     from hunyuan_vllm.envs import Settings
+    from hunyuan_vllm.plugin import check_engine
     from hunyuan_vllm.quant.schemes import find_scheme
     from hunyuan_vllm.server import keys
     from hunyuan_vllm.server.hardware import read_machine
@@ -167,7 +168,6 @@ def serve(
     from hunyuan_vllm.util.errors import UserError
     from hunyuan_vllm.util.net import check_port
     from hunyuan_vllm.util.streams import make_output_unfailing
-    from hunyuan_vllm.vllm_version import check_engine
 
     if not dry_run:
         make_output_unfailing()

@@ -197,8 +197,7 @@ def merge_lora(
     """
     from hunyuan_vllm.quantize.source import Source
     from hunyuan_vllm.serving_command import checkpoint_command
-    from hunyuan_vllm.train.adapter import Adapter
-    from hunyuan_vllm.train.merge import SAVE_DTYPES, Merge
+    from hunyuan_vllm.train.merge import SAVE_DTYPES, Adapter, Merge
     from hunyuan_vllm.util.progress import Progress
     from hunyuan_vllm.util.text import gigabytes, parse_size
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.version import Version
 
-from hunyuan_vllm import vllm_version
+from hunyuan_vllm import plugin
 from hunyuan_vllm.doctor.probe_script import COMPANIONS
 from hunyuan_vllm.doctor.probes import Probe, System
 from hunyuan_vllm.util.errors import UserError
@@ -46,7 +46,7 @@ def check_python(section: Section, version: tuple[int, int, int] = sys.version_i
 def check_vllm(section: Section, installed: Installed = installed_version) -> None:
     """The engine: one of its two distributions, in a supported version."""
     try:
-        vllm_version.check_vllm_version()
+        plugin.check_vllm_version()
     except UserError as error:
         text, _, remedy = str(error).partition(": ")
         section.problem("vLLM", text, remedy)

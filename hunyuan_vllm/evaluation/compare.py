@@ -13,9 +13,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from hunyuan_vllm.evaluation.engines import EngineRun, Outcome, Work, execute
+from hunyuan_vllm.evaluation.engines import EngineRun, Outcome, Variant, checkpoint_of, execute, longest
 from hunyuan_vllm.evaluation.passages import BUILT_IN_TEXT, Passage, held_out_questions, read_passages
-from hunyuan_vllm.evaluation.variants import Variant, checkpoint_of
 from hunyuan_vllm.server.models import ModelSource
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.progress import Progress
@@ -74,24 +73,15 @@ def default_passages(model: ModelSource, tokenizer: Any, context: int) -> list[P
     return read_passages(BUILT_IN_TEXT, tokenizer, context)
 
 
-@dataclass(frozen=True)
-class Compared:
-    """A run, its outcome, and its distance from the first run."""
-
-    run: EngineRun
-    outcome: Outcome
-    distance: Distance
-
-
 def measure(
     model: ModelSource,
     a: Variant,
     others: Sequence[Variant],
-    work: Work,
+    passages: Sequence[Passage],
     flags: Sequence[str],
     folder: Path | None,
     console: Console,
-) -> list[Compared]:
+) -> list[tuple[EngineRun, Distance]]:
     """Run A and keep its logits, then run each of the others and compare.
 
     Args:
@@ -101,17 +91,14 @@ def measure(
     progress = Progress(console)
     runs = [EngineRun(variant, checkpoint_of(variant, model, progress), flags) for variant in (a, *others)]
     for run in runs:
-        run.argv(work.longest, os.environ)  # reports mistakes before the first engine starts
-    scored = [passage.scored for passage in work.passages]
+        run.argv(longest(passages), os.environ)  # reports mistakes before the first engine starts
+    scored = [passage.scored for passage in passages]
     with _record(folder) as record:
-        _check_space(Path(record), runs[0], work)
+        _check_space(Path(record), runs[0], sum(map(len, scored)))
         file = Path(record) / "logits"
-        first = execute(runs[0], work, file, None, progress)
-        compared = []
-        for run in runs[1:]:
-            outcome = execute(run, work, file, first.format, progress)
-            compared.append(Compared(run, outcome, distance(first, outcome, scored)))
-    return compared
+        first = execute(runs[0], passages, file, None, progress)
+        outcomes = [(run, execute(run, passages, file, first.format, progress)) for run in runs[1:]]
+    return [(run, distance(first, outcome, scored)) for run, outcome in outcomes]
 
 
 def _record(folder: Path | None) -> tempfile.TemporaryDirectory[str]:
@@ -121,11 +108,10 @@ def _record(folder: Path | None) -> tempfile.TemporaryDirectory[str]:
         raise UserError(f"--work {folder}: {error.strerror}; name a writable folder") from None
 
 
-def _check_space(folder: Path, run: EngineRun, work: Work) -> None:
+def _check_space(folder: Path, run: EngineRun, tokens: int) -> None:
     config = run.model.config
     if config is None:  # a hub name, which vLLM has yet to fetch
         return
-    tokens = work.tokens
     needed = tokens * config.vocab_size * (4 if "float32" in run.flags else 2)
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -153,9 +139,9 @@ class Limits:
         return [f"{name}: {problem}" for problem in problems]
 
 
-def distance_table(a: str, compared: Sequence[Compared]) -> Table:
+def distance_table(a: str, compared: Sequence[tuple[EngineRun, Distance]]) -> Table:
     """One row a run; the title names what it is measured against."""
-    first = compared[0].distance
+    first = compared[0][1]
     table = Table(
         title=f"against {a}, whose perplexity is {first.perplexity_a:.4f}; {first.tokens:,} tokens",
         title_justify="left",
@@ -163,11 +149,10 @@ def distance_table(a: str, compared: Sequence[Compared]) -> Table:
     table.add_column("")
     for name in ("perplexity", "ratio", "top-1 agreement", "KL mean", "median", "p99", "max"):
         table.add_column(name, justify="right", no_wrap=True)
-    for one in compared:
-        found = one.distance
+    for run, found in compared:
         tail = (found.kl_mean, found.kl_median, found.kl_p99, found.kl_max)
         table.add_row(
-            one.run.variant.label,
+            run.variant.label,
             f"{found.perplexity_b:.4f}",
             f"{found.perplexity_ratio:.4f}",
             percent(found.agreement),
@@ -176,19 +161,19 @@ def distance_table(a: str, compared: Sequence[Compared]) -> Table:
     return table
 
 
-def distances_json(model: str, a: str, compared: Sequence[Compared]) -> dict[str, Any]:
+def distances_json(model: str, a: str, compared: Sequence[tuple[EngineRun, Distance]]) -> dict[str, Any]:
     """The same, with every figure in full."""
     return {
         "model": model,
         "a": a,
         "compared": [
             {
-                "b": one.run.variant.label,
-                "checkpoint": one.run.model.given,
-                **asdict(one.distance),
-                "perplexity_ratio": one.distance.perplexity_ratio,
+                "b": run.variant.label,
+                "checkpoint": run.model.given,
+                **asdict(found),
+                "perplexity_ratio": found.perplexity_ratio,
             }
-            for one in compared
+            for run, found in compared
         ],
     }
 

@@ -1,4 +1,4 @@
-"""Engine runs of an evaluation, each in its own process"""
+"""What an evaluation compares: schemes with a KV cache type, each run by an engine in its own process"""
 
 import collections
 import json
@@ -6,20 +6,92 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from hunyuan_vllm.batch.engine import engine_options, one_line, parse_options
+from hunyuan_vllm.envs import Settings
 from hunyuan_vllm.evaluation.passages import Passage
-from hunyuan_vllm.evaluation.variants import Variant
+from hunyuan_vllm.quant.formats import Format
+from hunyuan_vllm.quant.schemes import SCHEMES, Scheme, find_scheme
 from hunyuan_vllm.server.exit_cause import exit_cause
-from hunyuan_vllm.server.models import ModelSource
+from hunyuan_vllm.server.models import ModelSource, convert, demo_in, open_model
 from hunyuan_vllm.server.options import Flags
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.progress import Progress
+
+CACHES = {"kv-bf16": "bf16", "kv-fp8": "fp8"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model under a quantisation scheme, with a type of KV cache.
+
+    Attributes:
+        name: as the user wrote it, without the path.
+        weights: the scheme of its weights.
+        cache: "bf16" or "fp8".
+        path: a checkpoint of its own; None for the common one.
+    """
+
+    name: str
+    weights: Scheme
+    cache: str
+    path: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read WEIGHTS[+kv-fp8|+kv-bf16][:PATH], as in int8, int8+kv-fp8 or fp8:/models/hunyuan-fp8.
+
+        `kv-fp8` alone means bf16+kv-fp8. `fp8` comes with the FP8 cache.
+        """
+        name, _, path = text.partition(":")
+        weights, _, cache = ("bf16", "", name) if name in CACHES else name.partition("+")
+        try:
+            scheme = find_scheme(weights)
+        except UserError:
+            scheme = None
+        if scheme is None or (cache and cache not in CACHES):
+            raise UserError(
+                f"{name!r} is not a scheme: use one of {', '.join((*SCHEMES, 'kv-fp8'))}, with +kv-fp8 or "
+                "+kv-bf16 after it for the KV cache and :PATH for its own checkpoint, as in int8+kv-fp8 or "
+                "fp8:/models/hunyuan-fp8"
+            )
+        default = "fp8" if scheme.kv_cache == "fp8" else "bf16"
+        return cls(name, scheme, CACHES.get(cache, default), path or None)
+
+    @property
+    def label(self) -> str:
+        """The name, with the last part of its own checkpoint's path."""
+        return f"{self.name}:{Path(self.path).name}" if self.path else self.name
+
+    def options(self, quantised: bool) -> list[str]:
+        """vLLM's options for it on a checkpoint that is `quantised` on disk, or BF16."""
+        quantization = None if quantised else self.weights.quantization
+        options = [] if quantization is None else ["--quantization", quantization]
+        return options + (["--kv-cache-dtype", "fp8"] if self.cache == "fp8" else [])
+
+
+def checkpoint_of(variant: Variant, model: ModelSource, progress: Progress) -> ModelSource:
+    """The checkpoint of `variant`, by default `model`; the demo model is converted where the scheme needs it."""
+    source, scheme = open_model(variant.path) if variant.path else model, variant.weights
+    stored = (source.format or Format()).scheme
+    if stored in scheme.stored:
+        return source
+    if source.demo and scheme.written:  # the server's own copy
+        target = Path(demo_in(scheme, source, Settings.read(os.environ).cache_home).name)
+        convert(Path(source.name), target, scheme, source.given, progress.console)
+        return replace(open_model(str(target)), given=source.given, demo=True)
+    remedy = f"name another checkpoint, as in {variant.name}:PATH"
+    if stored == "bf16" and scheme.written:
+        command = f"hunyuan-vllm quantize {source.given} DESTINATION --scheme {scheme.name}"
+        remedy = f"make one with {command}, and name it with {variant.name}:DESTINATION"
+    found = source.format.name if source.format else "unquantised"
+    raise UserError(f"{source.given} is {found}, and {variant.name} starts from {scheme.needs}: {remedy}")
+
 
 TAIL_LINES = 400
 # Options that the evaluation sets itself.
@@ -57,21 +129,6 @@ class EngineRun:
         return engine.argv, engine.env
 
 
-@dataclass(frozen=True)
-class Work:
-    """Passages to score."""
-
-    passages: Sequence[Passage]
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(passage.scored) for passage in self.passages)
-
-    @property
-    def longest(self) -> int:
-        return max(len(passage.ids) + 1 for passage in self.passages)
-
-
 @dataclass
 class Outcome:
     """The result of one run: for each passage its scores (see `recorder.score_block`).
@@ -88,40 +145,47 @@ class Outcome:
         return [value for scores in self.passages for value in scores[name]]
 
 
-def execute(run: EngineRun, work: Work, record: Path, format: tuple[int, str] | None, progress: Progress) -> Outcome:
-    """Start the run's engine and do the work.
+def execute(
+    run: EngineRun, passages: Sequence[Passage], record: Path, format: tuple[int, str] | None, progress: Progress
+) -> Outcome:
+    """Start the run's engine and score the passages.
 
     Args:
         record: the file of logits: written where `format` is None, else compared with.
         format: that of the outcome whose run wrote the file.
     """
     name = run.variant.label
-    argv, env = run.argv(work.longest, os.environ)
+    argv, env = run.argv(longest(passages), os.environ)
     job = {
         "argv": argv,
         "file": str(record),
         "format": format,
-        "passages": [(passage.ids, passage.scored) for passage in work.passages],
+        "passages": [(passage.ids, passage.scored) for passage in passages],
     }
     outcome = Outcome()
     last: dict[str, Any] = {}
-    with tempfile.TemporaryFile() as log, ExitStack() as shown:
+    with tempfile.TemporaryFile() as log:
         messages = _messages(job, env, log)
         progress.say(f"{name}: starting the engine")
         with progress.console.status(f"{name}: starting"):
             last = next(messages, last)
-        shown.enter_context(progress.stage(name, work.tokens, unit="tokens"))
-        for last in messages:
-            if "scores" in last:
-                outcome.format = (last["format"][0], last["format"][1])
-                outcome.passages.append(last["scores"])
-                progress.advance(len(last["scores"]["nll"]))
+        with progress.stage(name, sum(len(passage.scored) for passage in passages), unit="tokens"):
+            for last in messages:
+                if "scores" in last:
+                    outcome.format = (last["format"][0], last["format"][1])
+                    outcome.passages.append(last["scores"])
+                    progress.advance(len(last["scores"]["nll"]))
         if "mistake" in last:
             raise UserError(last["mistake"])
         if "done" not in last:
             error = last.get("error", "Worker")
             raise EngineFailed(f"{name}: {_cause(log) if 'Worker' in error else error}")
     return outcome
+
+
+def longest(passages: Sequence[Passage]) -> int:
+    """The --max-model-len that they need, with the one token that each generates."""
+    return max(len(passage.ids) + 1 for passage in passages)
 
 
 def _messages(job: Mapping[str, Any], env: Mapping[str, str], log: Any) -> Iterator[dict[str, Any]]:
@@ -160,23 +224,39 @@ def _cause(log: Any) -> str:
 
 RECORDER = "hunyuan_vllm.evaluation.recorder.Recorder"
 
-Message = dict[str, Any]
 
+def main() -> None:
+    """The process of a run: reads the job from standard input and writes messages to the descriptor in argv: one
+    `started`, one of `scores` for each passage, `done`; or a `mistake` or an `error`.
 
-def perform(job: Message) -> Iterator[Message]:
-    """Start the engine and do the job, as messages: one `started`, one of `scores` for each passage.
-
-    Args:
-        job: "argv", vLLM's options, model first; "file" and "format", as of `Recorder.quality_open`; "passages", as
-            pairs of ids and scored indices.
+    A job has "argv", vLLM's options, model first; "file" and "format", as of `Recorder.quality_open`; "passages", as
+    pairs of ids and scored indices.
     """
+    with os.fdopen(int(sys.argv[1]), "w") as channel:
+
+        def send(**message: Any) -> None:
+            channel.write(json.dumps(message) + "\n")
+            channel.flush()
+
+        try:
+            _score(json.load(sys.stdin), send)
+        except UserError as error:
+            send(mistake=str(error))
+        except Exception as error:
+            send(error=one_line(error))
+            raise
+        else:
+            send(done=True)
+
+
+def _score(job: dict[str, Any], send: Callable[..., None]) -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.entrypoints.llm import LLM
     from vllm.inputs import TokensPrompt
     from vllm.sampling_params import SamplingParams
 
     llm = LLM.from_engine_args(EngineArgs.from_cli_args(parse_options(job["argv"])))
-    yield {"started": True}
+    send(started=True)
     one_token = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
     llm.collective_rpc("quality_open", args=(job["file"], job["format"]))
     for ids, scored in job["passages"]:
@@ -184,29 +264,9 @@ def perform(job: Message) -> Iterator[Message]:
         llm.generate(TokensPrompt(prompt_token_ids=ids), one_token, use_tqdm=False)
         answers = llm.collective_rpc("quality_end", args=(scored, ids))
         format, scores = next(answer for answer in answers if answer is not None)
-        yield {"format": format, "scores": scores}
+        send(format=format, scores=scores)
     llm.collective_rpc("quality_close")
     llm.llm_engine.engine_core.shutdown()
-
-
-def main() -> None:
-    """The process of a run: reads the job from standard input and writes messages to the descriptor in argv."""
-    with os.fdopen(int(sys.argv[1]), "w") as channel:
-
-        def send(message: Message) -> None:
-            channel.write(json.dumps(message) + "\n")
-            channel.flush()
-
-        try:
-            for message in perform(json.load(sys.stdin)):
-                send(message)
-        except UserError as error:
-            send({"mistake": str(error)})
-            return
-        except Exception as error:
-            send({"error": one_line(error)})
-            raise
-        send({"done": True})
 
 
 if __name__ == "__main__":

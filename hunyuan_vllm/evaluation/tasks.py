@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -41,18 +41,13 @@ PUBLISHED: Final = {
     "cmmlu": Setting(5, published=(90.4, 89.8)),
     "mmlu": Setting(5, published=(89.9, 88.9)),
 }
-OTHERS: Final = {
+SETTINGS: Final = PUBLISHED | {
     "arc_challenge": Setting(25),
     "arc_challenge_chat": Setting(0, chat=True),
     "hunyuan_demo": Setting(0, chat=True),
     "hunyuan_demo_choice": Setting(0, chat=True),
 }
-
-
-def setting(task: str) -> Setting:
-    """The setting of a task of lm-evaluation-harness; without entry, the task's own shots as plain text."""
-    return PUBLISHED.get(task) or OTHERS.get(task) or Setting()
-
+"""How tasks of lm-evaluation-harness are asked; others with the task's own shots, as plain text."""
 
 # What `simple_evaluate` takes for a task or group, and its tasks by name.
 _Loaded = tuple[list[Any], dict[str, Any]]
@@ -253,13 +248,13 @@ def run(
         harness.load(name)  # reports mistakes before hours of questions
     results: list[TaskResult] = []
     for name in names:
-        usual = setting(name)
+        usual = SETTINGS.get(name, Setting())
         asked = replace(
             usual, shots=usual.shots if shots is None else shots, chat=usual.chat if chat is None else chat
         )  # fmt: skip
         results.append(harness.run(name, asked, limit, samples))
         if output is not None:
-            found = {"server": harness.served.url, "model": harness.served.name, "limit": limit}
+            found: dict[str, Any] = {"server": harness.served.url, "model": harness.served.name, "limit": limit}
             found |= {"scores": scores_json(results), "raw": {one.name: one.raw for one in results}}
             with replacing(output) as temporary:
                 text = json.dumps(found, indent=1, ensure_ascii=False, default=str)
@@ -271,10 +266,8 @@ def scores_json(results: Sequence[TaskResult]) -> list[dict[str, Any]]:
     return [
         {
             "task": result.name,
-            "shots": result.setting.shots,
-            "chat": result.setting.chat,
+            **asdict(result.setting),
             "questions": result.questions,
-            "published": result.setting.published,
             "metrics": result.metrics,
         }
         for result in results

@@ -6,9 +6,10 @@ from itertools import chain, combinations
 from typing import Any
 
 from hunyuan_vllm.kv_cache import legal_partition
+from hunyuan_vllm.layout import tensor_parallel_sizes
+from hunyuan_vllm.network import Network
 from hunyuan_vllm.plan.fit import Fit, check_fit
-from hunyuan_vllm.plan.hardware import Gpu, known_gpus
-from hunyuan_vllm.plan.model import Network
+from hunyuan_vllm.plan.hardware import known_gpus
 from hunyuan_vllm.plan.scenario import Scenario, vllm_limits
 from hunyuan_vllm.plan.schemes import SCHEMES
 from hunyuan_vllm.plan.speed import decode
@@ -23,113 +24,97 @@ SCHEME_PRICES = {  # of the schemes that any checkpoint can be brought into
 }
 
 
+OPTIONS = {  # of `hunyuan-vllm plan`, by the scenario's fields
+    "gpu": "--gpu", "gpus": "--gpus", "tensor": "--tp", "pipeline": "--pp", "dcp": "--dcp", "scheme": "--scheme",
+    "kv": "--kv", "max_model_len": "--max-model-len", "utilization": "--gpu-memory-utilization",
+    "sequences": "--max-num-seqs", "batched_tokens": "--max-num-batched-tokens",
+}  # fmt: skip
+
+
 @dataclass(frozen=True, eq=False)
 class Change:
     """A change of some options.
 
     Attributes:
         values: fields of the scenario and their new values.
-        flags: the same as options of `hunyuan-vllm plan`.
         cost: its rank; the cheapest changes come first.
         kind: its subject. Where a change suffices, others of its kind are not offered beside it.
     """
 
     values: dict[str, Any]
-    flags: str
     price: str
     cost: int
     kind: str
 
+    def flags(self, scenario: Scenario) -> str:
+        """As options of `hunyuan-vllm plan` beside those that the scenario was made from."""
+        words = ["--enforce-eager"] if "eager" in self.values else []
+        for name, option in OPTIONS.items():
+            if name not in self.values or ("gpu" in self.values and name != "gpu"):  # limits follow from the GPU
+                continue
+            value = self.values[name]
+            if name == "tensor" or value != getattr(scenario, name):  # without --tp all GPUs of a stage share a layer
+                words.append(f"{option} {getattr(value, 'name', value)}")
+        return " ".join(words)
 
-def arrangements(network: Network, gpus: int) -> list[tuple[int, int]]:
+
+def arrangements(config: Network, gpus: int) -> list[tuple[int, int]]:
     """(tensor, pipeline) sizes of one engine on exactly `gpus` GPUs, the most tensor-parallel first."""
-    found = [(size, gpus // size) for size in reversed(network.tensor_sizes) if gpus % size == 0]
-    return [(tensor, stages) for tensor, stages in found if legal_partition(network.config, stages) is not None]
+    found = [(size, gpus // size) for size in reversed(tensor_parallel_sizes(config)) if gpus % size == 0]
+    return [(tensor, stages) for tensor, stages in found if legal_partition(config, stages) is not None]
 
 
 def possible_changes(scenario: Scenario) -> Iterator[Change]:
-    yield from _limits(scenario)
-    yield from _split(scenario)
-    yield from _cache(scenario)
-    if not scenario.quantised:
-        yield from _scheme(scenario)
+    share, price = (0.95, "less memory in reserve") if scenario.utilization < 0.95 else (0.92, "less cache")
+    yield Change({"utilization": share}, price, 10, "utilization")
+    for count in (256, 64):
+        if count < scenario.sequences:
+            yield Change({"sequences": count}, f"at most {count} sequences at once", 20, "sequences")
+    if scenario.batched_tokens > 2048 >= scenario.sequences:
+        yield Change({"batched_tokens": 2048}, "slower prefill", 20, "tokens")
+    for tensor, stages in arrangements(scenario.config, scenario.gpus):
+        if (tensor, stages) != (scenario.tensor, scenario.pipeline):
+            yield Change(_split(tensor, stages), "another split of the same GPUs", 30, "split")
+    copies = scenario.tensor // scenario.config.num_key_value_heads
+    if copies > 1 and scenario.dcp < copies:
+        yield Change({"dcp": copies}, "two more collectives a layer", 30, "dcp")
+    if scenario.dcp > 1:
+        yield Change({"dcp": 1}, "each copy of a KV head holds all tokens", 30, "undo dcp")
+    if scenario.kv == "auto":
+        yield Change({"kv": "fp8"}, "cached keys and values are rounded to FP8", 40, "kv")
+    else:
+        yield Change({"kv": "auto"}, "twice the bytes a token", 40, "undo kv")
+    longest = scenario.config.longest_context
+    if scenario.max_model_len > longest:
+        yield shorter(longest)
+    for name, price in SCHEME_PRICES.items():
+        if not scenario.quantised and SCHEMES[name] is not scenario.scheme:
+            yield Change({"scheme": SCHEMES[name]}, price, 50, f"scheme {name}")
     if not scenario.eager:
-        yield Change({"eager": True}, "--enforce-eager", "no CUDA graphs: slower decoding", 70, "eager")
+        yield Change({"eager": True}, "no CUDA graphs: slower decoding", 70, "eager")
     yield from _hardware(scenario)
 
 
 def shorter(length: int) -> Change:
-    return Change({"max_model_len": length}, f"--max-model-len {length}", "shorter sequences", 60, "length")
+    return Change({"max_model_len": length}, "shorter sequences", 60, "length")
 
 
-def _limits(scenario: Scenario) -> Iterator[Change]:
-    share, price = (0.95, "less memory in reserve") if scenario.utilization < 0.95 else (0.92, "less cache")
-    yield Change({"utilization": share}, f"--gpu-memory-utilization {share}", price, 10, "utilization")
-    for count in (256, 64):
-        if count < scenario.sequences:
-            price = f"at most {count} sequences at once"
-            yield Change({"sequences": count}, f"--max-num-seqs {count}", price, 20, "sequences")
-    if scenario.batched_tokens > 2048 >= scenario.sequences:
-        flags = "--max-num-batched-tokens 2048"
-        yield Change({"batched_tokens": 2048}, flags, "slower prefill", 20, "tokens")
-
-
-def _split(scenario: Scenario) -> Iterator[Change]:
-    for tensor, stages in arrangements(scenario.network, scenario.gpus):
-        if (tensor, stages) != (scenario.tensor, scenario.pipeline):
-            yield _engine(scenario, tensor, stages, {}, "", "another split of the same GPUs", 30, "split")
-
-
-def _engine(
-    scenario: Scenario, tensor: int, stages: int, more: dict[str, Any], flags: str, price: str, cost: int, kind: str
-) -> Change:
-    values = more | {"tensor": tensor, "pipeline": stages, "dcp": 1}
-    words = [flags, f"--tp {tensor}"]
-    words += [f"--pp {stages}"] if stages > 1 or scenario.pipeline > 1 else []
-    words += ["--dcp 1"] if scenario.dcp > 1 else []
-    return Change(values, " ".join(word for word in words if word), price, cost, kind)
-
-
-def _cache(scenario: Scenario) -> Iterator[Change]:
-    copies = scenario.tensor // scenario.config.num_key_value_heads
-    if copies > 1 and scenario.dcp < copies:
-        yield Change({"dcp": copies}, f"--dcp {copies}", "two more collectives a layer", 30, "dcp")
-    if scenario.dcp > 1:
-        yield Change({"dcp": 1}, "--dcp 1", "each copy of a KV head holds all tokens", 30, "undo dcp")
-    if scenario.kv == "auto":
-        yield Change({"kv": "fp8"}, "--kv fp8", "cached keys and values are rounded to FP8", 40, "kv")
-    else:
-        yield Change({"kv": "auto"}, "--kv auto", "twice the bytes a token", 40, "undo kv")
-    longest = scenario.config.longest_context
-    if scenario.max_model_len > longest:
-        yield shorter(longest)
-
-
-def _scheme(scenario: Scenario) -> Iterator[Change]:
-    for name, price in SCHEME_PRICES.items():
-        if SCHEMES[name] is not scenario.scheme:
-            yield Change({"scheme": SCHEMES[name]}, f"--scheme {name}", price, 50, f"scheme {name}")
+def _split(tensor: int, stages: int) -> dict[str, int]:
+    return {"tensor": tensor, "pipeline": stages, "dcp": 1}
 
 
 def _hardware(scenario: Scenario) -> Iterator[Change]:
-    for gpus in COUNTS:
-        for tensor, stages in arrangements(scenario.network, gpus) if gpus > scenario.gpus else ():
-            if tensor <= scenario.per_node:
-                more = gpus - scenario.gpus
-                price, cost = plural(more, "more GPU"), 100 + 10 * more
-                yield _engine(scenario, tensor, stages, {"gpus": gpus}, f"--gpus {gpus}", price, cost, "gpus")
-                break
+    for gpus in (count for count in COUNTS if count > scenario.gpus):
+        within = (split for split in arrangements(scenario.config, gpus) if split[0] <= scenario.per_node)
+        if split := next(within, None):
+            more = gpus - scenario.gpus
+            yield Change({"gpus": gpus} | _split(*split), plural(more, "more GPU"), 100 + 10 * more, "gpus")
+    names, defaults = ("batched_tokens", "sequences"), vllm_limits(scenario.gpu)
     for gpu in sorted(known_gpus(), key=lambda gpu: (gpu.memory, -(gpu.bf16_tflops or 0))):
         if gpu.memory > 1.1 * scenario.gpu.memory or gpu.capability > scenario.gpu.capability:
-            price = f"GPUs of {gpu.memory_gb:.0f} GB"
-            yield Change({"gpu": gpu} | _limits_of(scenario, gpu), f"--gpu {gpu.name}", price, 200, "gpu")
-
-
-def _limits_of(scenario: Scenario, gpu: Gpu) -> dict[str, Any]:
-    """vLLM's default limits for another GPU, where this scenario has the defaults of its own."""
-    names = ("batched_tokens", "sequences")
-    here, there = vllm_limits(scenario.gpu), vllm_limits(gpu)
-    return {name: new for name, old, new in zip(names, here, there, strict=True) if getattr(scenario, name) == old}
+            limits = zip(names, defaults, vllm_limits(gpu), strict=True)
+            follow = {name: new for name, old, new in limits if getattr(scenario, name) == old}
+            yield Change({"gpu": gpu} | follow, f"GPUs of {gpu.memory_gb:.0f} GB", 200, "gpu")
 
 
 LENGTH_STEP, MIN_LENGTH = 1024, 4096
@@ -138,20 +123,18 @@ SHORTER_COST = shorter(MIN_LENGTH).cost
 
 @dataclass(frozen=True)
 class Remedy:
-    """Some changes, and the fit of the changed scenario."""
+    """Some changes, as flags too, and the fit of the changed scenario."""
 
     changes: tuple[Change, ...]
+    flags: str
     fit: Fit
 
     @classmethod
     def of(cls, scenario: Scenario, *changes: Change) -> "Remedy":
+        changed = scenario
         for change in changes:
-            scenario = scenario.changed(**change.values)
-        return cls(changes, check_fit(scenario))
-
-    @property
-    def flags(self) -> str:
-        return " ".join(change.flags for change in self.changes)
+            changed = changed.changed(**change.values)
+        return cls(changes, " ".join(change.flags(scenario) for change in changes), check_fit(changed))
 
     @property
     def price(self) -> str:
@@ -250,11 +233,9 @@ def _fewest_gpus(fit: Fit) -> Improvement | None:
     schemes = [scenario.scheme] if scenario.quantised else [SCHEMES[name] for name in SCHEME_PRICES]
     for gpus in (count for count in COUNTS if count < scenario.gpus):
         for scheme in schemes:
-            for tensor, stages in arrangements(scenario.network, gpus):
-                values = {"gpus": gpus, "tensor": tensor, "pipeline": stages, "dcp": 1, "scheme": scheme}
-                flags = f"--gpus {gpus} --tp {tensor}" + (f" --pp {stages}" if stages > 1 else "")
-                flags += f" --scheme {scheme.name}" if scheme is not scenario.scheme else ""
-                change = Change(values, flags, plural(scenario.gpus - gpus, "fewer GPU"), 0, "gpus")
+            for split in arrangements(scenario.config, gpus):
+                values = {"gpus": gpus, "scheme": scheme} | _split(*split)
+                change = Change(values, plural(scenario.gpus - gpus, "fewer GPU"), 0, "gpus")
                 if improvement := _improvement(fit, change):
                     return improvement
     return None

@@ -1,11 +1,10 @@
 """Whether a set-up can run, and whether it fits into memory"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.kv_cache import check_pipeline, legal_partition
-from hunyuan_vllm.plan.hardware import choose_backend, refusals
+from hunyuan_vllm.network import Network
 from hunyuan_vllm.plan.memory import Budget, Capacity, budgets, capacity
 from hunyuan_vllm.plan.model import layer_matrices, padded_vocabulary
 from hunyuan_vllm.plan.scenario import Scenario
@@ -15,79 +14,60 @@ from hunyuan_vllm.util.text import gibibytes
 
 def problems(scenario: Scenario) -> list[str]:
     """Each reason why this cannot run, apart from memory."""
-    found = [_tensor(scenario), _pipeline(scenario), _gpus(scenario), _dcp(scenario), _length(scenario)]
-    found += [scenario.scheme.problem(scenario.gpu), _attention(scenario)]
+    return [problem for problem in _problems(scenario) if problem]
+
+
+def _problems(scenario: Scenario) -> Iterator[str | None]:
+    config, tensor, dcp = scenario.config, scenario.tensor, scenario.dcp
+    rows = padded_vocabulary(config)
+    if rows % tensor:
+        yield f"tensor_parallel_size={tensor} does not divide the {rows} rows of the embedding"
+    else:
+        yield _refusal(check_tensor_parallel, config, tensor)
+    if legal_partition(config, scenario.pipeline) is None:  # otherwise `notes` names the setting that the cut needs
+        yield _refusal(check_pipeline, config, scenario.pipeline)
+    if scenario.ranks > scenario.gpus:
+        yield (
+            f"{scenario.ranks} ranks (tensor {tensor} × pipeline {scenario.pipeline}) need {scenario.ranks} GPUs, and "
+            f"there are {scenario.gpus}: use --gpus {scenario.ranks} or fewer ranks"
+        )
+    # vLLM's rules (`ModelConfig.verify_with_parallel_config`): only ranks that hold the same KV heads can share.
+    kv_heads = config.num_key_value_heads
+    if dcp > 1 and tensor <= kv_heads:
+        yield (
+            f"decode_context_parallel_size={dcp} needs more tensor-parallel ranks ({tensor}) than KV heads "
+            f"({kv_heads}): only ranks that hold the same KV head can share its tokens; leave it at 1"
+        )
+    elif dcp > 1:
+        group = config.num_attention_heads // kv_heads
+        legal = [size for size in range(1, tensor // kv_heads + 1) if group % size == 0 and tensor % size == 0]
+        if dcp not in legal:
+            yield (
+                f"decode_context_parallel_size={dcp} is not possible with {tensor} ranks and {kv_heads} KV heads: use "
+                f"one of {legal}"
+            )
+    if scenario.max_model_len > config.longest_context:
+        yield (
+            f"--max-model-len {scenario.max_model_len} is beyond the model's context: use at most "
+            f"{config.longest_context}"
+        )
+    yield scenario.scheme.problem(scenario.gpu)
+    backend, refused = scenario.attention_backend
+    if backend is None:
+        reasons = "; ".join(f"{name} {why}" for name, why in refused.items())
+        remedy = "use --kv auto" if scenario.kv == "fp8" else "use --dcp 1" if dcp > 1 else "use another GPU"
+        yield f"no attention backend of vLLM supports this on {scenario.gpu.name} ({reasons}): {remedy}"
     if form := scenario.scheme.format:
-        found.append(_refusal(form.check_ranks, scenario.config, scenario.tensor))
-    return [problem for problem in found if problem]
+        yield _refusal(form.check_ranks, config, tensor)
 
 
-def _refusal(check: Callable[[HunYuanConfig, int], None], config: HunYuanConfig, size: int) -> str | None:
+def _refusal(check: Callable[[Network, int], None], config: Network, size: int) -> str | None:
     """The error of one of the engine's own checks; None if it passes."""
     try:
         check(config, size)
     except ValueError as error:
         return str(error)
     return None
-
-
-def _tensor(scenario: Scenario) -> str | None:
-    rows = padded_vocabulary(scenario.config)
-    if rows % scenario.tensor:
-        return f"tensor_parallel_size={scenario.tensor} does not divide the {rows} rows of the embedding"
-    return _refusal(check_tensor_parallel, scenario.config, scenario.tensor)
-
-
-def _pipeline(scenario: Scenario) -> str | None:
-    if legal_partition(scenario.config, scenario.pipeline) is not None:
-        return None  # `notes` names the setting that this cut needs
-    return _refusal(check_pipeline, scenario.config, scenario.pipeline)
-
-
-def _gpus(scenario: Scenario) -> str | None:
-    if scenario.ranks <= scenario.gpus:
-        return None
-    return (
-        f"{scenario.ranks} ranks (tensor {scenario.tensor} × pipeline {scenario.pipeline}) need "
-        f"{scenario.ranks} GPUs, and there are {scenario.gpus}: use --gpus {scenario.ranks} or fewer ranks"
-    )
-
-
-def _dcp(scenario: Scenario) -> str | None:
-    """vLLM's rules (`ModelConfig.verify_with_parallel_config`): only ranks that hold the same KV heads can share."""
-    config, tensor, dcp = scenario.config, scenario.tensor, scenario.dcp
-    if dcp == 1:
-        return None
-    kv_heads = config.num_key_value_heads
-    if tensor <= kv_heads:
-        return (
-            f"decode_context_parallel_size={dcp} needs more tensor-parallel ranks ({tensor}) than KV heads "
-            f"({kv_heads}): only ranks that hold the same KV head can share its tokens; leave it at 1"
-        )
-    group = config.num_attention_heads // kv_heads
-    legal = [size for size in range(1, tensor // kv_heads + 1) if group % size == 0 and tensor % size == 0]
-    if dcp in legal:
-        return None
-    return (
-        f"decode_context_parallel_size={dcp} is not possible with {tensor} ranks and {kv_heads} KV heads: use one of "
-        f"{legal}"
-    )
-
-
-def _length(scenario: Scenario) -> str | None:
-    longest = scenario.config.longest_context
-    if scenario.max_model_len <= longest:
-        return None
-    return f"--max-model-len {scenario.max_model_len} is beyond the model's context: use at most {longest}"
-
-
-def _attention(scenario: Scenario) -> str | None:
-    asked = scenario.gpu, scenario.config.head_dim, scenario.kv == "fp8", scenario.dcp
-    if choose_backend(*asked) is not None:
-        return None
-    reasons = "; ".join(f"{name} {why}" for name, why in refusals(*asked))
-    remedy = "use --kv auto" if scenario.kv == "fp8" else "use --dcp 1" if scenario.dcp > 1 else "use another GPU"
-    return f"no attention backend of vLLM supports this on {scenario.gpu.name} ({reasons}): {remedy}"
 
 
 def notes(scenario: Scenario) -> list[str]:
@@ -109,10 +89,10 @@ def notes(scenario: Scenario) -> list[str]:
             f"each of the {config.num_key_value_heads} KV heads is on {copies} of {scenario.tensor} ranks: "
             f"--dcp {copies} divides its tokens among them instead"
         )
-    tried = refusals(scenario.gpu, config.head_dim, scenario.kv == "fp8", scenario.dcp)
-    backend = choose_backend(scenario.gpu, config.head_dim, scenario.kv == "fp8", scenario.dcp)
-    if tried and backend:
-        found.append(f"attention runs on {backend.name}: {'; '.join(f'{name} {why}' for name, why in tried)}")
+    backend, refused = scenario.attention_backend
+    if refused and backend:
+        reasons = "; ".join(f"{name} {why}" for name, why in refused.items())
+        found.append(f"attention runs on {backend}: {reasons}")
     if scenario.tensor_nodes > 1:
         found.append(
             f"{scenario.tensor} tensor-parallel ranks span {scenario.tensor_nodes} nodes: every layer waits for the "

@@ -1,10 +1,8 @@
 """GPUs, and the attention backend that vLLM chooses on them"""
 
 import json
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
@@ -86,63 +84,38 @@ def _read(path: Path) -> Gpu:
 FLASHINFER_HEADS = (64, 128, 256, 512)
 
 
-class Capable(Protocol):
-    """A kind of GPU, as far as backends depend on it."""
-
-    @property
-    def capability(self) -> tuple[int, int]: ...
-
-
-@dataclass(frozen=True)
-class Backend:
-    """An attention backend of vLLM, by the name that --attention-backend takes."""
-
-    name: str
-
-    def refusal(self, gpu: Capable, head_dim: int, fp8_cache: bool, dcp: int) -> str | None:
-        """Why it cannot run this; None if it can."""
-        major = gpu.capability[0]
-        if self.name == "FLASH_ATTN":
-            if gpu.capability < (8, 0):
-                return "needs compute capability 8.0"
-            if head_dim % 8 or head_dim > 256:
-                return f"does not support head_dim {head_dim}"
-            if fp8_cache and major not in (9, 10):
-                return "needs compute capability 9 or 10 for an FP8 cache"
-            return None
-        if self.name == "FLASHINFER":
-            return None if head_dim in FLASHINFER_HEADS else f"does not support head_dim {head_dim}"
-        if dcp > 1:
-            return "cannot share a sequence's cache between ranks"
-        if self.name == "FLEX_ATTENTION":
-            return "cannot read an FP8 cache" if fp8_cache else None
-        if fp8_cache and gpu.capability < (8, 9):
-            return "needs compute capability 8.9 for an FP8 cache"
-        return None if head_dim >= 32 else f"does not support head_dim {head_dim}"
+def backend_refusal(name: str, capability: tuple[int, int], head_dim: int, fp8_cache: bool, dcp: int) -> str | None:
+    """Why the attention backend of this name (as --attention-backend takes it) cannot run this; None if it can."""
+    if name == "FLASH_ATTN":
+        if capability < (8, 0):
+            return "needs compute capability 8.0"
+        if head_dim % 8 or head_dim > 256:
+            return f"does not support head_dim {head_dim}"
+        if fp8_cache and capability[0] not in (9, 10):
+            return "needs compute capability 9 or 10 for an FP8 cache"
+        return None
+    if name == "FLASHINFER":
+        return None if head_dim in FLASHINFER_HEADS else f"does not support head_dim {head_dim}"
+    if dcp > 1:
+        return "cannot share a sequence's cache between ranks"
+    if name == "FLEX_ATTENTION":
+        return "cannot read an FP8 cache" if fp8_cache else None
+    if fp8_cache and capability < (8, 9):
+        return "needs compute capability 8.9 for an FP8 cache"
+    return None if head_dim >= 32 else f"does not support head_dim {head_dim}"
 
 
-FLASH_ATTN, FLASHINFER, TRITON = Backend("FLASH_ATTN"), Backend("FLASHINFER"), Backend("TRITON_ATTN")
-FLEX = Backend("FLEX_ATTENTION")
-
-
-def _order(gpu: Capable) -> tuple[Backend, ...]:
-    if gpu.capability[0] == 10:
-        return FLASHINFER, FLASH_ATTN, TRITON, FLEX
-    return FLASH_ATTN, FLASHINFER, TRITON, FLEX
-
-
-def choose_backend(gpu: Capable, head_dim: int, fp8_cache: bool, dcp: int) -> Backend | None:
-    """The backend that vLLM chooses by default; None where none can run this."""
-    usable = (backend for backend in _order(gpu) if backend.refusal(gpu, head_dim, fp8_cache, dcp) is None)
-    return next(usable, None)
-
-
-def refusals(gpu: Capable, head_dim: int, fp8_cache: bool, dcp: int) -> list[tuple[str, str]]:
-    """(backend, why not) of those that vLLM tries before the one that it chooses."""
-    found = []
-    for backend in _order(gpu):
-        why = backend.refusal(gpu, head_dim, fp8_cache, dcp)
+def choose_backend(
+    capability: tuple[int, int], head_dim: int, fp8_cache: bool, dcp: int
+) -> tuple[str | None, dict[str, str]]:
+    """The backend that vLLM chooses by default, None where none can run this; and why not those it tries before."""
+    order = ["FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "FLEX_ATTENTION"]
+    if capability[0] == 10:
+        order[:2] = reversed(order[:2])
+    refused: dict[str, str] = {}
+    for name in order:
+        why = backend_refusal(name, capability, head_dim, fp8_cache, dcp)
         if why is None:
-            break
-        found.append((backend.name, why))
-    return found
+            return name, refused
+        refused[name] = why
+    return None, refused

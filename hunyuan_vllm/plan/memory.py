@@ -6,10 +6,10 @@ Weights are exact: `tests/plan/` compares them with the real model class and wit
 from collections import Counter
 from dataclasses import dataclass
 
-from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.kv_cache import CacheShape
+from hunyuan_vllm.network import Network
 from hunyuan_vllm.plan.hardware import Gpu
-from hunyuan_vllm.plan.model import Network, layer_matrices, padded_vocabulary, vectors
+from hunyuan_vllm.plan.model import layer_kinds, layer_matrices, padded_vocabulary, vectors
 from hunyuan_vllm.plan.scenario import Scenario, Stage
 from hunyuan_vllm.plan.schemes import BF16, FLOAT32, Scheme
 from hunyuan_vllm.util.text import GIB
@@ -42,15 +42,14 @@ class Weights:
 
 
 def rank_weights(
-    network: Network, scheme: Scheme, ranks: int, stage: Stage | None = None, gpu: Gpu | None = None, length: int = 0
+    config: Network, scheme: Scheme, ranks: int, stage: Stage | None = None, gpu: Gpu | None = None, length: int = 0
 ) -> Weights:
     """Bytes on each of `ranks` tensor-parallel ranks of a stage (default: the whole network), on CPUs if no GPU is
     given; `length` is that of the longest sequence, 0 for the config's."""
-    config = network.config
     stage = stage or Stage(range(config.num_hidden_layers))
     parts: Counter[str] = Counter()
     padding = 0
-    for layer, count in network.kinds(stage.layers):
+    for layer, count in layer_kinds(config, stage.layers):
         for matrix in layer_matrices(config, layer, ranks):
             parts[matrix.part] += count * scheme.parameter_bytes(matrix, on_cpu=gpu is None)
             padding += count * scheme.padding(matrix, gpu) if gpu else 0
@@ -65,7 +64,7 @@ def rank_weights(
     return Weights(dict(parts), _buffers(config, len(stage.layers), length), padding)
 
 
-def _buffers(config: HunYuanConfig, layers: int, length: int) -> int:
+def _buffers(config: Network, layers: int, length: int) -> int:
     folded = BF16 * config.head_dim if config.use_qk_norm else 0
     rope = config.rope_parameters
     positions = config.max_position_embeddings
@@ -95,7 +94,7 @@ def sampling_peak(scenario: Scenario) -> int:
 
 def forward_peak(scenario: Scenario, stage: Stage, tokens: int) -> int:
     """Bytes of the largest moment of any layer: in attention, or in its experts or MLP."""
-    return tokens * max(_layer_peak(scenario, layer) for layer, _ in scenario.network.kinds(stage.layers))
+    return tokens * max(_layer_peak(scenario, layer) for layer, _ in layer_kinds(scenario.config, stage.layers))
 
 
 def _layer_peak(scenario: Scenario, layer: int) -> int:
@@ -217,7 +216,7 @@ def _budget(scenario: Scenario, stage: Stage) -> Budget:
         total=scenario.gpu.memory,
         taken=int(scenario.gpu.memory * scenario.utilization),
         weights=rank_weights(
-            scenario.network, scenario.scheme, scenario.tensor, stage, scenario.gpu, scenario.max_model_len
+            scenario.config, scenario.scheme, scenario.tensor, stage, scenario.gpu, scenario.max_model_len
         ),
         activations=activation_peak(scenario, stage),
         graphs=graph_memory(scenario, stage),
@@ -235,7 +234,6 @@ def capacity(scenario: Scenario, rank_budgets: list[Budget], sharing: bool = Tru
             stage=one.stage.layers,
             itemsize=scenario.kv_itemsize,
             sharing=sharing,
-            dcp=scenario.dcp,
         )
         for one in rank_budgets
     ]

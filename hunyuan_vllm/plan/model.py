@@ -1,16 +1,14 @@
 """The network that is planned: by name or by config"""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
 from hunyuan_vllm import demo
-from hunyuan_vllm.checkpoint import missing_config
-from hunyuan_vllm.config import CONFIG_CLASSES, HunYuanConfig
-from hunyuan_vllm.layout import tensor_parallel_sizes
+from hunyuan_vllm.checkpoint import read_config
+from hunyuan_vllm.network import Network
 from hunyuan_vllm.quant.formats import Format
 from hunyuan_vllm.quant.quantization_config import read_format
 from hunyuan_vllm.util.errors import UserError
@@ -48,31 +46,17 @@ class Matrix:
         return self.part in ("attention", "experts", "shared mlp", "dense mlp")
 
 
-class Network:
-    """A config and values derived from it, computed once."""
-
-    def __init__(self, config: HunYuanConfig) -> None:
-        self.config = config
-        self._kinds: dict[range, list[tuple[int, int]]] = {}
-
-    @cached_property
-    def tensor_sizes(self) -> list[int]:
-        """Tensor-parallel sizes that it divides over."""
-        return tensor_parallel_sizes(self.config)
-
-    def kinds(self, layers: range) -> list[tuple[int, int]]:
-        """(a layer, how many of `layers` are like it): there are few kinds, and a sum over layers needs one of each."""
-        if layers not in self._kinds:
-            config = self.config
-            alike: dict[tuple[int | bool, ...], list[int]] = {}
-            for layer in layers:
-                mlp = config.experts_at(layer), config.topk_at(layer), config.intermediate_at(layer)
-                alike.setdefault((config.is_cross(layer), *mlp, config.shared_width_at(layer)), []).append(layer)
-            self._kinds[layers] = [(same[0], len(same)) for same in alike.values()]
-        return self._kinds[layers]
+@cache
+def layer_kinds(config: Network, layers: range) -> list[tuple[int, int]]:
+    """(a layer, how many of `layers` are like it): there are few kinds, and a sum over layers needs one of each."""
+    alike: dict[tuple[int | bool, ...], list[int]] = {}
+    for layer in layers:
+        mlp = config.experts_at(layer), config.topk_at(layer), config.intermediate_at(layer)
+        alike.setdefault((config.is_cross(layer), *mlp, config.shared_width_at(layer)), []).append(layer)
+    return [(same[0], len(same)) for same in alike.values()]
 
 
-def layer_matrices(config: HunYuanConfig, layer: int, ranks: int) -> Iterator[Matrix]:
+def layer_matrices(config: Network, layer: int, ranks: int) -> Iterator[Matrix]:
     """The matrices of a layer on one of `ranks` tensor-parallel ranks; KV heads fewer than ranks are replicated."""
     yield from _attention(config, layer, ranks)
     experts, width = config.experts_at(layer), config.intermediate_at(layer) // ranks
@@ -85,7 +69,7 @@ def layer_matrices(config: HunYuanConfig, layer: int, ranks: int) -> Iterator[Ma
     yield from _mlp(config, "experts", width, experts)
 
 
-def _attention(config: HunYuanConfig, layer: int, ranks: int) -> Iterator[Matrix]:
+def _attention(config: Network, layer: int, ranks: int) -> Iterator[Matrix]:
     hidden, bias = config.hidden_size, config.attention_bias
     q_size = config.num_attention_heads // ranks * config.head_dim
     kv_size = max(1, config.num_key_value_heads // ranks) * config.head_dim
@@ -94,18 +78,18 @@ def _attention(config: HunYuanConfig, layer: int, ranks: int) -> Iterator[Matrix
     yield Matrix("attention", hidden, q_size, bias=hidden * bias, cut="inputs")
 
 
-def _mlp(config: HunYuanConfig, part: Part, width: int, copies: int = 1) -> Iterator[Matrix]:
+def _mlp(config: Network, part: Part, width: int, copies: int = 1) -> Iterator[Matrix]:
     hidden, bias = config.hidden_size, config.mlp_bias
     yield Matrix(part, 2 * width, hidden, 2, copies, 2 * width * bias)
     yield Matrix(part, hidden, width, 1, copies, hidden * bias, "inputs")
 
 
-def padded_vocabulary(config: HunYuanConfig) -> int:
+def padded_vocabulary(config: Network) -> int:
     """Rows of the embedding and of the head as vLLM builds them."""
     return -(-config.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
-def vectors(config: HunYuanConfig) -> int:
+def vectors(config: Network) -> int:
     """Elements of a layer's norm weights, which every rank holds whole."""
     return 2 * config.hidden_size + (2 * config.head_dim if config.use_qk_norm else 0)
 
@@ -128,7 +112,7 @@ class PlannedModel:
     """A network, of which only the config need exist."""
 
     name: str
-    config: HunYuanConfig
+    config: Network
     format: Format = Format()
 
     @property
@@ -145,29 +129,18 @@ class PlannedModel:
 def open_planned(given: str) -> PlannedModel:
     """A published model by name, `demo`, a checkpoint's directory, or a config.json alone, without weights."""
     if given in PUBLISHED:
-        path = DATA / given / "config.json"
+        path = DATA / given
     elif given == demo.NAME:
-        path = demo.path() / "config.json"
+        path = demo.path()
     else:
         path = Path(given).expanduser()
-        if path.is_dir() and not (path / "config.json").exists():
-            raise UserError(f"--model {given} {': '.join(missing_config(path))}")
-        path = path / "config.json" if path.is_dir() else path
+        if not path.exists():
+            raise UserError(
+                f"--model {given} does not exist: give a directory with a config.json, that file, or one of "
+                f"{', '.join(PUBLISHED)}"
+            )
+    fields, config = read_config(path)
     try:
-        fields = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(
-            f"--model {given}: {path} cannot be read ({error.strerror}): give a directory with a config.json, that "
-            f"file, or one of {', '.join(PUBLISHED)}"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"--model {given}: {path} is not JSON ({error}): download it again") from None
-    kind = fields.get("model_type") if isinstance(fields, dict) else None
-    if kind not in CONFIG_CLASSES:
-        raise UserError(f"--model {given} has model_type {kind!r}; the planner supports {', '.join(CONFIG_CLASSES)}")
-    try:
-        config = HunYuanConfig.from_dict(fields)
-        form = read_format(fields, path.parent)
+        return PlannedModel(given, config, read_format(fields, path if path.is_dir() else path.parent))
     except ValueError as error:
         raise UserError(f"--model {given}: {error}") from None
-    return PlannedModel(given, config, form)

@@ -2,14 +2,15 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from hunyuan_vllm import demo
+from hunyuan_vllm.layout import tensor_parallel_sizes
 from hunyuan_vllm.plan.advice import COUNTS, Improvement, Remedy, arrangements, improvements, remedies
 from hunyuan_vllm.plan.fit import Fit, check_fit, notes
 from hunyuan_vllm.plan.hardware import find_gpu
-from hunyuan_vllm.plan.model import PUBLISHED, Network, PlannedModel, open_planned
+from hunyuan_vllm.plan.model import PUBLISHED, PlannedModel, open_planned
 from hunyuan_vllm.plan.scenario import Scenario, vllm_limits
 from hunyuan_vllm.plan.schemes import Scheme, find_scheme, scheme_of_checkpoint
 from hunyuan_vllm.plan.speed import BATCHES, Decode, Prefill, PublishedRate, decode, prefill, published_rates, served
@@ -46,7 +47,7 @@ def make_scenario(
     output_len = output_len or max(1, min(256, longest // 8))
     scenario = Scenario(
         name=found.name,
-        network=Network(found.config),
+        config=found.config,
         gpu=kind,
         gpus=gpus or (tensor or 1) * pipeline,
         tensor=tensor or 1,
@@ -93,7 +94,7 @@ def _scheme(name: str | None, model: PlannedModel) -> Scheme:
 def _largest_tensor(scenario: Scenario, ranks: int) -> int:
     """The most tensor-parallel ranks that divide the weights, as a server chooses them by default."""
     form = scenario.scheme.format
-    sizes = form.rank_sizes(scenario.config) if form else scenario.network.tensor_sizes
+    sizes = form.rank_sizes(scenario.config) if form else tensor_parallel_sizes(scenario.config)
     return max((size for size in sizes if size <= ranks), default=1)
 
 
@@ -103,7 +104,7 @@ def _fewest_gpus(scenario: Scenario) -> Scenario:
     tried = [
         scenario.changed(gpus=gpus, tensor=tensor, pipeline=stages)
         for gpus in COUNTS
-        for tensor, stages in arrangements(scenario.network, gpus)
+        for tensor, stages in arrangements(scenario.config, gpus)
         if tensor <= widest and scenario.pipeline in (1, stages)
     ]
     fitting = (candidate for candidate in tried if check_fit(candidate).fits)
@@ -126,7 +127,8 @@ def serve_flags(scenario: Scenario) -> list[str]:
     for name, (value, default) in given.items():
         flags += [name, str(value)] if value != default else []
     flags += ["--enforce-eager"] if scenario.eager else []
-    return flags + ([] if scenario.quantised else scenario.scheme.flags)
+    quantization = None if scenario.quantised else quant.SCHEMES[scenario.scheme.name].quantization
+    return flags + (["--quantization", quantization] if quantization else [])
 
 
 def serve_command(scenario: Scenario) -> str:
@@ -157,41 +159,20 @@ def _checkpoint(scenario: Scenario) -> str:
     return name if scenario.quantised else name + SUFFIXES.get(scenario.scheme.name, "")
 
 
-@dataclass(frozen=True)
-class Rate:
-    """Decoding at a batch size, and the output of a server that also reads the prompts."""
-
-    decode: Decode
-    served: float
-
-
-def rates(fit: Fit) -> list[Rate]:
-    """At powers of two, up to the sequences that may run and whose cache fits."""
+def rates(fit: Fit) -> list[tuple[Decode, float]]:
+    """Decoding at powers of two, up to the sequences that may run and whose cache fits, each with its served rate."""
     scenario = fit.scenario
     largest = min(scenario.sequences, fit.shared.sequences(scenario.input_len + scenario.output_len))
     batches = [batch for batch in BATCHES if batch <= largest]
     if largest > 0 and largest not in batches:
         batches.append(largest)
-    return [Rate(decode(scenario, batch), served(scenario, batch)) for batch in batches]
+    return [(decode(scenario, batch), served(scenario, batch)) for batch in batches]
 
 
-@dataclass(frozen=True)
-class Concurrency:
-    """Sequences of so many tokens that one engine's cache holds at once."""
-
-    length: int
-    shared: int
-    unshared: int
-
-
-def concurrency(fit: Fit) -> list[Concurrency]:
-    """At powers of four from 2048 tokens on, and at the longest sequence."""
-    longest = fit.scenario.max_model_len
-    lengths = [length for length in (2048 * 4**power for power in range(10)) if length < longest]
-    return [
-        Concurrency(length, fit.shared.sequences(length), fit.unshared.sequences(length))
-        for length in (*lengths, longest)
-    ]
+def lengths(scenario: Scenario) -> list[int]:
+    """Powers of four from 2048 on, and the longest sequence: for which a plan says how many fit at once."""
+    shorter = (2048 * 4**power for power in range(10))
+    return [*(length for length in shorter if length < scenario.max_model_len), scenario.max_model_len]
 
 
 @dataclass(frozen=True)
@@ -202,10 +183,9 @@ class Plan:
     notes: Sequence[str] = ()
     remedies: Sequence[Remedy] = ()
     improvements: Sequence[Improvement] = ()
-    concurrency: Sequence[Concurrency] = ()
-    rates: Sequence[Rate] = ()
+    rates: Sequence[tuple[Decode, float]] = ()
     published: Sequence[PublishedRate] = ()
-    prefill: Prefill | None = field(default=None)
+    prefill: Prefill | None = None
     command: str = ""
 
     @property
@@ -222,7 +202,6 @@ def make_plan(scenario: Scenario) -> Plan:
         fit,
         [*notes(scenario), *([step] if step else [])],
         improvements=improvements(fit),
-        concurrency=concurrency(fit),
         rates=rates(fit),
         published=published_rates(scenario),
         prefill=prefill(scenario),

@@ -1,6 +1,6 @@
 """A plan on a terminal and as JSON"""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -14,13 +14,13 @@ from hunyuan_vllm.plan.fit import check_fit
 from hunyuan_vllm.plan.hardware import find_gpu, known_gpus
 from hunyuan_vllm.plan.memory import Budget, Capacity, rank_weights
 from hunyuan_vllm.plan.model import PUBLISHED
-from hunyuan_vllm.plan.plan import Plan, make_scenario
-from hunyuan_vllm.plan.scenario import Assumptions, Scenario, explain
+from hunyuan_vllm.plan.plan import Plan, lengths, make_scenario
+from hunyuan_vllm.plan.scenario import Assumptions, Scenario
 from hunyuan_vllm.plan.speed import Decode, Step
 from hunyuan_vllm.quant import schemes as quant
 from hunyuan_vllm.util.text import GIB, gibibytes
 
-KIB, MIB = 2**10, 2**20
+KIB = 2**10
 
 
 def show_plan(plan: Plan, console: Console) -> None:
@@ -57,8 +57,7 @@ def _speed(plan: Plan) -> list[str]:
     """What to expect, with the published rates where there are any."""
     published = {rate.batch: rate.rate for rate in plan.published}
     lines = []
-    for rate in plan.rates:
-        decode = rate.decode
+    for decode, _ in plan.rates:
         if decode.batch == 1 or decode.batch in published:
             line = f"Batch {decode.batch}: at most {decode.bound:,.0f} tokens/s (bound), estimated {_range(decode)}"
             known = published.get(decode.batch)
@@ -125,14 +124,13 @@ def _span(budget: Budget) -> str:
 def _context(plan: Plan) -> RenderableType:
     table = _table("\nSequences at once, by length")
     table.add_column("", no_wrap=True)
-    for point in plan.concurrency:
-        table.add_column(f"{point.length:,}", justify="right")
+    for length in lengths(plan.scenario):
+        table.add_column(f"{length:,}", justify="right")
     table.add_column("tokens", justify="right")
-    shared, unshared = plan.fit.shared, plan.fit.unshared
-    name = "with CLA's shared cache" if plan.scenario.config.use_cla else "sequences"
-    table.add_row(name, *(f"{p.shared:,}" for p in plan.concurrency), f"{shared.tokens:,}")
-    if plan.scenario.config.use_cla:
-        table.add_row("without", *(f"{p.unshared:,}" for p in plan.concurrency), f"{unshared.tokens:,}", style="dim")
+    rows = {"with CLA's shared cache": plan.fit.shared, "without": plan.fit.unshared}
+    for name, cache in rows.items() if plan.scenario.config.use_cla else [("sequences", plan.fit.shared)]:
+        held = (f"{cache.sequences(length):,}" for length in lengths(plan.scenario))
+        table.add_row(name, *held, f"{cache.tokens:,}", style="dim" if cache is plan.fit.unshared else "")
     return table
 
 
@@ -140,28 +138,21 @@ def _decoding(plan: Plan) -> RenderableType:
     scenario, prefill = plan.scenario, plan.prefill
     assert prefill is not None
     table = _table(f"\nDecoding, {scenario.input_len:,} tokens in and {scenario.output_len:,} out: tokens per second")
-    for name in ("batch", "bound", "estimate", "per user", "served", "experts", "weights", "cache", "reduce"):
+    for name in ("batch", "bound", "estimate", "per user", "served"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("limit", no_wrap=True)
-    for rate in plan.rates[::2]:
-        decode, step = rate.decode, rate.decode.step
+    for decode, served in plan.rates[::2]:
         table.add_row(
             str(decode.batch),
             f"{decode.bound:,.0f}",
             Text(_range(decode), style="bold"),
             f"{decode.per_sequence:,.1f}",
-            f"{rate.served:,.0f}",
-            f"{step.experts:.1f}",
-            f"{step.weight_bytes / GIB:.1f}",
-            f"{step.cache_bytes / GIB:.1f}",
-            f"{step.reduced_bytes / MIB:.2f}",
-            step.limited_by,
+            f"{served:,.0f}",
+            decode.step.limited_by,
         )
     legend = (
         "bound: at the datasheet's rates; estimate: not validated; per user: high end of the estimate;\n"
-        "served: including the prefill of each request; experts: distinct experts that a layer reads;\n"
-        "weights, cache: GiB that a GPU reads in a step; reduce: MiB of an all-reduce;\n"
-        "limit: the largest part of the estimated step"
+        "served: including the prefill of each request; limit: the largest part of the estimated step"
     )
     reading = (
         f"{prefill.bound:,.0f} bound, {prefill.estimate:,.0f} estimated; first token after "
@@ -238,7 +229,7 @@ def show_models(console: Console) -> None:
                 make_scenario(model, gpu, scheme=scheme, kv=kv, max_model_len=MIN_CONTEXT) for gpu in TABLE_GPUS
             ]
             one = scenarios[0].changed(tensor=1, pipeline=1)
-            weights = rank_weights(one.network, one.scheme, 1).total
+            weights = rank_weights(one.config, one.scheme, 1).total
             cache = CacheShape.of(one.config, tensor_parallel=1, stage=one.stages[0].layers, itemsize=one.kv_itemsize)
             sizes = [gibibytes(weights), f"{cache.bytes_per_token / KIB:g} KiB"]
             rows.append([model, f"`{script}`", *sizes, *map(_fewest_gpus, scenarios)])
@@ -265,8 +256,8 @@ def show_assumptions(assumptions: Assumptions, console: Console) -> None:
     table.add_column("assumption", style="cyan", no_wrap=True)
     table.add_column("value", justify="right")
     table.add_column("meaning")
-    for name, value, meaning in explain(assumptions):
-        table.add_row(name, f"{value:g}", meaning)
+    for entry in fields(assumptions):
+        table.add_row(entry.name, f"{getattr(assumptions, entry.name):g}", entry.metadata["meaning"])
     console.print(table)
     console.print("--assume NAME=VALUE changes one; docs/plan.md has the formulae.", style="dim")
 
@@ -299,8 +290,11 @@ def to_json(plan: Plan) -> dict[str, Any]:
     assert plan.prefill is not None
     return document | {
         "command": plan.command,
-        "concurrency": [asdict(point) for point in plan.concurrency],
-        "decode": [_decode_json(rate.decode) | {"served_tokens_per_second": rate.served} for rate in plan.rates],
+        "concurrency": [
+            {"length": length, "shared": fit.shared.sequences(length), "unshared": fit.unshared.sequences(length)}
+            for length in lengths(plan.scenario)
+        ],
+        "decode": [_decode_json(decode) | {"served_tokens_per_second": served} for decode, served in plan.rates],
         "prefill": {
             "bound_tokens_per_second": plan.prefill.bound,
             "estimate_tokens_per_second": plan.prefill.estimate,
@@ -388,16 +382,4 @@ def _decode_json(decode: Decode) -> dict[str, Any]:
 
 def _step_json(step: Step) -> dict[str, float]:
     """Bytes and seconds of each GPU."""
-    return {
-        "tokens": step.tokens,
-        "distinct_experts": step.experts,
-        "weight_bytes": step.weight_bytes,
-        "cache_bytes": step.cache_bytes,
-        "operations": step.operations,
-        "all_reduce_bytes": step.reduced_bytes,
-        "memory_seconds": step.memory,
-        "compute_seconds": step.compute,
-        "collective_seconds": step.collectives,
-        "overhead_seconds": step.overhead,
-        "estimate_seconds": step.estimate,
-    }
+    return asdict(step) | {"estimate_seconds": step.estimate}

@@ -1,7 +1,5 @@
 """What is planned: one network served in one way, and the assumptions"""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -9,10 +7,9 @@ from functools import cached_property
 from math import isfinite
 from typing import Any, Self
 
-from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.kv_cache import even_partition, legal_partition
-from hunyuan_vllm.plan.hardware import Gpu
-from hunyuan_vllm.plan.model import Network
+from hunyuan_vllm.network import Network
+from hunyuan_vllm.plan.hardware import Gpu, choose_backend
 from hunyuan_vllm.plan.schemes import SCHEMES, Scheme
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.text import GIB
@@ -66,11 +63,6 @@ def _number(setting: str, name: str, text: str) -> float:
     return value
 
 
-def explain(assumptions: Assumptions) -> list[tuple[str, float, str]]:
-    """(name, value, meaning) of each."""
-    return [(entry.name, getattr(assumptions, entry.name), entry.metadata["meaning"]) for entry in fields(assumptions)]
-
-
 @dataclass(frozen=True)
 class Stage:
     """The layers of a pipeline stage.
@@ -84,7 +76,7 @@ class Stage:
     last: bool = True
 
 
-def stages(config: HunYuanConfig, partition: list[int]) -> list[Stage]:
+def stages(config: Network, partition: list[int]) -> list[Stage]:
     """Pipeline stages of so many layers each."""
     starts = [sum(partition[:stage]) for stage in range(len(partition))]
     return [
@@ -115,7 +107,7 @@ class Scenario:
     """
 
     name: str
-    network: Network
+    config: Network
     gpu: Gpu
     gpus: int
     tensor: int
@@ -137,12 +129,8 @@ class Scenario:
     assumptions: Assumptions = field(default_factory=Assumptions)
     remarks: tuple[str, ...] = ()
 
-    def changed(self, **values: Any) -> Scenario:
+    def changed(self, **values: Any) -> Self:
         return replace(self, **values)
-
-    @property
-    def config(self) -> HunYuanConfig:
-        return self.network.config
 
     @property
     def ranks(self) -> int:
@@ -166,6 +154,11 @@ class Scenario:
     @property
     def kv_itemsize(self) -> int:
         return 1 if self.kv == "fp8" else 2
+
+    @property
+    def attention_backend(self) -> tuple[str | None, dict[str, str]]:
+        """See `choose_backend`."""
+        return choose_backend(self.gpu.capability, self.config.head_dim, self.kv == "fp8", self.dcp)
 
     @cached_property
     def partition(self) -> list[int]:

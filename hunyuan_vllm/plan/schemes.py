@@ -39,12 +39,6 @@ class Scheme:
     format: Format | None = None
 
     @property
-    def flags(self) -> list[str]:
-        """What a server is started with, where the checkpoint is BF16."""
-        quantization = quant.SCHEMES[self.name].quantization
-        return ["--quantization", quantization] if quantization else []
-
-    @property
     def quantises(self) -> bool:
         return self.itemsize < BF16
 

@@ -1,12 +1,9 @@
 """Tokens per second: the roofline of a step, collectives, and rates by batch size"""
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from hunyuan_vllm.kv_cache import CacheShape
-from hunyuan_vllm.plan.model import layer_matrices, open_planned, padded_vocabulary
+from hunyuan_vllm.plan.model import layer_kinds, layer_matrices, open_planned, padded_vocabulary
 from hunyuan_vllm.plan.scenario import Scenario, Stage
 from hunyuan_vllm.plan.schemes import BF16
 
@@ -58,44 +55,44 @@ def expected_experts(experts: int, topk: int, tokens: int) -> float:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of one rank, in bytes, operations and seconds.
+    """One step of one rank.
 
     Attributes:
-        experts: distinct experts a layer reads, on average over the layers that have any.
+        distinct_experts: those that a layer reads, on average over the layers that have any.
         operations: multiplications and additions, of the matrices and of attention.
-        reduced_bytes: the message of one all-reduce.
-        memory, compute: seconds at the datasheet's rates.
-        work: seconds of the longer of the two at the assumed efficiencies.
-        collectives, overhead: seconds beside it, as assumed.
+        all_reduce_bytes: the message of one all-reduce.
+        memory_seconds, compute_seconds: at the datasheet's rates.
+        work_seconds: the longer of the two at the assumed efficiencies.
+        collective_seconds, overhead_seconds: beside it, as assumed.
     """
 
     tokens: int
-    experts: float
+    distinct_experts: float
     weight_bytes: float
     cache_bytes: float
     operations: float
-    reduced_bytes: int
-    memory: float
-    compute: float
-    work: float
-    collectives: float
-    overhead: float
+    all_reduce_bytes: int
+    memory_seconds: float
+    compute_seconds: float
+    work_seconds: float
+    collective_seconds: float
+    overhead_seconds: float
 
     @property
     def bound(self) -> float:
         """Seconds that no implementation can go below on this GPU."""
-        return max(self.memory, self.compute)
+        return max(self.memory_seconds, self.compute_seconds)
 
     @property
     def estimate(self) -> float:
         """Seconds, all assumed losses included."""
-        return self.work + self.collectives + self.overhead
+        return self.work_seconds + self.collective_seconds + self.overhead_seconds
 
     @property
     def limited_by(self) -> str:
         """What takes most of the estimated step."""
-        work = "memory" if self.memory >= self.compute else "compute"
-        shares = {work: self.work, "links": self.collectives, "overhead": self.overhead}
+        work = "memory" if self.memory_seconds >= self.compute_seconds else "compute"
+        shares = {work: self.work_seconds, "links": self.collective_seconds, "overhead": self.overhead_seconds}
         return max(shares, key=lambda share: shares[share])
 
 
@@ -111,7 +108,7 @@ def stage_step(scenario: Scenario, stage: Stage, tokens: int, context: float, se
     weight_bytes = 0.0
     products: dict[bool, float] = {False: 0.0, True: 0.0}  # by whether the scheme quantises
     reached = mixed = 0.0
-    for layer, count in scenario.network.kinds(stage.layers):
+    for layer, count in layer_kinds(config, stage.layers):
         hit = expected_experts(config.experts_at(layer), config.topk_at(layer), tokens)
         if config.experts_at(layer) > 1:
             reached, mixed = reached + count * hit, mixed + count
@@ -124,7 +121,11 @@ def stage_step(scenario: Scenario, stage: Stage, tokens: int, context: float, se
         head = padded_vocabulary(config) // scenario.tensor * config.hidden_size
         weight_bytes += BF16 * head
         products[False] += 2 * sequences * head
-    cache_bytes = sequences * context * _cache_bytes_per_token(scenario, stage)
+    # Every layer reads, also those that share a cache; a rank reads its part of the tokens.
+    read = CacheShape.of(
+        config, tensor_parallel=scenario.tensor, stage=stage.layers, itemsize=scenario.kv_itemsize, sharing=False
+    )
+    cache_bytes = sequences * context * read.bytes_per_token / scenario.dcp
     heads = config.num_attention_heads / scenario.tensor
     attention = 4 * heads * config.head_dim * tokens * context * len(stage.layers)
     bf16 = 1e12 * (scenario.gpu.bf16_tflops or 0)
@@ -134,38 +135,22 @@ def stage_step(scenario: Scenario, stage: Stage, tokens: int, context: float, se
     memory = (weight_bytes + cache_bytes) / scenario.gpu.bandwidth
     compute = products[True] / scheme.rate(scenario.gpu) + products[False] / bf16 + attention / attention_rate
     assumed = scenario.assumptions
+    layer_us = assumed.eager_layer_overhead_us if scenario.eager else assumed.layer_overhead_us
     return Step(
         tokens=tokens,
-        experts=reached / mixed if mixed else 0.0,
+        distinct_experts=reached / mixed if mixed else 0.0,
         weight_bytes=weight_bytes,
         cache_bytes=cache_bytes,
         operations=products[True] + products[False] + attention,
-        reduced_bytes=all_reduce_bytes(scenario, tokens),
-        memory=memory,
-        compute=compute,
-        work=max(memory / assumed.memory_efficiency, compute / assumed.compute_efficiency),
-        collectives=len(stage.layers) * collective_seconds(scenario, tokens),
-        overhead=_overhead(scenario, stage, tokens),
+        all_reduce_bytes=all_reduce_bytes(scenario, tokens),
+        memory_seconds=memory,
+        compute_seconds=compute,
+        work_seconds=max(memory / assumed.memory_efficiency, compute / assumed.compute_efficiency),
+        collective_seconds=len(stage.layers) * collective_seconds(scenario, tokens),
+        overhead_seconds=1e-6 * layer_us * len(stage.layers)
+        + stage_hop_seconds(scenario, tokens)
+        + (1e-3 * assumed.step_overhead_ms if stage.last else 0),
     )
-
-
-def _cache_bytes_per_token(scenario: Scenario, stage: Stage) -> float:
-    """Bytes of K and V that a rank reads for a token of context. Every layer reads, also those that share a cache."""
-    shape = CacheShape.of(
-        scenario.config,
-        tensor_parallel=scenario.tensor,
-        stage=stage.layers,
-        itemsize=scenario.kv_itemsize,
-        sharing=False,
-    )
-    return shape.bytes_per_token / scenario.dcp
-
-
-def _overhead(scenario: Scenario, stage: Stage, tokens: int) -> float:
-    assumed = scenario.assumptions
-    layer_us = assumed.eager_layer_overhead_us if scenario.eager else assumed.layer_overhead_us
-    seconds = 1e-6 * layer_us * len(stage.layers) + stage_hop_seconds(scenario, tokens)
-    return seconds + (1e-3 * assumed.step_overhead_ms if stage.last else 0)
 
 
 # The least share of the bound that the published rates reached, from a batch on: `tests/plan/test_roofline.py`.
@@ -257,7 +242,12 @@ def served(scenario: Scenario, batch: int) -> float:
     return scenario.replicas * batch * scenario.output_len / (read + written)
 
 
-PUBLISHED_RATES = Path(__file__).parent / "data" / "published.json"
+# Tokens a second of Hunyuan-Large on H20 with 2048 tokens in: (scheme, GPUs) → batch → rate.
+PUBLISHED_RATES = {
+    ("bf16", 16): {1: 20.2, 4: 75.5},
+    ("int8", 8): {1: 19.3, 4: 73.6},
+    ("fp8", 8): {1: 19.8, 4: 74.9},
+}
 SHAPE = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_experts", "num_attention_heads")
 
 
@@ -277,15 +267,9 @@ class PublishedRate:
 
 def published_rates(scenario: Scenario) -> list[PublishedRate]:
     """For a scenario that is one of the published set-ups (network, scheme, GPUs that share each layer); else none."""
-    table: dict[str, Any] = json.loads(PUBLISHED_RATES.read_text())
-    network = open_planned("hunyuan-large").config
-    if any(getattr(network, name) != getattr(scenario.config, name) for name in SHAPE):
+    large = open_planned("hunyuan-large").config
+    same_network = all(getattr(large, name) == getattr(scenario.config, name) for name in SHAPE)
+    if not same_network or (scenario.gpu.name, scenario.input_len, scenario.pipeline) != ("H20", 2048, 1):
         return []
-    if scenario.gpu.name != table["gpu"] or scenario.input_len != table["input_len"]:
-        return []
-    return [
-        PublishedRate(int(batch), rate, decode(scenario, int(batch)).bound)
-        for row in table["rates"]
-        if (row["scheme"], row["gpus"], 1) == (scenario.scheme.name, scenario.tensor, scenario.pipeline)
-        for batch, rate in row["tokens_per_second"].items()
-    ]
+    rates = PUBLISHED_RATES.get((scenario.scheme.name, scenario.tensor), {})
+    return [PublishedRate(batch, rate, decode(scenario, batch).bound) for batch, rate in rates.items()]

@@ -7,8 +7,8 @@ from functools import cached_property
 from typing import Any, Literal, Self
 
 from hunyuan_vllm.adapter import ATTENTION
-from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import expected_tensors
+from hunyuan_vllm.network import Network
 from hunyuan_vllm.plan.hardware import Gpu
 from hunyuan_vllm.plan.scenario import Assumptions
 from hunyuan_vllm.util.text import GIB
@@ -68,29 +68,21 @@ class Parameters:
         return 2 * self.trained_narrow + 4 * self.trained_wide
 
     @classmethod
-    def of(cls, config: HunYuanConfig, mode: Mode, rank: int, targets: tuple[str, ...]) -> Self:
+    def of(cls, config: Network, mode: Mode, rank: int, targets: tuple[str, ...]) -> Self:
         shapes = expected_tensors(config)
         sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-        wide = sum(size for name, size in sizes.items() if _is_router(name))
+        wide = sum(size for name, size in sizes.items() if name.endswith(".gate.wg.weight"))
         narrow = sum(sizes.values()) - wide
         leaves = [0] * config.num_hidden_layers
         for name, size in sizes.items():
             if ".mlp." in name:
-                leaves[_layer(name)] += size
+                leaves[int(name.split(".")[2])] += size
         trained, trained_wide = narrow, wide
         if mode == "lora":
             adapted = [name for name in shapes if name.endswith(tuple(f".{target}.weight" for target in targets))]
             trained, trained_wide = rank * sum(sum(shapes[name]) for name in adapted), 0
             narrow += trained
         return cls(narrow, wide, trained, trained_wide, max(leaves), max(sizes.values()))
-
-
-def _is_router(name: str) -> bool:
-    return name.endswith(".gate.wg.weight")
-
-
-def _layer(name: str) -> int:
-    return int(name.split(".")[2])
 
 
 Offload = Literal["none", "optimizer", "all"]
@@ -111,7 +103,7 @@ class TrainingSetup:
     """
 
     name: str
-    config: HunYuanConfig
+    config: Network
     gpu: Gpu
     gpus: int
     mode: Mode
@@ -142,36 +134,32 @@ class TrainingSetup:
         return -(-self.gpus // self.per_node)
 
     @property
-    def gpus_of_a_node(self) -> int:
-        return min(self.gpus, self.per_node)
-
-    @property
     def tokens(self) -> int:
         """Of a GPU in an iteration."""
         return self.length * self.batch
 
 
-def input_bytes(config: HunYuanConfig) -> int:
+def input_bytes(config: Network) -> int:
     """Ids, and the cosines and sines of their positions."""
     return INT64 + 2 * BF16 * config.head_dim
 
 
-def layer_bytes(config: HunYuanConfig, layer: int) -> int:
+def layer_bytes(config: Network, layer: int) -> int:
     return _attention(config, layer) + _feed_forward(config, layer) + 2 * _norm(config.hidden_size)
 
 
-def checkpoint_bytes(config: HunYuanConfig, layer: int) -> int:
+def checkpoint_bytes(config: Network, layer: int) -> int:
     """Of one layer that is computed again: its input, and its own K and V, which it hands to the next one."""
     hands_on = not config.is_cross(layer) and layer + 1 < config.num_hidden_layers
     return BF16 * (config.hidden_size + (2 * config.num_key_value_heads * config.head_dim if hands_on else 0))
 
 
-def head_bytes(config: HunYuanConfig, logit_bytes: float) -> float:
+def head_bytes(config: Network, logit_bytes: float) -> float:
     """Of the final norm, the logits (so many bytes each) and the loss."""
     return _norm(config.hidden_size) + BF16 * config.hidden_size + logit_bytes * config.vocab_size
 
 
-def widest_bytes(config: HunYuanConfig, layer: int) -> int:
+def widest_bytes(config: Network, layer: int) -> int:
     """Of the widest tensor in a layer: what a gradient in flight takes."""
     queries = config.num_attention_heads * config.head_dim
     width = config.intermediate_at(layer)
@@ -184,24 +172,20 @@ def _norm(size: int) -> int:
     return F32 * size + F32 + BF16 * size
 
 
-def _heads_norm(heads: int, head_dim: int) -> int:
-    return heads * _norm(head_dim)
-
-
-def _attention(config: HunYuanConfig, layer: int) -> int:
+def _attention(config: Network, layer: int) -> int:
     hidden, head_dim = config.hidden_size, config.head_dim
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     queries, kv = heads * head_dim, kv_heads * head_dim
     kept = BF16 * hidden  # the projections' input
     if config.use_qk_norm:
-        kept += _heads_norm(heads, head_dim) + _heads_norm(kv_heads, head_dim)
+        kept += (heads + kv_heads) * _norm(head_dim)
     # Normed q and k, as attention reads them. Without norms a cross layer reads its owner's k, which is kept already.
     kept += BF16 * (queries + (kv if config.use_qk_norm or not config.is_cross(layer) else 0))
     kept += 0 if config.is_cross(layer) else BF16 * kv  # v, which cross layers read again
     return kept + BF16 * queries + F32 * heads  # attention's output and its log-sum-exp
 
 
-def _feed_forward(config: HunYuanConfig, layer: int) -> int:
+def _feed_forward(config: Network, layer: int) -> int:
     hidden, width = config.hidden_size, config.intermediate_at(layer)
     experts, topk, shared = config.experts_at(layer), config.topk_at(layer), config.shared_width_at(layer)
     if experts == 1:
@@ -311,7 +295,7 @@ class TrainingMemory:
         return (assumed.nccl_gib + (assumed.nccl_network_gib if self.setup.nodes > 1 else 0)) * GIB
 
     def _host(self) -> Iterator[Item]:
-        setup, parameters, ranks = self.setup, self.parameters, self.setup.gpus_of_a_node
+        setup, parameters, ranks = self.setup, self.parameters, min(self.setup.gpus, self.setup.per_node)
         if setup.offload == "all":
             yield Item("weights", parameters.nbytes * ranks / setup.gpus, True, "bfloat16")
         if setup.offload != "none":

@@ -128,22 +128,17 @@ def _headline(memory: TrainingMemory) -> Panel:
     kind = "all weights" if setup.mode == "full" else f"LoRA of rank {setup.rank}"
     title = f"{setup.name} · {kind} · {setup.gpus} × {setup.gpu.name} · {_way(setup)}"
     trained = f"{memory.parameters.trained:,} of {memory.parameters.total:,} parameters are trained."
-    if memory.fits:
-        body = Text.assemble(("It fits. ", "bold green"), trained)
-    else:
-        body = Text("\n").join(Text.assemble(("It does not fit: ", "bold red"), why) for why in _reasons(memory))
+    body = Text.assemble(("It fits. ", "bold green"), trained)
+    if not memory.fits:
+        reasons = []
+        if memory.gpu_bytes > memory.gpu_free:
+            sizes = f"{memory.gpu_bytes / GIB:,.1f} GiB and has {memory.gpu_free / GIB:,.1f} available"
+            reasons.append(f"each GPU needs {sizes}")
+        if setup.host is not None and memory.host_bytes > setup.host:
+            sizes = f"{memory.host_bytes / GIB:,.0f} GiB and has {setup.host / GIB:,.0f} (--host-memory)"
+            reasons.append(f"each host needs {sizes}")
+        body = Text("\n").join(Text.assemble(("It does not fit: ", "bold red"), why) for why in reasons)
     return Panel(body, title=Text(title, style="bold"), title_align="left")
-
-
-def _reasons(memory: TrainingMemory) -> list[str]:
-    reasons, host = [], memory.setup.host
-    if memory.gpu_bytes > memory.gpu_free:
-        reasons.append(
-            f"each GPU needs {memory.gpu_bytes / GIB:,.1f} GiB and has {memory.gpu_free / GIB:,.1f} available"
-        )
-    if host is not None and memory.host_bytes > host:
-        reasons.append(f"each host needs {memory.host_bytes / GIB:,.0f} GiB and has {host / GIB:,.0f} (--host-memory)")
-    return reasons
 
 
 def _item_table(title: str, items: list[Item]) -> Table:

@@ -20,11 +20,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
-def is_hunyuan(hf_config: Any) -> bool:
-    """Whether a transformers config is of a network that our loader knows."""
-    return isinstance(hf_config, HunYuanConfig)
-
-
 class HunYuanQuantization(QuantizationConfig):
     """A quantisation of Hunyuan networks, under a name of its own."""
 
@@ -64,7 +59,7 @@ class HunYuanQuantization(QuantizationConfig):
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Raises ValueError for a model of another kind, whose loader would not ask us."""
-        if not is_hunyuan(hf_config):
+        if not isinstance(hf_config, HunYuanConfig):
             raise ValueError(f"quantization={self.name!r} is for Hunyuan checkpoints; {model_name} is another model")
 
 

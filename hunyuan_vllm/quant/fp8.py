@@ -18,7 +18,7 @@ from vllm.platforms import current_platform
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import CheckpointError, Layout
-from hunyuan_vllm.quant.base import HunYuanQuantization, is_hunyuan
+from hunyuan_vllm.quant.base import HunYuanQuantization
 from hunyuan_vllm.quant.layouts import E4M3_NAME, IgnoredLayers, cache_scale, is_quantised
 from hunyuan_vllm.quant.quantization_config import ignored_layers, is_static_fp8, quantization_of, static_fp8
 from hunyuan_vllm.quant.rounding import E4M3, E4M3_MAX
@@ -28,12 +28,6 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 
 CACHE_SCALES_FILE = "kv_cache_scales.safetensors"  # as AngelSlim writes it
-_NAME = re.compile(r"^model\.layers\.(\d+)\.self_attn\.(kv|k|v)_scale$")
-
-
-def is_cache_scale(name: str) -> bool:
-    """Whether a canonical tensor is a KV-cache scale."""
-    return _NAME.match(name) is not None
 
 
 def normalised_key_scale(head_dim: int) -> float:
@@ -42,15 +36,13 @@ def normalised_key_scale(head_dim: int) -> float:
 
 
 class CacheScales:
-    """The KV scales of one checkpoint, by layer. A cross layer's own are never asked for."""
+    """The KV scales of one checkpoint, by canonical name. A cross layer's own are never asked for."""
 
     def __init__(self) -> None:
-        self._given: dict[tuple[int, str], float] = {}
+        self._given: dict[str, float] = {}
 
     def keep(self, name: str, scale: float) -> None:
-        match = _NAME.match(name)
-        assert match is not None
-        self._given[int(match[1]), match[2]] = scale
+        self._given[name] = scale
 
     def read(self, file: Path) -> None:
         """Keep the scales in a file beside the weights, which their index need not name; there may be none.
@@ -83,7 +75,8 @@ class CacheScales:
         return self._of(layer, "v")
 
     def _of(self, layer: int, which: str) -> float | None:
-        return self._given.get((layer, which), self._given.get((layer, "kv")))
+        prefix = f"model.layers.{layer}.self_attn."
+        return self._given.get(f"{prefix}{which}_scale", self._given.get(f"{prefix}kv_scale"))
 
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
@@ -119,7 +112,7 @@ class HunYuanFp8Config(HunYuanQuantization):
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
         """Takes over static per-tensor FP8 checkpoints of Hunyuan networks from vLLM's own methods."""
-        ours = is_static_fp8(hf_quant_cfg) and is_hunyuan(hf_config)
+        ours = is_static_fp8(hf_quant_cfg) and isinstance(hf_config, HunYuanConfig)
         methods = (None, cls.name, "fp8", "compressed-tensors", "modelopt")
         return cls.name if ours and user_quant in methods else None
 
@@ -162,7 +155,7 @@ class HunYuanFp8Config(HunYuanQuantization):
             tensor = _checked_scale(name, tensor)
         elif is_quantised(name):
             self._check_weight(name, tensor)
-        if is_cache_scale(name):
+        if cache_scale(name):
             self.cache_scales.keep(name, tensor.item())  # `cla_cache.py` takes it from there
         elif match := _EXPERT_INPUT_SCALE.match(name):
             yield from self._max_input_scale(match[1], tensor)

@@ -17,7 +17,7 @@ from vllm.platforms import current_platform
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import CheckpointError, Layout
-from hunyuan_vllm.quant.base import HunYuanQuantization, is_hunyuan
+from hunyuan_vllm.quant.base import HunYuanQuantization
 from hunyuan_vllm.quant.formats import PACKED, PLAIN
 from hunyuan_vllm.quant.layouts import IgnoredLayers, is_quantised
 from hunyuan_vllm.quant.quantization_config import describe, ignored_layers, int8, int8_form
@@ -59,7 +59,7 @@ class Int8Config(HunYuanQuantization):
     ) -> str | None:
         """Takes over a Hunyuan checkpoint in this method's format; and one in the other's, if the user names this."""
         stored = int8_form(hf_quant_cfg)
-        if stored is None or not is_hunyuan(hf_config):
+        if stored is None or not isinstance(hf_config, HunYuanConfig):
             return None
         wanted = cls.name if user_quant is None and stored == cls.form else user_quant
         return cls.name if wanted == cls.name else None

@@ -52,11 +52,10 @@ class LayerStats:
 
     def to_tensors(self) -> dict[str, Tensor]:
         """A flat form for a safetensors file."""
-        flat = {f"inputs/{name}": tensor for name, tensor in self.inputs.items()}
-        flat |= {f"columns/{name}": tensor for name, tensor in self.columns.items()}
-        flat |= {f"samples/{name}": tensor for name, tensor in self.samples.items()}
-        flat |= {f"tokens/{name}": torch.tensor(count) for name, count in self.tokens.items()}
-        flat |= {f"routed/{name}": torch.tensor(count) for name, count in self.routed.items()}
+        kinds = ("inputs", "columns", "samples", "tokens", "routed")
+        flat = {
+            f"{kind}/{name}": torch.as_tensor(value) for kind in kinds for name, value in getattr(self, kind).items()
+        }
         if self.k_amax is not None and self.v_amax is not None:
             flat |= {"k_amax/": self.k_amax, "v_amax/": self.v_amax}
         return flat
@@ -170,7 +169,12 @@ class Calibration:
         """Run the layers that no earlier run has."""
         config = self._source.config
         held = self._workspace.tensors(STATE)
-        x, k, v, first = self._embedded(tokens) if held is None else _unpacked(held)
+        k: Tensor | None = None
+        v: Tensor | None = None
+        if held is None:
+            x, first = self._source.read("model.embed_tokens.weight")[tokens.ids], 0
+        else:
+            x, k, v, first = held["x"], held["k"], held["v"], int(held["next"])
         if first == config.num_hidden_layers:
             return
         dtype = x.dtype
@@ -197,17 +201,10 @@ class Calibration:
             if routed < ENOUGH
         ]
 
-    def _embedded(self, tokens: Tokens) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
-        return self._source.read("model.embed_tokens.weight")[tokens.ids], None, None, 0
-
     def _layer(self, number: int) -> LayerStats:
         tensors = self._workspace.tensors(f"layer-{number:04d}")
         assert tensors is not None
         return LayerStats.from_tensors(tensors)
-
-
-def _unpacked(held: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
-    return held["x"], held["k"], held["v"], int(held["next"])
 
 
 class ActivationScales:

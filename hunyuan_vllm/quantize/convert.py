@@ -1,21 +1,23 @@
 """A conversion from start to end: check everything, calibrate, write file by file, read back, report, rename."""
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from hunyuan_vllm.checkpoint import INDEX_FILE
+from hunyuan_vllm.layout import expected_tensors
+from hunyuan_vllm.network import Network
 from hunyuan_vllm.quant.schemes import WRITTEN, find_scheme
 from hunyuan_vllm.quantize import verify
-from hunyuan_vllm.quantize.calibrate import ActivationScales, Calibration, static_scales
-from hunyuan_vllm.quantize.estimate import state_bytes
+from hunyuan_vllm.quantize.calibrate import SAMPLE, ActivationScales, Calibration, static_scales
 from hunyuan_vllm.quantize.formats import FORMATS, specs_of
 from hunyuan_vllm.quantize.smooth import SmoothQuant
 from hunyuan_vllm.quantize.source import Source, Unit, kept_linears, units
@@ -24,7 +26,7 @@ from hunyuan_vllm.quantize.verify import Verifier
 from hunyuan_vllm.quantize.writer import Shard, ShardWriter, Workspace, index_of, plan_shards
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.progress import Progress
-from hunyuan_vllm.util.text import gigabytes
+from hunyuan_vllm.util.text import gigabytes, plural
 
 REPORT = "quantize_report.json"
 
@@ -120,12 +122,22 @@ class Conversion:
                 self._options.calibration_tokens,
             )
         with Workspace(self._target, self._record(tokens)) as workspace:
-            self._check_disk(workspace, tokens)
-            self._announce(workspace, tokens)
+            needed = sum(shard.nbytes for shard in workspace.unwritten(self._shards))
+            needed += sum(file.stat().st_size for file in self._source.other_files())
+            if tokens is not None:
+                needed += state_bytes(self._source.config, tokens.ids.numel()) - workspace.state_bytes()
+            workspace.need_room(needed, "the conversion", "a DST")
+            if workspace.resumed:
+                self._progress.say(f"going on with what is finished in {workspace.folder}")
+            size = gigabytes(sum(map(self._source.nbytes, self._source.shapes)))
+            text = f", calibrated on {tokens.ids.numel():,} tokens" if tokens else ""
+            self._progress.say(f"{self._options.scheme}: {size} in {len(self._source.shapes):,} tensors{text}")
             if tokens is not None:
                 self._calibrate(workspace, tokens)
             self._write_shards(workspace)
-            made = verify.assemble(self._facts(tokens), self._measured(workspace))
+            files = [workspace.state / f"{shard.file}.json" for shard in self._shards]
+            measured = (one for file in files for one in json.loads(file.read_text()))
+            made = verify.assemble(self._facts(tokens), measured)
             self._write_the_rest(workspace, made)
             workspace.finish()
         return made
@@ -141,20 +153,6 @@ class Conversion:
             "--shard-size": options.shard_bytes,
             "calibration tokens": tokens and f"{tokens.ids.numel()} (contents {tokens.digest()[:12]})",
         }
-
-    def _announce(self, workspace: Workspace, tokens: Tokens | None) -> None:
-        if workspace.resumed:
-            self._progress.say(f"going on with what is finished in {workspace.folder}")
-        size = gigabytes(sum(map(self._source.nbytes, self._source.shapes)))
-        text = f", calibrated on {tokens.ids.numel():,} tokens" if tokens else ""
-        self._progress.say(f"{self._options.scheme}: {size} in {len(self._source.shapes):,} tensors{text}")
-
-    def _check_disk(self, workspace: Workspace, tokens: Tokens | None) -> None:
-        needed = sum(shard.nbytes for shard in workspace.unwritten(self._shards))
-        needed += sum(file.stat().st_size for file in self._source.other_files())
-        if tokens is not None:
-            needed += state_bytes(self._source.config, tokens.ids.numel()) - workspace.state_bytes()
-        workspace.need_room(needed, "the conversion", "a DST")
 
     def _calibrate(self, workspace: Workspace, tokens: Tokens) -> None:
         config = self._source.config
@@ -212,10 +210,6 @@ class Conversion:
         whole = self._source.nbytes(name)
         self._progress.advance(whole - whole // 2, f"{self._tensors_done:,} of {len(self._source.shapes):,} tensors")
 
-    def _measured(self, workspace: Workspace) -> Iterator[dict[str, Any]]:
-        for shard in self._shards:
-            yield from json.loads((workspace.state / f"{shard.file}.json").read_text())
-
     def _facts(self, tokens: Tokens | None) -> dict[str, Any]:
         source, options = self._source, self._options
         facts: dict[str, Any] = {
@@ -242,3 +236,89 @@ class Conversion:
         scheme = self._format.config(kept_linears(source.config))
         workspace.write_json(folder / "config.json", {**source.json, "quantization_config": scheme})
         workspace.write_json(folder / REPORT, made)
+
+
+WORKSPACE = 550 * 10**6  # bytes: Python and PyTorch
+THREAD = 25 * 10**6  # and for each thread: float32 copies of a few rows, and what the allocator keeps of them
+
+
+def state_bytes(config: Network, tokens: int) -> int:
+    """Bytes that calibration keeps on the disk until the end, the replaced activations counted twice."""
+    hidden, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
+    total = 2 * tokens * (hidden + 2 * kv) * 4
+    for layer in range(config.num_hidden_layers):
+        mlps = config.experts_at(layer) + bool(config.shared_experts_at(layer))
+        width = max(config.intermediate_at(layer), config.shared_width_at(layer))
+        channels = 2 * hidden + mlps * (hidden + width)
+        total += channels * (SAMPLE * 4 + 3 * 4)
+    return total
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion on paper; sizes in bytes."""
+
+    parameters: int
+    source_bytes: int
+    written_bytes: int
+    state_bytes: int
+    files: int
+    memory_calibrating: int
+    memory_converting: int
+
+    @classmethod
+    def of(cls, config: Network, options: Options) -> Self:
+        shapes = expected_tensors(config)
+        scheme = FORMATS[options.scheme]
+        all_units = list(units(config))
+        shards = plan_shards(
+            ((unit, specs_of(unit, scheme, shapes, _dtype)) for unit in all_units), options.shard_bytes
+        )
+        sizes = {name: math.prod(shape) * _dtype(name).itemsize for name, shape in shapes.items()}
+        quantised = [sum(sizes[name] for name in unit.names) for unit in all_units if unit.quantised]
+        tokens = options.calibration_tokens if options.calibrates else 0
+        # Smoothed weights are copies; the others are mapped files.
+        largest_unit, largest = max(quantised), max(sizes.values())
+        encoded = largest_unit // 2 if options.smooth is None else largest_unit * 2
+        workspace = WORKSPACE + THREAD * torch.get_num_threads()
+        return cls(
+            parameters=sum(map(math.prod, shapes.values())),
+            source_bytes=sum(sizes.values()),
+            written_bytes=sum(shard.nbytes for shard in shards),
+            state_bytes=state_bytes(config, tokens) if tokens else 0,
+            files=len(shards),
+            memory_calibrating=workspace + largest + activation_bytes(config, tokens) if tokens else 0,
+            memory_converting=workspace + max(largest, largest_unit + encoded),
+        )
+
+    def lines(self) -> list[str]:
+        memory, extra = [f"converting {gigabytes(self.memory_converting)}"], ""
+        if self.state_bytes:
+            memory.insert(0, f"calibrating {gigabytes(self.memory_calibrating)}")
+            extra = f"; {gigabytes(self.state_bytes)} more until it is done"
+        return [
+            f"reads   {gigabytes(self.source_bytes)} ({self.parameters / 1e9:,.2f} billion parameters)",
+            f"writes  {gigabytes(self.written_bytes)}, in {plural(self.files, 'file')}{extra}",
+            f"memory  {gigabytes(self.memory)} ({', '.join(memory)})",
+        ]
+
+    @property
+    def memory(self) -> int:
+        return max(self.memory_calibrating, self.memory_converting)
+
+
+def activation_bytes(config: Network, tokens: int) -> int:
+    """Most bytes of activations while a layer runs, in bfloat16 (norms work in float32)."""
+    hidden, queries = config.hidden_size, config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    layers = range(config.num_hidden_layers)
+    width = max(max(config.intermediate_at(n), config.shared_width_at(n)) for n in layers)
+    attention = 2 * hidden + 6 * queries + 4 * kv
+    mlp = 6 * hidden + 3 * width
+    norm = 8 * hidden
+    return 2 * tokens * (2 * kv + max(attention, mlp, norm))
+
+
+def _dtype(name: str) -> torch.dtype:
+    """A published checkpoint's: the router is kept in float32."""
+    return torch.float32 if name.endswith(".gate.wg.weight") else torch.bfloat16

@@ -9,8 +9,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import Shape
+from hunyuan_vllm.network import Network
 from hunyuan_vllm.quant.formats import PACKED, PLAIN, Format
 from hunyuan_vllm.quant.layouts import E4M3_NAME, IgnoredLayers
 from hunyuan_vllm.quant.quantization_config import describe, int8, static_fp8
@@ -106,7 +106,7 @@ class WeightFormat(ABC):
     def config(self, kept: Sequence[str]) -> dict[str, Any]:
         """config.json's quantization_config; `kept` names the linear layers that are not quantised."""
 
-    def check(self, config: HunYuanConfig) -> None:
+    def check(self, config: Network) -> None:
         """Refuse a network that the format has no room for."""
         widths = {
             "hidden_size": config.hidden_size,

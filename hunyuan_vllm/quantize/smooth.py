@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.network import Network
 from hunyuan_vllm.quantize.calibrate import LayerStats
 from hunyuan_vllm.quantize.source import layer_of, place
 
@@ -39,7 +39,7 @@ class SmoothQuant:
     router that reads the same; up for down (silu(gate) · up is linear in up); an owner's v for the o of all its group.
     """
 
-    def __init__(self, config: HunYuanConfig, alpha: float, stats: Callable[[int], LayerStats]) -> None:
+    def __init__(self, config: Network, alpha: float, stats: Callable[[int], LayerStats]) -> None:
         self._config, self._alpha, self._stats = config, alpha, stats
         self._attention_norm, self._mlp_norm = cache(self._attention_norm_factors), cache(self._mlp_norm_factors)
         self._value, self._up = cache(self._value_factors), cache(self._up_factors)

@@ -16,9 +16,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hunyuan_vllm.check.files import SUMS_FILE
-from hunyuan_vllm.checkpoint import INDEX_FILE, missing_weights, shard_files, used_tensors
-from hunyuan_vllm.config import CONFIG_CLASSES, HunYuanConfig
+from hunyuan_vllm.checkpoint import INDEX_FILE, missing_weights, read_config, shard_files, used_tensors
+from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import FUSED, CheckpointError, Layout, expected_tensors
+from hunyuan_vllm.network import Network
 from hunyuan_vllm.quant.layouts import is_quantised
 from hunyuan_vllm.util.errors import UserError
 
@@ -42,7 +43,7 @@ class Source:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.json, self.config = read_config(folder)
+        self.json, self.config = read_bf16_config(folder)
         self.shapes = expected_tensors(self.config)
         self._layout = Layout(self.config)
         try:
@@ -96,25 +97,13 @@ class Source:
         )
 
 
-def read_config(path: Path) -> tuple[dict[str, Any], HunYuanConfig]:
-    """config.json as it is, and what it says; `path` is its folder or the file."""
-    file = path if path.is_file() else path / "config.json"
-    if not path.exists():
-        raise UserError(f"{path} does not exist: SRC is a folder; a checkpoint on the hub is downloaded first")
-    try:
-        fields = json.loads(file.read_text())
-        kind = fields.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{file} is not the config of a checkpoint: {error}") from None
-    if kind not in CONFIG_CLASSES:
-        raise UserError(f"{file} has model_type {kind!r}: the converter knows {', '.join(CONFIG_CLASSES)} only")
+def read_bf16_config(path: Path) -> tuple[dict[str, Any], HunYuanConfig]:
+    """As `read_config`, of a checkpoint that is not quantised."""
+    fields, _ = read_config(path)
     if method := fields.get("quantization_config"):
         name = method.get("quant_method", "") if isinstance(method, dict) else method
         raise UserError(f"{path} is already quantised ({name}): give the BF16 checkpoint")
-    try:
-        return fields, HunYuanConfig(**fields)
-    except ValueError as error:
-        raise UserError(f"{file}: {error}") from None
+    return fields, HunYuanConfig(**fields)
 
 
 @dataclass(frozen=True)
@@ -137,7 +126,7 @@ class Unit:
         return found[0] if found else None
 
 
-def units(config: HunYuanConfig) -> Iterator[Unit]:
+def units(config: Network) -> Iterator[Unit]:
     """Every tensor of the network, in its order, each in one unit."""
     expected = expected_tensors(config)
     done: set[str] = set()
@@ -179,7 +168,7 @@ def input_of(weight: str) -> str:
     return name.replace(".up_proj", ".gate_proj")
 
 
-def kept_linears(config: HunYuanConfig) -> list[str]:
+def kept_linears(config: Network) -> list[str]:
     """The linear layers that are not quantised: the head, and each router."""
     routers = [name.removesuffix(".weight") for name in expected_tensors(config) if name.endswith(".gate.wg.weight")]
     return ["lm_head", *routers]

@@ -91,7 +91,9 @@ def tokenise(folder: Path, documents: Iterable[Document], limit: int) -> Iterato
     """Token ids of documents, by the tokenizer and the chat template of the checkpoint in `folder`, until there are
     `limit` of them; a long text becomes several documents.
     """
-    tokenizer = _tokenizer(folder)
+    from hunyuan_vllm.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
     head = tokenizer("")["input_ids"][:1]
     for number, document in enumerate(documents, start=1):
         if isinstance(document, str):
@@ -148,18 +150,3 @@ def _document(line: Line, path: Path | None = None) -> Document:
 
 def _is_message(given: Any) -> bool:
     return isinstance(given, dict) and isinstance(given.get("role"), str) and "content" in given
-
-
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoConfig, AutoTokenizer
-
-    from hunyuan_vllm.config import HunYuanConfig
-    from hunyuan_vllm.tokenizer import register_tokenizer
-
-    AutoConfig.register(HunYuanConfig.model_type, HunYuanConfig, exist_ok=True)
-    register_tokenizer()
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{folder} has no tokenizer that loads, and calibration needs one: {reason}") from None

@@ -1,7 +1,5 @@
 """Shards of the converted checkpoint, written so that an interrupted run resumes"""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json
@@ -12,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -117,7 +115,7 @@ class ShardWriter:
         while data:
             data = data[self._file.write(data) :]
 
-    def __enter__(self) -> ShardWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -173,7 +171,7 @@ class Workspace:
             os.close(self._lock)
             raise
 
-    def __enter__(self) -> Workspace:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

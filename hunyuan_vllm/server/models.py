@@ -109,32 +109,20 @@ def check_files(model: ModelSource, flags: Flags, environ: Mapping[str, str]) ->
 
 def _open_folder(folder: Path, given: str, demo: bool = False) -> ModelSource:
     from hunyuan_vllm.chat_template import stored_template
-    from hunyuan_vllm.checkpoint import check_headers, missing_config, shard_files
-
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except FileNotFoundError:
-        raise UserError(f"{given} {': '.join(missing_config(folder))}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be read ({error}): download it again") from None
-    from hunyuan_vllm.network import NETWORKS, Network
+    from hunyuan_vllm.checkpoint import check_headers, read_config, shard_files
     from hunyuan_vllm.quant.quantization_config import read_format
 
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind not in NETWORKS:
-        raise UserError(f"MODEL_PATH={given} has model_type {kind!r}; this server serves {', '.join(NETWORKS)}")
-
+    fields, config = read_config(folder)
     try:
-        parsed = Network.read(config)
         shards = shard_files(folder)
-        form = read_format(config, folder)
-        check_headers(folder, form.layout(parsed))
+        form = read_format(fields, folder)
+        check_headers(folder, form.layout(config))
     except ValueError as error:
         raise UserError(str(error)) from None
     tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
     weights = sum(shard.stat().st_size for shard in shards)
     template, _ = stored_template(folder)
-    return ModelSource(str(folder), given, parsed, weights, demo, tokenizer, form, template)
+    return ModelSource(str(folder), given, config, weights, demo, tokenizer, form, template)
 
 
 MAX_LORA_RANK = 16  # vLLM's, where --max-lora-rank does not say

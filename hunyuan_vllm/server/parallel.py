@@ -28,7 +28,7 @@ def choose_context_ranks(flags: Flags, gpu: GpuKind | None, model: ModelSource, 
     copies = tensor // model.config.num_key_value_heads
     if copies <= 1:
         return 1
-    backend = choose_backend(gpu, model.config.head_dim, fp8_cache, copies)
+    backend, _ = choose_backend(gpu.capability, model.config.head_dim, fp8_cache, copies)
     return copies if backend else 1
 
 

@@ -21,10 +21,10 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from hunyuan_vllm import __version__, envs
+from hunyuan_vllm.plugin import check_vllm_version, installed_vllm
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.files import replacing
 from hunyuan_vllm.util.streams import say
-from hunyuan_vllm.vllm_version import check_vllm_version, installed_version
 
 ENVIRONMENT_CACHE = Path(sys.prefix, "share", "hunyuan-vllm")
 PARSER_FILE = Path("utils", "argparse_utils.py")
@@ -169,7 +169,7 @@ def keep_in_environment() -> None:
 
 def _cache_name() -> str:
     folder = _vllm_folder()
-    _, version = installed_version() or ("", "")
+    _, version = installed_vllm() or ("", "")
     changed = max((folder / file).stat().st_mtime_ns for file in OPTION_FILES)
     return f"options-{__version__}-{version}-{changed:x}.json"
 

@@ -1,6 +1,6 @@
 """Collators: examples to the tensors of a batch"""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,63 +25,47 @@ class DummyDataset(torch.utils.data.Dataset[Example]):
         return Example(ids, list(ids))
 
 
-class PaddingCollator:
+def pad_batch(examples: Sequence[Example], pad: int, multiple: int = 1) -> dict[str, Tensor]:
     """One example a row, padded on the right to the longest: `input_ids`, `labels`, `attention_mask`, [rows, tokens].
 
     Args:
         pad: the padding token; nothing attends to it, and it is not learned.
         multiple: row lengths are rounded up to a multiple of it.
     """
-
-    def __init__(self, pad: int, multiple: int = 1) -> None:
-        self._pad, self._multiple = pad, multiple
-
-    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        width = _width(map(len, examples), self._multiple)
-        ids, labels = _rows([[example] for example in examples], width, self._pad)
-        mask = torch.zeros_like(ids)
-        for row, example in enumerate(examples):
-            mask[row, : len(example)] = 1
-        return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    ids, labels = _rows([[example] for example in examples], pad, multiple)
+    mask = torch.zeros_like(ids)
+    for row, example in enumerate(examples):
+        mask[row, : len(example)] = 1
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
 
-class PackingCollator:
+def pack_batch(rows: Sequence[Sequence[Example]], pad: int, multiple: int = 1) -> dict[str, Tensor]:
     """Several examples a row (see `PackedDataset`), each of which attends to itself only, from position 0.
 
     Returns `input_ids`, `labels`, `position_ids`, [rows, tokens], and a boolean `attention_mask`,
     [rows, 1, tokens, tokens]. An example's first token has no label, since another example precedes it.
-
-    Args: as `PaddingCollator`.
     """
-
-    def __init__(self, pad: int, multiple: int = 1) -> None:
-        self._pad, self._multiple = pad, multiple
-
-    def __call__(self, rows: Sequence[Sequence[Example]]) -> dict[str, Tensor]:
-        width = _width((sum(map(len, row)) for row in rows), self._multiple)
-        ids, labels = _rows(rows, width, self._pad)
-        positions = torch.zeros_like(ids)
-        # The number of each token's example, -1 for padding. Padding attends to itself: a row of -inf would be NaN.
-        owner = torch.full_like(ids, -1)
-        for index, row in enumerate(rows):
-            start = 0
-            for number, example in enumerate(row):
-                part = slice(start, start + len(example))
-                positions[index, part] = torch.arange(len(example))
-                owner[index, part] = number
-                start += len(example)
-        causal = torch.ones(width, width, dtype=torch.bool).tril()
-        same = (owner[:, :, None] == owner[:, None, :]) & (owner[:, :, None] >= 0)
-        mask = causal & same | torch.eye(width, dtype=torch.bool)
-        return {"input_ids": ids, "labels": labels, "position_ids": positions, "attention_mask": mask[:, None]}
+    ids, labels = _rows(rows, pad, multiple)
+    positions = torch.zeros_like(ids)
+    # The number of each token's example, -1 for padding. Padding attends to itself: a row of -inf would be NaN.
+    owner = torch.full_like(ids, -1)
+    for index, row in enumerate(rows):
+        start = 0
+        for number, example in enumerate(row):
+            part = slice(start, start + len(example))
+            positions[index, part] = torch.arange(len(example))
+            owner[index, part] = number
+            start += len(example)
+    width = ids.shape[1]
+    causal = torch.ones(width, width, dtype=torch.bool).tril()
+    same = (owner[:, :, None] == owner[:, None, :]) & (owner[:, :, None] >= 0)
+    mask = causal & same | torch.eye(width, dtype=torch.bool)
+    return {"input_ids": ids, "labels": labels, "position_ids": positions, "attention_mask": mask[:, None]}
 
 
-def _width(lengths: Iterable[int], multiple: int) -> int:
-    longest = max(lengths)
-    return -(-longest // multiple) * multiple
-
-
-def _rows(rows: Sequence[Sequence[Example]], width: int, pad: int) -> tuple[Tensor, Tensor]:
+def _rows(rows: Sequence[Sequence[Example]], pad: int, multiple: int) -> tuple[Tensor, Tensor]:
+    longest = max(sum(map(len, row)) for row in rows)
+    width = -(-longest // multiple) * multiple
     ids = torch.full((len(rows), width), pad)
     labels = torch.full((len(rows), width), IGNORED)
     for index, row in enumerate(rows):

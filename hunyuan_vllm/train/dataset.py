@@ -214,14 +214,19 @@ class ConversationDataset:
         self._path, self._encoding = path, encoding
         self._stamp = _stamp(path)
         self.scan = scan(path, encoding, processes=processes, advance=advance)
-        _refuse_bad_lines(path, self.scan)
+        found, limit = self.scan, encoding.max_seq_length
+        if found.bad_count:
+            shown = "; ".join(f"line {bad.number}: {bad.cause}" for bad in found.bad[:SHOWN])
+            more = f"; and {found.bad_count - SHOWN} more" if found.bad_count > SHOWN else ""
+            raise UserError(f"{path}: {shown}{more} (hunyuan-vllm data check {path} lists them all)")
         self._kept = array("Q", (index for index, learned in enumerate(self.scan.learned) if learned))
-        for warning in _warnings(path, self.scan):
-            logger.warning(warning)
+        if found.truncated:
+            logger.warning(f"{path}: {found.truncated} of {len(found)} conversations are cut at {limit} tokens")
+        if found.without_answer:
+            skipped = f"{found.without_answer} are skipped, since cutting leaves no answer to learn"
+            logger.warning(f"{path}: {skipped}")
         if not self._kept:
-            raise UserError(
-                f"{path}: no conversation has an answer within --max_seq_length {encoding.max_seq_length}: raise it"
-            )
+            raise UserError(f"{path}: no conversation has an answer within --max_seq_length {limit}: raise it")
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -286,23 +291,6 @@ def _packed(lengths: Sequence[int], room: int, seed: int, open_rows: int) -> lis
             done.append(filling.pop(fullest)[1])
         filling.append((room - length, [place]))
     return done + [row for _, row in filling]
-
-
-def _refuse_bad_lines(path: Path, found: Scan) -> None:
-    if not found.bad_count:
-        return
-    shown = "; ".join(f"line {bad.number}: {bad.cause}" for bad in found.bad[:SHOWN])
-    more = f"; and {found.bad_count - SHOWN} more" if found.bad_count > SHOWN else ""
-    raise UserError(f"{path}: {shown}{more} (hunyuan-vllm data check {path} lists them all)")
-
-
-def _warnings(path: Path, found: Scan) -> list[str]:
-    limit, warnings = found.max_seq_length, []
-    if found.truncated:
-        warnings.append(f"{path}: {found.truncated} of {len(found)} conversations are cut at {limit} tokens")
-    if found.without_answer:
-        warnings.append(f"{path}: {found.without_answer} are skipped, since cutting leaves no answer to learn")
-    return warnings
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -1,6 +1,8 @@
-"""Merge an adapter into its checkpoint, one tensor in memory at a time"""
+"""Merge a LoRA adapter into its checkpoint, one tensor in memory at a time"""
 
+import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -9,17 +11,162 @@ from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hunyuan_vllm.adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    MODULE,
+    AdapterConfig,
+    absent,
+    read_adapter_config,
+    read_shapes,
+)
 from hunyuan_vllm.checkpoint import INDEX_FILE, check_headers
-from hunyuan_vllm.layout import CheckpointError, Layout
+from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.layout import CheckpointError, Layout, expected_tensors
 from hunyuan_vllm.quantize.formats import Spec, in_blocks
 from hunyuan_vllm.quantize.source import Source, Unit
 from hunyuan_vllm.quantize.writer import Shard, ShardWriter, Workspace, index_of, plan_shards
-from hunyuan_vllm.train.adapter import Adapter
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.progress import Progress
 
 SAVE_DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 REMEDY: Final = "the disk or the memory is at fault; run the same command again"
+# Fields of PEFT's LoraConfig under which an adapter is not W + scale · B·A.
+NOT_PLAIN = {
+    "use_dora": "DoRA rescales whole columns",
+    "use_qalora": "QALoRA groups the inputs",
+    "lora_bias": "its B has a bias, which the network cannot hold",
+    "fan_in_fan_out": "its matrices are transposed",
+    "layer_replication": "it repeats layers of the network",
+    "megatron_config": "its matrices are split for tensor parallelism",
+    "modules_to_save": "it holds whole modules besides",
+    "trainable_token_indices": "it holds rows of the embedding besides",
+    "target_parameters": "it acts on parameters, not on modules",
+    "alora_invocation_tokens": "it acts on some tokens only",
+    "arrow_config": "it chooses among several adapters, token by token",
+    "monteclora_config": "its weights are random",
+    "velora_config": "it is not a plain adapter",
+    "use_bdlora": "its matrices are block-diagonal",
+}
+# Initialisations that change the network's own weights, which the adapter then belongs to.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def check_mergeable(config: AdapterConfig, file: Path) -> None:
+    """Refuse an adapter that is not W + scale · B·A."""
+    for field, reason in NOT_PLAIN.items():
+        if value := (config.model_extra or {}).get(field):
+            raise UserError(f"{file}: {field} is {value!r}: {reason}, which cannot be merged into one weight")
+    if config.bias != "none":
+        raise UserError(f"{file}: bias is {config.bias!r}: the network has no bias to add it to")
+    start = str(config.init_lora_weights).lower()
+    if start.startswith(CHANGES_BASE):
+        raise UserError(
+            f"{file}: init_lora_weights is {start!r}, which changed the network's own weights: save the adapter "
+            "converted to a plain one (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+
+
+@dataclass(frozen=True)
+class Change:
+    """What an adapter adds to one weight: scale · B·A.
+
+    Attributes:
+        a: name in the adapter's file of A, `[rank, in]`.
+        b: the same of B, `[out, rank]`.
+    """
+
+    a: str
+    b: str
+    scale: float
+
+
+class Adapter:
+    """An adapter's folder. Only headers are read until a pair is asked for.
+
+    Attributes:
+        changes: canonical name of each weight that it changes, and how.
+    """
+
+    def __init__(self, folder: Path, config: HunYuanConfig) -> None:
+        self.folder = folder
+        self._config = read_adapter_config(folder)
+        check_mergeable(self._config, folder / ADAPTER_CONFIG)
+        self._file = folder / ADAPTER_FILE
+        if not self._file.exists():
+            other = next((file.name for file in sorted(folder.glob("adapter_model.*"))), None)
+            found = f"only {other}: save it as safetensors (PEFT: safe_serialization=True)" if other else "no weights"
+            raise UserError(f"{folder} has no {ADAPTER_FILE}, {found}")
+        shapes = read_shapes(self._file)
+        expected = expected_tensors(config)
+        self.changes = dict(self._changes(shapes, config, expected))
+        if not self.changes:
+            raise UserError(f"{self._file} holds no LoRA matrix")
+
+    def delta(self, name: str) -> tuple[Tensor, Tensor]:
+        """scale · B `[out, rank]` and A `[rank, in]` of a weight, in float32."""
+        change = self.changes[name]
+        try:
+            with safe_open(self._file, framework="pt") as tensors:
+                a, b = (tensors.get_tensor(half).float() for half in (change.a, change.b))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self._file} can no longer be read: {error}") from None
+        for half, tensor in ((change.a, a), (change.b, b)):
+            if not torch.isfinite(tensor).all():
+                raise UserError(f"{half!r} in {self._file} holds NaN or infinite values: the training has diverged")
+        return b * change.scale, a
+
+    def fingerprint(self) -> str:
+        """Changes when the adapter does."""
+        digest = hashlib.sha256((self.folder / ADAPTER_CONFIG).read_bytes())
+        with self._file.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+    def _changes(
+        self, shapes: dict[str, tuple[int, ...]], config: HunYuanConfig, expected: dict[str, tuple[int, ...]]
+    ) -> Iterator[tuple[str, Change]]:
+        halves: dict[str, dict[str, str]] = {}
+        for name in shapes:
+            match = MODULE.match(name)
+            if match is None:
+                raise UserError(f"{self._file}: {name!r} is not A or B of a linear layer, and cannot be merged")
+            halves.setdefault(match["module"], {})[match["half"]] = name
+        for module, pair in halves.items():
+            if len(pair) == 1:
+                (present,) = pair
+                absent = "B" if present == "A" else "A"
+                raise UserError(f"{self._file}: {module} has an {present} and no {absent}: the file is incomplete")
+            weight = f"{module}.weight"
+            if weight not in expected or len(expected[weight]) != 2 or module == "model.embed_tokens":
+                raise UserError(f"{self._file}: {_no_base(module, config)}")
+            self._check_shapes(module, shapes[pair["A"]], shapes[pair["B"]], expected[weight])
+            yield weight, Change(pair["A"], pair["B"], self._config.scale(module))
+
+    def _check_shapes(self, module: str, a: tuple[int, ...], b: tuple[int, ...], weight: tuple[int, ...]) -> None:
+        rank = self._config.rank(module)
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+            raise UserError(
+                f"{self._file}: A of {module} is {list(a)} and B is {list(b)}: no product of the two exists"
+            )
+        if a[0] != rank:
+            raise UserError(
+                f"{self._file}: {module} has rank {a[0]}, and {ADAPTER_CONFIG} says {rank}: they do not belong together"
+            )
+        if (b[0], a[1]) != weight:
+            raise UserError(
+                f"{self._file}: {module} is an adapter of a weight {[b[0], a[1]]}, and this network's is "
+                f"{list(weight)}: it was trained on another model"
+            )
+
+
+def _no_base(module: str, config: HunYuanConfig) -> str:
+    """Why a module has no weight to be merged into."""
+    if module == "lm_head":
+        return "lm_head: this network's head is its embedding, and an adapter of only one of the two cannot be merged"
+    if module == "model.embed_tokens":
+        return "model.embed_tokens: an adapter of the embedding is not merged"
+    return absent(module, config)
 
 
 class Merge:
@@ -55,7 +202,8 @@ class Merge:
 
     def run(self) -> None:
         """Merge."""
-        self._source_is_not_target()
+        if self._target.resolve() in (self._source.folder.resolve(), self._adapter.folder.resolve()):
+            raise UserError(f"--output_path {self._target} is an input: name another folder")
         if self._target.is_dir() and not any(self._target.iterdir()):
             self._target.rmdir()
         with Workspace(self._target, self._record()) as workspace:
@@ -70,7 +218,10 @@ class Merge:
                 for shard in left:
                     self._write(workspace, shard)
             self._write_the_rest(workspace)
-            self._check_complete(workspace.checkpoint)
+            try:
+                check_headers(workspace.checkpoint, Layout(self._source.config))
+            except CheckpointError as error:
+                raise UserError(f"{error}: {REMEDY}") from None
             workspace.finish()
 
     def tensor(self, name: str) -> Tensor:
@@ -104,10 +255,6 @@ class Merge:
             "--shard_size": self._shard_bytes,
         }
 
-    def _source_is_not_target(self) -> None:
-        if self._target.resolve() in (self._source.folder.resolve(), self._adapter.folder.resolve()):
-            raise UserError(f"--output_path {self._target} is an input: name another folder")
-
     def _write(self, workspace: Workspace, shard: Shard) -> None:
         partial = workspace.beside(workspace.checkpoint / shard.file)
         with ShardWriter(partial, shard.specs) as writer:
@@ -134,13 +281,6 @@ class Merge:
         field = "dtype" if "dtype" in self._source.json else "torch_dtype"
         config = {**self._source.json, field: str(self._dtype).removeprefix("torch.")}
         workspace.write_json(folder / "config.json", config)
-
-    def _check_complete(self, folder: Path) -> None:
-        """Raise UserError unless the headers hold exactly the network's tensors."""
-        try:
-            check_headers(folder, Layout(self._source.config))
-        except CheckpointError as error:
-            raise UserError(f"{error}: {REMEDY}") from None
 
 
 def _read_back(file: Path) -> Iterator[tuple[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from typing import Any, Final, Literal, NamedTuple, Self, TypeAlias
+from typing import Any, Final, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
@@ -22,18 +22,13 @@ def form_of(given: dict[str, Any]) -> str:
     """The name of the form that a line's fields have."""
     if MESSAGES in given:
         return MESSAGES  # some data sets also have the first question as "prompt"
-    fitting = [name for name, form in FORMS.items() if form.fields <= given.keys()]
+    fitting = [name for name, (fields, _) in FORMS.items() if fields <= given.keys()]
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
         raise BadForm(f"it fits two forms, {' and '.join(fitting)}: leave the fields of one out")
-    raise BadForm(f'it has no "messages", nor the fields of another known form; it has {_names(given)}')
-
-
-def to_messages(given: dict[str, Any]) -> Any:
-    """The messages of a line, not checked yet."""
-    name = form_of(given)
-    return given[MESSAGES] if name == MESSAGES else FORMS[name].convert(given)
+    names = ", ".join(sorted(map(str, given))[:5]) or "no field"
+    raise BadForm(f'it has no "messages", nor the fields of another known form; it has {names}')
 
 
 def _sharegpt(given: dict[str, Any]) -> list[Any]:
@@ -89,19 +84,10 @@ def _assistant(content: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": content}
 
 
-def _names(given: dict[str, Any]) -> str:
-    return ", ".join(sorted(map(str, given))[:5]) or "no field"
-
-
-class _Form(NamedTuple):
-    fields: set[str]
-    convert: Callable[[dict[str, Any]], list[Any]]
-
-
-FORMS: Final = {
-    "sharegpt": _Form({"conversations"}, _sharegpt),
-    "alpaca": _Form({"instruction", "output"}, _alpaca),
-    "prompt-completion": _Form({"prompt", "completion"}, _prompt_completion),
+FORMS: Final[dict[str, tuple[set[str], Callable[[dict[str, Any]], list[Any]]]]] = {  # name: fields, conversion
+    "sharegpt": ({"conversations"}, _sharegpt),
+    "alpaca": ({"instruction", "output"}, _alpaca),
+    "prompt-completion": ({"prompt", "completion"}, _prompt_completion),
 }
 
 
@@ -117,7 +103,6 @@ MARK = re.compile(
     r"|<｜hy_(?:begin▁of▁sentence|User|Assistant|place▁holder▁no▁\d+)｜>"
 )
 EMPTY: tuple[Any, ...] = (None, "", [], {})
-SHOWN = 40  # characters of a wrong value
 
 
 class BadConversation(ValueError):
@@ -174,7 +159,7 @@ class Conversation(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    messages: tuple[Message, ...]
+    messages: list[Message]
 
     @model_validator(mode="after")
     def _in_turn(self) -> Self:
@@ -219,7 +204,9 @@ def parse_conversation(line: Line) -> Conversation:
         hint = JSON_ARRAY if line.number == 1 and isinstance(line.given, list) else ""
         raise BadConversation(f"it is a JSON {_kind(line.given)}, and should be {FORM}{hint}")
     try:
-        return Conversation.model_validate({MESSAGES: to_messages(line.given)})
+        form = form_of(line.given)
+        messages = line.given[MESSAGES] if form == MESSAGES else FORMS[form][1](line.given)
+        return Conversation.model_validate({MESSAGES: messages})
     except BadForm as error:
         raise BadConversation(f"{error}: a line is {FORM}") from None
     except ValidationError as error:
@@ -227,51 +214,19 @@ def parse_conversation(line: Line) -> Conversation:
 
 
 def _cause(error: ValidationError) -> str:
-    """The first mistake, with its place in words."""
+    """The first mistake: "role of message 3: …"."""
     first = error.errors(include_url=False)[0]
-    place = _place(first["loc"])
-    given = first["input"]
-    match first["type"]:
-        case "value_error":
-            said = str(first["ctx"]["error"])
-            return f"{place}: {said}" if place else said
-        case "missing":
-            return f"{place} is missing"
-        case "literal_error":
-            known = "0 or 1" if first["loc"][-1] == "weight" else "system, user or assistant"
-            return f"{place} is {_shown(given)}: it must be {known}"
-        case "extra_forbidden":
-            return f"{place} is an unknown field: leave it out"
-        case "string_type":
-            return f"{place} is {_article(_kind(given))}, and should be a text"
-        case "tuple_type" | "model_type" | "model_attributes_type" | "dict_type":
-            wanted = "a list" if first["type"] == "tuple_type" else 'an object with "role" and "content"'
-            return f"{place} is {_article(_kind(given))}, and should be {wanted}"
-    return f"{place}: {first['msg']}"
-
-
-def _place(path: tuple[int | str, ...]) -> str:
-    """("messages", 2, "role") → "role of message 3"."""
-    match path:
+    match first["loc"]:
         case ("messages", int(index), field, *_):
-            return f"{field} of message {index + 1}"
+            place = f"{field} of message {index + 1}: "
         case ("messages", int(index)):
-            return f"message {index + 1}"
-    return ".".join(map(str, path))
+            place = f"message {index + 1}: "
+        case path:
+            place = "".join(f"{name}: " for name in path)
+    return place + (str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"])
 
 
 def _kind(given: Any) -> str:
-    """JSON's word for a value's type."""
-    if given is None or isinstance(given, bool):
-        return "null" if given is None else "boolean"
-    names = {dict: "object", list: "array", str: "string", int: "number", float: "number"}
-    return names.get(type(given), type(given).__name__)
-
-
-def _article(kind: str) -> str:
-    return kind if kind == "null" else f"{'an' if kind[0] in 'ao' else 'a'} {kind}"
-
-
-def _shown(given: Any) -> str:
-    text = repr(given)
-    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
+    """JSON's word for a value that is no object."""
+    names = {list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
+    return names.get(type(given), "null")

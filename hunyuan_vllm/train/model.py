@@ -1,6 +1,5 @@
 """The model to train: from a checkpoint or new, resumed, with or without adapters"""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,10 @@ from transformers import GenerationConfig
 
 from hunyuan_vllm import demo
 from hunyuan_vllm.adapter import ADAPTER_CONFIG, read_adapter_config
-from hunyuan_vllm.checkpoint import check_headers, missing_config, missing_weights, shard_files
+from hunyuan_vllm.checkpoint import check_headers, missing_weights, shard_files
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import CheckpointError, Layout
+from hunyuan_vllm.quantize.source import read_bf16_config
 from hunyuan_vllm.reference import HunYuanForCausalLM, MoE
 from hunyuan_vllm.tokenizer import load_tokenizer
 from hunyuan_vllm.train.arguments import Arguments
@@ -59,20 +59,14 @@ def _load(parameters: dict[str, nn.Parameter], layout: Layout, name: str, tensor
 
 def check_base(folder: Path) -> HunYuanConfig:
     """The config of a checkpoint, checked by its files' headers."""
-    file = folder / "config.json"
     if not folder.is_dir():
         raise UserError(f"--model_name_or_path {folder} is not a directory: name the folder of a checkpoint")
-    if not file.is_file():
-        raise UserError(f"--model_name_or_path {folder} {': '.join(missing_config(folder))}")
+    read_bf16_config(folder)
+    config = HunYuanConfig.from_pretrained(folder)
     try:
-        fields = json.loads(file.read_text())
-        if scheme := fields.get("quantization_config"):
-            method = scheme.get("quant_method", "unknown")
-            raise UserError(f"{folder} is quantised ({method}): train the BF16 checkpoint it was made from")
-        config = HunYuanConfig.from_pretrained(folder)
         if not check_headers(folder, Layout(config)):
             raise CheckpointError(f"it {': '.join(missing_weights(folder))}")
-    except (CheckpointError, OSError, ValueError) as error:
+    except CheckpointError as error:
         raise UserError(f"{folder} cannot be trained: {str(error).splitlines()[0]}") from None
     return config
 
@@ -236,6 +230,12 @@ def _take_over(arguments: Arguments, resume: Path, named: Path | None) -> Path:
     return base
 
 
+SAME_NAMES = (  # of flags as of the config's fields
+    "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_experts",
+    "use_mixed_mlp_moe", "num_shared_expert", "use_cla", "cla_share_factor", "use_qk_norm", "tie_word_embeddings",
+)  # fmt: skip
+
+
 def _new_config(arguments: Arguments, tokenizer: Any) -> HunYuanConfig:
     flags, training = arguments.model, arguments.training
     tokens = len(tokenizer)
@@ -246,24 +246,12 @@ def _new_config(arguments: Arguments, tokenizer: Any) -> HunYuanConfig:
         return HunYuanConfig(
             architectures=["HunYuanForCausalLM"],
             vocab_size=vocabulary,
-            hidden_size=flags.hidden_size,
-            intermediate_size=flags.intermediate_size,
             num_hidden_layers=flags.num_layers,
-            num_attention_heads=flags.num_attention_heads,
-            num_key_value_heads=flags.num_key_value_heads,
             max_position_embeddings=training.model_max_length or flags.max_position_embeddings,
             rms_norm_eps=flags.layer_norm_eps,
-            num_experts=flags.num_experts,
             moe_topk=1 if flags.num_experts == 1 else flags.moe_topk,
-            use_mixed_mlp_moe=flags.use_mixed_mlp_moe,
-            num_shared_expert=flags.num_shared_expert,
-            use_cla=flags.use_cla,
-            cla_share_factor=flags.cla_share_factor,
-            use_qk_norm=flags.use_qk_norm,
-            tie_word_embeddings=flags.tie_word_embeddings,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            **{name: getattr(flags, name) for name in SAME_NAMES},
+            **{name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
         )
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -12,11 +12,11 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.machine import installed_version
 from hunyuan_vllm.util.net import INTERFACE_VARIABLES, interface_of, normalise_address, own_addresses, own_interfaces
 from hunyuan_vllm.util.text import some
 
@@ -99,11 +99,7 @@ ABSENT: Final = "absent"
 def facts(paths: Sequence[str]) -> dict[str, str]:
     """What must agree on all nodes: name → a short text. `paths` are files and folders of checkpoints."""
     found = {"Python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = ABSENT
+    found |= {name: installed_version(name) or ABSENT for name in PACKAGES}
     package = Path(__file__).parents[1]
     for file in sorted(package.rglob("*.py")):
         found[f"hunyuan_vllm/{file.relative_to(package)}"] = _digest(file)

@@ -102,8 +102,7 @@ def _run(arguments: Any, base: Any, console: Console, say: Callable[[str], None]
     from transformers import set_seed
 
     from hunyuan_vllm.train.model import count_parameters
-    from hunyuan_vllm.train.progress import Display
-    from hunyuan_vllm.train.trainer import build_trainer, save_result
+    from hunyuan_vllm.train.trainer import Display, build_trainer, save_result
 
     training, output = arguments.training, Path(arguments.training.output_dir)
     set_seed(training.seed)

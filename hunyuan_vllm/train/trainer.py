@@ -1,26 +1,30 @@
-"""The Trainer of a run: transformers' own with token counts, the balance loss and safe checkpoints"""
+"""The Trainer of a run: transformers' own with token counts, the balance loss and safe checkpoints; and its display"""
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from rich.console import Console
 from torch import Tensor, nn
+from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from hunyuan_vllm.train.arguments import Arguments
 from hunyuan_vllm.train.checkpoints import STAGING, move_into_place, remove_old, saving
-from hunyuan_vllm.train.collate import DummyDataset, PackingCollator, PaddingCollator
+from hunyuan_vllm.train.collate import DummyDataset, pack_batch, pad_batch
 from hunyuan_vllm.train.dataset import ConversationDataset, Encoding, PackedDataset
 from hunyuan_vllm.train.distributed import join_processes
 from hunyuan_vllm.train.export import as_published, copy_served_files, write_config, write_origin
 from hunyuan_vllm.train.model import BaseCheckpoint, make_moe_leaves
 from hunyuan_vllm.train.moe_balance import ExpertBoard, ExpertLoad, balance_loss
-from hunyuan_vllm.train.progress import Display
 from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.progress import Progress
+from hunyuan_vllm.util.text import duration
 
 TENSOR_CORES = 8  # row lengths are padded to a multiple of this on GPUs
 
@@ -160,6 +164,53 @@ def without_padding_mask(inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor
     return inputs, (related > 2).flatten()
 
 
+class Display(TrainerCallback):
+    """Shows loss, learning rate, tokens a second and the time left; only the first of several processes prints."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._progress = console, Progress(console)
+        self._bar = ExitStack()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._started, self._first = time.monotonic(), state.global_step
+        if state.is_world_process_zero and self._console.is_terminal:
+            stage = self._progress.stage("training", state.max_steps, state.global_step, unit="steps")
+            self._bar.enter_context(stage)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero and self._console.is_terminal:
+            self._progress.advance(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        if "eval_loss" in logs:
+            self._line(f"step {state.global_step}/{state.max_steps}  held-out loss {logs['eval_loss']:.4f}")
+        elif "loss" in logs:
+            parts = [f"step {state.global_step}/{state.max_steps}", f"loss {float(logs['loss']):.4f}"]
+            if "balance_loss" in logs:
+                parts.append(f"balance loss {logs['balance_loss']:.3f}")
+            parts.append(f"learning rate {float(logs['learning_rate']):.2e}")
+            parts += [f"{logs['tokens_per_second']:,.0f} tokens/s", self._left(state)]
+            self._line("  ".join(parts))
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self._line(f"saved {args.output_dir}/checkpoint-{state.global_step}")
+
+    def close(self) -> None:
+        """Restore the terminal, also after a failed run."""
+        self._bar.close()
+
+    def _line(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _left(self, state: Any) -> str:
+        done = state.global_step - self._first
+        seconds = (time.monotonic() - self._started) / max(done, 1) * (state.max_steps - state.global_step)
+        return f"{duration(seconds)} left"
+
+
 def build_trainer(
     arguments: Arguments, base: BaseCheckpoint, display: Display, say: Callable[[str], None]
 ) -> HunYuanTrainer:
@@ -213,7 +264,7 @@ def _data(arguments: Arguments, base: BaseCheckpoint, say: Callable[[str], None]
         limit = known
     pad = base.tokenizer.pad_token_id
     multiple = TENSOR_CORES if torch.cuda.is_available() else 1
-    padding = PaddingCollator(pad, multiple)
+    padding = partial(pad_batch, pad=pad, multiple=multiple)
     if data.use_dummy_data:
         return padding, DummyDataset(base.config.vocab_size, limit), None
     if data.train_data_file is None:
@@ -227,7 +278,7 @@ def _data(arguments: Arguments, base: BaseCheckpoint, say: Callable[[str], None]
     packed = PackedDataset(train_data, limit, arguments.training.seed)
     say(f"packed into {len(packed):,} rows of {limit} tokens, {packed.filled:.0%} full")
     packed_held_out = PackedDataset(held_out, limit, arguments.training.seed) if held_out is not None else None
-    return PackingCollator(pad, multiple), packed, packed_held_out
+    return partial(pack_batch, pad=pad, multiple=multiple), packed, packed_held_out
 
 
 def _flash() -> AbstractContextManager[Any]:

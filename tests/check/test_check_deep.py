@@ -18,8 +18,8 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from hunyuan_vllm.check.deep import CHUNK, Deep, Interrupted, read_through
+from hunyuan_vllm.checkpoint import read_shards
 from hunyuan_vllm.cli import app
-from hunyuan_vllm.headers import read_shards
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.findings import Section, Status
 

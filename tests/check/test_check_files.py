@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from hunyuan_vllm import demo
 from hunyuan_vllm.check.files import open_folder
-from hunyuan_vllm.headers import read_shards
+from hunyuan_vllm.checkpoint import read_shards
 from hunyuan_vllm.server.models import open_model
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.findings import Status

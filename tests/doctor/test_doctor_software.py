@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from fakes import look, machine, statuses
 
-from hunyuan_vllm import vllm_version
+from hunyuan_vllm import plugin
 from hunyuan_vllm.doctor import software
 from hunyuan_vllm.doctor.probes import Probe, System, run_probe
 
@@ -41,7 +41,7 @@ def test_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(software, "_is_alias", lambda name: False)
     both = look(software.check_vllm, lambda name: "0.32.0")
     assert statuses(both) == {"vLLM": "problem"} and "overwrites the other's" in both["vLLM"].text
-    monkeypatch.setattr(vllm_version, "installed_version", lambda: ("vllm", "0.29.0"))
+    monkeypatch.setattr(plugin, "installed_vllm", lambda: ("vllm", "0.29.0"))
     old = look(software.check_vllm)["vLLM"]
     assert old.status == "problem" and "0.29.0" in old.text and "pip install" in old.remedy
 
@@ -132,7 +132,7 @@ def test_our_own_checkout_is_no_shadow(tmp_path: Path) -> None:
 def test_the_command_where_a_folder_hides_the_package(tmp_path: Path) -> None:
     """The real command on this machine: everything is looked at, and the worker fails as a server's would."""
     package(tmp_path, "hunyuan_vllm", "")
-    code = f"import sys; sys.path.insert(0, {str(Path(vllm_version.__file__).parents[1])!r}); {COMMAND[2]}"
+    code = f"import sys; sys.path.insert(0, {str(Path(plugin.__file__).parents[1])!r}); {COMMAND[2]}"
     result = subprocess.run(
         [*COMMAND[:2], code, "doctor", "--json", "--timeout", "90"],
         capture_output=True, text=True, cwd=tmp_path, env=ENVIRON | {"PORT": "1"}, timeout=120,

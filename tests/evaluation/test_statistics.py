@@ -9,9 +9,8 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from hunyuan_vllm.evaluation.compare import Compared, Distance, Limits, distance, distance_table
-from hunyuan_vllm.evaluation.engines import EngineRun, Outcome
-from hunyuan_vllm.evaluation.variants import Variant
+from hunyuan_vllm.evaluation.compare import Distance, Limits, distance, distance_table
+from hunyuan_vllm.evaluation.engines import EngineRun, Outcome, Variant
 from hunyuan_vllm.server.models import demo_model
 
 
@@ -60,6 +59,6 @@ def shown(table: Table) -> list[list[str]]:
 def test_the_table() -> None:
     found = Distance(100, 2.0, 2.1, 0.9725, 1e-3, 1e-5, 1e-2, 0.5, (0, 1))
     run = EngineRun(Variant.parse("int8:/models/other"), demo_model())
-    assert shown(distance_table("bf16", [Compared(run, Outcome(), found)])) == [
+    assert shown(distance_table("bf16", [(run, found)])) == [
         ["int8:other", "2.1000", "1.0500", "97.25%", "1.00e-03", "1.00e-05", "1.00e-02", "5.00e-01"]
     ]

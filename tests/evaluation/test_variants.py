@@ -12,9 +12,8 @@ from rich.console import Console
 
 from hunyuan_vllm import demo
 from hunyuan_vllm.evaluation import compare
-from hunyuan_vllm.evaluation.engines import EngineRun, Work
+from hunyuan_vllm.evaluation.engines import EngineRun, Variant, checkpoint_of
 from hunyuan_vllm.evaluation.passages import Passage
-from hunyuan_vllm.evaluation.variants import Variant, checkpoint_of
 from hunyuan_vllm.network import Network
 from hunyuan_vllm.quant.formats import PACKED
 from hunyuan_vllm.quant.quantization_config import describe, stored_format
@@ -83,16 +82,11 @@ def test_an_int8_checkpoint_says_itself_what_it_is() -> None:
     assert "--quantization" not in argv
 
 
-@pytest.mark.parametrize(
-    ("model", "what"),
-    [
-        (ModelSource("tencent/Large", "tencent/Large"), "tencent/Large is a hub name"),
-        (ModelSource("/m", "/m", demo_model().config, 779 * 10**9), "/m is BF16 and has 779.0 GB"),
-    ],
-)
-def test_fp8_of_a_model_too_far_or_too_large_to_convert(model: ModelSource, what: str) -> None:
-    with pytest.raises(UserError, match=f"{what}: make one with hunyuan-vllm quantize"):
-        checkpoint_of(Variant.parse("fp8"), model, Progress(SILENT))
+def test_only_the_demo_model_is_converted_unasked() -> None:
+    for model in (ModelSource("tencent/Large", "tencent/Large"), ModelSource("/m", "/m", demo_model().config)):
+        message = f"{model.given} is unquantised, .*: make one with hunyuan-vllm quantize {model.given} DESTINATION"
+        with pytest.raises(UserError, match=message):
+            checkpoint_of(Variant.parse("fp8"), model, Progress(SILENT))
 
 
 @pytest.mark.parametrize(
@@ -107,9 +101,9 @@ def test_fp8_of_a_model_too_far_or_too_large_to_convert(model: ModelSource, what
 )
 def test_flags_that_are_not_the_user_s_to_give(flags: list[str], says: str, tmp_path: Path) -> None:
     """Found before any engine starts."""
-    work = Work([Passage([1, 2], [1])])
+    passages = [Passage([1, 2], [1])]
     with pytest.raises(UserError, match=says):
-        compare.measure(demo_model(), Variant.parse("bf16"), [Variant.parse("int8")], work, flags, tmp_path, SILENT)
+        compare.measure(demo_model(), Variant.parse("bf16"), [Variant.parse("int8")], passages, flags, tmp_path, SILENT)
 
 
 def test_the_user_s_flags_win() -> None:
@@ -121,15 +115,15 @@ def test_the_user_s_flags_win() -> None:
 
 def test_no_room_for_the_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10_000}))
-    work = Work([Passage([1, 2, 3, 4], [1, 2, 3])])
+    passages = [Passage([1, 2, 3, 4], [1, 2, 3])]
     with pytest.raises(UserError, match="the logits of 3 tokens need 0.0 MB and .* 0.0 MB free: .*--work"):
-        compare.measure(demo_model(), Variant.parse("bf16"), [Variant.parse("bf16")], work, [], tmp_path, SILENT)
+        compare.measure(demo_model(), Variant.parse("bf16"), [Variant.parse("bf16")], passages, [], tmp_path, SILENT)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_no_such_folder_for_them(tmp_path: Path) -> None:
-    work = Work([Passage([1, 2], [1])])
+    passages = [Passage([1, 2], [1])]
     with pytest.raises(UserError, match="--work .*none: No such file"):
         compare.measure(
-            demo_model(), Variant.parse("bf16"), [Variant.parse("bf16")], work, [], tmp_path / "none", SILENT
+            demo_model(), Variant.parse("bf16"), [Variant.parse("bf16")], passages, [], tmp_path / "none", SILENT
         )

@@ -6,8 +6,9 @@ from functools import cache
 from typing import Any
 
 from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.network import Network
 from hunyuan_vllm.plan.hardware import find_gpu
-from hunyuan_vllm.plan.model import Network, open_planned
+from hunyuan_vllm.plan.model import DATA, open_planned
 from hunyuan_vllm.plan.scenario import Scenario, vllm_limits
 from hunyuan_vllm.plan.schemes import SCHEMES
 
@@ -23,12 +24,17 @@ QUANTISED: dict[str, dict[str, Any]] = {
 
 @cache
 def published() -> HunYuanConfig:
-    return open_planned("hunyuan-large").config
+    return HunYuanConfig.from_pretrained(DATA / "hunyuan-large")
 
 
 @cache
 def network() -> Network:
-    return Network(published())
+    return open_planned("hunyuan-large").config
+
+
+def light(config: HunYuanConfig) -> Network:
+    """The same network as `plan` reads it, without transformers."""
+    return Network.read(config.to_dict())
 
 
 def planned(
@@ -44,7 +50,7 @@ def planned(
     tokens, sequences = vllm_limits(kind)
     fields: dict[str, Any] = dict(
         name="hunyuan-large",
-        network=Network(config) if config else network(),
+        config=light(config) if config else network(),
         gpu=kind,
         gpus=gpus,
         tensor=tensor,

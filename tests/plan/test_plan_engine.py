@@ -14,14 +14,13 @@ import pytest
 from checkpoints import published_json, tiny_config
 from engine import FP8_CACHE, engine
 from meta_model import parameter_bytes
-from scenarios import QUANTISED, planned
+from scenarios import QUANTISED, light, planned
 from torch import nn
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.model_executor.model_loader import base_loader
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.plan.memory import Capacity, budgets, capacity, rank_weights
-from hunyuan_vllm.plan.model import Network
 from hunyuan_vllm.plan.schemes import SCHEMES
 
 BLOCK, BLOCKS = 32, 9  # tokens of the CPU's smallest block
@@ -72,7 +71,7 @@ def test_bytes_blocks_and_length_of_an_engine(
     options = engine_options(tmp_path, config, scheme) | dict(kv_cache_dtype=kv, max_model_len=held.tokens)
     with engine(tmp_path, **options, kv_cache_memory_bytes=cache) as llm:
         blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
-    assert loaded == [rank_weights(Network(config), SCHEMES[scheme], 1).parameters]
+    assert loaded == [rank_weights(light(config), SCHEMES[scheme], 1).parameters]
     assert (blocks, held.tokens) == (held.blocks, (BLOCKS - 1) * BLOCK) == (BLOCKS, held.tokens)
 
 

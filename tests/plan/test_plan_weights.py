@@ -9,7 +9,7 @@ import pytest
 from checkpoints import VARIANTS, tiny_config
 from fake_cuda import fake_cuda
 from meta_model import meta_model, parameter_bytes
-from scenarios import QUANTISED, network, published
+from scenarios import QUANTISED, light, network, published
 from vllm import _custom_ops
 from vllm.model_executor.layers.quantization.utils.marlin_utils import marlin_moe_padded_intermediate, marlin_padded_nk
 
@@ -17,7 +17,7 @@ from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import expected_tensors
 from hunyuan_vllm.plan.hardware import Gpu, find_gpu
 from hunyuan_vllm.plan.memory import rank_weights
-from hunyuan_vllm.plan.model import Network, layer_matrices
+from hunyuan_vllm.plan.model import layer_matrices
 from hunyuan_vllm.plan.scenario import stages
 from hunyuan_vllm.plan.schemes import SCHEMES
 
@@ -27,7 +27,7 @@ def check(config: HunYuanConfig, scheme: str, tensor: int, partition: str = "", 
     pipeline = len(partition.split(",")) if partition else 1
     layers = [int(count) for count in partition.split(",")] if partition else [config.num_hidden_layers]
     for number, stage in enumerate(stages(config, layers)):
-        weights = rank_weights(Network(config), SCHEMES[scheme], tensor, stage, gpu)
+        weights = rank_weights(light(config), SCHEMES[scheme], tensor, stage, gpu)
         ranks = dict(tensor_parallel=tensor, pipeline_parallel=pipeline, stage=number)
         with meta_model(config, **ranks, **QUANTISED[scheme]) as model:
             assert weights.parameters == parameter_bytes(model)

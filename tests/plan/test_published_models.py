@@ -11,10 +11,12 @@ from typer.testing import CliRunner
 
 from hunyuan_vllm.check.configs import parameters
 from hunyuan_vllm.cli import app
+from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.kv_cache import CacheShape
+from hunyuan_vllm.layout import tensor_parallel_sizes
 from hunyuan_vllm.plan.fit import check_fit, problems
 from hunyuan_vllm.plan.memory import rank_weights
-from hunyuan_vllm.plan.model import DATA, PUBLISHED, Network, open_planned
+from hunyuan_vllm.plan.model import DATA, PUBLISHED, open_planned
 from hunyuan_vllm.plan.plan import make_scenario, serve_command
 from hunyuan_vllm.plan.schemes import SCHEMES
 from hunyuan_vllm.util.text import GIB
@@ -41,7 +43,7 @@ def test_sizes(name: str, billions: float, gib: float, kib: int) -> None:
     """Weights are a little more than the parameters: routers are float32, and there is a rotary table."""
     config = open_planned(name).config
     assert parameters(config)[0] / 1e9 == pytest.approx(billions, abs=0.06 if billions > 100 else 0.006)
-    assert rank_weights(Network(config), SCHEMES["bf16"], 1).total / GIB == pytest.approx(gib, abs=0.06)
+    assert rank_weights(config, SCHEMES["bf16"], 1).total / GIB == pytest.approx(gib, abs=0.06)
     cache = CacheShape.of(config, tensor_parallel=1, stage=range(config.num_hidden_layers), itemsize=2)
     assert cache.bytes_per_token == kib * 1024
 
@@ -54,8 +56,8 @@ def test_a13b_uses_13_billion_parameters_a_token() -> None:
 @pytest.mark.parametrize("scheme", ["bf16", "int8", "fp8"])
 def test_weights_are_those_of_the_real_model(name: str, scheme: str) -> None:
     config = open_planned(name).config
-    weights = rank_weights(Network(config), SCHEMES[scheme], 4)
-    with meta_model(config, tensor_parallel=4, **QUANTISED[scheme]) as model:
+    weights = rank_weights(config, SCHEMES[scheme], 4)
+    with meta_model(HunYuanConfig.from_pretrained(DATA / name), tensor_parallel=4, **QUANTISED[scheme]) as model:
         assert weights.parameters == parameter_bytes(model)
         assert weights.buffers == sum(buffer.nbytes for buffer in model.buffers())
 
@@ -72,7 +74,7 @@ def test_a13b_on_two_gpus_of_96_gb() -> None:
 
 def test_ranks_of_a13b() -> None:
     """3072 columns an expert; GPTQ's groups of 128 divide them up to 8 ranks."""
-    assert Network(open_planned("hunyuan-a13b").config).tensor_sizes == [1, 2, 4, 8, 16, 32]
+    assert tensor_parallel_sizes(open_planned("hunyuan-a13b").config) == [1, 2, 4, 8, 16, 32]
     for ranks, scheme, possible in ((8, "int4", True), (16, "int4", False), (16, "bf16", True), (3, "bf16", False)):
         scenario = make_scenario("hunyuan-a13b", "H100", gpus=ranks, tensor=ranks, scheme=scheme)
         assert (not problems(scenario)) == possible, problems(scenario)

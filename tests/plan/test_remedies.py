@@ -10,6 +10,7 @@ from scenarios import network, planned
 from typer.testing import CliRunner
 
 from hunyuan_vllm.cli import app
+from hunyuan_vllm.layout import tensor_parallel_sizes
 from hunyuan_vllm.plan.advice import arrangements, improvements, remedies
 from hunyuan_vllm.plan.fit import check_fit
 
@@ -71,7 +72,7 @@ def test_no_length_is_offered_that_is_too_short_for_the_requests() -> None:
 
 
 def test_arrangements() -> None:
-    assert network().tensor_sizes == [1, 2, 4, 8, 16]
+    assert tensor_parallel_sizes(network()) == [1, 2, 4, 8, 16]
     assert arrangements(network(), 16) == [(16, 1), (8, 2), (4, 4), (2, 8), (1, 16)]
     assert arrangements(network(), 24) == [(8, 3), (4, 6), (2, 12), (1, 24)]
     assert arrangements(network(), 64)[-1] == (2, 32)  # 64 stages would cut groups of two layers

@@ -101,7 +101,7 @@ def test_an_estimate_is_a_range_from_the_share_that_was_published() -> None:
 def test_an_fp8_cache_is_bound_by_the_rate_of_fp8() -> None:
     """Backends round queries too, and multiply in FP8: long contexts then cost half the operations' time."""
     scenarios = [planned(gpus=8, tensor=8, scheme="fp8", kv=kv) for kv in ("fp8", "auto")]
-    fp8, auto = (stage_step(one, whole(one), 2048, 1_000_000, sequences=1).compute for one in scenarios)
+    fp8, auto = (stage_step(one, whole(one), 2048, 1_000_000, sequences=1).compute_seconds for one in scenarios)
     assert 0.5 < fp8 / auto < 0.55
 
 
@@ -130,9 +130,9 @@ def test_bounds_are_the_datasheets() -> None:
     """A long prompt on one H20 is bound by 148 TFLOPS, a token by 4 TB/s."""
     scenario = planned(gpus=1, tensor=1, scheme="bf16")
     step = prefill(scenario, 8192).step
-    assert step.bound == step.compute == pytest.approx(step.operations / 148e12)
+    assert step.bound == step.compute_seconds == pytest.approx(step.operations / 148e12)
     one = decode(scenario, 1).step
-    assert one.bound == one.memory == (one.weight_bytes + one.cache_bytes) / 4e12
+    assert one.bound == one.memory_seconds == (one.weight_bytes + one.cache_bytes) / 4e12
     assert prefill(planned(scheme="fp8"), 8192).bound > 1.8 * prefill(planned(scheme="int8"), 8192).bound
 
 

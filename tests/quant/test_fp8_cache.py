@@ -15,7 +15,8 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 
 from hunyuan_vllm import cla_cache
-from hunyuan_vllm.quant.fp8 import CacheScales, is_cache_scale
+from hunyuan_vllm.quant.fp8 import CacheScales
+from hunyuan_vllm.quant.layouts import cache_scale
 from hunyuan_vllm.reference import HunYuanForCausalLM
 
 PROMPTS = random_prompts(320, [8] * 48)
@@ -92,5 +93,5 @@ def test_which_scale_counts() -> None:
     assert (given.k(0), given.v(0)) == (2.0, 2.0)
     given.keep("model.layers.0.self_attn.v_scale", 3.0)
     assert (given.k(0), given.v(0), given.v(1)) == (2.0, 3.0, None)
-    assert is_cache_scale("model.layers.12.self_attn.v_scale")
-    assert not is_cache_scale("model.layers.12.self_attn.v_proj.weight_scale")
+    assert cache_scale("model.layers.12.self_attn.v_scale")
+    assert not cache_scale("model.layers.12.self_attn.v_proj.weight_scale")

@@ -21,7 +21,7 @@ from vllm.scalar_type import scalar_types
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.plugin import register
-from hunyuan_vllm.quant.preflight import check_quantisation
+from hunyuan_vllm.preflight import check_quantisation
 
 PUBLISHED: dict[str, Any] = dict(
     architectures=["HunYuanForCausalLM"],

@@ -25,10 +25,10 @@ from vllm import _custom_ops as ops
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.quantization.utils import nvfp4_utils
 
+from hunyuan_vllm import preflight
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import CheckpointError
 from hunyuan_vllm.plugin import register
-from hunyuan_vllm.quant import preflight
 
 RANKS, RANK = 2, 1  # the last
 NETWORK = dict(num_hidden_layers=2, intermediate_size=128, hidden_size=256)

@@ -9,8 +9,7 @@ from checkpoints import ALPHA_ROPE, VARIANTS, tiny_config, write_checkpoint
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.quant.schemes import WRITTEN
-from hunyuan_vllm.quantize.convert import Options, quantize_checkpoint
-from hunyuan_vllm.quantize.estimate import Plan, state_bytes
+from hunyuan_vllm.quantize.convert import Options, Plan, quantize_checkpoint, state_bytes
 from hunyuan_vllm.quantize.writer import Workspace
 
 PUBLISHED = HunYuanConfig(

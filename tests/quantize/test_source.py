@@ -10,7 +10,7 @@ import pytest
 import torch
 from checkpoints import rewrite, tiny_config, write_checkpoint
 
-from hunyuan_vllm.quantize.source import Source, read_config
+from hunyuan_vllm.quantize.source import Source, read_bf16_config
 from hunyuan_vllm.util.errors import UserError
 
 FP8 = torch.float8_e4m3fn
@@ -92,13 +92,13 @@ def test_configs_of_no_use(tiny: Path, tmp_path: Path, fields: dict, message: st
     given = json.loads((tiny / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(given | fields))
     with pytest.raises(UserError, match=message):
-        read_config(tmp_path)
+        read_bf16_config(tmp_path)
 
 
 def test_folders_of_no_use(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="tencent/x does not exist: SRC is a folder"):
+    with pytest.raises(UserError, match="tencent/x does not exist: name a checkpoint's folder; one on the hub"):
         Source(Path("tencent/x"))
-    with pytest.raises(UserError, match="config.json is not the config of a checkpoint"):
+    with pytest.raises(UserError, match="has no config.json"):
         Source(tmp_path)
     (tmp_path / "config.json").write_text((tiny / "config.json").read_text())
     (tmp_path / "pytorch_model.bin").write_text("x")

@@ -120,7 +120,7 @@ def test_a_chat_the_template_refuses(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_without_tokenizer(tiny: Path) -> None:
-    with pytest.raises(UserError, match="has no tokenizer that loads, and calibration needs one"):
+    with pytest.raises(UserError, match="the tokenizer of .* does not load"):
         calibration_tokens(tiny, 320, None, 100)
 
 

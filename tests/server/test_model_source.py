@@ -62,9 +62,9 @@ def test_a_folder_that_is_not_there(given):
     ("files", "message"),
     [
         ({}, "has no config.json"),
-        ({"config.json": "{"}, "cannot be read"),
+        ({"config.json": "{"}, "is not JSON"),
         ({"config.json": "[1]"}, "model_type None"),
-        ({"config.json": '{"model_type": "llama"}'}, "model_type 'llama'; this server serves hunyuan, "),
+        ({"config.json": '{"model_type": "llama"}'}, "model_type 'llama'; Hunyuan checkpoints have one of hunyuan, "),
         ({"config.json": '{"model_type": "hunyuan", "num_key_value_heads": 3}'}, "num_key_value_heads is 3"),
         (
             {

@@ -7,7 +7,7 @@ import torch
 from checkpoints import tiny_config
 
 from hunyuan_vllm.reference import HunYuanForCausalLM
-from hunyuan_vllm.train.collate import PackingCollator, PaddingCollator
+from hunyuan_vllm.train.collate import pack_batch, pad_batch
 from hunyuan_vllm.train.tokens import IGNORED, Example
 
 PAD = 0
@@ -28,16 +28,16 @@ EXAMPLES = [example(length, seed) for seed, length in enumerate((5, 9, 1, 6))]
 
 
 def test_padding() -> None:
-    batch = PaddingCollator(PAD)([Example([5, 6, 7], [IGNORED, 6, 7]), Example([8], [8])])
+    batch = pad_batch([Example([5, 6, 7], [IGNORED, 6, 7]), Example([8], [8])], PAD)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, PAD, PAD]]
     assert batch["labels"].tolist() == [[IGNORED, 6, 7], [IGNORED] * 3]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert PaddingCollator(PAD, multiple=8)(EXAMPLES)["input_ids"].shape == (4, 16)
+    assert pad_batch(EXAMPLES, PAD, multiple=8)["input_ids"].shape == (4, 16)
 
 
 def test_packing() -> None:
     first, second = Example([5, 6, 7], [5, 6, 7]), Example([8, 9], [8, 9])
-    batch = PackingCollator(PAD)([[first, second], [second]])
+    batch = pack_batch([[first, second], [second]], PAD)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9], [8, 9, PAD, PAD, PAD]]
     # 8 is not predicted from 7, which is another conversation's.
     assert batch["labels"].tolist() == [[IGNORED, 6, 7, IGNORED, 9], [IGNORED, 9, IGNORED, IGNORED, IGNORED]]
@@ -61,12 +61,12 @@ def loss_and_gradient(model: HunYuanForCausalLM, batch: dict[str, torch.Tensor])
 
 def test_padded_and_packed_batches_train_as_each_conversation_alone(model: HunYuanForCausalLM) -> None:
     """Nothing leaks between conversations, or from padding. Loss and router are computed in float32."""
-    alone = [loss_and_gradient(model, PaddingCollator(PAD)([one])) for one in EXAMPLES if len(one) > 1]
+    alone = [loss_and_gradient(model, pad_batch([one], PAD)) for one in EXAMPLES if len(one) > 1]
     loss, gradient = sum(one[0] for one in alone), sum(one[1] for one in alone)
     batches = {
-        "padded": PaddingCollator(PAD)(EXAMPLES),
-        "one row": PackingCollator(PAD)([EXAMPLES]),
-        "two rows, filled up": PackingCollator(PAD, multiple=8)([EXAMPLES[:2], EXAMPLES[2:]]),
+        "padded": pad_batch(EXAMPLES, PAD),
+        "one row": pack_batch([EXAMPLES], PAD),
+        "two rows, filled up": pack_batch([EXAMPLES[:2], EXAMPLES[2:]], PAD, multiple=8),
     }
     for name, batch in batches.items():
         found = loss_and_gradient(model, batch)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.reference import HunYuanForCausalLM
-from hunyuan_vllm.train.collate import PackingCollator, PaddingCollator
+from hunyuan_vllm.train.collate import pack_batch, pad_batch
 from hunyuan_vllm.train.model import train_attention_only
 from hunyuan_vllm.train.moe_balance import ExpertLoad, balance_loss
 from hunyuan_vllm.train.tokens import Example
@@ -277,9 +277,9 @@ class TestRows:
         model, examples = exact_model(), self.examples()
         found = []
         for batches in (
-            [PaddingCollator(0)([one]) for one in examples],
-            [PaddingCollator(0, multiple=4)(examples)],
-            [PackingCollator(0, multiple=8)([examples[:3], examples[3:]])],
+            [pad_batch([one], 0) for one in examples],
+            [pad_batch(examples, 0, multiple=4)],
+            [pack_batch([examples[:3], examples[3:]], 0, multiple=8)],
         ):
             model.zero_grad()
             loss = torch.stack([self.loss(model, batch) for batch in batches]).sum()
@@ -292,10 +292,10 @@ class TestRows:
 
     def test_padding_is_known_in_both_kinds_of_rows(self) -> None:
         examples = self.examples()
-        for collated, rows in ((PaddingCollator(0), examples), (PackingCollator(0), [examples[:2], examples[2:]])):
-            _, real = without_padding_mask(collated(rows))
+        for batch in (pad_batch(examples, 0), pack_batch([examples[:2], examples[2:]], 0)):
+            _, real = without_padding_mask(batch)
             assert real is not None and int(real.sum()) == 24
-        assert "attention_mask" not in without_padding_mask(PaddingCollator(0)(examples))[0]
+        assert "attention_mask" not in without_padding_mask(pad_batch(examples, 0))[0]
 
 
 def test_only_attention_is_trained_where_that_is_asked_for() -> None:

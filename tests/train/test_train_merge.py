@@ -27,8 +27,7 @@ from hunyuan_vllm.cli import app
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.quantize.source import Source
 from hunyuan_vllm.train import merge as merging
-from hunyuan_vllm.train.adapter import Adapter
-from hunyuan_vllm.train.merge import SAVE_DTYPES, Merge
+from hunyuan_vllm.train.merge import SAVE_DTYPES, Adapter, Merge
 from hunyuan_vllm.util.errors import UserError
 
 pytestmark = pytest.mark.slow

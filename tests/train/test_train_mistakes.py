@@ -68,9 +68,9 @@ class TestMistakes:
         named = ("--model_name_or_path", folder, "--tokenizer_name_or_path", DEMO, "--train_data_file", DATA)
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
-        assert "is quantised (fp8): train the BF16 checkpoint it was made from" in mistake(*named)
+        assert "is already quantised (fp8): give the BF16 checkpoint" in mistake(*named)
         (folder / "config.json").write_text(json.dumps({**config, "num_attention_heads": 5}))
-        assert "cannot be trained: HunYuanConfig: " in mistake(*named)
+        assert "config.json: HunYuanConfig: " in mistake(*named)
         (folder / "config.json").write_text(json.dumps(config))
         file = folder / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-100])

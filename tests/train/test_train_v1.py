@@ -20,8 +20,7 @@ from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import Layout
 from hunyuan_vllm.quantize.source import Source
 from hunyuan_vllm.reference import HunYuanForCausalLM
-from hunyuan_vllm.train.adapter import Adapter
-from hunyuan_vllm.train.merge import SAVE_DTYPES, Merge
+from hunyuan_vllm.train.merge import SAVE_DTYPES, Adapter, Merge
 
 KINDS = {"A13B": "v1_a13b", "A13B by transformers": "v1_moe_tf", "7B": "v1_7b", "1.8B by transformers": "v1_1_8b"}
 

@@ -22,8 +22,8 @@ from vllm.v1.metrics.prometheus import get_prometheus_registry
 from hunyuan_vllm import __version__, envs
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.expert_load import EXTENSION, Loads
+from hunyuan_vllm.plugin import installed_vllm
 from hunyuan_vllm.server.middleware.asgi import NO_KEY, App, Message, Receive, Scope, Send
-from hunyuan_vllm.vllm_version import installed_version
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
 
@@ -135,7 +135,7 @@ def server_info(config: VllmConfig) -> Info:
         "devices": parallel.world_size * parallel.data_parallel_size,  # on CPUs the ranks
         "cores": len(os.sched_getaffinity(0)),
         "version": __version__,
-        "vllm": (installed_version() or ("", "unknown"))[1],
+        "vllm": (installed_vllm() or ("", "unknown"))[1],
         "torch": metadata.version("torch"),
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization": model.quantization or "none",

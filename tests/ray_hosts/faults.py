@@ -73,7 +73,7 @@ FAULTS = {
     "kill -9 of the worker's raylet": Fault(
         lambda cluster: kill(cluster.worker, "*/raylet/raylet*"), _restart_ray(_worker)
     ),
-    "kill -9 of the API server": Fault(lambda cluster: kill(cluster.head, "*/vllm\\ serve*")),
+    "kill -9 of the API server": Fault(lambda cluster: kill(cluster.head, "*.vllm_serve\\ serve*")),
     "kill -9 of the head's Ray": Fault(
         lambda cluster: kill(cluster.head, "*/gcs_server*|*/raylet/raylet*"), _restart_ray(_head, _worker)
     ),

@@ -11,7 +11,7 @@ from hunyuan_vllm.cli.show import show_table
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.streams import say
 
-FAILED, INTERRUPTED = 1, 130  # exit statuses
+FAILED = 1  # exit status
 
 app = typer.Typer(invoke_without_command=True)
 
@@ -70,7 +70,7 @@ def bench(
     engine = " ".join(installed_vllm() or ("no vLLM",))
     run = describe(served, f"{__version__} ({engine})")
     notes = Console(stderr=True, highlight=False)
-    error, interrupted = None, False
+    error = None
     try:
         for number, step in enumerate(steps):
             count = requests or max(8, 4 * step)
@@ -80,16 +80,11 @@ def bench(
             run.points.append(point)
             if output:
                 run.save(output)
-    except KeyboardInterrupt:
-        interrupted = True
-    if run.points:
-        if as_json:
+    finally:  # the finished points of an interrupted run, too
+        if run.points and as_json:
             print(run.model_dump_json(indent=1))
-        else:
+        elif run.points:
             show_table(run_table(run))
-    if interrupted:
-        say("interrupted")
-        raise typer.Exit(INTERRUPTED)
     if failed := sum(point["failed"] for point in run.points):
         asked = sum(point["requests"] for point in run.points)
         say(f"{failed:g} of {asked:g} requests failed ({error}): see the server's log")

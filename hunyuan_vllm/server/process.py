@@ -208,10 +208,12 @@ class Stop:
 
     Attributes:
         since: when the first of them came, by time.monotonic(); None before.
+        killed: a second one came, which kills the server.
     """
 
     def __init__(self) -> None:
         self.since: float | None = None
+        self.killed = False
         self._child: Child | None = None
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             # nohup has a process ignore SIGHUP, a shell has its background jobs ignore SIGINT
@@ -238,6 +240,7 @@ class Stop:
         child = self._child if self._child and self._child.running else None
         if self.requested:
             if child:
+                self.killed = True
                 child.kill()
             return
         self.since = time.monotonic()

@@ -1,7 +1,6 @@
 """Running a server: one run from its start to its exit, and with `serve --supervise` restarts with back-off"""
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from hunyuan_vllm.util.errors import UserError
 START_PERIOD = 0.5  # seconds between two health checks of a server that starts
 IDLE_PERIOD = 5.0  # seconds between two looks at an unsupervised server that has been ready
 STOP_MARGIN = 30.0  # seconds that a server may take to exit once its requests have had their time
+START_MARGIN = 10.0  # the same for one that is not ready: it has no requests, and vLLM's engine starts to the end first
 GAVE_UP = os.EX_UNAVAILABLE
 REFUSED = 2  # vLLM's exit status for wrong options, which a restart would not change
 
@@ -80,7 +80,7 @@ def run_once(
     """
     run = run_server(launch, environ, stop, health=health, terminal=terminal)
     if stop.requested:
-        return _status_after_stop(run)
+        return _status_after_stop(run, stop)
     report(f"the server {'stopped before it was ready' if run.ready_for is None else 'died'}: {run.cause}")
     return run.status or 1
 
@@ -103,7 +103,7 @@ def supervise(
         variables = {**environ, envs.SUPERVISOR_RESTARTS: str(restarts)}
         run = run_server(launch, variables, stop, monitor, terminal=terminal)
         if stop.requested:
-            return _status_after_stop(run)
+            return _status_after_stop(run, stop)
         if run.ready_for is None and run.status == REFUSED:
             report(f"vLLM does not accept these options: {run.cause}")
             return REFUSED
@@ -161,7 +161,8 @@ def run_server(
     while child.running:
         notify_systemd("WATCHDOG=1")
         if stop.since is not None:
-            if time.monotonic() >= stop.since + _grace(launch) + STOP_MARGIN and kill_reason is None:
+            limit = START_MARGIN if ready_since is None else _grace(launch) + STOP_MARGIN
+            if time.monotonic() >= stop.since + limit and kill_reason is None:
                 kill_reason = "it did not exit in time"
                 report(f"{kill_reason}, and is killed")
                 child.kill()
@@ -198,9 +199,9 @@ def report(text: str) -> None:
     print(f"\nhunyuan-vllm: {text}", file=sys.stderr, flush=True)
 
 
-def _status_after_stop(run: Run) -> int:
-    """0 for an interrupted start, unless the server was killed; else the server's own status."""
-    return 0 if run.ready_for is None and run.status != 128 + signal.SIGKILL else run.status
+def _status_after_stop(run: Run, stop: Stop) -> int:
+    """0 for an interrupted start, unless the operator killed the server; else the server's own status."""
+    return 0 if run.ready_for is None and not stop.killed else run.status
 
 
 def _grace(launch: Launch) -> float:

@@ -21,6 +21,7 @@ from hunyuan_vllm.util.net import check_port
 
 RUNNER = """
 import os, pathlib, sys
+from hunyuan_vllm.server import supervisor
 from hunyuan_vllm.server.launch import Launch
 from hunyuan_vllm.server.process import Stop
 from hunyuan_vllm.server.supervisor import run_once
@@ -102,6 +103,29 @@ def test_a_stop_reaches_the_server_and_leaves_nothing(tmp_path, number):
     assert f"stopped by {int(signal.SIGTERM)} yes" in output
     assert "stopping the server" in errors
     eventually(lambda: is_over(worker))
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_start_that_ignores_the_stop_is_killed(again):
+    """By the supervisor in time, or by the operator's second signal."""
+    program = """
+        import os, signal, time
+        signal.signal(signal.SIGTERM, lambda *_: print("ignored", flush=True))
+        print("starting", flush=True)
+        while True:
+            time.sleep(60)
+    """
+    runner = RUNNER if again else RUNNER.replace("key_file =", "supervisor.START_MARGIN = 0.5\nkey_file =", 1)
+    argv = [sys.executable, "-c", runner, textwrap.dedent(program), "/nonexistent"]
+    child = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "starting\n"
+    child.send_signal(signal.SIGTERM)
+    assert child.stdout.readline() == "ignored\n"
+    if again:
+        child.send_signal(signal.SIGTERM)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == (128 + signal.SIGKILL if again else 0), errors
+    assert ("did not exit in time" in errors) is not again
 
 
 @pytest.fixture(params=["full disk", "reader gone", "closed"])

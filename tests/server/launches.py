@@ -5,6 +5,7 @@ from functools import cache
 
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from hunyuan_vllm.cluster.ray_nodes import RayNode
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.envs import Settings
 from hunyuan_vllm.server.hardware import Machine
@@ -28,7 +29,9 @@ HUB = ModelSource("tencent/Hunyuan-A52B-Instruct", "tencent/Hunyuan-A52B-Instruc
 NETWORK = {"lo": ("127.0.0.1", "::1"), "eth0": ("192.168.7.2",), "ib0": ("10.0.0.5",)}
 CPU = Machine(cuda=False, cores=8, memory=32 * GIB, interfaces=NETWORK)
 GPU8 = Machine(cuda=True, gpus=8, cores=64, memory=900 * GIB, interfaces=NETWORK)
-NODE1 = Machine(cuda=True, gpus=8, ray=RayCluster(nodes=2, gpus=16, free_gpus=16), interfaces=NETWORK)
+NODE1 = Machine(
+    cuda=True, gpus=8, ray=RayCluster([RayNode("10.0.0.5", 8, 8), RayNode("10.0.0.6", 8, 8)]), interfaces=NETWORK
+)
 BONDED = Machine(cuda=True, gpus=8, ray=NODE1.ray, interfaces={**NETWORK, "bond1": ("10.1.0.5",)})
 
 

@@ -64,7 +64,7 @@ def test_what_the_cluster_says(with_ray, monkeypatch, address):
     monkeypatch.setattr(ray_cluster, "PROBE", f"print('noise'); print('RAY', {json.dumps(nodes)!r})")
     with socket.create_server(("127.0.0.1", 0)) as server:
         found = find_ray_cluster({"RAY_ADDRESS": address.format(f"127.0.0.1:{server.getsockname()[1]}")})
-    assert (found.nodes, found.gpus, found.free_gpus) == (2, 16, 8)
+    assert (len(found.alive), found.gpus, found.free_gpus) == (2, 16, 8)
     assert found.members[2] == RayNode("10.0.0.3", gpus=8, free_gpus=0, alive=False)
 
 

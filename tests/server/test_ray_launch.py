@@ -23,8 +23,8 @@ LARGE = HunYuanConfig(
 MODEL = ModelSource("/models/large", "/models/large", LARGE, weight_bytes=725 * GIB)
 H20, H200, L40S = GpuKind((9, 0), 96 * GIB), GpuKind((9, 0), 140 * GIB), GpuKind((8, 9), 45 * GIB)
 HEAD, WORKER = RayNode("10.0.0.5", 8, 8), RayNode("10.0.0.6", 8, 8)
-ALONE, WHOLE = RayCluster.of([HEAD]), RayCluster.of([HEAD, WORKER])
-BUSY = RayCluster.of([HEAD, RayNode("10.0.0.6", 8, 3)])
+ALONE, WHOLE = RayCluster([HEAD]), RayCluster([HEAD, WORKER])
+BUSY = RayCluster([HEAD, RayNode("10.0.0.6", 8, 3)])
 
 
 def launch(ray, *flags, gpu=H20, scheme: Scheme | None = None, model=MODEL, **environ) -> Launch:

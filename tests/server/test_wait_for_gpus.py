@@ -14,7 +14,7 @@ from hunyuan_vllm.util.errors import NotYetError, UserError
 
 HEAD, WORKER = RayNode("10.0.0.1", 8, 8), RayNode("10.0.0.2", 8, 8)
 BUSY, GONE = RayNode("10.0.0.2", 8, 2), RayNode("10.0.0.2", 8, 0, alive=False)
-WHOLE = RayCluster.of([HEAD, WORKER])
+WHOLE = RayCluster([HEAD, WORKER])
 
 
 @pytest.fixture(autouse=True)
@@ -51,8 +51,8 @@ def test_nothing_is_said_where_all_is_there():
 
 
 def test_each_change_is_said_once():
-    alone = RayCluster.of([HEAD])
-    said = waited(None, alone, alone, alone, RayCluster.of([HEAD, BUSY]), WHOLE)
+    alone = RayCluster([HEAD])
+    said = waited(None, alone, alone, alone, RayCluster([HEAD, BUSY]), WHOLE)
     assert said.count("hunyuan-vllm: waiting for GPUs in Ray: ") == 3
     assert "0 of 16 are free\n  no Ray cluster is running here: start it on this node (sh deploy/ray_head.sh)" in said
     assert "8 of 16 are free\n  10.0.0.1 has 8 of its 8 GPUs free\n  nodes with 8 more GPUs have not joined" in said
@@ -64,23 +64,23 @@ def test_each_change_is_said_once():
 def test_a_terminal_gets_a_countdown(monkeypatch):
     monkeypatch.setattr(ray_cluster, "POLL_PERIOD", 1.2)
     monkeypatch.setenv("TERM", "xterm")
-    said = waited(RayCluster.of([HEAD]), WHOLE, stream=Terminal())
+    said = waited(RayCluster([HEAD]), WHOLE, stream=Terminal())
     assert "giving up in 0:19" in said and "giving up in 0:18" in said
     assert "10.0.0.1 has 8 of its 8 GPUs free" in said
 
 
 def test_missing_nodes_are_named():
-    assert describe_nodes(RayCluster.of([HEAD, GONE]), ["10.0.0.1", "10.0.0.2", "10.0.0.3"]) == [
+    assert describe_nodes(RayCluster([HEAD, GONE]), ["10.0.0.1", "10.0.0.2", "10.0.0.3"]) == [
         "10.0.0.1 has 8 of its 8 GPUs free",
         "10.0.0.2 has left: start Ray there again (sh deploy/ray_worker.sh HEAD_IP)",
         "10.0.0.3 has not joined: run sh deploy/ray_worker.sh HEAD_IP there",
     ]
-    assert describe_nodes(RayCluster.of([HEAD, GONE, WORKER]))[1:] == ["10.0.0.2 has 8 of its 8 GPUs free"]
+    assert describe_nodes(RayCluster([HEAD, GONE, WORKER]))[1:] == ["10.0.0.2 has 8 of its 8 GPUs free"]
 
 
 def test_the_end_says_what_was_missing():
     with pytest.raises(NotYetError) as raised:
-        waited(RayCluster.of([HEAD, GONE]), limit=0.05)
+        waited(RayCluster([HEAD, GONE]), limit=0.05)
     message = str(raised.value)
     assert message.startswith("16 GPUs are needed and 8 are free in Ray after 0.05 s: 10.0.0.1 has 8 of its 8 GPUs")
     assert "10.0.0.2 has left" in message and "Set TP_SIZE for fewer, or GPU_WAIT for longer" in message
@@ -98,11 +98,11 @@ class Stop:
 
 
 def test_an_operator_need_not_wait():
-    wait_for_gpus(16, {}, 20, stop=Stop(), find=looks(RayCluster.of([HEAD])), stream=io.StringIO())
+    wait_for_gpus(16, {}, 20, stop=Stop(), find=looks(RayCluster([HEAD])), stream=io.StringIO())
 
 
 def test_a_supervisor_waits_without_a_limit():
     missing = UserError("no Ray cluster answers at 10.0.0.1:6379")
-    said = waited(missing, None, RayCluster.of([HEAD]), WHOLE, limit=None, expected=["10.0.0.2"])
+    said = waited(missing, None, RayCluster([HEAD]), WHOLE, limit=None, expected=["10.0.0.2"])
     assert "no Ray cluster answers" in said and "10.0.0.2 has not joined" in said
     assert "giving up" not in said

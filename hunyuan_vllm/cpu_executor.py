@@ -14,6 +14,8 @@ from vllm.platforms import current_platform
 from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_visible_memory_node
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
+from hunyuan_vllm import envs
+
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
 BIND = "VLLM_CPU_OMP_THREADS_BIND"
 UNBOUND = "nobind"
@@ -21,12 +23,18 @@ UNBOUND = "nobind"
 PLACEMENT = ("VLLM_CPU_NUM_OF_RESERVED_CPU", "VLLM_CPU_SIM_MULTI_NUMA")
 
 
-def run_in_engine_process(vllm_config: VllmConfig) -> None:
-    """Choose `CPUExecutor` for one rank on CPUs, unless the user chose an executor, or where threads run."""
+def configure_cpu_engine(vllm_config: VllmConfig) -> None:
+    """Choose `CPUExecutor` for one rank on CPUs, unless the user chose an executor, or where threads run.
+
+    Engines that this process starts get `envs.OPENMP_WAIT`.
+    """
+    if not current_platform.is_cpu():
+        return
+    for name, value in envs.OPENMP_WAIT.items():
+        os.environ.setdefault(name, value)
     parallel = vllm_config.parallel_config
     if (
-        current_platform.is_cpu()
-        and parallel.distributed_executor_backend == "uni"  # vLLM's default for one rank
+        parallel.distributed_executor_backend == "uni"  # vLLM's default for one rank
         and parallel.world_size_across_dp == 1
         and os.environ.get(BIND, UNBOUND) == UNBOUND
         and not any(name in os.environ for name in PLACEMENT)

@@ -19,6 +19,9 @@ UNUSED_PACKAGES = "HUNYUAN_VLLM_UNUSED_PACKAGES"
 PROMPT_CLOCK = "HUNYUAN_VLLM_PROMPT_CLOCK"
 SUPERVISOR_RESTARTS = "HUNYUAN_VLLM_SUPERVISOR_RESTARTS"
 KEY_FILE_VARIABLE = "HUNYUAN_VLLM_API_KEY_FILE"
+# OpenMP's threads (libgomp) check that often whether the others are done, some microseconds, and then sleep. By default
+# they check for milliseconds, on cores that other programs, the API server or the other threads wait for.
+OPENMP_WAIT = {"GOMP_SPINCOUNT": "1000"}
 DEFAULT_PORT = 8020
 DEFAULT_GPU_WAIT = 600  # seconds
 

@@ -56,7 +56,7 @@ class HunYuanPreflight:
         # These bring vLLM and transformers, which the checks below do without.
         from hunyuan_vllm.config import CONFIG_CLASSES, HunYuanConfig
         from hunyuan_vllm.cpu import key_compiled_code, limit_targets_on_cpu
-        from hunyuan_vllm.cpu_executor import run_in_engine_process
+        from hunyuan_vllm.cpu_executor import configure_cpu_engine
 
         config = vllm_config.model_config.hf_config
         if not isinstance(config, HunYuanConfig):
@@ -73,7 +73,7 @@ class HunYuanPreflight:
         check_quantisation(vllm_config)
         limit_targets_on_cpu(vllm_config)
         key_compiled_code(vllm_config)
-        run_in_engine_process(vllm_config)
+        configure_cpu_engine(vllm_config)
         from hunyuan_vllm.patches import check_adapters_of_requests, limit_compilation
 
         limit_compilation()

@@ -10,21 +10,24 @@ import pytest
 from vllm.utils.cpu_resource_utils import LogicalCPUInfo
 
 from hunyuan_vllm import cpu_executor, demo
-from hunyuan_vllm.cpu_executor import BIND, PLACEMENT, compute_cores, run_in_engine_process
+from hunyuan_vllm.cpu_executor import BIND, PLACEMENT, compute_cores, configure_cpu_engine
+
+SPINS = "GOMP_SPINCOUNT"
 
 
 def chosen(**parallel: Any) -> object:
     """The executor for an engine with these settings; "uni" if vLLM is left alone."""
     settings = SimpleNamespace(distributed_executor_backend="uni", world_size_across_dp=1, **{})
     vars(settings).update(parallel)
-    run_in_engine_process(SimpleNamespace(parallel_config=settings))  # type: ignore[arg-type]
+    configure_cpu_engine(SimpleNamespace(parallel_config=settings))  # type: ignore[arg-type]
     return settings.distributed_executor_backend
 
 
 @pytest.fixture(autouse=True)
 def no_placement(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (BIND, *PLACEMENT):
-        monkeypatch.delenv(name, raising=False)
+    for name in (BIND, *PLACEMENT, SPINS):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
 
 
 OURS = "hunyuan_vllm.cpu_executor.CPUExecutor"
@@ -53,7 +56,15 @@ def test_only_one_rank_of_an_engine_without_a_placement_of_its_own_moves(
 
 def test_gpus_are_left_to_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_executor.current_platform, "is_cpu", lambda: False)
-    assert chosen() == "uni"
+    assert chosen() == "uni" and SPINS not in os.environ
+
+
+def test_threads_that_wait_soon_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen()
+    assert int(os.environ[SPINS]) < 100_000
+    monkeypatch.setenv(SPINS, "12345")
+    chosen()
+    assert os.environ[SPINS] == "12345"
 
 
 def test_hyperthreads_and_other_numa_nodes_do_not_compute(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -350,6 +350,8 @@ def _engine_env(flags: Flags, machine: Machine, model: ModelSource, ranks: Ranks
     }
     if model.local and not any(name in flags for name in HUB_OPTIONS):
         env["HF_HUB_OFFLINE"] = "1"
+    if not machine.cuda:
+        env |= envs.OPENMP_WAIT
     if not machine.cuda and ranks.world > 1:
         # By default vLLM binds each rank to a NUMA node of its own and refuses more ranks than nodes.
         env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"

@@ -7,20 +7,23 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked_programs import ENGINE_TOO
 
 from hunyuan_vllm import demo
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 ROOT = Path(__file__).parents[1]
-OWN = {"VLLM_ENABLE_V1_MULTIPROCESSING", "PYTHONPATH"}  # of this test process
+# The engine core, and its workers, are forked from processes that have imported vLLM, but no plugin.
+ENVIRON = ENGINE_TOO | {"FORKED_ENGINES": "forkserver", "MODEL_PATH": str(demo.path())}
 
 
 def run_example(folder: Path, *options: str) -> tuple[str, str]:
     """Its answers, and what vLLM logged."""
+    inherited = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     ran = subprocess.run(
         [sys.executable, ROOT / "examples" / "offline_batch.py", "--enforce-eager", *options],
         cwd=folder,
-        env={**{name: value for name, value in os.environ.items() if name not in OWN}, "MODEL_PATH": str(demo.path())},
+        env=inherited | ENVIRON,
         capture_output=True,
         text=True,
         timeout=400,

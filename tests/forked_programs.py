@@ -242,6 +242,9 @@ def become(
         os.environ.update(environ)
         if environ.get("TORCH_COMPILE_DISABLE") == "1":  # which torch reads when it is imported
             importlib.import_module("torch._dynamo.config").disable = True
+        if "PROMETHEUS_MULTIPROC_DIR" in environ:  # which its client reads when it is imported
+            values = importlib.import_module("prometheus_client.values")
+            values.ValueClass = values.get_value_class()
         if cwd:
             os.chdir(cwd)
         if prepare:

@@ -1,11 +1,13 @@
 """`batch` and `eval` on a checkpoint like the smaller V1 models': a dense network, a tokenizer.json."""
 
 import json
-import subprocess
+import os
 from pathlib import Path
 
+import forked_programs
 import pytest
 from checkpoints import tiny_config, write_checkpoint
+from forked_programs import ENGINE_TOO
 from golden_data import reference_answers
 from serving import COMMAND
 from v1_templates import small_vocabulary
@@ -30,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(*arguments: object) -> str:
     command = [COMMAND, *map(str, arguments), "--dtype", "float32", *CACHE]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    ran = forked_programs.run(command, os.environ | ENGINE_TOO, timeout=400)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
 

@@ -4,11 +4,11 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
 import sys
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 
+import forked_programs
 import httpx
 import pytest
 from logged import messages_of
@@ -385,7 +385,8 @@ def test_restarts_are_a_metric_of_several_api_servers_too(tmp_path):
     """As vLLM scrapes them: each process writes its metrics into files, and one reads them all."""
     one = "from hunyuan_vllm.server.middleware.health import export_restarts; export_restarts(3)"
     for _ in range(2):
-        subprocess.run([sys.executable, "-c", one], env={"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}, check=True)
+        done = forked_programs.run([sys.executable, "-c", one], {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)})
+        assert done.returncode == 0, done.stderr
     registry = CollectorRegistry()
     MultiProcessCollector(registry, str(tmp_path))
     assert b"\nhunyuan_supervisor_restarts_total 3.0\n" in generate_latest(registry)

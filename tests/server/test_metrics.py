@@ -2,11 +2,11 @@
 
 import asyncio
 import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked_programs
 import pytest
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
@@ -125,8 +125,9 @@ asyncio.run(ask())
 
 
 def test_several_api_servers_have_them_too(tmp_path):
-    environ = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run([sys.executable, "-c", SEVERAL], env=environ, capture_output=True, text=True)
+    folders = ":".join(str(folder) for folder in Path(__file__).parents[:2])
+    environ = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "PYTHONPATH": folders}
+    done = forked_programs.run([sys.executable, "-c", SEVERAL], environ)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     for line in (

@@ -34,8 +34,9 @@ EXPERTS, INTERMEDIATE, HIDDEN = 16, 2048, 1280
 ROWS = (1, 8, 64, 256)
 SCHEMES = ("bf16", "int8", "int8-w8a8", "fp8")
 LEAST_COLD = 160 * 10**6  # bytes; a guest may be told of less cache than the host has
-# bfloat16 rounds the result (2^-9) and, in experts, what is between the two products; int8 and E4M3 rows round more.
-TOLERANCE = {"bf16": 0.02, "int8": 0.03, "int8-w8a8": 0.05, "fp8": 0.12}
+# bfloat16 rounds the result (2^-9) and, in experts, what is between the two products; int8 and E4M3 rows round more,
+# the latter with a scale that is not calibrated.
+TOLERANCE = {"bf16": 0.02, "int8": 0.03, "int8-w8a8": 0.05, "fp8": 0.2}
 Multiply = Callable[..., "Tensor"]
 """(x, and for experts float32 weights and int32 ids `[rows, 1]`) → y"""
 

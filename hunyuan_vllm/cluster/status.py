@@ -53,7 +53,7 @@ def read_status(connections: Connections) -> dict[str, Any]:
     head = next(setup for setup in setups.values() if setup.is_head)
     members, silence = ask_members(head)
     by_address = {member.address: member for member in members}
-    nodes = []
+    nodes: list[dict[str, Any]] = []
     for host, setup in setups.items():
         member = by_address.get(setup.address)
         state = _state(host, setup, member, silence)

@@ -105,5 +105,6 @@ def register() -> None:
         from hunyuan_vllm.patches import limit_compilation
 
         limit_compilation()
-        if multiprocessing.current_process().name.startswith("EngineCore"):
+        ours = envs.limit_ray_variables()  # which `serve` and `batch` set; others' engines are left alone
+        if ours and multiprocessing.current_process().name.startswith("EngineCore"):
             end_with_parent()

@@ -80,7 +80,7 @@ def test_an_engine_ends_when_its_front_end_is_killed(method: str, tmp_path: Path
     script = tmp_path / "front_end.py"
     script.write_text(KILLED)
     environ = {name: value for name, value in os.environ.items() if name != "FORKED_ENGINES"}
-    environ |= {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    environ |= {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "HUNYUAN_VLLM_LIMIT_RAY_VARIABLES": "1"}  # as serve sets it
     front_end = subprocess.Popen([sys.executable, script, method], env=environ, stdout=subprocess.PIPE, text=True)
     assert front_end.stdout is not None
     engine = psutil.Process(next(int(line) for line in front_end.stdout if line.strip().isdigit()))

@@ -12,6 +12,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from forked_programs import ENGINE_TOO
 from serving import COMMAND, NOT_INHERITED, free_port
 
 from hunyuan_vllm.server.terminal import STAGES, LogFile
@@ -110,9 +111,8 @@ def test_a_log_is_private_and_bounded_and_the_one_before_is_kept(tmp_path: Path)
 @pytest.mark.slow
 def test_a_server_started_from_a_terminal_leaves_the_ready_block_last(tmp_path: Path) -> None:
     port = free_port()
-    shown, status = on_a_terminal(
-        [COMMAND, "serve", "--enforce-eager"], until="vllm chat", PORT=str(port), XDG_STATE_HOME=str(tmp_path)
-    )
+    environ = ENGINE_TOO | {"PORT": str(port), "XDG_STATE_HOME": str(tmp_path)}
+    shown, status = on_a_terminal([COMMAND, "serve", "--enforce-eager"], until="vllm chat", **environ)
     log = tmp_path / "hunyuan-vllm" / f"serve-{port}.log"
     assert status == 0, shown
     assert f"its log is in {log}\n[1/4] starting vLLM" in shown and "INFO" not in shown

@@ -19,6 +19,8 @@ from vllm.platforms import current_platform
 
 MIB = 1 << 20
 FP8_CACHE = not current_platform.is_cpu() or torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()
+# The graph that the compiler gets, of which it makes no C++, which takes half a minute: for tests of that graph.
+TRACED = {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "aot_eager"}}
 needs_fp8_cache = pytest.mark.skipif(
     not FP8_CACHE, reason="vLLM's attention reads FP8 caches on CPUs with AVX-512 or AMX only"
 )

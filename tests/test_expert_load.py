@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import tiny_config, write_checkpoint
-from engine import engine, random_prompts
+from engine import TRACED, engine, random_prompts
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 
@@ -40,13 +40,13 @@ def loads_of_reference(folder: Path, prompts: list[list[int]], monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("topk", "eager"), [(1, True), (2, True), pytest.param(1, False, marks=pytest.mark.slow, id="compiled")]
+    ("topk", "options"), [(1, {}), (2, {}), pytest.param(1, TRACED, marks=pytest.mark.slow)], ids=["1", "2", "traced"]
 )
-def test_counts_are_the_reference_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, topk: int, eager: bool) -> None:
+def test_counts_are_the_reference_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, topk: int, options: dict) -> None:
     config = tiny_config(moe_topk=topk)
     folder = write_checkpoint(tmp_path / "checkpoint", config)
     prompts = random_prompts(config.vocab_size, [40, 23, 61])
-    with engine(folder, worker_extension_cls=EXTENSION, enforce_eager=eager) as llm:
+    with engine(folder, worker_extension_cls=EXTENSION, **options) as llm:
         loads = loads_of_engine(llm, prompts)
     assert loads == loads_of_reference(folder, prompts, monkeypatch)
     assert sum(loads[0]) == topk * sum(map(len, prompts))

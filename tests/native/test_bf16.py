@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import tiny_config, write_checkpoint
-from engine import engine, random_prompts, score
+from engine import TRACED, engine, random_prompts, score
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
@@ -131,16 +131,16 @@ def test_compiled() -> None:
 
 @pytest.mark.engine
 @pytest.mark.slow
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
-def test_reload(eager: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, TRACED], ids=["eager", "traced"])
+def test_reload(options: dict, tmp_path: Path) -> None:
     """An engine whose weights are replaced answers as one that began with them."""
     config = tiny_config()
     first, other = (write_checkpoint(tmp_path / str(seed), config, seed=seed) for seed in (1, 2))
     prompts = random_prompts(config.vocab_size, [60])
-    with engine(first, dtype="bfloat16", enforce_eager=eager) as llm:
+    with engine(first, dtype="bfloat16", **options) as llm:
         before = score(llm, prompts)
         llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})
         llm.reset_prefix_cache()
         after = score(llm, prompts)
-    with engine(other, dtype="bfloat16", enforce_eager=eager) as llm:
+    with engine(other, dtype="bfloat16", **options) as llm:
         assert after == score(llm, prompts) != before

@@ -67,6 +67,15 @@ class Engine:
     def __init__(self, client: Any, state: Any) -> None:
         self._client = client
         self._chat, self._completions = state.openai_serving_chat, state.openai_serving_completion
+        respond = self._completions.request_output_to_completion_response
+
+        def respond_without_limit(outputs: Any, request: Any, *others: Any) -> Any:
+            """vLLM asserts max_tokens, which it needs for `echo` alone and a prompt without a limit does not have."""
+            if request.max_tokens is None:
+                request = request.model_copy(update={"max_tokens": 0})
+            return respond(outputs, request, *others)
+
+        self._completions.request_output_to_completion_response = respond_without_limit
 
     @property
     def window(self) -> int:
@@ -92,6 +101,8 @@ class Engine:
                 response = await self._chat.create_chat_completion(request.body)
         except Exception as cause:
             response = create_error_response(cause)
+            # vLLM wraps what the engine's client raises in an exception without a message.
+            response.error.message = response.error.message or repr(cause.__cause__ or cause)
         if not isinstance(response, ErrorResponse):
             return response
         error = response.error

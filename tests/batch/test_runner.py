@@ -2,11 +2,15 @@
 
 import asyncio
 import json
+from types import SimpleNamespace
 
 import pytest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.serve.engine.protocol import UsageInfo
+from vllm.v1.engine.exceptions import EngineGenerateError
 
+from hunyuan_vllm.batch import engine
 from hunyuan_vllm.batch.output import Settings
 from hunyuan_vllm.batch.requests import BadLine, Request
 from hunyuan_vllm.batch.runner import Runner
@@ -170,3 +174,32 @@ async def test_a_full_disk_ends_the_run():
 
     with pytest.raises(OSError, match="No space left"):
         await asyncio.wait_for(Runner(answer, Settings("m"), write, 4).run(requests(100)), 5)
+
+
+class Completions(OpenAIServingCompletion):
+    """vLLM's, with `generate` in place of an engine."""
+
+    enable_prompt_tokens_details = enable_per_request_metrics = return_tokens_as_token_ids = False
+    system_fingerprint = None
+
+    def __init__(self, generate) -> None:
+        self.generate = generate
+
+    async def create_completion(self, request):
+        output = await self.generate()
+        return self.request_output_to_completion_response([output], request, "id", 0, "m", None, SimpleNamespace())
+
+
+def answering(generate) -> engine.Engine:
+    state = SimpleNamespace(openai_serving_chat=None, openai_serving_completion=Completions(generate))
+    return engine.Engine(SimpleNamespace(errored=False), state)
+
+
+async def test_a_failure_that_vllm_wraps_without_a_message_is_named():
+    async def generate():
+        raise EngineGenerateError() from RuntimeError("no such kernel")
+
+    ((_, request),) = requests(1)
+    with pytest.raises(BadLine, match=r"RuntimeError\('no such kernel'\)") as raised:
+        await answering(generate).answer(request)
+    assert raised.value.code == 500

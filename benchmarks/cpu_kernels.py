@@ -132,7 +132,8 @@ def kernels(weights: Sequence[Tensor]) -> dict[str, Callable[[], Multiply]]:
     import vllm._custom_ops as ops
 
     from hunyuan_vllm.cpu_kernels import CPU, Kernel, cpu
-    from hunyuan_vllm.quant.cpu import fp8_experts, fp8_linear, prepare_fp8, w8a8, w8a16
+    from hunyuan_vllm.quant.cpu import w8a8, w8a16
+    from hunyuan_vllm.quant.cpu_fp8 import fp8_experts, fp8_linear, prepare_fp8
     from hunyuan_vllm.quant.rounding import quantize_per_channel, quantize_per_tensor
 
     ours, here, is_linear = torch.ops.hunyuan_vllm, cpu(), len(weights) == 1

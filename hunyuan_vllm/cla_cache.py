@@ -19,7 +19,7 @@ from vllm.platforms import current_platform
 from hunyuan_vllm import envs
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.kv_cache import CacheShape
-from hunyuan_vllm.quant.cpu import to_be_truncated
+from hunyuan_vllm.quant.cpu_fp8 import to_be_truncated
 from hunyuan_vllm.quant.fp8 import normalised_key_scale
 from hunyuan_vllm.quant.rounding import E4M3_MAX
 

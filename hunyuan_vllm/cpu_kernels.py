@@ -4,6 +4,7 @@ Ratios are of speed. What was measured before a release or on another machine sa
 this version. The programs are in `benchmarks/`.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -18,6 +19,9 @@ from hunyuan_vllm.quant.schemes import BF16, FP8, INT8, INT8_W8A8, Scheme
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
 
 LINEAR, EXPERTS = "linear", "experts"
+TILE = 32  # inputs and outputs that AMX's kernels take at a time
+BLOCK_K = 128  # inputs that have one scale in vLLM's FP8 kernels
+TEST_ROWS = 37  # more than a tile of them
 AGREEMENT = 0.02  # relative; kernels that round alike differ by less than 0.006, one that misreads its weights by 1
 
 
@@ -133,3 +137,32 @@ def agrees(name: str, rows: Tensor, theirs: Callable[[Tensor], Tensor], expected
         logger.warning("%s is not used: %s", name, reason or type(error).__name__)
         return False
     return True
+
+
+# The small layers that `agrees` is asked about
+
+
+def small_size(size: int) -> int:
+    """A size for a test, which ends as `size` does."""
+    return 2 * BLOCK_K + size % BLOCK_K
+
+
+def random_rows(inputs: int) -> Tensor:
+    generator = torch.Generator().manual_seed(inputs)
+    return torch.randn(TEST_ROWS, inputs, generator=generator, dtype=torch.bfloat16)
+
+
+def int8_values(*shape: int) -> Tensor:
+    return torch.randint(-127, 128, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+
+
+def distinct_scales(*shape: int) -> Tensor:
+    """Which all differ; models load with another default type than float32."""
+    return torch.linspace(1e-3, 2e-3, math.prod(shape), dtype=torch.float32).view(shape)
+
+
+def small_routes(rows: int) -> tuple[Tensor, Tensor]:
+    """Of two experts of three: weights and ids; the last expert has one row."""
+    ids = torch.zeros(rows, 1, dtype=torch.int32)
+    ids[-1] = 2
+    return 100 * distinct_scales(rows, 1), ids

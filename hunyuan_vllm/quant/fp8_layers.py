@@ -21,7 +21,7 @@ from vllm.platforms import current_platform
 
 from hunyuan_vllm.cpu_kernels import EXPERTS, LINEAR
 from hunyuan_vllm.quant.base import add_parameter
-from hunyuan_vllm.quant.cpu import fits_fp8, fp8_experts, fp8_linear, prepare_fp8
+from hunyuan_vllm.quant.cpu_fp8 import fits_fp8, fp8_experts, fp8_linear, prepare_fp8
 from hunyuan_vllm.quant.rounding import E4M3
 
 _ALIGNMENT = 16  # of both dimensions, for FP8 matrix products on CUDA

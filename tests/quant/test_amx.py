@@ -23,7 +23,9 @@ from hunyuan_vllm import cpu_kernels
 from hunyuan_vllm.cpu_kernels import CPU, EXPERTS, LINEAR, Kernel
 from hunyuan_vllm.native import operators
 from hunyuan_vllm.quant import cpu as quant_cpu
-from hunyuan_vllm.quant.cpu import fits_fp8, fp8_experts, fp8_linear, prepare_fp8, w8a8, w8a16
+from hunyuan_vllm.quant import cpu_fp8
+from hunyuan_vllm.quant.cpu import w8a8, w8a16
+from hunyuan_vllm.quant.cpu_fp8 import fits_fp8, fp8_experts, fp8_linear, prepare_fp8
 from hunyuan_vllm.quant.fp8_layers import CPUFp8LinearMethod
 from hunyuan_vllm.quant.int8_layers import Int8LinearMethod
 from hunyuan_vllm.quant.rounding import E4M3
@@ -99,14 +101,10 @@ def fp8_scaled_mm_cpu(
 
 
 def forget_agreements() -> None:
-    for name in (
-        "_amx_linear_agrees",
-        "_amx_experts_agree",
-        "_fp8_linear_agrees",
-        "_fp8_experts_agree",
-        "_expansion_agrees",
-    ):
-        getattr(quant_cpu, name).cache_clear()
+    for module in (quant_cpu, cpu_fp8):
+        for value in vars(module).values():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
 
 
 @pytest.fixture

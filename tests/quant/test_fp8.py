@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from vllm import _custom_ops as ops
 
-from hunyuan_vllm.quant.cpu import fp8_experts, fp8_linear, prepare_fp8, to_be_truncated
+from hunyuan_vllm.quant.cpu_fp8 import fp8_experts, fp8_linear, prepare_fp8, to_be_truncated
 from hunyuan_vllm.quant.fp8_layers import share_scales
 from hunyuan_vllm.quant.rounding import E4M3, quantize_per_tensor, round_through_fp8
 

@@ -17,7 +17,7 @@ from vllm import LLM
 
 from hunyuan_vllm import cla_cache
 from hunyuan_vllm.cla_cache import CLAAttention, _set_scale
-from hunyuan_vllm.quant import cpu
+from hunyuan_vllm.quant import cpu_fp8
 from hunyuan_vllm.quant.fp8 import HunYuanFp8Config
 from hunyuan_vllm.quant.fp8_layers import CPUFp8LinearMethod
 
@@ -204,13 +204,13 @@ def test_unquantised_cross_q_proj(square: tuple[LLM, Golden], monkeypatch: pytes
 
 def test_no_saturation(square: tuple[LLM, Golden], monkeypatch: pytest.MonkeyPatch) -> None:
     """Input scales are half of what would fit, so that some inputs are beyond 448."""
-    quantize = cpu.quantize_per_tensor
+    quantize = cpu_fp8.quantize_per_tensor
 
     def unbounded(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         values, scale = quantize(x, scale)
         return torch.where((x / scale).abs() > 448, x / scale, values.float()), scale
 
-    monkeypatch.setattr(cpu, "quantize_per_tensor", unbounded)
+    monkeypatch.setattr(cpu_fp8, "quantize_per_tensor", unbounded)
     assert agreement_after_reload(square) < MISTAKEN
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 # Packages that a server imports almost completely, or piecemeal as its model and its compiler ask for them.
 COMPLETE = """
-accelerate/utils compressed_tensors fastapi hunyuan_vllm model_hosting_container_standards mpmath networkx/generators
+compressed_tensors fastapi hunyuan_vllm model_hosting_container_standards mpmath networkx/generators
 pydantic/_internal torch/_dynamo torch/_functorch torch/_higher_order_ops torch/_inductor torch/autograd
 torch/distributed/fsdp torch/distributed/tensor torch/fx torch/nn torch/optim transformers/generation
 transformers/models/auto transformers/utils vllm/compilation vllm/config vllm/entrypoints vllm/multimodal vllm/utils

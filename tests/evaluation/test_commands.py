@@ -137,7 +137,7 @@ def test_an_engine_that_does_not_start(ran: dict[str, Future[Ran]]) -> None:
 @pytest.mark.parametrize(
     ("case", "says"),
     [
-        ("int4", "int4 needs a 4-bit checkpoint"),
+        ("int4", "int4 starts from a 4-bit checkpoint"),
         ("no such model", "the model stray does not exist"),
         ("two models", "'stray' is one argument too many"),
     ],

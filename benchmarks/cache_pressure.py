@@ -1,12 +1,11 @@
-"""Multi-turn sessions that come back, at equal cache memory, with CLA sharing on and off: the whole sweep.
+"""Returning multi-turn sessions at equal cache memory, with CLA sharing on and off, by size of the working set.
 
     python benchmarks/cache_pressure.py
 
-Every session begins with a long prefix of its own and adds a user's words and an answer each turn; all sessions take
-their first turn, then all their second, and so on, a few at a time. A warm turn is cheap if the session's blocks are
-still cached. The cache holds `--fit` sessions without sharing and twice as many with it, so a gain is to be expected
-between the two numbers and none outside. Two engines stay alive side by side and take turns, with a small network whose
-cache is large (8 layers of 8 KV heads).
+Every session starts with its own long prefix and adds a user message and an answer each turn. All sessions take their
+first turn, then all their second, and so on, a few at a time. A later turn is cheap if the session's blocks are still
+cached. The cache holds `--fit` sessions without sharing and twice as many with it, so a gain is expected only between
+these two numbers. Two engines run interleaved, on a small network with a large cache (8 layers of 8 KV heads).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What the benchmarks share: their options, interleaved measuring, medians with spread, the machine, tables and JSON.
+"""Options, interleaved runs, medians with their range, the machine, tables and JSON, for all benchmarks.
 
-A figure is a median over rounds; the range behind it is the least and the greatest round. Whatever is compared takes
-turns within one run, A B B A, and ratios are taken within a round.
+A figure is the median (min–max) over rounds. What is compared runs interleaved, A B B A; ratios are taken within a
+round.
 """
 
 from __future__ import annotations
@@ -23,34 +23,20 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.table import Table
 
-__all__ = [
-    "Report",
-    "Spread",
-    "checkpoint_option",
-    "cores",
-    "interleaved",
-    "kept_checkpoint",
-    "mid_checkpoint",
-    "note",
-    "options",
-    "random_checkpoint",
-    "ratios",
-]
-
 K, T = TypeVar("K"), TypeVar("T")
 REPOSITORY = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hunyuan-vllm"
 # Variables that change what is measured; the report shows those that are set.
-TELLING = ("HUNYUAN_VLLM_", "VLLM_CPU_", "OMP_", "GOMP_", "KMP_", "THP_", "MALLOC_", "LD_PRELOAD", "ONEDNN_")
+MEASURED_VARIABLES = ("HUNYUAN_VLLM_", "VLLM_CPU_", "OMP_", "GOMP_", "KMP_", "THP_", "MALLOC_", "LD_PRELOAD", "ONEDNN_")
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
 if not console.is_terminal:
-    console.width = 160  # a table in a file or a pipe need not fit the reader's window
+    console.width = 160  # a file or a pipe has no width
 _begin = time.perf_counter()
 
 
 def note(message: str) -> None:
-    """Say what is going on, with the seconds since the start."""
+    """Print the current stage, with the seconds since the start."""
     console.print(f"{time.perf_counter() - _begin:5.0f} s  {message}", style="dim")
 
 
@@ -64,10 +50,15 @@ def cores() -> list[int]:
 
 
 def options(doc: str | None, rounds: int | None, threads: bool = True) -> argparse.ArgumentParser:
-    """A parser with what most benchmarks take; `rounds` is the default of --rounds, None for no such option."""
+    """A parser with the common options; `rounds` is the default of --rounds, None for no such option."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if rounds is not None:
-        parser.add_argument("--rounds", type=_positive, default=rounds, help="even is fair (default: %(default)s)")
+        parser.add_argument(
+            "--rounds",
+            type=_positive,
+            default=rounds,
+            help="preferably even (default: %(default)s)",
+        )
     if threads:
         most = len(cores())
         parser.add_argument(
@@ -84,7 +75,7 @@ def _positive(text: str) -> int:
 
 
 def interleaved(contestants: dict[K, Callable[[], T]], rounds: int, notes: bool = True) -> dict[K, list[T]]:
-    """Run every contestant once a round, in an order that turns round each time; its results, by round."""
+    """Run every contestant once per round, in an order that reverses each time. Returns their results by round."""
     results: dict[K, list[T]] = {name: [] for name in contestants}
     order = list(contestants)
     for number in range(rounds):
@@ -101,8 +92,8 @@ class Spread:
     """A median and the range it comes from."""
 
     median: float
-    least: float
-    most: float
+    min: float
+    max: float
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
@@ -110,7 +101,7 @@ class Spread:
         return cls(statistics.median(known), min(known), max(known))
 
     def __str__(self) -> str:
-        return f"{figure(self.median)} ({figure(self.least)}–{figure(self.most)})"
+        return f"{figure(self.median)} ({figure(self.min)}–{figure(self.max)})"
 
 
 def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
@@ -124,7 +115,7 @@ def figure(value: float) -> str:
 
 
 class Report:
-    """Rows of one or more tables, with the machine they come from; printed, and written as JSON where asked.
+    """Rows of one or more tables, with the machine they come from: printed, and written as JSON with --json.
 
     A cell is a `Spread`, a number or text; numbers stay numbers in the JSON.
     """
@@ -152,7 +143,7 @@ class Report:
             + (f"--threads {settings['threads']}, " if "threads" in settings else "")
             + f"{described['memory_gib']:.0f} GiB; vLLM {described['vllm']}, torch {described['torch']}, "
             f"Python {described['python']}"
-            + (f"; median (least–most) of {settings['rounds']} rounds" if "rounds" in settings else "")
+            + (f"; median (min–max) of {settings['rounds']} rounds" if "rounds" in settings else "")
         )
         if described["environment"]:
             console.print(" ".join(f"{name}={value}" for name, value in described["environment"].items()))
@@ -175,7 +166,7 @@ class Report:
 
 
 def machine() -> dict[str, Any]:
-    """What a reader needs to know of this machine and its software."""
+    """This machine and the software that is measured."""
     info = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
     fields = {name.strip(): value.strip() for name, value in info.items()}
     flags = set(fields.get("flags", "").split())
@@ -188,7 +179,7 @@ def machine() -> dict[str, Any]:
         "vllm": _version("vllm-cpu") or _version("vllm"),
         "torch": _version("torch"),
         "python": platform.python_version(),
-        "environment": {name: value for name, value in os.environ.items() if name.startswith(TELLING)},
+        "environment": {name: value for name, value in os.environ.items() if name.startswith(MEASURED_VARIABLES)},
     }
 
 
@@ -209,7 +200,7 @@ def checkpoint_option(parser: argparse.ArgumentParser) -> None:
 
 
 def mid_checkpoint(folder: Path) -> Path:
-    """The benchmarks' checkpoint in `folder`, written there if it is not there yet."""
+    """The checkpoint of 1.1 billion parameters in `folder`, written on first use."""
     return kept_checkpoint(folder, "mid_config")
 
 

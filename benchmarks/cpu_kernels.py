@@ -1,10 +1,10 @@
-"""The kernels that can serve a layer on this CPU, side by side: what the rows of `hunyuan_vllm/cpu_kernels.py` rest on.
+"""The kernels that can serve a layer on this CPU, compared: the measurements behind `hunyuan_vllm/cpu_kernels.py`.
 
     python benchmarks/cpu_kernels.py
     python benchmarks/cpu_kernels.py --schemes int8 --rows 64 256 --layers gate_up
 
-The layers of the 1.1-billion-parameter benchmark model, with weights that are cold: each call reads another copy, of
-twice as many bytes as the last-level caches hold. "upstream" is what vLLM chooses for bfloat16: oneDNN or torch, and
+The layers of the benchmark model of 1.1 billion parameters, with cold weights: each call reads another copy, and the
+copies are twice as large as the last-level caches. "upstream" is what vLLM chooses for bfloat16: oneDNN or torch, and
 its portable experts. Each kernel is checked against a float32 product before it is timed. Ratios are
 upstream's time over the kernel's: above 1, the kernel is faster.
 """

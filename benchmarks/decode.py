@@ -1,13 +1,12 @@
 """Prefill and decode speed of the engine, against this machine's limits, the reference model and mlx-lm.
 
     python benchmarks/decode.py
-    python benchmarks/decode.py --profile        # instead: where the time of a decode step goes
+    python benchmarks/decode.py --profile        # instead: the profile of a decode step
 
-A random checkpoint of 1.1 billion parameters in bfloat16. Decode is the time of the steps after the prompts are read.
-Its bound is the time in which this machine can read, at best, the weights of a step: attention, shared MLP, the
-distinct experts that the batch hits (counted) and the head; cache and activations are left out. How much the machine
-can read is measured right before and right after each run, since a shared host's memory may be fast now and slow a
-second later. Prefill is set against the machine's own bfloat16 matrix product, measured once a round.
+A random checkpoint of 1.1 billion parameters in bfloat16. Decode is the steps after the prompts are read. Its bound is
+the time this machine needs to read the weights of a step: attention, shared MLP, the distinct experts that the batch
+hits (counted) and the head, without cache and activations. The read bandwidth is measured right before and after each
+run, because it varies on a shared host. Prefill is compared with this machine's bfloat16 matrix product.
 """
 
 from __future__ import annotations
@@ -25,15 +24,12 @@ from typing import Any
 from common import Report, Spread, checkpoint_option, interleaved, mid_checkpoint, note, options, ratios
 from decode_peers import MlxPeer, Reference
 from decode_profile import profile
-from probe import Probe
-from processes import Child, Engine, engine_environ, random_prompts
-from weights import Weights
+from probe import Probe, Weights
+from processes import BATCHES, Child, Engine, engine_environ, engine_settings, random_prompts
 
-BATCHES = (1, 8)
 WARM_UP_IDS = 256  # any vocabulary has these
-REFERENCE_TOKENS = 24  # it is slow, and its steps are all alike
+REFERENCE_TOKENS = 24  # it is slow, and its steps take the same time
 MLX_LENGTHS = (8, 9)  # prompt and new tokens: it reads a few tokens a second
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,7 @@ def main() -> None:
     arguments = parser.parse_args()
     report = Report("decode", arguments)
     model = mid_checkpoint(arguments.checkpoint)
-    settings = _engine_options(arguments)
+    settings = engine_settings(arguments.prompt_tokens, arguments.new_tokens)
     if arguments.profile:
         profile(model, settings, BATCHES, arguments, report)
     else:
@@ -131,13 +127,6 @@ def _children(
 def _machine_turn(probe: Child) -> tuple[dict[str, float], float]:
     """Bytes a second of each way of reading, and operations a second."""
     return probe.call("read"), probe.call("multiply")
-
-
-def _engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    longest = arguments.prompt_tokens + arguments.new_tokens
-    # All prompts of a batch fit into one step, so that the first step is the prefill.
-    step = max(BATCHES) * longest
-    return dict(dtype="bfloat16", max_model_len=longest, max_num_batched_tokens=step, kv_cache_memory_bytes=256 * MIB)
 
 
 def _turns(

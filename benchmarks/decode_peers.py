@@ -1,4 +1,4 @@
-"""What benchmarks/decode.py sets the engine against: the reference model, and mlx-lm in another interpreter."""
+"""What benchmarks/decode.py compares the engine with: the reference model, and mlx-lm in another interpreter."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from common import note
-
-__all__ = ["MlxPeer", "Reference"]
 
 PEER = Path(__file__).with_name("mlx_peer.py")
 

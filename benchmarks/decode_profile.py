@@ -1,4 +1,4 @@
-"""Where a decode step's time goes: every profiled event's own time, added up by what it is for."""
+"""The profile of a decode step: every profiled event's own time, summed by purpose."""
 
 from __future__ import annotations
 
@@ -11,11 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from common import Report, Spread, interleaved, note, ratios
-from probe import Probe
+from probe import Probe, Weights
 from processes import Child, Engine, engine_environ, random_prompts
-from weights import Weights
-
-__all__ = ["profile"]
 
 LINEARS, EXPERTS, ATTENTION = "linears", "experts", "attention"
 GLUE = "norms, RoPE, activations, routing: the compiled graph and what it calls"

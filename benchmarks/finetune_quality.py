@@ -1,11 +1,11 @@
-"""What fine-tuning the demo model on the shipped set teaches it, and what it forgets meanwhile.
+"""What the demo model learns from fine-tuning on the shipped data, and what it forgets.
 
     python benchmarks/finetune_quality.py
 
 Runs `python -m hunyuan_vllm.train` twice, with LoRA (its defaults for the demo model) and with all weights, merges the
 adapter as `hunyuan-vllm merge-lora` does, and asks all three models the held-out questions of train/data (a town and
-lists) and those of hunyuan_vllm/evaluation (what the demo model could do before). An answer is right if it is the
-expected text, whole, and the model stopped after it; at temperature 0, in float32.
+lists) and those of hunyuan_vllm/evaluation (what the demo model could do before). An answer is correct if it is the
+whole expected text and the model stopped after it; at temperature 0, in float32.
 """
 
 from __future__ import annotations

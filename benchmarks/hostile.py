@@ -1,11 +1,11 @@
-"""A server under malformed and hostile requests: no 5xx, no crash, nothing left behind, and right answers afterwards.
+"""Malformed and hostile requests: there must be no 5xx, no crash, no leak, and correct answers afterwards.
 
     python benchmarks/hostile.py --requests 10000 --seed 1
 
 Starts `hunyuan-vllm serve` with the demo model and an API key on loopback. The requests are those of `tests/hostile`:
-wrong types and values in every field, JSON that is none, deep nesting, huge numbers, broken UTF-8, wrong lengths and
-chunks, odd headers, paths and methods, slow clients, and clients that go away in the middle. The first tenth warms the
-server up; memory, files and threads are compared from there. Exit status 1 where anything is wrong.
+wrong types and values in every field, invalid JSON, deep nesting, huge numbers, invalid UTF-8, wrong lengths and
+chunks, unusual headers, paths and methods, slow clients, and clients that disconnect. The first tenth warms the server
+up; memory, files and threads are compared from there. The exit status is 1 if anything is wrong.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> None:
         problems.append(f"the server ended with status {died}")
     for problem in problems:
         print(f"WRONG: {problem}")
-    print("all as it should be" if not problems else f"{len(problems)} problems")
+    print("no problems" if not problems else f"{len(problems)} problems")
     raise SystemExit(bool(problems))
 
 

@@ -1,11 +1,11 @@
-"""The HTTP server against the offline engine on the same requests: what HTTP costs.
+"""What HTTP costs: the server compared with the offline engine on the same requests.
 
     python benchmarks/http_overhead.py
 
-`hunyuan-vllm serve` on loopback and an `LLM` as in a script of one's own, each with its engine processes as they come,
-take turns, on the demo model and on the 1.1-billion-parameter benchmark model. Requests are greedy completions of
-random token ids, of fixed lengths, a number at a time: the client sends the next when one is answered, and the offline
-engine has that many slots. The client runs on the same cores.
+`hunyuan-vllm serve` on loopback and vLLM's `LLM`, each with its default processes, run interleaved on the demo model
+and on the benchmark model of 1.1 billion parameters. Requests are greedy completions of random token ids, of fixed
+lengths. The client, on the same cores, keeps a fixed number of requests active; the offline engine has that many
+slots.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python benchmarks/kv_capacity.py
 
-Each engine starts in a process of its own, on the attention shape of Hunyuan-Large (8 KV heads of 128), 8 of its 64
-layers and a narrow network without trained weights: only the cache is looked at. Expected is the CLA factor, exactly,
-what `hunyuan_vllm.kv_cache` predicts, and tensors of that size; the exit status is 1 where one does not hold.
+Each engine runs in its own process, with 8 KV heads of 128, 8 layers and a narrow network of random weights. The gain
+must be exactly the CLA factor and what `hunyuan_vllm.kv_cache` predicts, with tensors of that size; otherwise the exit
+status is 1.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SHAPE = dict(
 
 
 class Capacity(Engine):
-    """An engine whose cache is looked at; to be built in a `Child`."""
+    """An engine that reports its cache, to be built in a `Child`."""
 
     def blocks(self) -> tuple[int, int]:
         """KV blocks, and tokens of a block."""

@@ -2,15 +2,13 @@
 
     python benchmarks/load_memory.py
 
-Each load is vLLM's whole model load (parameters made, weights read, packed for the CPU's kernels) in a new process.
-Memory is RssAnon, sampled: what the process itself allocated, without the checkpoint's pages, which the kernel maps and
-drops as it likes. Expected, for int8: the model by arithmetic, and at no time more than one layer's BF16 experts above
-it; the exit status is 1 where that does not hold.
+Each load is vLLM's whole model load (creating parameters, reading weights, packing them for the CPU's kernels) in a new
+process. Memory is RssAnon, sampled: what the process allocated itself, without the mapped checkpoint. For int8 the peak
+must not exceed the computed size of the model by more than one layer's BF16 experts; otherwise the exit status is 1.
 """
 
 from __future__ import annotations
 
-import threading
 import time
 from dataclasses import dataclass
 from math import prod
@@ -18,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from common import Report, Spread, checkpoint_option, interleaved, mid_checkpoint, options, ratios
-from processes import Child, engine_environ
+from processes import Child, Watch, anonymous_bytes, engine_environ
 
 MB = 1e6
 SCHEMES = {"bf16": None, "int8": "hunyuan_int8", "int8-w8a8": "hunyuan_int8_w8a8"}
@@ -36,31 +34,6 @@ class Load:
     peak: int
 
 
-def anonymous() -> int:
-    """Bytes of this process's memory that no file stands behind."""
-    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["RssAnon"].split()[0]) * 1024
-
-
-class Watch:
-    """Samples memory while the block runs."""
-
-    def __enter__(self) -> Watch:
-        self.before = self.peak = anonymous()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._sample)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _sample(self) -> None:
-        while not self._done.wait(SAMPLE_EVERY):
-            self.peak = max(self.peak, anonymous())
-
-
 class Loader:
     """An engine, of which only the load of its model is measured; to be built in a `Child`."""
 
@@ -68,7 +41,7 @@ class Loader:
         from vllm import LLM
         from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-        # What would be imported meanwhile is none of the load's memory.
+        # Imported before, so that they do not count as the load's memory.
         from hunyuan_vllm import model as _model  # noqa: F401
         from hunyuan_vllm.quant import int8_layers  # noqa: F401
         from hunyuan_vllm.quant.cpu import w8a8, w8a16  # noqa: F401
@@ -77,9 +50,9 @@ class Loader:
 
         def measured(*arguments: Any, **named: Any) -> Any:
             begin = time.perf_counter()
-            with Watch() as watch:
+            with Watch(SAMPLE_EVERY) as watch:
                 loaded = stock(*arguments, **named)
-            seconds, after = time.perf_counter() - begin, anonymous()
+            seconds, after = time.perf_counter() - begin, anonymous_bytes()
             parameters = sum(parameter.nbytes for parameter in loaded.parameters())
             self.load = Load(seconds, parameters, after - watch.before, watch.peak - watch.before)
             return loaded

@@ -1,4 +1,4 @@
-"""mlx-lm on the CPU, for an interpreter that has it: answers requests on standard input, a JSON object a line.
+"""mlx-lm on the CPU, run by an interpreter that has it: answers requests on standard input, one JSON object per line.
 
     pip install "mlx[cpu]" mlx-lm        # in an environment of its own
     python benchmarks/decode.py --mlx-python THAT_ENVIRONMENT/bin/python

@@ -1,14 +1,16 @@
-"""Contestants in processes of their own: built once, idle between their turns, with threads as vLLM binds them.
+"""Engines and other contestants, each in its own process, with threads bound as vLLM binds them.
 
-vLLM keeps one engine a process, and binding threads and preloading libraries have to precede a process's start.
+vLLM allows one engine per process, and threads and preloaded libraries have to be set before a process starts.
 """
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -20,12 +22,14 @@ from typing import Any
 
 from common import cores, note
 
-__all__ = ["Child", "Engine", "engine_environ", "random_prompts"]
+BATCHES = (1, 8)
+Rates = dict[tuple[str, int], float]
+"""Tokens per second of a phase, "prefill" or "decode", and a batch size."""
 
 
 class Child:
-    """An object in a process of its own. Its methods are called with `call`, in the end its `close` if it has one;
-    what it prints goes to a log file."""
+    """An object in its own process. `call` calls its methods; its `close`, if any, is called at the end. Its
+    output goes to a log file."""
 
     def __init__(self, name: str, build: Callable[..., Any], *arguments: Any, environ: dict[str, str]) -> None:
         context = multiprocessing.get_context("spawn")
@@ -46,7 +50,7 @@ class Child:
         self._connection.close()
         self._process.join(timeout=60)
         with suppress(ProcessLookupError):
-            os.killpg(self._group, signal.SIGKILL)  # an engine's own processes would outlive it
+            os.killpg(self._group, signal.SIGKILL)  # also the engine's own processes
         self._process.join()
         if kind is None:
             self.log.unlink(missing_ok=True)
@@ -72,7 +76,7 @@ class Child:
 
 
 def _serve(connection: Connection, log: Path, build: Callable[..., Any], arguments: Sequence[Any]) -> None:
-    os.setsid()  # a process group for it and what it starts
+    os.setsid()  # a process group for it and its children
     with log.open("w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
@@ -173,6 +177,61 @@ class Engine:
         if len(seconds) != new_tokens:
             raise RuntimeError(f"{len(seconds)} steps for {new_tokens} tokens: the prompts were not read in one step")
         return seconds, [tokens[index] for index in range(len(prompts))]
+
+
+def engine_settings(prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+    """Options of a bfloat16 engine that reads all prompts of a batch in its first step."""
+    longest = prompt_tokens + new_tokens
+    return dict(
+        dtype="bfloat16",
+        max_model_len=longest,
+        max_num_batched_tokens=max(BATCHES) * longest,
+        kv_cache_memory_bytes=256 << 20,
+    )
+
+
+def measured_rates(child: Child, vocab_size: int, prompt_tokens: int, new_tokens: int) -> Callable[[], Rates]:
+    """A callable whose n-th call runs every batch size on the n-th round's prompts."""
+    rounds = itertools.count()
+
+    def turn() -> Rates:
+        number, rates = next(rounds), {}
+        for batch in BATCHES:
+            prompts = random_prompts(vocab_size, [prompt_tokens] * batch, 100 * number + batch)
+            seconds, _ = child.call("steps", prompts, new_tokens)
+            rates["prefill", batch] = batch * prompt_tokens / seconds[0]
+            rates["decode", batch] = batch * (len(seconds) - 1) / sum(seconds[1:])
+        return rates
+
+    return turn
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that it allocated itself: what is mapped from files can be dropped at any time."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+
+
+class Watch:
+    """Samples the anonymous memory of this process while the block runs; `before` and `peak` are bytes."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def __enter__(self) -> Watch:
+        self.before = self.peak = anonymous_bytes()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._done.wait(self._seconds):
+            self.peak = max(self.peak, anonymous_bytes())
 
 
 def random_prompts(vocab_size: int, lengths: Sequence[int], seed: int) -> list[list[int]]:

@@ -1,10 +1,9 @@
-"""What a conversion takes against what --plan says: time, peak memory, and both for the published 389B network.
+"""Time and peak memory of `hunyuan-vllm quantize`, compared with what --plan says, and the plan for 389B.
 
     python benchmarks/quantize_cost.py
 
-A random checkpoint with weights of 100 MB is converted to each scheme in a process of its own. Memory is the peak of
-anonymous memory (what is mapped from files can be dropped at any time), read from the kernel 50 times a second. The
-rates that a plan uses are measured right before each run. The run has this machine's disk in it, the plan has not.
+A random checkpoint with weights of 100 MB is converted to each scheme, each in its own process. Memory is the peak of
+anonymous memory, sampled 50 times a second.
 """
 
 from __future__ import annotations
@@ -12,13 +11,12 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 from common import Report, Spread, interleaved, note, options, random_checkpoint
-from processes import Child
+from processes import Child, Watch
 
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.quant.schemes import WRITTEN
@@ -32,6 +30,7 @@ PUBLISHED: dict[str, Any] = dict(
     num_experts=16, num_key_value_heads=8, use_mixed_mlp_moe=True, use_cla=True, cla_share_factor=2, use_qk_norm=True,
     rope_scaling={"type": "dynamic", "alpha": 1000.0, "factor": 1.0}, tie_word_embeddings=True,
 )  # fmt: skip
+SAMPLE_EVERY = 0.02  # seconds
 RUNS = {scheme: dict(scheme=scheme) for scheme in WRITTEN} | {
     "int8-w8a8, smooth": dict(scheme="int8-w8a8", smooth=0.5),
 }
@@ -54,35 +53,19 @@ class Converter:
 
         documents = torch.randint(3, WIDE["vocab_size"], (given["tokens"] // 512, 512)).tolist()
         target = self._source.with_name("converted")
-        peak, done = [0], threading.Event()
-
-        def watch() -> None:
-            while not done.wait(0.02):
-                peak[0] = max(peak[0], _anonymous_bytes())
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        start = time.perf_counter()
-        try:
+        with Watch(SAMPLE_EVERY) as watch:
+            start = time.perf_counter()
             quantize_checkpoint(
                 self._source, target, given["scheme"], calibration=documents, calibration_tokens=given["tokens"],
                 smooth=given.get("smooth"), shard_bytes=500_000_000,
             )  # fmt: skip
-        finally:
-            done.set()
-            watcher.join()
-        seconds = time.perf_counter() - start
+            seconds = time.perf_counter() - start
         shutil.rmtree(target)
-        return seconds, peak[0]
+        return seconds, watch.peak
 
 
 def _options(given: dict[str, Any]) -> Options:
     return Options(given["scheme"], given.get("smooth"), calibration_tokens=given["tokens"])
-
-
-def _anonymous_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
 
 def main() -> None:
@@ -116,7 +99,7 @@ def main() -> None:
     for name, given in RUNS.items():
         plan = Plan.of(HunYuanConfig(**PUBLISHED), _options(given | {"tokens": 8192}))
         report.add(
-            "the published 389B network, on paper",
+            "the published 389B network, by --plan",
             scheme=name,
             read_GB=plan.source_bytes / 1e9,
             written_GB=plan.written_bytes / 1e9,

@@ -1,15 +1,14 @@
-"""How long until clients know that a node, a process or the network is lost, and until the service is back?
+"""Failures of a server on two hosts: how soon clients get an error, and how soon it serves again.
 
     python benchmarks/ray_faults.py                        # each kind once
-    python benchmarks/ray_faults.py --runs 5 --json FILE   # docs/deploy.md's table
+    python benchmarks/ray_faults.py --runs 5 --json FILE   # the table in benchmarks/README.md
     python benchmarks/ray_faults.py --only partition --runs 5
 
 Two hosts in namespaces (as root, with iproute2 and openssh-server), Ray on both, and the demo model over both with
-`hunyuan-vllm serve --supervise`; eight clients are streaming when it happens. "told" is the time until the last client
-has a right answer or an error, "back" the time from when the host, or Ray's absence from it, is mended until a token is
-generated again. One fault follows the other, so the supervisor's waits, which grow with deaths in a row, stay at the
-1 s of a first one. Health checks of Ray as in docs/deploy.md. After each run processes, their memory, open files and
-what is left in /dev/shm and /tmp are counted on both hosts: nothing may have grown from the first run to the last.
+`hunyuan-vllm serve --supervise`; eight clients are streaming when the fault occurs. "told" is the time until the last
+client has its complete answer or an error; "back" is the time from the return of the host, or of Ray on it, to a
+generated token. The supervisor's wait before a restart is limited to 1 s. After each run processes, their memory, open
+files and what is left in /dev/shm and /tmp are counted on both hosts: nothing may grow from the first run to the last.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ def main() -> int:
 
 def show(outcomes: dict[str, list[Outcome]]) -> None:
     """The table: the worst of each kind's runs."""
-    print("| what happens | runs | clients told, worst | wrong answers | service back, worst | stale workers |")
+    print("| fault | runs | clients told, worst | wrong answers | service back, worst | stale workers |")
     print("|---|---|---|---|---|---|")
     for kind, runs in outcomes.items():
         told, back = max(outcome.told for outcome in runs), max(outcome.recovered for outcome in runs)

@@ -1,12 +1,12 @@
-"""A server at saturation for minutes: every request answered, memory flat, and all cache blocks free at the end.
+"""A saturated server: every request must be answered, memory flat, and all cache blocks free at the end.
 
     python benchmarks/soak.py --minutes 20
 
-Starts `hunyuan-vllm serve` with the demo model and an API key on loopback, and keeps more requests under way than its
-engine has places: short and long answers, streamed and whole, chat and completions, several at once (n), structured
-output by JSON schema and regex with schemas that are new each time, and streams whose client goes away. Every answer
-is checked: its status, its length, its form. Memory (of its own, all processes), files and threads are taken every
-half minute, and compared from the end of the first fifth. Exit status 1 where anything is wrong.
+Starts `hunyuan-vllm serve` with the demo model on loopback and keeps more requests active than its engine runs at once:
+short and long answers, streamed and whole, chat and completions, several at once (n), structured output with schemas
+that are new each time, and streams whose client disconnects. Each answer's status, length and form are checked. Memory
+(of all processes), files and threads are sampled every half minute and compared from the end of the first fifth. The
+exit status is 1 if anything is wrong.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def main() -> None:
         problems.append("files, threads or processes were left behind")
     for problem in problems:
         print(f"WRONG: {problem}")
-    print("all as it should be; the engine is idle and its cache free" if not problems else f"{len(problems)} problems")
+    print("no problems; the engine is idle and its cache free" if not problems else f"{len(problems)} problems")
     raise SystemExit(bool(problems))
 
 

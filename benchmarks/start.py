@@ -3,9 +3,9 @@
     python benchmarks/start.py                                       # the demo model
     python benchmarks/start.py /models/hunyuan-a13b --max-model-len 8k   # as serve takes them
 
-The caches of vLLM and its compiler are in an empty folder for the first start and kept for the others; the packages'
-bytecode and the system's page cache are as they are. CPU seconds are those of all processes until the server is ready:
-on a busy machine they say more than the clock.
+The caches of vLLM and its compiler are empty at the first start and kept for the others; the packages' bytecode and the
+system's page cache are as they are. CPU seconds are those of all processes until the server is ready; on a busy machine
+they are more reliable than wall-clock time.
 """
 
 import argparse

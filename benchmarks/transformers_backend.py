@@ -5,12 +5,11 @@
     python benchmarks/transformers_backend.py --share --models moe dense large
                                     # instead: native decode as a share of the memory bandwidth
 
-Random checkpoints in bfloat16: "moe" is Hunyuan-A13B in small (64 experts, top-8, 0.46 billion parameters), "dense" has
+Random checkpoints in bfloat16: "moe" is a small Hunyuan-A13B (64 experts, top-8, 0.46 billion parameters), "dense" has
 0.25 billion; "large", for --share only, is the Hunyuan-Large of 1.1 billion that the other benchmarks use. Each engine
-has a process of its own and is compiled as vLLM does it by default (it does not compile its Transformers backend where
-RoPE is dynamic, as here); they take turns within a round. Decode is the time of the steps after the prompts are read,
-prefill that of the step that reads them. Before measuring, both score the same prompts: the log-probabilities must
-agree within bfloat16's noise.
+runs in its own process and is compiled as by vLLM's defaults (which do not compile the Transformers backend where RoPE
+is dynamic, as here); runs are interleaved. Prefill is the first step, which reads the prompts; decode is the steps
+after it. Before measuring, both score the same prompts: the log-probabilities must agree within bfloat16's rounding.
 """
 
 import argparse
@@ -22,20 +21,24 @@ from pathlib import Path
 from typing import Any
 
 from common import CACHE, Report, Spread, interleaved, kept_checkpoint, options, ratios
-from probe import Probe
-from processes import Child, Engine, engine_environ, random_prompts
-from weights import Weights
+from probe import Probe, Weights
+from processes import (
+    BATCHES,
+    Child,
+    Engine,
+    Rates,
+    engine_environ,
+    engine_settings,
+    measured_rates,
+    random_prompts,
+)
 
 MODELS = {"moe": "v1_moe_config", "dense": "v1_dense_config", "large": "mid_config"}
 IMPLEMENTATIONS = {"native": "auto", "transformers": "transformers"}
-BATCHES = (1, 8)
-MIB = 2**20
 # Mean difference of log-probabilities. bfloat16 moves those of a random network of this depth by 0.23 (0.22 with the
 # routes of float32), so that two runs are about 0.3 apart; a mistake in the network moves them by more than 2. In
 # float32 the two agree to 1e-5 (4 layers).
 TOLERANCE = 0.6
-Rates = dict[tuple[str, int], float]
-"""Tokens a second of a phase and batch."""
 
 
 class ScoringEngine(Engine):
@@ -82,32 +85,14 @@ def main() -> None:
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    longest = arguments.prompt_tokens + arguments.new_tokens
-    return dict(
-        dtype="bfloat16",
-        max_model_len=longest,
-        max_num_batched_tokens=max(BATCHES) * longest,  # all prompts of a batch are read in one step
-        kv_cache_memory_bytes=256 * MIB,
-        enable_prefix_caching=False,
-        enforce_eager=arguments.eager,
-    )
+    settings = engine_settings(arguments.prompt_tokens, arguments.new_tokens)
+    return settings | dict(enable_prefix_caching=False, enforce_eager=arguments.eager)
 
 
 def _turns(child: Child, vocab_size: int, arguments: argparse.Namespace) -> Callable[[], Rates]:
-    rounds = itertools.count()
     for batch in BATCHES:  # warms up
         child.call("steps", random_prompts(vocab_size, [16] * batch, 0), 2)
-
-    def turn() -> Rates:
-        number, rates = next(rounds), {}
-        for batch in BATCHES:
-            prompts = random_prompts(vocab_size, [arguments.prompt_tokens] * batch, 100 * number + batch)
-            seconds, _ = child.call("steps", prompts, arguments.new_tokens)
-            rates["prefill", batch] = batch * arguments.prompt_tokens / seconds[0]
-            rates["decode", batch] = batch * (len(seconds) - 1) / sum(seconds[1:])
-        return rates
-
-    return turn
+    return measured_rates(child, vocab_size, arguments.prompt_tokens, arguments.new_tokens)
 
 
 def _compare(name: str, model: Path, arguments: argparse.Namespace, report: Report) -> None:

@@ -1,7 +1,5 @@
 """The documents keep up with the code."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
@@ -11,7 +9,13 @@ import typer
 from hunyuan_vllm.cli import app
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def anchors(document: Path) -> set[str]:
+    """Names of its headings in links, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -21,6 +25,9 @@ def test_links_and_paths_lead_somewhere(document: Path) -> None:
     paths = re.findall(r"`((?:hunyuan_vllm|deploy|tests|benchmarks|examples|train|docs)/[\w./-]*)", text)
     missing = [link for link in links if not (document.parent / link).exists()]
     missing += [path for path in paths if not (ROOT / path).exists()]
+    for link, anchor in re.findall(r"\]\(([^):]*)#([^)]+)\)", text):
+        target = document.parent / link if link else document
+        missing += [f"{link}#{anchor}"] if target.exists() and anchor not in anchors(target) else []
     assert missing == []
 
 

@@ -342,8 +342,8 @@ def _engine_env(flags: Flags, machine: Machine, model: ModelSource, ranks: Ranks
         # Longer than a client keeps an idle connection (httpx: 5 s, like vLLM's default): else both sides may close it
         # at once, and a request that is being sent then is lost.
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",
-        # Compiled grammars take a hundred times the memory that xgrammar counts (benchmarks/grammar_cache.py): vLLM's
-        # limit of 512 MiB would fill the memory before it has an effect.
+        # Compiled grammars take far more memory than xgrammar counts: vLLM's limit of 512 MiB would fill the memory
+        # before it has an effect.
         "VLLM_XGRAMMAR_CACHE_MB": "1",
         # vLLM kills its engine when it stops, and Python warns of what it frees then.
         "PYTHONWARNINGS": "ignore:resource_tracker:UserWarning",

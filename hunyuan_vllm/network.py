@@ -152,6 +152,10 @@ class Network:
         """Routed experts of a layer; 1 means that the layer has a plain dense MLP."""
         return self._at("num_experts", layer)
 
+    def has_experts(self) -> bool:
+        """Whether any layer has more than one expert."""
+        return any(self.experts_at(layer) > 1 for layer in range(self.num_hidden_layers))
+
     def topk_at(self, layer: int) -> int:
         """Experts a token is routed to in a layer."""
         return self._at("moe_topk", layer)

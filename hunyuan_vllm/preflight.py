@@ -54,6 +54,8 @@ class HunYuanPreflight:
             UserError: the script that makes the engine would make another in each of the engine's processes.
         """
         # These bring vLLM and transformers, which the checks below do without.
+        from vllm.platforms import current_platform
+
         from hunyuan_vllm.config import CONFIG_CLASSES, HunYuanConfig
         from hunyuan_vllm.cpu import key_compiled_code, limit_targets_on_cpu
         from hunyuan_vllm.cpu_executor import configure_cpu_engine
@@ -64,6 +66,8 @@ class HunYuanPreflight:
         parallel = vllm_config.parallel_config
         check_tensor_parallel(config, parallel.tensor_parallel_size)
         check_pipeline(config, parallel.pipeline_parallel_size)
+        if current_platform.is_cpu():
+            check_parallel_on_cpus(config, parallel.data_parallel_size, parallel.enable_expert_parallel)
         if speculation := vllm_config.speculative_config:
             check_draft(config, speculation.draft_model_config)
         _check_options(vllm_config)
@@ -90,6 +94,20 @@ def check_tensor_parallel(config: Network, size: int) -> None:
             f"tensor_parallel_size={size} does not divide this network (num_attention_heads "
             f"{config.num_attention_heads}, num_key_value_heads {config.num_key_value_heads}, intermediate_size "
             f"{widths}): use one of {sizes}"
+        )
+
+
+def check_parallel_on_cpus(config: Network, data_parallel: int, expert_parallel: bool) -> None:
+    """What vLLM's experts cannot do there; a dense network's replicas are independent."""
+    if data_parallel > 1 and config.has_experts():
+        raise ValueError(
+            f"data_parallel_size={data_parallel}: replicas of a network with experts exchange tokens, which vLLM "
+            "cannot do on CPUs: start as many servers, with a router before them (docs/router.md)"
+        )
+    if expert_parallel:
+        raise ValueError(
+            "enable_expert_parallel does not work on CPUs (vLLM's CPU expert kernel ignores the expert map): "
+            "use tensor parallelism"
         )
 
 
@@ -156,11 +174,6 @@ def _check_options(vllm_config: VllmConfig) -> None:
             "decode_context_parallel_size needs attention that returns its softmax sums, which CPU attention does not: "
             "leave it at 1"
         )
-    if vllm_config.parallel_config.enable_expert_parallel and current_platform.is_cpu():
-        raise ValueError(
-            "enable_expert_parallel does not work on CPUs (vLLM's CPU expert kernel ignores the expert map): "
-            "use tensor parallelism"
-        )
 
 
 def _check_files(vllm_config: VllmConfig) -> None:
@@ -201,8 +214,7 @@ def lacks_int4_kernels(config: Network) -> str:
     """Why this CPU cannot run a network with 4-bit weights; "" if it can."""
     import torch
 
-    has_experts = any(config.experts_at(layer) > 1 for layer in range(config.num_hidden_layers))
-    runs = torch.cpu._is_amx_tile_supported() if has_experts else torch.cpu._is_avx512_supported()
+    runs = torch.cpu._is_amx_tile_supported() if config.has_experts() else torch.cpu._is_avx512_supported()
     return "" if runs else OLDER_CPU
 
 
@@ -211,7 +223,7 @@ def _check_int8(vllm_config: VllmConfig) -> None:
 
     model = vllm_config.model_config
     config: Network = model.hf_config
-    if config.mlp_bias and any(config.experts_at(layer) > 1 for layer in range(config.num_hidden_layers)):
+    if config.mlp_bias and config.has_experts():
         raise ValueError(
             f"quantization={model.quantization!r}: int8 experts have no biases, and config.json says mlp_bias: serve "
             "the checkpoint unquantised or in FP8"

@@ -49,9 +49,11 @@ def test_registering_twice_changes_nothing_and_imports_no_model() -> None:
         "from transformers import AutoConfig\n"
         f"config = AutoConfig.from_pretrained({str(GOLDEN)!r})\n"
         "print(type(config).__name__, 'HunYuanForCausalLM' in ModelRegistry.get_supported_archs())\n"
-        "print([name for name in ('hunyuan_vllm.model', 'hunyuan_vllm.reference') if name in sys.modules])"
+        "print([name for name in ('hunyuan_vllm.model', 'hunyuan_vllm.reference') if name in sys.modules])\n"
+        "others = 'HYV3ForCausalLM', 'HunYuanVLForConditionalGeneration'\n"
+        "print({ModelRegistry.models[name].module_name.split('.')[0] for name in others})"
     )
-    assert result.stdout.splitlines() == ["HunYuanConfig True", "[]"], result.stderr
+    assert result.stdout.splitlines() == ["HunYuanConfig True", "[]", "{'vllm'}"], result.stderr
 
 
 TRANSFORMERS = """

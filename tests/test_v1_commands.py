@@ -1,15 +1,18 @@
-"""`batch` and `eval` on a checkpoint like the smaller V1 models': a dense network, a tokenizer.json."""
+"""`batch`, `eval` and two replicas on a checkpoint like the smaller V1 models': a dense network, a tokenizer.json."""
 
 import json
 import os
+import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import forked_programs
+import httpx
 import pytest
 from checkpoints import tiny_config, write_checkpoint
 from forked_programs import ENGINE_TOO
 from golden_data import reference_answers
-from serving import COMMAND
+from serving import COMMAND, running_server
 from v1_templates import small_vocabulary
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -58,3 +61,17 @@ def test_eval_compare(folder: Path, tmp_path: Path) -> None:
     text = ["--text", tmp_path / "text.txt", "--context", "40"]
     (found,) = json.loads(run("eval", "compare", folder, "--b", "int8", *text, "--json"))["compared"]
     assert found["tokens"] > 40 and found["kl_mean"] > 0
+
+
+def test_two_replicas_answer_as_one(folder: Path) -> None:
+    prompts = [[5 + number, 6, 7] for number in range(8)]
+    body = {"model": "hunyuan", "max_tokens": 16, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    with (
+        running_server(str(folder), "--data-parallel-size", "2", "--dtype", "float32") as server,
+        httpx.Client(base_url=server.url, timeout=120) as client,
+        ThreadPoolExecutor(len(prompts)) as several,
+    ):
+        answers = [*several.map(lambda prompt: client.post("/v1/completions", json=body | {"prompt": prompt}), prompts)]
+        assert {"EngineCore_DP0", "EngineCore_DP1"} == {*re.findall(r"EngineCore_DP\d", server.said)}
+    for answer, item in zip(answers, reference_answers(folder, prompts, 16).items, strict=True):
+        assert answer.json()["choices"][0]["token_ids"] == item.greedy

@@ -72,6 +72,8 @@ def choose_ranks(
     if not machine.cuda or model.demo or started_by_user:
         tensor = asked or 1
         _check_division(model, tensor)
+        if not machine.cuda:
+            _check_on_cpus(model, flags)
         return Ranks(tensor, tensor * others, executor, several_nodes=started_by_user or executor == "ray")
     total = max(machine.ray.gpus if machine.ray else 0, machine.gpus)
     if total == 0:
@@ -121,6 +123,19 @@ def _min_gpus(weight_bytes: int, gpu: GpuKind | None, model: ModelSource) -> int
 def _check_division(model: ModelSource, size: int) -> None:
     if problem := _division_problem(model, size):
         raise UserError(problem)
+
+
+def _check_on_cpus(model: ModelSource, flags: Flags) -> None:
+    if model.config is None:
+        return
+    from hunyuan_vllm.preflight import check_parallel_on_cpus
+
+    try:
+        check_parallel_on_cpus(
+            model.config, flags.integer("data-parallel-size", 1), bool(flags.get("enable-expert-parallel"))
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _division_problem(model: ModelSource, size: int) -> str | None:

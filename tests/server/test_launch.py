@@ -127,6 +127,8 @@ def test_a_hub_name_may_go_online():
         (CPU, DEMO, [], {"TP_SIZE": "0"}, "TP_SIZE=0"),
         (CPU, DEMO, [], {"LOCAL_IP": "node1"}, "LOCAL_IP=node1"),
         (CPU, DEMO, [], {"TP_SIZE": "3"}, r"use one of \[1, 2, 4, 8, 16\]"),
+        (CPU, DEMO, ["-dp", "2"], {}, "data_parallel_size=2: .* start as many servers, with a router"),
+        (CPU, DEMO, ["-ep", "-tp", "2"], {}, "enable_expert_parallel does not work on CPUs .* use tensor parallelism"),
         (CPU, MODEL, [], {}, r"needs 779\.5 GiB of memory and 32\.0 GiB is free"),
         (GPU8, MODEL, [], {"TP_SIZE": "16"}, "16 GPUs are asked for and 8 are here: set TP_SIZE=8 or less"),
         (GPU8, MODEL, [], {"LOCAL_IP": "10.9.9.9"}, "LOCAL_IP=10.9.9.9 is not this machine's address: it has 10.0.0.5"),

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Serve Hunyuan-Large, or the demo model where MODEL_PATH is not set: sh deploy/run_server.sh [--dry-run] [vLLM flags]
+# Serve Hunyuan-Large, or the demo model if MODEL_PATH is not set: sh deploy/run_server.sh [--dry-run] [vLLM flags]
 # Settings by environment variable: sh deploy/run_server.sh --help lists them.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Make .venv, or find it complete: sh deploy/setup_env.sh [--train] [--test]. PYTHON= names the Python to build on.
+# Create or complete .venv: sh deploy/setup_env.sh [--train] [--test]. PYTHON= names the Python to build on.
 set -eu
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 

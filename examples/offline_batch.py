@@ -1,4 +1,4 @@
-"""Offline inference with vLLM alone: it finds Hunyuan-Large by this package's entry point, in every process.
+"""Offline inference with vLLM alone; this package's entry point registers Hunyuan-Large in every process.
 
 python examples/offline_batch.py
 python examples/offline_batch.py --model /models/hunyuan-large --tensor-parallel-size 8
@@ -20,7 +20,7 @@ def main() -> None:
     else:
         from hunyuan_vllm import demo
 
-        # Without a size for the KV cache, vLLM takes most of the memory that is free.
+        # Without a size for the KV cache, vLLM takes most of the free memory.
         parser.set_defaults(model=str(demo.path()), kv_cache_memory_bytes=256 * 2**20)
     llm = LLM(**vars(parser.parse_args()))
 

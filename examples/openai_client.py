@@ -1,4 +1,4 @@
-"""Ask the running server with OpenAI's SDK: an answer, a streamed answer, and how sure the model is of each token.
+"""Ask the running server with OpenAI's SDK: an answer, a streamed answer, and the probability of each token.
 
 sh deploy/run_server.sh     # in another terminal
 pip install openai
@@ -14,7 +14,7 @@ from openai import APIConnectionError, OpenAI
 question = sys.argv[1] if len(sys.argv) > 1 else "Why is sea water salty?"
 client = OpenAI(
     base_url=os.environ.get("OPENAI_BASE_URL", f"http://127.0.0.1:{os.environ.get('PORT', '8020')}/v1"),
-    api_key=os.environ.get("VLLM_API_KEY", "none"),  # asked for only by a server that others can reach
+    api_key=os.environ.get("VLLM_API_KEY", "none"),  # needed only if other machines can reach the server
 )
 try:
     model = client.models.list().data[0].id

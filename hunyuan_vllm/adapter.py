@@ -73,7 +73,7 @@ def check_adapter(folder: Path, config: Network, cpu: bool, max_rank: int | None
     rank = read_adapter_config(folder).max_rank
     if max_rank is not None and rank > max_rank:
         raise UserError(
-            f"{folder} has rank {rank}, and the server allows {max_rank}: add --max-lora-rank {max_lora_rank(rank)}"
+            f"{folder} has rank {rank}, but the server allows {max_rank}: add --max-lora-rank {max_lora_rank(rank)}"
         )
     file = folder / ADAPTER_FILE
     if not file.exists() and any((folder / name).exists() for name in PICKLED):
@@ -177,4 +177,4 @@ def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     except FileNotFoundError:
         raise
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is cut short or not a safetensors file ({error}): copy it again") from None
+        raise UserError(f"{file} is truncated or not a safetensors file ({error}): copy it again") from None

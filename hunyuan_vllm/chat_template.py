@@ -101,7 +101,7 @@ def known_faults(template: str) -> tuple[str, ...]:
     faults = []
     without_system = str(_outcome(template, [user]))
     if f"USER{SYSTEM_END}" in without_system:
-        faults.append(f"without a system message the user's text is closed by {SYSTEM_END}, as a system prompt is")
+        faults.append(f"without a system message the user's text ends with {SYSTEM_END}, like a system prompt")
     elif START + START in without_system:
         faults.append(f"without a system message the prompt begins with {START} twice")
     empty = _outcome(template, [_message("system", ""), user]), _outcome(template, [_message("user", "")])

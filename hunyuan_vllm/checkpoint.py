@@ -71,7 +71,7 @@ def _read(path: Path) -> Shard:
                 return Shard(path, size, (), "is a Git LFS pointer instead of the file")
             length = int.from_bytes(start, "little")
             if len(start) < 8 or not 2 <= length <= MAX_HEADER_BYTES:
-                return Shard(path, size, (), "is empty" if not size else "does not start as a safetensors file does")
+                return Shard(path, size, (), "is empty" if not size else "does not start like a safetensors file")
             file.seek(8)
             header = json.loads(file.read(length))
         tensors = tuple(sorted(_tensors(path, header, 8 + length), key=lambda tensor: tensor.start))
@@ -79,7 +79,7 @@ def _read(path: Path) -> Shard:
     except OSError as error:
         return Shard(path, size, (), f"cannot be read ({error.strerror})")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        what = "is cut short inside its header" if size < 8 + length else f"has a header that cannot be read ({error})"
+        what = "is truncated inside its header" if size < 8 + length else f"has a header that cannot be read ({error})"
         return Shard(path, size, (), what)
     return Shard(path, size, tensors, fault)
 
@@ -100,8 +100,8 @@ def _fault(tensors: Sequence[StoredTensor], data: int, size: int) -> str:
             return f"has a header whose offsets do not fit its shapes, at {tensor.name!r}"
         position += tensor.nbytes
     if position > size:
-        return f"is cut short: {size:,} of {position:,} bytes are there"
-    return f"has {size - position:,} bytes behind its last tensor" if position < size else ""
+        return f"is truncated: {size:,} of {position:,} bytes are there"
+    return f"has {size - position:,} bytes after its last tensor" if position < size else ""
 
 
 Used = dict[StoredTensor, tuple[str, ...]]  # stored tensor → the canonical tensors it holds
@@ -142,7 +142,7 @@ def header_faults(tensors: Sequence[StoredTensor], layout: Layout, used: Used) -
             yield HeaderFault("shapes", name, str(error), tensor)
         for part in parts:
             if part in places:
-                message = f"checkpoint tensor {part!r} is in {places[part]} and again in {tensor.file}"
+                message = f"checkpoint tensor {part!r} is in {places[part]} and also in {tensor.file}"
                 yield HeaderFault("twice", part, message)
             places[part] = tensor.file
     if missing := layout.missing(places):
@@ -205,14 +205,14 @@ def read_config(path: Path) -> tuple[dict[str, Any], Network]:
 def missing_config(folder: Path) -> tuple[str, str]:
     """What is wrong with a folder that has no config.json, as the end of the sentence "FOLDER …"; and what to do."""
     if inner := sorted(path.parent.name for path in folder.glob("*/config.json")):
-        return f"is no checkpoint, and has some in its folders ({', '.join(inner)})", "name one of them"
+        return f"is not a checkpoint, but its subfolders are ({', '.join(inner)})", "name one of them"
     if (folder / "adapters.safetensors").exists():
         return "is an adapter of MLX, not a checkpoint", "merge it with mlx_lm.fuse, or train one with hunyuan-vllm"
     if (folder / "adapter_config.json").exists():
         return "is an adapter, not a checkpoint", "name its checkpoint, or merge both with hunyuan-vllm merge-lora"
     if gguf := _gguf(folder):
         return gguf
-    return "has no config.json", f"copy it from the checkpoint that its weights are of; published: {PUBLISHED_AT}"
+    return "has no config.json", f"copy it from the checkpoint that the weights belong to; published: {PUBLISHED_AT}"
 
 
 def missing_weights(folder: Path) -> tuple[str, str]:
@@ -258,7 +258,7 @@ def used_tensors(folder: Path, layout: Layout) -> Used:
     Every tensor's name, shape and type is compared with the network's, without reading tensor data.
 
     Raises:
-        CheckpointError: a file is cut short or unreadable, or a tensor is unknown, misshapen, of a wrong
+        CheckpointError: a file is truncated or unreadable, or a tensor is unknown, misshapen, of a wrong
             type, missing or there twice.
     """
     tensors, used = stored_tensors(folder), Used()

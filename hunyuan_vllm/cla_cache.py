@@ -169,7 +169,7 @@ def _report(attention: Attention, cache: torch.Tensor) -> None:
     if tokens < vllm_config.model_config.max_model_len:
         return  # a small cache bound for graph profiling; vLLM never serves with less than one full sequence
     logger.info(
-        "CLA cache: %d owner layers of %d keep K and V; %.4g KiB a token on each rank (%.4g without sharing); "
+        "CLA cache: %d owner layers of %d keep K and V; %.4g KiB per token on each rank (%.4g without sharing); "
         "%d tokens fit",
         used.owners,
         used.layers,

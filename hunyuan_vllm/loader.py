@@ -165,7 +165,7 @@ def _checked(
             _check_finite(name, tensor, rank, ranks)
         for part, value in parts:
             if part in seen:
-                raise CheckpointError(f"checkpoint tensor {part!r} is there twice (again as {name!r})")
+                raise CheckpointError(f"checkpoint tensor {part!r} occurs twice (again as {name!r})")
             seen.add(part)
             yield part, _once_among_ranks(model, part, value, rank)
 

@@ -111,13 +111,13 @@ class Network:
         if self.head_dim is None:
             self.head_dim = other_width
         elif other_width not in (None, self.head_dim):
-            raise _error("attention_head_dim", other_width, f"head_dim ({self.head_dim}) where both are there")
+            raise _error("attention_head_dim", other_width, f"head_dim ({self.head_dim}) if both are given")
         self._check_counts("num_attention_heads", "hidden_size")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
-                allowed = f"a multiple of num_attention_heads ({self.num_attention_heads}) where head_dim is absent"
+                allowed = f"a multiple of num_attention_heads ({self.num_attention_heads}) if head_dim is absent"
                 raise _error("hidden_size", self.hidden_size, allowed)
             self.head_dim = self.hidden_size // self.num_attention_heads
         for name, rope in (("rope_scaling", kwargs.get("rope_scaling")), ("rope_parameters", self.rope_parameters)):

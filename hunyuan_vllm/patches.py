@@ -258,7 +258,7 @@ def ask_for_amx() -> None:
     """Ask Linux for AMX where the CPU has it, and count it as absent where that is refused. The permission is the
     process's: all its threads have it, and forked children inherit it."""
     if torch.cpu._is_amx_tile_supported() and not torch.cpu._init_amx():
-        logger.warning_once("This kernel does not let the process use AMX (arch_prctl): going on without it")
+        logger.warning_once("This kernel does not let the process use AMX (arch_prctl): continuing without it")
         torch.cpu._is_amx_tile_supported = lambda: False
 
 
@@ -296,7 +296,9 @@ def _keep_experts_from_zentorch() -> None:
         @wraps(upstream)
         def supported(layer_or_config: object) -> bool:
             if upstream(layer_or_config):
-                logger.info_once("Experts are computed by vLLM's kernel: zentorch's fails where one gets all tokens")
+                logger.info_once(
+                    "Experts are computed by vLLM's kernel: zentorch's fails if one expert gets all tokens"
+                )
             return False
 
         return supported

@@ -166,7 +166,7 @@ def _check_options(vllm_config: VllmConfig) -> None:
 
     if vllm_config.cache_config.kv_sharing_fast_prefill:
         raise ValueError(
-            "kv_sharing_fast_prefill skips the prefill of layers that read another's cache, which is right only where "
+            "kv_sharing_fast_prefill skips the prefill of layers that read another's cache, which is correct only if "
             "they all come last; in a CLA network owners and cross layers alternate: leave it off"
         )
     if vllm_config.parallel_config.decode_context_parallel_size > 1 and current_platform.is_cpu():
@@ -225,15 +225,15 @@ def _check_int8(vllm_config: VllmConfig) -> None:
     config: Network = model.hf_config
     if config.mlp_bias and config.has_experts():
         raise ValueError(
-            f"quantization={model.quantization!r}: int8 experts have no biases, and config.json says mlp_bias: serve "
-            "the checkpoint unquantised or in FP8"
+            f"quantization={model.quantization!r}: int8 experts cannot have biases, but config.json sets mlp_bias: "
+            "serve the checkpoint unquantised or in FP8"
         )
     if not current_platform.is_cuda():
         return
     if model.quantization == INT8_W8A8.quantization and current_platform.has_device_capability(100):
         raise ValueError(
-            "quantization='hunyuan_int8_w8a8': vLLM's int8 kernels end with compute capability 9.0, and this GPU is "
-            "newer: use 'hunyuan_int8', or an FP8 checkpoint"
+            "quantization='hunyuan_int8_w8a8': vLLM's int8 kernels support compute capability up to 9.0, and this GPU "
+            "is newer: use 'hunyuan_int8', or an FP8 checkpoint"
         )
     experts = vllm_config.kernel_config.moe_backend
     if model.quantization == INT8.quantization and experts not in ("auto", "marlin"):

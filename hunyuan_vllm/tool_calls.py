@@ -69,7 +69,7 @@ class _BoundedArguments(ToolParser):
                 arguments.json_schema = ANY_PARAMETERS
             elif request.tool_choice != "auto" and has_xgrammar_unsupported_json_features(arguments.json_schema):
                 raise VLLMValidationError(
-                    "parameters have what a call cannot be held to (multipleOf, uniqueItems, contains, pattern with "
+                    "parameters use what cannot be enforced in a call (multipleOf, uniqueItems, contains, pattern with "
                     "lengths, a rare format, patternProperties beside properties, allOf of several): leave it out",
                     parameter="tools",
                 )

@@ -163,6 +163,6 @@ def test_the_start_says_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     with engine(golden.path, dtype="bfloat16", kv_cache_memory_bytes=32 * MIB):
         pass
     assert said[0] == (
-        "CLA cache: 2 owner layers of 8 keep K and V; 0.5 KiB a token on each rank (2 without sharing); "
+        "CLA cache: 2 owner layers of 8 keep K and V; 0.5 KiB per token on each rank (2 without sharing); "
         "65536 tokens fit"
     )

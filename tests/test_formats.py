@@ -77,10 +77,10 @@ def test_what_is_loaded_is_sound_for_all(form: str, where: str, source: Path, tm
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bitsandbytes left over": (
         {"quant_method": "bitsandbytes", "load_in_4bit": True},
-        "left over, and the weights are not quantised: remove quantization_config from config.json",
+        "left over, but the weights are not quantised: remove quantization_config from config.json",
     ),
     "MLX": ({"group_size": 64, "bits": 4}, "quantised for MLX (4 bits, a scale for 64 inputs)"),
-    "GPTQ with desc_act": (FORMATS["gptq"][0] | {"desc_act": True}, "order of activations (desc_act)"),
+    "GPTQ with desc_act": (FORMATS["gptq"][0] | {"desc_act": True}, "desc_act (groups in the order of activations)"),
     "GPTQ with 3 bits": (FORMATS["gptq"][0] | {"bits": 3}, "GPTQ is loaded with 4 or 8 bits"),
     "AWQ with a quantised head": (FORMATS["awq"][0] | {"lm_head": True}, "an unquantised head"),
     "int4 in an odd form": (
@@ -89,7 +89,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "ModelOpt's MXFP8": ({"quant_method": "modelopt", "quant_algo": "MXFP8"}, "ModelOpt's MXFP8 is not served here"),
     "another tool's": ({"quant_method": "hqq"}, "quantization_config says 'hqq', which is not served here"),
-    "nothing that means anything": ({"quant_method": "gptq"}, "a form nobody reads"),
+    "nothing that means anything": ({"quant_method": "gptq"}, "an unknown form"),
 }
 
 

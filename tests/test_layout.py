@@ -100,13 +100,13 @@ def test_tensor_in_two_files(folder: Path) -> None:
 def test_both_fused_and_separate(folder: Path) -> None:
     name = "model.layers.0.self_attn.qkv_proj.weight"
     rewrite(folder, lambda tensors: tensors.update({name: torch.ones(256, 128)}))
-    assert re.search(r"self_attn\.[qkv]_proj\.weight' is in .* and again in", refused(folder))
+    assert re.search(r"self_attn\.[qkv]_proj\.weight' is in .* and also in", refused(folder))
 
 
 def test_truncated_shard(folder: Path) -> None:
     shard = sorted(folder.glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-1000])
-    assert f"{shard} is cut short" in refused(folder)
+    assert f"{shard} is truncated" in refused(folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x10", b"not a safetensors file at all, but long enough to look like one"])

@@ -65,7 +65,7 @@ def index_file(path: Path) -> Index:
             broken += 1
             cause = cause or f"line {line.number}: {line.broken}"
     if not requests:
-        raise UserError(f"{path} is empty: it needs one request a line")
+        raise UserError(f"{path} is empty: it needs one request per line")
     if broken == requests:
         raise UserError(f"{path} has no line of JSON; {cause}")
     return Index(digests, requests, _repeated(ids))

@@ -68,7 +68,7 @@ def check_config(folder: Path, section: Section) -> ConfigFile:
     section.ok("network", _describe(found.network))
     given = found.fields.get("architectures")
     if not (isinstance(given, list) and len(given) == 1 and given[0] in ARCHITECTURES):
-        text = f"architectures is {given!r}, by which vLLM finds no Hunyuan model"
+        text = f"architectures is {given!r}, which vLLM does not map to a Hunyuan model"
         section.problem("config.json", text, f'set it to ["{ARCHITECTURES[0]}"]')
     for name, wrong in _bad_ids(vars(found.network), found.network.vocab_size):
         section.problem("config.json", f"{name} is {wrong}", AGAIN)
@@ -135,7 +135,9 @@ def _check_format(found: ConfigFile, folder: Path, section: Section) -> None:
     section.ok("format", found.format.name)
     sizes = found.format.rank_sizes(found.network)
     if sizes != tensor_parallel_sizes(found.network):
-        section.ok("ranks", f"tensor_parallel_size {sizes or 'none'}: others would divide groups that share a scale")
+        section.ok(
+            "ranks", f"tensor_parallel_size {sizes or 'none'}: other sizes would split groups that share a scale"
+        )
     if found.format.hardware:
         section.ok("hardware", found.format.hardware)
 
@@ -155,7 +157,7 @@ RANGES: dict[str, tuple[float, bool, float, str]] = {
     "top_p": (0, True, 1, "above 0, at most 1"),
     "top_k": (-1, False, 1e9, "at least 1, or 0 for no limit"),
     "min_p": (0, False, 1, "from 0 to 1"),
-    "repetition_penalty": (0, True, 10, "above 0; 1 is none"),
+    "repetition_penalty": (0, True, 10, "above 0 (1: none)"),
 }
 
 

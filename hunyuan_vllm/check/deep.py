@@ -253,7 +253,7 @@ class Deep:
             if CHUNK <= size < tensor.nbytes and tensor.name not in EMBEDDINGS
         ]
         if holes:
-            text = f"{plural(len(holes), 'tensor')} with long runs of zeros, as an unfinished download leaves them"
+            text = f"{plural(len(holes), 'tensor')} with long runs of zeros, as in an unfinished download"
             section.problem("values", text, AGAIN, holes)
         if not (not_finite or empty or holes):
             section.ok("values", f"no NaN, infinity or long run of zeros in {plural(len(self.used), 'tensor')}")

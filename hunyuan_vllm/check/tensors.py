@@ -66,9 +66,9 @@ def _report_names(
             again = remedy or "convert again with hunyuan-vllm quantize, or set quantization_config to what is stored"
             section.problem("scales", f"{len(scales):,} missing; their weights are unusable", again, scales)
     elif missing:
-        section.skipped("missing", f"{plural(len(missing), 'tensor')} not found; a missing shard may hold them")
+        section.skipped("missing", f"{plural(len(missing), 'tensor')} not found; they may be in a missing shard")
     if unknown := names.get("unknown"):
-        again = remedy or "if the network was changed, it is another model; otherwise download config.json again"
+        again = remedy or "if the network was changed, it is a different model; otherwise download config.json again"
         section.problem("unknown", f"{plural(len(unknown), 'tensor')} not part of this network", again, unknown)
     if misshapen := [
         f"{tensor.name} is {list(tensor.shape)}, not {list(layout.shape(layout.parts(tensor.name)))}"

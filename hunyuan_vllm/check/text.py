@@ -178,7 +178,7 @@ def check_template(
     rendered = _rendered(served, remedy, section)
     markup = sorted({match[0] for text in rendered.values() for match in MARKUP.finditer(text)})
     if split := [token for token in markup if len(tokenizer.encode(token, add_special_tokens=False)) != 1]:
-        text = f"{some(split)} would be spelled out in letters: not special tokens of this tokenizer"
+        text = f"{some(split)} would be encoded as plain text: not special tokens of this tokenizer"
         section.problem("template", text, f"it was made for another model; {remedy}", split)
     _check_end(tokenizer, stops, rendered.get("several turns", ""), remedy, section)
     if section.sound:

@@ -15,8 +15,8 @@ SAMPLING = "Defaults for lines without the field (otherwise generation_config.js
 
 def batch(
     context: typer.Context,
-    source: Path = typer.Argument(metavar="IN.jsonl", help="Requests, one a line.", show_default=False),
-    target: Path = typer.Argument(metavar="OUT.jsonl", help="Answers, one a line.", show_default=False),
+    source: Path = typer.Argument(metavar="IN.jsonl", help="Requests, one per line.", show_default=False),
+    target: Path = typer.Argument(metavar="OUT.jsonl", help="Answers, one per line.", show_default=False),
     model: str = typer.Option(
         None, "--model", help="Checkpoint folder or hub name; default: MODEL_PATH, else the demo model."
     ),

@@ -20,15 +20,21 @@ app = typer.Typer(invoke_without_command=True)
 def bench(
     context: typer.Context,
     url: str = typer.Option(None, help="The server; default: this machine's, by HOST, LOCAL_IP, PORT."),
-    model: str = typer.Option(None, help="A model of the server; default: its first."),
+    model: str = typer.Option(None, help="Name of the model; default: the server's first."),
     key_file: Path = typer.Option(None, help="File (chmod 600) with its API key."),
     ca: Path = typer.Option(None, help="PEM file with the CA of its certificate."),
-    tokenizer: Path = typer.Option(None, metavar="FOLDER", help="Default: the server's checkpoint, if it is here."),
+    tokenizer: Path = typer.Option(
+        None,
+        metavar="FOLDER",
+        help="Folder of the tokenizer; default: the server's checkpoint, if it is on this machine.",
+    ),
     concurrency: str = typer.Option("1,4", metavar="N,…", help="Concurrent requests."),
     input_len: int = typer.Option(2048, min=1, help="Tokens of a prompt."),
     output_len: int = typer.Option(256, min=1, help="Tokens of an answer."),
-    requests: int = typer.Option(None, min=1, help="At each concurrency; default: 4 times that, at least 8."),
-    output: Path = typer.Option(None, metavar="FILE.json", help="Keep the run, for `compare`."),
+    requests: int = typer.Option(
+        None, min=1, help="Requests at each concurrency; default: 4 times the concurrency, at least 8."
+    ),
+    output: Path = typer.Option(None, metavar="FILE.json", help="Save the run for `compare`."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON instead of the table."),
 ) -> None:
     """Measure a running server with the published workload, or compare two runs.
@@ -95,7 +101,9 @@ def bench(
 def compare(
     a: Path = typer.Argument(metavar="A.json", help="The run before.", show_default=False),
     b: Path = typer.Argument(metavar="B.json", help="The run after.", show_default=False),
-    other_machine: bool = typer.Option(False, "--other-machine", help="Even if the machines differ or are unknown."),
+    other_machine: bool = typer.Option(
+        False, "--other-machine", help="Compare even if the machines differ or are unknown."
+    ),
     as_json: bool = typer.Option(False, "--json", help="Print JSON instead of the table."),
 ) -> None:
     """Compare two runs of the same machine, and list what else differs.

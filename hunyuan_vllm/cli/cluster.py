@@ -60,19 +60,19 @@ def connected(
         connections.close()
 
 
-app = typer.Typer(no_args_is_help=True, help="Several hosts as one.")
+app = typer.Typer(no_args_is_help=True, help="Combine several hosts into one Ray cluster.")
 
-HOSTS = typer.Option(..., "--hosts", help="The hosts, with commas between: IPv4, IPv6 or names.")
+HOSTS = typer.Option(..., "--hosts", help="The hosts, separated by commas: IPv4, IPv6 or names.")
 SSH_PORT = typer.Option(22, "--ssh-port", min=1, max=65535, help="Port of their SSH servers.")
-USER = typer.Option(None, "--user", show_default="who runs this", help="Account on every host.")
+USER = typer.Option(None, "--user", show_default="the current user", help="Account on every host.")
 MODEL = typer.Option(None, "--model", help="Checkpoint folder, at the same path on every host.")
 INTERFACE = typer.Option(None, "--ifname", help="Network interface that must carry each host's address.")
 PYTHON = typer.Option(
     sys.executable, "--python", show_default="the one that runs this", help="Python of the environment, on every host."
 )
 AS_JSON = typer.Option(False, "--json", help="Print the report as JSON.")
-JOBS = typer.Option(8, "--jobs", min=1, max=64, help="Hosts worked on at a time.")
-TIMEOUT = typer.Option(15.0, "--timeout", min=1.0, help="Seconds for each connection and quick command.")
+JOBS = typer.Option(8, "--jobs", min=1, max=64, help="Hosts processed at a time.")
+TIMEOUT = typer.Option(15.0, "--timeout", min=1.0, help="Time limit in seconds for each connection and quick command.")
 
 
 @app.callback()

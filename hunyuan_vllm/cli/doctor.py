@@ -8,9 +8,7 @@ from hunyuan_vllm.cli.show import end_report
 
 def doctor(
     as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
-    timeout: float = typer.Option(
-        18, "--timeout", min=1, help="Seconds for imports in other processes, the slowest part."
-    ),
+    timeout: float = typer.Option(18, "--timeout", min=1, help="Time limit in seconds for imports in other processes."),
 ) -> None:
     """Check this machine and this installation.
 

@@ -12,7 +12,7 @@ from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.streams import say
 
 BROKEN_LIMIT, STOPPED = 1, 3  # exit statuses
-LIMITS = "Limits (exit status 1 where one is broken)"
+LIMITS = "Limits (exit status 1 if one is exceeded)"
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 app = typer.Typer(help="Measure quality: against BF16, or on benchmark tasks.", no_args_is_help=True)
@@ -24,22 +24,26 @@ def compare(
     model: str = typer.Argument(
         None, metavar="[MODEL]", help="Checkpoint folder or hub name; default: MODEL_PATH, else the demo model."
     ),
-    a: str = typer.Option("bf16", "--a", metavar="SCHEME", help="What the others are compared with."),
+    a: str = typer.Option("bf16", "--a", metavar="SCHEME", help="Scheme to compare with."),
     b: list[str] = typer.Option(
-        ..., "--b", metavar="SCHEME", help="What is measured; may be repeated.", show_default=False
+        ..., "--b", metavar="SCHEME", help="Scheme to measure; may be repeated.", show_default=False
     ),
     text: Path = typer.Option(
         None,
-        help="UTF-8 text, or .jsonl with one chat or text a line; default: ours, Chinese and English, and for the "
+        help="UTF-8 text, or .jsonl with one chat or text per line; default: ours, Chinese and English, and for the "
         "demo model its held-out questions.",
     ),
     window: int = typer.Option(512, "--context", min=2, help="Maximum tokens of a passage."),
     limit: int = typer.Option(None, min=1, help="Maximum number of scored tokens."),
-    work: Path = typer.Option(None, help="Folder for A's logits meanwhile; default: the temporary folder."),
+    work: Path = typer.Option(None, help="Folder for A's logits during the run; default: the temporary folder."),
     as_json: bool = typer.Option(False, "--json", help="Print every figure as JSON instead of the table."),
-    min_agreement: float = typer.Option(None, min=0, max=1, help="Share, as in 0.98.", rich_help_panel=LIMITS),
-    max_kl: float = typer.Option(None, min=0, help="Mean KL in nats.", rich_help_panel=LIMITS),
-    max_perplexity_ratio: float = typer.Option(None, min=0, help="As in 1.01.", rich_help_panel=LIMITS),
+    min_agreement: float = typer.Option(
+        None, min=0, max=1, help="Minimum top-1 agreement, such as 0.98.", rich_help_panel=LIMITS
+    ),
+    max_kl: float = typer.Option(None, min=0, help="Maximum mean KL in nats.", rich_help_panel=LIMITS),
+    max_perplexity_ratio: float = typer.Option(
+        None, min=0, help="Maximum perplexity ratio, such as 1.01.", rich_help_panel=LIMITS
+    ),
 ) -> None:
     """Compare quantisation schemes by what the model predicts.
 
@@ -126,7 +130,11 @@ def tasks(
     limit: int = typer.Option(None, min=1, help="Questions of each task."),
     concurrency: int = typer.Option(16, min=1, help="Requests in flight."),
     model: str = typer.Option(None, help="Name of the model; default: the first that the server has."),
-    tokenizer: str = typer.Option(None, metavar="FOLDER", help="Default: the server's checkpoint, if it is here."),
+    tokenizer: str = typer.Option(
+        None,
+        metavar="FOLDER",
+        help="Folder of the tokenizer; default: the server's checkpoint, if it is on this machine.",
+    ),
     api_key_file: Path = typer.Option(
         None,
         "--key-file",
@@ -134,8 +142,8 @@ def tasks(
         "server on this machine the key that `serve` made.",
     ),
     include: Path = typer.Option(None, metavar="FOLDER", help="More tasks, as YAML files of lm-evaluation-harness."),
-    output: Path = typer.Option(None, metavar="FILE", help="Write all that was found as JSON."),
-    samples: bool = typer.Option(False, "--samples", help="With every question and answer, in --output."),
+    output: Path = typer.Option(None, metavar="FILE", help="Write all results as JSON."),
+    samples: bool = typer.Option(False, "--samples", help="Include every question and answer in --output."),
     as_json: bool = typer.Option(False, "--json", help="Print the scores as JSON instead of the table."),
 ) -> None:
     """Ask a running server benchmark questions, with lm-evaluation-harness (pip install 'hunyuan-vllm[eval]').

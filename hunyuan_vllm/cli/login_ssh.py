@@ -63,11 +63,13 @@ class Terminal:
 
 @app.command()
 def login_ssh(
-    ips: str = typer.Option(..., "--ips", help="The hosts, with commas between: IPv4, IPv6 or names."),
+    ips: str = typer.Option(..., "--ips", help="The hosts, separated by commas: IPv4, IPv6 or names."),
     port: int = typer.Option(22, "--port", min=1, max=65535, help="Port of their SSH servers."),
-    user: str = typer.Option(None, "--user", help="Account on every host.  [default: who runs this]"),
+    user: str = typer.Option(None, "--user", help="Account on every host.  [default: the current user]"),
     password: str = typer.Option(
-        None, "--password", help="Password of that account. Others can see it while this starts: prefer the next."
+        None,
+        "--password",
+        help="Password of that account. Other users can see it for a moment: prefer --password-file.",
     ),
     password_file: Path = typer.Option(None, "--password-file", help="File (chmod 600) with the password."),
     identity: Path = typer.Option(None, "--identity", help="Private key to log in with the first time."),
@@ -76,8 +78,10 @@ def login_ssh(
     ),
     yes: bool = typer.Option(False, "--yes", "-y", help="Ask nothing. Unknown host keys are refused."),
     as_json: bool = typer.Option(False, "--json", help="Print the result as JSON."),
-    jobs: int = typer.Option(8, "--jobs", min=1, max=64, help="Hosts worked on at a time."),
-    timeout: float = typer.Option(15.0, "--timeout", min=1.0, help="Seconds for each connection and command."),
+    jobs: int = typer.Option(8, "--jobs", min=1, max=64, help="Hosts processed at a time."),
+    timeout: float = typer.Option(
+        15.0, "--timeout", min=1.0, help="Time limit in seconds for each connection and command."
+    ),
 ) -> None:
     """Let hosts log in to each other, and this machine to them, by SSH key.
 

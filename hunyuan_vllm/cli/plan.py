@@ -30,17 +30,21 @@ def plan(
     ),
     gpu: str = typer.Option("H20", metavar="NAME|FILE.json", help="Type of GPU (--list-gpus)."),
     gpus: int | None = typer.Option(None, min=1, help="Total GPUs; default: the fewest that fit."),
-    tp: int | None = typer.Option(None, "--tp", "--tensor-parallel-size", min=1, help="Default: all GPUs of a stage."),
+    tp: int | None = typer.Option(
+        None, "--tp", "--tensor-parallel-size", min=1, help="Tensor-parallel ranks; default: all GPUs of a stage."
+    ),
     pp: int = typer.Option(1, "--pp", "--pipeline-parallel-size", min=1, help="Pipeline stages."),
     dcp: int = typer.Option(
         1, "--dcp", "--decode-context-parallel-size", min=1, help="Ranks that share a sequence's cache."
     ),
     scheme: str | None = typer.Option(
-        None, metavar="bf16|int8|int8-w8a8|fp8", help="Default: the checkpoint's, else bf16."
+        None, metavar="bf16|int8|int8-w8a8|fp8", help="Quantisation scheme; default: the checkpoint's, else bf16."
     ),
     kv: str = typer.Option("auto", "--kv", "--kv-cache-dtype", metavar="auto|fp8", help="Type of the KV cache."),
     max_model_len: int | None = typer.Option(None, min=1, help="Longest sequence; default: the model's."),
-    gpu_memory_utilization: float = typer.Option(0.92, min=0.1, max=1, rich_help_panel=LIMITS, help="vLLM's share."),
+    gpu_memory_utilization: float = typer.Option(
+        0.92, min=0.1, max=1, rich_help_panel=LIMITS, help="Share of the GPU's memory for vLLM."
+    ),
     max_num_batched_tokens: int | None = typer.Option(
         None, min=1, rich_help_panel=LIMITS, help="Tokens of a step; default: vLLM's for this GPU."
     ),
@@ -49,19 +53,19 @@ def plan(
     ),
     enforce_eager: bool = typer.Option(False, "--enforce-eager", rich_help_panel=LIMITS, help="No CUDA graphs."),
     input_len: int | None = typer.Option(
-        None, min=1, rich_help_panel=WORKLOAD, help="Tokens in; default: 2048, or what the length allows."
+        None, min=1, rich_help_panel=WORKLOAD, help="Prompt tokens; default: 2048, or what the length allows."
     ),
     output_len: int | None = typer.Option(
-        None, min=1, rich_help_panel=WORKLOAD, help="Tokens out; default: 256, or an eighth of the length."
+        None, min=1, rich_help_panel=WORKLOAD, help="Answer tokens; default: 256, or an eighth of the length."
     ),
     train: str | None = typer.Option(
         None, metavar="full|lora", rich_help_panel=TRAINING, help="Plan fine-tuning, not a server."
     ),
     zero_stage: int | None = typer.Option(
-        None, min=0, max=3, rich_help_panel=TRAINING, help="Default: the fastest that fits."
+        None, min=0, max=3, rich_help_panel=TRAINING, help="ZeRO stage; default: the fastest that fits."
     ),
     offload: str | None = typer.Option(
-        None, metavar="none|optimizer|all", rich_help_panel=TRAINING, help="To the hosts; default: as needed."
+        None, metavar="none|optimizer|all", rich_help_panel=TRAINING, help="Offload to host memory; default: as needed."
     ),
     seq_length: int = typer.Option(
         2048, "--seq-length", "--max_seq_length", min=1, rich_help_panel=TRAINING, help="Tokens of a sequence."

@@ -26,37 +26,40 @@ def quantize(
     calibration: Path = typer.Option(
         None,
         metavar="FILE",
-        help="UTF-8 text, or .jsonl with one chat a line; default: a short Chinese and English text of ours.",
+        help="UTF-8 text, or .jsonl with one chat per line; default: a short Chinese and English text of ours.",
         rich_help_panel=CALIBRATION,
     ),
-    calibration_tokens: int = typer.Option(8192, help="Most tokens of it to read.", rich_help_panel=CALIBRATION),
+    calibration_tokens: int = typer.Option(
+        8192, help="Maximum number of tokens to read from it.", rich_help_panel=CALIBRATION
+    ),
     headroom: float = typer.Option(
         2.0,
-        help="Static FP8 scales of inputs and V reach this many times what was seen.",
+        help="Static FP8 scales cover this many times the maximum that calibration saw.",
         rich_help_panel=CALIBRATION,
     ),
     smooth: float = typer.Option(
         None,
         metavar="ALPHA",
-        help="Move outlying input channels into the weights before, as SmoothQuant does; 0 to 1, usually 0.5.",
+        help="Strength of SmoothQuant, which moves outlying input channels into the weights; 0 to 1, usually 0.5.",
         rich_help_panel=OUTLIERS,
     ),
-    shard_size: str = typer.Option("5GB", help="Most bytes of a file."),
-    device: str = typer.Option("auto", help="cpu, cuda or cuda:N; auto takes a GPU where there is one."),
+    shard_size: str = typer.Option("5GB", help="Maximum size of a file."),
+    device: str = typer.Option("auto", help="cpu, cuda or cuda:N; auto: a GPU if there is one."),
     plan: bool = typer.Option(
         False,
         "--plan",
-        help="Say what a run needs, run nothing. SRC may be a config.json, or hunyuan-large for the published one.",
+        help="Print the disk space and memory that a run needs, and stop. SRC may be a config.json, or "
+        "hunyuan-large for the published one.",
     ),
 ) -> None:
     """Convert a checkpoint to FP8 or int8.
 
     \b
     Schemes:
-      fp8         FP8 weights, inputs and cache, one scale a tensor, in the
+      fp8         FP8 weights, inputs and cache, one scale per tensor, in the
                   layout of vLLM's fp8 method (AutoFP8); input scales come from
                   running the network over a calibration text
-      int8        int8 weights, one scale an output channel, in the layout of
+      int8        int8 weights, one scale per output channel, in the layout of
                   compressed-tensors (pack-quantized)
       int8-w8a8   the same, and int8 inputs, scaled while serving
                   (int-quantized)

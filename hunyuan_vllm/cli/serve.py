@@ -10,7 +10,7 @@ import typer
 
 from hunyuan_vllm.util.streams import say
 
-ROUTES, LIMITS = "What is served", "Limits (0 is none)"
+ROUTES, LIMITS = "What is served", "Limits (0: no limit)"
 
 
 def _limit(name: str, text: str, metavar: str = "N") -> Any:
@@ -61,8 +61,8 @@ def serve(
     max_wait: float = _seconds(
         60, "--max-restart-wait", "quick failures in a row double the wait before a restart, from 1 s up to this.", 0
     ),
-    hang_timeout: float = _seconds(60, "--hang-timeout", "restart a server after a hang this long."),
-    start_timeout: float = _seconds(3600, "--start-timeout", "a start may take this long."),
+    hang_timeout: float = _seconds(60, "--hang-timeout", "restart a server that hangs this long."),
+    start_timeout: float = _seconds(3600, "--start-timeout", "time limit of a start."),
     admin_routes: bool = typer.Option(
         False,
         "--admin-routes",
@@ -82,7 +82,7 @@ def serve(
         help="Ignore unknown fields of a request, as vLLM does, instead of refusing them.",
         rich_help_panel=ROUTES,
     ),
-    max_body: float = _limit("--max-body", "Size of a request (default: 16).", "MIB"),
+    max_body: float = _limit("--max-body", "Maximum size of a request body (default: 16).", "MIB"),
     max_prompt_tokens: int = _limit("--max-prompt-tokens", "Tokens of a prompt (default: the context length)."),
     max_output_tokens: int = _limit("--max-output-tokens", "Tokens of an answer (default: the context length)."),
     max_sequences: int = _limit("--max-sequences", "Sequences of one request: its prompts times n (default: 256)."),
@@ -91,9 +91,7 @@ def serve(
     tools: bool = typer.Option(
         False, "--tools", help="Use a chat template with tools: definitions, calls and results are in the prompt."
     ),
-    verbose: bool = typer.Option(
-        False, "--verbose", help="Log to the terminal; by default a start from there logs to a file."
-    ),
+    verbose: bool = typer.Option(False, "--verbose", help="Log to the terminal instead of a file."),
     json_logs: bool = typer.Option(False, "--json-logs", help="Log one JSON object per line."),
     expert_load: bool = typer.Option(False, "--expert-load", help="Count the tokens of each expert in /metrics."),
 ) -> None:

@@ -45,7 +45,7 @@ def _group() -> None:
 
 @data.command()
 def check(
-    file: Path = typer.Argument(metavar="FILE", help="JSONL, one conversation a line.", show_default=False),
+    file: Path = typer.Argument(metavar="FILE", help="JSONL, one conversation per line.", show_default=False),
     model: Path = typer.Option(
         None,
         metavar="FOLDER",
@@ -53,7 +53,11 @@ def check(
         show_default="the demo model",
     ),
     max_seq_length: int = typer.Option(
-        2048, "--max_seq_length", "--max-seq-length", min=1, help="Tokens at which training cuts."
+        2048,
+        "--max_seq_length",
+        "--max-seq-length",
+        min=1,
+        help="Length in tokens at which training cuts conversations.",
     ),
     train_on_all: bool = typer.Option(
         False, "--train_on_all", "--train-on-all", help="Learn system and user messages too."
@@ -62,9 +66,9 @@ def check(
         "You are a helpful assistant.",
         "--default_system",
         "--default-system",
-        help='Where a conversation has no system message; "": none.',
+        help='System message of conversations that have none; "": none.',
     ),
-    sample: int = typer.Option(None, metavar="LINE", help="Show this line.", show_default="the first good one"),
+    sample: int = typer.Option(None, metavar="LINE", help="Line to show.", show_default="the first good one"),
     show_all: bool = typer.Option(False, "--all", help=f"Name every bad line, not only {SHOWN} (at most 1,000)."),
     as_json: bool = typer.Option(False, "--json", help="Print every figure, bad line and the sample as JSON."),
 ) -> None:

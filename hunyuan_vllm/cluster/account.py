@@ -143,8 +143,8 @@ CAUSES: Causes = (
     ),
     (
         "incorrect passphrase",
-        "{home}/.ssh/id_ed25519 has a passphrase, which nobody can type when ranks start",
-        "take it off (ssh-keygen -p -N '' -f {home}/.ssh/id_ed25519), or move the key away to have one made",
+        "{home}/.ssh/id_ed25519 has a passphrase, which cannot be entered when ranks start",
+        "remove it (ssh-keygen -p -N '' -f {home}/.ssh/id_ed25519), or move the key away to have one made",
     ),
     (
         "not found",

@@ -96,7 +96,7 @@ class ClusterCheck:
             found, wanted = interface_of(host.address, host.facts.interfaces), self._interface
             if found is None:
                 text = f"no interface of {host} has the address {host.address}: it is translated on the way"
-                section.problem("interface", text, "give the address that the host itself has")
+                section.problem("interface", text, "give the address of the host's own interface")
             elif wanted and found != wanted and wanted in host.facts.interfaces:
                 text = f"{wanted} of {host} does not have {host.address}; {found} does"
                 section.problem("interface", text, f"give --ifname {found}, or the address that {wanted} has")
@@ -144,12 +144,12 @@ def compare_versions(section: Section, facts: Mapping[str, NodeFacts]) -> None:
     for name in ("Python", *PACKAGES):
         found = _group({host: one.versions.get(name, "absent") for host, one in facts.items()})
         if len(found) > 1:
-            remedy = "make the environments alike: on each host the same checkout, then sh deploy/setup_env.sh"
+            remedy = "use identical environments: the same checkout on each host, then sh deploy/setup_env.sh"
             section.problem(name, _differences(found), remedy)
         elif "absent" not in found:
             section.ok(name, f"{next(iter(found))} everywhere")
         elif name == "ray" and len(facts) > 1:
-            section.problem("ray", "it is not installed, and several hosts need it", "pip install ray")
+            section.problem("ray", "it is not installed, but several hosts need it", "pip install ray")
 
 
 def compare_gpus(section: Section, facts: Mapping[str, NodeFacts], wanted: int | None) -> None:
@@ -184,7 +184,7 @@ def compare_files(section: Section, facts: Mapping[str, NodeFacts], model: str) 
         for name in files.keys() & other.keys():
             if files[name] != other[name]:
                 size, there = files[name].split()[0], other[name].split()[0]
-                how = f"{there} bytes on {host}, {size} on {first}" if size != there else f"other content on {host}"
+                how = f"{there} bytes on {host}, {size} on {first}" if size != there else f"different content on {host}"
                 wrong.append(f"{name}: {how}")
     if wrong:
         text = "1 file differs" if len(wrong) == 1 else f"{len(wrong)} files differ"

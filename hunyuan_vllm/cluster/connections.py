@@ -152,5 +152,5 @@ class Connections:
         if host.password_needed:
             raise HostError("it accepts none of this user's keys", SET_UP)
         if is_loopback(host.address) and len(self.hosts) > 1:
-            text = f"the name leads to {host.address} here, which is another machine on every host"
+            text = f"the name leads to {host.address} here, which is a different machine on every host"
             raise HostError(text, "give its IP address")

@@ -114,8 +114,10 @@ def parse_hosts(text: str, port: int, user: str, option: str = "--ips") -> list[
     names = list(dict.fromkeys(normalise_address(word) for word in re.split(r"[\s,]+", text) if word))
     if not names:
         example = f"{option} 10.0.0.1,10.0.0.2"
-        raise UserError(f"{option} names no host: give addresses with commas between them, such as {example}")
+        raise UserError(f"{option} names no host: give addresses separated by commas, such as {example}")
     if len(names) > 1:
         for name in filter(is_loopback, names):
-            raise UserError(f"{name} is another machine on every host: give the address by which the others reach it")
+            raise UserError(
+                f"{name} is a different machine on every host: give the address by which the others reach it"
+            )
     return [Host(name, port, user) for name in names]

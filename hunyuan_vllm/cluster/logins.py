@@ -241,7 +241,7 @@ CAUSES: Causes = (
     (
         "Permission denied (",
         "{target} refuses its key",
-        "on {target}, let {user} in by ~/.ssh/authorized_keys (sshd_config: PubkeyAuthentication, AuthorizedKeysFile, "
+        "on {target}, allow {user} in ~/.ssh/authorized_keys (sshd_config: PubkeyAuthentication, AuthorizedKeysFile, "
         "AllowUsers; access rights of the home directory); its sshd log names the reason",
     ),
     ("Could not resolve hostname", "it does not know the name {target}", "enter it in /etc/hosts there, or use IPs"),

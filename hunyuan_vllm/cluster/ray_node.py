@@ -157,7 +157,7 @@ def read_token(file: Path) -> str | None:
         return None
     token = text.strip()
     if not token or not token.isascii() or not token.isprintable() or " " in token:
-        raise UserError(f"{file} holds no token: delete it, and the next start makes one")
+        raise UserError(f"{file} holds no token: delete it, and the next start creates one")
     return token
 
 

@@ -57,7 +57,7 @@ def log_in(host: Host, pinned: PublicKey, credentials: Credentials, timeout: flo
         if presented != pinned:
             raise HostError(
                 f"its host key changed while this ran: {presented.kind} {presented.fingerprint}",
-                "another machine answers in its place at times: find it before you log in",
+                "sometimes another machine answers in its place: find it before you log in",
             )
         _authenticate(transport, host, credentials)
         transport.set_keepalive(15)
@@ -85,7 +85,7 @@ def _handshake(host: Host, key_types: Sequence[str], timeout: float) -> Iterator
         transport.close()
         reason = last_line(str(error)) or "it closed the connection"
         if "banner" in reason:
-            reason = f"something listens there, but says nothing within {timeout:g} s"
+            reason = f"something listens there, but sends nothing within {timeout:g} s"
         raise HostError(
             f"no SSH connection to {host.name} port {host.port}: {reason}",
             "check that an SSH server listens there and is not overloaded; --timeout waits longer",

@@ -149,7 +149,7 @@ def _load_key(file: Path) -> ec.EllipticCurvePrivateKey:
         raise FileNotFoundError(file)
     key = serialization.load_pem_private_key(text.encode(), None)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise UserError(f"{file} is not a key of ours: delete it, and the next start makes one")
+        raise UserError(f"{file} is not a key made by this package: delete it, and the next start creates one")
     return key
 
 

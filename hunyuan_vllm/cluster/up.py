@@ -46,7 +46,9 @@ def _stop_ray(connections: Connections, title: str, hosts: Sequence[Host]) -> di
     def stop(host: Host) -> None:
         done = connections.ask_ray(host, {"do": "stop"})
         if done["stuck"]:
-            raise HostError(f"these do not end: {', '.join(done['stuck'])}", "a driver holds them: reboot the host")
+            raise HostError(
+                f"these do not exit: {', '.join(done['stuck'])}", "they are stuck in a driver: reboot the host"
+            )
         stopped[host] = done
 
     connections.each(title, hosts, stop)
@@ -113,7 +115,7 @@ class Up:
         own = own_addresses()
         head = next((host.address for host in self._hosts if host.address in own), None)
         if head is None:
-            raise UserError("this machine is none of --hosts: run it on the head, and name the head first")
+            raise UserError("this machine is not among --hosts: run it on the head, and name the head first")
         for host in self._hosts:
             ray = _ray(host)
             host.setup = NodeSetup(

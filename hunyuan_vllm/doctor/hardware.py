@@ -80,12 +80,12 @@ def check_torch_cuda(section: Section, system: System, probe: Probe, gpus: list[
     elif driver is not None:
         section.ok("driver", f"it supports CUDA {driver}, torch was built for {built}")
     if gpus and not values.get("available"):
-        remedy = "in a container, start it with --gpus all; else look at `dmesg | grep NVRM`; for NVSwitch machines, "
-        text = "torch sees no GPU, nvidia-smi does"
+        remedy = "in a container, start it with --gpus all; else check `dmesg | grep NVRM`; for NVSwitch machines, "
+        text = "nvidia-smi sees a GPU, but torch does not"
         section.problem("torch.cuda", text, f"{remedy}`systemctl status nvidia-fabricmanager`")
     elif gpus and "devices" in values and values["devices"] != len(gpus):
         text = f"torch sees {values['devices']} GPUs of {len(gpus)}"
-        section.warning("torch.cuda", text, "look at CUDA_VISIBLE_DEVICES and at the GPUs' state in nvidia-smi")
+        section.warning("torch.cuda", text, "check CUDA_VISIBLE_DEVICES and the GPUs' state in nvidia-smi")
     if "nccl_error" in values:
         text = f"torch cannot load it: {values['nccl_error']}"
         section.problem(
@@ -104,7 +104,7 @@ def _parse(line: str) -> Gpu:
 def _without_gpus(section: Section, system: System, why: str, cuda_build: bool) -> None:
     if cuda_build:
         remedy = "install the NVIDIA driver; in a container, start it with --gpus all; for a CPU, 'hunyuan-vllm[cpu]'"
-        section.problem("GPUs", f"vLLM's GPU build is installed, and no GPU responds: {why}", remedy)
+        section.problem("GPUs", f"vLLM's GPU build is installed, but no GPU responds: {why}", remedy)
     elif system.tool("nvidia-smi"):
         section.warning("GPUs", f"none responds: {why}", "if this machine has GPUs, repair the driver")
     else:
@@ -125,21 +125,21 @@ def _usable(section: Section, system: System, gpus: list[Gpu]) -> list[Gpu]:
     if absent:
         last = max(gpu.index for gpu in gpus)
         text = f"it names {some(absent)}; there are 0 to {last}, and CUDA stops at the first wrong one"
-        section.problem("CUDA_VISIBLE_DEVICES", text, "name GPUs that are there")
+        section.problem("CUDA_VISIBLE_DEVICES", text, "name GPUs that exist")
     return [gpu for gpu in gpus if str(gpu.index) in wanted]
 
 
 def _check_each(section: Section, gpus: list[Gpu], kinds: int) -> None:
     if kinds > 1:
-        text = "they differ; tensor parallelism is limited by the slowest and the smallest"
+        text = "they differ; the slowest and the smallest limit tensor parallelism"
         section.warning("GPUs", text, "choose equal ones with CUDA_VISIBLE_DEVICES")
     if old := [str(gpu.index) for gpu in gpus if gpu.capability < BF16_CAPABILITY]:
-        text = f"{some(old)} have a compute capability below {BF16_CAPABILITY}, and so no bfloat16"
+        text = f"{some(old)} have a compute capability below {BF16_CAPABILITY}, and therefore no bfloat16"
         section.problem("GPUs", text, "use GPUs of the Ampere generation or later")
     elif no_fp8 := [str(gpu.index) for gpu in gpus if gpu.capability < FP8_CAPABILITY]:
         section.ok("FP8", f"{some(no_fp8)} have no FP8 units: serve BF16 or int8 there")
     if busy := [f"{gpu.index} ({gpu.used:,} of {gpu.memory:,} MiB)" for gpu in gpus if gpu.used > IDLE_MIB]:
-        text = f"memory is in use on {some(busy)}; vLLM needs nine tenths of it"
+        text = f"memory is in use on {some(busy)}; vLLM needs 90% of it"
         section.warning("memory", text, "end the processes that nvidia-smi lists, unless they are this server", busy)
     if mig := [str(gpu.index) for gpu in gpus if gpu.mig]:
         text = f"MIG is on for {some(mig)}, and a slice cannot take part in tensor parallelism"
@@ -193,7 +193,7 @@ def check_cpu(section: Section, system: System, cuda_build: bool) -> None:
         section.problem("CPU", text, "use another machine")
     quota = _quota(system)
     if quota is not None and quota < _cores():
-        text = f"the container may use {quota:g} cores' time and sees {_cores()}: threads will compete"
+        text = f"the container may use {quota:g} cores but sees {_cores()}: threads will compete"
         remedy = (
             f"start it with --cpuset-cpus for {max(int(quota), 1)} cores, or set OMP_NUM_THREADS={max(int(quota), 1)}"
         )
@@ -204,13 +204,13 @@ def check_numa(section: Section, system: System, cuda_build: bool) -> None:
     """NUMA nodes, libnuma, and the kernel's automatic balancing, which moves pages of a running engine."""
     nodes = sorted(path.name for path in system.path("sys/devices/system/node").glob("node[0-9]*"))
     if not nodes:
-        section.skipped("NUMA", "the kernel does not show its nodes")
+        section.skipped("NUMA", "the kernel does not list NUMA nodes")
     elif len(nodes) == 1:
         section.ok("NUMA", "one node")
     else:
         section.ok("NUMA", f"{len(nodes)} nodes; on CPUs one rank a node (TP_SIZE={len(nodes)}) reads its own memory")
     if len(nodes) > 1 and system.read("proc/sys/kernel/numa_balancing") not in (None, "0"):
-        text = "the kernel's automatic balancing is on, and moves memory while the engine reads it"
+        text = "the kernel's automatic balancing is on: it moves memory while the engine reads it"
         section.warning("NUMA", text, "as root: sysctl kernel.numa_balancing=0")
     if not cuda_build:
         try:
@@ -242,7 +242,7 @@ def check_compiler(section: Section, system: System, cuda_build: bool) -> None:
     else:
         section.warning(
             "compiler",
-            f"{text}: `serve` runs the model uncompiled, int8 weights on plain torch, and both slowly",
+            f"{text}: `serve` runs the model uncompiled, int8 weights on plain torch, both slowly",
             remedy,
         )
 

@@ -42,7 +42,7 @@ def check_shared_memory(section: Section, system: System, cuda_build: bool) -> N
     if not os.access(folder, os.W_OK):
         section.problem("/dev/shm", "it is not writable", "chmod 1777 /dev/shm, as root")
     elif usage.free < MIN_SHM:
-        section.problem("/dev/shm", f"{text}: ranks would be killed by a bus error", remedy)
+        section.problem("/dev/shm", f"{text}: a bus error would kill the ranks", remedy)
     elif cuda_build and usage.free < ENOUGH_SHM:
         section.warning("/dev/shm", f"{text}; Ray and NCCL over many ranks need {ENOUGH_SHM // GIB} GiB", remedy)
     else:
@@ -141,7 +141,7 @@ def check_ray(section: Section, system: System, version: Callable[[str], str | N
             text = "RAY_ADDRESS is set and Ray is not installed"
             section.problem("Ray", text, "pip install ray, or unset RAY_ADDRESS")
         else:
-            text = "it is not installed; one machine does not need it"
+            text = "it is not installed; a single machine does not need it"
             section.skipped("Ray", text, "for several nodes: pip install ray")
         return
     current = current_cluster_file(system.environ)
@@ -174,7 +174,7 @@ def check_name(section: Section, system: System, resolve: Callable[[str], str] =
     if not address.startswith("127."):
         section.ok("host name", f"{name} is {address}")
     elif system.among_several and not system.environ.get("LOCAL_IP"):
-        text = f"{name} is {address}, which is another machine on every node"
+        text = f"{name} is {address}, which is a different machine on every node"
         section.warning("host name", text, "set LOCAL_IP, or give it its real address in /etc/hosts")
     else:
         section.ok("host name", f"{name} is {address}; for several nodes set LOCAL_IP")
@@ -229,9 +229,9 @@ RULES = (
     Rule("TORCHDYNAMO_DISABLE", _on, "nothing is compiled: slower on every device"),
     Rule("VLLM_CPU_KVCACHE_SPACE", lambda value, cuda: not cuda, "it replaces the cache size that `serve` chooses"),
     Rule("VLLM_WORKER_MULTIPROC_METHOD", lambda value, cuda: cuda and value == "fork",
-         "forked workers cannot use CUDA once the parent has: use spawn"),
-    Rule("NCCL_P2P_DISABLE", _on, "GPUs of one machine talk through host memory: NVLink is not used"),
-    Rule("NCCL_IB_DISABLE", _on, "nodes talk over TCP: RDMA is not used"),
+         "forked workers cannot use CUDA after the parent has used it: use spawn"),
+    Rule("NCCL_P2P_DISABLE", _on, "GPUs of one machine communicate through host memory: NVLink is not used"),
+    Rule("NCCL_IB_DISABLE", _on, "nodes communicate over TCP: RDMA is not used"),
     Rule("HUNYUAN_VLLM_CLA_SHARING", _off, "each cross layer has a KV cache of its own: half as many tokens fit"),
     Rule("HUNYUAN_VLLM_NATIVE_KERNELS", _off, "int8 weights on CPUs are multiplied by plain torch, slowly"),
     Rule("VLLM_ALLOW_RUNTIME_LORA_UPDATING", _on, "anyone who can send requests can load adapters from this disk"),
@@ -251,7 +251,7 @@ def check_variables(section: Section, system: System, cuda_build: bool, known: f
     proxies = [name for name in PROXIES if environ.get(name)]
     exempt = environ.get("no_proxy", environ.get("NO_PROXY", ""))
     if proxies and not {"127.0.0.1", "localhost", "*"} & {part.strip() for part in exempt.split(",")}:
-        text = f"{', '.join(proxies)} is set without no_proxy: clients here send even requests to 127.0.0.1 there"
+        text = f"{', '.join(proxies)} is set without no_proxy: requests to 127.0.0.1 use the proxy, too"
         section.warning("proxy", text, "export no_proxy=127.0.0.1,localhost")
     ours = [name for name in environ if name.startswith("VLLM_")]
     if known is None:
@@ -260,7 +260,7 @@ def check_variables(section: Section, system: System, cuda_build: bool, known: f
         hints = [f"{name}{_hint(name, known)}" for name in unknown]
         section.warning("VLLM_*", "vLLM has no such variables", "correct or unset them", hints)
     if not section.findings:
-        section.ok("variables", "no variable slows or opens the server, and vLLM knows all of VLLM_*")
+        section.ok("variables", "no variable slows down or exposes the server, and vLLM knows all VLLM_* variables")
 
 
 def known_to_vllm() -> frozenset[str] | None:

@@ -100,7 +100,7 @@ def check_imports(section: Section, probe: Probe) -> None:
         return
     for name in COMPANIONS:
         if error := probe.values.get(name, {}).get("error"):
-            text = f"it is installed and its import fails: {error}"
+            text = f"it is installed, but its import fails: {error}"
             section.problem(name, text, f"pip uninstall {name}, or install the one for this torch")
     if probe.failure:
         _report_failure(section, probe)
@@ -165,7 +165,7 @@ def check_shadows(section: Section, system: System) -> None:
     if found:
         text = "these files hide the packages of that name"
         section.problem(
-            "shadowing", text, "start from another folder, rename them, or take it out of PYTHONPATH", found
+            "shadowing", text, "start from another folder, rename them, or remove the folder from PYTHONPATH", found
         )
     else:
         section.ok("shadowing", f"nothing in {system.cwd} hides a package")
@@ -178,7 +178,7 @@ def check_worker(section: Section, probe: Probe) -> None:
         if probe.timed_out:
             section.skipped("worker", probe.failure, "run again (files are cached now), or give --timeout 120")
         else:
-            remedy = f"repair what it names; if it names hunyuan_vllm: {REINSTALL}"
+            remedy = f"repair what the message names; if it names hunyuan_vllm: {REINSTALL}"
             section.problem("worker", f"a spawned worker process fails: {probe.failure}", remedy)
         return
     if not values.get("registered"):

@@ -65,7 +65,7 @@ def find_gpu(name: str) -> Gpu:
         if name.upper() in (known.upper() for known in (gpu.name, *gpu.aliases)):
             return gpu
     raise UserError(
-        f"--gpu {name} is not in the table: use one of {', '.join(gpu.name for gpu in known_gpus())}, or a JSON file "
+        f"--gpu {name} is not known: use one of {', '.join(gpu.name for gpu in known_gpus())}, or a JSON file "
         "(--list-gpus shows the table and the fields)"
     )
 

@@ -17,7 +17,7 @@ class Scheme:
     """A way to hold and multiply the quantised matrices.
 
     Attributes:
-        channel_scales: bytes of a scale an output channel, on GPUs and on CPUs.
+        channel_scales: bytes of a scale per output channel, on GPUs and on CPUs.
         tensor_scales: one float32 scale a tensor, and one for its input.
         packs: on GPUs the weight's shape is kept beside it: two int64, of an expert two BF16.
         operands: what its products are computed in, on GPUs that have the units.

@@ -74,7 +74,7 @@ class Format:
             if size % unit:
                 return (
                     f"with tensor_parallel_size {ranks} a rank has {size} {side} of {name.rpartition('.')[2]}, and the "
-                    f"checkpoint ({self.name}) keeps them in units of {unit} that cannot be cut"
+                    f"checkpoint ({self.name}) keeps them in units of {unit} that cannot be split"
                 )
         return None
 

@@ -62,7 +62,7 @@ class CacheScales:
             if tensor.numel() != 1:
                 raise CheckpointError(
                     f"{file}: {stored!r} has shape {list(tensor.shape)}, and the FP8 cache has one scale for a layer's "
-                    "K and one for its V: remove the file, or quantise again with a scale a tensor"
+                    "K and one for its V: remove the file, or quantise again with a scale per tensor"
                 )
             self.keep(name, _checked_scale(stored, tensor).item())
 
@@ -86,7 +86,7 @@ _EXPERT_INPUT_SCALE = re.compile(r"^(.*\.experts\.\d+)\.(?:gate|up)_proj\.input_
 
 
 class HunYuanFp8Config(HunYuanQuantization):
-    """Weights and activations in E4M3 with one static scale a tensor."""
+    """Weights and activations in E4M3 with one static scale per tensor."""
 
     name: ClassVar[str] = "hunyuan_fp8"
 
@@ -102,7 +102,7 @@ class HunYuanFp8Config(HunYuanQuantization):
     def from_config(cls, config: dict[str, Any]) -> HunYuanFp8Config:
         if not is_static_fp8(config):
             raise ValueError(
-                f"quantization={cls.name!r} reads FP8 checkpoints with one static scale a tensor, and in config.json "
+                f"quantization={cls.name!r} reads FP8 checkpoints with one static scale per tensor, and in config.json "
                 f"quantization_config is {config}: make one with hunyuan-vllm quantize --scheme fp8"
             )
         return cls(ignored_layers(config))

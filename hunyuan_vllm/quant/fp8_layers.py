@@ -41,7 +41,7 @@ def _channel_scales(layer: Any) -> Tensor:
 class CUDAFp8LinearMethod(Fp8LinearMethod):
     """vLLM's method, whose kernels are chosen by its own selection, without requantisation.
 
-    Fused projections ask for a kernel with one scale an output channel; so do widths that FP8 products cannot have,
+    Fused projections ask for a kernel with one scale per output channel; so do widths that FP8 products cannot have,
     such as the 1144 columns of a rank of 16, because those kernels pad them with zeros.
     """
 

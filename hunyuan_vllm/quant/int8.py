@@ -146,7 +146,7 @@ class Int8W8A8Config(Int8Config):
 def _prefer_marlin(experts: FusedMoEConfig) -> None:
     """Choose Marlin's kernel where vLLM would choose by itself.
 
-    Of its kernels for experts with int8 weights only Marlin's takes one scale an output channel. At compute capability
+    Of its kernels for experts with int8 weights only Marlin's takes one scale per output channel. At compute capability
     9.0 vLLM 0.32 and 0.33 prefer Humming's, and then fail. A batched format has a Marlin kernel of another name.
     """
     if experts.moe_backend == "auto" and not experts.moe_parallel_config.use_batched_activation_format:

@@ -174,7 +174,7 @@ def fp8(
     block_scale: str = "weight_scale_inv",
     input_scale: bool = False,
 ) -> StoredTensors:
-    """E4M3 weights with a scale a tensor, an output channel, or a block of `[out, in]`; and one of the inputs."""
+    """E4M3 weights with a scale per tensor, an output channel, or a block of `[out, in]`; and one of the inputs."""
 
     def tensors(outputs: int, inputs: int) -> Suffixes:
         found: Suffixes = {"weight": ((outputs, inputs), (E4M3_NAME,))}
@@ -257,8 +257,8 @@ class QuantisedLayout(Layout):
             return super().names(name, shape)
         if shape not in (SCALAR, (1,)):
             raise CheckpointError(
-                f"checkpoint tensor {name!r} has shape {list(shape)}; quantization_config promises one scale a tensor, "
-                "[] or [1]: convert the BF16 checkpoint with hunyuan-vllm quantize"
+                f"checkpoint tensor {name!r} has shape {list(shape)}; quantization_config promises one scale per "
+                "tensor, [] or [1]: convert the BF16 checkpoint with hunyuan-vllm quantize"
             )
         return parts
 

@@ -35,7 +35,7 @@ def quantization_of(fields: Mapping[str, Any], folder: Path | None = None) -> di
     if described is None or described == {}:
         return None
     if not isinstance(described, dict):
-        raise UnservedFormat(f"quantization_config has a form nobody reads: {described!r:.100}", "download it again")
+        raise UnservedFormat(f"quantization_config has an unknown form: {described!r:.100}", "download it again")
     return {**described, "quant_method": _method(described)}
 
 
@@ -64,7 +64,7 @@ def read_format(fields: Mapping[str, Any], folder: Path | None = None) -> Format
         and _holds_plain_weights(folder)
     ):
         raise UnservedFormat(
-            "config.json has a quantization_config of bitsandbytes left over, and the weights are not quantised",
+            "config.json has a quantization_config of bitsandbytes left over, but the weights are not quantised",
             "remove quantization_config from config.json",
         )
     return stored_format(described)
@@ -96,30 +96,30 @@ def stored_format(described: Mapping[str, Any] | None) -> Format:
         if isinstance(error, UnservedFormat):
             raise
         raise UnservedFormat(
-            f"quantization_config has a form nobody reads ({error!r:.100})", "download config.json again"
+            f"quantization_config has an unknown form ({error!r:.100})", "download config.json again"
         ) from None
     raise UnservedFormat(f"quantization_config says {method!r}, which is not served here", CONVERT)
 
 
 def static_fp8(ignored: IgnoredLayers) -> Format:
-    """FP8 weights and activations, one scale a tensor."""
+    """FP8 weights and activations, one scale per tensor."""
     stored = layouts.fp8(input_scale=True)
-    name = "FP8 weights and activations, one scale a tensor"
+    name = "FP8 weights and activations, one scale per tensor"
     return Format("fp8", name, "fp8", True, lambda linear: stored, ignored, 8, "fp8")
 
 
 def int8(form: str, ignored: IgnoredLayers) -> Format:
     """int8 weights as `PACKED` or `PLAIN` stores them."""
     if form == PLAIN:
-        name = "int8 weights and activations, one scale an output channel"
+        name = "int8 weights and activations, one scale per output channel"
         return Format(form, name, "int8-w8a8", True, lambda linear: layouts.INT8, ignored, 8, "int8")
     stored = layouts.packed(8)
-    name = "int8 weights, packed, one scale an output channel"
+    name = "int8 weights, packed, one scale per output channel"
     return Format(form, name, "int8", True, lambda linear: stored, ignored, 8)
 
 
 def is_static_fp8(quantization: Mapping[str, Any]) -> bool:
-    """Whether config.json's quantization_config describes FP8 with one scale a tensor, activations' included."""
+    """Whether config.json's quantization_config describes FP8 with one scale per tensor, activations' included."""
     method = quantization.get("quant_method")
     if method == "fp8":
         return quantization.get("activation_scheme") == "static" and not quantization.get("weight_block_size")
@@ -214,7 +214,9 @@ def _gptq(described: Mapping[str, Any]) -> Format:
     rules: Mapping[str, Any] = described.get("dynamic") or {}
     settings = [described, *(rule for pattern, rule in rules.items() if not pattern.startswith("-:"))]
     if any(rule.get("desc_act", described.get("desc_act")) for rule in settings) and group is not None:
-        raise UnservedFormat("GPTQ with groups in the order of activations (desc_act) is not loaded by vLLM", CONVERT)
+        raise UnservedFormat(
+            "GPTQ with desc_act (groups in the order of activations) is not supported by vLLM", CONVERT
+        )
     if any(rule.get("bits", bits) not in (4, 8) or not rule.get("sym", True) for rule in settings):
         raise UnservedFormat(f"GPTQ is loaded with 4 or 8 bits, symmetric; this one is {_bits(described)}", CONVERT)
     if described.get("lm_head"):
@@ -249,9 +251,9 @@ def _fp8(described: Mapping[str, Any]) -> Format:
         name = f"FP8 weights, a scale for each block of {rows} × {columns}"
         return Format("fp8-block", name, "fp8", False, lambda linear: stored, ignored, 8, "fp8", GPUS_ONLY)
     if described.get("activation_scheme") != "dynamic":
-        raise UnservedFormat("FP8 weights whose activations have neither static nor dynamic scales", CONVERT)
+        raise UnservedFormat("FP8 weights with neither static nor dynamic activation scales", CONVERT)
     per_tensor = layouts.fp8()
-    name = "FP8 weights, one scale a tensor; activations scaled while computing"
+    name = "FP8 weights, one scale per tensor; activations scaled while computing"
     return Format("fp8-dynamic", name, "fp8", False, lambda linear: per_tensor, ignored, 8, "fp8", GPUS_ONLY)
 
 
@@ -288,7 +290,7 @@ def _compressed_group(group: Mapping[str, Any], form: str | None) -> Format:
     operands, cpus = "bf16", ""
     if form == "pack-quantized" and (kind, activations) == ("int", None) and bits in (4, 8):
         if weights.get("actorder") in ("group", "dynamic"):
-            raise UnservedFormat("groups in the order of activations (actorder) are not loaded by vLLM", CONVERT)
+            raise UnservedFormat("groups in the order of activations (actorder) are not supported by vLLM", CONVERT)
         stored = layouts.packed(bits, size, symmetric)
         scheme, operands, cpus = ("int4", "bf16", "") if bits == 4 else (None, "bf16", GPUS_ONLY)
     elif form in ("float-quantized", "naive-quantized") and (kind, bits) == ("float", 8):
@@ -327,14 +329,14 @@ def _modelopt(described: Mapping[str, Any]) -> Format:
 def _bitsandbytes(described: Mapping[str, Any]) -> Format:
     raise UnservedFormat(
         "the checkpoint is quantised by bitsandbytes, or a quantization_config of bitsandbytes is left over",
-        "if the weights are BF16, remove quantization_config from config.json; else take the unquantised checkpoint",
+        "if the weights are BF16, remove quantization_config from config.json; otherwise use an unquantised checkpoint",
     )
 
 
 def _mlx(described: Mapping[str, Any]) -> Format:
     raise UnservedFormat(
         f"the checkpoint is quantised for MLX ({_bits(described)}), which vLLM does not load",
-        "take the unquantised checkpoint, or write one with mlx_lm.convert --dequantize",
+        "use the unquantised checkpoint, or write one with mlx_lm.convert --dequantize",
     )
 
 
@@ -356,7 +358,9 @@ def _group(size: Any) -> int | None:
 def _scales(group: int | None, strategy: str | None = None) -> str:
     if group:
         return f"a scale for {group} inputs"
-    return {"tensor": "a scale a tensor", "block": "a scale a block"}.get(strategy or "", "a scale an output channel")
+    return {"tensor": "a scale per tensor", "block": "a scale per block"}.get(
+        strategy or "", "a scale per output channel"
+    )
 
 
 def _bits(described: Mapping[str, Any]) -> str:

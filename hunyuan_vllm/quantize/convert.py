@@ -101,7 +101,7 @@ class Conversion:
         self._format = FORMATS[options.scheme]
         self._format.check(source.config)
         if options.smooth is not None and torch.float16 in map(source.dtype, source.shapes):
-            raise UserError("--smooth: float16 weights have no room for it; give the BF16 checkpoint")
+            raise UserError("--smooth: float16 weights have too small a range for it; give the BF16 checkpoint")
         all_units = units(source.config)
         specs = partial(specs_of, weight_format=self._format, shapes=source.shapes, dtype=source.dtype)
         self._shards = plan_shards(((unit, specs(unit)) for unit in all_units), options.shard_bytes)
@@ -128,7 +128,7 @@ class Conversion:
                 needed += state_bytes(self._source.config, tokens.ids.numel()) - workspace.state_bytes()
             workspace.need_room(needed, "the conversion", "a DST")
             if workspace.resumed:
-                self._progress.say(f"going on with what is finished in {workspace.folder}")
+                self._progress.say(f"continuing with the finished files in {workspace.folder}")
             size = gigabytes(sum(map(self._source.nbytes, self._source.shapes)))
             text = f", calibrated on {tokens.ids.numel():,} tokens" if tokens else ""
             self._progress.say(f"{self._options.scheme}: {size} in {len(self._source.shapes):,} tensors{text}")

@@ -123,7 +123,7 @@ class WeightFormat(ABC):
 
 
 class Fp8(WeightFormat):
-    """E4M3 weights and inputs, one scale a tensor; the weights of a fused projection share theirs."""
+    """E4M3 weights and inputs, one scale per tensor; the weights of a fused projection share theirs."""
 
     format = static_fp8(IgnoredLayers())
     static_inputs = True
@@ -152,7 +152,7 @@ class Fp8(WeightFormat):
 
 
 class Int8W8A8(WeightFormat):
-    """int8 weights, one scale an output channel; inputs are int8 too, with one scale a token, taken while serving."""
+    """int8 weights, one scale per output channel; inputs are int8 too, with one scale a token, taken while serving."""
 
     format = int8(PLAIN, IgnoredLayers())
 

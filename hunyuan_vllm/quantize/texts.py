@@ -84,7 +84,7 @@ def read_documents(path: Path, characters: int = -1, option: str = "--calibratio
         where = f"{error.reason} at byte {error.start}"
         raise UserError(f"{option} {path} is not UTF-8 text: {where}; convert it, with iconv for instance") from None
     if not found:
-        raise UserError(f"{option} {path} is empty: it needs text, or one chat a line in a .jsonl file")
+        raise UserError(f"{option} {path} is empty: it needs text, or one chat per line in a .jsonl file")
 
 
 def tokenise(folder: Path, documents: Iterable[Document], limit: int) -> Iterator[list[int]]:

@@ -162,7 +162,7 @@ class Verifier:
             inputs = self._activations.sample(*place(projection)).to(self._device)
         found = compare(self._format, weight, stored, inputs)
         if found.wrong:
-            raise UserError(f"{file}: {found.wrong} weights of {projection} read back wrong: {REMEDY}")
+            raise UserError(f"{file}: {found.wrong} weights of {projection} read back differently: {REMEDY}")
         error = _ratio(found.weight_error, found.weight)
         if self._activations is None:
             return Measured(projection, error)

@@ -146,7 +146,7 @@ class Workspace:
         if target.exists() or target.is_symlink():
             raise UserError(f"{target} exists: name a folder that does not, or remove it first")
         if not target.parent.is_dir():
-            raise UserError(f"{target.parent} does not exist: make the folder that {target.name} is to be in")
+            raise UserError(f"{target.parent} does not exist: make the folder that {target.name} belongs in")
         self.target = target
         self.folder = target.with_name(f"{target.name}.partial")
         self.checkpoint, self.state = self.folder / "checkpoint", self.folder / "state"
@@ -241,7 +241,7 @@ class Workspace:
     def finish(self) -> None:
         """Make the checkpoint the target, and remove the rest."""
         if self.target.exists():
-            raise UserError(f"{self.target} has appeared meanwhile: the finished checkpoint is in {self.checkpoint}")
+            raise UserError(f"{self.target} was created meanwhile: the finished checkpoint is in {self.checkpoint}")
         sync(self.checkpoint)
         os.replace(self.checkpoint, self.target)
         sync(self.target.parent)
@@ -256,6 +256,6 @@ class Workspace:
         for name, value in record.items():
             if begun.get(name) != value:
                 raise UserError(
-                    f"{self.folder} was begun with {name} {begun.get(name)}, this run has {value}: "
-                    "use the same, or remove the folder to begin again"
+                    f"{self.folder} was started with {name} {begun.get(name)}, this run has {value}: "
+                    "use the same, or remove the folder to start over"
                 )

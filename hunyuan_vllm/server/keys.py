@@ -25,14 +25,14 @@ def parse_keys(text: str, source: str) -> dict[str, str]:
             continue
         name, key = (UNNAMED, words[0]) if len(words) == 1 else (words[0], words[1])
         if len(words) > 2 or not NAME.fullmatch(name) or not VISIBLE.fullmatch(key):
-            raise UserError(f"{source} line {number} is neither KEY nor NAME KEY, in visible ASCII")
+            raise UserError(f"{source} line {number} is neither KEY nor NAME KEY in visible ASCII")
         if name in keys:
             raise UserError(f"{source} line {number}: the name {name} is used above; give each key its own")
         if key in keys.values():
-            raise UserError(f"{source} line {number}: this key is above under another name")
+            raise UserError(f"{source} line {number}: this key is listed above under another name")
         keys[name] = key
     if not keys:
-        raise UserError(f"{source} holds no key: write one into it, in visible ASCII")
+        raise UserError(f"{source} holds no key: write one into it in visible ASCII")
     return keys
 
 
@@ -67,7 +67,7 @@ class KeyRing:
         elif key := environ.get("VLLM_API_KEY"):
             self._use({UNNAMED: key})
         else:
-            raise UserError(f"an API key is required and there is none: set {KEY_FILE_VARIABLE} or VLLM_API_KEY")
+            raise UserError(f"an API key is required but not set: set {KEY_FILE_VARIABLE} or VLLM_API_KEY")
 
     def owner(self, key: bytes) -> str | None:
         """The name of `key`; None if it is no key. Takes the same time for every key and for none."""

@@ -270,7 +270,7 @@ def _key_file(settings: Settings, policy: ApiPolicy, host: str, uds: str | None)
     if settings.api_key_file or settings.api_key:
         return settings.api_key_file
     if policy.admin and (policy.insecure or uds):
-        raise UserError("--admin-routes need an API key: leave out --insecure, or set a key")
+        raise UserError("--admin-routes needs an API key: leave out --insecure, or set a key")
     required = policy.admin or not (policy.insecure or uds or is_loopback(host))
     return settings.config_home / "hunyuan-vllm" / "api-key" if required else None
 

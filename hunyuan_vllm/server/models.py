@@ -102,7 +102,7 @@ def check_files(model: ModelSource, flags: Flags, environ: Mapping[str, str]) ->
     asked, longest = flags.get("max-model-len"), model.config.longest_context
     if asked and asked > longest and not (overridden or allowed):
         raise UserError(
-            f"--max-model-len {asked} is more than the {longest} tokens that the model is made for: give at most that "
+            f"--max-model-len {asked} exceeds the model's {longest} tokens: give at most that "
             "(VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 permits more, with unreliable output)"
         )
 

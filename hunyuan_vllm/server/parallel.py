@@ -105,7 +105,7 @@ def _largest_division(model: ModelSource, gpus: int, notes: list[str]) -> int:
     for size in range(gpus, 1, -1):
         if _division_problem(model, size) is None:
             if size < gpus:
-                notes.append(f"using {size} of {gpus} GPUs: the network does not divide over more")
+                notes.append(f"using {size} of {gpus} GPUs: the network cannot be divided over more")
             return size
     return 1
 

@@ -147,7 +147,7 @@ def describe_nodes(cluster: RayCluster | None, expected: Sequence[str] = ()) -> 
         for node in cluster.alive
     ]
     gone = dict.fromkeys(node.address for node in cluster.members if not node.alive and node.address not in here)
-    lines += [f"{address} has left: start Ray there again (sh deploy/ray_worker.sh HEAD_IP)" for address in gone]
+    lines += [f"{address} has left: restart Ray there (sh deploy/ray_worker.sh HEAD_IP)" for address in gone]
     absent = [address for address in expected if address not in here and address not in gone]
     return lines + [f"{address} has not joined: run sh deploy/ray_worker.sh HEAD_IP there" for address in absent]
 

@@ -47,7 +47,7 @@ class ModelArguments:
     tokenizer_name_or_path: str | None = _flag(None, "Folder of the tokenizer; default: the checkpoint's.")
     use_lora: bool = _flag(False, "Train low-rank adapters and leave the checkpoint's weights as they are.")
     lora_rank: int = _flag(64, "Rank of the adapters.")
-    lora_alpha: int = _flag(8, "What an adapter computes is multiplied by lora_alpha / lora_rank.")
+    lora_alpha: int = _flag(8, "The adapters' output is scaled by lora_alpha / lora_rank.")
     lora_dropout: float = _flag(0.0, "Dropout before the adapters.")
     lora_target_modules: list[str] = field(
         default_factory=lambda: list(ATTENTION), metadata={"help": "Modules that get an adapter."}
@@ -67,7 +67,7 @@ class ModelArguments:
     vocab_size: int | None = _flag(None, "Of a new network; default: the tokenizer's, up to a multiple of 128.")
     layer_norm_eps: float = _flag(1e-5, "Of a new network.")
     num_experts: int = _flag(8, "Of a new network; 1: dense layers.")
-    moe_topk: int = _flag(4, "Of a new network: experts a token is given.")
+    moe_topk: int = _flag(4, "Of a new network: experts per token.")
     use_mixed_mlp_moe: bool = _flag(False, "Of a new network: a shared expert for every token.")
     num_shared_expert: int = _flag(1, "Of a new network: width of the shared expert, in experts.")
     use_cla: bool = _flag(False, "Of a new network: layers share K and V (cross-layer attention).")
@@ -79,12 +79,16 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    train_data_file: str | None = _flag(None, "JSONL, one conversation a line.")
+    train_data_file: str | None = _flag(None, "JSONL, one conversation per line.")
     eval_data_file: str | None = _flag(None, "Held-out data in the same format, whose loss is logged (--eval_steps).")
     max_seq_length: int = _flag(2048, "Longer conversations are cut; also the length of a packed row.")
-    packing: bool = _flag(False, "Several conversations a row, none of which sees another, instead of padding.")
+    packing: bool = _flag(
+        False, "Pack several conversations into a row, separated by the attention mask, instead of padding."
+    )
     train_on_all: bool = _flag(False, "Learn system and user messages too.")
-    default_system: str = _flag("You are a helpful assistant.", 'Where a conversation has no system message; "": none.')
+    default_system: str = _flag(
+        "You are a helpful assistant.", 'System message of conversations that have none; "": none.'
+    )
     use_dummy_data: bool = _flag(False, "Random tokens instead of a file, to measure speed and memory.")
     complex_data: str | None = _flag(None, "Without effect.")
 
@@ -95,8 +99,8 @@ class TrainingArguments(transformers.TrainingArguments):
 
     output_dir: str = _flag("train_output", "Folder for checkpoints, logs, and the result in final/.")
     min_lr: float | None = _flag(None, "Learning rate at the end of the cosine; default: a tenth of --learning_rate.")
-    lr_scheduler_type: str = _flag("cosine_with_min_lr", "How the learning rate falls.")
-    warmup_ratio: float = _flag(0.0, "Share of the steps over which it rises first.")
+    lr_scheduler_type: str = _flag("cosine_with_min_lr", "Learning-rate schedule.")
+    warmup_ratio: float = _flag(0.0, "Share of the steps used for warm-up.")
     logging_steps: float = _flag(5, "Steps between two lines of the log.")
     save_steps: float = _flag(100, "Steps between two checkpoints.")
     model_max_length: int | None = _flag(None, "As --max_position_embeddings, of a new network.")

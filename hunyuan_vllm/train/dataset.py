@@ -131,7 +131,7 @@ def scan(
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if not len(result) and not result.bad_count:
-        raise UserError(f"{path} is empty: it needs one conversation a line")
+        raise UserError(f"{path} is empty: it needs one conversation per line")
     return result
 
 

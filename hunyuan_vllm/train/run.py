@@ -110,7 +110,7 @@ def _run(arguments: Any, base: Any, console: Console, say: Callable[[str], None]
     trainer = build_trainer(arguments, base, display, say)
     trained, all_of_them = count_parameters(trainer.model)
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
-    say(f"{trained:,} of {all_of_them:,} parameters are trained, {rows} rows a step")
+    say(f"{trained:,} of {all_of_them:,} parameters are trained, {rows} rows per step")
     if base.resume is not None:
         say(f"resuming from {base.resume}")
     with closing(display):

@@ -19,7 +19,7 @@ OTHER_FILES = {
     b"PK\x03\x04": ("a zip archive", "unzip {}"),
     b"PAR1": ("a Parquet table", "pandas: read_parquet('{}').to_json('NEW.jsonl', orient='records', lines=True)"),
 }
-JSON_ARRAY = "; the file looks like one JSON array: write one object a line (jq -c '.[]' FILE)"
+JSON_ARRAY = "; the file looks like one JSON array: write one object per line (jq -c '.[]' FILE)"
 
 
 @dataclass(frozen=True)

@@ -61,9 +61,9 @@ def normalise_address(word: str) -> str:
 def _check_name(word: str) -> str:
     name = word.lower()
     if "@" in word:
-        raise UserError(f"{word}: name the user with --user, and only the host here")
+        raise UserError(f"{word}: name the user with --user, and give only the host here")
     if re.fullmatch(r".*\]?:\d+", word) and word.count(":") == 1 or re.fullmatch(r"\[.*\]:\d+", word):
-        raise UserError(f"{word}: name the port with its own option, and only the host here")
+        raise UserError(f"{word}: name the port with its own option, and give only the host here")
     if re.fullmatch(r"[\d.]+", name) or not HOST_NAME.fullmatch(name):
         raise UserError(f"{word} is neither an IP address nor a host name")
     return name

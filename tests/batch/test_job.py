@@ -79,7 +79,7 @@ def test_files_are_looked_at_first(tmp_path, source):
         (gzip.compress(b"{}", mtime=0), "is compressed with gzip: write it as JSONL first, with gunzip -k "),
         ('{"prompt": "a"}'.encode("utf-16"), "is UTF-16: convert it to UTF-8 first"),
         ('{"prompt": "汉"}'.encode("gb18030"), "has no line of JSON; line 1: 'utf-8' codec can't decode"),
-        (b'[\n {"prompt": "a",\n', r"has no line of JSON; line 1: .* one JSON array: write one object a line \(jq -c"),
+        (b'[\n {"prompt": "a",\n', r"has no line of JSON; line 1: .* one JSON array: write one object per line"),
     ],
 )  # fmt: skip
 def test_a_file_that_is_not_jsonl_starts_nothing(tmp_path, content, says):
@@ -96,7 +96,7 @@ def test_a_template_that_is_replaced_is_noted(tmp_path, monkeypatch):
     plain = engine_options(model, [], os.environ).notes
     (checkpoint / "chat_template.jinja").write_text(FAULTY)
     (note,) = [note for note in engine_options(model, [], os.environ).notes if note not in plain]
-    assert "closed by <|extra_4|>" in note and "HUNYUAN_VLLM_CHECKPOINT_CHAT_TEMPLATE=1" in note
+    assert "ends with <|extra_4|>" in note and "HUNYUAN_VLLM_CHECKPOINT_CHAT_TEMPLATE=1" in note
     assert engine_options(model, ["--chat-template", "x.jinja"], os.environ).notes == plain
     monkeypatch.setenv("HUNYUAN_VLLM_CHECKPOINT_CHAT_TEMPLATE", "1")
     assert engine_options(model, [], os.environ).notes == plain

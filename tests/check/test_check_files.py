@@ -67,8 +67,8 @@ def test_a_shard_cut_short(tmp_path: Path, cut: int) -> None:
     shard.write_bytes(whole[:cut])
     problem = only_problem(tmp_path)
     assert problem.subject == shard.name
-    expected = {0: "is empty", 5: "does not start as", 100: "cut short inside its header"}
-    assert expected.get(cut, f"cut short: {cut:,} of {len(whole):,} bytes") in problem.text
+    expected = {0: "is empty", 5: "does not start like", 100: "truncated inside its header"}
+    assert expected.get(cut, f"truncated: {cut:,} of {len(whole):,} bytes") in problem.text
 
 
 def test_other_damage_to_a_shard(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_other_damage_to_a_shard(tmp_path: Path) -> None:
     offsets.write_bytes(struct.pack("<Q", len(changed)) + changed + data[8 + size :])
     pointer.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
     found = {problem.subject: problem.text for problem in findings(check_folder(tmp_path))}
-    assert "7 bytes behind its last tensor" in found[longer.name]
+    assert "7 bytes after its last tensor" in found[longer.name]
     assert "header that cannot be read" in found[no_json.name]
     assert "offsets do not fit its shapes" in found[offsets.name]
     assert "Git LFS pointer" in found[pointer.name]
@@ -176,5 +176,5 @@ def test_a_folder_of_checkpoints(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").touch()
     for opened in (open_folder, open_model):
-        with pytest.raises(UserError, match=r"has some in its folders \(Instruct, Pretrain\): name one of them"):
+        with pytest.raises(UserError, match=r"its subfolders are \(Instruct, Pretrain\): name one of them"):
             opened(str(tmp_path))

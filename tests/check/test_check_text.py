@@ -87,7 +87,10 @@ def test_a_tokenizer_that_changes_text(tmp_path: Path) -> None:
             "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
             "loses what was said",
         ),
-        ("{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}", "<|im_start|> would be spelled out"),
+        (
+            "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}",
+            "<|im_start|> would be encoded as plain text",
+        ),
         ("{% for m in messages %}{{ m.content }}<|extra_9|>{% endfor %}", "answers end with <|extra_9|> (id 1814)"),
     ],
 )
@@ -119,7 +122,7 @@ def test_a_template_with_the_faults_of_the_published_one(tmp_path: Path, in_its_
     report = check_folder(tmp_path)
     assert report.sound
     (warning,) = findings(report, Status.WARNING)
-    assert "closed by <|extra_4|>" in warning.text and "access to attribute 'update'" in warning.text
+    assert "ends with <|extra_4|>" in warning.text and "access to attribute 'update'" in warning.text
     assert len(warning.items) == 4
     (line,) = [finding for finding in findings(report, Status.OK) if finding.subject == "template"]
     assert line.text.startswith("the built-in one;")

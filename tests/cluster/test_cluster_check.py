@@ -113,7 +113,7 @@ def test_all_that_differs_is_named(with_model):
         b.sh(f"ip route del unreachable {c.address}/32")
     assert (done.status, done.sound) == (1, False)
     files = done.texts("Alike", "checkpoint")
-    for part in ("config.json: other content on", "4999 bytes on", "more.json: on", f"copy {MODEL} from a host"):
+    for part in ("config.json: different content on", "4999 bytes on", "more.json: on", f"copy {MODEL} from a host"):
         assert part in files
     skew = done.texts("Between hosts", "clocks")
     assert "90." in skew and f"ahead of {c.address}" in skew and "set-ntp" in skew
@@ -161,7 +161,7 @@ def test_nodes_are_looked_at_without_loading_the_engine():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--hosts", "127.0.0.1,10.0.0.2"], "127.0.0.1 is another machine on every host"),
+        (["--hosts", "127.0.0.1,10.0.0.2"], "127.0.0.1 is a different machine on every host"),
         (["--hosts", ","], "--hosts names no host"),
         (["--hosts", "10.0.0.1", "--user", "a b"], "--user 'a b' is not a user name"),
     ],

@@ -286,7 +286,7 @@ def test_mistakes(hosts):
         (["--hosts", a.address, "--env", "HF_TOKEN=x"], "--env HF_TOKEN"),
         (["--hosts", a.address, "--env", "VLLM_HOST_IP=x"], "the cluster sets it itself"),
         (["--hosts", a.address, "--logical-gpus"], "give their number"),
-        (["--hosts", b.address, "--ssh-port", str(PORT)], "this machine is none of --hosts"),
+        (["--hosts", b.address, "--ssh-port", str(PORT)], "this machine is not among --hosts"),
     ):
         done = cluster(a, "up", *words)
         assert done.returncode == 2 and said in done.stderr, done

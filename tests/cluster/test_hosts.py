@@ -42,8 +42,8 @@ def test_the_name_in_known_hosts(port, address, name):
         ("[fd00::1]:22", "the port with its own option"),
         ("fe80::1%eth0", "one link only"),
         ("0.0.0.0", "not the address of a host"),
-        ("127.0.0.1,10.0.0.2", "another machine on every host"),
-        ("localhost,10.0.0.2", "another machine on every host"),
+        ("127.0.0.1,10.0.0.2", "a different machine on every host"),
+        ("localhost,10.0.0.2", "a different machine on every host"),
     ],
 )
 def test_what_is_no_host_is_named(text, words):

@@ -23,7 +23,7 @@ ILLS = {
     "nopass": ("", "accepts no password and none of the available keys", "give a key that it accepts with --identity"),
     "changed": ("", "its host key changed", "compare at its console"),
     "refused": ("", f"nothing listens on refused port {PORT}", "start sshd there"),
-    "mute": ("", "says nothing within 2 s", "--timeout waits longer"),
+    "mute": ("", "sends nothing within 2 s", "--timeout waits longer"),
     "gone": ("", "gone port 36000 is unreachable|no answer from gone port 36000", "that the host is up"),
     "full": (
         f"mount -t tmpfs -o size=32k,mode=700 full {HOME}; mkdir -m 700 {HOME}/.ssh; cd {HOME}/.ssh;"
@@ -35,7 +35,7 @@ ILLS = {
     "badhome": (f"chmod 777 {HOME}", f"{HOME} is writable by others (mode 777)", f"chmod go-w {HOME}"),
     "passphrase": (
         f"mkdir -m 700 {HOME}/.ssh; ssh-keygen -q -t ed25519 -N secret -f {HOME}/.ssh/id_ed25519",
-        f"{HOME}/.ssh/id_ed25519 has a passphrase", "take it off",
+        f"{HOME}/.ssh/id_ed25519 has a passphrase", "remove it",
     ),
     "nologin": ("usermod -s /usr/sbin/nologin root", "the account runs no commands: This account", "POSIX login shell"),
 }  # fmt: skip
@@ -147,7 +147,7 @@ def test_logins_between_hosts_that_fail_are_told_with_their_reason(trio):
         server.stop()
         server.start()
     assert done.returncode == 1
-    assert f"{b.address} → {c.address}: {c.address} refuses its key\n    on {c.address}, let root in" in done.stdout
+    assert f"{b.address} → {c.address}: {c.address} refuses its key\n    on {c.address}, allow root in" in done.stdout
     assert "8 of 9 logins verified" in done.stdout
 
 

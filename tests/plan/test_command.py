@@ -115,7 +115,7 @@ def test_a_checkpoint_names_its_scheme(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gpu", "H2O"], "--gpu H2O is not in the table: use one of H20, "),
+        (["--gpu", "H2O"], "--gpu H2O is not known: use one of H20, "),
         (["--gpu", "/no/such.json"], "--gpu /no/such.json cannot be read: No such file"),
         (["--model", "/no/such"], "--model /no/such does not exist: give a directory with a config.json"),
         (["--scheme", "int2"], "--scheme int2 is not known here: use one of bf16, int8, int8-w8a8, fp8, int4"),

@@ -78,7 +78,7 @@ def test_one_rank_holds_the_whole_checkpoint() -> None:
 
 @pytest.mark.parametrize("tensor", [1, 2, 4, 8, 16])
 def test_marlin_pads_as_vllm_does(tensor: int) -> None:
-    """Weights are int8, and scales BF16, a scale an output channel."""
+    """Weights are int8, and scales BF16, a scale per output channel."""
     for config in (published(), tiny_config(), tiny_config(head_dim=80, num_attention_heads=16)):
         if config.num_attention_heads % tensor or config.intermediate_at(0) % tensor:
             continue

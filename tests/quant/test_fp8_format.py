@@ -124,7 +124,7 @@ def test_spellings_of_kv_scales(change: Change, k: float | None, v: float | None
 
 
 def test_one_scale_in_two_spellings(sound: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"self_attn.k_scale' is in .* and again in"):
+    with pytest.raises(CheckpointError, match=r"self_attn.k_scale' is in .* and also in"):
         check(sound, tmp_path / "changed", cache_scales("k_scale", "k_proj.output_scale"))
 
 
@@ -256,7 +256,7 @@ def test_which_checkpoints_are_taken_over(
 
 def test_what_it_is_asked_for_by_mistake() -> None:
     with pytest.raises(
-        ValueError, match=r"one static scale a tensor, and in config.json quantization_config is .*dynamic"
+        ValueError, match=r"one static scale per tensor, and in config.json quantization_config is .*dynamic"
     ):
         HunYuanFp8Config.from_config({**STATIC, "activation_scheme": "dynamic"})
     with pytest.raises(

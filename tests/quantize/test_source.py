@@ -76,7 +76,7 @@ def test_a_file_cut_short(tiny: Path, tmp_path: Path) -> None:
         (tmp_path / file.name).write_bytes(file.read_bytes())
     cut = tmp_path / "model-00002-of-00002.safetensors"
     cut.write_bytes(cut.read_bytes()[:-100])
-    with pytest.raises(UserError, match="00002-of-00002.safetensors is cut short"):
+    with pytest.raises(UserError, match="00002-of-00002.safetensors is truncated"):
         Source(tmp_path)
 
 

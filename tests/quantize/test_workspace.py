@@ -120,9 +120,9 @@ def unfinished(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(scheme="int8-w8a8"), "begun with --scheme int8, this run has int8-w8a8"),
-        (dict(scheme="int8", shard_bytes=10**6), "begun with --shard-size 5000000000, this run has 1000000"),
-        (dict(scheme="int8", smooth=0.5, calibration=[[5, 6, 7]]), "begun with --smooth None, this run has 0.5"),
+        (dict(scheme="int8-w8a8"), "started with --scheme int8, this run has int8-w8a8"),
+        (dict(scheme="int8", shard_bytes=10**6), "started with --shard-size 5000000000, this run has 1000000"),
+        (dict(scheme="int8", smooth=0.5, calibration=[[5, 6, 7]]), "started with --smooth None, this run has 0.5"),
     ],
 )
 def test_other_options_do_not_go_on(tiny: Path, unfinished: Path, options: dict, message: str) -> None:
@@ -134,7 +134,7 @@ def test_a_changed_source_does_not_go_on(tiny: Path, unfinished: Path, tmp_path:
     other = tmp_path / "other"
     shutil.copytree(tiny, other)
     (other / "model-00001-of-00002.safetensors").touch()
-    with pytest.raises(UserError, match="dst.partial was begun with an SRC of contents [0-9a-f]{12}, this run has "):
+    with pytest.raises(UserError, match="dst.partial was started with an SRC of contents [0-9a-f]{12}, this run has "):
         quantize_checkpoint(other, unfinished, "int8")
     moved = shutil.copytree(tiny, tmp_path / "moved")
     quantize_checkpoint(moved, unfinished, "int8")

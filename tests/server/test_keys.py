@@ -104,7 +104,7 @@ async def test_a_websocket_is_closed():
 
 
 def test_without_any_key_the_server_does_not_start():
-    with pytest.raises(UserError, match="there is none"):
+    with pytest.raises(UserError, match="is required but not set"):
         KeyRing({})
 
 
@@ -150,7 +150,7 @@ async def test_a_bad_file_leaves_the_keys_as_they_were(tmp_path, how, caplog_vll
     spoil[how]()
     assert (await client.get("/v1/models", headers=bearer(ALICE))).status_code == 200
     assert (await client.get("/v1/models", headers=bearer(BOB))).status_code == 401
-    said = [record for record in caplog_vllm.records if "keys stay as they were" in record.getMessage()]
+    said = [record for record in caplog_vllm.records if "keys are unchanged" in record.getMessage()]
     assert len({id(record) for record in said}) == 1 and str(file) in said[0].getMessage()
     write(file, BOB)
     assert (await client.get("/v1/models", headers=bearer(BOB))).status_code == 200
@@ -226,7 +226,7 @@ def test_a_key_file_that_others_can_read_is_named(tmp_path, content, mode, messa
         (f"alice {KEY}é", "line 1"),
         (f"{KEY}\n{ALICE}", "line 2: the name default is used above"),
         (f"alice {KEY}\nalice {ALICE}", "line 2: the name alice is used above"),
-        (f"alice {KEY}\nbob {KEY}", "line 2: this key is above under another name"),
+        (f"alice {KEY}\nbob {KEY}", "line 2: this key is listed above under another name"),
     ],
 )
 def test_what_is_no_list_of_keys(text, message):

@@ -150,7 +150,7 @@ def test_one_line_says_what_is_wrong(machine, model, flags, environ, message):
 def test_gpus_that_do_not_divide_the_network_are_left_idle():
     made = launch(Machine(cuda=True, gpus=7), MODEL)
     assert parsed(made).tensor_parallel_size == 4
-    assert made.notes == ["using 4 of 7 GPUs: the network does not divide over more"]
+    assert made.notes == ["using 4 of 7 GPUs: the network cannot be divided over more"]
 
 
 def test_without_a_compiler_the_cpu_model_runs_uncompiled():
@@ -269,7 +269,7 @@ def test_grpc_on_loopback_needs_no_key():
 
 
 def test_the_context_is_at_most_the_models():
-    with pytest.raises(UserError, match=r"--max-model-len 140000 is more than the 131072 tokens"):
+    with pytest.raises(UserError, match=r"--max-model-len 140000 exceeds the model's 131072 tokens"):
         launch(GPU8, MODEL, "--max-model-l", "140k")
     for flags, environ in (
         (["--max-model-len", "128K"], {}),
@@ -281,7 +281,7 @@ def test_the_context_is_at_most_the_models():
         model_type="hunyuan_v1_moe", max_position_embeddings=32768, rope_scaling={"type": "dynamic", "alpha": 1000.0}
     )
     assert parsed(launch(GPU8, replace(MODEL, config=v1), "--max-model-len", "262144")).max_model_len == 262144
-    with pytest.raises(UserError, match="262145 is more than the 262144 tokens"):
+    with pytest.raises(UserError, match="262145 exceeds the model's 262144 tokens"):
         launch(GPU8, replace(MODEL, config=v1), "--max-model-len", "262145")
 
 
@@ -344,7 +344,7 @@ async def test_the_open_server_does_not_start_where_others_reach_it(monkeypatch,
     app = _as_vllms(resolve_obj_by_qualname(OPEN)(application), host, uds)
     await app({"type": "lifespan"}, receive, send)
     assert [message["type"] for message in sent] == [f"lifespan.startup.{'complete' if serves else 'failed'}"]
-    assert serves or "ask for no API key" in exit_cause([f"ERROR:    {sent[0]['message']}"])
+    assert serves or "without an API key" in exit_cause([f"ERROR:    {sent[0]['message']}"])
 
 
 def test_the_shown_command_reads_back_as_what_is_run():

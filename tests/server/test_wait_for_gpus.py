@@ -72,7 +72,7 @@ def test_a_terminal_gets_a_countdown(monkeypatch):
 def test_missing_nodes_are_named():
     assert describe_nodes(RayCluster([HEAD, GONE]), ["10.0.0.1", "10.0.0.2", "10.0.0.3"]) == [
         "10.0.0.1 has 8 of its 8 GPUs free",
-        "10.0.0.2 has left: start Ray there again (sh deploy/ray_worker.sh HEAD_IP)",
+        "10.0.0.2 has left: restart Ray there (sh deploy/ray_worker.sh HEAD_IP)",
         "10.0.0.3 has not joined: run sh deploy/ray_worker.sh HEAD_IP there",
     ]
     assert describe_nodes(RayCluster([HEAD, GONE, WORKER]))[1:] == ["10.0.0.2 has 8 of its 8 GPUs free"]

@@ -61,7 +61,7 @@ def test_all_bad_lines_are_named_before_anything_is_trained(tmp_path: Path, toke
 @pytest.mark.parametrize("content", [b"", b"\n \n"])
 def test_an_empty_file(tmp_path: Path, tokenizer: HYTokenizer, content: bytes) -> None:
     (tmp_path / "data.jsonl").write_bytes(content)
-    with pytest.raises(UserError, match="is empty: it needs one conversation a line"):
+    with pytest.raises(UserError, match="is empty: it needs one conversation per line"):
         ConversationDataset(tmp_path / "data.jsonl", Encoding(tokenizer))
 
 

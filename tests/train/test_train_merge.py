@@ -185,11 +185,11 @@ def test_other_inputs_do_not_go_on(base: Path, adapter: Path, tmp_path: Path) ->
         merge(base, adapter, tmp_path / "out")
 
     assert in_a_child(killed) == -signal.SIGKILL
-    with pytest.raises(UserError, match="was begun with --save_dtype bfloat16, this run has float32"):
+    with pytest.raises(UserError, match="was started with --save_dtype bfloat16, this run has float32"):
         merge(base, adapter, tmp_path / "out", "fp32")
     changed = shutil.copytree(adapter, tmp_path / "lora")
     rewrite_adapter(changed, lambda tensors: tensors.update({name: tensor * 2 for name, tensor in tensors.items()}))
-    with pytest.raises(UserError, match="was begun with an --adapter_model_path of contents"):
+    with pytest.raises(UserError, match="was started with an --adapter_model_path of contents"):
         merge(base, changed, tmp_path / "out")
 
 
@@ -295,7 +295,7 @@ def test_files_that_are_no_adapter(base: Path, changed: Callable[..., Path], tmp
         merge(base, base, tmp_path / "out")
     folder = changed()
     (folder / ADAPTER_FILE).write_bytes((folder / ADAPTER_FILE).read_bytes()[:-10])
-    with pytest.raises(UserError, match="is cut short or not a safetensors file"):
+    with pytest.raises(UserError, match="is truncated or not a safetensors file"):
         merge(base, folder, tmp_path / "out")
     (folder / ADAPTER_FILE).rename(folder / "adapter_model.bin")
     with pytest.raises(UserError, match=r"only adapter_model.bin: save it as safetensors"):

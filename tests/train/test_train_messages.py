@@ -145,5 +145,5 @@ def test_fields_of_a_message_that_hold_nothing_are_no_reason_to_refuse_it() -> N
 
 @pytest.mark.parametrize("start", [b'[{"messages": [', b'[{"instruction": "x", "output": "y"}]'])
 def test_a_file_that_is_one_json_array(start: bytes) -> None:
-    with pytest.raises(BadConversation, match=r"looks like one JSON array: write one object a line \(jq -c"):
+    with pytest.raises(BadConversation, match=r"looks like one JSON array: write one object per line \(jq -c"):
         read(start, number=1)

@@ -74,7 +74,7 @@ class TestMistakes:
         (folder / "config.json").write_text(json.dumps(config))
         file = folder / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-100])
-        assert "model.safetensors is cut short" in mistake(*named)
+        assert "model.safetensors is truncated" in mistake(*named)
         assert "the tokenizer of" in mistake("--tokenizer_name_or_path", tmp_path)
         assert "a new network needs --tokenizer_name_or_path" in mistake("--num_layers", "2")
 

@@ -124,7 +124,7 @@ class TestTwoHosts:
     def test_they_train_together(self, pair: tuple[Host, Host]) -> None:
         done = launch(pair)
         assert done.returncode == 0, done.stderr
-        assert "comparing 2 nodes" in done.stderr and "are trained, 8 rows a step" in done.stderr
+        assert "comparing 2 nodes" in done.stderr and "are trained, 8 rows per step" in done.stderr
         assert done.stderr.count("step 3/3") == 1  # the first process speaks for all
         one, two = pair
         assert "adapter_model.safetensors" in one.sh("ls ~/out/final")

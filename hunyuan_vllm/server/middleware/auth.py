@@ -51,9 +51,9 @@ class RequireApiKey:
     def _refresh_keys(self) -> None:
         if self._keys.refresh():
             if self._keys.problem:
-                logger.error("The API keys stay as they were: %s", self._keys.problem)
+                logger.error("The API keys are unchanged: %s", self._keys.problem)
             else:
-                logger.info("The API keys were read again: there are %d", len(self._keys))
+                logger.info("The API keys were reloaded: there are %d", len(self._keys))
 
 
 def _given_key(scope: Scope) -> bytes | None:

@@ -68,7 +68,7 @@ class Drain:
         while self._in_flight and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
         if self._in_flight:
-            logger.warning("Draining: %d requests took too long and are cut off", self._in_flight)
+            logger.warning("Draining: %d requests took too long and are aborted", self._in_flight)
         else:
             logger.info("Draining: all requests have finished")
         logging.getLogger(ENGINE_LOGGER).addFilter(_not_engine_dead)
@@ -148,7 +148,7 @@ class Readiness:
         if _tokens_generated() > tokens:
             return HealthStatus("busy", f"{late}, but other requests got theirs")
         if stepping:
-            return HealthStatus("slow", f"{late} for any request, but the engine is at work")
+            return HealthStatus("slow", f"{late} for any request, but the engine makes progress")
         return HealthStatus("stalled", f"{late} for any request, and the engine makes no progress")
 
     async def _send_warm_up(self, application: Any) -> None:

@@ -163,7 +163,7 @@ class Limits:
         sequences, most = number * prompts, self._policy.max_sequences
         if most and sequences > most:
             what = f"n is {number}" + (f" for each of {prompts} prompts" if prompts > 1 else "")
-            message = f"{what}, and this server generates at most {most} sequences a request"
+            message = f"{what}, and this server generates at most {most} sequences per request"
             field = "n" if number > 1 else "prompt"
             raise _Refused(HTTPStatus.UNPROCESSABLE_ENTITY, "sequences", message, field)
         return sequences

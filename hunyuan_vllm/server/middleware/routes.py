@@ -74,7 +74,7 @@ class AllowedRoutes:
         if not (path in self._served or (self._admin and request_info(scope).get("admin"))):
             count_refusal("route")
             shown = path[:MAX_PATH]
-            message = f"{shown} is not served here; if vLLM has it, hunyuan-vllm serve --allow-route {shown} serves it"
+            message = f"{shown} is not served here; if vLLM has it, start hunyuan-vllm serve with --allow-route {shown}"
             await refuse(scope, send, HTTPStatus.NOT_FOUND, message)
         elif path.startswith(MODELS) and scope.get("method") == "GET":
             await self._answer_model(scope, receive, send)

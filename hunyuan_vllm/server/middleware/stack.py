@@ -77,4 +77,4 @@ def _exposure(args: Namespace) -> str | None:
     """Why a server with these arguments must not be served without a key; None if only this machine reaches it."""
     if args.uds or (args.host and is_loopback(args.host)):
         return None
-    return f"the server would listen on {args.host or 'every address'} and ask for no API key (--insecure permits it)"
+    return f"the server would listen on {args.host or 'every address'} without an API key (--insecure permits it)"

@@ -9,7 +9,7 @@ from networks import NETWORKS, built
 from torch import nn
 
 BY_CAPABILITY = {"8.0 (A100)": (8, 0), "9.0 (H100, H20)": (9, 0), "10.0 (B200)": (10, 0)}
-INT8_ENDS = "refused: vLLM's int8 kernels end with compute capability 9.0"
+INT8_ENDS = "refused: vLLM's int8 kernels support compute capability up to 9.0"
 # Scheme, GPUs; kernels of linear layers and of experts: of the V1 family, with any number of ranks.
 V1_ROWS = [
     ("bf16", "8.0 (A100)", "torch", "Triton"),

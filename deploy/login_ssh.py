@@ -90,7 +90,7 @@ def show_help() -> None:
         tree = ast.parse(file.read())
     (command,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "login_ssh"]
     print((ast.get_docstring(command) or "").replace("\b\n", ""))
-    print("\nAll options: the same again, after sh deploy/setup_env.sh")
+    print("\nFor all options, run this again after sh deploy/setup_env.sh")
 
 
 def pass_on(password: str) -> None:

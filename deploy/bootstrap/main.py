@@ -13,15 +13,15 @@ from bootstrap.environment import KINDS, Environment, SetupError, check_disk, ch
 from bootstrap.installer import Steps, Uv
 
 HELP = """\
-Make the virtual environment of this checkout, or find that it is complete (a fraction of a second). One that is for the
-other device is replaced only with consent: HUNYUAN_DEVICE, --yes, or an answer on the terminal.
+Create or complete the virtual environment of this checkout. An environment for the other device is replaced only with
+consent: HUNYUAN_DEVICE, --yes, or an answer on the terminal.
 
 environment variables:
   PYTHON                the Python to build on (3.11 or newer); read by setup_env.sh
   HUNYUAN_DEVICE        cpu or cuda; default: cuda if nvidia-smi lists a GPU
   HUNYUAN_VENV          where to put the environment; default: .venv in the checkout
   HUNYUAN_TORCH_SOURCE  a folder of wheels or a package index that has torch for the CPU
-Packages come from the indexes and folders that pip or uv is configured to use, and from nowhere else.
+Packages come only from the indexes and folders that pip or uv is configured to use.
 """
 BASE_PYTHON = getattr(sys, "_base_executable", sys.executable)  # sys.executable may be in the environment itself
 # Bytes, about: what each lock downloads and takes on disk.
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--test", action="store_true", help="with the tools that tests/run.sh needs")
     parser.add_argument("--train", action="store_true", help="with the libraries of fine-tuning (DeepSpeed, PEFT, ...)")
     parser.add_argument("--yes", action="store_true", help="replace an environment that is for the other device")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be done, and do nothing")
     parser.add_argument(
         "--for", dest="script", nargs=argparse.REMAINDER, default=[], metavar="SCRIPT",
         help="the script that goes on in the environment, and its arguments; --dry-run or --help there count here",

@@ -52,8 +52,8 @@ def check(
     hub's client saved when it downloaded the files.
 
     \b
-    Exit status: 0 sound (there may be warnings), 1 problems were found, 2 the
-    command was wrong or PATH has no checkpoint, 130 interrupted.
+    Exit status: 0 sound (there may be warnings), 1 problems were found, 2
+    wrong command or PATH has no checkpoint, 130 interrupted.
     """
     from hunyuan_vllm.check.files import open_folder
     from hunyuan_vllm.check.run import check_folder

@@ -93,7 +93,7 @@ def check(
     jobs: int = JOBS,
     timeout: float = TIMEOUT,
 ) -> None:
-    """Check that hosts can be one cluster. Changes nothing on them.
+    """Check that hosts can form one cluster. Changes nothing on them.
 
     Compares versions, GPUs, checkpoint files and clocks; connects from each
     host to Ray's ports on each other; and checks each host's GPU memory,
@@ -111,8 +111,8 @@ def check(
     checkpoint.
 
     \b
-    Exit status: 0 no problems (there may be warnings), 1 problems, 2 the
-    command was wrong, 130 interrupted.
+    Exit status: 0 no problems (there may be warnings), 1 problems, 2
+    wrong options, 130 interrupted.
     """
     from hunyuan_vllm.cluster.check import ClusterCheck
 
@@ -144,9 +144,9 @@ def up(
     jobs: int = JOBS,
     timeout: float = TIMEOUT,
 ) -> None:
-    """Make hosts one Ray cluster. Run it on the head, one of the hosts.
+    """Start one Ray cluster on several hosts. Run it on the head, one of the hosts.
 
-    Checks them first, as `cluster check` does, and starts nothing where that
+    Checks them first, as `cluster check` does, and starts nothing if that
     finds a problem. An earlier Ray is ended, one that already runs as requested
     is left alone, and a host that dropped out is added again.
 
@@ -158,12 +158,12 @@ def up(
       hunyuan-vllm cluster up --hosts node1,node2 --tls \\
           --env NCCL_IB_HCA=mlx5 --env NCCL_IB_GID_INDEX=3
 
-    Joining takes the token that the first start makes: on every host in
-    ~/.ray/auth_token, or where RAY_AUTH_TOKEN_PATH says.
+    The first start creates the token that is needed to join: ~/.ray/auth_token
+    on every host, or the file that RAY_AUTH_TOKEN_PATH names.
     `hunyuan-vllm serve` on the head then uses the GPUs of all hosts.
 
     \b
-    Exit status: 0 the cluster is complete, 1 it is not, 2 the command was wrong,
+    Exit status: 0 the cluster is complete, 1 it is not, 2 wrong options,
     130 interrupted.
     """
     from hunyuan_vllm.cluster.credentials import this_user
@@ -198,7 +198,7 @@ def status(as_json: bool = AS_JSON, jobs: int = JOBS, timeout: float = TIMEOUT) 
     """Show the cluster that was started from here: hosts, GPUs, what is missing.
 
     \b
-    Exit status: 0 it is complete, 1 something is missing, 2 there is none,
+    Exit status: 0 it is complete, 1 something is missing, 2 no cluster,
     130 interrupted.
     """
     from hunyuan_vllm.cluster.status import read_status
@@ -235,9 +235,9 @@ def down(
     jobs: int = JOBS,
     timeout: float = TIMEOUT,
 ) -> None:
-    """End Ray on every host, with all that runs on it and holds GPU memory.
+    """End Ray on every host, and everything that it started.
 
-    Only this user's, including stale workers. A server that uses the
+    Ends only this user's processes, including stale workers. A server that uses the
     cluster ends too: stop it first to let its requests finish.
 
     \b
@@ -247,7 +247,7 @@ def down(
 
     \b
     Exit status: 0 nothing runs any more, 1 a host was not reached or a process
-    did not end, 2 the command was wrong, 130 interrupted.
+    did not end, 2 wrong options, 130 interrupted.
     """
     from hunyuan_vllm.cluster.up import bring_down
 

@@ -14,8 +14,8 @@ def doctor(
 
     Each line is ok, a warning, a PROBLEM (with what to do), or skipped (with
     the reason). Nothing is changed, nothing is started on a GPU, and it takes
-    less than 20 seconds. Run it in the folder, and with
-    the environment, that the server is to be started with; on every node.
+    less than 20 seconds. Run it on every node, in the
+    folder and with the environment of the server.
 
     \b
     Examples:
@@ -27,8 +27,8 @@ def doctor(
       hunyuan-vllm doctor --json | jq -r '.sections[].findings[] | select(.status == "problem") | .remedy'
 
     \b
-    Exit status: 0 no problems (there may be warnings), 1 problems, 2 the
-    command was wrong, 130 interrupted.
+    Exit status: 0 no problems (there may be warnings), 1 problems, 2
+    wrong options, 130 interrupted.
     """
     from hunyuan_vllm.doctor.probes import System
     from hunyuan_vllm.doctor.run import examine

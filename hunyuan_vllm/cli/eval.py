@@ -59,7 +59,7 @@ def compare(
       fp8        FP8 weights, inputs and cache; from an FP8 checkpoint, which
                  hunyuan-vllm quantize writes (the demo model's is made once)
       kv-fp8     bf16 with an FP8 KV cache
-    +kv-fp8 or +kv-bf16 behind a name sets its KV cache, :PATH a checkpoint of its own.
+    +kv-fp8 or +kv-bf16 after a name sets its KV cache, :PATH its checkpoint.
 
     \b
     Examples:
@@ -77,10 +77,10 @@ def compare(
       {"text": "..."}
           of which all tokens count
 
-    A's logits are kept on disk until the end, 2 bytes a token and vocabulary entry: 258 kB a token for Hunyuan-Large.
+    A's logits are kept on disk until the end: 258 kB per token for Hunyuan-Large.
 
     \b
-    Exit status: 0 done, 1 a limit is broken, 2 nothing was run, 3 an engine
+    Exit status: 0 done, 1 a limit is exceeded, 2 nothing was run, 3 an engine
     failed, 130 interrupted.
     """
     from hunyuan_vllm.batch.process_group import run_in_session

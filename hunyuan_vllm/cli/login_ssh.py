@@ -85,7 +85,7 @@ def login_ssh(
 ) -> None:
     """Let hosts log in to each other, and this machine to them, by SSH key.
 
-    Makes an ed25519 key where an account has none, pins every host key, distributes both, and verifies every pair with
+    Creates an ed25519 key for accounts without one, pins every host key, distributes both, and verifies every pair with
     ssh itself. A second run changes nothing.
 
     \b
@@ -104,8 +104,8 @@ def login_ssh(
     needed only until a key of this machine is accepted.
 
     \b
-    Exit status: 0 every pair was verified; 1 problems, each named; 2 a mistake
-    in the options; 130 interrupted.
+    Exit status: 0 every pair was verified; 1 problems, each named; 2 wrong
+    options; 130 interrupted.
     """
     terminal = Terminal(silent=yes)
     me = this_user()

@@ -64,7 +64,7 @@ def quantize(
       int8-w8a8   the same, and int8 inputs, scaled while serving
                   (int-quantized)
     Attention, MLPs and experts are quantised; router, norms, embeddings and
-    head stay.
+    head are not.
 
     \b
     Examples:
@@ -80,12 +80,12 @@ def quantize(
 
     \b
     One tensor is in memory at a time. Everything written is read back and
-    compared with its source; the errors are in DST/quantize_report.json. Work
-    goes on in DST.partial: after an interruption, the same command continues.
+    compared with its source; the errors are in DST/quantize_report.json. Files
+    are written to DST.partial: after an interruption, the same command continues.
 
     \b
-    Exit status: 0 DST is complete, 2 something given is of no use, 3 the disk
-    gave out, 130 interrupted.
+    Exit status: 0 DST is complete, 2 invalid input, 3 a disk
+    error, 130 interrupted.
     """
     from hunyuan_vllm.quant.schemes import WRITTEN, find_scheme
     from hunyuan_vllm.quantize.convert import Options
@@ -118,7 +118,7 @@ def _convert(source: Path, target: Path, options: Options, calibration: Path | N
     if (calibrated := report["calibration"]) and (idle := calibrated["idle_experts"]):
         progress.say(
             f"{len(idle)} experts were routed few of the {calibrated['tokens']:,} calibration tokens, "
-            f"{sum(not one['routed'] for one in idle)} of them none: they were shown the likeliest others "
+            f"{sum(not one['routed'] for one in idle)} of them none: they were shown the tokens most likely for them "
             "(a longer --calibration text reaches more)"
         )
     progress.say(

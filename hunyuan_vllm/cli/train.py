@@ -27,7 +27,7 @@ SHOWN_CHARACTERS = 1500  # of a sample
 def train(context: typer.Context) -> None:
     """Fine-tune a model: all its weights, attention, or LoRA adapters.
 
-    One process, as python -m hunyuan_vllm.train is; train/train.sh starts one
+    Runs one process, like python -m hunyuan_vllm.train; train/train.sh starts one
     for each GPU of one node or several. --help shows the flags.
     """
     from hunyuan_vllm.train.run import main
@@ -195,8 +195,8 @@ def merge_lora(
     hunyuan-vllm serve --enable-lora --lora-modules mine=train_output/final
 
     \b
-    Exit status: 0 OUTPUT is complete, 2 invalid input, 3 the disk is full or
-    broken, 130 interrupted.
+    Exit status: 0 OUTPUT is complete, 2 invalid input, 3 a disk
+    error, 130 interrupted.
     """
     from hunyuan_vllm.quantize.source import Source
     from hunyuan_vllm.serving_command import checkpoint_command

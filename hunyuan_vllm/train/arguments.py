@@ -149,7 +149,7 @@ examples:
       resume from the newest checkpoint in --output_dir
 
 All of transformers' TrainingArguments are flags too; --help-all lists them. See docs/train.md.
-Exit status: 0 trained, 2 invalid input, 3 the disk is full or broken (earlier checkpoints are complete),
+Exit status: 0 trained, 2 invalid input, 3 a disk error (earlier checkpoints are complete),
 130 stopped.
 """
 

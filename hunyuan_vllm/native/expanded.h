@@ -94,12 +94,13 @@ void expanded_product(const Tensor& x, const Weight<W8A16>& weight, const Store&
     });
     const Tensor product = torch::stable::matmul(x, expanded);
     const Wide* sums = read<Wide>(product);
+    const Lanes whole = first_lanes(kLanes);  // with AVX-512 a mask
     parallel(rows * columns, [&] {
       const auto [begin, end] = part_of(rows);
       for (int64_t row = begin; row < end; ++row)
         for (int64_t b = 0; b < count; ++b) {
           const Wide* at = sums + row * columns + b * kLanes;
-          store(row, first + b, load_wide(at, kLanes), load_wide(at + half, kLanes));
+          store(row, first + b, load_wide(at, whole), load_wide(at + half, whole));
         }
     });
   }

@@ -8,7 +8,7 @@ from prometheus_client import REGISTRY
 
 from hunyuan_vllm.server.middleware.access_log import AccessLog
 from hunyuan_vllm.server.middleware.asgi import request_info
-from hunyuan_vllm.server.middleware.metrics import count_tokens
+from hunyuan_vllm.server.middleware.generation import follow_generation
 
 
 class Engine:
@@ -31,7 +31,7 @@ class Engine:
 @pytest.fixture
 def engine():
     made = Engine()
-    count_tokens(made)
+    follow_generation(made)
     return made
 
 

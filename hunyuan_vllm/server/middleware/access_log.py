@@ -11,7 +11,8 @@ from urllib.parse import quote
 from vllm.logger import init_logger
 
 from hunyuan_vllm.server.middleware.asgi import App, Message, Receive, Scope, Send, refuse, request_info
-from hunyuan_vllm.server.middleware.metrics import GENERATED, PROMPT, REQUEST, count_answer
+from hunyuan_vllm.server.middleware.generation import GENERATED, PROMPT, REQUEST
+from hunyuan_vllm.server.middleware.metrics import count_answer
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
 HEADER = b"x-request-id"

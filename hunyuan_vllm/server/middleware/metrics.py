@@ -1,11 +1,9 @@
-"""/metrics: counters of requests, refusals and tokens, and the figures of this model, beside vLLM's own"""
+"""/metrics: counters of requests and refusals, and the figures of this model, beside vLLM's own"""
 
 import asyncio
 import os
 import re
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
-from contextvars import ContextVar
-from functools import wraps
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,8 @@ from hunyuan_vllm import __version__, envs
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.expert_load import EXTENSION, Loads
 from hunyuan_vllm.plugin import installed_vllm
-from hunyuan_vllm.server.middleware.asgi import NO_KEY, App, Message, Receive, Scope, Send
+from hunyuan_vllm.server.middleware.asgi import App, Message, Receive, Scope, Send
+from hunyuan_vllm.server.middleware.generation import follow_generation
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
 
@@ -78,49 +77,6 @@ def adding(send: Send, registry: CollectorRegistry) -> Send:
         await send({**message, "body": body})
 
     return add
-
-
-PROMPT, GENERATED = "prompt_tokens", "generated_tokens"
-# The request_info of the request that is being answered.
-REQUEST: ContextVar[dict[str, Any] | None] = ContextVar("hunyuan_vllm_request", default=None)
-
-_prompt = Counter("hunyuan_prompt_tokens", "Tokens of prompts, by the name of the key", ["key"])
-_generated = Counter("hunyuan_generated_tokens", "Tokens generated, by the name of the key", ["key"])
-
-
-def count_tokens(engine: EngineClient) -> None:
-    """Make `engine.generate` count tokens, for /metrics and in the request's info.
-
-    For a client that goes away, those generated until then are counted.
-    """
-    upstream: Callable[..., AsyncGenerator[Any, None]] = engine.generate
-
-    @wraps(upstream)
-    def generate(*args: Any, **keywords: Any) -> AsyncGenerator[Any, None]:
-        outputs = upstream(*args, **keywords)
-        info = REQUEST.get()
-        return outputs if info is None else _counted(outputs, info)
-
-    engine.generate = generate
-
-
-async def _counted(outputs: AsyncGenerator[Any, None], info: dict[str, Any]) -> AsyncGenerator[Any, None]:
-    prompt = generated = 0
-    try:
-        async for output in outputs:
-            if not prompt:
-                prompt = len(output.prompt_token_ids or ())
-                info[PROMPT] = info.get(PROMPT, 0) + prompt
-            new = sum(len(sequence.token_ids) for sequence in output.outputs)
-            generated += new
-            # Not at the end: with several prompts, vLLM closes the generators only after it has answered.
-            info[GENERATED] = info.get(GENERATED, 0) + new
-            yield output
-    finally:
-        await outputs.aclose()
-        key = info.get("key", NO_KEY)
-        _prompt.labels(key).inc(prompt)
-        _generated.labels(key).inc(generated)
 
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -260,7 +216,7 @@ class Metrics:
         if scope["type"] == "lifespan":
             engine = scope["app"].state.engine_client
             info = server_info(engine.vllm_config)
-            count_tokens(engine)
+            follow_generation(engine)
             self._metrics = EngineMetrics(engine)
             if are_shared():
                 self._added = CollectorRegistry()

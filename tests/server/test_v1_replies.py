@@ -103,9 +103,8 @@ async def test_a_slow_grammar_of_one_client_does_not_stall_another(server: Serve
         compiling = asyncio.create_task(one.post("/completions", body=constrained, cast_to=httpx.Response))
         await asyncio.sleep(0.5)  # the grammar reaches the engine first
         async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as other:
-            for _ in range(3):
-                answer = await other.completions.create(model="hunyuan", prompt="1", max_tokens=4)
-                assert answer.usage is not None and answer.usage.completion_tokens <= 4
+            answer = await other.completions.create(model="hunyuan", prompt="1", max_tokens=4)
+            assert answer.usage is not None and answer.usage.completion_tokens <= 4
         assert not compiling.done()
         try:
             await compiling

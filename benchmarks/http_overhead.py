@@ -132,14 +132,15 @@ async def _ask_all(url: str, prompts: Sequence[list[int]], new_tokens: int, conc
 
 
 async def _ask(client: aiohttp.ClientSession, prompt: list[int], new_tokens: int, stream: bool) -> None:
-    body: dict[str, Any] = {"model": "hunyuan", "prompt": prompt, "max_tokens": new_tokens, "stream": stream}
-    async with client.post("/v1/completions", json=body | {"temperature": 0, "ignore_eos": True}) as answer:
-        last = b""
-        async for line in answer.content:
-            last = line.strip() or last
-    complete = last == b"data: [DONE]" if stream else json.loads(last)["usage"]["completion_tokens"] == new_tokens
+    request: dict[str, Any] = {"model": "hunyuan", "prompt": prompt, "max_tokens": new_tokens, "stream": stream}
+    async with client.post("/v1/completions", json=request | {"temperature": 0, "ignore_eos": True}) as answer:
+        body = await answer.read()  # of a stream in many pieces, which cost this client little
+    if stream:
+        complete = body.endswith(b"data: [DONE]\n\n")
+    else:
+        complete = json.loads(body).get("usage", {}).get("completion_tokens") == new_tokens
     if not (answer.ok and complete):
-        raise SystemExit(f"the server answered {answer.status}: {last.decode()[:500]}")
+        raise SystemExit(f"the server answered {answer.status}: {body.decode()[:500]}")
 
 
 def main() -> None:

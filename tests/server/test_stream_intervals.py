@@ -50,7 +50,9 @@ async def interval_beside_others(engine, params: SamplingParams) -> int | None:
 
 
 @pytest.mark.parametrize(
-    ("token_seconds", "interval"), [(0.001, 8), (0.0045, 4), (0.008, 2), (0.015, 1), (0.1, 1)], ids=lambda value: f"{value:g}"
+    ("token_seconds", "interval"),
+    [(0.001, 8), (0.0045, 4), (0.008, 2), (0.015, 1), (0.1, 1)],
+    ids=lambda value: f"{value:g}",
 )
 async def test_chunks_come_50_times_a_second(engine, token_seconds, interval):
     engine.token_seconds = token_seconds

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -37,6 +38,8 @@ REQUESTS = {"demo": {1: 16, 8: 64}, "mid": {1: 3, 8: 8}}
 VOCABULARY = 1800  # ordinary tokens of the demo model, whose tokenizer the benchmark model borrows
 START_TIMEOUT = 600.0  # seconds
 SPINNING = 1.5
+Request = tuple[list[int], int]
+"""Token ids, and how many to generate."""
 COMMON = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": ""}
 
 
@@ -48,16 +51,16 @@ class Offline:
 
         self.llm = LLM(model=str(model), max_num_seqs=max(CONCURRENCY), seed=0, **settings)
 
-    def serve(self, prompts: Sequence[list[int]], new_tokens: int, concurrency: int) -> float:
-        """Seconds for all prompts."""
+    def serve(self, requests: Sequence[Request], concurrency: int) -> float:
+        """Seconds for all requests."""
         from vllm import SamplingParams
 
-        params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
-        given: list[Any] = [{"prompt_token_ids": prompt} for prompt in prompts]
-        groups = [given] if concurrency > 1 else [[one] for one in given]
+        prompts: list[Any] = [{"prompt_token_ids": prompt} for prompt, _ in requests]
+        params = [SamplingParams(temperature=0, max_tokens=length, ignore_eos=True) for _, length in requests]
+        step = len(prompts) if concurrency > 1 else 1
         begin = time.perf_counter()
-        for group in groups:
-            self.llm.generate(group, params, use_tqdm=False)
+        for first in range(0, len(prompts), step):
+            self.llm.generate(prompts[first : first + step], params[first : first + step], use_tqdm=False)
         return time.perf_counter() - begin
 
     def close(self) -> None:
@@ -100,9 +103,9 @@ class Server:
                 time.sleep(0.5)
         raise SystemExit(f"the server did not start (its output: {self.log})")
 
-    def serve(self, prompts: Sequence[list[int]], new_tokens: int, concurrency: int, stream: bool) -> float:
-        """Seconds for all prompts."""
-        return asyncio.run(_ask_all(self.url, prompts, new_tokens, concurrency, stream))
+    def serve(self, requests: Sequence[Request], concurrency: int, stream: bool) -> float:
+        """Seconds for all requests."""
+        return asyncio.run(_ask_all(self.url, requests, concurrency, stream))
 
 
 class Settled:
@@ -118,27 +121,27 @@ class Settled:
         return work()
 
 
-async def _ask_all(url: str, prompts: Sequence[list[int]], new_tokens: int, concurrency: int, stream: bool) -> float:
-    waiting = iter(prompts)
+async def _ask_all(url: str, requests: Sequence[Request], concurrency: int, stream: bool) -> float:
+    waiting = iter(requests)
     async with aiohttp.ClientSession(url) as client:
 
         async def ask_in_turn() -> None:
-            for prompt in waiting:
-                await _ask(client, prompt, new_tokens, stream)
+            for prompt, length in waiting:
+                await _ask(client, prompt, length, stream)
 
         begin = time.perf_counter()
         await asyncio.gather(*(ask_in_turn() for _ in range(concurrency)))
         return time.perf_counter() - begin
 
 
-async def _ask(client: aiohttp.ClientSession, prompt: list[int], new_tokens: int, stream: bool) -> None:
-    request: dict[str, Any] = {"model": "hunyuan", "prompt": prompt, "max_tokens": new_tokens, "stream": stream}
+async def _ask(client: aiohttp.ClientSession, prompt: list[int], length: int, stream: bool) -> None:
+    request: dict[str, Any] = {"model": "hunyuan", "prompt": prompt, "max_tokens": length, "stream": stream}
     async with client.post("/v1/completions", json=request | {"temperature": 0, "ignore_eos": True}) as answer:
         body = await answer.read()  # of a stream in many pieces, which cost this client little
     if stream:
         complete = body.endswith(b"data: [DONE]\n\n")
     else:
-        complete = json.loads(body).get("usage", {}).get("completion_tokens") == new_tokens
+        complete = json.loads(body).get("usage", {}).get("completion_tokens") == length
     if not (answer.ok and complete):
         raise SystemExit(f"the server answered {answer.status}: {body.decode()[:500]}")
 
@@ -171,7 +174,7 @@ def main() -> None:
 def _compare(name: str, model: Path, report: Report, arguments: Any) -> None:
     settings: dict[str, Any] = dict(
         dtype="bfloat16",
-        max_model_len=arguments.prompt_tokens + arguments.new_tokens,
+        max_model_len=arguments.prompt_tokens + 2 * arguments.new_tokens,
         kv_cache_memory_bytes=64 * MIB,
         tokenizer=str(demo.path()),
     )
@@ -187,7 +190,9 @@ def _compare(name: str, model: Path, report: Report, arguments: Any) -> None:
         for concurrency in CONCURRENCY:
             count = REQUESTS[name][concurrency]
             prompts = random_prompts(VOCABULARY, [arguments.prompt_tokens] * count, concurrency)
-            work = (prompts, new_tokens, concurrency)
+            lengths = [new_tokens // 2 + new_tokens * place // (count - 1) for place in range(count)]
+            random.Random(concurrency).shuffle(lengths)
+            work = ([*zip(prompts, lengths, strict=True)], concurrency)
             settled = Settled()
             ways: dict[tuple[str, str], Callable[[], float]] = {}
             for bind, (server, offline) in engines.items():
@@ -209,7 +214,7 @@ def _compare(name: str, model: Path, report: Report, arguments: Any) -> None:
                     bind=bind or "default",
                     way=way,
                     requests_a_second=Spread.of(count / spent for spent in times),
-                    tokens_a_second=Spread.of(count * new_tokens / spent for spent in times),
+                    tokens_a_second=Spread.of(sum(lengths) / spent for spent in times),
                     of_offline=ratios(seconds[bind, "offline"], times),
                     of_first_bind=ratios(seconds[first, way], times),
                 )

@@ -19,6 +19,17 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+if os.environ.get("TEST_CPU") == "avx2":  # for a run on a CPU that has more
+    import torch
+
+    capabilities = {
+        name: there if "avx512" not in name and "amx" not in name else False
+        for name, there in torch.cpu.get_capabilities().items()
+    }
+    torch.cpu.get_capabilities = lambda: capabilities
+    torch.cpu._is_avx512_supported = torch.cpu._is_avx512_bf16_supported = lambda: False
+    torch.cpu._is_amx_tile_supported = lambda: False
+
 # A suite that was started in the background would hand its ignoring of Ctrl-C on to programs that are tested for it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

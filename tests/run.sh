@@ -16,8 +16,8 @@ mypy=$!
 trap 'kill "$mypy" 2>/dev/null || :; rm -f "$types"' EXIT
 trap 'exit 130' INT TERM
 status=0
-# Two at a time, a file's tests in one process: most of them wait for a process that starts (-n 0: one by one).
-"$bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@" || status=$?
+# Three at a time, a file's tests in one process: most of them wait for a process that starts (-n 0: one by one).
+"$bin/python" -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@" || status=$?
 wait "$mypy" || status=1
 cat "$types"
 exit "$status"

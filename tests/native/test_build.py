@@ -139,3 +139,14 @@ def test_the_instructions_that_are_used(lacking: str | None, libraries: Path, mo
     library = build.build(libraries)
     code = subprocess.run(["objdump", "-d", library], capture_output=True, text=True, check=True).stdout
     assert ("%zmm" in code) == (lacking is None)
+
+
+@pytest.mark.skipif(not build.has_avx512(), reason="this CPU's other tests are of the kernels for AVX2")
+def test_kernels_for_avx2_on_a_cpu_with_more(tmp_path: Path) -> None:
+    files = ("native/test_bf16.py", "native/test_routing.py", "native/test_rotary.py", "quant/test_cpu.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not engine"]
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environ |= {"TEST_CPU": "avx2", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command += [str(ROOT / "tests" / file) for file in files]
+    run = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and " skipped" not in run.stdout, run.stdout

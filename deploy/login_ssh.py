@@ -37,7 +37,7 @@ def main() -> int:
     if os.path.realpath(sys.prefix) == os.path.realpath(venv):
         say(f"the environment {venv} lacks paramiko: remove it and run sh deploy/setup_env.sh")
         return 1
-    say(f"this Python lacks paramiko or its like: using the environment of {ROOT}")
+    say(f"this Python lacks paramiko or another library: using the environment of {ROOT}")
     set_up = ["sh", os.path.join(ROOT, "deploy", "setup_env.sh"), "--for", "login_ssh.py"]
     status = subprocess.call(set_up + [word for word in sys.argv[1:] if word == "--help"])
     if status != 0:

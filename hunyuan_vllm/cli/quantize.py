@@ -99,7 +99,7 @@ def quantize(
         _show_plan(source, options)
         return
     if target is None:
-        raise UserError("name DST, the folder to write, after SRC; or add --plan to see what the run needs")
+        raise UserError("give DST, the folder to write, after SRC; or add --plan to see what the run needs")
     with resumable(target):
         _convert(source, target, options, calibration, console)
 

@@ -209,7 +209,7 @@ def serve(
         say(note)
     if dry_run:
         if model != source and not Path(model.name).exists():
-            say(f"a start converts the demo model to {model.name} first")
+            say(f"the first start converts the demo model to {model.name}")
         print(launch.shell())
         return
     if not launch.uds and not launch.headless:
@@ -232,7 +232,7 @@ def serve(
             terminal = Terminal(LogFile(log))
             say(f"its log is in {log}")
         except OSError as error:
-            say(f"{log} cannot be written ({error.strerror}): the log is here")
+            say(f"{log} cannot be written ({error.strerror}): logging to the terminal instead")
     if not supervised:
         raise typer.Exit(run_once(launch, environ, stop, terminal=terminal))
     restarts = RestartPolicy(start_timeout, hang_timeout, max_restarts, max_wait)

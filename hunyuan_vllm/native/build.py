@@ -98,11 +98,11 @@ def _make_private(folder: Path) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
     except OSError as error:
-        raise Unavailable(f"no folder {folder} ({error.strerror}): set VLLM_CACHE_ROOT to one of yours") from error
+        raise Unavailable(f"{folder} cannot be created ({error.strerror}): set VLLM_CACHE_ROOT to another") from error
     if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise Unavailable(f"others can write to {folder}: chmod 700 it, or set VLLM_CACHE_ROOT")
 
 
 def _first_error(output: str) -> str:
     lines = [line for line in output.splitlines() if "error" in line]
-    return (lines or output.splitlines() or ["it said nothing"])[0]
+    return (lines or output.splitlines() or ["no output"])[0]

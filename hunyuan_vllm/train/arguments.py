@@ -207,7 +207,7 @@ def _demo(given: frozenset[str]) -> list[str]:
     if not given & {"train_data_file", "use_dummy_data"}:
         file = DEMO_DATA / "train.jsonl"
         if not file.is_file():
-            raise UserError("name --train_data_file: the shipped data come only with a checkout of the repository")
+            raise UserError("give --train_data_file: the shipped data come only with a checkout of the repository")
         defaults += ["--train_data_file", str(file)]
     return defaults
 

@@ -268,7 +268,7 @@ def _data(arguments: Arguments, base: BaseCheckpoint, say: Callable[[str], None]
     if data.use_dummy_data:
         return padding, DummyDataset(base.config.vocab_size, limit), None
     if data.train_data_file is None:
-        raise UserError("name --train_data_file, JSONL with one conversation per line (or --use_dummy_data)")
+        raise UserError("give --train_data_file, JSONL with one conversation per line (or --use_dummy_data)")
     encoding = Encoding(base.tokenizer, limit, data.train_on_all, data.default_system)
     held_out = ConversationDataset(Path(data.eval_data_file), encoding) if data.eval_data_file else None
     train_data = ConversationDataset(Path(data.train_data_file), encoding)

@@ -85,7 +85,7 @@ class TestMistakes:
         line = mistake("--train_data_file", data)
         assert "data.jsonl: line 4: it ends with the user's message" in line and "line 5: it is not JSON" in line
         assert "cannot be read" in mistake("--train_data_file", tmp_path / "none.jsonl")
-        assert "name --train_data_file" in mistake("--model_name_or_path", DEMO)
+        assert "give --train_data_file" in mistake("--model_name_or_path", DEMO)
 
     def test_modules_that_are_not_there(self, mistake) -> None:
         line = mistake("--lora_target_modules", "q_proj", "qkv_proj")

@@ -122,7 +122,7 @@ def _facts() -> list[dict[str, Any]]:
     return tomllib.loads((HERE / "town.toml").read_text(encoding="utf-8"))["fact"]
 
 
-def main(folder: Annotated[Path, typer.Option(help="Where they go.")] = HERE) -> None:
+def main(folder: Annotated[Path, typer.Option(help="Folder to write.")] = HERE) -> None:
     """Write both sets."""
     for name, lines in (("train.jsonl", train_lines()), ("held_out.jsonl", held_out_lines())):
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

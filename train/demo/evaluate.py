@@ -139,7 +139,7 @@ def main(
     samples: Annotated[int, typer.Option(help="Samples of each of the README's questions.")] = 10,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    report: Annotated[Path, typer.Option(help="Where the report goes.")] = REPORT,
+    report: Annotated[Path, typer.Option(help="File to write the report to.")] = REPORT,
     show_wrong: Annotated[int, typer.Option(help="Print that many wrong answers of each set.")] = 0,
 ) -> None:
     """Measure a demo checkpoint, print a table and write the report."""

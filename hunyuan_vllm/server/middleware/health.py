@@ -248,7 +248,7 @@ class Health:
 
     async def _probe(self, scope: Scope, send: Send) -> None:
         if scope["method"] not in ("GET", "HEAD"):
-            await _answer(send, HTTPStatus.METHOD_NOT_ALLOWED, {"status": "probes are GET"}, (b"allow", b"GET, HEAD"))
+            await _answer(send, HTTPStatus.METHOD_NOT_ALLOWED, {"status": "GET or HEAD only"}, (b"allow", b"GET, HEAD"))
         elif scope["path"] == LIVE:
             dead = self._has_died(_engine(scope))
             status = HTTPStatus.SERVICE_UNAVAILABLE if dead else HTTPStatus.OK

@@ -40,7 +40,7 @@ def test_the_key_is_asked_for_and_checked(page: Page, server: Server) -> None:
     page.driver.refresh()
     page.wait(lambda: page.find("#key-dialog").is_displayed())
     page.press(Keys.ESCAPE)
-    page.wait(lambda: "asks for an API key" in page.find("#problem").text)
+    page.wait(lambda: "requires an API key" in page.find("#problem").text)
     page.find("#problem button").click()
     page.wait(lambda: page.find("#key-dialog").is_displayed())
     page.find("#remember").click()

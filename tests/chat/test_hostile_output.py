@@ -160,7 +160,7 @@ def test_a_browser_that_keeps_nothing_says_so(page: Page, fake: FakeServer) -> N
     page.open(fake.url)
     page.driver.execute_script("Storage.prototype.setItem = () => { throw new DOMException('QuotaExceededError'); }")
     page.ask("Go")
-    assert page.answered() == "Hi" and "keeps nothing" in page.find("#kept").text
+    assert page.answered() == "Hi" and "does not allow storage" in page.find("#kept").text
 
 
 def test_faults_are_explained(page: Page, fake: FakeServer) -> None:
@@ -168,8 +168,8 @@ def test_faults_are_explained(page: Page, fake: FakeServer) -> None:
     page.open(fake.url)
     for fault, words in (
         ((429, "too many requests", {"Retry-After": "7"}), "Try again in 7 seconds"),
-        ((503, "the server is about to stop", {}), "busy or about to stop"),
-        ((500, "Internal Server Error", {}), "failed while it worked"),
+        ((503, "the server is about to stop", {}), "busy or shutting down"),
+        ((500, "Internal Server Error", {}), "failed while processing"),
         ((400, "top_k: must be at least 0", {}), "did not accept the request"),
     ):
         fake.fault = fault

@@ -62,11 +62,10 @@ class _BoundedArguments(ToolParser):
         tag = super().get_structural_tag(request, reasoning=reasoning, strict_level=strict_level)
         for arguments in [] if tag is None else _arguments(tag.format):
             arguments.max_whitespace_cnt = LONGEST_SPACE
-            if isinstance(arguments.json_schema, bool):  # no parameters, or none that are to be kept
+            if isinstance(arguments.json_schema, bool) or not arguments.json_schema:
+                # No parameters, or none that are to be kept. An empty schema would allow any name, of any length.
                 pinned = strict_level == ToolStrictLevel.PARAMETER
                 arguments.json_schema = NO_PARAMETERS if pinned else ANY_PARAMETERS
-            elif not arguments.json_schema:  # which is any JSON: white space without end, but arguments are an object
-                arguments.json_schema = ANY_PARAMETERS
             elif request.tool_choice != "auto" and has_xgrammar_unsupported_json_features(arguments.json_schema):
                 raise VLLMValidationError(
                     "parameters use what cannot be enforced in a call (multipleOf, uniqueItems, contains, pattern with "

@@ -81,10 +81,13 @@ def grammar(tokenizer: HYTokenizer, asked: ChatCompletionRequest) -> str:
     return tag.model_dump_json()
 
 
-def test_an_empty_schema_means_any_object(tokenizer: HYTokenizer) -> None:
-    for choice in ("required", {"type": "function", "function": {"name": "f"}}):
-        any_object = grammar(tokenizer, request(choice, {"type": "object"}))
-        assert grammar(tokenizer, request(choice, {})) == any_object
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "f"}}, "auto"])
+def test_an_empty_schema_means_no_parameters(tokenizer: HYTokenizer, choice: Any) -> None:
+    """With any object instead, one call in seven of the demo model at temperature 1 wrote a name without an end."""
+    calls = xgrammar.Grammar.from_structural_tag(grammar(tokenizer, request(choice, {})))
+    call = '<tool_call>\n{"name": "f", "arguments": %s}\n</tool_call>'
+    assert _is_grammar_accept_string(calls, call % "{}")
+    assert not _is_grammar_accept_string(calls, call % '{"x": 1}')
 
 
 def test_a_whole_loop_is_rendered(tokenizer: HYTokenizer) -> None:

@@ -10,7 +10,9 @@ from hosts import Host
 
 from ray_hosts.cluster import RayHosts
 
-__all__ = ["FAULTS", "Fault"]
+__all__ = ["FAULTS", "Fault", "pause_raylet_in_load"]
+
+PAUSE = 15.0  # seconds; Ray's head gives a node up after 25
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,24 @@ class Fault:
     repair: Callable[[RayHosts], float] = lambda cluster: time.monotonic()
 
 
-def kill(host: Host, name: str) -> None:
-    """kill -9 of the processes whose command line matches the pattern of a shell."""
+def kill(host: Host, name: str, signal: str = "KILL") -> None:
+    """Signal the processes whose command line matches the pattern of a shell."""
     host.sh(
         "for folder in /proc/[0-9]*; do [ $folder != /proc/$$ ] || continue; "  # the pattern is in its own command line
         "words=$(tr '\\0' ' ' <$folder/cmdline 2>/dev/null) || continue; "
-        f'case "$words" in {name}) kill -9 ${{folder#/proc/}} ;; esac; done'
+        f'case "$words" in {name}) kill -{signal} ${{folder#/proc/}} ;; esac; done'
     )
+
+
+def pause_raylet_in_load(cluster: RayHosts) -> float:
+    """After a worker process was killed: the next one is about to load the model when its raylet falls silent."""
+    back = time.monotonic()
+    words = "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' '\\n'"
+    cluster.worker.sh(f"until {words} | grep -q '^ray::RayWorkerProc'; do sleep 0.2; done", timeout=180)
+    kill(cluster.worker, "*/raylet/raylet*", "STOP")
+    time.sleep(PAUSE)
+    kill(cluster.worker, "*/raylet/raylet*", "CONT")
+    return back
 
 
 def _restart_ray(*hosts: Callable[[RayHosts], Host]) -> Callable[[RayHosts], float]:

@@ -199,12 +199,13 @@ def _read_options() -> list[dict[str, Any]]:
         kind = action.type or str
         name = getattr(kind, "__name__", "")
         plain = kind in (int, float, str) or getattr(kind, "__module__", "") == FlexibleArgumentParser.__module__
-        flags = [flag for flag in action.option_strings if not _is_negation(flag, action)]
+        boolean = isinstance(action, argparse.BooleanOptionalAction)  # of a class of vLLM's own since 0.33
+        flags = [flag for flag in action.option_strings if not (boolean and _is_negation(flag, action))]
         options.append(
             {
                 "flags": flags or [action.dest],
                 "dest": action.dest,
-                "action": type(action).__name__,
+                "action": argparse.BooleanOptionalAction.__name__ if boolean else type(action).__name__,
                 "nargs": action.nargs,
                 "const": action.const,
                 "type": name if plain or name in TYPES else "str",
@@ -215,8 +216,8 @@ def _read_options() -> list[dict[str, Any]]:
 
 
 def _is_negation(flag: str, action: argparse.Action) -> bool:
-    """Whether argparse adds this flag by itself."""
-    return isinstance(action, argparse.BooleanOptionalAction) and flag.startswith("--no-")
+    """Whether the parser adds this flag by itself."""
+    return flag in getattr(action, "negative_option_strings", ()) or flag.startswith("--no-")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ are not called.
 """
 
 import gc
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,11 +39,10 @@ def fast_imports() -> Iterator[None]:
 def main() -> None:
     with fast_imports():
         from vllm.entrypoints.cli.serve import cmd_init
-        from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
         from vllm.logger import configure_logging_from_args
         from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    cli_env_setup()
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as the command `vllm` does
     parser = FlexibleArgumentParser(prog="vllm")
     subcommands = parser.add_subparsers(required=True, dest="subparser")
     (serve,) = cmd_init()

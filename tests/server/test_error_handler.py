@@ -7,13 +7,17 @@ from types import SimpleNamespace
 import httpx
 import pytest
 from vllm.entrypoints.openai.responses.utils import construct_input_messages
-from vllm.renderers.chat_utils import _parse_chat_message_content_mm_part
 
 from hunyuan_vllm.envs import KEY_FILE_VARIABLE
 from hunyuan_vllm.server.middleware.errors import ErrorHandler, explain
 from hunyuan_vllm.server.middleware.limits import Limits
 from hunyuan_vllm.server.middleware.stack import BehindKey
 from hunyuan_vllm.server.options import ApiPolicy
+
+try:
+    from vllm.renderers.chat_utils import _parse_chat_message_content_mm_part as parse_part
+except ImportError:  # vLLM 0.33
+    from vllm.renderers.chat_utils.chat_message import parse_chat_message_content_mm_part as parse_part
 
 JSON = (b"content-type", b"application/json")
 STREAM = (b"content-type", b"text/event-stream")
@@ -118,7 +122,7 @@ async def test_a_request_that_vllms_checks_break_down_on_is_a_bad_request(how):
 @pytest.mark.parametrize(
     "read",
     [
-        lambda: _parse_chat_message_content_mm_part("a part that is no object"),
+        lambda: parse_part("a part that is no object"),
         lambda: construct_input_messages(request_input=["an item that is none"]),
     ],
 )

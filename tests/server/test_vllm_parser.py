@@ -76,7 +76,7 @@ def test_it_understands_what_vllm_does(argv, tmp_path):
         (["/a", "/secret"], "too many arguments"),
         (["--port", "many"], "--port: invalid int value: 'many'"),
         (["--port"], "--port: expected one argument"),
-        (["--kv-cache-dtype", "fp9"], "--kv-cache-dtype: invalid choice: 'fp9'"),
+        (["--dtype", "fp9"], "--dtype: invalid choice: 'fp9'"),
         (["--logging-config.formatter"], "--logging-config.formatter needs a value"),
         (["--config", "/no/such.yaml"], "--config /no/such.yaml cannot be read: No such file"),
         (["--config"], "--config"),

@@ -26,7 +26,7 @@ from hunyuan_vllm.server.middleware.fields import request_model
 
 MAX_SHOWN = 60  # characters of a wrong value in a message
 ENGINE_ERROR = "Internal server error"  # vLLM's GenerationError
-# The code of vLLM that reads a conversation: a module, and one function of another.
+# The code of vLLM that reads a conversation: a module (a package since 0.33), and one function of another.
 MESSAGES_READER = "vllm.renderers.chat_utils"
 INPUT_READER = ("vllm.entrypoints.openai.responses.utils", "construct_input_messages")
 LOAD_ADAPTER = "/v1/load_lora_adapter"
@@ -128,7 +128,7 @@ def explain_adapter(path: str, message: str) -> Problem | None:
 def explain_unread(error: Exception, body: Mapping[str, Any]) -> Problem | None:
     """That the messages have an unknown form, if vLLM failed while it read them; else None."""
     passed = {(frame.f_globals.get("__name__"), frame.f_code.co_name) for frame, _ in walk_tb(error.__traceback__)}
-    if INPUT_READER not in passed and MESSAGES_READER not in {module for module, _ in passed}:
+    if INPUT_READER not in passed and not any(f"{module}.".startswith(f"{MESSAGES_READER}.") for module, _ in passed):
         return None
     field = next((name for name in ("messages", "input") if name in body), None)
     return Problem(field, f"{field or 'the request'} has content of an unknown type or form")

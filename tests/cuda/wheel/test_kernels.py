@@ -69,6 +69,21 @@ def test_kernels(
     assert found == (linears, experts, "FlashInfer" if gpu[:2] == "10" and head_dim == 128 else "FlashAttention")
 
 
+@pytest.mark.parametrize("scheme", ["bf16", "int8", "fp8"])
+@pytest.mark.parametrize("network", ["Hunyuan-Large", "Hunyuan-A13B"])
+def test_expert_parallel(network: str, scheme: str) -> None:
+    """A rank has whole experts, as many as it is due."""
+    ranks, config = 8, NETWORKS[network]
+    with built(config, (9, 0), scheme, tensor_parallel=ranks, enable_expert_parallel=True) as model:
+        for experts in model.moe_layers:
+            held = {name: parameter.shape for name, parameter in experts.routed_experts.named_parameters()}
+            assert {shape[0] for shape in held.values()} == {config.num_experts // ranks}
+            packed = 4 if scheme == "int8" else 1  # weights in a word
+            assert held["w2_weight_packed" if scheme == "int8" else "w2_weight"][1:] == (
+                config.hidden_size, config.intermediate_at(0) // packed,
+            )  # fmt: skip
+
+
 def linear_kernels(model: nn.Module) -> tuple[str, str]:
     """Those of linear layers, and those of experts."""
     by_kernel: dict[str, set[str]] = {}

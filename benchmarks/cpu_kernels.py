@@ -181,14 +181,13 @@ def kernels(weights: Sequence[Tensor]) -> dict[str, Callable[[], Multiply]]:
             ),
         )
     }
-    if here is CPU.AVX2:
-        makers["bf16: ours"] = maker(
-            weights,
-            lambda weight: ours.bf16_pack_experts(weight.view(-1, *weight.shape[-2:])),
-            lambda own, x: ours.bf16_linear(x, own[0], None, outputs),
-            lambda own, x, gates, ids: ours.bf16_experts(x, *own, gates, ids, INTERMEDIATE, None, None),
-        )
-    elif here in (CPU.AVX512_BF16, CPU.AMX):
+    makers["bf16: ours"] = maker(
+        weights,
+        lambda weight: ours.bf16_pack_experts(weight.view(-1, *weight.shape[-2:])),
+        lambda own, x: ours.bf16_linear(x, own[0], None, outputs),
+        lambda own, x, gates, ids: ours.bf16_experts(x, *own, gates, ids, INTERMEDIATE, None, None),
+    )
+    if here in (CPU.AVX512_BF16, CPU.AMX):
         unquantised = ops.CPUQuantMethod.UNQUANT
         makers["bf16: packed"] = maker(
             weights,

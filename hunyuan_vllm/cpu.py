@@ -26,15 +26,6 @@ from hunyuan_vllm.cpu_kernels import EXPERTS, LINEAR, Kernel, kernel
 from hunyuan_vllm.native import operators
 from hunyuan_vllm.quant.schemes import BF16
 
-_REDUCTION_ALIGNMENT = 32  # input features a packed tile takes
-_OUTPUT_ALIGNMENT = 16
-
-
-def packs(outputs: int, inputs: int, dtype: torch.dtype) -> bool:
-    """Whether the packed kernel multiplies weights `[outputs, inputs]`."""
-    fits = inputs % _REDUCTION_ALIGNMENT == 0 and outputs % _OUTPUT_ALIGNMENT == 0
-    return dtype == torch.bfloat16 and fits and kernel(BF16, LINEAR) is Kernel.PACKED
-
 
 class PackedCPUExperts(CPUUnquantizedExperts):
     """SiLU-gated bfloat16 experts on the packed kernel; intermediate sizes are padded to a multiple of 32."""

@@ -7,21 +7,22 @@
    upstream  not reported yet (0.32.0 and 0.33.0 have it)
    until     tests/test_patches.py::test_cpu_experts_still_need_repacking fails
 
-2. Packed linear kernels without AMX.
-   where     vllm/model_executor/layers/utils.py, check_cpu_sgl_kernel and dispatch_cpu_unquantized_gemm
-   why       vLLM keeps `weight_packed_linear` to AMX machines. With AVX-512 BF16 alone it is 1.05 to 1.2 times as fast
-             as oneDNN up to 8 rows, where decoding is, and 0.92 to 1.02 times from 64 (benchmarks/cpu_kernels.py). On
-             AMX machines the patch changes nothing: oneDNN is 1.4 to 2.5 times as fast there from 64 rows.
-             With AVX2 alone oneDNN has no bfloat16 product and vLLM falls back to torch's: our kernel is 1.4 to 1.8
-             times as fast at one row, 4 to 7 times from 8.
+2. Our linear kernels without AMX.
+   where     vllm/model_executor/layers/utils.py, dispatch_cpu_unquantized_gemm
+   why       vLLM has no hook for the product of an unquantised linear layer. With AVX-512 BF16 alone our kernel is 1.05
+             to 1.3 times as fast as oneDNN up to 16 rows, where decoding is, and no slower from 64
+             (benchmarks/cpu_kernels.py). With AVX2 alone oneDNN has no bfloat16 product and vLLM falls back to
+             torch's: our kernel is 1.4 to 1.8 times as fast at one row, 4 to 7 times from 8. On AMX machines the patch
+             changes nothing.
    upstream  not reported yet
-   until     tests/test_patches.py::test_upstream_still_keeps_the_packed_linear_to_amx and
-             ::test_upstream_still_has_no_linear_for_avx2 fail
+   until     tests/test_patches.py::test_upstream_still_has_no_linear_for_avx2 fails, and oneDNN is no slower with
+             AVX-512 BF16 (benchmarks/cpu_kernels.py)
 
 3. Packed experts without AMX.
    where     vllm/model_executor/layers/fused_moe/oracle/unquantized.py, backend_to_kernel_cls
-   why       The same for experts: `fused_experts_cpu` is 1.1 times as fast as the portable kernel in decoding, 1.4 to
-             1.8 times from 64 rows (benchmarks/cpu_kernels.py). With AVX2 alone our kernel is 1.0 to 1.3 times as fast.
+   why       The same for experts: `fused_experts_cpu` is 1.1 to 1.8 times as fast as the portable kernel in decoding
+             and from 16 rows 1.2 to 1.8 times (benchmarks/cpu_kernels.py). With AVX2 alone our kernel is 1.0 to 1.3
+             times as fast.
    upstream  not reported yet
    until     tests/test_patches.py::test_upstream_still_has_no_packed_experts fails
 
@@ -120,7 +121,7 @@ from vllm.v1.structured_output.request import StructuredOutputRequest
 
 from hunyuan_vllm.adapter import check_adapter, check_modules
 from hunyuan_vllm.config import HunYuanConfig
-from hunyuan_vllm.cpu import NativeCPUExperts, PackedCPUExperts, multiply_natively, packs
+from hunyuan_vllm.cpu import NativeCPUExperts, PackedCPUExperts, multiply_natively
 from hunyuan_vllm.util.errors import UserError
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
@@ -135,7 +136,7 @@ def apply_patches() -> None:
     _refuse_adapters_that_would_not_apply()
     if current_platform.is_cpu():
         ask_for_amx()
-        _use_packed_linear_kernel()
+        _use_our_linear_kernel()
         _use_packed_experts()
         _keep_experts_from_zentorch()
         _leave_rows_without_an_adapter_alone()
@@ -262,14 +263,7 @@ def ask_for_amx() -> None:
         torch.cpu._is_amx_tile_supported = lambda: False
 
 
-def _use_packed_linear_kernel() -> None:
-    upstream = layer_utils.check_cpu_sgl_kernel
-
-    @wraps(upstream)
-    def check_cpu_sgl_kernel(n: int, k: int, dtype: torch.dtype) -> bool:
-        return upstream(n, k, dtype) or packs(n, k, dtype)
-
-    layer_utils.check_cpu_sgl_kernel = check_cpu_sgl_kernel
+def _use_our_linear_kernel() -> None:
     dispatch = layer_utils.dispatch_cpu_unquantized_gemm
 
     @wraps(dispatch)

@@ -32,7 +32,6 @@ from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.punica_wrapper import punica_cpu
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import WorkerLoRAManager
-from vllm.model_executor.layers import utils as layer_utils
 from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 from vllm.model_executor.layers.fused_moe.oracle import unquantized
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
@@ -47,11 +46,11 @@ from vllm.v1.structured_output.request import StructuredOutputRequest
 
 from hunyuan_vllm import demo, model, patches
 from hunyuan_vllm.cpu import NativeCPUExperts, PackedCPUExperts
-from hunyuan_vllm.cpu_kernels import EXPERTS, LINEAR, Kernel, kernel
+from hunyuan_vllm.cpu_kernels import EXPERTS, Kernel, kernel
 from hunyuan_vllm.quant.schemes import BF16
 
 without_amx = pytest.mark.skipif(
-    kernel(BF16, LINEAR) is not Kernel.PACKED,
+    kernel(BF16, EXPERTS) is not Kernel.PACKED,
     reason="needs a CPU with AVX-512 BF16 and without AMX, where the patch acts",
 )
 
@@ -77,11 +76,6 @@ def test_cpu_experts_still_need_repacking(tmp_path: Path, monkeypatch: pytest.Mo
 
 def upstream(function: Callable) -> Callable:
     return getattr(function, "__wrapped__", function)
-
-
-@without_amx
-def test_upstream_still_keeps_the_packed_linear_to_amx() -> None:
-    assert not upstream(layer_utils.check_cpu_sgl_kernel)(4096, 1280, torch.bfloat16)
 
 
 @without_amx

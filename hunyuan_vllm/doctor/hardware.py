@@ -258,7 +258,9 @@ def _kernels(flags: set[str]) -> str:
     if "amx_bf16" in flags:
         return f"AMX: bfloat16, int8-w8a8 and FP8 on vLLM's AMX kernels, int8 on our {ours} ones and, many rows, on AMX"
     if "avx512_bf16" in flags:
-        return f"AVX-512 with BF16: bfloat16 on vLLM's packed kernels, int8 weights on our {ours} ones"
+        linear = "our kernels" if ours == "AVX-512" else "oneDNN"
+        experts = f"experts on vLLM's packed kernels, int8 weights on our {ours} ones"
+        return f"AVX-512 with BF16: bfloat16 linear layers on {linear}, {experts}"
     if "avx512f" in flags:
         return f"AVX-512 without BF16: bfloat16 through float32, slowly; int8 weights on our {ours} kernels"
     if "avx2" in flags:

@@ -8,7 +8,7 @@
 #include "experts.h"
 #include "tensors.h"
 #ifdef __AVX512F__
-#include "w8a16.h"
+#include "bf16_rows.h"
 #else
 #include "avx2.h"
 #endif

@@ -1,4 +1,4 @@
-// Rows times packed weights, for all schemes (avx2.h, w8a16.h, w8a8.h): linear layers and SiLU-gated experts.
+// Rows times packed weights, for all schemes (avx2.h, bf16_rows.h, w8a8.h): linear layers and SiLU-gated experts.
 //
 // A weight [outputs, inputs] is packed into blocks of 32 output channels, 16 of the first half of all and 16 of the second:
 // of gate and up, what belongs together. A block is its head, and then for each few inputs (kInputs) a piece of all its

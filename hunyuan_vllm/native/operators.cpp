@@ -81,7 +81,6 @@ Tensor experts_operator(Tensor x, Tensor w13, Tensor w2, Tensor w13_scale, Tenso
                              w2_scale.size(0), w13_scale.size(1) / 2, expand_from);
 }
 
-#ifndef __AVX512F__
 Tensor bf16_linear(Tensor x, Tensor packed, std::optional<Tensor> bias, int64_t outputs) {
   return multiply_rows<BF16>(x, packed, nullptr, bias, outputs);
 }
@@ -106,7 +105,6 @@ Tensor bf16_experts(Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, Tensor
   if (shared_w13) shared = weights_of(*shared_w13, *shared_w2);
   return add_experts<BF16>(x, weights_of(w13, w2), shared, topk_weights, topk_ids, w13.size(0), width);
 }
-#endif
 
 // Queries [tokens, heads · size] and keys [tokens, key_heads · size] of rows that hold them one behind the other.
 std::tuple<Tensor, Tensor> rotate_and_normalize_operator(Tensor rows, Tensor positions, Tensor cos_sin, Tensor weight,
@@ -152,13 +150,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hunyuan_vllm, library) {
            "w8a8_experts(Tensor hidden, Tensor w13, Tensor w2, Tensor w13_scale, Tensor w2_scale, "
            "Tensor topk_weights, Tensor topk_ids, Tensor? shared_w13, Tensor? shared_w2, Tensor? shared_w13_scale, "
            "Tensor? shared_w2_scale, int expand_from) -> Tensor",
-#ifndef __AVX512F__
            "bf16_pack_experts(Tensor weight) -> Tensor",
            "bf16_linear(Tensor x, Tensor packed, Tensor? bias, int outputs) -> Tensor",
            "bf16_mlp(Tensor x, Tensor w13, Tensor w2, int width) -> Tensor",
            "bf16_experts(Tensor hidden, Tensor w13, Tensor w2, Tensor topk_weights, Tensor topk_ids, int width, "
            "Tensor? shared_w13, Tensor? shared_w2) -> Tensor",
-#endif
            "rotate_and_normalize(Tensor rows, Tensor positions, Tensor cos_sin, Tensor weight, int heads, "
            "int key_heads, float eps) -> (Tensor, Tensor)",
            "router_logits(Tensor x, Tensor gate) -> Tensor",
@@ -174,12 +170,10 @@ STABLE_TORCH_LIBRARY_IMPL(hunyuan_vllm, CPU, library) {
   library.impl("w8a8_linear", TORCH_BOX(&hunyuan::linear_operator<hunyuan::W8A8>));
   library.impl("w8a16_experts", TORCH_BOX(&hunyuan::experts_operator<hunyuan::W8A16>));
   library.impl("w8a8_experts", TORCH_BOX(&hunyuan::experts_operator<hunyuan::W8A8>));
-#ifndef __AVX512F__
   library.impl("bf16_pack_experts", TORCH_BOX(&hunyuan::pack_experts<hunyuan::BF16>));
   library.impl("bf16_linear", TORCH_BOX(&hunyuan::bf16_linear));
   library.impl("bf16_mlp", TORCH_BOX(&hunyuan::bf16_mlp));
   library.impl("bf16_experts", TORCH_BOX(&hunyuan::bf16_experts));
-#endif
   library.impl("rotate_and_normalize", TORCH_BOX(&hunyuan::rotate_and_normalize_operator));
   library.impl("router_logits", TORCH_BOX(&hunyuan::router_logits_operator));
   library.impl("choose_experts", TORCH_BOX(&hunyuan::choose_experts_operator));

@@ -11,7 +11,7 @@ from torch import Tensor
 from vllm.logger import init_logger
 
 from hunyuan_vllm import envs
-from hunyuan_vllm.native.build import Unavailable, build, has_avx512, require_features
+from hunyuan_vllm.native.build import Unavailable, build, require_features
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
 
@@ -39,9 +39,10 @@ def _load(library: str) -> None:
         "rotate_and_normalize": _rotate_and_normalize,
         **{f"{scheme}_linear": _linear for scheme in ("w8a16", "w8a8")},
         **{f"{scheme}_experts": _experts for scheme in ("w8a16", "w8a8")},
+        "bf16_linear": _bf16_linear,
+        "bf16_mlp": _experts,
+        "bf16_experts": _experts,
     }
-    if not has_avx512():
-        fakes |= {"bf16_linear": _bf16_linear, "bf16_mlp": _experts, "bf16_experts": _experts}
     for name, fake in fakes.items():
         torch.library.register_fake(f"hunyuan_vllm::{name}", fake)
 

@@ -14,7 +14,6 @@ from torch.nn.functional import linear as plain_linear
 from torch.nn.functional import silu
 from vllm import _custom_ops as ops
 
-from hunyuan_vllm.cpu import packs
 from hunyuan_vllm.cpu_kernels import (
     BLOCK_K,
     LINEAR,
@@ -51,9 +50,15 @@ def prepare_fp8(weight: Tensor, dtype: torch.dtype, stays: bool) -> Tensor:
         return torch.ops._C.convert_weight_packed(weight.contiguous())
     expanded = weight.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
     outputs, inputs = weight.shape[-2:]
-    if packs(outputs, inputs, expanded.dtype):
+    if _packs(outputs, inputs, expanded.dtype):
         return torch.ops._C.convert_weight_packed(expanded)
     return expanded
+
+
+def _packs(outputs: int, inputs: int, dtype: torch.dtype) -> bool:
+    """Whether vLLM's packed kernel multiplies expanded weights `[outputs, inputs]`."""
+    fits = inputs % TILE == 0 and outputs % (TILE // 2) == 0
+    return dtype == torch.bfloat16 and fits and kernel(FP8, LINEAR) is Kernel.PACKED
 
 
 @cache
@@ -193,7 +198,7 @@ def _fp8_gemm(x: Tensor, weight: Tensor, scale: Tensor, input_scale: Tensor) -> 
         sums = torch.ops._C.fp8_scaled_mm_cpu(x, weight, ones, [outputs, BLOCK_K], None, x.dtype, True)
         return sums.float() * scale
     values = quantize_per_tensor(x, input_scale)[0].to(weight.dtype)
-    if packs(outputs, inputs, weight.dtype):
+    if _packs(outputs, inputs, weight.dtype):
         sums = ops.weight_packed_linear_cpu(values, weight, outputs, None)
     else:
         sums = plain_linear(values, weight)

@@ -284,7 +284,10 @@ def test_what_serves_whom(amx: dict[str, Callable], monkeypatch: pytest.MonkeyPa
     w8a16.choose(LINEAR, torch.bfloat16, 64, 64)
     assert w8a16.expand_from[LINEAR] > 0
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert cpu_kernels.cpu() is CPU.AVX512_BF16 and row() == (Kernel.PACKED, Kernel.PACKED, Kernel.OURS)
+    monkeypatch.setattr(cpu_kernels, "has_avx512", lambda: True)
+    assert cpu_kernels.cpu() is CPU.AVX512_BF16 and row() == (Kernel.OURS, Kernel.PACKED, Kernel.OURS)
+    monkeypatch.setattr(cpu_kernels, "has_avx512", lambda: False)  # the first such CPUs lack VBMI
+    assert row() == (Kernel.UPSTREAM, Kernel.PACKED, Kernel.OURS)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     assert cpu_kernels.cpu() is CPU.AVX512 and row() == (Kernel.UPSTREAM, Kernel.TORCH, Kernel.OURS)
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 from networks import NETWORKS, built
 from torch import nn
+from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
 
 BY_CAPABILITY = {"8.0 (A100)": (8, 0), "9.0 (H100, H20)": (9, 0), "10.0 (B200)": (10, 0)}
 INT8_ENDS = "refused: vLLM's int8 kernels support compute capability up to 9.0"
@@ -71,8 +72,10 @@ def test_kernels(
 
 @pytest.mark.parametrize("scheme", ["bf16", "int8", "fp8"])
 @pytest.mark.parametrize("network", ["Hunyuan-Large", "Hunyuan-A13B"])
-def test_expert_parallel(network: str, scheme: str) -> None:
+def test_expert_parallel(network: str, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank has whole experts, as many as it is due."""
+    # For a line in the log 0.32 reads the values of the map, which tensors without memory have not.
+    monkeypatch.setattr(ExpertMapManager, "get_compressed_map_string", lambda self: "")
     ranks, config = 8, NETWORKS[network]
     with built(config, (9, 0), scheme, tensor_parallel=ranks, enable_expert_parallel=True) as model:
         for experts in model.moe_layers:

@@ -15,12 +15,9 @@ MACHINE = "The machines"
 OUTPUT = "Output"
 TRAINING = "Fine-tuning (--train)"
 TRAINING_OPTIONS = {
-    "train", "zero_stage", "offload", "seq_length", "micro_batch", "checkpointing", "moe_leaf", "lora_rank",
-    "lora_targets", "host_memory",
+    "train", "zero_stage", "offload", "seq_length", "checkpointing", "lora_rank", "host_memory",
 }  # fmt: skip
-COMMON_OPTIONS = {
-    "model", "gpu", "gpus", "gpus_per_node", "assume", "as_json", "assumptions", "list_gpus", "list_models",
-}  # fmt: skip
+COMMON_OPTIONS = {"model", "gpu", "gpus", "gpus_per_node", "as_json", "list_gpus", "list_models"}
 
 
 def plan(
@@ -68,25 +65,21 @@ def plan(
         None, metavar="none|optimizer|all", rich_help_panel=TRAINING, help="Offload to host memory; default: as needed."
     ),
     seq_length: int = typer.Option(
-        2048, "--seq-length", "--max_seq_length", min=1, rich_help_panel=TRAINING, help="Tokens of a sequence."
+        2048,
+        "--seq-length",
+        "--max_seq_length",
+        min=1,
+        rich_help_panel=TRAINING,
+        help="Tokens per GPU and iteration.",
     ),
-    micro_batch: int = typer.Option(1, min=1, rich_help_panel=TRAINING, help="Sequences per GPU and iteration."),
     checkpointing: bool = typer.Option(
         True, rich_help_panel=TRAINING, help="Recompute layers in the backward pass to save memory."
     ),
-    moe_leaf: bool = typer.Option(
-        True, rich_help_panel=TRAINING, help="ZeRO-3 gathers a layer's experts at once (--make_moe_param_leaf_module)."
-    ),
     lora_rank: int = typer.Option(64, min=1, rich_help_panel=TRAINING, help="Rank of the adapters."),
-    lora_targets: str = typer.Option(
-        "q_proj,k_proj,v_proj,o_proj", rich_help_panel=TRAINING, help="Modules with an adapter, separated by commas."
-    ),
     host_memory: float = typer.Option(2048, min=1, rich_help_panel=TRAINING, help="GiB of each host's memory."),
     gpus_per_node: int = typer.Option(8, min=1, rich_help_panel=MACHINE, help="GPUs of a machine."),
     network: float = typer.Option(400, min=1, rich_help_panel=MACHINE, help="Gbit/s per GPU to other machines."),
-    assume: list[str] = typer.Option([], metavar="NAME=VALUE", help="Replace an assumption; may be repeated."),
     as_json: bool = typer.Option(False, "--json", rich_help_panel=OUTPUT, help="Print the plan as JSON."),
-    assumptions: bool = typer.Option(False, "--assumptions", rich_help_panel=OUTPUT, help="Show the assumptions."),
     list_gpus: bool = typer.Option(False, "--list-gpus", rich_help_panel=OUTPUT, help="Show the known GPUs."),
     list_models: bool = typer.Option(
         False, "--list-models", rich_help_panel=OUTPUT, help="Show the published models and the GPUs that they need."
@@ -116,9 +109,8 @@ def plan(
     Exit status: 0 it fits, 1 it does not fit or cannot run, 2 bad input.
     """
     from hunyuan_vllm.plan.plan import make_plan, make_scenario
-    from hunyuan_vllm.plan.report import show_assumptions, show_gpus, show_models, show_plan, to_json
-    from hunyuan_vllm.plan.scenario import Assumptions
-    from hunyuan_vllm.plan.training import TrainingAssumptions, TrainingMemory
+    from hunyuan_vllm.plan.report import show_gpus, show_models, show_plan, to_json
+    from hunyuan_vllm.plan.training import TrainingMemory
 
     console = Console(highlight=False)
     given = {name for name in context.params if _was_given(context, name)}
@@ -126,20 +118,16 @@ def plan(
         _refuse(given & TRAINING_OPTIONS, "is an option of fine-tuning: add --train full or --train lora")
     else:
         _refuse(given - COMMON_OPTIONS - TRAINING_OPTIONS, "is an option of a server: leave it out with --train")
-    assumed = (TrainingAssumptions() if train else Assumptions()).changed(assume)
     if list_models:
         return show_models(console)
     if list_gpus:
         return show_gpus(console)
-    if assumptions:
-        return show_assumptions(assumed, console)
-    if isinstance(assumed, TrainingAssumptions) and train:
+    if train:
         from hunyuan_vllm.plan import training_report
 
         setup = training_report.make_setup(
-            model, gpu, gpus, train, zero_stage, offload, lora_targets,
-            rank=lora_rank, length=seq_length, batch=micro_batch, checkpointing=checkpointing, leaves=moe_leaf,
-            per_node=gpus_per_node, host=host_memory * GIB, assumptions=assumed,
+            model, gpu, gpus, train, zero_stage, offload, rank=lora_rank, length=seq_length,
+            checkpointing=checkpointing, per_node=gpus_per_node, host=host_memory * GIB,
         )  # fmt: skip
         document, fits = training_report.to_json(setup), TrainingMemory(setup).fits
         show = partial(training_report.show_training, setup)
@@ -149,7 +137,7 @@ def plan(
         scenario = make_scenario(
             model, gpu, gpus, tp, pp, scheme, max_model_len, max_num_batched_tokens, max_num_seqs,
             input_len, output_len, dcp=dcp, kv=kv, utilization=gpu_memory_utilization, eager=enforce_eager,
-            per_node=gpus_per_node, node_link=network * 1e9 / 8, assumptions=assumed,
+            per_node=gpus_per_node, node_link=network * 1e9 / 8,
         )  # fmt: skip
         made = make_plan(scenario)
         document, fits = to_json(made), made.fit.fits

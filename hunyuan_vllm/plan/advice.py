@@ -1,4 +1,4 @@
-"""Changes that make a set-up fit, cheapest first, and changes that improve one that fits"""
+"""Changes that make a set-up fit, cheapest first"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +12,6 @@ from hunyuan_vllm.plan.fit import Fit, check_fit
 from hunyuan_vllm.plan.hardware import known_gpus
 from hunyuan_vllm.plan.scenario import Scenario, vllm_limits
 from hunyuan_vllm.plan.schemes import SCHEMES
-from hunyuan_vllm.plan.speed import decode
 from hunyuan_vllm.util.text import plural
 
 COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # GPUs that are offered
@@ -178,64 +177,3 @@ def _shortened(scenario: Scenario, remedy: Remedy) -> Remedy | None:
     if remedy.fit.problems or not shortest <= length < changed.max_model_len:
         return None
     return Remedy.of(scenario, *remedy.changes, shorter(length))
-
-
-BATCH = 32  # sequences on all engines together, for comparing speeds
-MIN_TOKENS, MIN_RATE = 1.25, 1.10  # ratios that are worth a mention
-KINDS = ("dcp", "kv", "split", "scheme")
-
-
-@dataclass(frozen=True)
-class Improvement:
-    """A change and its gain over the set-up as it is.
-
-    Attributes:
-        tokens: ratio of the tokens that all engines' caches hold.
-        rate: ratio of the estimated decoding rate at `BATCH` sequences.
-    """
-
-    remedy: Remedy
-    tokens: float
-    rate: float
-
-
-def improvements(fit: Fit) -> list[Improvement]:
-    """The best change of each kind that gains a quarter in tokens or a tenth in speed; and the fewest GPUs that fit."""
-    best: dict[str, Improvement] = {}
-    for change in possible_changes(fit.scenario):
-        kind = change.kind.split()[0]
-        improvement = _improvement(fit, change) if kind in KINDS else None
-        if improvement is None or (improvement.tokens < MIN_TOKENS and improvement.rate < MIN_RATE):
-            continue
-        if kind not in best or improvement.tokens * improvement.rate > best[kind].tokens * best[kind].rate:
-            best[kind] = improvement
-    fewer = _fewest_gpus(fit)
-    return [*best.values(), *([fewer] if fewer else [])]
-
-
-def _improvement(fit: Fit, change: Change) -> Improvement | None:
-    remedy = Remedy.of(fit.scenario, change)
-    if not remedy.fit.fits:
-        return None
-    return Improvement(remedy, _tokens(remedy.fit) / _tokens(fit), _rate(remedy.fit) / _rate(fit))
-
-
-def _tokens(fit: Fit) -> int:
-    return fit.shared.tokens * fit.scenario.replicas
-
-
-def _rate(fit: Fit) -> float:
-    return decode(fit.scenario, max(1, BATCH // fit.scenario.replicas)).estimate
-
-
-def _fewest_gpus(fit: Fit) -> Improvement | None:
-    scenario = fit.scenario
-    schemes = [scenario.scheme] if scenario.quantised else [SCHEMES[name] for name in SCHEME_PRICES]
-    for gpus in (count for count in COUNTS if count < scenario.gpus):
-        for scheme in schemes:
-            for split in arrangements(scenario.config, gpus):
-                values = {"gpus": gpus, "scheme": scheme} | _split(*split)
-                change = Change(values, plural(scenario.gpus - gpus, "fewer GPU"), 0, "gpus")
-                if improvement := _improvement(fit, change):
-                    return improvement
-    return None

@@ -7,13 +7,13 @@ from typing import Any
 
 from hunyuan_vllm import demo
 from hunyuan_vllm.layout import tensor_parallel_sizes
-from hunyuan_vllm.plan.advice import COUNTS, Improvement, Remedy, arrangements, improvements, remedies
+from hunyuan_vllm.plan.advice import COUNTS, Remedy, arrangements, remedies
 from hunyuan_vllm.plan.fit import Fit, check_fit, notes
 from hunyuan_vllm.plan.hardware import find_gpu
 from hunyuan_vllm.plan.model import PUBLISHED, PlannedModel, open_planned
 from hunyuan_vllm.plan.scenario import Scenario, vllm_limits
 from hunyuan_vllm.plan.schemes import Scheme, find_scheme, scheme_of_checkpoint
-from hunyuan_vllm.plan.speed import BATCHES, Decode, Prefill, PublishedRate, decode, prefill, published_rates, served
+from hunyuan_vllm.plan.speed import BATCHES, Decode, Prefill, PublishedRate, decode, prefill, published_rates
 from hunyuan_vllm.quant import schemes as quant
 from hunyuan_vllm.util.errors import UserError
 
@@ -159,14 +159,14 @@ def _checkpoint(scenario: Scenario) -> str:
     return name if scenario.quantised else name + SUFFIXES.get(scenario.scheme.name, "")
 
 
-def rates(fit: Fit) -> list[tuple[Decode, float]]:
-    """Decoding at powers of two, up to the sequences that may run and whose cache fits, each with its served rate."""
+def rates(fit: Fit) -> list[Decode]:
+    """Decoding at powers of two, up to the sequences that may run and whose cache fits."""
     scenario = fit.scenario
     largest = min(scenario.sequences, fit.shared.sequences(scenario.input_len + scenario.output_len))
     batches = [batch for batch in BATCHES if batch <= largest]
     if largest > 0 and largest not in batches:
         batches.append(largest)
-    return [(decode(scenario, batch), served(scenario, batch)) for batch in batches]
+    return [decode(scenario, batch) for batch in batches]
 
 
 def lengths(scenario: Scenario) -> list[int]:
@@ -177,13 +177,12 @@ def lengths(scenario: Scenario) -> list[int]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where it fits, what to expect and what would be better; where not, what to change."""
+    """Where it fits, what to expect; where not, what to change."""
 
     fit: Fit
     notes: Sequence[str] = ()
     remedies: Sequence[Remedy] = ()
-    improvements: Sequence[Improvement] = ()
-    rates: Sequence[tuple[Decode, float]] = ()
+    rates: Sequence[Decode] = ()
     published: Sequence[PublishedRate] = ()
     prefill: Prefill | None = None
     command: str = ""
@@ -201,7 +200,6 @@ def make_plan(scenario: Scenario) -> Plan:
     return Plan(
         fit,
         [*notes(scenario), *([step] if step else [])],
-        improvements=improvements(fit),
         rates=rates(fit),
         published=published_rates(scenario),
         prefill=prefill(scenario),

@@ -1,6 +1,6 @@
 """A plan on a terminal and as JSON"""
 
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -9,13 +9,12 @@ from rich.table import Table
 from rich.text import Text
 
 from hunyuan_vllm.kv_cache import CacheShape
-from hunyuan_vllm.plan.advice import BATCH
 from hunyuan_vllm.plan.fit import check_fit
 from hunyuan_vllm.plan.hardware import find_gpu, known_gpus
 from hunyuan_vllm.plan.memory import Budget, Capacity, rank_weights
 from hunyuan_vllm.plan.model import PUBLISHED
 from hunyuan_vllm.plan.plan import Plan, lengths, make_scenario
-from hunyuan_vllm.plan.scenario import Assumptions, Scenario
+from hunyuan_vllm.plan.scenario import Scenario
 from hunyuan_vllm.plan.speed import Decode, Step
 from hunyuan_vllm.quant import schemes as quant
 from hunyuan_vllm.util.text import GIB, gibibytes
@@ -31,12 +30,13 @@ def show_plan(plan: Plan, console: Console) -> None:
     if fit.fits:
         console.print(_context(plan))
         console.print(_decoding(plan))
-    console.print(_changes(plan))
+    else:
+        console.print(_changes(plan))
     for note in plan.notes:
         console.print(Text.assemble(("Note: ", "yellow"), note))
     if fit.fits:
         console.print(_start(plan), soft_wrap=True)
-    exact = "Weights and cache bytes are exact; --assumptions lists the assumptions behind the rest"
+    exact = "Weights and cache bytes are exact; docs/plan.md has the assumptions behind the rest"
     console.print(Text(f"\n{exact}", style="dim"))
 
 
@@ -57,7 +57,7 @@ def _speed(plan: Plan) -> list[str]:
     """What to expect, with the published rates where there are any."""
     published = {rate.batch: rate.rate for rate in plan.published}
     lines = []
-    for decode, _ in plan.rates:
+    for decode in plan.rates:
         if decode.batch == 1 or decode.batch in published:
             line = f"Batch {decode.batch}: at most {decode.bound:,.0f} tokens/s (bound), estimated {_range(decode)}"
             known = published.get(decode.batch)
@@ -138,21 +138,20 @@ def _decoding(plan: Plan) -> RenderableType:
     scenario, prefill = plan.scenario, plan.prefill
     assert prefill is not None
     table = _table(f"\nDecoding, {scenario.input_len:,} tokens in and {scenario.output_len:,} out: tokens per second")
-    for name in ("batch", "bound", "estimate", "per user", "served"):
+    for name in ("batch", "bound", "estimate", "per user"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("limit", no_wrap=True)
-    for decode, served in plan.rates[::2]:
+    for decode in plan.rates[::2]:
         table.add_row(
             str(decode.batch),
             f"{decode.bound:,.0f}",
             Text(_range(decode), style="bold"),
             f"{decode.per_sequence:,.1f}",
-            f"{served:,.0f}",
             decode.step.limited_by,
         )
     legend = (
         "bound: at the datasheet's rates; estimate: not validated; per user: high end of the estimate;\n"
-        "served: including the prefill of each request; limit: the largest part of the estimated step"
+        "limit: the largest part of the estimated step"
     )
     reading = (
         f"{prefill.bound:,.0f} bound, {prefill.estimate:,.0f} estimated; first token after "
@@ -166,9 +165,7 @@ def _table(title: str) -> Table:
 
 
 def _changes(plan: Plan) -> RenderableType:
-    fits = plan.fit.fits
-    title = "\nPossible improvements" if fits else "\nWhat to change, cheapest first"
-    table = _table(title)
+    table = _table("\nWhat to change, cheapest first")
     table.show_header = False
     table.add_column(style="cyan")
     table.add_column()
@@ -176,11 +173,8 @@ def _changes(plan: Plan) -> RenderableType:
         shared, length = remedy.fit.shared, remedy.fit.scenario.max_model_len
         holds = f"holds {shared.tokens:,} tokens, {shared.sequences(length)} × {length:,}"
         table.add_row(remedy.flags, f"{remedy.price}; {holds}")
-    for better in plan.improvements:
-        gain = f"tokens ×{better.tokens:.2f}, speed at batch {BATCH} ×{better.rate:.2f}"
-        table.add_row(better.remedy.flags, f"{gain} ({better.remedy.price})")
     if not table.row_count:
-        table.add_row("", "none found" if fits else "none found: no one or two changes make it fit")
+        table.add_row("", "none found: no one or two changes make it fit")
     return table
 
 
@@ -251,17 +245,6 @@ def _fewest_gpus(scenario: Scenario) -> str:
     return f"{scenario.gpus} ({held // 1024}K)"
 
 
-def show_assumptions(assumptions: Assumptions, console: Console) -> None:
-    table = Table(box=None)
-    table.add_column("assumption", style="cyan", no_wrap=True)
-    table.add_column("value", justify="right")
-    table.add_column("meaning")
-    for entry in fields(assumptions):
-        table.add_row(entry.name, f"{getattr(assumptions, entry.name):g}", entry.metadata["meaning"])
-    console.print(table)
-    console.print("--assume NAME=VALUE changes one; docs/plan.md has the formulae.", style="dim")
-
-
 def to_json(plan: Plan) -> dict[str, Any]:
     """Keys are stable; sizes end in _bytes, times in _seconds. What does not apply is absent."""
     fit = plan.fit
@@ -294,7 +277,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             {"length": length, "shared": fit.shared.sequences(length), "unshared": fit.unshared.sequences(length)}
             for length in lengths(plan.scenario)
         ],
-        "decode": [_decode_json(decode) | {"served_tokens_per_second": served} for decode, served in plan.rates],
+        "decode": [_decode_json(decode) for decode in plan.rates],
         "prefill": {
             "bound_tokens_per_second": plan.prefill.bound,
             "estimate_tokens_per_second": plan.prefill.estimate,
@@ -302,15 +285,6 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "step": _step_json(plan.prefill.step),
         },
         "published": [asdict(rate) | {"share_of_bound": rate.share} for rate in plan.published],
-        "improvements": [
-            {
-                "flags": better.remedy.flags,
-                "price": better.remedy.price,
-                "tokens_ratio": better.tokens,
-                "rate_ratio": better.rate,
-            }
-            for better in plan.improvements
-        ],
     }
 
 

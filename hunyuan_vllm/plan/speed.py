@@ -234,14 +234,6 @@ def prefill(scenario: Scenario, length: int | None = None) -> Prefill:
     return Prefill(slowest, scenario.replicas * bound, scenario.replicas * tokens / slowest.estimate, first)
 
 
-def served(scenario: Scenario, batch: int) -> float:
-    """Output tokens a second, of all engines, while every finished request is replaced by a new one: each of `batch`
-    sequences costs its prefill and its steps, one after the other."""
-    read = batch * scenario.input_len * scenario.replicas / prefill(scenario).estimate
-    written = batch * scenario.output_len * scenario.replicas / decode(scenario, batch).estimate
-    return scenario.replicas * batch * scenario.output_len / (read + written)
-
-
 # Tokens a second of Hunyuan-Large on H20 with 2048 tokens in: (scheme, GPUs) → batch → rate.
 PUBLISHED_RATES = {
     ("bf16", 16): {1: 20.2, 4: 75.5},

@@ -16,17 +16,13 @@ from hunyuan_vllm.util.text import GIB
 BF16, F32, INT64 = 2, 4, 8
 
 
-def _assumed(value: float, meaning: str) -> float:
-    return field(default=value, metadata={"meaning": meaning})
-
-
 @dataclass(frozen=True)
 class TrainingAssumptions(Assumptions):
-    logit_bytes: float = _assumed(14, "bytes a logit: bfloat16, float32, log-probabilities, and their gradient")
-    fragmentation_efficiency: float = _assumed(0.95, "share of a GPU's memory that PyTorch's allocator can use")
-    bucket_gib: float = _assumed(0.5, "GiB a GPU: DeepSpeed's buckets for gradients and for parameters to come")
-    backward_copies: float = _assumed(2, "gradients of a layer's widest tensors that are alive at once, in copies")
-    host_used_gib: float = _assumed(60, "GiB a host: Python, CUDA and the data, of all its processes")
+    logit_bytes: float = 14  # bfloat16, float32, log-probabilities, and their gradient
+    fragmentation_efficiency: float = 0.95  # share of a GPU's memory that PyTorch's allocator can use
+    bucket_gib: float = 0.5  # DeepSpeed's buckets for gradients and for parameters to come
+    backward_copies: float = 2  # gradients of a layer's widest tensors that are alive at once
+    host_used_gib: float = 60  # of a host: Python, CUDA and the data, of all its processes
 
 
 Mode = Literal["full", "lora"]
@@ -96,9 +92,8 @@ class TrainingSetup:
         rank, targets: of the adapters; modules by the end of their names.
         stage: of ZeRO: 0 nothing is divided among the GPUs, 1 the optimizer, 2 gradients too, 3 weights too.
         offload: what is in the hosts' memory: nothing, the optimizer (with gradients), or weights as well (stage 3).
-        batch: sequences of a GPU in an iteration.
+        length: tokens of a GPU in an iteration.
         checkpointing: layers are computed again in the backward pass.
-        leaves: ZeRO-3 gathers all experts of a layer at once (--make_moe_param_leaf_module).
         host: bytes of a node's memory; None for no limit.
     """
 
@@ -112,9 +107,7 @@ class TrainingSetup:
     stage: int = 3
     offload: Offload = "none"
     length: int = 2048
-    batch: int = 1
     checkpointing: bool = True
-    leaves: bool = True
     per_node: int = 8
     host: float | None = None
     assumptions: TrainingAssumptions = field(default_factory=TrainingAssumptions)
@@ -132,11 +125,6 @@ class TrainingSetup:
     @property
     def nodes(self) -> int:
         return -(-self.gpus // self.per_node)
-
-    @property
-    def tokens(self) -> int:
-        """Of a GPU in an iteration."""
-        return self.length * self.batch
 
 
 def input_bytes(config: Network) -> int:
@@ -260,18 +248,17 @@ class TrainingMemory:
                 group = min(LIVE, parameters.trained / setup.gpus)
                 yield Item("step", F32 * group, note="float32 gradients of a group of parameters")
         if setup.stage == 3:
-            gathered = max(LIVE, parameters.experts if setup.leaves else parameters.largest)
-            gathered = min(gathered, parameters.total)
-            note = "weights of a layer's experts" if setup.leaves else "weights of some modules"
-            yield Item("gathered", BF16 * gathered, note=f"{note}, gathered while in use")
+            # A layer's experts, as with --make_moe_param_leaf_module.
+            gathered = min(max(LIVE, parameters.experts), parameters.total)
+            yield Item("gathered", BF16 * gathered, note="weights of a layer's experts, gathered while in use")
         if parameters.trained:
             largest = parameters.largest if setup.mode == "full" else 0
             yield Item("buckets", assumed.bucket_gib * GIB + BF16 * largest, note="gradients in transit")
-        yield Item("kept", self._kept(), note=f"for the backward pass, {setup.tokens:,} tokens")
+        yield Item("kept", self._kept(), note=f"for the backward pass, {setup.length:,} tokens")
         yield Item(
             "layer", self._working(), note="recomputing one layer" if setup.checkpointing else "gradients in flight"
         )
-        yield Item("head", setup.tokens * head_bytes(setup.config, assumed.logit_bytes), note="logits, loss")
+        yield Item("head", setup.length * head_bytes(setup.config, assumed.logit_bytes), note="logits, loss")
         yield Item("NCCL", self._nccl(), note="its buffers")
         yield Item("workspaces", assumed.workspace_gib * GIB)
 
@@ -279,14 +266,14 @@ class TrainingMemory:
         config = self.setup.config
         of_layer = checkpoint_bytes if self.setup.checkpointing else layer_bytes
         each = sum(of_layer(config, layer) for layer in range(config.num_hidden_layers))
-        return self.setup.tokens * (each + input_bytes(config))
+        return self.setup.length * (each + input_bytes(config))
 
     def _working(self) -> float:
         config = self.setup.config
         layers = range(config.num_hidden_layers)
         gradients = self.setup.assumptions.backward_copies * max(widest_bytes(config, n) for n in layers)
         again = max(layer_bytes(config, n) for n in layers) if self.setup.checkpointing else 0
-        return self.setup.tokens * (gradients + again)
+        return self.setup.length * (gradients + again)
 
     def _nccl(self) -> float:
         if self.setup.gpus == 1:

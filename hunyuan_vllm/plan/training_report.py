@@ -1,6 +1,5 @@
 """A training plan: the set-up from the command's options, shown on a terminal or as JSON"""
 
-from dataclasses import asdict
 from typing import Any, get_args
 
 from rich.console import Console
@@ -8,7 +7,6 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from hunyuan_vllm.layout import expected_tensors
 from hunyuan_vllm.plan.hardware import find_gpu
 from hunyuan_vllm.plan.model import open_planned
 from hunyuan_vllm.plan.training import WAYS, Item, Mode, Offload, TrainingMemory, TrainingSetup, fewest, fitting
@@ -23,7 +21,6 @@ def make_setup(
     mode: str,
     stage: int | None,
     offload: str | None,
-    targets: str,
     **others: Any,
 ) -> TrainingSetup:
     """The set-up from the options of `hunyuan-vllm plan --train`; None where the user left the choice.
@@ -46,18 +43,12 @@ def make_setup(
     if not ways:
         wanted = "stage 3" if offload == "all" else "stage 2 or 3"
         raise UserError(f"--offload {offload} with --zero-stage {stage}: it needs {wanted}")
-    modules = tuple(filter(None, targets.split(",")))
-    linear = {name.split(".")[-2] for name in expected_tensors(found.config) if name.endswith("_proj.weight")}
-    for module in modules:
-        if module not in linear:
-            raise UserError(f"--lora-targets {module}: this network has {', '.join(sorted(linear))}")
     setup = TrainingSetup(
         name=found.name,
         config=found.config,
         gpu=kind,
         gpus=gpus or 1,
         mode=mode,  # type: ignore[arg-type]
-        targets=modules,
         stage=ways[-1][0],
         offload=ways[-1][1],
         **others,
@@ -77,7 +68,7 @@ def to_json(setup: TrainingSetup) -> dict[str, Any]:
         "nodes": setup.nodes,
         "zero_stage": setup.stage,
         "offload": setup.offload,
-        "tokens_a_gpu": setup.tokens,
+        "tokens_a_gpu": setup.length,
         "gradient_checkpointing": setup.checkpointing,
         "fits": memory.fits,
         "parameters": {"total": memory.parameters.total, "trained": memory.parameters.trained},
@@ -87,7 +78,6 @@ def to_json(setup: TrainingSetup) -> dict[str, Any]:
             {"zero_stage": way.stage, "offload": way.offload, "gpus": found and found.gpus}
             for way, found in _smallest(setup)
         ],
-        "assumptions": asdict(setup.assumptions),
     }
 
 
@@ -107,13 +97,12 @@ OFFLOADED = {"none": "nothing offloaded", "optimizer": "optimizer offloaded", "a
 def show_training(setup: TrainingSetup, console: Console) -> None:
     memory = TrainingMemory(setup)
     console.print(_headline(memory))
-    console.print(
-        _item_table(f"Each GPU: {memory.gpu_bytes / GIB:,.1f} of {memory.gpu_free / GIB:,.1f} GiB", memory.gpu)
-    )
     total = f" of {setup.host / GIB:,.0f}" if setup.host else ""
+    gpu = f"Each GPU: {memory.gpu_bytes / GIB:,.1f} of {memory.gpu_free / GIB:,.1f} GiB"
+    console.print(_item_table(gpu, memory.gpu))
     console.print(_item_table(f"Each host: {memory.host_bytes / GIB:,.1f}{total} GiB", memory.host))
     console.print(_others(setup))
-    exact = "Weights, gradients and optimizer are exact; --assumptions lists the assumptions behind the rest"
+    exact = "Weights, gradients and optimizer are exact; docs/plan.md has the assumptions behind the rest"
     console.print(Text(f"\n{exact}", style="dim"))
 
 

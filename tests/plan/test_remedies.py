@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from hunyuan_vllm.cli import app
 from hunyuan_vllm.layout import tensor_parallel_sizes
-from hunyuan_vllm.plan.advice import arrangements, improvements, remedies
+from hunyuan_vllm.plan.advice import arrangements, remedies
 from hunyuan_vllm.plan.fit import check_fit
 
 SHORT_BY = {
@@ -76,11 +76,3 @@ def test_arrangements() -> None:
     assert arrangements(network(), 16) == [(16, 1), (8, 2), (4, 4), (2, 8), (1, 16)]
     assert arrangements(network(), 24) == [(8, 3), (4, 6), (2, 12), (1, 24)]
     assert arrangements(network(), 64)[-1] == (2, 32)  # 64 stages would cut groups of two layers
-
-
-def test_what_would_be_better() -> None:
-    found = {better.remedy.flags: better for better in improvements(check_fit(planned()))}
-    assert found["--dcp 2"].tokens == pytest.approx(2, rel=1e-3) and found["--dcp 2"].rate < 1
-    assert found["--kv fp8"].tokens == pytest.approx(2, rel=1e-3)
-    fewer = found["--gpus 8 --tp 8 --scheme int8"]
-    assert fewer.remedy.fit.fits and fewer.remedy.fit.scenario.gpus == 8

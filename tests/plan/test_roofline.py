@@ -20,7 +20,6 @@ from hunyuan_vllm.plan.speed import (
     expected_experts,
     prefill,
     published_rates,
-    served,
     stage_step,
 )
 
@@ -137,11 +136,7 @@ def test_bounds_are_the_datasheets() -> None:
 
 
 def test_without_losses_the_estimate_is_the_bound() -> None:
-    perfect = (
-        Assumptions()
-        .changed(f"{name}=1" for name in ("memory_efficiency", "compute_efficiency"))
-        .changed(f"{name}=0" for name in ("layer_overhead_us", "step_overhead_ms"))
-    )
+    perfect = Assumptions(memory_efficiency=1, compute_efficiency=1, layer_overhead_us=0, step_overhead_ms=0)
     rates = decode(planned(gpus=1, tensor=1, assumptions=perfect), 8)
     assert rates.estimate == pytest.approx(rates.bound)
 
@@ -156,13 +151,6 @@ def test_stages_take_turns() -> None:
 def test_replicas_add_up() -> None:
     two, one = decode(planned(gpus=16, tensor=8), 8), decode(planned(gpus=8, tensor=8), 8)
     assert (two.estimate, two.bound, two.per_sequence) == (2 * one.estimate, 2 * one.bound, 2 * one.per_sequence / 2)
-    assert served(planned(gpus=16, tensor=8), 8) == pytest.approx(2 * served(planned(gpus=8, tensor=8), 8))
-
-
-def test_served_is_what_decoding_and_prefill_leave() -> None:
-    scenario = planned()
-    seconds = 8 * 256 / decode(scenario, 8).estimate + 8 * 2048 / prefill(scenario).estimate
-    assert served(scenario, 8) == pytest.approx(8 * 256 / seconds)
 
 
 def test_collectives_by_hand() -> None:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -22,12 +21,12 @@ TIMEOUT = 30  # seconds
 
 @dataclass(frozen=True)
 class ServedModel:
-    """One model of a running server.
+    """The first model of a running server.
 
     Attributes:
         url: the server's, without a path, as in http://127.0.0.1:8020.
         context: maximum tokens of a prompt and its answer, if known.
-        authority: CA certificates to trust instead of the system's.
+        root: the server's checkpoint.
     """
 
     url: str
@@ -35,53 +34,44 @@ class ServedModel:
     context: int | None
     root: str
     key: str | None = field(default=None, repr=False)
-    authority: Path | None = None
 
-    @property
-    def tokenizer(self) -> Path:
-        """Folder of the model's tokenizer: the server's checkpoint, if this machine has it."""
-        if self.root and Path(self.root).is_dir():
-            return Path(self.root)
+    def tokenizer(self, given: Path | None = None) -> Path:
+        """Folder of the tokenizer: what --tokenizer names, or the server's checkpoint, if this machine has it."""
+        folder = given or Path(self.root)
+        if (folder / "tokenizer_config.json").is_file():
+            return folder
         raise UserError(
-            f"the server's checkpoint {self.root} is not on this machine: name a folder with its tokenizer "
-            "(hy.tiktoken, tokenizer_config.json, config.json) with --tokenizer"
+            f"{folder} is not a directory with a tokenizer on this machine: name one (hy.tiktoken, "
+            "tokenizer_config.json, config.json) with --tokenizer"
         )
 
     def read(self, path: str) -> str:
         """The text of a page of the server, such as /metrics."""
-        return _get(self.url + path, self.key, self.authority)
+        return _get(self.url + path, self.key)
 
 
-def connect(url: str, key: str | None, name: str | None = None, authority: Path | None = None) -> ServedModel:
-    """Ask a server for its model called `name`, or its first."""
+def connect(url: str, key: str | None) -> ServedModel:
+    """Ask a server for its first model."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"--url {url} is not the address of a server: use the form http://127.0.0.1:8020")
     base = url.rstrip("/").removesuffix("/v1")
     try:
-        cards: dict[str, dict[str, Any]] = {
-            card["id"]: card for card in json.loads(_get(f"{base}/v1/models", key, authority))["data"]
-        }
-        chosen = name or next(iter(cards))
-    except (ValueError, KeyError, TypeError, StopIteration):
+        card = json.loads(_get(f"{base}/v1/models", key))["data"][0]
+        return ServedModel(base, card["id"], card.get("max_model_len"), str(card.get("root") or ""), key)
+    except (ValueError, KeyError, TypeError, IndexError):
         raise UserError(f"the server at {base} is not OpenAI-compatible: GET /v1/models lists no model") from None
-    if chosen not in cards:
-        raise UserError(f"the server has no model {chosen}: it has {', '.join(cards)}")
-    card = cards[chosen]
-    return ServedModel(base, chosen, card.get("max_model_len"), str(card.get("root") or ""), key, authority)
 
 
-def _get(url: str, key: str | None, authority: Path | None) -> str:
+def _get(url: str, key: str | None) -> str:
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    try:
-        trusted = ssl.create_default_context(cafile=authority)
-    except OSError as error:  # ssl's own errors among them
-        raise UserError(f"--ca {authority} holds no certificates: {error.strerror or error}") from None
-    try:
-        response = httpx.get(url, headers=headers, timeout=TIMEOUT, verify=trusted, trust_env=False)
+    try:  # OpenSSL's certificates, or those of SSL_CERT_FILE
+        response = httpx.get(
+            url, headers=headers, timeout=TIMEOUT, verify=ssl.create_default_context(), trust_env=False
+        )
     except httpx.TransportError as error:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
-            raise UserError(f"the certificate of {url} is not trusted: name its authority's file with --ca") from None
+            raise UserError(f"the certificate of {url} is not trusted: set SSL_CERT_FILE to its authority's") from None
         raise UserError(
             f"no server answers at {url} ({error}): start one with `hunyuan-vllm serve`, or name another with --url"
         ) from None

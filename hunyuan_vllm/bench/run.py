@@ -1,4 +1,8 @@
-"""The published workload on a running server, measured by vLLM's serving benchmark; runs as tables and compared"""
+"""The published workload on a running server, measured by vLLM's serving benchmark; runs as tables and compared
+
+A run is a JSON object: `model`, `server` (machine, versions and options), `client`, `seed`, and `points`. Times are
+percentiles in milliseconds, over requests (ITL: over tokens).
+"""
 
 import asyncio
 import contextlib
@@ -11,97 +15,60 @@ import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
-from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.table import Table
 
 from hunyuan_vllm.bench.client import ServedModel, is_this_machine
 from hunyuan_vllm.util.errors import UserError
-from hunyuan_vllm.util.files import replacing
 
-MACHINE = ("device", "devices", "cores")
 PERCENTILES = (50, 90, 99)
 METRICS = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2E"}  # vLLM's names → the table's
 SPARE = 16  # tokens: decoding and tokenizing random tokens may lengthen a prompt
 STRIDE = 1000  # between the seeds of points: repeated prompts would be answered from the prefix cache
 LOAD = ("input_len", "output_len", "concurrency")  # points are compared where these are equal
+Point = dict[str, float]
 
 
-class Run(BaseModel):
-    """All points of one run. Times are percentiles in milliseconds, over requests (ITL: over tokens).
-
-    Attributes:
-        client: versions, and whether it ran on the server's machine.
-        machine: the server's hardware; empty if unknown.
-        options: the server's configuration and versions.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    format: Literal[3] = 3
-    date: str
-    model: str
-    client: dict[str, str]
-    machine: dict[str, str]
-    options: dict[str, str]
-    seed: int
-    points: list[dict[str, float]] = []
-
-    def save(self, path: Path) -> None:
-        """Write the file, completely or not at all."""
-        with replacing(path) as temporary:
-            temporary.write_text(self.model_dump_json(indent=1) + "\n")
-
-
-def read_run(path: Path) -> Run:
-    """The run in a file."""
+def read_run(path: Path) -> dict[str, Any]:
     try:
-        return Run.model_validate_json(path.read_bytes())
+        run = json.loads(path.read_bytes())
+        _ = run["model"], run["server"], run["client"], [_load(point) for point in run["points"]]
+        return run
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except ValidationError as error:
-        first: Any = error.errors(include_url=False)[0]
-        where = ".".join(str(step) for step in first["loc"])
-        problem = f"{where}: {first['msg']}" if where else first["msg"]
-        raise UserError(f"{path} is not a file of `hunyuan-vllm bench --output` ({problem})") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not a file of `hunyuan-vllm bench --output`") from None
 
 
-def describe(served: ServedModel, version: str) -> Run:
-    """A run without points, with the server's machine and options from /metrics."""
+def describe(served: ServedModel, version: str) -> dict[str, Any]:
+    """A run without points."""
     families = text_string_to_metric_families(served.read("/metrics"))
     labels = {sample.name: sample.labels for family in families for sample in family.samples}
-    options = dict(labels.get("hunyuan_server_info") or labels.get("vllm:cache_config_info") or {})
-    options.setdefault("vllm", str(json.loads(served.read("/version")).get("version")))
-    return Run(
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-        model=served.name,
-        client={"version": version, "place": "this machine" if is_this_machine(served.url) else "another machine"},
-        machine={name: options.pop(name) for name in MACHINE if name in options},
-        options=options,
-        seed=1 + secrets.randbelow(2**32 // STRIDE - 1000),  # NumPy takes 32 bits; points count up from it
-    )
-
-
-def check_fits(input_len: int, output_len: int, context: int | None) -> None:
-    """Refuse lengths beyond the model's context."""
-    if context is None or input_len + output_len + SPARE <= context:
-        return
-    fitting = max(min(output_len, context // 2 - SPARE), 1)
-    raise UserError(
-        f"{input_len} tokens in and {output_len} out do not fit into the model's context of {context} tokens, of "
-        f"which {SPARE} are kept free: use --input-len {context - fitting - SPARE} --output-len {fitting}, or serve "
-        "with a larger --max-model-len"
-    )
+    server = dict(labels.get("hunyuan_server_info") or labels.get("vllm:cache_config_info") or {})
+    server.setdefault("vllm", str(json.loads(served.read("/version")).get("version")))
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": served.name,
+        "server": server,
+        "client": {"version": version, "place": "this machine" if is_this_machine(served.url) else "another machine"},
+        "seed": 1 + secrets.randbelow(2**32 // STRIDE - 1000),  # NumPy takes 32 bits; points count up from it
+        "points": [],
+    }
 
 
 def measure(
-    served: ServedModel, tokenizer: Path, concurrency: int, input_len: int, output_len: int, requests: int, seed: int
-) -> tuple[dict[str, float], str | None]:
+    served: ServedModel, tokenizer: Path, concurrency: int, input_len: int, output_len: int, seed: int
+) -> tuple[Point, str | None]:
     """Warm up and measure one point; returns it with an error of a failed request."""
+    if served.context and input_len + output_len + SPARE > served.context:
+        raise UserError(
+            f"{input_len} tokens in and {output_len} out do not fit into the model's context of {served.context} "
+            f"tokens, of which {SPARE} are kept free: use a smaller --input-len and --output-len"
+        )
     _prepare(served)
-    shared = (served, tokenizer, concurrency, input_len)
+    shared, requests = (served, tokenizer, concurrency, input_len), max(8, 4 * concurrency)
     warm_up = _benchmark(*shared, min(output_len, 32), concurrency, STRIDE * seed)
     if error := _error(warm_up):
         raise UserError(f"{served.url} did not answer the warm-up requests ({error}): see the server's log")
@@ -121,14 +88,12 @@ def measure(
 
 
 def _prepare(served: ServedModel) -> None:
-    """Set variables that vLLM's client reads when it is imported: key, certificates, no proxy."""
+    """Set variables that vLLM's client reads when it is imported: key, no proxy."""
     os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     os.environ |= {"NO_PROXY": "*", "no_proxy": "*"}
     os.environ.pop("OPENAI_API_KEY", None)
     if served.key is not None:
         os.environ["OPENAI_API_KEY"] = served.key
-    if served.authority is not None:
-        os.environ["SSL_CERT_FILE"] = str(served.authority)
     logging.disable(logging.WARNING)  # messages of vLLM and torch while they are imported
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # connections left open by an interrupt
 
@@ -179,46 +144,27 @@ def _error(result: dict[str, Any]) -> str | None:
     return next((text.strip().splitlines()[-1] for text in result["errors"] if text.strip()), None)
 
 
-def run_table(run: Run) -> Table:
+def run_table(run: Mapping[str, Any]) -> Table:
     """A row a point; times are milliseconds, p50 / p90 / p99."""
-    machine = ", ".join(value if name == "device" else f"{name} {value}" for name, value in run.machine.items())
-    table = Table(title=f"{run.model} on {machine or 'an unnamed machine'}", title_justify="left", header_style="bold")
+    machine = run["server"].get("device", "an unnamed machine")
+    table = Table(title=f"{run['model']} on {machine}", title_justify="left", header_style="bold")
     for name in ("in", "out", "concurrency", "requests", "failed", "requests/s", "out tokens/s"):
         table.add_column(name, justify="right", no_wrap=True)
     for name in METRICS.values():
         table.add_column(f"{name}, ms", justify="right")
-    for point in run.points:
+    for point in run["points"]:
         table.add_row(
-            *(f"{point[name]:g}" for name in (*LOAD, "requests")),
-            f"[red]{point['failed']:g}[/]" if point["failed"] else "0",
+            *(f"{point[name]:g}" for name in (*LOAD, "requests", "failed")),
             f"{point['requests_per_second']:.3g}",
             f"{point['output_tokens_per_second']:,.1f}",
-            *(" / ".join(_milliseconds(point[f"{name}_p{of}"]) for of in PERCENTILES) for name in METRICS),
+            *(" / ".join(f"{point[f'{name}_p{of}']:,.4g}" for of in PERCENTILES) for name in METRICS),
         )
     return table
 
 
-def _milliseconds(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def check_machines(a: Run, b: Run, names: tuple[Path, Path]) -> None:
-    remedy = "--other-machine compares them anyway"
-    for run, name in zip((a, b), names, strict=True):
-        if not run.machine:
-            raise UserError(f"{name} does not say on which machine it was measured: {remedy}")
-    if found := _different(a.machine, b.machine):
-        raise UserError(f"they were measured on different machines ({'; '.join(found)}): {remedy}")
-
-
-def differences(a: Run, b: Run) -> list[str]:
+def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """Everything that differs except the figures, as "name: A's, B's"."""
-    parts = ((a.machine, b.machine), ({"model": a.model}, {"model": b.model}), (a.options, b.options))
-    found = [line for one, other in parts for line in _different(one, other)]
-    return [*found, *(f"client's {line}" for line in _different(a.client, b.client))]
-
-
-def _different(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    one, other = ({"model": run["model"], **run["server"], **_prefixed(run["client"])} for run in (a, b))
     return [
         f"{name}: {one.get(name, 'unknown')}, {other.get(name, 'unknown')}"
         for name in dict.fromkeys([*one, *other])
@@ -226,16 +172,11 @@ def _different(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
     ]
 
 
-def pairs(a: Run, b: Run) -> list[tuple[dict[str, float], dict[str, float]]]:
-    """Points of the same lengths and concurrency."""
-    known = {load(point): point for point in b.points}
-    found = [(point, known[load(point)]) for point in a.points if load(point) in known]
-    if not found:
-        raise UserError("the runs have no point with the same lengths and concurrency")
-    return found
+def _prefixed(client: Mapping[str, str]) -> dict[str, str]:
+    return {f"client's {name}": value for name, value in client.items()}
 
 
-def load(point: Mapping[str, float]) -> tuple[float, ...]:
+def _load(point: Point) -> tuple[float, ...]:
     return tuple(point[name] for name in LOAD)
 
 
@@ -244,16 +185,18 @@ FIGURES = {"out tokens/s": "output_tokens_per_second"} | {
 }
 
 
-def comparison(found: list[tuple[dict[str, float], dict[str, float]]]) -> Table:
-    """A row a point: A's figure, B's, and B's over A's. Times are medians and 99th percentiles in milliseconds."""
+def comparison(a: Mapping[str, Any], b: Mapping[str, Any]) -> Table:
+    """A row for each load that both have: A's figure, B's, and B's over A's. Times are milliseconds."""
+    known = {_load(point): point for point in b["points"]}
     table = Table(header_style="bold", title="A → B (B/A)", title_justify="left")
     for name in ("in", "out", "concurrency", *FIGURES, "failed"):
         table.add_column(name, justify="right")
-    for a, b in found:
-        failed = f"{a['failed']:g} → {b['failed']:g}"
-        table.add_row(
-            *(f"{size:g}" for size in load(a)), *(_change(a[name], b[name]) for name in FIGURES.values()), failed
-        )
+    for one in a["points"]:
+        if other := known.get(_load(one)):
+            figures = (_change(one[name], other[name]) for name in FIGURES.values())
+            table.add_row(*(f"{one[name]:g}" for name in LOAD), *figures, f"{one['failed']:g} → {other['failed']:g}")
+    if not table.row_count:
+        raise UserError("the runs have no point with the same lengths and concurrency")
     return table
 
 

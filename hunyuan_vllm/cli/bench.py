@@ -20,9 +20,7 @@ app = typer.Typer(invoke_without_command=True)
 def bench(
     context: typer.Context,
     url: str = typer.Option(None, help="The server; default: this machine's, by HOST, LOCAL_IP, PORT."),
-    model: str = typer.Option(None, help="Name of the model; default: the server's first."),
     key_file: Path = typer.Option(None, help="File (chmod 600) with its API key."),
-    ca: Path = typer.Option(None, help="PEM file with the CA of its certificate."),
     tokenizer: Path = typer.Option(
         None,
         metavar="FOLDER",
@@ -31,11 +29,7 @@ def bench(
     concurrency: str = typer.Option("1,4", metavar="N,…", help="Concurrent requests."),
     input_len: int = typer.Option(2048, min=1, help="Tokens of a prompt."),
     output_len: int = typer.Option(256, min=1, help="Tokens of an answer."),
-    requests: int = typer.Option(
-        None, min=1, help="Requests at each concurrency; default: 4 times the concurrency, at least 8."
-    ),
     output: Path = typer.Option(None, metavar="FILE.json", help="Save the run for `compare`."),
-    as_json: bool = typer.Option(False, "--json", help="Print JSON instead of the table."),
 ) -> None:
     """Measure a running server with the published workload, or compare two runs.
 
@@ -61,39 +55,33 @@ def bench(
         return
     from hunyuan_vllm import __version__
     from hunyuan_vllm.bench.client import connect, default_url, find_key
-    from hunyuan_vllm.bench.run import check_fits, describe, measure, run_table
+    from hunyuan_vllm.bench.run import describe, measure, run_table
     from hunyuan_vllm.plugin import installed_vllm
+    from hunyuan_vllm.util.files import replacing
 
     steps = _positive_numbers(concurrency)
     if output and not output.absolute().parent.is_dir():
         raise UserError(f"{output} cannot be written: {output.absolute().parent} does not exist")
     url = url or default_url(os.environ)
-    served = connect(url, find_key(url, key_file, os.environ), model, ca)
-    check_fits(input_len, output_len, served.context)
-    folder = tokenizer or served.tokenizer
-    if not (folder / "tokenizer_config.json").is_file():
-        raise UserError(f"--tokenizer {folder} is not a directory with a tokenizer_config.json")
-    engine = " ".join(installed_vllm() or ("no vLLM",))
-    run = describe(served, f"{__version__} ({engine})")
+    served = connect(url, find_key(url, key_file, os.environ))
+    folder = served.tokenizer(tokenizer)
+    run = describe(served, f"{__version__} ({' '.join(installed_vllm() or ('no vLLM',))})")
     notes = Console(stderr=True, highlight=False)
     error = None
     try:
         for number, step in enumerate(steps):
-            count = requests or max(8, 4 * step)
-            notes.print(f"{number + 1} of {len(steps)}: {count} requests, {step} at a time", style="dim")
-            point, problem = measure(served, folder, step, input_len, output_len, count, run.seed + number)
+            notes.print(f"{number + 1} of {len(steps)}: {step} requests at a time", style="dim")
+            point, problem = measure(served, folder, step, input_len, output_len, run["seed"] + number)
             error = error or problem
-            run.points.append(point)
+            run["points"].append(point)
             if output:
-                run.save(output)
+                with replacing(output) as temporary:
+                    temporary.write_text(json.dumps(run, indent=1) + "\n")
     finally:  # the finished points of an interrupted run, too
-        if run.points and as_json:
-            print(run.model_dump_json(indent=1))
-        elif run.points:
+        if run["points"]:
             show_table(run_table(run))
-    if failed := sum(point["failed"] for point in run.points):
-        asked = sum(point["requests"] for point in run.points)
-        say(f"{failed:g} of {asked:g} requests failed ({error}): see the server's log")
+    if error:
+        say(f"some requests failed ({error}): see the server's log")
         raise typer.Exit(FAILED)
 
 
@@ -101,38 +89,17 @@ def bench(
 def compare(
     a: Path = typer.Argument(metavar="A.json", help="The run before.", show_default=False),
     b: Path = typer.Argument(metavar="B.json", help="The run after.", show_default=False),
-    other_machine: bool = typer.Option(
-        False, "--other-machine", help="Compare even if the machines differ or are unknown."
-    ),
-    as_json: bool = typer.Option(False, "--json", help="Print JSON instead of the table."),
 ) -> None:
-    """Compare two runs of the same machine, and list what else differs.
-
-    \b
-    Examples:
-      hunyuan-vllm bench compare before.json after.json
-      hunyuan-vllm bench compare h20.json h200.json --other-machine
+    """Compare two runs, and list what else differs: machine, versions, options.
 
     Exit status: 0; 2 they cannot be compared.
     """
-    from hunyuan_vllm.bench.run import check_machines, comparison, differences, load, pairs, read_run
+    from hunyuan_vllm.bench.run import comparison, differences, read_run
 
     runs = read_run(a), read_run(b)
-    if not other_machine:
-        check_machines(*runs, (a, b))
-    found, differ = pairs(*runs), differences(*runs)
-    if as_json:
-        points = [{"a": one, "b": other} for one, other in found]
-        print(json.dumps({"differs": differ, "points": points}, indent=1))
-        return
-    show_table(comparison(found))
-    for line in differ:
+    show_table(comparison(*runs))
+    for line in differences(*runs):
         print(f"differs: {line}")
-    common = {load(one) for one, _ in found}
-    for name, run in zip(("A", "B"), runs, strict=True):
-        for point in run.points:
-            if load(point) not in common:
-                print("only in {}: {:g} in, {:g} out, {:g} at a time".format(name, *load(point)))
 
 
 def _positive_numbers(text: str) -> list[int]:

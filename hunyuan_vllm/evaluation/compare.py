@@ -121,24 +121,6 @@ def _check_space(folder: Path, run: EngineRun, tokens: int) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Limits:
-    agreement: float | None = None
-    kl: float | None = None
-    perplexity_ratio: float | None = None
-
-    def broken(self, name: str, found: Distance) -> list[str]:
-        """A line for each limit that `found` exceeds."""
-        problems = []
-        if self.agreement is not None and found.agreement < self.agreement:
-            problems.append(f"top-1 agreement {percent(found.agreement)} is below {percent(self.agreement)}")
-        if self.kl is not None and found.kl_mean > self.kl:
-            problems.append(f"mean KL {found.kl_mean:.2e} is above {self.kl:.2e}")
-        if self.perplexity_ratio is not None and found.perplexity_ratio > self.perplexity_ratio:
-            problems.append(f"perplexity ratio {found.perplexity_ratio:.4f} is above {self.perplexity_ratio:.4f}")
-        return [f"{name}: {problem}" for problem in problems]
-
-
 def distance_table(a: str, compared: Sequence[tuple[EngineRun, Distance]]) -> Table:
     """One row a run; the title names what it is measured against."""
     first = compared[0][1]
@@ -155,7 +137,7 @@ def distance_table(a: str, compared: Sequence[tuple[EngineRun, Distance]]) -> Ta
             run.variant.label,
             f"{found.perplexity_b:.4f}",
             f"{found.perplexity_ratio:.4f}",
-            percent(found.agreement),
+            f"{100 * found.agreement:.2f}%",
             *(f"{value:.2e}" for value in tail),
         )
     return table
@@ -176,7 +158,3 @@ def distances_json(model: str, a: str, compared: Sequence[tuple[EngineRun, Dista
             for run, found in compared
         ],
     }
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.2f}%"

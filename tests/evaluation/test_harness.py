@@ -89,15 +89,14 @@ def found(server: Server, key_file: Path, tmp_path_factory: pytest.TempPathFacto
     output = folder / "found.json"
     names = "hunyuan_demo,hunyuan_demo_choice,local_shots,local_arc"
     result = forked_programs.run(
-        [COMMAND, "eval", "tasks", "--url", server.url, "--tasks", names, "--limit", str(QUESTIONS), "--samples",
-         "--include", folder, "--num-fewshot", "1", "--output", output, "--key-file", key_file, "--json"],
+        [COMMAND, "eval", "tasks", "--url", server.url, "--tasks", names, "--limit", str(QUESTIONS),
+         "--include", folder, "--num-fewshot", "1", "--output", output, "--key-file", key_file],
         {name: value for name, value in os.environ.items() if name != "VLLM_API_KEY"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert KEY not in result.stdout + result.stderr + output.read_text()
-    content = json.loads(output.read_text())
-    assert content["scores"] == json.loads(result.stdout)
-    return content
+    assert all(name in result.stdout for name in names.split(","))
+    return json.loads(output.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +110,7 @@ def tokenizer() -> Any:
 
 
 def samples(found: dict[str, Any], task: str) -> list[dict[str, Any]]:
-    return found["raw"][task]["samples"][task]
+    return found[task]["samples"][task]
 
 
 @torch.inference_mode()
@@ -174,17 +173,14 @@ def test_arc_is_asked_with_letters(found: dict[str, Any]) -> None:
 
 @pytest.mark.server
 def test_the_scores(found: dict[str, Any]) -> None:
-    scores = {score["task"]: score for score in found["scores"]}
-    assert [(name, score["shots"], score["chat"], score["questions"]) for name, score in scores.items()] == [
-        ("hunyuan_demo", 0, True, QUESTIONS),
-        ("hunyuan_demo_choice", 0, True, QUESTIONS),
-        ("local_shots", 1, False, 3),
-        ("local_arc", 1, False, 1),
+    assert [(name, raw["n-shot"][name], raw["n-samples"][name]["effective"]) for name, raw in found.items()] == [
+        ("hunyuan_demo", 0, QUESTIONS),
+        ("hunyuan_demo_choice", 0, QUESTIONS),
+        ("local_shots", 1, 3),
+        ("local_arc", 1, 1),
     ]
     right = [sample["exact_match"] for sample in samples(found, "hunyuan_demo")]
-    value, error = scores["hunyuan_demo"]["metrics"]["hunyuan_demo"]["exact_match"]
-    assert value == pytest.approx(sum(right) / QUESTIONS)
-    assert error == pytest.approx((value * (1 - value) / (QUESTIONS - 1)) ** 0.5)
+    assert found["hunyuan_demo"]["results"]["hunyuan_demo"]["exact_match,none"] == sum(right) / QUESTIONS
 
 
 @pytest.mark.server
@@ -193,10 +189,8 @@ def test_a_server_that_wants_a_key(server: Server) -> None:
         connect(server.url, None)
     with pytest.raises(UserError, match="does not accept this API key"):
         connect(server.url, "wrong")
-    with pytest.raises(UserError, match="the server has no model other: it has hunyuan, hunyuan-demo"):
-        connect(f"{server.url}/v1/", KEY, "other")
     served = connect(f"{server.url}/", KEY)
-    assert (served.name, served.context, served.tokenizer) == ("hunyuan", 512, demo.path())
+    assert (served.name, served.context, served.tokenizer()) == ("hunyuan", 512, demo.path())
     assert KEY not in repr(served)
 
 
@@ -217,10 +211,10 @@ def few_files(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tasks_that_cannot_be_asked(few_files: None, tmp_path: Path) -> None:
     """Before a question is asked: no server is here."""
     (tmp_path / "gone.yaml").write_text(f"task: local_gone\ndataset_path: {tmp_path / 'none'}\ntest_split: test\n")
-    harness = Harness(ServedModel("http://127.0.0.1:9", "hunyuan", 512, ""), str(demo.path()), 1, tmp_path)
+    harness = Harness(ServedModel("http://127.0.0.1:9", "hunyuan", 512, ""), demo.path(), 1, tmp_path)
     with pytest.raises(UserError, match=r"--tasks local_gone: its data cannot be loaded \(.*none.*\); .*HF_HOME"):
         harness.load("local_gone")
-    with pytest.raises(UserError, match=r"--tasks mmluu: unknown task \(there are .*mmlu.*`lm_eval ls tasks`"):
+    with pytest.raises(UserError, match=r"--tasks mmluu: unknown task; `lm_eval ls tasks`"):
         harness.load("mmluu")
     for name in PUBLISHED:  # they exist; their data, from the hub, need not be here
         try:

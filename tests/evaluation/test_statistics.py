@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from hunyuan_vllm.evaluation.compare import Distance, Limits, distance, distance_table
+from hunyuan_vllm.evaluation.compare import Distance, distance, distance_table
 from hunyuan_vllm.evaluation.engines import EngineRun, Outcome, Variant
 from hunyuan_vllm.server.models import demo_model
 
@@ -35,17 +35,6 @@ def test_a_distance() -> None:
         worst=(0, 3),
     )
     assert found.perplexity_ratio == pytest.approx(2.0)
-
-
-def test_limits() -> None:
-    found = Distance(100, 2.0, 2.1, 0.97, 1e-3, 0, 0, 0, (0, 1))
-    assert Limits().broken("int8", found) == []
-    assert Limits(agreement=0.97, kl=1e-3, perplexity_ratio=1.05).broken("int8", found) == []
-    assert Limits(agreement=0.98, kl=9e-4, perplexity_ratio=1.04).broken("int8", found) == [
-        "int8: top-1 agreement 97.00% is below 98.00%",
-        "int8: mean KL 1.00e-03 is above 9.00e-04",
-        "int8: perplexity ratio 1.0500 is above 1.0400",
-    ]
 
 
 def shown(table: Table) -> list[list[str]]:

@@ -63,7 +63,6 @@ def check_gpus(section: Section, system: System, cuda_build: bool) -> list[Gpu]:
     kinds = Counter(f"{gpu.name} ({gpu.memory / 1024:.0f} GiB)" for gpu in usable)
     section.ok("GPUs", f"{', '.join(f'{count} × {kind}' for kind, count in kinds.items())}, driver {usable[0].driver}")
     _check_each(section, usable, len(kinds))
-    _check_links(section, system, len(gpus))
     return usable
 
 
@@ -149,25 +148,6 @@ def _check_each(section: Section, gpus: list[Gpu], kinds: int) -> None:
         section.problem("ECC", text, "restart the machine; if they come back, have the GPU replaced")
 
 
-def _check_links(section: Section, system: System, count: int) -> None:
-    if count < 2:
-        return
-    try:
-        rows = [line.split() for line in system.output("nvidia-smi", "topo", "-m").splitlines()]
-    except OSError as error:
-        section.skipped("links", f"between GPUs: {error}")
-        return
-    # The matrix's rows, unlike its header, have an X for the GPU itself.
-    rows = [row[1 : count + 1] for row in rows if row and re.fullmatch(r"GPU\d+", row[0]) and "X" in row]
-    between = {cell for row in rows for cell in row} - {"X"}
-    slow = sorted(cell for cell in between if not cell.startswith("NV"))
-    if slow:
-        text = f"some GPUs reach each other over {', '.join(slow)} (PCIe), not NVLink: tensor parallelism will be slow"
-        section.warning("links", text, "keep tensor parallelism to GPUs with NVLink between them")
-    elif between:
-        section.ok("links", f"every pair of GPUs has NVLink ({', '.join(sorted(between))})")
-
-
 def _driver_cuda(system: System) -> str | None:
     try:
         match = re.search(r"CUDA Version:\s*(\d+\.\d+)", system.output("nvidia-smi"))
@@ -201,7 +181,7 @@ def check_cpu(section: Section, system: System, cuda_build: bool) -> None:
 
 
 def check_numa(section: Section, system: System, cuda_build: bool) -> None:
-    """NUMA nodes, libnuma, and the kernel's automatic balancing, which moves pages of a running engine."""
+    """NUMA nodes, and libnuma."""
     nodes = sorted(path.name for path in system.path("sys/devices/system/node").glob("node[0-9]*"))
     if not nodes:
         section.skipped("NUMA", "the kernel does not list NUMA nodes")
@@ -209,9 +189,6 @@ def check_numa(section: Section, system: System, cuda_build: bool) -> None:
         section.ok("NUMA", "one node")
     else:
         section.ok("NUMA", f"{len(nodes)} nodes; on CPUs one rank a node (TP_SIZE={len(nodes)}) reads its own memory")
-    if len(nodes) > 1 and system.read("proc/sys/kernel/numa_balancing") not in (None, "0"):
-        text = "the kernel's automatic balancing is on: it moves memory while the engine reads it"
-        section.warning("NUMA", text, "as root: sysctl kernel.numa_balancing=0")
     if not cuda_build:
         try:
             ctypes.CDLL("libnuma.so.1")

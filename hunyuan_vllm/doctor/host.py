@@ -1,16 +1,12 @@
 """Limits, disk, network and environment variables of this machine"""
 
-import difflib
-import importlib.util
 import os
-import re
 import resource
 import shutil
 import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from hunyuan_vllm.doctor.probes import System
 from hunyuan_vllm.envs import Settings
@@ -23,7 +19,6 @@ from hunyuan_vllm.util.net import INTERFACE_VARIABLES, check_port, own_addresses
 MIB, GIB = 2**20, 2**30
 MIN_SHM, ENOUGH_SHM = 512 * MIB, 8 * GIB  # a container's default is 64 MiB
 VLLM_FILES = 65535  # what vLLM raises the soft limit to, up to the hard one
-MIN_PROCESSES = 4096
 MIN_DISK, ENOUGH_DISK = 2 * GIB, 10 * GIB
 CONNECT_TIMEOUT = 2.0  # seconds
 Limit = Callable[[int], tuple[int, int]]
@@ -50,7 +45,7 @@ def check_shared_memory(section: Section, system: System, cuda_build: bool) -> N
 
 
 def check_limits(section: Section, system: System, limit: Limit = resource.getrlimit) -> None:
-    """ulimit and the control group's limit of processes; `limit` is `resource.getrlimit`."""
+    """Open files and locked memory; `limit` is `resource.getrlimit`."""
 
     def below(value: int, minimum: int) -> bool:
         return value != resource.RLIM_INFINITY and value < minimum
@@ -75,13 +70,6 @@ def check_limits(section: Section, system: System, limit: Limit = resource.getrl
         section.problem("locked memory", text, f"{raise_it('memlock')}; in a container --ulimit memlock=-1")
     else:
         section.ok("locked memory", f"{words(soft)}{'' if adapters else ' bytes; no RDMA adapter needs more'}")
-    pids = system.read("sys/fs/cgroup/pids.max")
-    if pids is not None and pids.isdigit() and int(pids) < MIN_PROCESSES:
-        text = f"the container may have {pids} threads, and each rank of an engine has hundreds"
-        section.warning("processes", text, "start it with --pids-limit -1")
-    soft, _ = limit(resource.RLIMIT_NPROC)
-    if below(soft, MIN_PROCESSES):
-        section.warning("processes", f"this user may have {soft}", raise_it("nproc"))
 
 
 def check_disk(section: Section, system: System) -> None:
@@ -200,80 +188,25 @@ def check_interfaces(section: Section, system: System, settings: Settings) -> No
         section.ok("interfaces", ", ".join(sorted(interfaces)))
 
 
-class Rule(NamedTuple):
-    """A value of a variable that does harm. `applies` gets the value, and whether vLLM is the build for GPUs."""
-
-    name: str
-    applies: Callable[[str, bool], bool]
-    effect: str
-
-
-def _on(value: str, cuda: bool) -> bool:
-    return value.strip().lower() not in ("", "0", "false", "no", "off")
-
-
-def _off(value: str, cuda: bool) -> bool:
-    return bool(value.strip()) and not _on(value, cuda)
+ON = {  # variable → what it does where it is set and not 0
+    "PYTHONDONTWRITEBYTECODE": "a server takes about twice as long to start",
+    "TORCHDYNAMO_DISABLE": "nothing is compiled: slower on every device",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "anyone who can send requests can load adapters from this disk",
+    "VLLM_SERVER_DEV_MODE": "vLLM's administrative routes are open to anyone who can connect",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "data between processes is unpickled, which can run code",
+}
+OFF = {  # what it does where it is 0
+    "HUNYUAN_VLLM_CLA_SHARING": "each cross layer has a KV cache of its own: half as many tokens fit",
+    "HUNYUAN_VLLM_NATIVE_KERNELS": "int8 weights on CPUs are multiplied by plain torch, slowly",
+}
 
 
-def _fewer_than_cores(value: str, cuda: bool) -> bool:
-    return not cuda and value.isdigit() and int(value) < len(os.sched_getaffinity(0))
-
-
-RULES = (
-    # Python reads "0" as set, too.
-    Rule("PYTHONDONTWRITEBYTECODE", lambda value, cuda: value != "", "a server takes about twice as long to start"),
-    Rule("HF_HUB_OFFLINE", _on, "a model named by its hub name is not downloaded; a folder is not affected"),
-    Rule("OMP_NUM_THREADS", _fewer_than_cores, "a rank uses fewer threads than there are cores"),
-    Rule("CUDA_LAUNCH_BLOCKING", _on, "the CPU waits for every kernel, which slows decoding"),
-    Rule("TORCHDYNAMO_DISABLE", _on, "nothing is compiled: slower on every device"),
-    Rule("VLLM_CPU_KVCACHE_SPACE", lambda value, cuda: not cuda, "it replaces the cache size that `serve` chooses"),
-    Rule("VLLM_WORKER_MULTIPROC_METHOD", lambda value, cuda: cuda and value == "fork",
-         "forked workers cannot use CUDA after the parent has used it: use spawn"),
-    Rule("NCCL_P2P_DISABLE", _on, "GPUs of one machine communicate through host memory: NVLink is not used"),
-    Rule("NCCL_IB_DISABLE", _on, "nodes communicate over TCP: RDMA is not used"),
-    Rule("HUNYUAN_VLLM_CLA_SHARING", _off, "each cross layer has a KV cache of its own: half as many tokens fit"),
-    Rule("HUNYUAN_VLLM_NATIVE_KERNELS", _off, "int8 weights on CPUs are multiplied by plain torch, slowly"),
-    Rule("VLLM_ALLOW_RUNTIME_LORA_UPDATING", _on, "anyone who can send requests can load adapters from this disk"),
-    Rule("VLLM_SERVER_DEV_MODE", _on, "vLLM's administrative routes are open to anyone who can connect"),
-    Rule("VLLM_ALLOW_INSECURE_SERIALIZATION", _on, "data between processes is unpickled, which can run code"),
-)  # fmt: skip
-PROXIES = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
-
-
-def check_variables(section: Section, system: System, cuda_build: bool, known: frozenset[str] | None) -> None:
-    """Variables that do harm; `known` are the names that vLLM reads, None if they could not be found out."""
-    environ = system.environ
-    for rule in RULES:
-        value = environ.get(rule.name)
-        if value is not None and rule.applies(value, cuda_build):
-            section.warning(rule.name, f"{value!r}: {rule.effect}", "unset it unless that is intended")
-    proxies = [name for name in PROXIES if environ.get(name)]
-    exempt = environ.get("no_proxy", environ.get("NO_PROXY", ""))
-    if proxies and not {"127.0.0.1", "localhost", "*"} & {part.strip() for part in exempt.split(",")}:
-        text = f"{', '.join(proxies)} is set without no_proxy: requests to 127.0.0.1 use the proxy, too"
-        section.warning("proxy", text, "export no_proxy=127.0.0.1,localhost")
-    ours = [name for name in environ if name.startswith("VLLM_")]
-    if known is None:
-        section.skipped("VLLM_*", "the installed vLLM's list of variables could not be read")
-    elif unknown := sorted(name for name in ours if name not in known):
-        hints = [f"{name}{_hint(name, known)}" for name in unknown]
-        section.warning("VLLM_*", "vLLM has no such variables", "correct or unset them", hints)
+def check_variables(section: Section, system: System) -> None:
+    """Variables that slow the server or open it."""
+    for rules, on in ((ON, True), (OFF, False)):
+        for name, effect in rules.items():
+            value = system.environ.get(name, "").strip()
+            if value and (value.lower() not in ("0", "false", "no", "off")) == on:
+                section.warning(name, f"{value!r}: {effect}", "unset it unless that is intended")
     if not section.findings:
-        section.ok("variables", "no variable slows down or exposes the server, and vLLM knows all VLLM_* variables")
-
-
-def known_to_vllm() -> frozenset[str] | None:
-    """The variables that vllm/envs.py names, read from its source: importing it would take seconds."""
-    spec = importlib.util.find_spec("vllm")
-    if spec is None or spec.origin is None:
-        return None
-    source = Path(spec.origin).with_name("envs.py")
-    if not source.is_file():
-        return None
-    return frozenset(re.findall(r"\bVLLM_[A-Z0-9_]+\b", source.read_text(encoding="utf-8")))
-
-
-def _hint(name: str, known: frozenset[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-    return f" (did you mean {close[0]}?)" if close else ""
+        section.ok("variables", "no variable slows or opens the server")

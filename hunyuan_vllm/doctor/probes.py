@@ -88,13 +88,13 @@ class Probe:
     timed_out: bool = False
 
 
-def run_probe(system: System, mode: str, cwd: Path) -> Probe:
-    """Run `probe_script` in a mode, with `cwd` first on its import path, as it is for a server."""
+def run_probe(system: System) -> Probe:
+    """Run `probe_script` with the working directory first on its import path, as it is for a server."""
     script = Path(__file__).with_name("probe_script.py").read_text()
     child = subprocess.Popen(
-        [system.python, "-c", script, mode],
+        [system.python, "-c", script],
         env=dict(system.environ),
-        cwd=cwd,
+        cwd=system.cwd,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

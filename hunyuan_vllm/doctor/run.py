@@ -1,8 +1,7 @@
-"""All checks; the slow ones, which import packages in other processes, run while the others do"""
+"""All checks; the slow one, which imports packages in another process, runs while the others do"""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 from hunyuan_vllm.doctor import hardware, host, software
 from hunyuan_vllm.doctor.probes import Probe, System, run_probe
@@ -11,13 +10,11 @@ from hunyuan_vllm.util.findings import Section
 
 def examine(system: System) -> list[Section]:
     """All sections; a check that fails is a line that says why."""
-    with ThreadPoolExecutor(2) as pool:
-        imports = pool.submit(run_probe, system, "imports", Path("/"))
-        worker = pool.submit(run_probe, system, "worker", system.cwd)
-        return _sections(system, imports, worker)
+    with ThreadPoolExecutor(1) as pool:
+        return _sections(system, pool.submit(run_probe, system))
 
 
-def _sections(system: System, imports: Future[Probe], worker: Future[Probe]) -> list[Section]:
+def _sections(system: System, worker: Future[Probe]) -> list[Section]:
     cuda = software.is_cuda_build()
     machine = Section("Hardware")
     usable: list[hardware.Gpu] = []
@@ -40,18 +37,14 @@ def _sections(system: System, imports: Future[Probe], worker: Future[Probe]) -> 
     _check(network, "interfaces", lambda section: host.check_interfaces(section, system, settings))
 
     environment = Section("Environment")
-    known = host.known_to_vllm()
-    _check(environment, "variables", lambda section: host.check_variables(section, system, cuda, known))
+    _check(environment, "variables", lambda section: host.check_variables(section, system))
 
     programs, plugin = Section("Software"), Section("Plugin")
     _check(programs, "Python", software.check_python)
     _check(programs, "vLLM", software.check_vllm)
-    _check(programs, "packages", software.check_packages)
-    _check(programs, "imports", lambda section: software.check_imports(section, imports.result()))
     _check(plugin, "entry point", lambda section: software.check_entry_point(section, system))
-    _check(plugin, "shadowing", lambda section: software.check_shadows(section, system))
     _check(plugin, "worker", lambda section: software.check_worker(section, worker.result()))
-    _check(machine, "driver", lambda section: hardware.check_torch_cuda(section, system, imports.result(), usable))
+    _check(machine, "driver", lambda section: hardware.check_torch_cuda(section, system, worker.result(), usable))
     return [programs, plugin, machine, limits, network, environment]
 
 

@@ -25,17 +25,11 @@ def machine(tmp_path: Path, files: dict[str, str] | None = None, **environ: str)
     return System(variables, tmp_path / "cwd", tmp_path / "root", timeout=60)
 
 
-def nvidia_smi(system: System, *gpus: str, cuda: str = "12.8", link: str = "NV18", fails: str = "") -> None:
+def nvidia_smi(system: System, *gpus: str, cuda: str = "12.8", fails: str = "") -> None:
     """Put an nvidia-smi on the machine's PATH."""
     gpus = gpus or tuple(GPU.format(index=index) for index in range(2))
-    header = "\t".join(["", *(f"GPU{index}" for index in range(len(gpus))), "CPU Affinity"])
-    rows = [
-        "\t".join([f"GPU{row}", *("X" if row == column else link for column in range(len(gpus))), "0-47"])
-        for row in range(len(gpus))
-    ]
     answers = {
         "--query-gpu=": "\n".join(gpus) + "\n",
-        "topo": "\n".join([header, *rows]) + "\n",
         "": BANNER.format(cuda=cuda) + "\n",
     }
     script = [f"#!{sys.executable}", "import sys"]

@@ -46,13 +46,10 @@ def test_a_processor_that_is_too_old_and_a_containers_quota(tmp_path: Path) -> N
 
 
 def test_numa(tmp_path: Path) -> None:
-    one = machine(tmp_path / "1", {"sys/devices/system/node/node0/x": "", "proc/sys/kernel/numa_balancing": "1"})
-    two = {"sys/devices/system/node/node0/x": "", "sys/devices/system/node/node1/x": ""}
-    assert statuses(look(hardware.check_numa, one, True)) == {"NUMA": "ok"}
-    found = look(hardware.check_numa, machine(tmp_path / "2", two | {"proc/sys/kernel/numa_balancing": "1"}), True)
-    assert statuses(found) == {"NUMA": "warning"}
-    quiet = machine(tmp_path / "3", two | {"proc/sys/kernel/numa_balancing": "0"})
-    assert statuses(look(hardware.check_numa, quiet, True)) == {"NUMA": "ok"}
+    for nodes in (1, 2):
+        files = {f"sys/devices/system/node/node{node}/x": "" for node in range(nodes)}
+        found = look(hardware.check_numa, machine(tmp_path / str(nodes), files), True)
+        assert statuses(found) == {"NUMA": "ok"} and ("TP_SIZE=2" in found["NUMA"].text) == (nodes == 2)
 
 
 def test_no_compiler(tmp_path: Path) -> None:
@@ -82,19 +79,19 @@ def test_shared_memory(
 
 
 def test_limits(tmp_path: Path) -> None:
-    def limit(files: int, locked: int, processes: int = -1) -> Callable[[int], tuple[int, int]]:
-        values = {resource.RLIMIT_NOFILE: files, resource.RLIMIT_MEMLOCK: locked, resource.RLIMIT_NPROC: processes}
+    def limit(files: int, locked: int) -> Callable[[int], tuple[int, int]]:
+        values = {resource.RLIMIT_NOFILE: files, resource.RLIMIT_MEMLOCK: locked}
         return lambda which: (values[which], values[which])
 
     plain = machine(tmp_path / "plain")
-    rdma = machine(tmp_path / "rdma", {"sys/class/infiniband/mlx5_0/x": "", "sys/fs/cgroup/pids.max": "100"})
+    rdma = machine(tmp_path / "rdma", {"sys/class/infiniband/mlx5_0/x": ""})
     infinite = resource.RLIM_INFINITY
     good = {"open files": "ok", "locked memory": "ok"}
     assert statuses(look(host.check_limits, plain, limit(1 << 20, 8 << 20))) == good
     assert statuses(look(host.check_limits, plain, limit(1024, 8 << 20)))["open files"] == "problem"
     assert statuses(look(host.check_limits, plain, limit(20000, 8 << 20)))["open files"] == "warning"
-    found = look(host.check_limits, rdma, limit(infinite, 8 << 20, 500))
-    assert statuses(found) == {"open files": "ok", "locked memory": "problem", "processes": "warning"}
+    found = look(host.check_limits, rdma, limit(infinite, 8 << 20))
+    assert statuses(found) == {"open files": "ok", "locked memory": "problem"}
     assert "mlx5_0" in found["locked memory"].text
     assert look(host.check_limits, rdma, limit(infinite, infinite))["locked memory"].status == "ok"
 
@@ -181,37 +178,13 @@ def test_interfaces(tmp_path: Path, environ: dict[str, str], status: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("environ", "cuda", "subject"),
+    ("name", "harmful", "harmless"),
     [
-        ({"PYTHONDONTWRITEBYTECODE": "1"}, False, "PYTHONDONTWRITEBYTECODE"),
-        ({"HF_HUB_OFFLINE": "1"}, False, "HF_HUB_OFFLINE"),
-        ({"HUNYUAN_VLLM_CLA_SHARING": "0"}, False, "HUNYUAN_VLLM_CLA_SHARING"),
-        ({"VLLM_WORKER_MULTIPROC_METHOD": "fork"}, True, "VLLM_WORKER_MULTIPROC_METHOD"),
-        ({"VLLM_ATENTION_BACKEND": "x"}, True, "VLLM_*"),
-        ({"http_proxy": "http://proxy:3128"}, False, "proxy"),
+        ("PYTHONDONTWRITEBYTECODE", "1", ""),
+        ("VLLM_SERVER_DEV_MODE", "true", "0"),
+        ("HUNYUAN_VLLM_CLA_SHARING", "0", "1"),
     ],
 )
-def test_variables_that_hurt(tmp_path: Path, environ: dict[str, str], cuda: bool, subject: str) -> None:
-    found = look(host.check_variables, machine(tmp_path, **environ), cuda, host.known_to_vllm())
-    assert statuses(found) == {subject: "warning"}
-
-
-@pytest.mark.parametrize(
-    "environ",
-    [
-        {},
-        {"HF_HUB_OFFLINE": "0", "HUNYUAN_VLLM_CLA_SHARING": "1", "VLLM_CACHE_ROOT": "/x"},
-        {"http_proxy": "http://proxy:3128", "no_proxy": "localhost,.internal"},
-        {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "PYTHONDONTWRITEBYTECODE": ""},
-    ],
-)
-def test_variables_that_do_not(tmp_path: Path, environ: dict[str, str]) -> None:
-    found = look(host.check_variables, machine(tmp_path, **environ), True, host.known_to_vllm())
-    assert statuses(found) == {"variables": "ok"}
-
-
-def test_a_misspelt_variable_gets_a_suggestion_and_no_value_is_shown(tmp_path: Path) -> None:
-    system = machine(tmp_path, VLLM_LOGING_LEVEL="secret")
-    found = look(host.check_variables, system, True, host.known_to_vllm())["VLLM_*"]
-    assert found.items == ("VLLM_LOGING_LEVEL (did you mean VLLM_LOGGING_LEVEL?)",)
-    assert "secret" not in repr(found)
+def test_variables(tmp_path: Path, name: str, harmful: str, harmless: str) -> None:
+    assert statuses(look(host.check_variables, machine(tmp_path, **{name: harmful}))) == {name: "warning"}
+    assert statuses(look(host.check_variables, machine(tmp_path, **{name: harmless}))) == {"variables": "ok"}

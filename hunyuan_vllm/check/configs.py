@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from hunyuan_vllm.layout import expected_tensors, tensor_parallel_sizes
 from hunyuan_vllm.network import ARCHITECTURES, NETWORKS, Network
 from hunyuan_vllm.quant.formats import Format, UnservedFormat
@@ -16,7 +18,6 @@ from hunyuan_vllm.util.text import plural
 
 AGAIN = "download config.json from the published checkpoint again"
 SMALL_VOCABULARY = 120818  # of the models from 0.5B to 4B
-OTHERS_DEPEND_ON = {"hidden_size", "num_attention_heads", "num_hidden_layers"}
 
 
 @dataclass
@@ -62,8 +63,10 @@ def check_config(folder: Path, section: Section) -> ConfigFile:
         text = f"model_type is {kind!r}; a Hunyuan checkpoint has one of {', '.join(NETWORKS)}"
         section.problem("config.json", text, "name the folder of a Hunyuan checkpoint")
         return found
-    found.network = _network(found.fields, section)
-    if found.network is None:
+    try:
+        found.network = Network.read(found.fields)
+    except (ValueError, TypeError) as error:
+        section.problem("config.json", str(error).removeprefix("HunYuanConfig: "), AGAIN)
         return found
     section.ok("network", _describe(found.network))
     given = found.fields.get("architectures")
@@ -74,26 +77,6 @@ def check_config(folder: Path, section: Section) -> ConfigFile:
         section.problem("config.json", f"{name} is {wrong}", AGAIN)
     _check_format(found, folder, section)
     return found
-
-
-def _network(fields: dict[str, Any], section: Section) -> Network | None:
-    """The network; None where a field is wrong. The other fields are then checked as if that one were absent."""
-    fields = dict(fields)
-    wrong: set[str] = set()
-    while True:
-        try:
-            network = Network.read(fields)
-            return None if wrong else network
-        except (ValueError, TypeError) as error:
-            text = str(error).removeprefix("HunYuanConfig: ")
-            name = text.partition(" ")[0]
-            if name in wrong:  # an absent field's default does not fit the rest
-                return None
-            section.problem("config.json", text, AGAIN)
-            wrong.add(name)
-            if name not in fields or name in OTHERS_DEPEND_ON:
-                return None
-            del fields[name]
 
 
 def parameters(config: Network) -> tuple[int, int]:
@@ -151,14 +134,18 @@ def _bad_ids(fields: Mapping[str, Any], rows: int | None) -> Iterator[tuple[str,
                 yield name, f"{token!r}, and {known}"
 
 
-# Field → (minimum, whether it is excluded, maximum, in words).
-RANGES: dict[str, tuple[float, bool, float, str]] = {
-    "temperature": (0, False, 10, "from 0 to 10"),
-    "top_p": (0, True, 1, "above 0, at most 1"),
-    "top_k": (-1, False, 1e9, "at least 1, or 0 for no limit"),
-    "min_p": (0, False, 1, "from 0 to 1"),
-    "repetition_penalty": (0, True, 10, "above 0 (1: none)"),
-}
+class GenerationDefaults(BaseModel):
+    """The fields of generation_config.json that vLLM takes as defaults of requests."""
+
+    model_config = ConfigDict(strict=True)
+
+    temperature: float | None = Field(None, ge=0, le=10)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    do_sample: bool | None = None
+    max_new_tokens: int | None = Field(None, ge=1)
 
 
 def published_settings(config: ConfigFile) -> str:
@@ -205,21 +192,20 @@ def check_generation(folder: Path, config: ConfigFile, section: Section) -> None
         section.warning("eos_token_id", text, f"add it ({published})")
     for name, wrong in _bad_ids(fields, config.network.vocab_size if config.network else None):
         section.problem(name, f"it is {wrong}", f"correct it ({published})")
-    for name, (low, excluded, high, words) in RANGES.items():
-        value = fields.get(name)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is not None and not (number and low <= value <= high and not (excluded and value == low)):
-            section.problem(name, f"it is {value!r}; it must be {words}", f"correct it ({published})")
-    do_sample, length = fields.get("do_sample"), fields.get("max_new_tokens")
-    if do_sample is not None and not isinstance(do_sample, bool):
-        section.problem("do_sample", f"it is {do_sample!r}; it must be true or false", f"correct it ({published})")
-    if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
-        section.problem("max_new_tokens", f"it is {length!r}; it must be at least 1", "correct it, or remove it")
-    elif length is not None:
-        text = f"answers end after {length:,} tokens unless a request says otherwise"
+    try:
+        defaults = GenerationDefaults.model_validate(fields)
+    except ValidationError as error:
+        for one in error.errors(include_url=False):
+            text = f"it is {one['input']!r}: {one['msg']}"
+            section.problem(str(one["loc"][0]), text, f"correct it ({published})")
+        return
+    if defaults.max_new_tokens is not None:
+        text = f"answers end after {defaults.max_new_tokens:,} tokens unless a request says otherwise"
         section.warning("max_new_tokens", text, "remove it to let answers fill the context")
     if section.sound:
-        defaults = fields if do_sample is not False else fields | {"temperature": "0 (do_sample is false)"}
-        sampling = ", ".join(f"{name} {defaults[name]}" for name in RANGES if defaults.get(name) is not None)
+        shown = defaults.model_dump(exclude_none=True, exclude={"do_sample", "max_new_tokens"})
+        if defaults.do_sample is False:
+            shown["temperature"] = "0 (do_sample is false)"
+        sampling = ", ".join(f"{name} {value}" for name, value in shown.items())
         stops = ", ".join(map(str, ids_of(fields.get("eos_token_id"))))
         section.ok("generation", f"ends at {stops or 'the end token'}; {sampling or 'no sampling defaults'}")

@@ -20,15 +20,6 @@ from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.findings import Section
 from hunyuan_vllm.util.text import HUB_NAME, gigabytes, plural, some
 
-SUMS_FILE = "SHA256SUMS"
-
-
-def plain_files(folder: Path) -> list[Path]:
-    """The checkpoint's files at the top of its directory, except hidden ones and SHA256SUMS."""
-    files = (path for path in folder.iterdir() if path.is_file())
-    return sorted(path for path in files if not path.name.startswith(".") and path.name != SUMS_FILE)
-
-
 SHARD_NUMBER = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 CACHE_SCALES = "kv_cache_scales.safetensors"  # of an FP8 cache; published beside the shards, not in the index
 AGAIN = "download them again; an interrupted download resumes with the same command"

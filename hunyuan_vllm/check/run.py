@@ -37,7 +37,7 @@ class Report:
         return self.sections[-1]
 
 
-def check_folder(folder: Path, run_deep: Progress | None = None, write_sums: bool = False, jobs: int = 1) -> Report:
+def check_folder(folder: Path, run_deep: Progress | None = None, jobs: int = 1) -> Report:
     """Check everything in `folder` that can be checked.
 
     Args:
@@ -77,5 +77,5 @@ def check_folder(folder: Path, run_deep: Progress | None = None, write_sums: boo
     check_generation(folder, config, report.section("Generation"))
     if run_deep is not None:
         sound_shards = [shard for shard in shards if not shard.fault]
-        run_deep(Deep(folder, sound_shards, used, write_sums, jobs), report.section("Data"))
+        run_deep(Deep(sound_shards, used, jobs), report.section("Data"))
     return report

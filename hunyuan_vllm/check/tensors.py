@@ -1,7 +1,7 @@
 """Names, shapes and types of a checkpoint's tensors, and the values of its scales"""
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from statistics import median
@@ -15,8 +15,6 @@ from hunyuan_vllm.network import Network
 from hunyuan_vllm.quant.formats import Format, is_scale
 from hunyuan_vllm.util.findings import Section
 from hunyuan_vllm.util.text import plural
-
-TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 def check_tensors(tensors: Sequence[StoredTensor], config: ConfigFile, complete: bool, section: Section) -> Used:
@@ -42,7 +40,6 @@ def check_tensors(tensors: Sequence[StoredTensor], config: ConfigFile, complete:
         section.problem("config.json", text, remedy)
     _report_names(faults, layout, complete, remedy, section)
     _report_types(faults["types"], config.format, layout, section)
-    _report_precision(used, config, section)
     known = {fault.tensor for fault in faults["unknown"]}.union(used)
     if unused := [tensor for tensor in tensors if tensor not in known]:
         size = sum(tensor.nbytes for tensor in unused)
@@ -93,31 +90,6 @@ def _report_types(faults: list[HeaderFault], format: Format, layout: Layout, sec
         if dtype in FLOATS:
             remedy = "name these projections in quantization_config's list of ignored layers, or convert again"
         section.problem("types", text, remedy, names)
-
-
-def _report_precision(used: Used, config: ConfigFile, section: Section) -> None:
-    """Report weights whose types are allowed but differ from each other or from config.json."""
-    # The router is kept in float32 by design; scales are too.
-    kinds = Counter(
-        tensor.dtype
-        for tensor, parts in used.items()
-        if tensor.dtype in FLOATS and not is_scale(tensor.name) and not parts[0].endswith(".gate.wg.weight")
-    )
-    if not kinds:
-        return
-    (usual, _), *others = kinds.most_common()
-    if others:
-        odd = [
-            tensor.name
-            for tensor, parts in used.items()
-            if tensor.dtype in dict(others) and not is_scale(tensor.name) and not parts[0].endswith(".gate.wg.weight")
-        ]
-        text = f"{len(odd):,} are {' or '.join(dict(others))}, the others {usual}"
-        section.warning("types", text, "harmless, since vLLM casts them; a sign of a mixed or edited checkpoint", odd)
-    announced = config.fields.get("torch_dtype", config.fields.get("dtype"))
-    if announced is not None and announced != TORCH_NAMES[usual]:
-        text = f"weights are stored as {TORCH_NAMES[usual]}; vLLM casts them to {announced}, as config.json says"
-        section.warning("types", text, f"set torch_dtype to {TORCH_NAMES[usual]} unless the cast is intended")
 
 
 def _contradictions(tensors: Iterable[StoredTensor], config: Network, complete: bool) -> list[str]:

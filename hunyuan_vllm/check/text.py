@@ -109,8 +109,6 @@ def _check_special_ids(
             remedy = f"leave it if the chat template's answers end at {_list(stops)}; otherwise correct {source}"
             section.warning("special ids", text, remedy)
             return
-        if shift := _shift(tokenizer, stops, generation):
-            text += f"; {TIKTOKEN} looks {shift} lines too short"
         section.problem("special ids", text, f"{copy}, or the {source} that belongs to it")
         return
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
@@ -125,15 +123,6 @@ def _check_special_ids(
         if value is not None and has is not None and has not in ids_of(value):
             text = f"{name} is {_list(ids_of(value))} in the checkpoint's configs and {has} in the tokenizer"
             section.warning("special ids", text, f"if the tokenizer is right, correct {name}; otherwise {copy}")
-
-
-def _shift(tokenizer: "TokenizersBackend", stops: list[Any], generation: dict[str, Any]) -> int:
-    """By how many ids the special tokens are too low, where end and padding agree on it; else 0."""
-    pad = generation.get("pad_token_id")
-    if not isinstance(pad, int) or tokenizer.pad_token_id is None:
-        return 0
-    shift = pad - tokenizer.pad_token_id
-    return shift if shift > 0 and tokenizer.eos_token_id + shift in stops else 0
 
 
 def _token(tokenizer: "TokenizersBackend", token: Any) -> str:

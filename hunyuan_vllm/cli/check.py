@@ -8,7 +8,6 @@ import typer
 from rich.console import Console
 
 from hunyuan_vllm.cli.show import show_sections, tally
-from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.findings import Section, exit_status, sections_json
 from hunyuan_vllm.util.progress import Progress
 
@@ -19,12 +18,7 @@ if TYPE_CHECKING:
 
 def check(
     path: str = typer.Argument(metavar="PATH", help="Checkpoint directory, downloaded hub repository, or demo."),
-    deep: bool = typer.Option(
-        False, "--deep", help="Read every byte: compare hashes, find NaN, infinity and unfilled space."
-    ),
-    write_sums: bool = typer.Option(
-        False, "--write-sums", help="With --deep: write SHA256SUMS into the directory if nothing is wrong."
-    ),
+    deep: bool = typer.Option(False, "--deep", help="Read every byte: find NaN, infinity and unfilled space."),
     jobs: int = typer.Option(
         min(os.cpu_count() or 1, 8), "--jobs", min=1, help="With --deep: files read at a time.", show_default=True
     ),
@@ -41,15 +35,12 @@ def check(
     Examples:
       hunyuan-vllm check /models/Hunyuan-A52B-Instruct
       hunyuan-vllm check /models/Hunyuan-A52B-Instruct --deep
-          reads every byte: damaged, unfinished or changed files
-      hunyuan-vllm check /models/mine --deep --write-sums
-          saves hashes for the next check, or for a copy on another node
+          reads every byte: broken or unfinished files
       hunyuan-vllm check demo
           the model in the package
       hunyuan-vllm check /models/mine --json | jq '.sections[].findings[]'
 
-    Hashes are compared with SHA256SUMS in the directory, or with those that the
-    hub's client saved when it downloaded the files.
+    For hashes use sha256sum --check, or hf cache verify for what the hub has.
 
     \b
     Exit status: 0 sound (there may be warnings), 1 problems were found, 2
@@ -58,11 +49,7 @@ def check(
     from hunyuan_vllm.check.files import open_folder
     from hunyuan_vllm.check.run import check_folder
 
-    if write_sums and not deep:
-        raise UserError("--write-sums needs --deep, which reads the files")
     folder = open_folder(path)
-    if write_sums and not os.access(folder, os.W_OK):
-        raise UserError(f"--write-sums: {folder} is not writable")
     console = Console(stderr=True)
     with console.status("reading headers and tokenizer") as status:
 
@@ -72,7 +59,7 @@ def check(
             with progress.stage("reading", work.total):
                 work.run(progress.advance, section)
 
-        report = check_folder(folder, run_deep if deep else None, write_sums, jobs)
+        report = check_folder(folder, run_deep if deep else None, jobs)
     if as_json:
         print(json.dumps(_json(report), indent=1, ensure_ascii=False))
     else:

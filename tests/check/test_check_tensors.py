@@ -37,7 +37,6 @@ def test_everything_wrong_is_listed_at_once(tmp_path: Path) -> None:
         tensors["model.layers.1.self_attn.k_proj.weight"] = torch.zeros(8, 8)  # a cross layer has none
         tensors["model.layers.3.mlp.gate.wg.weight"] = torch.zeros(5, 192)
         tensors["model.layers.4.mlp.shared_mlp.up_proj.weight"] = torch.zeros(128, 192, dtype=torch.int8)
-        tensors["model.layers.0.input_layernorm.weight"] = torch.ones(192)
 
     rewrite(copy_demo(tmp_path), change)
     report = check_folder(tmp_path)
@@ -48,8 +47,6 @@ def test_everything_wrong_is_listed_at_once(tmp_path: Path) -> None:
         "shapes": ("model.layers.3.mlp.gate.wg.weight is [5, 192], not [4, 192]",),
         "types": ("model.layers.4.mlp.shared_mlp.up_proj.weight",),
     }
-    (mixed,) = findings(report, Status.WARNING)
-    assert mixed.items == ("model.layers.0.input_layernorm.weight",)
 
 
 def test_published_oddities_are_no_problem(tmp_path: Path) -> None:
@@ -119,27 +116,12 @@ def test_a_wrong_config(tmp_path: Path, fields: dict, text: str) -> None:
     assert any(text in problem.text for problem in findings(check_folder(tmp_path)))
 
 
-def test_all_wrong_fields_of_a_config_are_listed(tmp_path: Path) -> None:
-    edit_json(copy_demo(tmp_path) / "config.json", hidden_act="gelu", rms_norm_eps=-1, moe_topk=9)
-    texts = [problem.text for problem in findings(check_folder(tmp_path))]
-    assert [text.split(" ")[0] for text in texts] == ["hidden_act", "rms_norm_eps", "moe_topk"]
-
-
 def test_no_config_leaves_the_rest_checked(tmp_path: Path) -> None:
     (copy_demo(tmp_path) / "config.json").unlink()
     report = check_folder(tmp_path)
     assert [problem.text for problem in findings(report)] == ["it is missing"]
     assert {finding.subject for finding in findings(report, Status.OK)} >= {"shards", "tokenizer", "template"}
     assert [skip.subject for skip in findings(report, Status.SKIPPED)] == ["tensors"]
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_weights_in_another_precision_than_announced(tmp_path: Path, dtype: torch.dtype) -> None:
-    rewrite(copy_demo(tmp_path), lambda all_: all_.update({name: all_[name].to(dtype) for name in all_}))
-    report = check_folder(tmp_path)
-    assert report.sound
-    (warning,) = findings(report, Status.WARNING)
-    assert f"stored as {str(dtype)[6:]}; vLLM casts them to bfloat16" in warning.text
 
 
 @pytest.mark.parametrize("kind", ["fp8", PACKED, PLAIN])

@@ -43,8 +43,6 @@ def quantize(
         help="Strength of SmoothQuant, which moves outlying input channels into the weights; 0 to 1, usually 0.5.",
         rich_help_panel=OUTLIERS,
     ),
-    shard_size: str = typer.Option("5GB", help="Maximum size of a file."),
-    device: str = typer.Option("auto", help="cpu, cuda or cuda:N; auto: a GPU if there is one."),
     plan: bool = typer.Option(
         False,
         "--plan",
@@ -87,13 +85,15 @@ def quantize(
     Exit status: 0 DST is complete, 2 invalid input, 3 a disk
     error, 130 interrupted.
     """
+    import torch
+
     from hunyuan_vllm.quant.schemes import WRITTEN, find_scheme
     from hunyuan_vllm.quantize.convert import Options
-    from hunyuan_vllm.util.text import parse_size
 
     console = Console(stderr=True)
     name = find_scheme(scheme, WRITTEN).name
-    options = Options(name, smooth, calibration_tokens, headroom, parse_size(shard_size), _device(device))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = Options(name, smooth, calibration_tokens, headroom, device=device)
     source = demo.folder(source)
     if plan:
         _show_plan(source, options)
@@ -138,19 +138,3 @@ def _show_plan(source: Path, options: Options) -> None:
     config = open_planned(given).config if published else read_bf16_config(source)[1]
     print(f"{options.scheme}, {config.num_hidden_layers} layers, smooth {options.smooth}")
     print("\n".join(Plan.of(config, options).lines()))
-
-
-def _device(given: str) -> str:
-    import torch
-
-    if given == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(given)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {given}: it is auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {given}: torch sees {torch.cuda.device_count()} GPUs here")
-    return given

@@ -16,11 +16,10 @@ from hunyuan_vllm.checkpoint import INDEX_FILE
 from hunyuan_vllm.layout import expected_tensors
 from hunyuan_vllm.network import Network
 from hunyuan_vllm.quant.schemes import WRITTEN, find_scheme
-from hunyuan_vllm.quantize import verify
 from hunyuan_vllm.quantize.calibrate import SAMPLE, ActivationScales, Calibration, static_scales
 from hunyuan_vllm.quantize.formats import FORMATS, specs_of
 from hunyuan_vllm.quantize.smooth import SmoothQuant
-from hunyuan_vllm.quantize.source import Source, Unit, kept_linears, units
+from hunyuan_vllm.quantize.source import Source, Unit, kept_linears, place, units
 from hunyuan_vllm.quantize.texts import Tokens, calibration_tokens
 from hunyuan_vllm.quantize.verify import Verifier
 from hunyuan_vllm.quantize.writer import Shard, ShardWriter, Workspace, index_of, plan_shards
@@ -137,7 +136,8 @@ class Conversion:
             self._write_shards(workspace)
             files = [workspace.state / f"{shard.file}.json" for shard in self._shards]
             measured = (one for file in files for one in json.loads(file.read_text()))
-            made = verify.assemble(self._facts(tokens), measured)
+            projections = sorted(measured, key=lambda one: place(one["projection"])[0])
+            made = {**self._facts(tokens), "projections": projections}
             self._write_the_rest(workspace, made)
             workspace.finish()
         return made
@@ -150,7 +150,7 @@ class Conversion:
             "--scheme": options.scheme,
             "--smooth": options.smooth,
             "--headroom": options.headroom,
-            "--shard-size": options.shard_bytes,
+            "shards of bytes": options.shard_bytes,
             "calibration tokens": tokens and f"{tokens.ids.numel()} (contents {tokens.digest()[:12]})",
         }
 

@@ -15,7 +15,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hunyuan_vllm.check.files import SUMS_FILE
 from hunyuan_vllm.checkpoint import INDEX_FILE, missing_weights, read_config, shard_files, used_tensors
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import FUSED, CheckpointError, Layout, expected_tensors
@@ -86,7 +85,7 @@ class Source:
     def other_files(self) -> list[Path]:
         """What is copied as it is: everything at the top of the folder but the weights, their index, the config, and
         the hashes of these files."""
-        skipped = {"config.json", INDEX_FILE, SUMS_FILE}
+        skipped = {"config.json", INDEX_FILE, "SHA256SUMS"}
         return sorted(
             file
             for file in self.folder.iterdir()

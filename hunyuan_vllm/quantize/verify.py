@@ -4,80 +4,40 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hunyuan_vllm.quantize.calibrate import ActivationScales, static_scales
 from hunyuan_vllm.quantize.formats import WeightFormat, in_blocks
 from hunyuan_vllm.quantize.source import Unit, place
-from hunyuan_vllm.quantize.writer import Shard
+from hunyuan_vllm.quantize.writer import REMEDY, Shard, check_bits, reading_back
 from hunyuan_vllm.util.errors import UserError
 
-KINDS = ("attention", "shared MLP", "dense MLP", "experts")
-
-
-def kind_of(projection: str) -> str:
-    """Which of `KINDS` a projection belongs to."""
-    for mark, kind in ((".self_attn.", "attention"), (".shared_mlp.", "shared MLP"), (".experts.", "experts")):
-        if mark in projection:
-            return kind
-    return "dense MLP"
-
-
-def assemble(facts: Mapping[str, Any], measured: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The report: `facts` about the run, a summary of each layer, and each projection as `verify.Measured` has it."""
-    projections = sorted(measured, key=lambda one: place(one["projection"])[0])
-    by_layer: dict[int, list[Mapping[str, Any]]] = {}
-    for one in projections:
-        by_layer.setdefault(place(one["projection"])[0], []).append(one)
-    return {**facts, "layers": [_layer(number, ones) for number, ones in by_layer.items()], "projections": projections}
+KINDS = {".self_attn.": "attention", ".shared_mlp.": "shared MLP", ".experts.": "experts", ".mlp.": "dense MLP"}
 
 
 def show(report: Mapping[str, Any], console: Console) -> None:
-    """Print a table with a line a layer."""
-    layers = report["layers"]
-    with_outputs = layers[0]["output_error"] is not None
-    kinds = [kind for kind in KINDS if any(kind in layer["weight_error"] for layer in layers)]
-    table = Table(title=f"{report['scheme']}: relative errors, mean of each layer", title_justify="left")
-    after = ["outputs", "outlier\nchannels"] if with_outputs else []
-    for title in ["layer", *(f"weights,\n{kind}" for kind in kinds), *after]:
-        table.add_column(title, justify="right")
-    for layer in layers:
-        cells = [str(layer["layer"])]
-        cells += [_percent(layer["weight_error"][kind]) if kind in layer["weight_error"] else "" for kind in kinds]
-        if with_outputs:
-            cells += [_percent(layer["output_error"]), str(layer["outlier_channels"])]
-        table.add_row(*cells)
+    """Print a row for each kind of projection: mean errors, and the largest with the projection that has it."""
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for one in report["projections"]:
+        kinds.setdefault(next(kind for mark, kind in KINDS.items() if mark in one["projection"]), []).append(one)
+    table = Table(title=f"{report['scheme']}: relative errors", title_justify="left")
+    for title in ("", "weights", "outputs", "outlier channels", "largest", "of"):
+        table.add_column(title, justify="left" if title in ("", "of") else "right")
+    for kind, ones in kinds.items():
+        calibrated = ones[0]["output_error"] is not None
+        key = "output_error" if calibrated else "relative_error"
+        worst = max(ones, key=lambda one: one[key])
+        outputs = [_percent(fmean(one["output_error"] for one in ones))] if calibrated else [""]
+        outliers = str(sum(len(one["outliers"]) for one in ones)) if calibrated else ""
+        weights = _percent(fmean(one["relative_error"] for one in ones))
+        table.add_row(kind, weights, *outputs, outliers, _percent(worst[key]), worst["projection"])
     console.print(table)
-    key = "output_error" if with_outputs else "relative_error"
-    worst = max(report["projections"], key=lambda one: one[key])
-    console.print(f"largest: {_percent(worst[key])}, {worst['projection']}", highlight=False, soft_wrap=True)
-
-
-def _layer(number: int, ones: list[Mapping[str, Any]]) -> dict[str, Any]:
-    summary: dict[str, Any] = {
-        "layer": number,
-        "weight_error": {
-            kind: _mean(one["relative_error"] for one in ones if kind_of(one["projection"]) == kind)
-            for kind in KINDS
-            if any(kind_of(one["projection"]) == kind for one in ones)
-        },
-        "output_error": None,
-    }
-    if ones[0]["output_error"] is not None:
-        summary["output_error"] = _mean(one["output_error"] for one in ones)
-        summary["outlier_channels"] = sum(len(one["outliers"]) for one in ones)
-    return summary
-
-
-def _mean(values: Iterable[float]) -> float:
-    known = list(values)
-    return sum(known) / len(known)
 
 
 def _percent(share: float) -> str:
@@ -85,7 +45,6 @@ def _percent(share: float) -> str:
 
 
 OUTLIER = 10  # times the median channel's largest input
-REMEDY = "the disk or the memory is at fault; run the same command again"
 
 
 @dataclass(frozen=True)
@@ -128,22 +87,16 @@ class Verifier:
         parts: dict[str, list[str]] = {}
         for spec in shard.specs:
             parts.setdefault(spec.name.rpartition(".")[0], []).append(spec.name)
-        try:
-            with safe_open(file, framework="pt", device=self._device) as tensors:
-                if set(tensors.keys()) != {spec.name for spec in shard.specs}:
-                    raise UserError(f"{file} reads back with other tensors than were written: {REMEDY}")
-                for unit in shard.units:
-                    for name, wanted in self._kept(unit):
-                        if not torch.equal(tensors.get_tensor(name).cpu(), wanted):
-                            raise UserError(f"{file}: {name} reads back differently: {REMEDY}")
-                    for name in unit.names:
-                        if unit.quantised:
-                            projection = name.removesuffix(".weight")
-                            stored = {key.rpartition(".")[2]: tensors.get_tensor(key) for key in parts[projection]}
-                            measured.append(self._measure(file, projection, stored))
-                        advance(name)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} cannot be read back ({error}): {REMEDY}") from None
+        with reading_back(file, shard, self._device) as tensors:
+            for unit in shard.units:
+                for name, wanted in self._kept(unit):
+                    check_bits(file, name, tensors.get_tensor(name).cpu(), wanted)
+                for name in unit.names:
+                    if unit.quantised:
+                        projection = name.removesuffix(".weight")
+                        stored = {key.rpartition(".")[2]: tensors.get_tensor(key) for key in parts[projection]}
+                        measured.append(self._measure(file, projection, stored))
+                    advance(name)
         return measured
 
     def _kept(self, unit: Unit) -> Iterable[tuple[str, Tensor]]:

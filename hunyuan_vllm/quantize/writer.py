@@ -6,14 +6,15 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -130,6 +131,28 @@ class ShardWriter:
                 os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             self._file.close()
+
+
+REMEDY = "the disk or the memory is at fault; run the same command again"
+
+
+@contextmanager
+def reading_back(file: Path, shard: Shard, device: str = "cpu") -> Iterator[safe_open]:
+    """A file that has just been written, opened; it must hold the planned tensors."""
+    try:
+        with safe_open(file, framework="pt", device=device) as tensors:
+            if set(tensors.keys()) != {spec.name for spec in shard.specs}:
+                raise UserError(f"{file} reads back with other tensors than were written: {REMEDY}")
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} cannot be read back ({error}): {REMEDY}") from None
+
+
+def check_bits(file: Path, name: str, found: Tensor, wanted: Tensor) -> None:
+    """Raise UserError unless a tensor reads back as it was written, bit by bit: a zero's sign counts."""
+    bits = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (found, wanted)]
+    if (found.dtype, found.shape) != (wanted.dtype, wanted.shape) or not torch.equal(*bits):
+        raise UserError(f"{file}: {name} reads back differently: {REMEDY}")
 
 
 RUN = "run.json"

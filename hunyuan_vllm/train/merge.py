@@ -25,12 +25,20 @@ from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import CheckpointError, Layout, expected_tensors
 from hunyuan_vllm.quantize.formats import Spec, in_blocks
 from hunyuan_vllm.quantize.source import Source, Unit
-from hunyuan_vllm.quantize.writer import Shard, ShardWriter, Workspace, index_of, plan_shards
+from hunyuan_vllm.quantize.writer import (
+    REMEDY,
+    Shard,
+    ShardWriter,
+    Workspace,
+    check_bits,
+    index_of,
+    plan_shards,
+    reading_back,
+)
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.progress import Progress
 
 SAVE_DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-REMEDY: Final = "the disk or the memory is at fault; run the same command again"
 # Fields of PEFT's LoraConfig under which an adapter is not W + scale · B·A.
 NOT_PLAIN = {
     "use_dora": "DoRA rescales whole columns",
@@ -252,7 +260,7 @@ class Merge:
             "a --base_model_path of contents": self._source.fingerprint()[:12],
             "an --adapter_model_path of contents": self._adapter.fingerprint()[:12],
             "--save_dtype": str(self._dtype).removeprefix("torch."),
-            "--shard_size": self._shard_bytes,
+            "shards of bytes": self._shard_bytes,
         }
 
     def _write(self, workspace: Workspace, shard: Shard) -> None:
@@ -262,14 +270,11 @@ class Merge:
                 tensor = self.tensor(spec.name)
                 writer.write(spec.name, tensor)
                 self._progress.advance(tensor.nbytes)
-        left = {spec.name for spec in shard.specs}
-        for name, tensor in _read_back(partial):
-            if name not in left or not _same_bits(tensor, self.tensor(name)):
-                raise UserError(f"{partial}: {name} reads back differently: {REMEDY}")
-            left.remove(name)
-            self._progress.advance(tensor.nbytes)
-        if left:
-            raise UserError(f"{partial} reads back without {min(left)}: {REMEDY}")
+        with reading_back(partial, shard) as tensors:
+            for spec in shard.specs:
+                tensor = tensors.get_tensor(spec.name)
+                check_bits(partial, spec.name, tensor, self.tensor(spec.name))
+                self._progress.advance(tensor.nbytes)
         workspace.put(partial, workspace.checkpoint / shard.file)
 
     def _write_the_rest(self, workspace: Workspace) -> None:
@@ -281,20 +286,3 @@ class Merge:
         field = "dtype" if "dtype" in self._source.json else "torch_dtype"
         config = {**self._source.json, field: str(self._dtype).removeprefix("torch.")}
         workspace.write_json(folder / "config.json", config)
-
-
-def _read_back(file: Path) -> Iterator[tuple[str, Tensor]]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():
-                yield name, tensors.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} cannot be read back ({error}): {REMEDY}") from None
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """As integers, so that a zero's sign counts."""
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    kind = {2: torch.int16, 4: torch.int32}[a.dtype.itemsize]
-    return torch.equal(a.view(kind), b.contiguous().view(kind))

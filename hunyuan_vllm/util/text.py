@@ -4,10 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 
-from hunyuan_vllm.util.errors import UserError
-
 GIB = 2**30
-_SIZES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # of a repository, "owner/name"
 
 
@@ -48,12 +45,3 @@ def group_similar(items: Sequence[str], limit: int = 6) -> list[str]:
         alike[re.sub(r"\d+(?:[.,]\d+)*(?:e[-+]?\d+)?", "*", item)].append(item)
     lines = [group[0] if len(group) == 1 else f"{pattern} ({len(group):,})" for pattern, group in alike.items()]
     return lines if len(lines) <= limit else [*lines[: limit - 1], f"and {len(lines) - limit + 1:,} more kinds"]
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "5GB", "500MB", "2GiB" or "1000000", as --shard-size has it."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
-    size = int(float(match[1]) * _SIZES[match[2]]) if match and match[2] in _SIZES else 0
-    if size < 1000:
-        raise UserError(f"--shard-size {text}: it is a size such as 5GB or 500MB")
-    return size

@@ -6,21 +6,6 @@ import pytest
 
 from hunyuan_vllm.quantize.convert import Options
 from hunyuan_vllm.util.errors import UserError
-from hunyuan_vllm.util.text import parse_size
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("5GB", 5 * 10**9), ("500mb", 5 * 10**8), ("2 GiB", 2 << 30), ("1.5k", 1500), ("4096", 4096), ("1TB", 10**12)],
-)
-def test_sizes(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "5", "GB", "-1GB", "5 apples", "1I", "0GB"])
-def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(UserError, match="--shard-size"):
-        parse_size(text)
 
 
 def test_options_out_of_range() -> None:

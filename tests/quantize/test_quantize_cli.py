@@ -73,9 +73,6 @@ def test_the_plan_writes_nothing(run: Callable, tmp_path: Path) -> None:
         (["absent", "DST", "--scheme", "int8"], "absent does not exist"),
         (["SRC", "SRC", "--scheme", "int8"], "exists: name a folder that does not"),
         (["SRC", "DST", "--scheme", "int8", "--smooth", "2"], "--smooth 2: it is a number from 0 to 1"),
-        (["SRC", "DST", "--scheme", "int8", "--shard-size", "big"], "--shard-size big"),
-        (["SRC", "DST", "--scheme", "int8", "--device", "tpu"], "--device tpu: it is auto, cpu"),
-        (["SRC", "DST", "--scheme", "int8", "--device", "cuda:99"], "--device cuda:99: torch sees"),
         (["SRC", "DST", "--scheme", "fp8", "--calibration", "absent.txt"], "absent.txt cannot be read"),
     ],
 )

@@ -121,7 +121,7 @@ def unfinished(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     ("options", "message"),
     [
         (dict(scheme="int8-w8a8"), "started with --scheme int8, this run has int8-w8a8"),
-        (dict(scheme="int8", shard_bytes=10**6), "started with --shard-size 5000000000, this run has 1000000"),
+        (dict(scheme="int8", shard_bytes=10**6), "started with shards of bytes 5000000000, this run has 1000000"),
         (dict(scheme="int8", smooth=0.5, calibration=[[5, 6, 7]]), "started with --smooth None, this run has 0.5"),
     ],
 )

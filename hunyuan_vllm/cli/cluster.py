@@ -137,7 +137,6 @@ def up(
     variables: list[str] = typer.Option(
         [], "--env", metavar="NAME=VALUE", help="Set a variable for Ray and all it starts, such as NCCL_IB_HCA."
     ),
-    accept_warnings: bool = typer.Option(False, "--despite-warnings", help="Continue if the check only warns."),
     force: bool = typer.Option(False, "--force", help="End another Ray even if it is in use."),
     python: str = PYTHON,
     as_json: bool = AS_JSON,
@@ -182,7 +181,6 @@ def up(
         token_file=str(token_file(os.environ, home)) if os.environ.get(TOKEN_VARIABLE) else None,
         encrypt=encrypt,
         variables=parse_variables(variables),
-        accept_warnings=accept_warnings,
         force=force,
     )
     with connected(hosts, ssh_port, user, python, jobs, timeout) as connections:

@@ -57,9 +57,6 @@ class Terminal:
         user = hosts[0].user
         return getpass.getpass(f"password of {user} on {', '.join(host.name for host in hosts)}: ") or None
 
-    def ask_passphrase(self, prompt: str) -> str:
-        return getpass.getpass(prompt)
-
 
 @app.command()
 def login_ssh(
@@ -113,7 +110,7 @@ def login_ssh(
     trusted = parse_fingerprints(fingerprints, hosts)
     secret = _password(password, password_file)
     try:
-        keys = [read_identity(identity, terminal.ask_passphrase if terminal.present else None)] if identity else []
+        keys = [read_identity(identity)] if identity else []
         home = Path(me.pw_dir)
         credentials = Credentials([*keys, *default_keys(home)], secret)
         known, steps = read_known_hosts(home), Steps(jobs, messages)

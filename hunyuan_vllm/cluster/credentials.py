@@ -3,7 +3,6 @@
 import os
 import pwd
 import stat
-from collections.abc import Callable
 from pathlib import Path
 
 import paramiko
@@ -37,7 +36,7 @@ def read_password_file(file: Path) -> str:
     return password
 
 
-def read_identity(file: Path, ask_passphrase: Callable[[str], str] | None) -> paramiko.PKey:
+def read_identity(file: Path) -> paramiko.PKey:
     """The private key in `file`, such as a cloud provider gives out."""
     if file.suffix == ".pub":
         raise UserError(f"--identity {file} is the public half: name the private key, {file.with_suffix('')}")
@@ -45,21 +44,13 @@ def read_identity(file: Path, ask_passphrase: Callable[[str], str] | None) -> pa
         mode = file.stat().st_mode
         if file.stat().st_uid == os.geteuid() and mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise UserError(f"the private key {file} is open to other users: chmod 600 {file}")
-        return _load(file, None)
+        return _load(file)
     except OSError as error:
         raise UserError(f"--identity {file} cannot be read: {error.strerror}") from None
     except TypeError:  # how the library says that a passphrase is needed
-        if ask_passphrase is None:
-            raise UserError(
-                f"--identity {file} has a passphrase, and there is no terminal to ask for it: run this on a terminal, "
-                "or give a key without one"
-            ) from None
+        raise UserError(f"--identity {file} has a passphrase: give a key without one") from None
     except (ValueError, paramiko.SSHException):
         raise UserError(f"--identity {file} is not a private key that SSH can use") from None
-    try:
-        return _load(file, ask_passphrase(f"passphrase of {file}: "))
-    except (ValueError, TypeError, paramiko.SSHException):
-        raise UserError(f"that is not the passphrase of {file}") from None
 
 
 def default_keys(home: Path) -> list[paramiko.PKey]:
@@ -67,15 +58,14 @@ def default_keys(home: Path) -> list[paramiko.PKey]:
     keys = []
     for name in DEFAULT_KEYS:
         try:
-            keys.append(_load(home / ".ssh" / name, None))
+            keys.append(_load(home / ".ssh" / name))
         except (OSError, TypeError, ValueError, paramiko.SSHException):
             continue  # not there, or of no use here: ssh passes over it as well
     return keys
 
 
-def _load(file: Path, passphrase: str | None) -> paramiko.PKey:
+def _load(file: Path) -> paramiko.PKey:
     try:
-        # Its annotation says str, but the library below it takes bytes alone.
-        return paramiko.PKey.from_path(file, None if passphrase is None else passphrase.encode())  # type: ignore[arg-type]
+        return paramiko.PKey.from_path(file)
     except paramiko.pkey.UnknownKeyType as error:
         raise ValueError(f"{file}: {error.key_type}") from None

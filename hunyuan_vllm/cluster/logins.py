@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hunyuan_vllm.cluster.account import AUTHORIZED_KEYS, KNOWN_HOSTS, Causes, find_cause, read_account
+from hunyuan_vllm.cluster.account import AUTHORIZED_KEYS, KNOWN_HOSTS, read_account
 from hunyuan_vllm.cluster.connections import Steps, connect, disconnect, read_host_key
 from hunyuan_vllm.cluster.host_keys import PublicKey, Trust, authorize, keys_of, pin
 from hunyuan_vllm.cluster.hosts import Host, HostError
@@ -216,57 +216,10 @@ def _verify_login(source: Host, target: Host, timeout: float) -> Finding | None:
             if not any(sign in done.errors for sign in DROPPED):
                 break
             time.sleep(0.5 + attempt)
-        error = _ssh_error(done.errors, target)
+        error = HostError(
+            f"ssh to {target} failed: {last_line(done.errors) or 'no reason given'}",
+            f"run there: ssh -v -p {target.port} {target.user}@{target.name}; {target}'s sshd log names its reasons",
+        )
     except HostError as caught:
         error = caught
     return Finding(source.name, error.text, error.remedy)
-
-
-CAUSES: Causes = (
-    (
-        "IDENTIFICATION HAS CHANGED",
-        "it knows another host key for {target}",
-        "compare {target}'s fingerprint at its console and run again with --fingerprints {target}=SHA256:…",
-    ),
-    (
-        "host key is known for",
-        "it knows no host key of {target}",
-        "see what kept its known_hosts from being written, and run again",
-    ),
-    (
-        "Host key verification failed",
-        "its host key check refused {target}",
-        "look for {name} in its known_hosts and in /etc/ssh/ssh_known_hosts",
-    ),
-    (
-        "Permission denied (",
-        "{target} refuses its key",
-        "on {target}, allow {user} in ~/.ssh/authorized_keys (sshd_config: PubkeyAuthentication, AuthorizedKeysFile, "
-        "AllowUsers; access rights of the home directory); its sshd log names the reason",
-    ),
-    ("Could not resolve hostname", "it does not know the name {target}", "enter it in /etc/hosts there, or use IPs"),
-    ("Connection refused", "{target} refuses its connection", "allow it to reach port {port} of {target} (firewall)"),
-    ("timed out", "no answer from {target} in time", "allow it to reach port {port} of {target} (firewall, routes)"),
-    ("No route to host", "it has no route to {target}", "check routes and firewalls between the two"),
-    ("Network is unreachable", "it has no route to {target}", "check routes and address families of the two"),
-    ("Bad owner or permissions on", "its SSH configuration is not used: {line}", "chmod 600 that file there"),
-    (
-        "Connection closed",
-        "{target} closed the connection before login",
-        "see {target}'s sshd log (MaxStartups, fail2ban, hosts.deny), or use fewer --jobs",
-    ),
-    (
-        "Connection reset",
-        "{target} closed the connection before login",
-        "see {target}'s sshd log (MaxStartups, fail2ban, hosts.deny), or use fewer --jobs",
-    ),
-)
-
-
-def _ssh_error(errors: str, target: Host) -> HostError:
-    """Why `ssh` on some host did not log in to `target`, from what it printed there."""
-    names = {"target": target.name, "name": target.known_hosts_name, "user": target.user, "port": str(target.port)}
-    return find_cause(CAUSES, errors, **names) or HostError(
-        f"ssh to {target} failed: {last_line(errors) or 'no reason given'}",
-        f"run there: ssh -v -p {target.port} {target.user}@{target.name}",
-    )

@@ -15,7 +15,7 @@ from hunyuan_vllm.cluster.status import read_ray
 from hunyuan_vllm.cluster.tls import sign
 from hunyuan_vllm.ray_environment import NODE_FOLDER
 from hunyuan_vllm.util.errors import UserError
-from hunyuan_vllm.util.findings import Section, Status
+from hunyuan_vllm.util.findings import Section
 from hunyuan_vllm.util.net import interface_of, own_addresses
 from hunyuan_vllm.util.text import plural, some
 
@@ -73,7 +73,6 @@ class Plan:
     token_file: str | None = None
     encrypt: bool = False
     variables: Mapping[str, str] = field(default_factory=dict)
-    accept_warnings: bool = False
     force: bool = False
 
 
@@ -163,14 +162,7 @@ class Up:
         plan, gpus = self._plan, None if self._plan.logical_gpus else self._plan.gpus
         found = ClusterCheck(self._connections, plan.model, plan.interface, gpus, serving).run()
         self.sections[:] = [section for section in self.sections if section.title != "Hosts"] + found
-        if not self.ok:
-            return False
-        warnings = sum(one.status is Status.WARNING for section in found for one in section.findings)
-        if warnings and not self._plan.accept_warnings:
-            text = f"the check has {plural(warnings, 'warning')}"
-            self._section("Not started").problem("warnings", text, "solve them, or continue with --despite-warnings")
-            return False
-        return True
+        return self.ok
 
     def _start(self, running: set[Host]) -> bool:
         """Start the head, then the others; whether all started."""

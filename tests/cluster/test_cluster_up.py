@@ -19,7 +19,7 @@ from hunyuan_vllm.cluster.ray_node import PORTS, RAY_SETTINGS
 pytestmark = pytest.mark.slow
 
 GIVEN_UP = 30.0  # seconds after which the head has surely given up a node that is silent
-UP = ["--ssh-port", str(PORT), "--gpus-per-node", "1", "--logical-gpus", "--despite-warnings", "--json"]
+UP = ["--ssh-port", str(PORT), "--gpus-per-node", "1", "--logical-gpus", "--json"]
 TOKEN = f"{HOME}/.ray/auth_token"
 DEPLOY = Path(__file__).parents[2] / "deploy"
 # A program that uses the cluster: an actor on each GPU, and a process of its own that an actor leaves behind.

@@ -39,27 +39,24 @@ def test_a_password_is_not_printed():
 @pytest.mark.parametrize("kind", ["ed25519", "ecdsa", "rsa"])
 def test_identities(tmp_path, kind):
     public = make_key(tmp_path / "plain", kind)
-    assert read_identity(tmp_path / "plain", None).get_base64() == public.split()[1]
-    public = make_key(tmp_path / "locked", kind, "geheim")
-    assert read_identity(tmp_path / "locked", lambda prompt: "geheim").get_base64() == public.split()[1]
-    with pytest.raises(UserError, match="not the passphrase"):
-        read_identity(tmp_path / "locked", lambda prompt: "wrong")
-    with pytest.raises(UserError, match="has a passphrase, and there is no terminal"):
-        read_identity(tmp_path / "locked", None)
+    assert read_identity(tmp_path / "plain").get_base64() == public.split()[1]
+    make_key(tmp_path / "locked", kind, "geheim")
+    with pytest.raises(UserError, match="has a passphrase"):
+        read_identity(tmp_path / "locked")
 
 
 def test_what_is_no_identity_is_named(tmp_path):
     make_key(tmp_path / "key")
     with pytest.raises(UserError, match="is the public half"):
-        read_identity(tmp_path / "key.pub", None)
+        read_identity(tmp_path / "key.pub")
     (tmp_path / "key").chmod(0o644)
     with pytest.raises(UserError, match="open to other users"):
-        read_identity(tmp_path / "key", None)
+        read_identity(tmp_path / "key")
     (tmp_path / "text").touch(0o600)
     with pytest.raises(UserError, match="not a private key"):
-        read_identity(tmp_path / "text", None)
+        read_identity(tmp_path / "text")
     with pytest.raises(UserError, match="No such file"):
-        read_identity(tmp_path / "absent", None)
+        read_identity(tmp_path / "absent")
 
 
 def test_default_keys_are_those_that_need_no_one(tmp_path):

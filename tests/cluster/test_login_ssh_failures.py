@@ -28,14 +28,14 @@ ILLS = {
     "full": (
         f"mount -t tmpfs -o size=32k,mode=700 full {HOME}; mkdir -m 700 {HOME}/.ssh; cd {HOME}/.ssh;"
         f"echo '# mine' >authorized_keys; chmod 600 authorized_keys; cat /dev/zero >{HOME}/fill || true",
-        f"the disk that holds {HOME} is full", f"free space there: df -h {HOME}",
+        "No space left on device", "free space",
     ),
-    "readonly": (f"mount -o remount,ro {HOME}", f"{HOME} is on a read-only file system", "mount it read-write"),
+    "readonly": (f"mount -o remount,ro {HOME}", "Read-only file system", f"solve that in {HOME}/.ssh"),
     "clientless": ("rm /usr/bin/ssh", "it has no SSH client to log in to others with", "install openssh-client there"),
     "badhome": (f"chmod 777 {HOME}", f"{HOME} is writable by others (mode 777)", f"chmod go-w {HOME}"),
     "passphrase": (
         f"mkdir -m 700 {HOME}/.ssh; ssh-keygen -q -t ed25519 -N secret -f {HOME}/.ssh/id_ed25519",
-        f"{HOME}/.ssh/id_ed25519 has a passphrase", "remove it",
+        "incorrect passphrase supplied", "a key without a passphrase",
     ),
     "nologin": ("usermod -s /usr/sbin/nologin root", "the account runs no commands: This account", "POSIX login shell"),
 }  # fmt: skip
@@ -106,7 +106,7 @@ def test_the_table_names_each_with_its_remedy(ward):
     assert done.returncode == 1
     lines = done.stdout.splitlines()
     for name in ill:
-        (line,) = [number for number, text in enumerate(lines) if text.startswith(f"{name}: ")]
+        line = next(number for number, text in enumerate(lines) if text.startswith(f"{name}: "))
         assert ILLS[name][1] in lines[line]
         assert ILLS[name][2] in lines[line + 1] and lines[line + 1].startswith("    ")
     assert lines[-1].startswith("2 of 25 logins verified")
@@ -123,7 +123,7 @@ def test_a_disk_that_fills_up_leaves_each_file_old_or_new(trio):
         b.sh(f"cd {HOME}/.ssh; cp authorized_keys known_hosts; chmod 600 *; cat /dev/zero >{HOME}/fill || true")
         before = b.sh(f"cat {HOME}/.ssh/authorized_keys {HOME}/.ssh/known_hosts; ls -A {HOME}/.ssh")
         done = log_in(a, f"{a.address},{b.address}", *FILE, *options(*trio.servers[:2]))
-        assert f"the disk that holds {HOME} is full" in done.problems(b.address)
+        assert "No space left on device" in done.problems(b.address)
         assert b.sh(f"cat {HOME}/.ssh/authorized_keys {HOME}/.ssh/known_hosts; ls -A {HOME}/.ssh") == before
         b.sh(f"rm {HOME}/fill")
         assert log_in(a, f"{a.address},{b.address}", *FILE).status == 0
@@ -147,7 +147,8 @@ def test_logins_between_hosts_that_fail_are_told_with_their_reason(trio):
         server.stop()
         server.start()
     assert done.returncode == 1
-    assert f"{b.address} → {c.address}: {c.address} refuses its key\n    on {c.address}, allow root in" in done.stdout
+    assert f"{b.address} → {c.address}: ssh to {c.address} failed: root@{c.address}: Permission denied" in done.stdout
+    assert f"\n    run there: ssh -v -p {PORT} root@{c.address}; " in done.stdout
     assert "8 of 9 logins verified" in done.stdout
 
 
@@ -157,9 +158,7 @@ def test_files_of_another_user_are_named(trio):
     b.sh("rm -rf /home/serving/.ssh; mkdir -m 700 /home/serving/.ssh")
     done = log_in(a, b.address, "--user", "serving", *FILE, *options(trio.servers[1]))
     assert done.status == 1
-    assert "serving may not read or write /home/serving/.ssh: give it back to its user: chown" in done.problems(
-        b.address
-    )
+    assert "Permission denied" in done.problems(b.address) and "/home/serving/.ssh" in done.problems(b.address)
     assert b.sh("ls -A /home/serving/.ssh") == ""
     b.sh("rmdir /home/serving/.ssh")
 

@@ -32,4 +32,3 @@ for file in .ssh .ssh/id_ed25519 .ssh/authorized_keys .ssh/known_hosts; do
 done
 content authorized_keys .ssh/authorized_keys
 content known_hosts .ssh/known_hosts
-content public .ssh/id_ed25519.pub

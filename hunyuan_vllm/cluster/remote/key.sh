@@ -7,6 +7,10 @@ mkdir -p .ssh
 key=.ssh/id_ed25519
 
 if [ ! -e "$key" ]; then
+    if [ -e "$key.pub" ]; then
+        echo "$key.pub is there without the private key that belongs to it" >&2
+        exit 1
+    fi
     new=$(mktemp -d .ssh/new-key-XXXXXX)
     trap 'rm -rf "$new"' EXIT
     trap 'exit 1' HUP INT TERM

@@ -44,7 +44,7 @@ def test_what_may_succeed_later_has_a_status_of_its_own(monkeypatch, capsys, err
     assert capsys.readouterr().err == f"hunyuan-vllm: {error}\n"
 
 
-@pytest.mark.parametrize(("typed", "completed"), [("doct", "doctor"), ("check --wr", "--write-sums")])
+@pytest.mark.parametrize(("typed", "completed"), [("doct", "doctor"), ("check --de", "--deep")])
 def test_completion(typed: str, completed: str) -> None:
     words = f"hunyuan-vllm {typed}"
     count = str(len(words.split()) - 1)

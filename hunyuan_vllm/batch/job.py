@@ -78,7 +78,6 @@ def _obey_signals(runner: Runner, reporter: Reporter) -> None:
 
 
 FAILED_LINES, STOPPED, INTERRUPTED = 1, 3, 130  # exit statuses
-SHOWN_PROBLEMS = 10
 
 
 def run_batch(
@@ -89,7 +88,6 @@ def run_batch(
     *,
     defaults: Mapping[str, Any] = {},
     flags: Sequence[str] = (),
-    strict: bool = False,
     retry_failed: bool = False,
 ) -> int:
     """Answer the lines of `source` that `target` has no record of, and return the exit status."""
@@ -107,8 +105,6 @@ def run_batch(
             os.environ.update(options.env)  # before vLLM is imported, which reads them
             args = parse_options(options.argv)
             _check_defaults(defaults)
-            if strict:
-                _check_lines(requests, state.pending)
             for note in options.notes:
                 reporter.progress.say(note)
             part = f"{reporter.left:,} of " if reporter.left < reporter.total else ""
@@ -149,14 +145,3 @@ def _check_defaults(defaults: Mapping[str, Any]) -> None:
             problems.append(str(bad))
     if len(problems) == 2:
         raise UserError(f"as a default for all lines, {problems[0]}")
-
-
-def _check_lines(requests: Requests, pending: bytearray) -> None:
-    problems = [
-        f"line {line.number}: {request}" for line, request in requests.of(pending) if isinstance(request, BadLine)
-    ]
-    if problems:
-        shown = problems[:SHOWN_PROBLEMS]
-        if len(problems) > len(shown):
-            shown.append(f"and {len(problems) - len(shown)} more")
-        raise UserError("\n  ".join([f"{len(problems)} lines are wrong, so none was run (--strict):", *shown]))

@@ -20,20 +20,14 @@ def batch(
     model: str = typer.Option(
         None, "--model", help="Checkpoint folder or hub name; default: MODEL_PATH, else the demo model."
     ),
-    strict: bool = typer.Option(False, "--strict", help="Run nothing if any line is wrong."),
     retry_failed: bool = typer.Option(False, "--retry-failed", help="Run lines again whose record has an error."),
     max_tokens: int = typer.Option(None, help="Maximum tokens of an answer.", rich_help_panel=SAMPLING),
     temperature: float = typer.Option(None, help="0: always the most likely token.", rich_help_panel=SAMPLING),
-    top_p: float = typer.Option(None, help="Nucleus sampling.", rich_help_panel=SAMPLING),
-    top_k: int = typer.Option(None, help="Sample from the k most likely tokens.", rich_help_panel=SAMPLING),
-    repetition_penalty: float = typer.Option(None, help="Above 1 discourages repetition.", rich_help_panel=SAMPLING),
-    seed: int = typer.Option(None, help="Line number i samples with seed + i.", rich_help_panel=SAMPLING),
-    stop: list[str] = typer.Option(
-        None, help="End the answer before this text; may be repeated.", rich_help_panel=SAMPLING
-    ),
-    n: int = typer.Option(None, "--n", help="Answers for each line.", rich_help_panel=SAMPLING),
     params: str = typer.Option(
-        None, help="Any other fields of a request, as a JSON object.", rich_help_panel=SAMPLING, metavar="JSON"
+        None,
+        help='Any other fields of a request, as in \'{"top_p": 0.9, "seed": 1}\'; a seed counts up with the lines.',
+        rich_help_panel=SAMPLING,
+        metavar="JSON",
     ),
 ) -> None:
     """Answer every line of a JSONL file.
@@ -74,16 +68,7 @@ def batch(
     check_engine()
     if str(source).startswith("-") or str(target).startswith("-"):
         raise UserError("IN.jsonl and OUT.jsonl come first, vLLM's flags after them")
-    named = {
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-        "stop": stop or None,
-        "n": n,
-    }
+    named = {"max_tokens": max_tokens, "temperature": temperature}
     defaults = _json_object(params) | {name: value for name, value in named.items() if value is not None}
 
     def run() -> int:
@@ -98,7 +83,6 @@ def batch(
             Console(stderr=True),
             defaults=defaults,
             flags=context.args,
-            strict=strict,
             retry_failed=retry_failed,
         )
 

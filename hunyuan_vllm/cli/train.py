@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hunyuan_vllm.train.dataset import Sample
 
 BAD_LINES = 1  # exit status
-SHOWN = 20  # bad lines without --json, unless --all
+SHOWN = 20  # bad lines without --json
 SHOWN_CHARACTERS = 1500  # of a sample
 
 
@@ -69,7 +69,6 @@ def check(
         help='System message of conversations that have none; "": none.',
     ),
     sample: int = typer.Option(None, metavar="LINE", help="Line to show.", show_default="the first good one"),
-    show_all: bool = typer.Option(False, "--all", help=f"Name every bad line, not only {SHOWN} (at most 1,000)."),
     as_json: bool = typer.Option(False, "--json", help="Print every figure, bad line and the sample as JSON."),
 ) -> None:
     """Check a file of training data, and count its tokens.
@@ -114,17 +113,16 @@ def check(
     if as_json:
         print(json.dumps(report, indent=1, ensure_ascii=False))
     else:
-        _show(report, shown, show_all)
+        _show(report, shown)
     raise typer.Exit(BAD_LINES if found.bad_count else 0)
 
 
-def _show(report: dict[str, Any], sample: Sample | None, show_all: bool) -> None:
+def _show(report: dict[str, Any], sample: Sample | None) -> None:
     console = Console(highlight=False, soft_wrap=True)
-    for bad in report["bad"] if show_all else report["bad"][:SHOWN]:
+    for bad in report["bad"][:SHOWN]:
         console.print(Text.assemble((f"line {bad['line']}", "bold red"), f": {bad['cause']}"))
-    named = len(report["bad"]) if show_all else min(SHOWN, len(report["bad"]))
-    if left := report["bad_lines"] - named:
-        console.print(f"and {left:,} more" + ("" if show_all else " (--all, or --json)"))
+    if (left := report["bad_lines"] - SHOWN) > 0:
+        console.print(f"and {left:,} more (--json names up to 1,000)")
     if report["conversations"]:
         _show_lengths(report, console)
     if sample is not None:
@@ -175,7 +173,6 @@ def merge_lora(
         ..., "--output_path", "--output-path", help="Folder to write; new, or empty.", show_default=False
     ),
     save_dtype: str = typer.Option("bf16", "--save_dtype", "--save-dtype", help="bf16, fp16 or fp32."),
-    shard_size: str = typer.Option("5GB", "--shard_size", "--shard-size", help="Maximum size of a file."),
 ) -> None:
     """Merge a LoRA adapter into its checkpoint.
 
@@ -202,7 +199,7 @@ def merge_lora(
     from hunyuan_vllm.serving_command import checkpoint_command
     from hunyuan_vllm.train.merge import SAVE_DTYPES, Adapter, Merge
     from hunyuan_vllm.util.progress import Progress
-    from hunyuan_vllm.util.text import gigabytes, parse_size
+    from hunyuan_vllm.util.text import gigabytes
 
     if save_dtype not in SAVE_DTYPES:
         raise UserError(f"--save_dtype {save_dtype}: it is {', '.join(SAVE_DTYPES)}")
@@ -214,9 +211,7 @@ def merge_lora(
     adapter = Adapter(adapter_model_path, source.config)
     started = time.monotonic()
     with resumable(output_path):
-        merge = Merge(
-            source, adapter, output_path.absolute(), SAVE_DTYPES[save_dtype], parse_size(shard_size), progress
-        )
+        merge = Merge(source, adapter, output_path.absolute(), SAVE_DTYPES[save_dtype], progress=progress)
         progress.say(f"{len(adapter.changes):,} of {len(source.shapes):,} tensors change")
         merge.run()
     seconds = time.monotonic() - started

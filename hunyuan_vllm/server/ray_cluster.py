@@ -14,9 +14,6 @@ from dataclasses import dataclass
 from typing import TextIO
 
 import psutil
-from rich.console import Console
-from rich.live import Live
-from rich.text import Text
 
 from hunyuan_vllm.cluster.ray_nodes import RayNode, query_nodes
 from hunyuan_vllm.ray_environment import current_cluster_file
@@ -110,30 +107,31 @@ def wait_for_gpus(
         expected: addresses of the nodes that should join, if they are known.
         stream: where to report what is missing; None is standard error.
     """
-    console = Console(file=stream or sys.stderr, highlight=False)
-    deadline = None if limit is None else time.monotonic() + limit
+    out = stream or sys.stderr
+    deadline = math.inf if limit is None else time.monotonic() + limit
     logged, logged_at = "", 0.0
-    with Live(console=console, auto_refresh=False, transient=True) as live:
-        while stop is None or not stop.requested:
-            free, lines = _free_gpus(needed, environ, expected, find)
-            if free >= needed:
-                if logged:
-                    console.print(f"hunyuan-vllm: all {needed} GPUs are free", soft_wrap=True)
-                return
-            now = time.monotonic()
-            if deadline is not None and now >= deadline:
-                raise NotYetError(
-                    f"{needed} GPUs are needed and {free} are free in Ray after {limit:g} s: {'; '.join(lines)}. Set "
-                    "TP_SIZE for fewer, or GPU_WAIT for longer (seconds)"
-                )
-            head = f"hunyuan-vllm: waiting for GPUs in Ray: {free} of {needed} are free"
-            notify_systemd("WATCHDOG=1", f"STATUS={head.partition(': ')[2]}; {'; '.join(lines)}")
-            text = "\n  ".join([head, *lines])
-            if text != logged or now - logged_at >= LOG_PERIOD:
-                if not console.is_terminal:
-                    console.print(head if text == logged else text, *_time_left(deadline), sep="\n  ", soft_wrap=True)
-                logged, logged_at = text, now
-            _show_countdown(live, text, deadline, stop)
+    while stop is None or not stop.requested:
+        free, lines = _free_gpus(needed, environ, expected, find)
+        if free >= needed:
+            if logged:
+                print(f"hunyuan-vllm: all {needed} GPUs are free", file=out, flush=True)
+            return
+        now = time.monotonic()
+        if now >= deadline:
+            raise NotYetError(
+                f"{needed} GPUs are needed and {free} are free in Ray after {limit:g} s: {'; '.join(lines)}. Set "
+                "TP_SIZE for fewer, or GPU_WAIT for longer (seconds)"
+            )
+        head = f"hunyuan-vllm: waiting for GPUs in Ray: {free} of {needed} are free"
+        notify_systemd("WATCHDOG=1", f"STATUS={head.partition(': ')[2]}; {'; '.join(lines)}")
+        text = "\n  ".join([head, *lines])
+        if text != logged or now - logged_at >= LOG_PERIOD:
+            left = [] if limit is None else [f"giving up in {duration(max(int(deadline - now), 0))}"]
+            print(head if text == logged else text, *left, sep="\n  ", file=out, flush=True)
+            logged, logged_at = text, now
+        until = min(now + POLL_PERIOD, deadline)
+        while (now := time.monotonic()) < until and not (stop and stop.requested):
+            time.sleep(min(0.5, until - now))
 
 
 def describe_nodes(cluster: RayCluster | None, expected: Sequence[str] = ()) -> list[str]:
@@ -169,19 +167,6 @@ def _free_gpus(
     if cluster.gpus < needed and len(lines) == len(cluster.alive):
         lines.append(f"nodes with {needed - cluster.gpus} more GPUs have not joined: sh deploy/ray_worker.sh HEAD_IP")
     return cluster.free_gpus, lines
-
-
-def _show_countdown(live: Live, text: str, deadline: float | None, stop: Stop | None) -> None:
-    """Wait until the next query; on a terminal with the time left."""
-    until = min(time.monotonic() + POLL_PERIOD, deadline or math.inf)
-    while (now := time.monotonic()) < until and not (stop and stop.requested):
-        if live.console.is_terminal:
-            live.update(Text("\n  ".join([text, *_time_left(deadline)])), refresh=True)
-        time.sleep(min(0.5, until - now))
-
-
-def _time_left(deadline: float | None) -> list[str]:
-    return [] if deadline is None else [f"giving up in {duration(max(int(deadline - time.monotonic()), 0))}"]
 
 
 def kill_stale_workers(environ: Mapping[str, str]) -> list[str]:

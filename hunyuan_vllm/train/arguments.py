@@ -242,13 +242,12 @@ def _show_help(parser: argparse.ArgumentParser, everything: bool) -> NoReturn:
 
 
 LORA = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules")
-FILE_FLAGS = ("train_data_file", "packing", "train_on_all", "default_system")
 
 
 def ignored(arguments: Arguments, deepspeed: dict[str, Any] | None = None) -> Iterator[str]:
     """A line for each flag that changes nothing in this run; `deepspeed` is its config."""
     zero_stage = deepspeed["zero_optimization"]["stage"] if deepspeed else None
-    given, model, training = arguments.given, arguments.model, arguments.training
+    given, model = arguments.given, arguments.model
 
     def listed(names: tuple[str, ...], why: str) -> Iterator[str]:
         if found := [f"--{name}" for name in names if name in given]:
@@ -260,23 +259,7 @@ def ignored(arguments: Arguments, deepspeed: dict[str, Any] | None = None) -> It
         yield from listed(SHAPE, "the checkpoint sets the network's shape")
     if not model.use_lora:
         yield from listed(LORA, "--use_lora is not given")
-    elif model.train_attention_params_only:
-        yield from listed(("train_attention_params_only",), "LoRA trains only its adapters")
     if zero_stage != 3:
         yield from listed(("make_moe_param_leaf_module",), "it is for ZeRO-3, and --deepspeed names no such config")
     if not torch.cuda.is_available():
         yield from listed(("use_flash_attn",), "there is no GPU")
-    if "scheduler" in (deepspeed or {}):
-        yield from listed(("min_lr", "lr_scheduler_type"), "DeepSpeed's config has its own scheduler")
-    elif training.lr_scheduler_type != "cosine_with_min_lr":
-        yield from listed(("min_lr",), "only --lr_scheduler_type cosine_with_min_lr ends at it")
-    if "warmup_steps" in given:
-        yield from listed(("warmup_ratio",), "--warmup_steps is given")
-    if training.max_steps > 0:
-        yield from listed(("num_train_epochs",), "--max_steps sets the end")
-    if arguments.data.use_dummy_data:
-        yield from listed(FILE_FLAGS, "--use_dummy_data needs no file")
-    if arguments.data.eval_data_file is None:
-        yield from listed(
-            ("eval_steps", "eval_strategy", "per_device_eval_batch_size"), "--eval_data_file is not given"
-        )

@@ -1,13 +1,11 @@
-"""The experts' load: the balance loss, counts, and TensorBoard's curves"""
+"""The experts' load: the balance loss, and counts"""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.integrations import TensorBoardCallback
 
 from hunyuan_vllm.config import HunYuanConfig
 
@@ -42,18 +40,13 @@ def balance_loss(router_logits: Sequence[Tensor], topk: Sequence[int], real: Ten
 
 
 class ExpertLoad:
-    """Counts the tokens of each expert of each MoE layer.
-
-    Attributes:
-        shares: layer → share of the tokens of each expert, up to the last `take`.
-    """
+    """Counts the tokens of each expert of each MoE layer."""
 
     def __init__(self, config: HunYuanConfig) -> None:
         self.layers = moe_layers(config)
         self.topk = [config.topk_at(layer) for layer in self.layers]
         self._experts = [config.experts_at(layer) for layer in self.layers]
         self._counts: list[Tensor] = []
-        self.shares: dict[int, list[float]] = {}
 
     @torch.no_grad()
     def add(self, router_logits: Sequence[Tensor], real: Tensor | None = None) -> None:
@@ -66,33 +59,13 @@ class ExpertLoad:
         self._counts = [a + b for a, b in zip(self._counts, new, strict=True)] if self._counts else new
 
     def take(self) -> dict[int, list[float]]:
-        """Update `shares` from all processes, which must all call this, and reset the counts."""
-        self.shares = {}
+        """Layer → share of the tokens of each expert, over all processes, which must all call this; starts anew."""
         if not self._counts:
-            return self.shares
+            return {}
         counts, self._counts = torch.cat(self._counts), []
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(counts)
         parts = counts.double().split(self._experts)
-        self.shares = {
+        return {
             layer: (part / part.sum().clamp(min=1)).tolist() for layer, part in zip(self.layers, parts, strict=True)
         }
-        return self.shares
-
-
-class ExpertBoard(TensorBoardCallback):
-    """TensorBoard with the share of each expert, as last taken from `expert_load`."""
-
-    def __init__(self, folder: str) -> None:
-        super().__init__()
-        self.logging_dir = folder
-        self.expert_load: ExpertLoad | None = None
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **others: Any) -> None:
-        super().on_log(args, state, control, logs=logs, **others)
-        if self.tb_writer is None or self.expert_load is None or "loss" not in (logs or {}):
-            return
-        for layer, shares in self.expert_load.shares.items():
-            for expert, share in enumerate(shares):
-                self.tb_writer.add_scalar(f"expert_load/layer_{layer}/expert_{expert}", share, state.global_step)
-            self.tb_writer.add_scalar(f"expert_load_max/layer_{layer}", max(shares), state.global_step)

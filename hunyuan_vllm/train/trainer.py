@@ -12,6 +12,7 @@ import transformers
 from rich.console import Console
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
 from hunyuan_vllm.train.arguments import Arguments
@@ -21,7 +22,7 @@ from hunyuan_vllm.train.dataset import ConversationDataset, Encoding, PackedData
 from hunyuan_vllm.train.distributed import join_processes
 from hunyuan_vllm.train.export import as_published, copy_served_files, write_config, write_origin
 from hunyuan_vllm.train.model import BaseCheckpoint, make_moe_leaves
-from hunyuan_vllm.train.moe_balance import ExpertBoard, ExpertLoad, balance_loss
+from hunyuan_vllm.train.moe_balance import ExpertLoad, balance_loss
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.progress import Progress
 from hunyuan_vllm.util.text import duration
@@ -94,7 +95,8 @@ class HunYuanTrainer(transformers.Trainer):
             logs["tokens_per_second"] = round(tokens / seconds, 1)
             if self.aux_loss_coef:
                 logs["balance_loss"] = round(balance / self.args.world_size, 4)
-            self.expert_load.take()
+            if shares := self.expert_load.take():
+                logs["expert_load_max"] = round(max(map(max, shares.values())), 4)
             self._reset_counts()
         super().log(logs, start_time)
 
@@ -227,9 +229,10 @@ def build_trainer(
 
     board = None
     if "tensorboard" in training.report_to:
-        board = ExpertBoard(training.logging_dir or str(Path(training.output_dir) / "runs"))
+        board = TensorBoardCallback()
+        board.logging_dir = training.logging_dir or str(Path(training.output_dir) / "runs")
     training.prediction_loss_only = True  # otherwise the logits of all held-out tokens are kept
-    training.report_to = []  # type: ignore[assignment]  # `board` replaces TensorBoardCallback
+    training.report_to = []  # type: ignore[assignment]  # the Trainer's own would choose another folder
 
     def finish(folder: Path, dtype: torch.dtype) -> None:
         if not flags.use_lora:
@@ -249,8 +252,6 @@ def build_trainer(
         around=_flash if flags.use_flash_attn and torch.cuda.is_available() else nullcontext,
     )
     trainer.remove_callback(PrinterCallback)
-    if board:
-        board.expert_load = trainer.expert_load
     return trainer
 
 

@@ -102,16 +102,6 @@ def test_a_template_that_is_replaced_is_noted(tmp_path, monkeypatch):
     assert engine_options(model, [], os.environ).notes == plain
 
 
-def test_strict_lists_the_wrong_lines_and_runs_none(tmp_path, source):
-    with pytest.raises(UserError) as caught:
-        job(source, tmp_path / "out", strict=True)(console())
-    lines = str(caught.value).splitlines()
-    assert lines[0] == "2 lines are wrong, so none was run (--strict):"
-    assert lines[1].strip().startswith("line 2: top_p must be in (0, 1]")
-    assert lines[2].strip().startswith("line 3: temprature is not a field of /v1/chat/completions; temperature is")
-    assert (tmp_path / "out").read_text() == ""
-
-
 def test_a_default_that_no_line_can_have(tmp_path, source):
     with pytest.raises(UserError, match="as a default for all lines, temperature must be"):
         job(source, tmp_path / "out", defaults={"temperature": -1})(console())

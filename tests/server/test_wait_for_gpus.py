@@ -22,11 +22,6 @@ def quick(monkeypatch):
     monkeypatch.setattr(ray_cluster, "POLL_PERIOD", 0.01)
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
 def looks(*clusters):
     """A cluster that changes from look to look; an exception is raised."""
     left = list(clusters)
@@ -59,14 +54,6 @@ def test_each_change_is_said_once():
     assert "10 of 16 are free\n" in said and "10.0.0.2 has 2 of its 8 GPUs free: another Ray program uses" in said
     assert "  giving up in 0:19\n" in said
     assert said.endswith("hunyuan-vllm: all 16 GPUs are free\n")
-
-
-def test_a_terminal_gets_a_countdown(monkeypatch):
-    monkeypatch.setattr(ray_cluster, "POLL_PERIOD", 1.2)
-    monkeypatch.setenv("TERM", "xterm")
-    said = waited(RayCluster([HEAD]), WHOLE, stream=Terminal())
-    assert "giving up in 0:19" in said and "giving up in 0:18" in said
-    assert "10.0.0.1 has 8 of its 8 GPUs free" in said
 
 
 def test_missing_nodes_are_named():

@@ -148,12 +148,7 @@ class TestIgnored:
                 "--use_cla",
             ): "--num_experts, --use_cla changes nothing: the checkpoint",
             ("--lora_rank", "8"): "--lora_rank changes nothing: --use_lora is not given",
-            ("--use_lora", "--train_attention_params_only"): "LoRA trains only its adapters",
             ("--make_moe_param_leaf_module",): "it is for ZeRO-3",
-            ("--min_lr", "1e-6", "--lr_scheduler_type", "linear"): "only --lr_scheduler_type cosine_with_min_lr",
-            ("--max_steps", "3", "--num_train_epochs", "2"): "--max_steps sets the end",
-            ("--eval_steps", "3"): "--eval_data_file is not given",
-            ("--use_dummy_data", "--packing"): "--use_dummy_data needs no file",
             ("--do_train", "--overwrite_output_dir"): "this command only trains",
         }.items():
             assert expected in self.lines(*words), words

@@ -110,8 +110,7 @@ def test_a_full_run_learns_and_serves(base: Path, plain: Path) -> None:
     board.Reload()
     tags = set(board.Tags()["scalars"])
     assert {"train/loss", "train/learning_rate", "train/tokens_per_second"} <= tags
-    shares = [board.Scalars(f"expert_load/layer_1/expert_{expert}")[-1].value for expert in range(4)]
-    assert sum(shares) == pytest.approx(1)
+    assert 0.25 <= board.Scalars("train/expert_load_max")[-1].value <= 1
     rates = log_of(plain, key="learning_rate")
     assert rates[0] == pytest.approx(1e-3, rel=0.02) and rates[-1] == pytest.approx(1e-4, rel=0.1)
 

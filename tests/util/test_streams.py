@@ -92,7 +92,7 @@ def test_a_reader_that_stands_still_stops_nothing_and_hears_what_it_missed(block
         eventually(lambda: sum(map(lines_in, heard)) == 20_000)
         assert writer.end() == ""
         reader.join()
-    assert heard[0] == "line 0\n"
+    assert "line 0\n" in heard[:2]  # lines may have been dropped before the writing thread gets to run
     assert any("of output dropped: nobody read them" in line for line in heard)
 
 

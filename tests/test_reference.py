@@ -378,7 +378,7 @@ class TestBrokenCheckpoints:
             (put("model.layers.2.input_layernorm.weight", torch.ones(128)), ["layers.2.input_layernorm", "not part"]),
             (put("model.norm.weight", torch.ones(127)), ["model.norm.weight", "[127]", "[128]"]),
             (put("model.norm.weight", torch.ones(0)), ["model.norm.weight", "[0]", "[128]"]),
-            (put("model.layers.0.self_attn.qkv_proj.weight", torch.ones(256, 128)), ["_proj.weight", "again"]),
+            (put("model.layers.0.self_attn.qkv_proj.weight", torch.ones(256, 128)), ["_proj.weight", "also in"]),
             (
                 put("model.layers.0.self_attn.q_proj.weight", torch.zeros(128, 128, dtype=torch.float8_e4m3fn)),
                 ["q_proj.weight", "F8_E4M3", "quantization_config"],

@@ -24,7 +24,7 @@ from hunyuan_vllm import __version__, envs
 from hunyuan_vllm.adapter import ATTENTION
 from hunyuan_vllm.cpu_kernels import EXPERTS, LINEAR, Kernel, kernel
 from hunyuan_vllm.native import operators
-from hunyuan_vllm.quant.schemes import BF16
+from hunyuan_vllm.quant.schemes import BF16, FP8, INT8, INT8_W8A8
 
 
 class PackedCPUExperts(CPUUnquantizedExperts):
@@ -233,11 +233,12 @@ def key_compiled_code(vllm_config: VllmConfig) -> None:
     vLLM's key has its own config and variables only. On CPUs it loads compiled code without checking guards, from a
     cache that machines of several kinds may share.
     """
+    schemes = (BF16, FP8, INT8, INT8_W8A8)
     if current_platform.is_cpu() and isinstance(vllm_config.additional_config, dict):
         vllm_config.additional_config["hunyuan_vllm"] = {
             "version": __version__,
             "cpu": [name for name, there in torch.cpu.get_capabilities().items() if there is True],
             "cla_sharing": envs.cla_sharing(),
-            "native_kernels": envs.native_kernels(),
+            "kernels": [kernel(scheme, layer) for scheme in schemes for layer in (LINEAR, EXPERTS)],
             "worker_extension": vllm_config.parallel_config.worker_extension_cls,
         }

@@ -9,10 +9,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from hunyuan_vllm.cpu import key_compiled_code
 from hunyuan_vllm.cpu_kernels import LINEAR
 from hunyuan_vllm.native import build, operators
 from hunyuan_vllm.quant.cpu import w8a16
@@ -139,6 +141,19 @@ def test_the_instructions_that_are_used(lacking: str | None, libraries: Path, mo
     library = build.build(libraries)
     code = subprocess.run(["objdump", "-d", library], capture_output=True, text=True, check=True).stdout
     assert ("%zmm" in code) == (lacking is None)
+
+
+def test_compiled_code_of_other_kernels_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a first start without a compiler: the weights' layouts differ."""
+
+    def key() -> object:
+        config = SimpleNamespace(additional_config={}, parallel_config=SimpleNamespace(worker_extension_cls=""))
+        key_compiled_code(config)
+        return config.additional_config
+
+    with_kernels = key()
+    monkeypatch.setattr(operators, "available", lambda: False)
+    assert key() != with_kernels
 
 
 @pytest.mark.skipif(not build.has_avx512(), reason="this CPU's other tests are of the kernels for AVX2")

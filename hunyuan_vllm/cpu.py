@@ -239,6 +239,7 @@ def key_compiled_code(vllm_config: VllmConfig) -> None:
             "version": __version__,
             "cpu": [name for name, there in torch.cpu.get_capabilities().items() if there is True],
             "cla_sharing": envs.cla_sharing(),
+            "native_kernels": envs.native_kernels(),
             "kernels": [kernel(scheme, layer) for scheme in schemes for layer in (LINEAR, EXPERTS)],
             "worker_extension": vllm_config.parallel_config.worker_extension_cls,
         }

@@ -47,8 +47,8 @@ def follow_generation(engine: EngineClient) -> None:
 class StreamIntervals:
     """Chooses how many tokens a chunk of a stream carries: vLLM's `stream_interval` of a request.
 
-    Each chunk costs the server processor time. While several streams run, each gets a chunk about every `CHUNK_SECONDS`,
-    or with each token where that takes longer. The first token and the last chunk are sent at once.
+    Each chunk costs the server processor time. While several streams run, each gets a chunk about every
+    `CHUNK_SECONDS`, or with each token where that takes longer. The first token and the last chunk are sent at once.
     """
 
     CHUNK_SECONDS = 0.02

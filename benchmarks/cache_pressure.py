@@ -122,8 +122,8 @@ def main() -> None:
     memory = blocks * BLOCK * TOKEN_BYTES
     report = Report("cache_pressure", arguments, cache_bytes=memory, session_blocks=load.blocks)
     note(f"{memory / 2**20:.0f} MiB of cache: {blocks} blocks without sharing; a session grows to {load.blocks}")
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        model = random_checkpoint(Path(folder) / "model", "tiny_config", **SHAPE)
+    with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
+        model = random_checkpoint(Path(directory) / "model", "tiny_config", **SHAPE)
         engines = _start(stack, model, load, memory, arguments.threads)
         for count in arguments.sessions:
             note(f"{count} sessions")

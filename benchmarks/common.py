@@ -199,27 +199,27 @@ def checkpoint_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def mid_checkpoint(folder: Path) -> Path:
-    """The checkpoint of 1.1 billion parameters in `folder`, written on first use."""
-    return kept_checkpoint(folder, "mid_config")
+def mid_checkpoint(directory: Path) -> Path:
+    """The checkpoint of 1.1 billion parameters in `directory`, written on first use."""
+    return kept_checkpoint(directory, "mid_config")
 
 
-def kept_checkpoint(folder: Path, shape: str) -> Path:
-    """A random checkpoint in `folder`, written there if it is not there yet; `shape` as for `random_checkpoint`."""
-    if (folder / "config.json").exists():
-        return folder
-    if folder.exists():
-        raise SystemExit(f"{folder} exists but holds no checkpoint: remove it or name another folder")
-    note(f"writing random weights to {folder}")
-    partial = folder.with_name(f"{folder.name}.partial")
+def kept_checkpoint(directory: Path, shape: str) -> Path:
+    """A random checkpoint in `directory`, written there if it is not there yet; `shape` as for `random_checkpoint`."""
+    if (directory / "config.json").exists():
+        return directory
+    if directory.exists():
+        raise SystemExit(f"{directory} exists but holds no checkpoint: remove it or name another directory")
+    note(f"writing random weights to {directory}")
+    partial = directory.with_name(f"{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     random_checkpoint(partial, shape)
-    partial.rename(folder)
-    return folder
+    partial.rename(directory)
+    return directory
 
 
-def random_checkpoint(folder: Path, shape: str, seed: int = 0, **overrides: Any) -> Path:
+def random_checkpoint(directory: Path, shape: str, seed: int = 0, **overrides: Any) -> Path:
     """Write a random checkpoint with one of the configurations that tests/checkpoints.py has."""
     maker = runpy.run_path(str(REPOSITORY / "tests" / "checkpoints.py"))
-    maker["write_checkpoint"](folder, maker[shape](**overrides), seed=seed)
-    return folder
+    maker["write_checkpoint"](directory, maker[shape](**overrides), seed=seed)
+    return directory

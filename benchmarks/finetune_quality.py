@@ -60,10 +60,10 @@ def questions(each: int | None) -> list[Question]:
 
 
 @torch.inference_mode()
-def right_answers(folder: Path, asked: Sequence[Question]) -> Counter[str]:
+def right_answers(directory: Path, asked: Sequence[Question]) -> Counter[str]:
     """Right answers by group; questions of one length are asked together."""
     tokenizer = load_tokenizer(demo_path())
-    model = HunYuanForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = HunYuanForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     (stop,) = tokenizer.convert_tokens_to_ids(["<|eos|>"])
     by_length: dict[int, list[tuple[Question, list[int]]]] = defaultdict(list)
     for one in asked:
@@ -96,18 +96,18 @@ def main() -> None:
     report = Report("finetune_quality", arguments)
     asked = questions(arguments.each)
     totals = Counter(one.group for one in asked)
-    folder = Path(tempfile.mkdtemp(dir=os.environ.get("TMPDIR")))
+    directory = Path(tempfile.mkdtemp(dir=os.environ.get("TMPDIR")))
     rows: list[tuple[str, Path, float | None]] = [("before", demo_path(), None)]
     try:
         note("LoRA")
-        seconds = train(folder / "lora", arguments.threads, *arguments.flags.split())
+        seconds = train(directory / "lora", arguments.threads, *arguments.flags.split())
         base = Source(demo_path())
-        Merge(base, Adapter(folder / "lora" / "final", base.config), folder / "merged", SAVE_DTYPES["fp32"]).run()
-        rows.append(("LoRA, merged", folder / "merged", seconds))
+        Merge(base, Adapter(directory / "lora" / "final", base.config), directory / "merged", SAVE_DTYPES["fp32"]).run()
+        rows.append(("LoRA, merged", directory / "merged", seconds))
         note("all weights")
         flags = ["--use_lora", "false", *arguments.flags.split(), *arguments.full_flags.split()]
-        seconds = train(folder / "full", arguments.threads, *flags)
-        rows.append(("all weights", folder / "full" / "final", seconds))
+        seconds = train(directory / "full", arguments.threads, *flags)
+        rows.append(("all weights", directory / "full" / "final", seconds))
         for name, model, seconds in rows:
             note(f"asking: {name}")
             right = right_answers(model, asked)
@@ -117,7 +117,7 @@ def main() -> None:
                 f"right answers of {dict(totals)}", model=name, new=f"{new:.1%}", **cells, seconds=seconds or "-"
             )
     finally:
-        shutil.rmtree(folder)
+        shutil.rmtree(directory)
     report.show()
 
 

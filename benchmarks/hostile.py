@@ -112,9 +112,9 @@ def _schemathesis(arguments: argparse.Namespace, url: str) -> int:
     command += ["-H", f"Authorization: Bearer {KEY}", "-c", "not_a_server_error", "--seed", str(arguments.seed)]
     command += ["--max-time", str(arguments.seconds), "--request-timeout", str(arguments.timeout), "--no-shrink"]
     command += ["--continue-on-failure", "-w", "2", "--phases", "examples,coverage,fuzzing"]
-    with tempfile.TemporaryDirectory() as folder:  # where it leaves files of its own, too
-        subprocess.run([*command, "--report-junit-path", "report.xml"], cwd=folder)
-        return len(ElementTree.parse(f"{folder}/report.xml").findall(".//failure"))
+    with tempfile.TemporaryDirectory() as directory:  # where it leaves files of its own, too
+        subprocess.run([*command, "--report-junit-path", "report.xml"], cwd=directory)
+        return len(ElementTree.parse(f"{directory}/report.xml").findall(".//failure"))
 
 
 def _show(answers: list[Answer], seconds: float) -> None:

@@ -75,18 +75,18 @@ def main() -> None:
     parser.add_argument("--cache-mib", type=int, default=256, help="memory for the cache (default: %(default)s)")
     arguments = parser.parse_args()
     report = Report("kv_capacity", arguments)
-    with tempfile.TemporaryDirectory() as folder:
-        wrong = list(_measure(Path(folder), arguments.cache_mib * MIB, arguments.threads, report))
+    with tempfile.TemporaryDirectory() as directory:
+        wrong = list(_measure(Path(directory), arguments.cache_mib * MIB, arguments.threads, report))
     report.show()
     for problem in wrong:
         note(problem)
     raise SystemExit(bool(wrong))
 
 
-def _measure(folder: Path, memory: int, threads: int, report: Report) -> Iterator[str]:
+def _measure(directory: Path, memory: int, threads: int, report: Report) -> Iterator[str]:
     """Adds a row for each CLA factor and cache type; yields what is not as expected."""
     for factor, (dtype, itemsize) in product(CLA_FACTORS, CACHE_DTYPES.items()):
-        model = folder / f"cla-{factor}"
+        model = directory / f"cla-{factor}"
         model.mkdir(exist_ok=True)
         (model / "config.json").write_text(json.dumps(SHAPE | {"cla_share_factor": factor}))
         found: dict[bool, tuple[int, int]] = {}

@@ -73,9 +73,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="calibration tokens (default: %(default)s)")
     arguments = parser.parse_args()
     report = Report("quantize_cost", arguments, shape=WIDE)
-    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as directory:
         note("writing a random checkpoint of 1.9 GB")
-        source = random_checkpoint(Path(folder) / "bf16", "tiny_config", **WIDE)
+        source = random_checkpoint(Path(directory) / "bf16", "tiny_config", **WIDE)
         config = HunYuanConfig.from_pretrained(source)
         environ = {"OMP_NUM_THREADS": str(arguments.threads)}
 

@@ -75,8 +75,8 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=2, help="the first with empty caches (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
     options, arguments = parser.parse_known_args()
-    with tempfile.TemporaryDirectory() as folder:
-        places = {"XDG_CACHE_HOME": folder, "VLLM_CACHE_ROOT": f"{folder}/vllm", "TMPDIR": f"{folder}/tmp"}
+    with tempfile.TemporaryDirectory() as directory:
+        places = {"XDG_CACHE_HOME": directory, "VLLM_CACHE_ROOT": f"{directory}/vllm", "TMPDIR": f"{directory}/tmp"}
         Path(places["TMPDIR"]).mkdir()
         environ = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"} | places
         rows = []

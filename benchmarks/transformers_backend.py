@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument(
         "--models", nargs="+", choices=list(MODELS), default=["moe", "dense"], help="default: moe dense"
     )
-    parser.add_argument("--folder", type=Path, default=CACHE, help="of the checkpoints (default: %(default)s)")
+    parser.add_argument("--directory", type=Path, default=CACHE, help="of the checkpoints (default: %(default)s)")
     parser.add_argument("--prompt-tokens", type=int, default=256, help="default: %(default)s")
     parser.add_argument("--new-tokens", type=int, default=32, help="default: %(default)s")
     parser.add_argument(
@@ -75,8 +75,8 @@ def main() -> None:
         parser.error("--models large: the Transformers backend has no such model; it is for --share")
     report = Report("transformers_backend", arguments)
     for name in arguments.models:
-        folder = "bench-mid" if name == "large" else f"bench-v1-{name}"
-        model = kept_checkpoint(arguments.folder / folder, MODELS[name])
+        directory = "bench-mid" if name == "large" else f"bench-v1-{name}"
+        model = kept_checkpoint(arguments.directory / directory, MODELS[name])
         if arguments.share:
             _share(name, model, arguments, report)
         else:

@@ -68,20 +68,22 @@ def _matching(patterns: Mapping[str, Any] | None, module: str, default: Any) -> 
     return next(found, default)
 
 
-def check_adapter(folder: Path, config: Network, cpu: bool, max_rank: int | None = None) -> None:
-    """Refuse an adapter's folder, from its files' headers alone. Pickled weights are left to vLLM."""
-    rank = read_adapter_config(folder).max_rank
+def check_adapter(directory: Path, config: Network, cpu: bool, max_rank: int | None = None) -> None:
+    """Refuse an adapter's directory, from its files' headers alone. Pickled weights are left to vLLM."""
+    rank = read_adapter_config(directory).max_rank
     if max_rank is not None and rank > max_rank:
         raise UserError(
-            f"{folder} has rank {rank}, but the server allows {max_rank}: add --max-lora-rank {max_lora_rank(rank)}"
+            f"{directory} has rank {rank}, but the server allows {max_rank}: add --max-lora-rank {max_lora_rank(rank)}"
         )
-    file = folder / ADAPTER_FILE
-    if not file.exists() and any((folder / name).exists() for name in PICKLED):
+    file = directory / ADAPTER_FILE
+    if not file.exists() and any((directory / name).exists() for name in PICKLED):
         return
     try:
         names = list(read_shapes(file))
     except FileNotFoundError:
-        raise UserError(f"{folder} has no {ADAPTER_FILE}: name the folder that training saved the adapter in") from None
+        raise UserError(
+            f"{directory} has no {ADAPTER_FILE}: name the directory that training saved the adapter in"
+        ) from None
     if odd := [name for name in names if not MODULE.match(name)]:
         raise UserError(f"{file}: {odd[0]!r} is not A or B of a linear layer, as in {EXAMPLE}")
     check_modules(str(file), {match["module"] for name in names if (match := MODULE.match(name))}, config, cpu)
@@ -136,10 +138,10 @@ def absent(module: str, config: Network) -> str:
     return f"{module}: this network has no such linear layer: it was trained on another model"
 
 
-def read_adapter_config(folder: Path) -> AdapterConfig:
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a directory: name the folder that training saved the adapter in")
-    file = folder / ADAPTER_CONFIG
+def read_adapter_config(directory: Path) -> AdapterConfig:
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a directory: name the one that training saved the adapter in")
+    file = directory / ADAPTER_CONFIG
     try:
         given = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -148,12 +150,12 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         raise UserError(f"{file} cannot be read: {error}") from None
     if not isinstance(given, dict):
         raise UserError(f"{file} is not a JSON object: copy the adapter again")
-    if "peft_type" not in given and ((folder / MLX_FILE).exists() or "lora_parameters" in given):
+    if "peft_type" not in given and ((directory / MLX_FILE).exists() or "lora_parameters" in given):
         raise UserError(
-            f"{folder} holds an adapter of MLX, not of PEFT: fuse it into its model with mlx_lm.fuse, and use that"
+            f"{directory} holds an adapter of MLX, not of PEFT: fuse it into its model with mlx_lm.fuse, and use that"
         )
     if not file.exists():
-        raise UserError(f"{folder} has no {ADAPTER_CONFIG}: name the folder that training saved the adapter in")
+        raise UserError(f"{directory} has no {ADAPTER_CONFIG}: name the directory that training saved the adapter in")
     try:
         config = AdapterConfig.model_validate(given)
     except ValidationError as error:

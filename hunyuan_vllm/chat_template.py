@@ -127,12 +127,12 @@ def prompt_time(step: float, form: str) -> str:
     return (now - late).strftime(form)
 
 
-def stored_template(folder: Path) -> tuple[str | None, str]:
+def stored_template(directory: Path) -> tuple[str | None, str]:
     """The checkpoint's template, None if it has none, and the file that it is in; as transformers looks for it."""
-    if (folder / TEMPLATE_FILE).is_file():
-        return (folder / TEMPLATE_FILE).read_text(encoding="utf-8", errors="replace"), TEMPLATE_FILE
+    if (directory / TEMPLATE_FILE).is_file():
+        return (directory / TEMPLATE_FILE).read_text(encoding="utf-8", errors="replace"), TEMPLATE_FILE
     try:
-        given = json.loads((folder / TOKENIZER_CONFIG).read_text(encoding="utf-8")).get("chat_template")
+        given = json.loads((directory / TOKENIZER_CONFIG).read_text(encoding="utf-8")).get("chat_template")
     except (OSError, ValueError, AttributeError):
         given = None
     if isinstance(given, list):  # several, each with a name

@@ -146,13 +146,13 @@ def header_faults(tensors: Sequence[StoredTensor], layout: Layout, used: Used) -
                 yield HeaderFault("twice", part, message)
             places[part] = tensor.file
     if missing := layout.missing(places):
-        folder = f"{tensors[0].file.parent}" if tensors else "the checkpoint"
-        message = f"{folder} lacks checkpoint tensor {some([repr(name) for name in missing])}"
+        directory = f"{tensors[0].file.parent}" if tensors else "the checkpoint"
+        message = f"{directory} lacks checkpoint tensor {some([repr(name) for name in missing])}"
         yield from (HeaderFault("missing", name, message) for name in missing)
 
 
 INDEX_FILE = "model.safetensors.index.json"
-PUBLISHED_AT = "tencent/Tencent-Hunyuan-Large on the Hugging Face hub, folder Hunyuan-A52B-Instruct"
+PUBLISHED_AT = "tencent/Tencent-Hunyuan-Large on the Hugging Face hub, directory Hunyuan-A52B-Instruct"
 # Reads pickled tensors without running what else the file holds, a file at a time.
 UNPICKLE = (
     'python -c "import glob, torch; from safetensors.torch import save_file; '
@@ -161,9 +161,9 @@ UNPICKLE = (
 )
 
 
-def read_index(folder: Path) -> dict[str, Any] | None:
+def read_index(directory: Path) -> dict[str, Any] | None:
     """The index of a sharded checkpoint: "weight_map" (tensor → file name) and perhaps "metadata". None without one."""
-    index = folder / INDEX_FILE
+    index = directory / INDEX_FILE
     if not index.exists():
         return None
     try:
@@ -175,7 +175,7 @@ def read_index(folder: Path) -> dict[str, Any] | None:
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], Network]:
-    """A checkpoint's config.json as it is, and the network that it describes; `path` is its folder or the file.
+    """A checkpoint's config.json as it is, and the network that it describes; `path` is its directory or the file.
 
     Raises:
         UserError: there is none, it is damaged, or it is another model's.
@@ -187,7 +187,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], Network]:
         if path.is_dir():
             raise UserError(f"{path} {': '.join(missing_config(path))}") from None
         raise UserError(
-            f"{path} does not exist: name a checkpoint's folder; one on the hub is downloaded first"
+            f"{path} does not exist: name a checkpoint's directory; one on the hub is downloaded first"
         ) from None
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror})") from None
@@ -202,57 +202,57 @@ def read_config(path: Path) -> tuple[dict[str, Any], Network]:
         raise UserError(f"{file}: {error}") from None
 
 
-def missing_config(folder: Path) -> tuple[str, str]:
-    """What is wrong with a folder that has no config.json, as the end of the sentence "FOLDER …"; and what to do."""
-    if inner := sorted(path.parent.name for path in folder.glob("*/config.json")):
-        return f"is not a checkpoint, but its subfolders are ({', '.join(inner)})", "name one of them"
-    if (folder / "adapters.safetensors").exists():
+def missing_config(directory: Path) -> tuple[str, str]:
+    """What is wrong with a directory without config.json, as the end of the sentence "DIRECTORY …"; and what to do."""
+    if inner := sorted(path.parent.name for path in directory.glob("*/config.json")):
+        return f"is not a checkpoint, but its subdirectories are ({', '.join(inner)})", "name one of them"
+    if (directory / "adapters.safetensors").exists():
         return "is an adapter of MLX, not a checkpoint", "merge it with mlx_lm.fuse, or train one with hunyuan-vllm"
-    if (folder / "adapter_config.json").exists():
+    if (directory / "adapter_config.json").exists():
         return "is an adapter, not a checkpoint", "name its checkpoint, or merge both with hunyuan-vllm merge-lora"
-    if gguf := _gguf(folder):
+    if gguf := _gguf(directory):
         return gguf
     return "has no config.json", f"copy it from the checkpoint that the weights belong to; published: {PUBLISHED_AT}"
 
 
-def missing_weights(folder: Path) -> tuple[str, str]:
-    """The same of a folder that has no *.safetensors."""
-    if any(folder.glob("pytorch_model*.bin")):
-        return "has pickled weights (*.bin) and no *.safetensors", f"convert them with {UNPICKLE.format(folder)}"
-    if gguf := _gguf(folder):
+def missing_weights(directory: Path) -> tuple[str, str]:
+    """The same of a directory that has no *.safetensors."""
+    if any(directory.glob("pytorch_model*.bin")):
+        return "has pickled weights (*.bin) and no *.safetensors", f"convert them with {UNPICKLE.format(directory)}"
+    if gguf := _gguf(directory):
         return gguf
     return "has no *.safetensors", f"copy all files of the checkpoint there; published: {PUBLISHED_AT}"
 
 
-def _gguf(folder: Path) -> tuple[str, str] | None:
-    files = sorted(file.name for file in folder.glob("*.gguf"))
+def _gguf(directory: Path) -> tuple[str, str] | None:
+    files = sorted(file.name for file in directory.glob("*.gguf"))
     return (f"has {_quoted(files)} of llama.cpp, which is not served", "take the safetensors files") if files else None
 
 
-def shard_files(folder: Path) -> list[Path]:
+def shard_files(directory: Path) -> list[Path]:
     """The safetensors files of a checkpoint: those its index names, or all there are. Empty for other formats."""
-    index = read_index(folder)
+    index = read_index(directory)
     if index is None:
-        return sorted(folder.glob("*.safetensors"))
+        return sorted(directory.glob("*.safetensors"))
     names = sorted(set(index["weight_map"].values()))
-    absent = [name for name in names if not (folder / name).exists()]
+    absent = [name for name in names if not (directory / name).exists()]
     if absent:
         raise CheckpointError(
-            f"{folder / INDEX_FILE} names {_quoted(absent)}, not in {folder}: download the missing files"
+            f"{directory / INDEX_FILE} names {_quoted(absent)}, not in {directory}: download the missing files"
         )
-    return [folder / name for name in names]
+    return [directory / name for name in names]
 
 
-def stored_tensors(folder: Path) -> list[StoredTensor]:
+def stored_tensors(directory: Path) -> list[StoredTensor]:
     """The tensors of a checkpoint, from its headers."""
-    shards = read_shards(shard_files(folder))
+    shards = read_shards(shard_files(directory))
     for shard in shards:
         if shard.fault:
             raise CheckpointError(f"{shard.file} {shard.fault}: download it again")
     return [tensor for shard in shards for tensor in shard.tensors]
 
 
-def used_tensors(folder: Path, layout: Layout) -> Used:
+def used_tensors(directory: Path, layout: Layout) -> Used:
     """The stored tensors that the network uses, each with the canonical ones that it holds; none without weights.
 
     Every tensor's name, shape and type is compared with the network's, without reading tensor data.
@@ -261,23 +261,23 @@ def used_tensors(folder: Path, layout: Layout) -> Used:
         CheckpointError: a file is truncated or unreadable, or a tensor is unknown, misshapen, of a wrong
             type, missing or there twice.
     """
-    tensors, used = stored_tensors(folder), Used()
+    tensors, used = stored_tensors(directory), Used()
     if tensors and (fault := next(header_faults(tensors, layout, used), None)):
         raise CheckpointError(fault.message)
     return used
 
 
-def check_headers(folder: Path, layout: Layout) -> int:
+def check_headers(directory: Path, layout: Layout) -> int:
     """As `used_tensors`; returns the number of canonical tensors."""
-    return sum(map(len, used_tensors(folder, layout).values()))
+    return sum(map(len, used_tensors(directory, layout).values()))
 
 
-def read_weights(folder: Path, layout: Layout) -> dict[str, "Tensor"]:
+def read_weights(directory: Path, layout: Layout) -> dict[str, "Tensor"]:
     """Every tensor the network uses, by its canonical name. Headers are checked before any data is read."""
-    if not check_headers(folder, layout):
-        raise CheckpointError(f"{folder} holds no *.safetensors file")
+    if not check_headers(directory, layout):
+        raise CheckpointError(f"{directory} holds no *.safetensors file")
     weights: dict[str, Tensor] = {}
-    for shard in shard_files(folder):
+    for shard in shard_files(directory):
         with safe_open(shard, framework="pt") as tensors:
             for name in tensors.keys():
                 for part, tensor in layout.split(name, tensors.get_tensor(name)):
@@ -289,8 +289,8 @@ def read_weights(folder: Path, layout: Layout) -> dict[str, "Tensor"]:
     return weights
 
 
-def local_folder(name_or_path: str | Path, options: dict[str, Any]) -> Path:
-    """The checkpoint's folder, downloaded first if it is a hub name. Takes the hub's arguments out of `options`."""
+def local_directory(name_or_path: str | Path, options: dict[str, Any]) -> Path:
+    """The checkpoint's directory, downloaded first if it is a hub name. Takes the hub's arguments out of `options`."""
     from huggingface_hub import snapshot_download
 
     names = ("cache_dir", "force_download", "local_files_only", "token", "revision")

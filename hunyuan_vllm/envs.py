@@ -84,8 +84,8 @@ def unused_packages() -> list[str]:
     return os.environ.get(UNUSED_PACKAGES, "").split()
 
 
-def cache_folder() -> Path:
-    """Our folder in vLLM's cache: below VLLM_CACHE_ROOT, by default XDG_CACHE_HOME/vllm, by default ~/.cache/vllm."""
+def cache_directory() -> Path:
+    """Our directory in vLLM's cache: below VLLM_CACHE_ROOT, else XDG_CACHE_HOME/vllm, else ~/.cache/vllm."""
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("VLLM_CACHE_ROOT") or Path(caches) / "vllm").expanduser() / "hunyuan-vllm"
 
@@ -122,7 +122,7 @@ class Settings:
     """What the variables say of what is served, where and on what.
 
     Attributes:
-        model: MODEL_PATH, a checkpoint folder or a hub name; None serves the demo model.
+        model: MODEL_PATH, a checkpoint directory or a hub name; None serves the demo model.
         local_ip: LOCAL_IP, this node's address among the nodes; also what the server listens on unless HOST is set.
         host: HOST, the address to listen on.
         port: PORT.

@@ -155,11 +155,11 @@ def check_adapters_of_requests() -> None:
         config = self.model_config.hf_config
         if lora_request is None or lora_request.lora_path in sound or not isinstance(config, HunYuanConfig):
             return
-        folder = Path(lora_request.lora_path).expanduser()
-        if not folder.is_dir():  # on the hub, or there for the workers only
+        directory = Path(lora_request.lora_path).expanduser()
+        if not directory.is_dir():  # on the hub, or there for the workers only
             return
         try:
-            check_adapter(folder, config, current_platform.is_cpu(), self.lora_config.max_lora_rank)
+            check_adapter(directory, config, current_platform.is_cpu(), self.lora_config.max_lora_rank)
         except UserError as error:
             raise ValueError(f"adapter {lora_request.lora_name}: {error}") from None
         sound.add(lora_request.lora_path)

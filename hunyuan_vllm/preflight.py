@@ -179,11 +179,11 @@ def _check_options(vllm_config: VllmConfig) -> None:
 def _check_files(vllm_config: VllmConfig) -> None:
     from hunyuan_vllm.quant.base import layout_of  # imports vLLM, which `plan` does without
 
-    folder = Path(vllm_config.model_config.model)
+    directory = Path(vllm_config.model_config.model)
     load_format = vllm_config.load_config.load_format
     layout = layout_of(vllm_config)
-    if folder.is_dir() and load_format in ("auto", "hf", "safetensors"):
-        check_headers(folder, layout)
+    if directory.is_dir() and load_format in ("auto", "hf", "safetensors"):
+        check_headers(directory, layout)
 
 
 WORD = 4  # int8 weights in a word of vLLM's weight-only kernels on GPUs

@@ -15,7 +15,7 @@ STEERING = re.compile(
     r"|DO_NOT_TRACK|LD_LIBRARY_PATH|LD_PRELOAD|PATH|PYTHONHASHSEED|PYTHONPATH|TMPDIR|TZ|LANG|LC_ALL"
 )
 # Below the home directory, which SSH sessions and shells agree about; XDG_CONFIG_HOME is set in some of them only.
-NODE_FOLDER = Path(".config/hunyuan-vllm/cluster")
+NODE_DIRECTORY = Path(".config/hunyuan-vllm/cluster")
 
 
 def names_a_secret(variable: str) -> bool:
@@ -58,7 +58,7 @@ def cluster_variables(environ: Mapping[str, str] = os.environ, home: Path | None
     except OSError:
         return {}
     own = own_addresses()
-    for file in sorted(((home or Path.home()) / NODE_FOLDER).glob("node-*.json")):
+    for file in sorted(((home or Path.home()) / NODE_DIRECTORY).glob("node-*.json")):
         try:
             variables: dict[str, str] = json.loads(file.read_text())["environment"]
             address, cluster = variables["VLLM_HOST_IP"], variables["RAY_ADDRESS"]

@@ -13,7 +13,7 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTra
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
-from hunyuan_vllm.checkpoint import local_folder, read_weights
+from hunyuan_vllm.checkpoint import local_directory, read_weights
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import Layout
 
@@ -394,16 +394,16 @@ class HunYuanForCausalLM(HunYuanPreTrainedModel, GenerationMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path | None, *model_args: Any, config: Any = None, **kwargs: Any
     ) -> Any:
-        """Load a published-layout checkpoint from a folder or the hub; the arguments are `PreTrainedModel`'s."""
+        """Load a published-layout checkpoint from a directory or the hub; the arguments are `PreTrainedModel`'s."""
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
-        folder = local_folder(pretrained_model_name_or_path, kwargs)
+        directory = local_directory(pretrained_model_name_or_path, kwargs)
         if not isinstance(config, HunYuanConfig):
-            config, kwargs = HunYuanConfig.from_pretrained(config or folder, return_unused_kwargs=True, **kwargs)
-        if "generation_config" not in kwargs and (folder / "generation_config.json").exists():
-            kwargs["generation_config"] = GenerationConfig.from_pretrained(folder)
+            config, kwargs = HunYuanConfig.from_pretrained(config or directory, return_unused_kwargs=True, **kwargs)
+        if "generation_config" not in kwargs and (directory / "generation_config.json").exists():
+            kwargs["generation_config"] = GenerationConfig.from_pretrained(directory)
         loaded = super().from_pretrained(
-            None, *model_args, config=config, state_dict=read_weights(folder, Layout(config)), **kwargs
+            None, *model_args, config=config, state_dict=read_weights(directory, Layout(config)), **kwargs
         )
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)

@@ -1,4 +1,4 @@
-"""The shell command that serves what a tool has written, from whichever folder it is typed in."""
+"""The shell command that serves what a tool has written, from whichever directory it is typed in."""
 
 import shlex
 import sys
@@ -9,9 +9,9 @@ from hunyuan_vllm import demo
 from hunyuan_vllm.adapter import ATTENTION, MAX_LORA_RANKS, max_lora_rank
 
 
-def checkpoint_command(folder: Path, scheme: str | None = None) -> str:
+def checkpoint_command(directory: Path, scheme: str | None = None) -> str:
     """Serve a checkpoint, quantised as `scheme` says if it is."""
-    model = demo.NAME if folder.absolute() == demo.path() else shlex.quote(str(folder.absolute()))
+    model = demo.NAME if directory.absolute() == demo.path() else shlex.quote(str(directory.absolute()))
     script = Path(__file__).absolute().parents[1] / "deploy" / "run_server.sh"
     # The scripts are not there where the package was installed from a wheel.
     server = f"sh {shlex.quote(str(script))}" if script.exists() else _command("serve")

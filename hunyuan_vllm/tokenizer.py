@@ -100,7 +100,7 @@ class HYTokenizer(TokenizersBackend):
         else:
             raise ValueError(
                 f"{kwargs.get('name_or_path', 'The checkpoint')} has neither hy.tiktoken nor tokenizer.json. Copy it "
-                "there from the published checkpoint, or name another folder as the tokenizer"
+                "there from the published checkpoint, or name another directory as the tokenizer"
             )
         if kwargs.get("chat_template") is None:
             kwargs["chat_template"] = template
@@ -304,7 +304,7 @@ def register_tokenizer() -> None:
 
 
 def load_tokenizer(name: str | Path) -> HYTokenizer:
-    """The tokenizer in a checkpoint's folder, or of a hub name; without vLLM."""
+    """The tokenizer in a checkpoint's directory, or of a hub name; without vLLM."""
     AutoConfig.register(HunYuanConfig.model_type, HunYuanConfig, exist_ok=True)
     register_tokenizer()
     try:
@@ -330,10 +330,10 @@ def _ends_with_answer(conversation: Any) -> bool:
     return isinstance(content, str) and bool(content.strip())
 
 
-def _special_tokens(folder: Path, ranks: int) -> tuple[str, ...]:
+def _special_tokens(directory: Path, ranks: int) -> tuple[str, ...]:
     """Those of V1 where config.json has a vocabulary of exactly their number; Hunyuan-Large's is padded."""
     try:
-        vocab_size = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("vocab_size")
+        vocab_size = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("vocab_size")
     except (OSError, ValueError, AttributeError):
         vocab_size = None
     return V1_SPECIAL_TOKENS if vocab_size == ranks + len(V1_SPECIAL_TOKENS) else SPECIAL_TOKENS

@@ -30,22 +30,22 @@ def adapter_pairs(config: HunYuanConfig, seed: int = 3) -> dict[str, tuple[torch
     return pairs
 
 
-def write_adapter(folder: Path, pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Path:
+def write_adapter(directory: Path, pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Path:
     """PEFT's layout."""
-    folder.mkdir()
+    directory.mkdir()
     tensors = {}
     for name, (a, b) in pairs.items():
         module = f"base_model.model.{name.removesuffix('.weight')}"
         tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"] = a, b
-    save_file(tensors, folder / "adapter_model.safetensors")
+    save_file(tensors, directory / "adapter_model.safetensors")
     adapter = dict(peft_type="LORA", r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), bias="none")
-    (folder / "adapter_config.json").write_text(json.dumps(adapter))
-    return folder
+    (directory / "adapter_config.json").write_text(json.dumps(adapter))
+    return directory
 
 
-def rename_modules(folder: Path, rename: Callable[[str], str]) -> Path:
+def rename_modules(directory: Path, rename: Callable[[str], str]) -> Path:
     """Give each tensor the name that `rename` makes of it, without PEFT's own prefix."""
-    file, prefix = folder / "adapter_model.safetensors", "base_model.model."
+    file, prefix = directory / "adapter_model.safetensors", "base_model.model."
     tensors = load_file(file)
     save_file({prefix + rename(name.removeprefix(prefix)): tensor for name, tensor in tensors.items()}, file)
-    return folder
+    return directory

@@ -1,6 +1,6 @@
 """Random checkpoints in the published layout, for tests and benchmarks.
 
-    python tests/checkpoints.py mid FOLDER     # 1.1 billion parameters, 2.2 GB
+    python tests/checkpoints.py mid DIRECTORY     # 1.1 billion parameters, 2.2 GB
 
 Weights are seeded and representable in bfloat16 (the router, kept in float32, is not), and spread so that mistakes
 show: norm weights are partly small or negative, routes are decisive, logits are not flat.
@@ -146,7 +146,7 @@ CONFIGS: dict[str, Callable[..., HunYuanConfig]] = {
 
 
 def write_checkpoint(
-    folder: Path,
+    directory: Path,
     config: HunYuanConfig,
     *,
     seed: int = 0,
@@ -154,25 +154,25 @@ def write_checkpoint(
     stray: bool = False,
     shard_bytes: int = 512 << 20,
 ) -> Path:
-    """Write config.json and safetensors shards into `folder`, which is made; returns it.
+    """Write config.json and safetensors shards into `directory`, which is made; returns it.
 
     Args:
         fused: qkv_proj and gate_and_up_proj instead of the separate tensors.
         stray: add the tensors that occur in published files and that the network does not use.
         shard_bytes: most bytes a shard holds, unless one tensor is larger; about that much is in memory at a time.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     tensors = random_tensors(config, seed)
     if fused:
         tensors = iter(fuse(dict(tensors), config).items())
     if stray:
         tensors = iter(with_strays(dict(tensors), config).items())
-    write_shards(folder, tensors, shard_bytes)
-    (folder / "config.json").write_text(json.dumps(published_json(config), indent=1) + "\n")
-    return folder
+    write_shards(directory, tensors, shard_bytes)
+    (directory / "config.json").write_text(json.dumps(published_json(config), indent=1) + "\n")
+    return directory
 
 
-def write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int) -> None:
+def write_shards(directory: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int) -> None:
     """Write `tensors` as they come: model.safetensors, or numbered shards and their index."""
     where: dict[str, int] = {}
     shard: dict[str, Tensor] = {}
@@ -180,7 +180,7 @@ def write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_byte
 
     def close() -> None:
         nonlocal shard, size, count
-        save_file(shard, folder / f"shard-{count}", metadata={"format": "pt"})
+        save_file(shard, directory / f"shard-{count}", metadata={"format": "pt"})
         where.update(dict.fromkeys(shard, count))
         shard, size, count = {}, 0, count + 1
 
@@ -196,20 +196,20 @@ def write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_byte
         files = [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
         weight_map = {name: files[number] for name, number in where.items()}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
     for number, file in enumerate(files):
-        (folder / f"shard-{number}").rename(folder / file)
+        (directory / f"shard-{number}").rename(directory / file)
 
 
-def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+def rewrite(directory: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     """Apply `change` to a small checkpoint's tensors, in place; it ends as a single file."""
     tensors: dict[str, Tensor] = {}
-    for file in folder.glob("*.safetensors"):
+    for file in directory.glob("*.safetensors"):
         tensors |= load_file(file)
         file.unlink()
-    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    (directory / "model.safetensors.index.json").unlink(missing_ok=True)
     change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def random_tensors(config: HunYuanConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
@@ -315,12 +315,12 @@ def published_json(config: HunYuanConfig) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=CONFIGS)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("directory", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     config = CONFIGS[arguments.shape]()
-    write_checkpoint(arguments.folder, config, seed=arguments.seed)
-    print(f"{arguments.folder}: {arguments.shape}, seed {arguments.seed}")
+    write_checkpoint(arguments.directory, config, seed=arguments.seed)
+    print(f"{arguments.directory}: {arguments.shape}, seed {arguments.seed}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 # Build the CPU form of deploy/Dockerfile, run it as documented and ask it a question: sh tests/container.sh
 # As root; it takes about ten minutes, and 5 GB in TMPDIR and in buildah's storage, where the image stays.
 #   BASE_IMAGE  an image to build on; default: one that mmdebstrap makes of Debian bookworm's packages
-#   WHEELS      a folder with the wheels of requirements/; default: pip downloads them with its own configuration
+#   WHEELS      a directory with the wheels of requirements/; default: pip downloads them with its own configuration
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 image=localhost/hunyuan-vllm-test
@@ -81,10 +81,10 @@ for device in null zero full random urandom; do
 done
 ln -s /proc/self/fd "$mounted/dev/fd"
 mkdir "$mounted/dev/shm"
-for folder in dev/shm tmp home/hunyuan; do mount -t tmpfs -o mode=1777 tmpfs "$mounted/$folder"; done
+for directory in dev/shm tmp home/hunyuan; do mount -t tmpfs -o mode=1777 tmpfs "$mounted/$directory"; done
 mount --bind "$root/hunyuan_vllm/demo" "$mounted/model"
 mount --bind "$work/keys" "$mounted/run/secrets/hunyuan"
-for folder in "$mounted/model" "$mounted/run/secrets/hunyuan" "$mounted"; do mount -o remount,bind,ro "$folder"; done
+for directory in "$mounted/model" "$mounted/run/secrets/hunyuan" "$mounted"; do mount -o remount,bind,ro "$directory"; done
 exec chroot "$mounted" setpriv --reuid="$user" --regid="$user" --clear-groups \
     --no-new-privs --bounding-set=-all --inh-caps=-all \
     env -i $(cat "$work/env") HOME=/home/hunyuan sh -c 'cd && exec "$@"' sh $(cat "$work/entrypoint")

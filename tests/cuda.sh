@@ -19,7 +19,7 @@ fi
 if [ ! -e "$cuda/complete" ]; then
     mkdir -p "$cuda"
     if [ -n "$(ls -A "$cuda")" ] && [ ! -e "$cuda/incomplete" ]; then
-        echo "tests/cuda.sh makes its environment in a folder of its own, and $cuda holds something else: name another with HUNYUAN_CUDA_VENV=" >&2
+        echo "tests/cuda.sh makes its environment in a directory of its own, and $cuda holds something else: name another with HUNYUAN_CUDA_VENV=" >&2
         exit 1
     fi
     free=$(($(df -Pk "$cuda" | awk 'NR == 2 {print $4}') / 1000000))

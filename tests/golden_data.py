@@ -1,4 +1,4 @@
-"""The golden checkpoints: folders to load, what they must answer, and how close. And the like for any checkpoint,
+"""The golden checkpoints: directories to load, what they must answer, and how close. And the like for any checkpoint,
 answered by the reference model."""
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Golden:
     """A golden checkpoint."""
 
     path: Path
-    """An ordinary checkpoint folder."""
+    """An ordinary checkpoint directory."""
     items: list[GoldenItem]
     bfloat16_tolerance: float
     """Most that the mean |Δ prompt_logprobs| of a bfloat16 run may be."""

@@ -54,18 +54,18 @@ def meta_model(
         device: where the parameters are; on "cpu" a small model can be loaded.
         options: further arguments of vLLM's `EngineArgs`.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as directory:
         fields = published_json(config)
         if quantization_config:
             fields["quantization_config"] = quantization_config
-        (Path(folder) / "config.json").write_text(json.dumps(fields))
+        (Path(directory) / "config.json").write_text(json.dumps(fields))
         defaults: dict[str, Any] = dict(
             dtype="bfloat16", skip_tokenizer_init=True, load_format="dummy", enforce_eager=True
         )
-        args = EngineArgs(model=folder, quantization=quantization, **(defaults | options))
+        args = EngineArgs(model=directory, quantization=quantization, **(defaults | options))
         vllm_config = args.create_engine_config()
         dtype = torch.get_default_dtype()
-        with _faked_ranks(vllm_config, Path(folder) / "ranks", tensor_parallel, rank, pipeline_parallel, stage):
+        with _faked_ranks(vllm_config, Path(directory) / "ranks", tensor_parallel, rank, pipeline_parallel, stage):
             torch.set_default_dtype(vllm_config.model_config.dtype)
             try:
                 with torch.device(device):

@@ -206,7 +206,7 @@ FORMATS: dict[str, tuple[dict[str, Any], Callable[[Tensor], Packed]]] = {
 
 
 def quantise(
-    source: Path, folder: Path, form: str, where: str = "quantization_config", skip: tuple[str, ...] = ()
+    source: Path, directory: Path, form: str, where: str = "quantization_config", skip: tuple[str, ...] = ()
 ) -> tuple[Path, Path]:
     """Copies of a small checkpoint: in this format, and in float32 with the weights that it stands for.
 
@@ -215,7 +215,7 @@ def quantise(
         skip: parts of the names of layers to leave as they are.
     """
     described, pack = FORMATS[form]
-    stored_at, exact_at = folder / form, folder / f"{form}-exact"
+    stored_at, exact_at = directory / form, directory / f"{form}-exact"
     for target in (stored_at, exact_at):
         shutil.copytree(source, target)
     exact: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Checkouts in a folder of their own, and the set-up run on them."""
+"""Checkouts in a directory of their own, and the set-up run on them."""
 
 import os
 import shutil
@@ -19,12 +19,12 @@ NO_NETWORK = {
 }
 
 
-def copy_checkout(folder: Path) -> Path:
-    """The files the set-up reads, in a folder of their own."""
-    shutil.copytree(ROOT / "deploy", folder / "deploy", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "requirements", folder / "requirements")
-    shutil.copy(ROOT / "pyproject.toml", folder)
-    return folder
+def copy_checkout(directory: Path) -> Path:
+    """The files the set-up reads, in a directory of their own."""
+    shutil.copytree(ROOT / "deploy", directory / "deploy", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "requirements", directory / "requirements")
+    shutil.copy(ROOT / "pyproject.toml", directory)
+    return directory
 
 
 def set_up(checkout: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess:
@@ -67,7 +67,7 @@ version = "1"
 """
 
 
-def write_wheel(folder: Path, name: str, version: str, **files: str) -> None:
+def write_wheel(directory: Path, name: str, version: str, **files: str) -> None:
     info = f"{name}-{version}.dist-info"
     contents = {
         **files,
@@ -76,7 +76,7 @@ def write_wheel(folder: Path, name: str, version: str, **files: str) -> None:
         f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
     contents[f"{info}/RECORD"] = "".join(f"{file},,\n" for file in [*contents, f"{info}/RECORD"])
-    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+    with zipfile.ZipFile(directory / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
         for file, text in contents.items():
             entry = zipfile.ZipInfo(file)
             entry.external_attr = 0o100755 << 16
@@ -84,12 +84,12 @@ def write_wheel(folder: Path, name: str, version: str, **files: str) -> None:
 
 
 class TinyCheckout:
-    """A checkout whose locks name packages of a line each; their wheels are in a folder, and so is uv's."""
+    """A checkout whose locks name packages of a line each; their wheels are in a directory, and so is uv's."""
 
-    def __init__(self, folder: Path) -> None:
-        self.root = copy_checkout(folder / "checkout")
-        self.wheels = folder / "wheels"
-        self.hang = folder / "hang"  # while this file is there, uv installs nothing and does not end
+    def __init__(self, directory: Path) -> None:
+        self.root = copy_checkout(directory / "checkout")
+        self.wheels = directory / "wheels"
+        self.hang = directory / "hang"  # while this file is there, uv installs nothing and does not end
         self.wheels.mkdir()
         uv = Path(sys.executable).with_name("uv")
         hang = f"echo now >{self.hang}; exec sleep 600"
@@ -105,7 +105,7 @@ class TinyCheckout:
         (self.root / "backend.py").write_text(BACKEND)
         (self.root / "deploy" / "bootstrap" / "warm_imports.py").write_text("print('imported')\n")
         self.environ = {
-            "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.wheels), "UV_CACHE_DIR": str(folder / "cache"),
+            "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.wheels), "UV_CACHE_DIR": str(directory / "cache"),
             "PIP_INDEX_URL": "", "HUNYUAN_DEVICE": "cpu",
         }  # fmt: skip
 

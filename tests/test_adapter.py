@@ -26,20 +26,20 @@ def config() -> HunYuanConfig:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, config: HunYuanConfig) -> Path:
+def directory(tmp_path: Path, config: HunYuanConfig) -> Path:
     return write_adapter(tmp_path / "adapter", adapter_pairs(config))
 
 
-def test_accepted(folder: Path, config: HunYuanConfig) -> None:
+def test_accepted(directory: Path, config: HunYuanConfig) -> None:
     for cpu in (True, False):
-        check_adapter(folder, config, cpu, max_rank=16)
+        check_adapter(directory, config, cpu, max_rank=16)
     check_modules("x", [ATTENTION, MLP, "model.layers.0.mlp.gate"], config, cpu=False)
     check_modules("x", [ATTENTION, MLP], config, cpu=False, targets=["up_proj"])
 
 
-def test_pickled_weights_are_left_to_vllm(folder: Path, config: HunYuanConfig) -> None:
-    (folder / ADAPTER_FILE).rename(folder / "adapter_model.bin")
-    check_adapter(folder, config, cpu=True)
+def test_pickled_weights_are_left_to_vllm(directory: Path, config: HunYuanConfig) -> None:
+    (directory / ADAPTER_FILE).rename(directory / "adapter_model.bin")
+    check_adapter(directory, config, cpu=True)
 
 
 @pytest.mark.parametrize(
@@ -58,12 +58,12 @@ def test_pickled_weights_are_left_to_vllm(folder: Path, config: HunYuanConfig) -
     ],
 )  # fmt: skip
 def test_modules_that_would_be_passed_over(
-    folder: Path, config: HunYuanConfig, rename: Callable[[str], str], reason: str
+    directory: Path, config: HunYuanConfig, rename: Callable[[str], str], reason: str
 ) -> None:
-    rename_modules(folder, rename)
+    rename_modules(directory, rename)
     with pytest.raises(UserError, match=reason) as error:
-        check_adapter(folder, config, cpu=True)
-    assert str(error.value).startswith(str(folder / ADAPTER_FILE))
+        check_adapter(directory, config, cpu=True)
+    assert str(error.value).startswith(str(directory / ADAPTER_FILE))
 
 
 def test_targets_that_the_adapter_does_not_act_on(config: HunYuanConfig) -> None:
@@ -73,46 +73,48 @@ def test_targets_that_the_adapter_does_not_act_on(config: HunYuanConfig) -> None
         check_modules("adapter x", [], config, cpu=False)
 
 
-def mlx(folder: Path, with_config: bool) -> None:
-    tensors = load_file(folder / ADAPTER_FILE)
-    (folder / ADAPTER_FILE).unlink()
+def mlx(directory: Path, with_config: bool) -> None:
+    tensors = load_file(directory / ADAPTER_FILE)
+    (directory / ADAPTER_FILE).unlink()
     renamed = {name.removesuffix(".weight").replace("lora_A", "lora_a"): tensor for name, tensor in tensors.items()}
-    save_file(renamed, folder / "adapters.safetensors")
+    save_file(renamed, directory / "adapters.safetensors")
     if with_config:
         settings = {"fine_tune_type": "lora", "num_layers": 4, "lora_parameters": {"rank": 8, "scale": 20.0}}
-        (folder / ADAPTER_CONFIG).write_text(json.dumps(settings))
+        (directory / ADAPTER_CONFIG).write_text(json.dumps(settings))
     else:
-        (folder / ADAPTER_CONFIG).unlink()
+        (directory / ADAPTER_CONFIG).unlink()
 
 
-def rewrite_config(folder: Path, **fields: object) -> None:
-    file = folder / ADAPTER_CONFIG
+def rewrite_config(directory: Path, **fields: object) -> None:
+    file = directory / ADAPTER_CONFIG
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda folder: mlx(folder, True), "holds an adapter of MLX, not of PEFT: fuse it .* with mlx_lm.fuse"),
-        (lambda folder: mlx(folder, False), "holds an adapter of MLX"),
-        (lambda folder: (folder / ADAPTER_CONFIG).unlink(), f"has no {ADAPTER_CONFIG}: name the folder that training"),
-        (lambda folder: (folder / ADAPTER_CONFIG).write_text("[]"), f"{ADAPTER_CONFIG} is not a JSON object"),
-        (lambda folder: rewrite_config(folder, peft_type="IA3"), "peft_type is 'IA3', and only LORA"),
-        (lambda folder: rewrite_config(folder, rank_pattern={"q_proj": 64}),
+        (lambda directory: mlx(directory, True), "holds an adapter of MLX, not of PEFT: fuse it .* with mlx_lm.fuse"),
+        (lambda directory: mlx(directory, False), "holds an adapter of MLX"),
+        (lambda directory: (directory / ADAPTER_CONFIG).unlink(), f"has no {ADAPTER_CONFIG}: name the directory"),
+        (lambda directory: (directory / ADAPTER_CONFIG).write_text("[]"), f"{ADAPTER_CONFIG} is not a JSON object"),
+        (lambda directory: rewrite_config(directory, peft_type="IA3"), "peft_type is 'IA3', and only LORA"),
+        (lambda directory: rewrite_config(directory, rank_pattern={"q_proj": 64}),
          "has rank 64, but the server allows 16: add --max-lora-rank 64"),
-        (lambda folder: (folder / ADAPTER_FILE).unlink(), f"has no {ADAPTER_FILE}"),
-        (lambda folder: (folder / ADAPTER_FILE).write_bytes(b"\x08"), "is truncated or not a safetensors file"),
-        (lambda folder: save_file({"model.layers.0.weight": torch.zeros(1)}, folder / ADAPTER_FILE),
+        (lambda directory: (directory / ADAPTER_FILE).unlink(), f"has no {ADAPTER_FILE}"),
+        (lambda directory: (directory / ADAPTER_FILE).write_bytes(b"\x08"), "is truncated or not a safetensors file"),
+        (lambda directory: save_file({"model.layers.0.weight": torch.zeros(1)}, directory / ADAPTER_FILE),
          "'model.layers.0.weight' is not A or B of a linear layer"),
     ],
 )  # fmt: skip
-def test_what_is_no_adapter(folder: Path, config: HunYuanConfig, damage: Callable[[Path], object], reason: str) -> None:
-    damage(folder)
+def test_what_is_no_adapter(
+    directory: Path, config: HunYuanConfig, damage: Callable[[Path], object], reason: str
+) -> None:
+    damage(directory)
     with pytest.raises(UserError, match=reason) as error:
-        check_adapter(folder, config, cpu=False, max_rank=16)
-    assert str(folder) in str(error.value)
+        check_adapter(directory, config, cpu=False, max_rank=16)
+    assert str(directory) in str(error.value)
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path, config: HunYuanConfig) -> None:
+def test_a_directory_that_is_not_there(tmp_path: Path, config: HunYuanConfig) -> None:
     with pytest.raises(UserError, match="nowhere is not a directory"):
         check_adapter(tmp_path / "nowhere", config, cpu=False)

@@ -226,11 +226,11 @@ def test_another_format_is_no_fault(template: str) -> None:
     assert known_faults(template) == ()
 
 
-def checkpoint(folder: Path, template: str) -> Path:
-    shutil.copy(CONFIG, folder / "config.json")
-    shutil.copy(SMALL_VOCAB, folder / "hy.tiktoken")
-    (folder / "chat_template.jinja").write_text(template)
-    return folder
+def checkpoint(directory: Path, template: str) -> Path:
+    shutil.copy(CONFIG, directory / "config.json")
+    shutil.copy(SMALL_VOCAB, directory / "hy.tiktoken")
+    (directory / "chat_template.jinja").write_text(template)
+    return directory
 
 
 def test_a_template_that_thinks_or_calls_is_no_fault() -> None:
@@ -297,10 +297,10 @@ def test_a_deliberate_format_is_kept(tmp_path: Path) -> None:
 def renderer(tmp_path_factory: pytest.TempPathFactory) -> HfRenderer:
     """What turns requests into token ids in vLLM, for a checkpoint with nothing but config.json and hy.tiktoken."""
     load_general_plugins()
-    folder = tmp_path_factory.mktemp("checkpoint")
-    shutil.copy(CONFIG, folder / "config.json")
-    shutil.copy(SMALL_VOCAB, folder / "hy.tiktoken")
-    return renderer_from_config(VllmConfig(model_config=ModelConfig(model=str(folder), dtype="float32")))
+    directory = tmp_path_factory.mktemp("checkpoint")
+    shutil.copy(CONFIG, directory / "config.json")
+    shutil.copy(SMALL_VOCAB, directory / "hy.tiktoken")
+    return renderer_from_config(VllmConfig(model_config=ModelConfig(model=str(directory), dtype="float32")))
 
 
 @pytest.mark.parametrize(("messages", "expected"), CONVERSATIONS.values(), ids=CONVERSATIONS.keys())

@@ -55,8 +55,8 @@ def test_the_switch_must_be_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
         kv_sharing_target(tiny_config(), 1, "model.layers.1.self_attn.attn")
 
 
-def allocated_blocks(folder: Path, **options) -> int:
-    with engine(folder, **options) as llm:
+def allocated_blocks(directory: Path, **options) -> int:
+    with engine(directory, **options) as llm:
         blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
     assert blocks is not None
     return blocks
@@ -71,11 +71,11 @@ def allocated_blocks(folder: Path, **options) -> int:
 def test_predicted_blocks_are_allocated_blocks(factor: int, kv_dtype: str, ranks: int, tmp_path: Path) -> None:
     """And the planner's bytes of experts are those of each rank; this width needs no padding by the CPU's kernels."""
     config = tiny_config(num_hidden_layers=8, cla_share_factor=factor, intermediate_size=128)
-    folder = write_checkpoint(tmp_path / "model", config)
+    directory = write_checkpoint(tmp_path / "model", config)
     memory, block_size = 7 * MIB + 12345, 64
     shape = CacheShape.of(config, tensor_parallel=ranks, itemsize={"bfloat16": 2, "fp8": 1}[kv_dtype])
     with engine(
-        folder,
+        directory,
         dtype="bfloat16",
         kv_cache_dtype="fp8" if kv_dtype == "fp8" else "auto",
         kv_cache_memory_bytes=memory,

@@ -39,8 +39,8 @@ def test_the_reference_page_names_every_option_and_variable() -> None:
         command = commands.pop()
         commands += getattr(command, "commands", {}).values()
         options |= {word for option in command.params if option.param_type_name == "option" for word in option.opts}
-    folders = ROOT / "hunyuan_vllm", ROOT / "deploy"
-    sources = [path for folder in folders for kind in ("*.py", "*.sh") for path in folder.rglob(kind)]
+    directories = ROOT / "hunyuan_vllm", ROOT / "deploy"
+    sources = [path for directory in directories for kind in ("*.py", "*.sh") for path in directory.rglob(kind)]
     variables = {name for source in sources for name in re.findall(r"\bHUNYUAN_[A-Z_]+[A-Z]\b", source.read_text())}
     named = set(re.findall(r"`(--?[\w-]+|[A-Z_]+)`", text))
     assert options - {"--help", "--install-completion", "--show-completion", "--version"} - named == set()

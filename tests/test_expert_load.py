@@ -18,7 +18,7 @@ from hunyuan_vllm.expert_load import EXTENSION, _Count
 pytestmark = pytest.mark.engine
 
 
-def loads_of_reference(folder: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+def loads_of_reference(directory: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """Tokens given to each expert, a row a layer in the order of layers."""
     counts: list[torch.Tensor] = []
     route = reference.route
@@ -29,7 +29,7 @@ def loads_of_reference(folder: Path, prompts: list[list[int]], monkeypatch: pyte
         return weights, ids
 
     monkeypatch.setattr(reference, "route", counting)
-    model = reference.HunYuanForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = reference.HunYuanForCausalLM.from_pretrained(directory, dtype=torch.float32)
     totals = []
     for prompt in prompts:
         counts.clear()
@@ -44,11 +44,11 @@ def loads_of_reference(folder: Path, prompts: list[list[int]], monkeypatch: pyte
 )
 def test_counts_are_the_reference_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, topk: int, options: dict) -> None:
     config = tiny_config(moe_topk=topk)
-    folder = write_checkpoint(tmp_path / "checkpoint", config)
+    directory = write_checkpoint(tmp_path / "checkpoint", config)
     prompts = random_prompts(config.vocab_size, [40, 23, 61])
-    with engine(folder, worker_extension_cls=EXTENSION, **options) as llm:
+    with engine(directory, worker_extension_cls=EXTENSION, **options) as llm:
         loads = loads_of_engine(llm, prompts)
-    assert loads == loads_of_reference(folder, prompts, monkeypatch)
+    assert loads == loads_of_reference(directory, prompts, monkeypatch)
     assert sum(loads[0]) == topk * sum(map(len, prompts))
     assert len(loads) == config.num_hidden_layers
 
@@ -70,15 +70,15 @@ def test_padding_is_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         return stock(self, sizes[-1][1], *args, **options)
 
     config = tiny_config()
-    folder = write_checkpoint(tmp_path / "checkpoint", config)
+    directory = write_checkpoint(tmp_path / "checkpoint", config)
     prompts = random_prompts(config.vocab_size, [40, 23])
-    with engine(folder, worker_extension_cls=EXTENSION) as llm:
+    with engine(directory, worker_extension_cls=EXTENSION) as llm:
         monkeypatch.setattr(CudagraphDispatcher, "dispatch", dispatch_padded)
         loads = loads_of_engine(llm, prompts)
         llm.collective_rpc("execute_dummy_batch")
         (after,) = llm.collective_rpc("expert_load")
     assert any(padded > tokens for tokens, padded in sizes)
-    assert loads == loads_of_reference(folder, prompts, monkeypatch)
+    assert loads == loads_of_reference(directory, prompts, monkeypatch)
     assert [after[layer] for layer in sorted(after)] == loads
 
 
@@ -90,8 +90,8 @@ def test_rows_without_an_expert_are_not_counted() -> None:
 
 
 def test_nothing_is_counted_unless_asked_for(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "checkpoint", tiny_config())
-    with engine(folder) as llm:
+    directory = write_checkpoint(tmp_path / "checkpoint", tiny_config())
+    with engine(directory) as llm:
         (captures,) = llm.apply_model(capture_functions)
     assert set(captures) == {None} and captures
 

@@ -13,8 +13,8 @@ from checkpoints import rewrite, tiny_config, write_checkpoint
 from method_checkpoints import FORMATS, INT4, compressed, quantise
 from typer.testing import CliRunner
 
-from hunyuan_vllm.check.files import open_folder
-from hunyuan_vllm.check.run import check_folder
+from hunyuan_vllm.check.files import open_directory
+from hunyuan_vllm.check.run import check_directory
 from hunyuan_vllm.cli import app
 from hunyuan_vllm.envs import Settings
 from hunyuan_vllm.plan.model import open_planned
@@ -35,9 +35,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("source") / "model", tiny_config(**NETWORK))
 
 
-def problems(folder: Path) -> list[Finding]:
+def problems(directory: Path) -> list[Finding]:
     """What `check` finds wrong with the config and the tensors; there is no tokenizer here."""
-    sections = [section for section in check_folder(folder).sections if section.title in ("Files", "Config", "Tensors")]
+    sections = [
+        section for section in check_directory(directory).sections if section.title in ("Files", "Config", "Tensors")
+    ]
     return [finding for section in sections for finding in section.findings if finding.status == Status.PROBLEM]
 
 
@@ -49,14 +51,14 @@ def refusal(command: Callable[..., object], *arguments: str) -> str:
     return ""
 
 
-def served(folder: str, ranks: str) -> None:
-    choose_ranks(Settings.read({"TP_SIZE": ranks}), Flags([]), Machine(cuda=True, gpus=2), open_model(folder))
+def served(directory: str, ranks: str) -> None:
+    choose_ranks(Settings.read({"TP_SIZE": ranks}), Flags([]), Machine(cuda=True, gpus=2), open_model(directory))
 
 
-def answers(folder: Path) -> tuple[str, str, str]:
+def answers(directory: Path) -> tuple[str, str, str]:
     """What `check`, `plan` and `serve` say against a checkpoint; "" where they take it."""
-    checked = "; ".join(f"{problem.text}: {problem.remedy}" for problem in problems(folder))
-    return checked, refusal(open_planned, str(folder)), refusal(open_model, str(folder))
+    checked = "; ".join(f"{problem.text}: {problem.remedy}" for problem in problems(directory))
+    return checked, refusal(open_planned, str(directory)), refusal(open_model, str(directory))
 
 
 PLACES = [
@@ -156,7 +158,7 @@ def test_ranks_that_cut_through_what_has_one_scale(tmp_path: Path) -> None:
         stored, _ = quantise(source, tmp_path, form)
         (said,) = [
             finding.text
-            for section in check_folder(stored).sections
+            for section in check_directory(stored).sections
             for finding in section.findings
             if finding.subject == "ranks"
         ]
@@ -177,7 +179,7 @@ def test_formats_for_gpus_only_are_refused_where_there_is_none(source: Path, tmp
         decide(settings, Flags([]), machine, open_model(str(stored)), {})
 
 
-FOLDERS: dict[str, tuple[list[str], str]] = {
+DIRECTORIES: dict[str, tuple[list[str], str]] = {
     "GGUF": (["model-q4.gguf"], "has 'model-q4.gguf' of llama.cpp, which is not served"),
     "an adapter of MLX": (["adapters.safetensors", "adapter_config.json"], "is an adapter of MLX, not a checkpoint"),
     "an adapter": (["adapter_model.safetensors", "adapter_config.json"], "is an adapter, not a checkpoint"),
@@ -186,13 +188,13 @@ FOLDERS: dict[str, tuple[list[str], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", FOLDERS)
-def test_folders_that_are_no_checkpoint(name: str, tmp_path: Path) -> None:
-    files, message = FOLDERS[name]
+@pytest.mark.parametrize("name", DIRECTORIES)
+def test_directories_that_are_no_checkpoint(name: str, tmp_path: Path) -> None:
+    files, message = DIRECTORIES[name]
     for file in files:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).touch()
-    for command in (open_folder, open_planned, open_model):
+    for command in (open_directory, open_planned, open_model):
         with pytest.raises(UserError) as raised:
             command(str(tmp_path))
         assert message in str(raised.value)

@@ -36,10 +36,10 @@ def area(module: str) -> str:
     return first if (PACKAGE / first).is_dir() else ""
 
 
-def imports(folder: Path = PACKAGE) -> list[tuple[Path, str]]:
-    """What the files of a folder import from the package."""
+def imports(directory: Path = PACKAGE) -> list[tuple[Path, str]]:
+    """What the files of a directory import from the package."""
     found = []
-    for path in folder.rglob("*.py"):
+    for path in directory.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE.name:
                 found += [(path, f"{node.module}.{alias.name}") for alias in node.names]
@@ -62,10 +62,10 @@ def names(module: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("folder", ["tests/cuda", "benchmarks", "examples", "train", "deploy"])
-def test_what_no_other_test_runs_imports_what_is_there(folder: str) -> None:
+@pytest.mark.parametrize("directory", ["tests/cuda", "benchmarks", "examples", "train", "deploy"])
+def test_what_no_other_test_runs_imports_what_is_there(directory: str) -> None:
     wrong = []
-    for path, imported in imports(PACKAGE.parent / folder):
+    for path, imported in imports(PACKAGE.parent / directory):
         module, _, name = imported.rpartition(".")
         if name not in names(module):
             wrong.append(f"{path.relative_to(PACKAGE.parent)} imports {imported}")

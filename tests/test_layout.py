@@ -21,7 +21,7 @@ EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def directory(tmp_path: Path) -> Path:
     """A sound checkpoint in several shards."""
     return write_checkpoint(tmp_path / "model", tiny_config(), shard_bytes=500_000)
 
@@ -31,10 +31,10 @@ def replace(tensors: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -
     tensors.update(others)
 
 
-def refused(folder: Path) -> str:
-    config = HunYuanConfig.from_pretrained(folder)
+def refused(directory: Path) -> str:
+    config = HunYuanConfig.from_pretrained(directory)
     with pytest.raises(CheckpointError) as raised:
-        check_headers(folder, Layout(config))
+        check_headers(directory, Layout(config))
     return str(raised.value)
 
 
@@ -66,75 +66,75 @@ def test_golden_checkpoints_pass(name: str) -> None:
     assert check_headers(GOLDEN / name, Layout(config)) == len(expected_tensors(config))
 
 
-def test_shards_pass(folder: Path) -> None:
-    config = HunYuanConfig.from_pretrained(folder)
-    assert len(list(folder.glob("*.safetensors"))) > 2
-    assert check_headers(folder, Layout(config)) == len(expected_tensors(config))
+def test_shards_pass(directory: Path) -> None:
+    config = HunYuanConfig.from_pretrained(directory)
+    assert len(list(directory.glob("*.safetensors"))) > 2
+    assert check_headers(directory, Layout(config)) == len(expected_tensors(config))
 
 
-def test_missing_tensor(folder: Path) -> None:
-    rewrite(folder, lambda tensors: tensors.pop(EXPERT))
-    assert f"lacks checkpoint tensor {EXPERT!r}" in refused(folder)
+def test_missing_tensor(directory: Path) -> None:
+    rewrite(directory, lambda tensors: tensors.pop(EXPERT))
+    assert f"lacks checkpoint tensor {EXPERT!r}" in refused(directory)
 
 
-def test_unknown_tensor(folder: Path) -> None:
-    rewrite(folder, lambda tensors: tensors.update({"model.layers.1.self_attn.k_proj.weight": torch.ones(64, 128)}))
-    assert "'model.layers.1.self_attn.k_proj.weight' is not part of this network" in refused(folder)
+def test_unknown_tensor(directory: Path) -> None:
+    rewrite(directory, lambda tensors: tensors.update({"model.layers.1.self_attn.k_proj.weight": torch.ones(64, 128)}))
+    assert "'model.layers.1.self_attn.k_proj.weight' is not part of this network" in refused(directory)
 
 
 @pytest.mark.parametrize(
     "tensor", [torch.ones(95, 128), torch.ones(0), torch.ones(128, 96)], ids=["short", "empty", "T"]
 )
-def test_misshapen_tensor(tensor: torch.Tensor, folder: Path) -> None:
-    rewrite(folder, lambda tensors: tensors.update({EXPERT: tensor}))
-    assert f"{EXPERT!r} has shape {list(tensor.shape)}; this config needs [96, 128]" in refused(folder)
+def test_misshapen_tensor(tensor: torch.Tensor, directory: Path) -> None:
+    rewrite(directory, lambda tensors: tensors.update({EXPERT: tensor}))
+    assert f"{EXPERT!r} has shape {list(tensor.shape)}; this config needs [96, 128]" in refused(directory)
 
 
-def test_tensor_in_two_files(folder: Path) -> None:
-    rewrite(folder, lambda tensors: None)
-    save_file({EXPERT: torch.ones(96, 128)}, folder / "more.safetensors")
-    message = refused(folder)
+def test_tensor_in_two_files(directory: Path) -> None:
+    rewrite(directory, lambda tensors: None)
+    save_file({EXPERT: torch.ones(96, 128)}, directory / "more.safetensors")
+    message = refused(directory)
     assert EXPERT in message and "model.safetensors" in message and "more.safetensors" in message
 
 
-def test_both_fused_and_separate(folder: Path) -> None:
+def test_both_fused_and_separate(directory: Path) -> None:
     name = "model.layers.0.self_attn.qkv_proj.weight"
-    rewrite(folder, lambda tensors: tensors.update({name: torch.ones(256, 128)}))
-    assert re.search(r"self_attn\.[qkv]_proj\.weight' is in .* and also in", refused(folder))
+    rewrite(directory, lambda tensors: tensors.update({name: torch.ones(256, 128)}))
+    assert re.search(r"self_attn\.[qkv]_proj\.weight' is in .* and also in", refused(directory))
 
 
-def test_truncated_shard(folder: Path) -> None:
-    shard = sorted(folder.glob("*.safetensors"))[1]
+def test_truncated_shard(directory: Path) -> None:
+    shard = sorted(directory.glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-1000])
-    assert f"{shard} is truncated" in refused(folder)
+    assert f"{shard} is truncated" in refused(directory)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x10", b"not a safetensors file at all, but long enough to look like one"])
-def test_not_a_shard(content: bytes, folder: Path) -> None:
-    shard = sorted(folder.glob("*.safetensors"))[0]
+def test_not_a_shard(content: bytes, directory: Path) -> None:
+    shard = sorted(directory.glob("*.safetensors"))[0]
     shard.write_bytes(content)
-    assert str(shard) in refused(folder)
+    assert str(shard) in refused(directory)
 
 
-def test_index_names_a_missing_file(folder: Path) -> None:
-    shard = sorted(folder.glob("*.safetensors"))[1]
+def test_index_names_a_missing_file(directory: Path) -> None:
+    shard = sorted(directory.glob("*.safetensors"))[1]
     shard.unlink()
-    message = refused(folder)
+    message = refused(directory)
     assert shard.name in message and INDEX_FILE in message and "download" in message
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"weight_map": 3}', json.dumps({"metadata": {}})])
-def test_broken_index(content: str, folder: Path) -> None:
-    (folder / INDEX_FILE).write_text(content)
-    assert INDEX_FILE in refused(folder)
+def test_broken_index(content: str, directory: Path) -> None:
+    (directory / INDEX_FILE).write_text(content)
+    assert INDEX_FILE in refused(directory)
 
 
-def test_stacked_experts(folder: Path) -> None:
-    config = HunYuanConfig.from_pretrained(folder)
+def test_stacked_experts(directory: Path) -> None:
+    config = HunYuanConfig.from_pretrained(directory)
     expected = expected_tensors(config)
     plain: dict[str, torch.Tensor] = {}
-    rewrite(folder, lambda tensors: plain.update(tensors) or replace(tensors, stack_experts(tensors)))
-    assert check_headers(folder, Layout(config)) == len(expected)
+    rewrite(directory, lambda tensors: plain.update(tensors) or replace(tensors, stack_experts(tensors)))
+    assert check_headers(directory, Layout(config)) == len(expected)
     layout = Layout(config)
     found = {
         part: tensor for name, stored in stack_experts(plain).items() for part, tensor in layout.split(name, stored)
@@ -143,8 +143,8 @@ def test_stacked_experts(folder: Path) -> None:
     assert all(torch.equal(found[name], plain[name]) for name in expected)
 
 
-def test_stacked_experts_of_another_number_or_of_a_dense_layer_are_named(folder: Path) -> None:
-    layout = Layout(HunYuanConfig.from_pretrained(folder))
+def test_stacked_experts_of_another_number_or_of_a_dense_layer_are_named(directory: Path) -> None:
+    layout = Layout(HunYuanConfig.from_pretrained(directory))
     name = "model.layers.0.mlp.experts.gate_up_proj"
     with pytest.raises(CheckpointError, match=r"shape \[3, 192, 128\]; this config needs \[4, 192, 128\]"):
         layout.names(name, (3, 192, 128))

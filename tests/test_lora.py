@@ -57,8 +57,8 @@ def test_adapters_of_one_batch_equal_their_merged_checkpoints(name: str | None, 
             llm.generate([given], PARAMS, lora_request=LoRARequest("named", 3, str(wrong)), use_tqdm=False)
         outputs = llm.generate([given] * 3, PARAMS, lora_request=[None, *requests], use_tqdm=False)
     answers = [said(output) for output in outputs]
-    for folder, (tokens, logprobs) in zip([base, *merged], answers, strict=True):
-        (answer,) = reference_answers(folder, [prompt], 16).items
+    for directory, (tokens, logprobs) in zip([base, *merged], answers, strict=True):
+        (answer,) = reference_answers(directory, [prompt], 16).items
         assert tokens == answer.greedy
         assert furthest(logprobs, answer.greedy_logprobs) <= FLOAT32_TOLERANCE
     assert len({tuple(tokens) for tokens, _ in answers}) == 3

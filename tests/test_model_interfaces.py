@@ -31,12 +31,12 @@ def test_expert_counts(name: str, counts: list[int]) -> None:
 @pytest.mark.engine
 def test_the_load_balancer_can_take_over_the_experts(tmp_path) -> None:
     """vLLM reads expert weights layer by layer, and maps checkpoint names of experts to parameters."""
-    folder = write_checkpoint(tmp_path / "model", tiny_config(num_experts=[4, 1, 4, 4]))
+    directory = write_checkpoint(tmp_path / "model", tiny_config(num_experts=[4, 1, 4, 4]))
 
     def inspect(model: HunYuanForCausalLM) -> tuple[int, set[int], set[str]]:
         weights = [list(layer.get_expert_weights()) for layer in model.moe_layers]
         mapping = model.get_expert_mapping()
         return len(weights), {len(tensor) for layer in weights for tensor in layer}, {entry[3] for entry in mapping}
 
-    with engine(folder) as llm:
+    with engine(directory) as llm:
         assert llm.apply_model(inspect) == [(3, {4}, {"w1", "w2", "w3"})]

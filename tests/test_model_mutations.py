@@ -110,8 +110,8 @@ def test_v1_defaults_of_the_field_left_out(left_out: str, tmp_path: Path) -> Non
 def test_v1_rounded_frequencies_with_plain_rope(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Hunyuan-Large's rounding, seen against the reference model."""
     config = tiny_config(architectures=["HunYuanMoEV1ForCausalLM"], use_cla=False, rope_scaling=None)
-    folder = write_checkpoint(tmp_path / "plain_rope", config)
-    answers = reference_answers(folder, random_prompts(config.vocab_size, [160] * 4), max_new_tokens=1)
+    directory = write_checkpoint(tmp_path / "plain_rope", config)
+    answers = reference_answers(directory, random_prompts(config.vocab_size, [160] * 4), max_new_tokens=1)
     monkeypatch.setattr(HunYuanConfig, "is_v1", False)
     assert worst_against(answers) > SEEN
 
@@ -120,6 +120,6 @@ def test_float32_frequencies_with_plain_rope(monkeypatch: pytest.MonkeyPatch, tm
     """No golden checkpoint has plain RoPE, so this one is seen against the reference model."""
     monkeypatch.delattr(RoundedRotaryEmbedding, "_compute_inv_freq")
     config = tiny_config(rope_scaling=None)
-    folder = write_checkpoint(tmp_path / "plain_rope", config)
-    answers = reference_answers(folder, random_prompts(config.vocab_size, [160] * 4), max_new_tokens=1)
+    directory = write_checkpoint(tmp_path / "plain_rope", config)
+    answers = reference_answers(directory, random_prompts(config.vocab_size, [160] * 4), max_new_tokens=1)
     assert worst_against(answers) > SEEN

@@ -19,10 +19,10 @@ BRANCHES = {name: overrides for name, overrides in VARIANTS.items() if name != "
 }
 
 
-def check(folder: Path, prompts: list[list[int]], reference: Path | None = None, **options: Any) -> None:
-    """The engine on `folder` must agree with the reference model on the same network."""
-    answers = reference_answers(reference or folder, prompts, max_new_tokens=8)
-    with engine(folder, **options) as llm:
+def check(directory: Path, prompts: list[list[int]], reference: Path | None = None, **options: Any) -> None:
+    """The engine on `directory` must agree with the reference model on the same network."""
+    answers = reference_answers(reference or directory, prompts, max_new_tokens=8)
+    with engine(directory, **options) as llm:
         results = score(llm, prompts, max_tokens=8)
     assert greatest_difference(results, answers) <= FLOAT32_TOLERANCE
 
@@ -30,23 +30,23 @@ def check(folder: Path, prompts: list[list[int]], reference: Path | None = None,
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_config_branch(branch: str, tmp_path: Path) -> None:
     config = tiny_config(**BRANCHES[branch])
-    folder = write_checkpoint(tmp_path / branch, config, seed=1)
-    check(folder, random_prompts(config.vocab_size, [7, 90, 160]))
+    directory = write_checkpoint(tmp_path / branch, config, seed=1)
+    check(directory, random_prompts(config.vocab_size, [7, 90, 160]))
 
 
 def test_biases_are_added_once_among_ranks(tmp_path: Path) -> None:
     config = tiny_config(**VARIANTS["biases"])
-    folder = write_checkpoint(tmp_path / "biases", config)
-    check(folder, random_prompts(config.vocab_size, [40]), tensor_parallel_size=2)
+    directory = write_checkpoint(tmp_path / "biases", config)
+    check(directory, random_prompts(config.vocab_size, [40]), tensor_parallel_size=2)
 
 
 def test_rope_dynamic_factor(tmp_path: Path) -> None:
     """vLLM fixes the NTK base for the extended length; the length-dependent formula agrees there, and only there."""
     config = tiny_config(rope_scaling={"type": "dynamic", "factor": 2.0}, max_position_embeddings=64)
-    folder = write_checkpoint(tmp_path / "model", config)
+    directory = write_checkpoint(tmp_path / "model", config)
     (prompt,) = random_prompts(config.vocab_size, [128])
-    (answer,) = reference_answers(folder, [prompt], max_new_tokens=1).items
-    with engine(folder, max_model_len=128) as llm:
+    (answer,) = reference_answers(directory, [prompt], max_new_tokens=1).items
+    with engine(directory, max_model_len=128) as llm:
         (result,) = score(llm, [prompt[:-1]])
     differences = [abs(a - b) for a, b in zip(result.prompt_logprobs, answer.prompt_logprobs, strict=False)]
     assert len(differences) == 126
@@ -74,5 +74,5 @@ def test_stacked_experts_load_alike(tmp_path: Path) -> None:
 def test_alpha_rope_beyond_max_position_embeddings(tmp_path: Path) -> None:
     """The base is the same at any length, so the file's maximum changes no answer."""
     config = tiny_config(model_type="hunyuan_v1_dense", num_experts=1, use_cla=False, max_position_embeddings=64)
-    folder = write_checkpoint(tmp_path / "short", config)
-    check(folder, random_prompts(config.vocab_size, [9, 200]))
+    directory = write_checkpoint(tmp_path / "short", config)
+    check(directory, random_prompts(config.vocab_size, [9, 200]))

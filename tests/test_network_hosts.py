@@ -32,7 +32,7 @@ def test_each_has_its_own_name_files_and_processes(pair):
     assert left.sh("hostname") == "left\n"
     left.sh("touch ~/mine /etc/mine /tmp/mine /dev/shm/mine")
     assert right.sh("ls ~/mine /etc/mine /tmp/mine /dev/shm/mine 2>/dev/null || true") == ""
-    assert not any(Path(folder, "mine").exists() for folder in (HOME, "/etc", "/tmp", "/dev/shm"))
+    assert not any(Path(directory, "mine").exists() for directory in (HOME, "/etc", "/tmp", "/dev/shm"))
     assert left.sh("cat /proc/1/comm") == "sh\n"
     assert str(os.getpid()) not in left.sh("ls /proc").split()
     assert right.run(sys.executable, "-c", "import paramiko, pytest").returncode == 0

@@ -17,12 +17,12 @@ ROOT = Path(__file__).parents[1]
 ENVIRON = ENGINE_TOO | {"FORKED_ENGINES": "forkserver", "MODEL_PATH": str(demo.path())}
 
 
-def run_example(folder: Path, *options: str) -> tuple[str, str]:
+def run_example(directory: Path, *options: str) -> tuple[str, str]:
     """Its answers, and what vLLM logged."""
     inherited = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     ran = subprocess.run(
         [sys.executable, ROOT / "examples" / "offline_batch.py", "--enforce-eager", *options],
-        cwd=folder,
+        cwd=directory,
         env=inherited | ENVIRON,
         capture_output=True,
         text=True,

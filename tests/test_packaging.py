@@ -36,8 +36,8 @@ def read(wheel: zipfile.ZipFile, ending: str) -> str:
 
 def test_every_module_and_the_demo_model_are_in_the_wheel(wheel):
     inside = set(wheel.namelist())
-    folder = ROOT / "hunyuan_vllm"
-    files = [file for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
+    directory = ROOT / "hunyuan_vllm"
+    files = [file for file in directory.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
     assert {str(file.relative_to(ROOT)) for file in files} | {"hunyuan_vllm_plugin.py"} <= inside
     assert "hunyuan_vllm/demo/model.safetensors" in inside
     assert not any(name.startswith(("tests", "deploy", "benchmarks", "train")) for name in inside)

@@ -156,8 +156,8 @@ def test_upstream_still_takes_adapters_of_which_nothing_applies(tmp_path: Path) 
     """tests/test_adapter.py has the other kinds of adapters that do not fit."""
     patches.apply_patches()
     config = tiny_config()
-    folder = rename_modules(write_adapter(tmp_path / "a", adapter_pairs(config)), lambda name: f"model.{name}")
-    request = LoRARequest("wrong", 1, str(folder))
+    directory = rename_modules(write_adapter(tmp_path / "a", adapter_pairs(config)), lambda name: f"model.{name}")
+    request = LoRARequest("wrong", 1, str(directory))
     manager = MagicMock(supported_lora_modules=["qkv_proj", "o_proj"], moe_ep_load_spec=None)
     manager.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
     manager.model = SimpleNamespace(config=config)
@@ -172,8 +172,8 @@ def test_upstream_still_takes_adapters_of_which_nothing_applies(tmp_path: Path) 
 def test_upstream_still_hands_any_adapter_to_the_engine(tmp_path: Path) -> None:
     patches.check_adapters_of_requests()
     config = tiny_config()
-    folder = rename_modules(write_adapter(tmp_path / "a", adapter_pairs(config)), lambda name: f"model.{name}")
-    request = LoRARequest("far", 1, str(folder))
+    directory = rename_modules(write_adapter(tmp_path / "a", adapter_pairs(config)), lambda name: f"model.{name}")
+    request = LoRARequest("far", 1, str(directory))
     processor = MagicMock(lora_config=LoRAConfig(max_lora_rank=8), tokenizer=None)
     processor.model_config.hf_config = config
     validate = InputProcessor._validate_lora

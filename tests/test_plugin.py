@@ -142,7 +142,7 @@ def test_a_hunyuan_of_their_own_stays_theirs() -> None:
 
 
 def test_a_broken_package_is_not_only_logged(tmp_path: Path) -> None:
-    """A folder in the working directory that shadows the package must not end in "requires trust_remote_code"."""
+    """A directory in the working directory that shadows the package must not end in "requires trust_remote_code"."""
     shadow = tmp_path / "hunyuan_vllm"
     shadow.mkdir()
     (shadow / "__init__.py").write_text("")

@@ -50,12 +50,12 @@ def test_other_scripts_pass(source: str, multiprocessing: str, tmp_path: Path, m
     run(tmp_path, source)
 
 
-def sampling(folder: Path, stored: dict[str, Any], **options: Any) -> dict[str, Any]:
+def sampling(directory: Path, stored: dict[str, Any], **options: Any) -> dict[str, Any]:
     """vLLM's defaults for requests to a checkpoint with `stored` in generation_config.json."""
     load_general_plugins()
-    shutil.copy(Path(__file__).parent / "golden" / "cla2_top1" / "config.json", folder)
-    (folder / "generation_config.json").write_text(json.dumps(stored))
-    return ModelConfig(model=str(folder), dtype="float32", **options).get_diff_sampling_param()
+    shutil.copy(Path(__file__).parent / "golden" / "cla2_top1" / "config.json", directory)
+    (directory / "generation_config.json").write_text(json.dumps(stored))
+    return ModelConfig(model=str(directory), dtype="float32", **options).get_diff_sampling_param()
 
 
 @pytest.mark.parametrize(

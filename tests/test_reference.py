@@ -363,7 +363,7 @@ def put(name: str, tensor: Tensor) -> Callable[[dict[str, Tensor]], Any]:
 
 class TestBrokenCheckpoints:
     @pytest.fixture
-    def folder(self, tmp_path: Path) -> Path:
+    def directory(self, tmp_path: Path) -> Path:
         return write_checkpoint(tmp_path / "model", tiny_config(num_hidden_layers=2))
 
     @pytest.mark.parametrize(
@@ -386,19 +386,19 @@ class TestBrokenCheckpoints:
         ],
     )
     def test_the_tensor_is_named(
-        self, folder: Path, change: Callable[[dict[str, Tensor]], Any], words: list[str]
+        self, directory: Path, change: Callable[[dict[str, Tensor]], Any], words: list[str]
     ) -> None:
-        rewrite(folder, change)
+        rewrite(directory, change)
         with pytest.raises(CheckpointError) as raised:
-            load(folder)
+            load(directory)
         for word in words:
             assert word in str(raised.value)
 
-    def test_a_truncated_file_is_named(self, folder: Path) -> None:
-        file = folder / "model.safetensors"
+    def test_a_truncated_file_is_named(self, directory: Path) -> None:
+        file = directory / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-1000])
         with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-            load(folder)
+            load(directory)
 
     def test_a_shard_that_is_not_there_is_named(self, tmp_path: Path) -> None:
         golden = shutil.copytree(load_golden("cla2_top1").path, tmp_path / "golden")
@@ -406,7 +406,7 @@ class TestBrokenCheckpoints:
         with pytest.raises(CheckpointError, match="model-00002-of-00002"):
             load(golden)
 
-    def test_no_weights(self, folder: Path) -> None:
-        (folder / "model.safetensors").unlink()
+    def test_no_weights(self, directory: Path) -> None:
+        (directory / "model.safetensors").unlink()
         with pytest.raises(CheckpointError, match=r"no \*\.safetensors"):
-            load(folder)
+            load(directory)

@@ -1,4 +1,4 @@
-"""The commands that tools end with serve what they have written, from any folder."""
+"""The commands that tools end with serve what they have written, from any directory."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_an_adapter_that_cannot_be_served_beside_its_model_is_merged(
 
 @pytest.mark.parametrize("scheme", [None, "int8"])
 def test_the_command_is_one_that_serve_takes(tmp_path: Path, scheme: str | None) -> None:
-    """In the shell, from another folder; nothing is started."""
+    """In the shell, from another directory; nothing is started."""
     script, command = f"sh {ROOT}/deploy/run_server.sh", checkpoint_command(demo.path(), scheme)
     assert script in command  # which would set up an environment first
     command = command.replace(script, f"{Path(sys.executable).with_name('hunyuan-vllm')} serve")

@@ -23,21 +23,21 @@ CLOCK = "{{ strftime_now('%H:%M:%S') }}" + DENSE
 
 
 @pytest.fixture(scope="module", params=["PreTrainedTokenizerFast", "TokenizersBackend", None])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint whose tokenizer_config.json names this class."""
     load_general_plugins()
-    folder = tmp_path_factory.mktemp("checkpoint")
-    small_vocabulary(["think answer tool calls 助手"], CLOCK).save_pretrained(folder)
-    shutil.copy(CONFIG, folder)
-    file = folder / "tokenizer_config.json"
+    directory = tmp_path_factory.mktemp("checkpoint")
+    small_vocabulary(["think answer tool calls 助手"], CLOCK).save_pretrained(directory)
+    shutil.copy(CONFIG, directory)
+    file = directory / "tokenizer_config.json"
     fields = json.loads(file.read_text())
     fields.pop("tokenizer_class")
     file.write_text(json.dumps(fields | ({"tokenizer_class": request.param} if request.param else {})))
-    return folder
+    return directory
 
 
-def test_its_ids_stay_what_they_are(folder: Path) -> None:
-    ours, stock = AutoTokenizer.from_pretrained(folder), TokenizersBackend.from_pretrained(folder)
+def test_its_ids_stay_what_they_are(directory: Path) -> None:
+    ours, stock = AutoTokenizer.from_pretrained(directory), TokenizersBackend.from_pretrained(directory)
     assert type(ours) is HYTokenizer and type(stock) is TokenizersBackend
     texts = [text.encode(errors="replace").decode() for text in random_texts(500, seed=1)] + [FORGED]
     ids = stock(texts)["input_ids"]
@@ -46,23 +46,23 @@ def test_its_ids_stay_what_they_are(folder: Path) -> None:
     assert (ours.eos_token, ours.pad_token, len(ours)) == (stock.eos_token, stock.pad_token, len(stock))
 
 
-def test_what_it_saves_is_read_without_us(folder: Path, tmp_path: Path) -> None:
-    ours = AutoTokenizer.from_pretrained(folder)
+def test_what_it_saves_is_read_without_us(directory: Path, tmp_path: Path) -> None:
+    ours = AutoTokenizer.from_pretrained(directory)
     ours.save_pretrained(tmp_path)
     for saved in (AutoTokenizer.from_pretrained(tmp_path), TokenizersBackend.from_pretrained(tmp_path)):
         assert (saved.encode(FORGED), saved.chat_template) == (ours.encode(FORGED), CLOCK)
 
 
-def test_without_a_template_it_has_none(folder: Path, tmp_path: Path) -> None:
+def test_without_a_template_it_has_none(directory: Path, tmp_path: Path) -> None:
     """The built-in one is of the other vocabulary."""
     for name in ("config.json", "tokenizer.json"):
-        shutil.copy(folder / name, tmp_path)
+        shutil.copy(directory / name, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert type(tokenizer) is HYTokenizer and tokenizer.chat_template is None
 
 
 def test_messages_bring_no_special_token_and_the_clock_stands_still(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Clock(datetime):
         @classmethod
@@ -70,8 +70,8 @@ def test_messages_bring_no_special_token_and_the_clock_stands_still(
             return cls(2026, 2, 3, 13, 59, 58)
 
     monkeypatch.setattr("hunyuan_vllm.chat_template.datetime", Clock)
-    renderer = renderer_from_config(VllmConfig(model_config=ModelConfig(model=str(folder), dtype="float32")))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    renderer = renderer_from_config(VllmConfig(model_config=ModelConfig(model=str(directory), dtype="float32")))
+    tokenizer = AutoTokenizer.from_pretrained(directory)
 
     def prompt(**params: Any) -> list[int]:
         _, (rendered,) = renderer.render_chat([[{"role": "user", "content": FORGED}]], ChatParams(**params))

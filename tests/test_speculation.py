@@ -13,10 +13,10 @@ from vllm.model_executor.models.interfaces import supports_eagle3
 from hunyuan_vllm.model import HunYuanForCausalLM, HunYuanModel
 
 
-def write_draft(folder: Path, hidden: int, vocab: int) -> Path:
+def write_draft(directory: Path, hidden: int, vocab: int) -> Path:
     """A random draft of one Llama layer, in the layout that AngelSlim publishes for Hunyuan models: its heads are the
     target's (vLLM cannot group the caches of others with shared ones)."""
-    folder.mkdir()
+    directory.mkdir()
     width, kept, heads, kv_heads, head_dim = 2 * hidden, vocab // 2, 4, 2, 32
     fields = {
         "architectures": ["LlamaForCausalLMEagle3"],
@@ -32,7 +32,7 @@ def write_draft(folder: Path, hidden: int, vocab: int) -> Path:
         "max_position_embeddings": 512,
         "torch_dtype": "float32",
     }
-    (folder / "config.json").write_text(json.dumps(fields))
+    (directory / "config.json").write_text(json.dumps(fields))
     q, kv = heads * head_dim, kv_heads * head_dim
     shapes = {
         "fc.weight": (hidden, 3 * hidden),
@@ -53,8 +53,8 @@ def write_draft(folder: Path, hidden: int, vocab: int) -> Path:
     tensors = {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in shapes.items()}
     tensors["d2t"] = torch.arange(kept)  # the draft's token n is the target's 2n
     tensors["t2d"] = torch.arange(vocab) % 2 == 0
-    save_file(tensors, folder / "model.safetensors")
-    return folder
+    save_file(tensors, directory / "model.safetensors")
+    return directory
 
 
 def test_interface() -> None:

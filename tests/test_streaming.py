@@ -26,10 +26,10 @@ BYTE_IDS = {token[0]: rank for rank, token in enumerate(read_tokens(SMALL_VOCAB)
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> HYTokenizer:
     AutoConfig.register(HunYuanConfig.model_type, HunYuanConfig, exist_ok=True)
     register_tokenizer()
-    folder = tmp_path_factory.mktemp("checkpoint")
-    shutil.copy(CONFIG, folder / "config.json")
-    shutil.copy(SMALL_VOCAB, folder / "hy.tiktoken")
-    return get_tokenizer(folder)
+    directory = tmp_path_factory.mktemp("checkpoint")
+    shutil.copy(CONFIG, directory / "config.json")
+    shutil.copy(SMALL_VOCAB, directory / "hy.tiktoken")
+    return get_tokenizer(directory)
 
 
 def stream(tokenizer: HYTokenizer, prompt: list[int], ids: list[int], step: int = 1, **sampling: object) -> list[str]:

@@ -35,16 +35,16 @@ def registered() -> None:
     register_tokenizer()
 
 
-def checkpoint(folder: Path, tokenizer_config: dict[str, Any] | None = None, vocab: Path = SMALL_VOCAB) -> Path:
-    shutil.copy(CONFIG, folder / "config.json")
-    shutil.copy(vocab, folder / "hy.tiktoken")
+def checkpoint(directory: Path, tokenizer_config: dict[str, Any] | None = None, vocab: Path = SMALL_VOCAB) -> Path:
+    shutil.copy(CONFIG, directory / "config.json")
+    shutil.copy(vocab, directory / "hy.tiktoken")
     if tokenizer_config is not None:
-        (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
-    return folder
+        (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    return directory
 
 
-def load(folder: Path, tokenizer_config: dict[str, Any] | None = None) -> HYTokenizer:
-    return AutoTokenizer.from_pretrained(checkpoint(folder, tokenizer_config), trust_remote_code=False)
+def load(directory: Path, tokenizer_config: dict[str, Any] | None = None) -> HYTokenizer:
+    return AutoTokenizer.from_pretrained(checkpoint(directory, tokenizer_config), trust_remote_code=False)
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +54,11 @@ def small() -> HYTokenizer:
 
 def test_v1_has_one_more_special_token(tmp_path: Path) -> None:
     """Of model_type hunyuan_v1_moe, whose tokenizer_config.json names the class, and remote code of the same name."""
-    folder = checkpoint(tmp_path, {"tokenizer_class": "HYTokenizer", "auto_map": REMOTE})
+    directory = checkpoint(tmp_path, {"tokenizer_class": "HYTokenizer", "auto_map": REMOTE})
     ranks = len(SMALL_VOCAB.read_text().splitlines())
     fields = json.loads((GOLDEN / "v1_moe_tf" / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(fields | {"vocab_size": ranks + 210}))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    (directory / "config.json").write_text(json.dumps(fields | {"vocab_size": ranks + 210}))
+    tokenizer = AutoTokenizer.from_pretrained(directory)
     assert isinstance(tokenizer, HYTokenizer) and len(tokenizer) == ranks + 210
     assert tokenizer.encode("<|extra_204|>", add_special_tokens=False) == [ranks + 209]
     assert tokenizer(["<|extra_204|>"], add_special_tokens=False)["input_ids"] == [[ranks + 209]]

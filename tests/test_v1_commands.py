@@ -21,16 +21,16 @@ CACHE = ["--kv-cache-memory-bytes", str(64 * 2**20)]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = small_vocabulary([TEXT])
     tokenizer.bos_token, tokenizer.eos_token = "<｜hy_begin▁of▁sentence｜>", "<｜hy_place▁holder▁no▁2｜>"
     config = tiny_config(
         model_type="hunyuan_v1_dense", architectures=["HunYuanDenseV1ForCausalLM"], num_experts=1, use_cla=False,
         vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=None,
     )  # fmt: skip
-    folder = write_checkpoint(tmp_path_factory.mktemp("models") / "v1", config)
-    tokenizer.save_pretrained(folder)
-    return folder
+    directory = write_checkpoint(tmp_path_factory.mktemp("models") / "v1", config)
+    tokenizer.save_pretrained(directory)
+    return directory
 
 
 def run(*arguments: object) -> str:
@@ -40,38 +40,38 @@ def run(*arguments: object) -> str:
     return ran.stdout
 
 
-def test_batch(folder: Path, tmp_path: Path) -> None:
+def test_batch(directory: Path, tmp_path: Path) -> None:
     prompts = [[5, 6, 7], [9] * 40]
     greedy = {"temperature": 0, "max_tokens": 16, "ignore_eos": True, "return_token_ids": True}
     lines = [{"prompt": prompt, **greedy} for prompt in prompts] + [
         {"messages": [{"role": "user", "content": "<｜hy_User｜>"}], **greedy}
     ]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run("batch", tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--model", folder, "--enforce-eager")
+    run("batch", tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--model", directory, "--enforce-eager")
     records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     *plain, chat = sorted(records, key=lambda record: record["line"])
-    for record, item in zip(plain, reference_answers(folder, prompts, 16).items, strict=True):
+    for record, item in zip(plain, reference_answers(directory, prompts, 16).items, strict=True):
         assert record["outputs"][0]["token_ids"] == item.greedy
     assert chat["error"] is None and chat["usage"]["completion_tokens"] == 16
     assert chat["usage"]["prompt_tokens"] > 8  # what a user writes is no special token
 
 
-def test_eval_compare(folder: Path, tmp_path: Path) -> None:
+def test_eval_compare(directory: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     text = ["--text", tmp_path / "text.txt", "--context", "40"]
-    (found,) = json.loads(run("eval", "compare", folder, "--b", "int8", *text, "--json"))["compared"]
+    (found,) = json.loads(run("eval", "compare", directory, "--b", "int8", *text, "--json"))["compared"]
     assert found["tokens"] > 40 and found["kl_mean"] > 0
 
 
-def test_two_replicas_answer_as_one(folder: Path) -> None:
+def test_two_replicas_answer_as_one(directory: Path) -> None:
     prompts = [[5 + number, 6, 7] for number in range(8)]
     body = {"model": "hunyuan", "max_tokens": 16, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
     with (
-        running_server(str(folder), "--data-parallel-size", "2", "--dtype", "float32") as server,
+        running_server(str(directory), "--data-parallel-size", "2", "--dtype", "float32") as server,
         httpx.Client(base_url=server.url, timeout=120) as client,
         ThreadPoolExecutor(len(prompts)) as several,
     ):
         answers = [*several.map(lambda prompt: client.post("/v1/completions", json=body | {"prompt": prompt}), prompts)]
         assert {"EngineCore_DP0", "EngineCore_DP1"} == {*re.findall(r"EngineCore_DP\d", server.said)}
-    for answer, item in zip(answers, reference_answers(folder, prompts, 16).items, strict=True):
+    for answer, item in zip(answers, reference_answers(directory, prompts, 16).items, strict=True):
         assert answer.json()["choices"][0]["token_ids"] == item.greedy

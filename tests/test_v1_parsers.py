@@ -228,12 +228,12 @@ def test_thinking_that_the_prompt_has_begun(tokenizer: Any) -> None:
 @pytest.fixture(scope="module")
 def serving(tmp_path_factory: pytest.TempPathFactory) -> OpenAIServingChat:
     """vLLM's chat completions before an engine that says what it is told to: `serving.engine_client.says`."""
-    folder = tmp_path_factory.mktemp("checkpoint")
+    directory = tmp_path_factory.mktemp("checkpoint")
     config = json.loads((Path(__file__).parent / "golden" / "cla2_top1" / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
-    (folder / "chat_template.jinja").write_text(A13B)
-    shutil.copy(SMALL_VOCAB, folder / "hy.tiktoken")
-    model = ModelConfig(model=str(folder), dtype="float32")
+    (directory / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
+    (directory / "chat_template.jinja").write_text(A13B)
+    shutil.copy(SMALL_VOCAB, directory / "hy.tiktoken")
+    model = ModelConfig(model=str(directory), dtype="float32")
     engine = Engine(model)
     options: Any = {
         "request_logger": None,

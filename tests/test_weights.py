@@ -20,32 +20,32 @@ NAME = "model.layers.3.mlp.experts.1.down_proj.weight"
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def directory(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "model", tiny_config())
 
 
-def refused(folder: Path, **options) -> str:
-    with pytest.raises(Exception) as raised, engine(folder, **options):
+def refused(directory: Path, **options) -> str:
+    with pytest.raises(Exception) as raised, engine(directory, **options):
         pass
     return str(raised.value)
 
 
-def test_preflight_speaks_before_any_worker(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preflight_speaks_before_any_worker(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the user's process, from the headers: no engine is made."""
-    rewrite(folder, lambda tensors: tensors.pop(NAME))
+    rewrite(directory, lambda tensors: tensors.pop(NAME))
     monkeypatch.setattr(
         "vllm.v1.engine.llm_engine.EngineCoreClient.make_client", lambda *_, **__: pytest.fail("started")
     )
-    assert f"lacks checkpoint tensor {NAME!r}" in refused(folder)
+    assert f"lacks checkpoint tensor {NAME!r}" in refused(directory)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_not_finite(value: float, folder: Path) -> None:
+def test_not_finite(value: float, directory: Path) -> None:
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
         tensors[NAME][-1, -1] = value
 
-    rewrite(folder, spoil)
-    assert f"{NAME!r} holds NaN or infinite values" in refused(folder)
+    rewrite(directory, spoil)
+    assert f"{NAME!r} holds NaN or infinite values" in refused(directory)
 
 
 @pytest.mark.parametrize(
@@ -57,11 +57,11 @@ def test_not_finite(value: float, folder: Path) -> None:
     ],
     ids=["missing", "unknown", "misshapen"],
 )
-def test_the_stream_is_checked_too(change, message: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights need not come from a folder of safetensors; then there are no headers to look at first."""
+def test_the_stream_is_checked_too(change, message: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights need not come from a directory of safetensors; then there are no headers to look at first."""
     monkeypatch.setattr(preflight, "check_headers", lambda *_: 0)
-    rewrite(folder, change)
-    assert message in refused(folder)
+    rewrite(directory, change)
+    assert message in refused(directory)
 
 
 @pytest.mark.parametrize(
@@ -75,20 +75,20 @@ def test_the_stream_is_checked_too(change, message: str, folder: Path, monkeypat
     ],
     ids=["tp", "pp", "ep", "fast_prefill", "dcp"],
 )
-def test_what_cannot_work_is_refused_at_once(options: dict, message: str, folder: Path) -> None:
-    assert message in refused(folder, **options)
+def test_what_cannot_work_is_refused_at_once(options: dict, message: str, directory: Path) -> None:
+    assert message in refused(directory, **options)
 
 
 @pytest.mark.parametrize("changes", [{}, V1], ids=["CLA", "V1"])
 def test_reload_in_place(changes: dict[str, Any], tmp_path: Path) -> None:
     """vLLM's own reload from another path, then a single norm pushed as in reinforcement learning."""
     config = tiny_config(**changes)
-    folder = write_checkpoint(tmp_path / "model", config)
+    directory = write_checkpoint(tmp_path / "model", config)
     other = write_checkpoint(tmp_path / "other", config, seed=5)
     prompts = random_prompts(config.vocab_size, [60])
     name = "model.layers.1.self_attn.key_layernorm.weight"
-    with engine(folder) as llm:
-        assert greatest_difference(score(llm, prompts), reference_answers(folder, prompts, 1)) <= FLOAT32_TOLERANCE
+    with engine(directory) as llm:
+        assert greatest_difference(score(llm, prompts), reference_answers(directory, prompts, 1)) <= FLOAT32_TOLERANCE
         llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})
         llm.reset_prefix_cache()
         assert greatest_difference(score(llm, prompts), reference_answers(other, prompts, 1)) <= FLOAT32_TOLERANCE
@@ -100,11 +100,11 @@ def test_reload_in_place(changes: dict[str, Any], tmp_path: Path) -> None:
         assert greatest_difference(score(llm, prompts), reference_answers(other, prompts, 1)) <= FLOAT32_TOLERANCE
 
 
-def test_dummy_weights_are_filled_in_parts(folder: Path) -> None:
+def test_dummy_weights_are_filled_in_parts(directory: Path) -> None:
     """A trainer pushes a few tensors at a time into an engine that began with dummy weights."""
     tensors = dict(random_tensors(tiny_config(), seed=0))
     names = [f"model.layers.2.self_attn.{which}_layernorm.weight" for which in ("query", "key")]
-    with engine(folder, load_format="dummy") as llm:
+    with engine(directory, load_format="dummy") as llm:
         for name in names:
             part = [(name, tensors[name])]
             llm.apply_model(lambda model, part=part: len(model.load_weights(part)))

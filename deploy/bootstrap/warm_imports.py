@@ -32,7 +32,7 @@ from hunyuan_vllm import envs
 from hunyuan_vllm.native.build import build, require_features
 if envs.native_kernels():
     require_features()
-    build(envs.cache_folder() / "kernels")
+    build(envs.cache_directory() / "kernels")
 """
 WORKERS = {"cpu": "vllm.v1.worker.cpu_worker", "cuda": "vllm.v1.worker.gpu_worker"}
 
@@ -40,10 +40,10 @@ WORKERS = {"cpu": "vllm.v1.worker.cpu_worker", "cuda": "vllm.v1.worker.gpu_worke
 def main() -> None:
     for name in COMPLETE.split():
         print(f"compile {name}", flush=True)
-        package, _, folder = name.partition("/")
+        package, _, directory = name.partition("/")
         spec = importlib.util.find_spec(package)
         assert spec is not None and spec.origin is not None, name
-        compileall.compile_dir(Path(spec.origin).parent / folder, quiet=2, workers=0)  # with all cores
+        compileall.compile_dir(Path(spec.origin).parent / directory, quiet=2, workers=0)  # with all cores
     from hunyuan_vllm import envs
     from hunyuan_vllm.server.vllm_serve import fast_imports
 

@@ -36,12 +36,12 @@ class ServedModel:
     key: str | None = field(default=None, repr=False)
 
     def tokenizer(self, given: Path | None = None) -> Path:
-        """Folder of the tokenizer: what --tokenizer names, or the server's checkpoint, if this machine has it."""
-        folder = given or Path(self.root)
-        if (folder / "tokenizer_config.json").is_file():
-            return folder
+        """Directory of the tokenizer: what --tokenizer names, or the server's checkpoint, if this machine has it."""
+        directory = given or Path(self.root)
+        if (directory / "tokenizer_config.json").is_file():
+            return directory
         raise UserError(
-            f"{folder} is not a directory with a tokenizer on this machine: name one (hy.tiktoken, "
+            f"{directory} is not a directory with a tokenizer on this machine: name one (hy.tiktoken, "
             "tokenizer_config.json, config.json) with --tokenizer"
         )
 

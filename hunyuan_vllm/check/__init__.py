@@ -1,1 +1,1 @@
-"""`hunyuan-vllm check`: whether a checkpoint folder is whole and fits together, without loading it."""
+"""`hunyuan-vllm check`: whether a checkpoint directory is whole and fits together, without loading it."""

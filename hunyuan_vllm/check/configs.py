@@ -51,17 +51,17 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_config(folder: Path, section: Section) -> ConfigFile:
+def check_config(directory: Path, section: Section) -> ConfigFile:
     found = ConfigFile()
     try:
-        found.fields = read_object(folder / "config.json")
+        found.fields = read_object(directory / "config.json")
     except ValueError as error:
         section.problem("config.json", f"it {error}", AGAIN)
         return found
     kind = found.fields.get("model_type")
     if kind not in NETWORKS:
         text = f"model_type is {kind!r}; a Hunyuan checkpoint has one of {', '.join(NETWORKS)}"
-        section.problem("config.json", text, "name the folder of a Hunyuan checkpoint")
+        section.problem("config.json", text, "name the directory of a Hunyuan checkpoint")
         return found
     try:
         found.network = Network.read(found.fields)
@@ -75,7 +75,7 @@ def check_config(folder: Path, section: Section) -> ConfigFile:
         section.problem("config.json", text, f'set it to ["{ARCHITECTURES[0]}"]')
     for name, wrong in _bad_ids(vars(found.network), found.network.vocab_size):
         section.problem("config.json", f"{name} is {wrong}", AGAIN)
-    _check_format(found, folder, section)
+    _check_format(found, directory, section)
     return found
 
 
@@ -108,10 +108,10 @@ def _count(number: int) -> str:
     return f"{number / 1e9:.1f}B" if number >= 1e9 else f"{number / 1e6:.2f}M"
 
 
-def _check_format(found: ConfigFile, folder: Path, section: Section) -> None:
+def _check_format(found: ConfigFile, directory: Path, section: Section) -> None:
     assert found.network is not None
     try:
-        found.format = read_format(found.fields, folder)
+        found.format = read_format(found.fields, directory)
     except UnservedFormat as error:
         section.problem("quantization_config", error.text, error.remedy)
         return
@@ -166,18 +166,18 @@ def stop_ids(config: ConfigFile, generation: dict[str, Any]) -> list[Any]:
     return ids_of(generation.get("eos_token_id", config.fields.get("eos_token_id")))
 
 
-def read_generation(folder: Path) -> dict[str, Any]:
+def read_generation(directory: Path) -> dict[str, Any]:
     """The fields of generation_config.json; empty where it cannot be read."""
     try:
-        return read_object(folder / "generation_config.json")
+        return read_object(directory / "generation_config.json")
     except ValueError:
         return {}
 
 
-def check_generation(folder: Path, config: ConfigFile, section: Section) -> None:
+def check_generation(directory: Path, config: ConfigFile, section: Section) -> None:
     """Check generation_config.json by itself; `text` compares its ids with the tokenizer's."""
     published = published_settings(config)
-    path = folder / "generation_config.json"
+    path = directory / "generation_config.json"
     if not path.exists():
         text = "there is none: answers end only at the tokenizer's end token, and vLLM samples at temperature 1"
         section.warning("generation_config.json", text, f"copy it from the published checkpoint ({published})")

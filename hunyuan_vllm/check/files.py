@@ -25,16 +25,16 @@ CACHE_SCALES = "kv_cache_scales.safetensors"  # of an FP8 cache; published besid
 AGAIN = "download them again; an interrupted download resumes with the same command"
 
 
-def open_folder(given: str) -> Path:
+def open_directory(given: str) -> Path:
     """The directory of a checkpoint, of a downloaded hub repository, or of the demo model (`demo`)."""
-    folder = Path(given).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").exists() and not any(folder.glob("model*.safetensors*")):
-            raise UserError(f"{given} {': '.join(missing_config(folder))}")
-        return folder.resolve()
+    directory = Path(given).expanduser()
+    if directory.is_dir():
+        if not (directory / "config.json").exists() and not any(directory.glob("model*.safetensors*")):
+            raise UserError(f"{given} {': '.join(missing_config(directory))}")
+        return directory.resolve()
     if given == demo.NAME:
         return demo.path()
-    if folder.exists():
+    if directory.exists():
         raise UserError(f"{given} is a file: give the directory that holds config.json")
     if HUB_NAME.fullmatch(given):
         from huggingface_hub import snapshot_download
@@ -47,14 +47,14 @@ def open_folder(given: str) -> Path:
     raise UserError(f"{given} does not exist: give a checkpoint's directory, or {demo.NAME}")
 
 
-def list_files(folder: Path, section: Section) -> tuple[list[Path], dict[str, Any] | None]:
+def list_files(directory: Path, section: Section) -> tuple[list[Path], dict[str, Any] | None]:
     """The shards that vLLM will read, and the index, None if it is absent or unreadable; files that are missing,
     unfinished or not the real content are reported."""
-    there = sorted(path for path in folder.glob("*.safetensors") if path.exists())
-    _check_links(folder, section)
+    there = sorted(path for path in directory.glob("*.safetensors") if path.exists())
+    _check_links(directory, section)
     index = None
     try:
-        index = read_index(folder)
+        index = read_index(directory)
     except CheckpointError:
         section.problem(INDEX_FILE, "it is not a safetensors index", "download it again")
     if index is None:
@@ -62,16 +62,16 @@ def list_files(folder: Path, section: Section) -> tuple[list[Path], dict[str, An
         _check_numbers(there, section)
     else:
         named = sorted(set(index["weight_map"].values()))
-        shards = [folder / name for name in named if (folder / name).exists()]
+        shards = [directory / name for name in named if (directory / name).exists()]
         extra = [path.name for path in there if path not in shards and path.name != CACHE_SCALES]
-        if absent := [name for name in named if not (folder / name).exists()]:
+        if absent := [name for name in named if not (directory / name).exists()]:
             text = f"{len(absent)} of {len(named)} in the index are missing: {some(absent)}"
             section.problem("shards", text, AGAIN, absent)
         if extra:
             text = f"not in the index, so not read by vLLM: {some(extra)}"
             section.warning("shards", text, f"delete them, or download {INDEX_FILE} again if they belong to it", extra)
     if not shards:
-        what, remedy = missing_weights(folder)
+        what, remedy = missing_weights(directory)
         section.problem("shards", f"the directory {what}", remedy)
     return shards, index
 
@@ -114,14 +114,16 @@ def check_index(index: dict[str, Any], tensors: Sequence[StoredTensor], absent: 
         section.ok("index", f"{len(weight_map):,} tensors, each in the shard it names")
 
 
-def _check_links(folder: Path, section: Section) -> None:
-    files = [path for path in sorted(folder.iterdir()) if not path.is_dir()]
+def _check_links(directory: Path, section: Section) -> None:
+    files = [path for path in sorted(directory.iterdir()) if not path.is_dir()]
     if dangling := [path.name for path in files if not path.exists()]:
         section.problem("links", f"broken: {some(dangling)}", AGAIN, dangling)
     if pointers := [path.name for path in files if path.suffix != ".safetensors" and _is_pointer(path)]:
         text = f"Git LFS pointers instead of the files: {some(pointers)}"
         section.problem("files", text, "run `git lfs pull` in the directory", pointers)
-    unfinished = [path.name for cache in (".cache", ".huggingface") for path in (folder / cache).rglob("*.incomplete")]
+    unfinished = [
+        path.name for cache in (".cache", ".huggingface") for path in (directory / cache).rglob("*.incomplete")
+    ]
     if unfinished:
         text = f"{plural(len(unfinished), 'unfinished file')} in the hub's download directory"
         section.warning("download", text, "run the download again; it resumes where it stopped", unfinished)

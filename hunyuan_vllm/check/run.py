@@ -23,7 +23,7 @@ class Report:
         parameters: of the network, and those a token uses; None where config.json does not say.
     """
 
-    folder: Path
+    directory: Path
     sections: list[Section] = field(default_factory=list)
     stored_bytes: int = 0
     parameters: tuple[int, int] | None = None
@@ -37,15 +37,15 @@ class Report:
         return self.sections[-1]
 
 
-def check_folder(folder: Path, run_deep: Progress | None = None, jobs: int = 1) -> Report:
-    """Check everything in `folder` that can be checked.
+def check_directory(directory: Path, run_deep: Progress | None = None, jobs: int = 1) -> Report:
+    """Check everything in `directory` that can be checked.
 
     Args:
         run_deep: runs a `Deep` with a progress display; None: the tensors' data are not read.
     """
-    report = Report(folder)
+    report = Report(directory)
     files = report.section("Files")
-    found, index = list_files(folder, files)
+    found, index = list_files(directory, files)
     shards = read_shards(found)
     check_shards(shards, files)
     report.stored_bytes = sum(shard.size for shard in shards)
@@ -54,7 +54,7 @@ def check_folder(folder: Path, run_deep: Progress | None = None, jobs: int = 1) 
     if index is not None:
         check_index(index, tensors, not complete, files)
 
-    config = check_config(folder, report.section("Config"))
+    config = check_config(directory, report.section("Config"))
     if config.network is not None:
         report.parameters = parameters(config.network)
     section = report.section("Tensors")
@@ -67,14 +67,14 @@ def check_folder(folder: Path, run_deep: Progress | None = None, jobs: int = 1) 
             whole = {shard.file for shard in shards if not shard.fault}
             check_scales({tensor: parts for tensor, parts in used.items() if tensor.file in whole}, config, section)
 
-    generation = read_generation(folder)
-    tokenizer = check_tokenizer(folder, config, generation, report.section("Tokenizer"))
+    generation = read_generation(directory)
+    tokenizer = check_tokenizer(directory, config, generation, report.section("Tokenizer"))
     template = report.section("Chat template")
     if tokenizer is None:
         template.skipped("template", "not rendered: there is no tokenizer")
     else:
-        check_template(folder, tokenizer, config, stop_ids(config, generation), template)
-    check_generation(folder, config, report.section("Generation"))
+        check_template(directory, tokenizer, config, stop_ids(config, generation), template)
+    check_generation(directory, config, report.section("Generation"))
     if run_deep is not None:
         sound_shards = [shard for shard in shards if not shard.fault]
         run_deep(Deep(sound_shards, used, jobs), report.section("Data"))

@@ -26,42 +26,42 @@ PUBLISHED_LINES = {129024: 127957, 128167: 127957}  # vocab_size → lines of th
 
 
 def check_tokenizer(
-    folder: Path, config: ConfigFile, generation: dict[str, Any], section: Section
+    directory: Path, config: ConfigFile, generation: dict[str, Any], section: Section
 ) -> "TokenizersBackend | None":
     """Load it and try it; None if it cannot be loaded."""
-    names = [name for name in (TIKTOKEN, TOKENIZER_JSON) if (folder / name).exists()]
+    names = [name for name in (TIKTOKEN, TOKENIZER_JSON) if (directory / name).exists()]
     if not names:
         text = f"there is neither {TIKTOKEN} nor {TOKENIZER_JSON}, so text cannot be served"
         remedy = "copy it from the published checkpoint, or serve with --tokenizer DIRECTORY"
         section.problem("tokenizer", text, remedy)
         return None
     try:
-        tokenizer = _load(folder)
+        tokenizer = _load(directory)
     except Exception as error:  # each library underneath has errors of its own, `tokenizers` a bare Exception
         section.problem("tokenizer", f"it cannot be loaded: {error}", f"download {' and '.join(names)} again")
         return None
     copy = f"copy {names[0]} from the published checkpoint again"
     _check_round_trip(tokenizer, copy, section)
-    _check_size(folder, tokenizer, config, copy, section)
-    _check_special_ids(folder, tokenizer, config, generation, copy, section)
+    _check_size(directory, tokenizer, config, copy, section)
+    _check_special_ids(directory, tokenizer, config, generation, copy, section)
     if section.sound:
         texts = f"{', '.join(TEXTS)} and special tokens"
         section.ok("tokenizer", f"{len(tokenizer):,} tokens from {names[-1]}; {texts} decode to what was encoded")
     return tokenizer
 
 
-def _load(folder: Path) -> "TokenizersBackend":
+def _load(directory: Path) -> "TokenizersBackend":
     """With our class where a server takes it: for hy.tiktoken, and where no other class is named."""
     from transformers import TokenizersBackend
 
     from hunyuan_vllm.tokenizer import HYTokenizer
 
     try:
-        named = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("tokenizer_class")
+        named = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8")).get("tokenizer_class")
     except (OSError, ValueError, AttributeError):
         named = None
-    ours = (folder / TIKTOKEN).exists() or named in (None, "HYTokenizer", "HYTokenizerFast")
-    loaded: TokenizersBackend = (HYTokenizer if ours else TokenizersBackend).from_pretrained(folder)
+    ours = (directory / TIKTOKEN).exists() or named in (None, "HYTokenizer", "HYTokenizerFast")
+    loaded: TokenizersBackend = (HYTokenizer if ours else TokenizersBackend).from_pretrained(directory)
     return loaded
 
 
@@ -78,14 +78,16 @@ def _check_round_trip(tokenizer: "TokenizersBackend", copy: str, section: Sectio
         section.problem("special tokens", f"{len(split):,} are not one id each", copy, split)
 
 
-def _check_size(folder: Path, tokenizer: "TokenizersBackend", config: ConfigFile, copy: str, section: Section) -> None:
+def _check_size(
+    directory: Path, tokenizer: "TokenizersBackend", config: ConfigFile, copy: str, section: Section
+) -> None:
     if config.network is None:
         return
     rows = config.network.vocab_size
     if len(tokenizer) > rows:
         text = f"it has {len(tokenizer):,} tokens and the network {rows:,} embeddings: the last tokens would fail"
         section.problem("vocabulary", text, "use the tokenizer and config.json of the same checkpoint")
-    vocabulary, published = folder / TIKTOKEN, PUBLISHED_LINES.get(rows)
+    vocabulary, published = directory / TIKTOKEN, PUBLISHED_LINES.get(rows)
     if published and vocabulary.exists():
         lines = sum(1 for line in vocabulary.read_bytes().splitlines() if line.strip())
         if lines != published:
@@ -94,7 +96,7 @@ def _check_size(folder: Path, tokenizer: "TokenizersBackend", config: ConfigFile
 
 
 def _check_special_ids(
-    folder: Path,
+    directory: Path,
     tokenizer: "TokenizersBackend",
     config: ConfigFile,
     generation: dict[str, Any],
@@ -105,7 +107,7 @@ def _check_special_ids(
     source = "generation_config.json" if "eos_token_id" in generation else "config.json"
     if stops and tokenizer.eos_token_id not in stops:
         text = f"{tokenizer.eos_token} is id {tokenizer.eos_token_id}, and {source} ends answers at {_list(stops)}"
-        if not (folder / TIKTOKEN).exists():
+        if not (directory / TIKTOKEN).exists():
             remedy = f"leave it if the chat template's answers end at {_list(stops)}; otherwise correct {source}"
             section.warning("special ids", text, remedy)
             return
@@ -149,10 +151,10 @@ MAX_SHOWN = 120  # characters of a prompt
 
 
 def check_template(
-    folder: Path, tokenizer: "TokenizersBackend", config: ConfigFile, stops: list[Any], section: Section
+    directory: Path, tokenizer: "TokenizersBackend", config: ConfigFile, stops: list[Any], section: Section
 ) -> None:
     """Render conversations and check the result; `stops` are the ids at which generation ends."""
-    stored, source = stored_template(folder)
+    stored, source = stored_template(directory)
     if faults := known_faults(stored or ""):
         section.warning(
             "template",

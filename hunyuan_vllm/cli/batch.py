@@ -18,7 +18,7 @@ def batch(
     source: Path = typer.Argument(metavar="IN.jsonl", help="Requests, one per line.", show_default=False),
     target: Path = typer.Argument(metavar="OUT.jsonl", help="Answers, one per line.", show_default=False),
     model: str = typer.Option(
-        None, "--model", help="Checkpoint folder or hub name; default: MODEL_PATH, else the demo model."
+        None, "--model", help="Checkpoint directory or hub name; default: MODEL_PATH, else the demo model."
     ),
     retry_failed: bool = typer.Option(False, "--retry-failed", help="Run lines again whose record has an error."),
     max_tokens: int = typer.Option(None, help="Maximum tokens of an answer.", rich_help_panel=SAMPLING),

@@ -23,8 +23,8 @@ def bench(
     key_file: Path = typer.Option(None, help="File (chmod 600) with its API key."),
     tokenizer: Path = typer.Option(
         None,
-        metavar="FOLDER",
-        help="Folder of the tokenizer; default: the server's checkpoint, if it is on this machine.",
+        metavar="DIRECTORY",
+        help="Directory of the tokenizer; default: the server's checkpoint, if it is on this machine.",
     ),
     concurrency: str = typer.Option("1,4", metavar="N,…", help="Concurrent requests."),
     input_len: int = typer.Option(2048, min=1, help="Tokens of a prompt."),
@@ -64,14 +64,14 @@ def bench(
         raise UserError(f"{output} cannot be written: {output.absolute().parent} does not exist")
     url = url or default_url(os.environ)
     served = connect(url, find_key(url, key_file, os.environ))
-    folder = served.tokenizer(tokenizer)
+    directory = served.tokenizer(tokenizer)
     run = describe(served, f"{__version__} ({' '.join(installed_vllm() or ('no vLLM',))})")
     notes = Console(stderr=True, highlight=False)
     error = None
     try:
         for number, step in enumerate(steps):
             notes.print(f"{number + 1} of {len(steps)}: {step} requests at a time", style="dim")
-            point, problem = measure(served, folder, step, input_len, output_len, run["seed"] + number)
+            point, problem = measure(served, directory, step, input_len, output_len, run["seed"] + number)
             error = error or problem
             run["points"].append(point)
             if output:

@@ -46,10 +46,10 @@ def check(
     Exit status: 0 sound (there may be warnings), 1 problems were found, 2
     wrong command or PATH has no checkpoint, 130 interrupted.
     """
-    from hunyuan_vllm.check.files import open_folder
-    from hunyuan_vllm.check.run import check_folder
+    from hunyuan_vllm.check.files import open_directory
+    from hunyuan_vllm.check.run import check_directory
 
-    folder = open_folder(path)
+    directory = open_directory(path)
     console = Console(stderr=True)
     with console.status("reading headers and tokenizer") as status:
 
@@ -59,7 +59,7 @@ def check(
             with progress.stage("reading", work.total):
                 work.run(progress.advance, section)
 
-        report = check_folder(folder, run_deep if deep else None, jobs)
+        report = check_directory(directory, run_deep if deep else None, jobs)
     if as_json:
         print(json.dumps(_json(report), indent=1, ensure_ascii=False))
     else:
@@ -69,20 +69,22 @@ def check(
 
 def _show(report: "Report") -> None:
     console = Console(highlight=False)
-    console.print(str(report.folder), style="bold", soft_wrap=True, markup=False)
+    console.print(str(report.directory), style="bold", soft_wrap=True, markup=False)
     show_sections(report.sections, console)
     result = "sound" if report.sound else "NOT sound"
     console.print(f"{result}: {tally(report.sections)}", style="green" if report.sound else "bold red", soft_wrap=True)
     if report.parameters is not None:
         console.print(
-            f"To see which GPUs can serve it: hunyuan-vllm plan --model {report.folder}", soft_wrap=True, markup=False
+            f"To see which GPUs can serve it: hunyuan-vllm plan --model {report.directory}",
+            soft_wrap=True,
+            markup=False,
         )
 
 
 def _json(report: "Report") -> dict[str, object]:
     total, active = report.parameters or (None, None)
     return {
-        "path": str(report.folder),
+        "path": str(report.directory),
         "sound": report.sound,
         "stored_bytes": report.stored_bytes,
         "parameters": total,

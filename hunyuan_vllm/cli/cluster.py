@@ -65,7 +65,7 @@ app = typer.Typer(no_args_is_help=True, help="Combine several hosts into one Ray
 HOSTS = typer.Option(..., "--hosts", help="The hosts, separated by commas: IPv4, IPv6 or names.")
 SSH_PORT = typer.Option(22, "--ssh-port", min=1, max=65535, help="Port of their SSH servers.")
 USER = typer.Option(None, "--user", show_default="the current user", help="Account on every host.")
-MODEL = typer.Option(None, "--model", help="Checkpoint folder, at the same path on every host.")
+MODEL = typer.Option(None, "--model", help="Checkpoint directory, at the same path on every host.")
 INTERFACE = typer.Option(None, "--ifname", help="Network interface that must carry each host's address.")
 PYTHON = typer.Option(
     sys.executable, "--python", show_default="the one that runs this", help="Python of the environment, on every host."
@@ -116,9 +116,9 @@ def check(
     """
     from hunyuan_vllm.cluster.check import ClusterCheck
 
-    folder = str(model.absolute()) if model else None
+    directory = str(model.absolute()) if model else None
     with connected(hosts, ssh_port, user, python, jobs, timeout) as connections:
-        sections = ClusterCheck(connections, folder, interface, gpus).run()
+        sections = ClusterCheck(connections, directory, interface, gpus).run()
     end_report(sections, as_json)
 
 

@@ -15,7 +15,7 @@ def doctor(
     Each line is ok, a warning, a PROBLEM (with what to do), or skipped (with
     the reason). Nothing is changed, nothing is started on a GPU, and it takes
     less than 20 seconds. Run it on every node, in the
-    folder and with the environment of the server.
+    directory and with the environment of the server.
 
     \b
     Examples:

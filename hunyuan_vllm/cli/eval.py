@@ -24,7 +24,7 @@ app = typer.Typer(help="Measure quality: against BF16, or on benchmark tasks.", 
 def compare(
     context: typer.Context,
     model: str = typer.Argument(
-        None, metavar="[MODEL]", help="Checkpoint folder or hub name; default: MODEL_PATH, else the demo model."
+        None, metavar="[MODEL]", help="Checkpoint directory or hub name; default: MODEL_PATH, else the demo model."
     ),
     a: str = typer.Option("bf16", "--a", metavar="SCHEME", help="Scheme to compare with."),
     b: list[str] = typer.Option(
@@ -37,7 +37,7 @@ def compare(
     ),
     window: int = typer.Option(512, "--context", min=2, help="Maximum tokens of a passage."),
     limit: int = typer.Option(None, min=1, help="Maximum number of scored tokens."),
-    work: Path = typer.Option(None, help="Folder for A's logits during the run; default: the temporary folder."),
+    work: Path = typer.Option(None, help="Directory for A's logits during the run; default: the temporary directory."),
     as_json: bool = typer.Option(False, "--json", help="Print every figure as JSON instead of the table."),
 ) -> None:
     """Compare quantisation schemes by what the model predicts.
@@ -120,8 +120,8 @@ def tasks(
     concurrency: int = typer.Option(16, min=1, help="Requests in flight."),
     tokenizer: Path = typer.Option(
         None,
-        metavar="FOLDER",
-        help="Folder of the tokenizer; default: the server's checkpoint, if it is on this machine.",
+        metavar="DIRECTORY",
+        help="Directory of the tokenizer; default: the server's checkpoint, if it is on this machine.",
     ),
     api_key_file: Path = typer.Option(
         None,
@@ -129,7 +129,7 @@ def tasks(
         help="File (chmod 600) with the server's API key; default: VLLM_API_KEY, HUNYUAN_VLLM_API_KEY_FILE, or for a "
         "server on this machine the key that `serve` made.",
     ),
-    include: Path = typer.Option(None, metavar="FOLDER", help="More tasks, as YAML files of lm-evaluation-harness."),
+    include: Path = typer.Option(None, metavar="DIRECTORY", help="More tasks, as YAML files of lm-evaluation-harness."),
     output: Path = typer.Option(None, metavar="FILE", help="Write all results as JSON, with the answers."),
 ) -> None:
     """Ask a running server benchmark questions, with lm-evaluation-harness (pip install 'hunyuan-vllm[eval]').

@@ -20,8 +20,8 @@ OUTLIERS = "Outliers"
 
 
 def quantize(
-    source: Path = typer.Argument(metavar="SRC", help="Folder of the BF16 checkpoint, or demo.", show_default=False),
-    target: Path = typer.Argument(None, metavar="DST", help="Folder to write, which must not exist."),
+    source: Path = typer.Argument(metavar="SRC", help="Directory of the BF16 checkpoint, or demo.", show_default=False),
+    target: Path = typer.Argument(None, metavar="DST", help="Directory to write, which must not exist."),
     scheme: str = typer.Option(..., help="fp8, int8 or int8-w8a8; see below.", show_default=False),
     calibration: Path = typer.Option(
         None,
@@ -94,12 +94,12 @@ def quantize(
     name = find_scheme(scheme, WRITTEN).name
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = Options(name, smooth, calibration_tokens, headroom, device=device)
-    source = demo.folder(source)
+    source = demo.directory(source)
     if plan:
         _show_plan(source, options)
         return
     if target is None:
-        raise UserError("give DST, the folder to write, after SRC; or add --plan to see what the run needs")
+        raise UserError("give DST, the directory to write, after SRC; or add --plan to see what the run needs")
     with resumable(target):
         _convert(source, target, options, calibration, console)
 

@@ -12,7 +12,7 @@ from hunyuan_vllm.cluster.processes import process_title, ray_processes
 from hunyuan_vllm.cluster.ray_node import GCS_PORT, NodeSetup, make_token, parse_variables, token_file
 from hunyuan_vllm.cluster.ray_start import find_ray, read_ray_state, start, stop
 from hunyuan_vllm.envs import Settings
-from hunyuan_vllm.ray_environment import NODE_FOLDER
+from hunyuan_vllm.ray_environment import NODE_DIRECTORY
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.net import family_of, interface_of, is_loopback, own_addresses, own_interfaces
 from hunyuan_vllm.util.streams import say
@@ -99,7 +99,7 @@ def _setup(
         interface=wanted,
         gpus=read_ray_state(own).gpus if gpus is None else gpus,
         token_file=str(token_file(os.environ, home)),
-        tls=str(home / NODE_FOLDER / "tls") if encrypt else None,
+        tls=str(home / NODE_DIRECTORY / "tls") if encrypt else None,
         variables=parse_variables(variables),
     )
 

@@ -124,7 +124,7 @@ def serve(
 
     \b
     Environment variables:
-      MODEL_PATH     checkpoint folder or hub name; default: the demo model
+      MODEL_PATH     checkpoint directory or hub name; default: the demo model
       TP_SIZE        tensor-parallel ranks; default: all GPUs of the Ray
                      cluster or of the machine, 1 on a CPU
       PORT           port; default: 8020

@@ -48,7 +48,7 @@ def check(
     file: Path = typer.Argument(metavar="FILE", help="JSONL, one conversation per line.", show_default=False),
     model: Path = typer.Option(
         None,
-        metavar="FOLDER",
+        metavar="DIRECTORY",
         help="Checkpoint with the tokenizer and the chat template.",
         show_default="the demo model",
     ),
@@ -101,9 +101,9 @@ def check(
     from hunyuan_vllm.train.dataset import Encoding, check_report, read_sample, scan
     from hunyuan_vllm.util.progress import Progress
 
-    model = demo.folder(model) if model is not None else demo.path()
+    model = demo.directory(model) if model is not None else demo.path()
     if not model.is_dir():
-        raise UserError(f"--model {model} is not a directory: name a checkpoint, or its tokenizer's folder")
+        raise UserError(f"--model {model} is not a directory: name a checkpoint, or its tokenizer's directory")
     encoding = Encoding(load_tokenizer(model), max_seq_length, train_on_all, default_system)
     progress = Progress(Console(stderr=True))
     with progress.stage("reading", file.stat().st_size if file.is_file() else 0):
@@ -164,13 +164,13 @@ def _show_sample(sample: Sample, console: Console) -> None:
 
 def merge_lora(
     base_model_path: Path = typer.Option(
-        ..., "--base_model_path", "--base-model-path", help="Folder of the checkpoint, or demo.", show_default=False
+        ..., "--base_model_path", "--base-model-path", help="Directory of the checkpoint, or demo.", show_default=False
     ),
     adapter_model_path: Path = typer.Option(
-        ..., "--adapter_model_path", "--adapter-model-path", help="Folder of the adapter.", show_default=False
+        ..., "--adapter_model_path", "--adapter-model-path", help="Directory of the adapter.", show_default=False
     ),
     output_path: Path = typer.Option(
-        ..., "--output_path", "--output-path", help="Folder to write; new, or empty.", show_default=False
+        ..., "--output_path", "--output-path", help="Directory to write; new, or empty.", show_default=False
     ),
     save_dtype: str = typer.Option("bf16", "--save_dtype", "--save-dtype", help="bf16, fp16 or fp32."),
 ) -> None:
@@ -203,7 +203,7 @@ def merge_lora(
 
     if save_dtype not in SAVE_DTYPES:
         raise UserError(f"--save_dtype {save_dtype}: it is {', '.join(SAVE_DTYPES)}")
-    base_model_path = demo.folder(base_model_path)
+    base_model_path = demo.directory(base_model_path)
     if not base_model_path.is_dir():
         raise UserError(f"--base_model_path {base_model_path} is not a directory")
     progress = Progress(Console(stderr=True))

@@ -23,7 +23,7 @@ class ClusterCheck:
     """One run over hosts that are logged in to.
 
     Args:
-        model: checkpoint folder that all hosts must have alike.
+        model: checkpoint directory that all hosts must have alike.
         interface: network interface that must have each host's address.
         gpus: how many each host must have; None for any number that is the same.
         serving: addresses of hosts where Ray already has the ports, as it should.
@@ -168,7 +168,7 @@ def compare_gpus(section: Section, facts: Mapping[str, NodeFacts], wanted: int |
 
 
 def compare_files(section: Section, facts: Mapping[str, NodeFacts], model: str) -> None:
-    """Files of the checkpoint folder, compared with those of the first host that has it."""
+    """Files of the checkpoint directory, compared with those of the first host that has it."""
     absent = [host for host, one in facts.items() if one.files is None]
     if absent:
         text = f"{model} is not a directory on {some(absent)}"

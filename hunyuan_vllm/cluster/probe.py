@@ -39,7 +39,7 @@ class NodeFacts:
 
     Attributes:
         versions: "Python" and packages → version; a package that is not installed is left out.
-        files: name in the checkpoint folder → size, or size and SHA-256; None where there is no such folder.
+        files: name in the checkpoint directory → size, or size and SHA-256; None where there is no such directory.
     """
 
     versions: Mapping[str, str]
@@ -82,10 +82,10 @@ def read_facts(system: System, model: str | None) -> NodeFacts:
     )
 
 
-def _files(folder: Path) -> dict[str, str] | None:
-    if not folder.is_dir():
+def _files(directory: Path) -> dict[str, str] | None:
+    if not directory.is_dir():
         return None
-    return {file.name: _content(file) for file in sorted(folder.iterdir()) if file.is_file() and file.name[0] != "."}
+    return {file.name: _content(file) for file in sorted(directory.iterdir()) if file.is_file() and file.name[0] != "."}
 
 
 def _content(file: Path) -> str:

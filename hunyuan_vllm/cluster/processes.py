@@ -109,10 +109,10 @@ def _is_mine(process: psutil.Process) -> bool:
 
 def _session_files(process: psutil.Process) -> Iterator[str]:
     """Files of a session of Ray that it has open for writing: a process that only reads a log is not part of Ray."""
-    folder = f"/proc/{process.pid}/fd"
+    directory = f"/proc/{process.pid}/fd"
     try:
-        for descriptor in os.listdir(folder):
-            entry = f"{folder}/{descriptor}"
+        for descriptor in os.listdir(directory):
+            entry = f"{directory}/{descriptor}"
             try:
                 if os.lstat(entry).st_mode & stat.S_IWUSR and SESSION.search(file := os.readlink(entry)):
                     yield file

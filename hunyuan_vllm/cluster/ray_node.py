@@ -83,7 +83,7 @@ class NodeSetup:
 
     Attributes:
         head: the head's address, which is the same on the head.
-        tls: the folder with keys and certificates; None where connections between nodes are not encrypted.
+        tls: the directory with keys and certificates; None where connections between nodes are not encrypted.
     """
 
     address: str

@@ -33,13 +33,13 @@ from hunyuan_vllm.cluster.processes import (
 from hunyuan_vllm.cluster.ray_node import HOOK, NodeSetup, fixed_ports, read_token
 from hunyuan_vllm.doctor.hardware import read_gpus
 from hunyuan_vllm.doctor.probes import System
-from hunyuan_vllm.ray_environment import NODE_FOLDER, current_cluster_file, without_secrets
+from hunyuan_vllm.ray_environment import NODE_DIRECTORY, current_cluster_file, without_secrets
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.files import write_private
 from hunyuan_vllm.util.net import family_of, listener, own_interfaces, why_unreachable
 
 START_TIMEOUT = 90.0  # seconds; a node whose token is wrong is refused after some 30
-KEPT_SESSIONS = 3  # folders with the logs of earlier runs of Ray
+KEPT_SESSIONS = 3  # directories with the logs of earlier runs of Ray
 
 
 class NodeError(UserError):
@@ -173,7 +173,7 @@ def _recorded_setup(address: str) -> NodeSetup | None:
 
 
 def _record_file(address: str) -> Path:
-    return Path.home() / NODE_FOLDER / f"node-{address}.json"
+    return Path.home() / NODE_DIRECTORY / f"node-{address}.json"
 
 
 def _cause(text: str) -> str:
@@ -199,11 +199,11 @@ def _check_ports(setup: NodeSetup) -> None:
 
 
 def _prune_sessions() -> None:
-    """Each start leaves a folder of logs behind; with no Ray running, keep only the newest."""
-    sessions = sorted(current_cluster_file().parent.glob("session_2*"), key=lambda folder: folder.name)
-    for folder in sessions[:-KEPT_SESSIONS]:
-        if folder.lstat().st_uid == os.getuid():
-            shutil.rmtree(folder, ignore_errors=True)
+    """Each start leaves a directory of logs behind; with no Ray running, keep only the newest."""
+    sessions = sorted(current_cluster_file().parent.glob("session_2*"), key=lambda directory: directory.name)
+    for directory in sessions[:-KEPT_SESSIONS]:
+        if directory.lstat().st_uid == os.getuid():
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _main(request: Mapping[str, Any]) -> dict[str, Any]:

@@ -202,7 +202,7 @@ class Shell(Protocol):
 
 
 def load_script(name: str) -> str:
-    """A script from the folder `remote`."""
+    """A script from the directory `remote`."""
     return Path(__file__).with_name("remote").joinpath(f"{name}.sh").read_text()
 
 

@@ -10,7 +10,7 @@ from hunyuan_vllm.cluster.hosts import Host
 from hunyuan_vllm.cluster.ray_node import NodeSetup
 from hunyuan_vllm.cluster.ray_nodes import RayNode, ask_members
 from hunyuan_vllm.cluster.ray_start import RayState
-from hunyuan_vllm.ray_environment import NODE_FOLDER
+from hunyuan_vllm.ray_environment import NODE_DIRECTORY
 from hunyuan_vllm.util.files import write_private
 from hunyuan_vllm.util.text import plural, some
 
@@ -24,13 +24,13 @@ def record_cluster(hosts: Sequence[Host], python: str, home: Path) -> None:
         "setups": [host.setup.to_json() for host in hosts if host.setup],
         "python": python,
     }
-    write_private(home / NODE_FOLDER / "cluster.json", json.dumps(values, indent=1))
+    write_private(home / NODE_DIRECTORY / "cluster.json", json.dumps(values, indent=1))
 
 
 def recorded_cluster(home: Path) -> tuple[list[Host], str] | None:
     """The hosts, with their set-up, and the Python there; None if there is no record or it is another version's."""
     try:
-        values = json.loads((home / NODE_FOLDER / "cluster.json").read_text())
+        values = json.loads((home / NODE_DIRECTORY / "cluster.json").read_text())
         pairs = zip(values["hosts"], values["setups"], strict=True)
         return [Host(**host, setup=NodeSetup(**setup)) for host, setup in pairs], values["python"]
     except (OSError, ValueError, TypeError, KeyError):

@@ -26,20 +26,20 @@ EARLIER = datetime.timedelta(hours=1)  # for nodes whose clocks are behind
 class NodeFiles:
     """Where a node has its key, its certificate and the authority's; a home that nodes share has those of all."""
 
-    folder: Path
+    directory: Path
     address: str
 
     @property
     def key(self) -> Path:
-        return self.folder / f"{self.address}.key"
+        return self.directory / f"{self.address}.key"
 
     @property
     def certificate(self) -> Path:
-        return self.folder / f"{self.address}.crt"
+        return self.directory / f"{self.address}.crt"
 
     @property
     def authority(self) -> Path:
-        return self.folder / "authority.crt"
+        return self.directory / "authority.crt"
 
     @property
     def variables(self) -> dict[str, str]:
@@ -61,13 +61,13 @@ def request_certificate(files: NodeFiles) -> str:
     return request.public_bytes(serialization.Encoding.PEM).decode()
 
 
-def sign(folder: Path, request: str, address: str) -> tuple[str, str]:
+def sign(directory: Path, request: str, address: str) -> tuple[str, str]:
     """On the head: the certificate of the node at `address`, and the authority's, made if there is none. PEM.
 
     Only the public key is taken from the request; what the certificate says is for the head to say.
     """
     asked = x509.load_pem_x509_csr(request.encode())
-    key, authority = _authority(folder)
+    key, authority = _authority(directory)
     names: list[x509.GeneralName] = [x509.DNSName("localhost")]
     names += [x509.IPAddress(ipaddress.ip_address(each)) for each in dict.fromkeys((address, "127.0.0.1"))]
     public = asked.public_key()
@@ -105,8 +105,8 @@ def has_certificate(files: NodeFiles) -> bool:
     return certificate.public_key() == key.public_key() and left > RENEW_BEFORE
 
 
-def _authority(folder: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
-    key_file, file = folder / "authority.key", folder / "authority.crt"
+def _authority(directory: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
+    key_file, file = directory / "authority.key", directory / "authority.crt"
     make_private(key_file, _new_key())
     key = _load_key(key_file)
     text = read_private(file)

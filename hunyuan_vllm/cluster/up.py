@@ -13,7 +13,7 @@ from hunyuan_vllm.cluster.ray_nodes import ask_members, missing_members
 from hunyuan_vllm.cluster.ray_start import START_TIMEOUT, RayState, find_ray
 from hunyuan_vllm.cluster.status import read_ray
 from hunyuan_vllm.cluster.tls import sign
-from hunyuan_vllm.ray_environment import NODE_FOLDER
+from hunyuan_vllm.ray_environment import NODE_DIRECTORY
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.findings import Section
 from hunyuan_vllm.util.net import interface_of, own_addresses
@@ -123,7 +123,7 @@ class Up:
                 interface=self._plan.interface or interface_of(host.address, ray.interfaces) or "",
                 gpus=ray.gpus if self._plan.gpus is None else self._plan.gpus,
                 token_file=self._plan.token_file or str(Path(ray.home) / ".ray" / "auth_token"),
-                tls=str(Path(ray.home) / NODE_FOLDER / "tls") if self._plan.encrypt else None,
+                tls=str(Path(ray.home) / NODE_DIRECTORY / "tls") if self._plan.encrypt else None,
                 variables=self._plan.variables,
             )
 
@@ -176,7 +176,7 @@ class Up:
             setup, ask = host.setup.to_json(), self._connections.ask_ray
             request = {"do": "start", "setup": setup, "token": token}
             if self._plan.encrypt and (csr := ask(host, {"do": "certificate", "setup": setup})["request"]):
-                signed = sign(self._home / NODE_FOLDER / "tls", csr, host.address)
+                signed = sign(self._home / NODE_DIRECTORY / "tls", csr, host.address)
                 request |= dict(zip(("certificate", "authority"), signed, strict=True))
             seconds[host] = ask(host, request, START_TIMEOUT + 30)["seconds"]
 

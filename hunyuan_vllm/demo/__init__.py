@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-NAME = "demo"  # what commands call it, where a checkpoint's folder may be named
+NAME = "demo"  # what commands call it, where a checkpoint's directory may be named
 
 
 def path() -> Path:
     return Path(__file__).parent
 
 
-def folder(given: Path) -> Path:
-    """The folder that `given` names: the demo model's for `demo`, unless there is one of that name."""
+def directory(given: Path) -> Path:
+    """The directory that `given` names: the demo model's for `demo`, unless there is one of that name."""
     return path() if str(given) == NAME and not given.exists() else given

@@ -26,15 +26,15 @@ Limit = Callable[[int], tuple[int, int]]
 
 def check_shared_memory(section: Section, system: System, cuda_build: bool) -> None:
     """/dev/shm, through which vLLM's processes and NCCL's ranks of one machine pass data."""
-    folder = system.path("dev/shm")
-    if not folder.is_dir():
+    directory = system.path("dev/shm")
+    if not directory.is_dir():
         section.problem("/dev/shm", "it does not exist", "mount a tmpfs on it; in a container --shm-size 16g")
         return
-    usage = shutil.disk_usage(folder)
+    usage = shutil.disk_usage(directory)
     remedy = "in a container --ipc=host or --shm-size 16g; in Kubernetes an emptyDir with medium: Memory on /dev/shm; "
     remedy += "else mount -o remount,size=16G /dev/shm"
     text = f"{usage.total / GIB:.2f} GiB, {usage.free / GIB:.2f} free"
-    if not os.access(folder, os.W_OK):
+    if not os.access(directory, os.W_OK):
         section.problem("/dev/shm", "it is not writable", "chmod 1777 /dev/shm, as root")
     elif usage.free < MIN_SHM:
         section.problem("/dev/shm", f"{text}: a bus error would kill the ranks", remedy)
@@ -78,24 +78,24 @@ def check_disk(section: Section, system: System) -> None:
     home = Path(environ.get("HOME", "~")).expanduser()
     cache = Path(environ.get("XDG_CACHE_HOME") or home / ".cache")
     temporary = Path(environ.get("TMPDIR") or tempfile.gettempdir())
-    folders = (
+    directories = (
         ("vLLM's cache", "VLLM_CACHE_ROOT", cache / "vllm"),
         ("the hub's cache", "HF_HOME", cache / "huggingface"),
         ("compiled code", "TORCHINDUCTOR_CACHE_DIR", temporary),
         ("temporary files", "TMPDIR", temporary),
     )
     free: dict[str, list[str]] = {}
-    for name, variable, default in folders:
-        folder = Path(environ.get(variable) or default)
-        existing = next(path for path in (folder, *folder.parents) if path.exists())
+    for name, variable, default in directories:
+        directory = Path(environ.get(variable) or default)
+        existing = next(path for path in (directory, *directory.parents) if path.exists())
         space = shutil.disk_usage(existing).free
-        free.setdefault(f"{space / 1e9:,.0f} GB", []).append(f"{name} ({folder})")
+        free.setdefault(f"{space / 1e9:,.0f} GB", []).append(f"{name} ({directory})")
         elsewhere = f"set {variable} to another place"
         if not os.access(existing, os.W_OK):
-            section.problem("disk", f"{name}, {folder}, is not writable", f"chown it, or {elsewhere}")
+            section.problem("disk", f"{name}, {directory}, is not writable", f"chown it, or {elsewhere}")
         elif space < ENOUGH_DISK:
             report = section.problem if space < MIN_DISK else section.warning
-            report("disk", f"{space / 1e9:.1f} GB free for {name}, {folder}", f"free space, or {elsewhere}")
+            report("disk", f"{space / 1e9:.1f} GB free for {name}, {directory}", f"free space, or {elsewhere}")
     if not section.findings:
         section.ok("disk", "; ".join(f"{space} free for {', '.join(names)}" for space, names in free.items()))
 

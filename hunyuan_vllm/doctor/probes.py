@@ -21,7 +21,7 @@ class System:
 
     Attributes:
         environ: the environment that a server would inherit.
-        cwd: the folder that it would be started in.
+        cwd: the directory that it would be started in.
         root: what /proc, /sys and /dev are below.
         timeout: seconds that imports in other processes may take.
     """

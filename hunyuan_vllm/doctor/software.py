@@ -66,7 +66,7 @@ def check_entry_point(section: Section, system: System) -> None:
     points = [point for point in entry_points(group=GROUP) if point.name == NAME]
     if not points:
         text = f"no entry point {NAME!r} in {GROUP}: vLLM does not know of this package"
-        section.problem("entry point", text, f"install the package, not only its folder: {REINSTALL}")
+        section.problem("entry point", text, f"install the package, not only its directory: {REINSTALL}")
         return
     allowed = system.environ.get("VLLM_PLUGINS")
     if allowed is not None and NAME not in [name.strip() for name in allowed.split(",")]:
@@ -91,7 +91,7 @@ def check_worker(section: Section, probe: Probe) -> None:
         return
     if not values.get("registered"):
         text = "a spawned worker process loads vLLM's plugins but does not know the model"
-        remedy = f"{REINSTALL}; a folder named hunyuan_vllm in the working directory has the same effect"
+        remedy = f"{REINSTALL}; a directory named hunyuan_vllm in the working directory has the same effect"
         section.problem("worker", text, remedy)
         return
     if not values.get("kernels"):

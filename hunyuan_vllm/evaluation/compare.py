@@ -79,21 +79,21 @@ def measure(
     others: Sequence[Variant],
     passages: Sequence[Passage],
     flags: Sequence[str],
-    folder: Path | None,
+    directory: Path | None,
     console: Console,
 ) -> list[tuple[EngineRun, Distance]]:
     """Run A and keep its logits, then run each of the others and compare.
 
     Args:
         model: the checkpoint of the variants that name none.
-        folder: where A's logits are kept until the end; None for the temporary folder.
+        directory: where A's logits are kept until the end; None for the temporary directory.
     """
     progress = Progress(console)
     runs = [EngineRun(variant, checkpoint_of(variant, model, progress), flags) for variant in (a, *others)]
     for run in runs:
         run.argv(longest(passages), os.environ)  # reports mistakes before the first engine starts
     scored = [passage.scored for passage in passages]
-    with _record(folder) as record:
+    with _record(directory) as record:
         _check_space(Path(record), runs[0], sum(map(len, scored)))
         file = Path(record) / "logits"
         first = execute(runs[0], passages, file, None, progress)
@@ -101,23 +101,23 @@ def measure(
     return [(run, distance(first, outcome, scored)) for run, outcome in outcomes]
 
 
-def _record(folder: Path | None) -> tempfile.TemporaryDirectory[str]:
+def _record(directory: Path | None) -> tempfile.TemporaryDirectory[str]:
     try:
-        return tempfile.TemporaryDirectory(prefix="hunyuan-vllm-eval-", dir=folder)
+        return tempfile.TemporaryDirectory(prefix="hunyuan-vllm-eval-", dir=directory)
     except OSError as error:
-        raise UserError(f"--work {folder}: {error.strerror}; name a writable folder") from None
+        raise UserError(f"--work {directory}: {error.strerror}; name a writable directory") from None
 
 
-def _check_space(folder: Path, run: EngineRun, tokens: int) -> None:
+def _check_space(directory: Path, run: EngineRun, tokens: int) -> None:
     config = run.model.config
     if config is None:  # a hub name, which vLLM has yet to fetch
         return
     needed = tokens * config.vocab_size * (4 if "float32" in run.flags else 2)
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(directory).free
     if needed > free:
         raise UserError(
-            f"the logits of {tokens:,} tokens need {gigabytes(needed)} and {folder.parent} has {gigabytes(free)} free: "
-            "name another folder with --work, or fewer tokens with --limit"
+            f"the logits of {tokens:,} tokens need {gigabytes(needed)}, {directory.parent} has {gigabytes(free)} free: "
+            "name another directory with --work, or fewer tokens with --limit"
         )
 
 

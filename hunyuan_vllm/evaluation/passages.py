@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hunyuan_vllm.evaluation.tasks import TASKS_FOLDER
+from hunyuan_vllm.evaluation.tasks import TASKS_DIRECTORY
 from hunyuan_vllm.quantize.texts import read_documents
 from hunyuan_vllm.util.errors import UserError
 
@@ -121,7 +121,7 @@ class Question:
 def held_out_questions(each: int | None = None) -> list[Question]:
     """All of them, or the first `each` of every kind and language."""
     fields = Question.__dataclass_fields__
-    lines = (TASKS_FOLDER / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (TASKS_DIRECTORY / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
     rows: Sequence[dict[str, Any]] = [json.loads(line) for line in lines]
     asked: dict[tuple[str, str], int] = {}
     questions = []

@@ -9,7 +9,7 @@ from hunyuan_vllm.bench.client import ServedModel
 from hunyuan_vllm.tokenizer import load_tokenizer
 from hunyuan_vllm.util.errors import UserError
 
-TASKS_FOLDER: Final = Path(__file__).with_name("tasks")
+TASKS_DIRECTORY: Final = Path(__file__).with_name("tasks")
 # Of the published table, with the shots that each is usually reported with: the table does not give them.
 PUBLISHED: Final = {"arc_challenge_letters": 25, "ceval-valid": 5, "cmmlu": 5, "mmlu": 5}
 CHATS: Final = ("hunyuan_demo", "hunyuan_demo_choice")
@@ -33,8 +33,8 @@ class Harness:
     """Runs tasks on a server.
 
     Args:
-        tokenizer: folder of the checkpoint's tokenizer; the client tokenizes, and applies the chat template.
-        include: a folder with more tasks.
+        tokenizer: directory of the checkpoint's tokenizer; the client tokenizes, and applies the chat template.
+        include: a directory with more tasks.
     """
 
     def __init__(self, served: ServedModel, tokenizer: Path, concurrency: int, include: Path | None = None) -> None:
@@ -49,8 +49,8 @@ class Harness:
             ) from None
         load_tokenizer(tokenizer)  # also lets transformers, and so lm-eval, find the class
         self._served, self._tokenizer, self._concurrency = served, tokenizer, concurrency
-        self._folders = [str(folder) for folder in (TASKS_FOLDER, include) if folder]
-        self._manager = TaskManager(include_path=self._folders, include_defaults=False)
+        self._directories = [str(directory) for directory in (TASKS_DIRECTORY, include) if directory]
+        self._manager = TaskManager(include_path=self._directories, include_defaults=False)
         self._loaded: dict[str, list[Any]] = {}
 
     def load(self, name: str) -> None:
@@ -58,7 +58,7 @@ class Harness:
         from lm_eval.tasks import TaskManager
 
         if name not in self._manager.all_tasks:  # its own thousands of files take seconds to read
-            self._manager = TaskManager(include_path=self._folders)
+            self._manager = TaskManager(include_path=self._directories)
         if name not in self._manager.all_tasks:
             raise UserError(f"--tasks {name}: unknown task; `lm_eval ls tasks` lists all")
         try:

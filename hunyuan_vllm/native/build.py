@@ -1,4 +1,4 @@
-"""Compiles the C++ kernels with the machine's own compiler, once, into a folder that only its user can write to."""
+"""Compiles the C++ kernels with the machine's own compiler, once, into a directory that only its user can write to."""
 
 import hashlib
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-FOLDER = Path(__file__).parent
+DIRECTORY = Path(__file__).parent
 _TORCH = Path(torch.__file__).parent
 AVX512 = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_bf16", "avx512_vbmi", "avx512_vnni")
 _TORCH_ABI = "0x020a000000000000"  # 2.10, the oldest whose stable interface has all we call
@@ -49,19 +49,19 @@ def require_features() -> None:
         raise Unavailable(f"this CPU lacks {', '.join(missing)}")
 
 
-def build(folder: Path) -> Path:
-    """Path of the compiled kernels in `folder`; compiled, in seconds, if they are not there yet.
+def build(directory: Path) -> Path:
+    """Path of the compiled kernels in `directory`; compiled, in seconds, if they are not there yet.
 
     Raises:
-        Unavailable: there is no compiler, it fails, or others can write to the folder.
+        Unavailable: there is no compiler, it fails, or others can write to the directory.
     """
     compiler = _compiler()
-    _make_private(folder)
+    _make_private(directory)
     try:
         version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise Unavailable(f"{shlex.join(compiler)} does not run ({error}): set CXX to a C++ compiler") from error
-    sources = sorted([*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h")])
+    sources = sorted([*DIRECTORY.glob("*.cpp"), *DIRECTORY.glob("*.h")])
     features = [f"-m{name.replace('_', '')}" for name in AVX512] if has_avx512() else []
     command = [*compiler, *_FLAGS, *features, *(str(path) for path in sources if path.suffix == ".cpp")]
     parts = (
@@ -70,10 +70,10 @@ def build(folder: Path) -> Path:
         shlex.join(command).encode(),
         torch.__version__.encode(),
     )
-    target = folder / f"{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
+    target = directory / f"{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
     if not target.exists():
         # Beside, then renamed: other processes find the whole file or none, and compile the same one meanwhile.
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        with tempfile.TemporaryDirectory(dir=directory) as scratch:
             beside = Path(scratch) / target.name
             run = subprocess.run([*command, "-o", str(beside), "-ltorch_cpu"], capture_output=True, text=True)
             if run.returncode:
@@ -92,15 +92,17 @@ def _compiler() -> list[str]:
     return [found]
 
 
-def _make_private(folder: Path) -> None:
+def _make_private(directory: Path) -> None:
     """A library is code: load none from where others could have put it."""
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = directory.stat()
     except OSError as error:
-        raise Unavailable(f"{folder} cannot be created ({error.strerror}): set VLLM_CACHE_ROOT to another") from error
+        raise Unavailable(
+            f"{directory} cannot be created ({error.strerror}): set VLLM_CACHE_ROOT to another"
+        ) from error
     if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise Unavailable(f"others can write to {folder}: chmod 700 it, or set VLLM_CACHE_ROOT")
+        raise Unavailable(f"others can write to {directory}: chmod 700 it, or set VLLM_CACHE_ROOT")
 
 
 def _first_error(output: str) -> str:

@@ -23,7 +23,7 @@ def available() -> bool:
         return False
     try:
         require_features()
-        _load(str(build(envs.cache_folder() / "kernels")))
+        _load(str(build(envs.cache_directory() / "kernels")))
     except (Unavailable, OSError) as error:
         logger.warning("No C++ kernels (the model is slow without them): %s", error)
         return False

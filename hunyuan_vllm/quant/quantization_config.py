@@ -17,12 +17,12 @@ from hunyuan_vllm.quant.formats import CONVERT, GPUS_ONLY, PACKED, PLAIN, Format
 from hunyuan_vllm.quant.layouts import IgnoredLayers, StoredTensors
 
 
-def quantization_of(fields: Mapping[str, Any], folder: Path | None = None) -> dict[str, Any] | None:
+def quantization_of(fields: Mapping[str, Any], directory: Path | None = None) -> dict[str, Any] | None:
     """The description of a checkpoint's quantisation, from wherever vLLM reads it: config.json, or beside it
     hf_quant_config.json. None for an unquantised checkpoint.
     """
     described = fields.get("quantization_config")
-    source = folder / "hf_quant_config.json" if folder else None
+    source = directory / "hf_quant_config.json" if directory else None
     if described is None and source is not None and source.is_file():
         try:
             described = json.loads(source.read_text())
@@ -50,18 +50,18 @@ def _method(described: Mapping[str, Any]) -> str:
     return "modelopt" if method.startswith("modelopt") else method
 
 
-def read_format(fields: Mapping[str, Any], folder: Path | None = None) -> Format:
+def read_format(fields: Mapping[str, Any], directory: Path | None = None) -> Format:
     """The format of a checkpoint with this config.json.
 
     Args:
-        folder: the checkpoint's, if there is more of it than its config.
+        directory: the checkpoint's, if there is more of it than its config.
     """
-    described = quantization_of(fields, folder)
+    described = quantization_of(fields, directory)
     if (
         described is not None
         and described["quant_method"] == "bitsandbytes"
-        and folder
-        and _holds_plain_weights(folder)
+        and directory
+        and _holds_plain_weights(directory)
     ):
         raise UnservedFormat(
             "config.json has a quantization_config of bitsandbytes left over, but the weights are not quantised",
@@ -70,11 +70,11 @@ def read_format(fields: Mapping[str, Any], folder: Path | None = None) -> Format
     return stored_format(described)
 
 
-def _holds_plain_weights(folder: Path) -> bool:
+def _holds_plain_weights(directory: Path) -> bool:
     from hunyuan_vllm.checkpoint import stored_tensors
 
     try:
-        names = [tensor.name for tensor in stored_tensors(folder)]
+        names = [tensor.name for tensor in stored_tensors(directory)]
     except CheckpointError:
         return False
     return bool(names) and not any(".weight." in name or name.endswith(".SCB") for name in names)

@@ -115,7 +115,7 @@ class Conversion:
         tokens = None
         if self._options.calibrates:
             tokens = calibration_tokens(
-                self._source.folder,
+                self._source.directory,
                 self._source.config.vocab_size,
                 self._calibration_given,
                 self._options.calibration_tokens,
@@ -127,7 +127,7 @@ class Conversion:
                 needed += state_bytes(self._source.config, tokens.ids.numel()) - workspace.state_bytes()
             workspace.need_room(needed, "the conversion", "a DST")
             if workspace.resumed:
-                self._progress.say(f"continuing with the finished files in {workspace.folder}")
+                self._progress.say(f"continuing with the finished files in {workspace.directory}")
             size = gigabytes(sum(map(self._source.nbytes, self._source.shapes)))
             text = f", calibrated on {tokens.ids.numel():,} tokens" if tokens else ""
             self._progress.say(f"{self._options.scheme}: {size} in {len(self._source.shapes):,} tensors{text}")
@@ -214,7 +214,7 @@ class Conversion:
         source, options = self._source, self._options
         facts: dict[str, Any] = {
             "scheme": options.scheme,
-            "source": source.folder.resolve().name,
+            "source": source.directory.resolve().name,
             "smooth": options.smooth,
             "headroom": options.headroom if self._format.static_inputs else None,
             "source_bytes": sum(map(source.nbytes, source.shapes)),
@@ -228,14 +228,14 @@ class Conversion:
         return facts
 
     def _write_the_rest(self, workspace: Workspace, made: dict[str, Any]) -> None:
-        folder, source = workspace.checkpoint, self._source
+        directory, source = workspace.checkpoint, self._source
         for file in source.other_files():
-            workspace.copy(file, folder / file.name)
+            workspace.copy(file, directory / file.name)
         if len(self._shards) > 1:
-            workspace.write_json(folder / INDEX_FILE, index_of(self._shards))
+            workspace.write_json(directory / INDEX_FILE, index_of(self._shards))
         scheme = self._format.config(kept_linears(source.config))
-        workspace.write_json(folder / "config.json", {**source.json, "quantization_config": scheme})
-        workspace.write_json(folder / REPORT, made)
+        workspace.write_json(directory / "config.json", {**source.json, "quantization_config": scheme})
+        workspace.write_json(directory / REPORT, made)
 
 
 WORKSPACE = 550 * 10**6  # bytes: Python and PyTorch

@@ -38,19 +38,19 @@ class Place:
 
 
 class Source:
-    """A checkpoint folder, checked from its headers."""
+    """A checkpoint directory, checked from its headers."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.json, self.config = read_bf16_config(folder)
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.json, self.config = read_bf16_config(directory)
         self.shapes = expected_tensors(self.config)
         self._layout = Layout(self.config)
         try:
-            used = used_tensors(folder, self._layout)
+            used = used_tensors(directory, self._layout)
         except CheckpointError as error:
             raise UserError(str(error)) from None
         if not used:
-            raise UserError(f"{folder} {': '.join(missing_weights(folder))}")
+            raise UserError(f"{directory} {': '.join(missing_weights(directory))}")
         self._places: dict[str, Place] = {}
         for tensor, names in used.items():
             self._places.update(dict.fromkeys(names, Place(tensor.file, tensor.name, DTYPES[tensor.dtype])))
@@ -77,18 +77,18 @@ class Source:
     def fingerprint(self) -> str:
         """Changes when the config or a weight file does (by size and time of change)."""
         digest = hashlib.sha256(json.dumps(self.json, sort_keys=True).encode())
-        for file in shard_files(self.folder):
+        for file in shard_files(self.directory):
             state = file.stat()
             digest.update(f"{file.name}\0{state.st_size}\0{state.st_mtime_ns}\0".encode())
         return digest.hexdigest()
 
     def other_files(self) -> list[Path]:
-        """What is copied as it is: everything at the top of the folder but the weights, their index, the config, and
+        """What is copied as it is: everything at the top of the directory but the weights, their index, the config, and
         the hashes of these files."""
         skipped = {"config.json", INDEX_FILE, "SHA256SUMS"}
         return sorted(
             file
-            for file in self.folder.iterdir()
+            for file in self.directory.iterdir()
             if file.is_file()
             and file.name not in skipped
             and not file.name.startswith(".")

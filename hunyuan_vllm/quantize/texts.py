@@ -48,7 +48,7 @@ class Tokens:
 
 
 def calibration_tokens(
-    folder: Path, vocab_size: int, given: Path | Sequence[Sequence[int]] | None, limit: int
+    directory: Path, vocab_size: int, given: Path | Sequence[Sequence[int]] | None, limit: int
 ) -> Tokens:
     """The rows that calibration reads, at most `limit` tokens.
 
@@ -57,7 +57,7 @@ def calibration_tokens(
     """
     if isinstance(given, Path | None):
         documents = _built_in() if given is None else read_documents(given, limit * CHARACTERS_A_TOKEN)
-        given = list(tokenise(folder, documents, limit))
+        given = list(tokenise(directory, documents, limit))
     return pack(given, limit, vocab_size)
 
 
@@ -87,13 +87,13 @@ def read_documents(path: Path, characters: int = -1, option: str = "--calibratio
         raise UserError(f"{option} {path} is empty: it needs text, or one chat per line in a .jsonl file")
 
 
-def tokenise(folder: Path, documents: Iterable[Document], limit: int) -> Iterator[list[int]]:
-    """Token ids of documents, by the tokenizer and the chat template of the checkpoint in `folder`, until there are
+def tokenise(directory: Path, documents: Iterable[Document], limit: int) -> Iterator[list[int]]:
+    """Token ids of documents, by the tokenizer and the chat template of the checkpoint in `directory`, until there are
     `limit` of them; a long text becomes several documents.
     """
     from hunyuan_vllm.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(directory)
     head = tokenizer("")["input_ids"][:1]
     for number, document in enumerate(documents, start=1):
         if isinstance(document, str):

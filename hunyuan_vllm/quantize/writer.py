@@ -162,25 +162,25 @@ class Workspace:
     """A context manager that makes or takes up DST.partial, locked against other runs.
 
     Args:
-        record: what the run does; a run that takes up the folder must have the same.
+        record: what the run does; a run that takes up the directory must have the same.
     """
 
     def __init__(self, target: Path, record: Mapping[str, Any]) -> None:
         if target.exists() or target.is_symlink():
-            raise UserError(f"{target} exists: name a folder that does not, or remove it first")
+            raise UserError(f"{target} exists: name a directory that does not, or remove it first")
         if not target.parent.is_dir():
-            raise UserError(f"{target.parent} does not exist: make the folder that {target.name} belongs in")
+            raise UserError(f"{target.parent} does not exist: make the directory that {target.name} belongs in")
         self.target = target
-        self.folder = target.with_name(f"{target.name}.partial")
-        self.checkpoint, self.state = self.folder / "checkpoint", self.folder / "state"
+        self.directory = target.with_name(f"{target.name}.partial")
+        self.checkpoint, self.state = self.directory / "checkpoint", self.directory / "state"
         self.resumed = (self.state / RUN).exists()
-        if self.folder.exists() and not self.state.exists() and any(self.folder.iterdir()):
-            raise UserError(f"{self.folder} exists and holds no unfinished conversion: remove it first")
+        if self.directory.exists() and not self.state.exists() and any(self.directory.iterdir()):
+            raise UserError(f"{self.directory} exists and holds no unfinished conversion: remove it first")
         try:
             self.checkpoint.mkdir(parents=True, exist_ok=True)
             self.state.mkdir(exist_ok=True)
         except OSError as error:
-            raise UserError(f"{self.folder} cannot be written: {error.strerror}") from None
+            raise UserError(f"{self.directory} cannot be written: {error.strerror}") from None
         self._lock = os.open(self.state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -189,7 +189,7 @@ class Workspace:
                 unfinished.unlink()
         except BlockingIOError:
             os.close(self._lock)
-            raise UserError(f"another run is writing {target}: wait for it, or name another folder") from None
+            raise UserError(f"another run is writing {target}: wait for it, or name another directory") from None
         except BaseException:
             os.close(self._lock)
             raise
@@ -211,12 +211,12 @@ class Workspace:
 
         Args:
             what: needs it, for the message.
-            target: how the user names the folder that is written.
+            target: how the user names the directory that is written.
         """
-        free = shutil.disk_usage(self.folder).free
+        free = shutil.disk_usage(self.directory).free
         if free < nbytes:
             raise UserError(
-                f"{self.folder.parent} has {gigabytes(free)} free, {what} needs {gigabytes(nbytes)} more: "
+                f"{self.directory.parent} has {gigabytes(free)} free, {what} needs {gigabytes(nbytes)} more: "
                 f"make room, or name {target} on another disk"
             )
 
@@ -227,7 +227,7 @@ class Workspace:
         self.put(partial, file)
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep tensors under `name` in the state folder; contiguous copies, since a file holds no views."""
+        """Keep tensors under `name` in the state directory; contiguous copies, since a file holds no views."""
         file = self.state / f"{name}.safetensors"
         partial = self.beside(file)
         try:
@@ -268,7 +268,7 @@ class Workspace:
         sync(self.checkpoint)
         os.replace(self.checkpoint, self.target)
         sync(self.target.parent)
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.directory)
 
     def _same_run(self, record: dict[str, Any]) -> None:
         file = self.state / RUN
@@ -279,6 +279,6 @@ class Workspace:
         for name, value in record.items():
             if begun.get(name) != value:
                 raise UserError(
-                    f"{self.folder} was started with {name} {begun.get(name)}, this run has {value}: "
-                    "use the same, or remove the folder to start over"
+                    f"{self.directory} was started with {name} {begun.get(name)}, this run has {value}: "
+                    "use the same, or remove the directory to start over"
                 )

@@ -45,7 +45,7 @@ EXPERT_LOAD = "hunyuan_vllm.expert_load.ExpertLoad"
 ADMIN_VARIABLES = ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
 # Set even where they are inherited.
 ALWAYS_SET = (KEY_FILE_VARIABLE, POLICY_VARIABLE, envs.DRAIN_GRACE, *ADMIN_VARIABLES)
-# Options that may name something on the hub even where the model itself is a folder.
+# Options that may name something on the hub even where the model itself is a directory.
 HUB_OPTIONS = ("tokenizer", "speculative-config", "lora-modules", "hf-config-path", "generation-config")
 
 
@@ -250,7 +250,7 @@ def _reply_options(flags: Flags, model: ModelSource, tools: bool, notes: list[st
     if not (model.local or given or tools or "reasoning-parser" in flags or "tool-call-parser" in flags):
         notes.append(
             "the chat template of a model on the hub is not read: one that thinks or calls tools (A13B, 0.5B–7B) "
-            "needs --reasoning-parser hunyuan_v1 --tool-call-parser hunyuan_v1, or MODEL_PATH= its folder"
+            "needs --reasoning-parser hunyuan_v1 --tool-call-parser hunyuan_v1, or MODEL_PATH= its directory"
         )
     return options
 

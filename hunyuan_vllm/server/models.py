@@ -31,7 +31,7 @@ class ModelSource:
     """A model to serve.
 
     Attributes:
-        name: what vLLM is given: an absolute folder, or a hub name.
+        name: what vLLM is given: an absolute directory, or a hub name.
         given: what the user wrote, which clients may use as the model's name.
         config: the checkpoint's; None for a hub name, which vLLM downloads.
         weight_bytes: size of its weights; 0 where that is unknown.
@@ -59,28 +59,30 @@ def demo_model() -> ModelSource:
     """The model in the package."""
     from hunyuan_vllm import demo
 
-    folder = demo.path()
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(f"the demo model is missing from {folder}: install hunyuan-vllm again, or set MODEL_PATH")
-    return _open_folder(folder, "hunyuan-demo", demo=True)
+    directory = demo.path()
+    if not any(directory.glob("*.safetensors")):
+        raise UserError(f"the demo model is missing from {directory}: install hunyuan-vllm again, or set MODEL_PATH")
+    return _open_directory(directory, "hunyuan-demo", demo=True)
 
 
 def open_model(given: str | None) -> ModelSource:
-    """A checkpoint folder, checked, or a hub name, taken as it is; `demo` or nothing is the demo model."""
+    """A checkpoint directory, checked, or a hub name, taken as it is; `demo` or nothing is the demo model."""
     from hunyuan_vllm import demo
 
     if not given:
         return demo_model()
-    folder = Path(given).expanduser()
-    if folder.is_dir():
-        return _open_folder(folder.resolve(), given)
+    directory = Path(given).expanduser()
+    if directory.is_dir():
+        return _open_directory(directory.resolve(), given)
     if given == demo.NAME:
         return demo_model()
-    if folder.exists():
-        raise UserError(f"MODEL_PATH={given} is a file: name the folder that holds config.json")
+    if directory.exists():
+        raise UserError(f"MODEL_PATH={given} is a file: name the directory that holds config.json")
     if HUB_NAME.fullmatch(given):
         return ModelSource(given, given)
-    raise UserError(f"the model {given} does not exist: name a folder, a hub name such as owner/model, or {demo.NAME}")
+    raise UserError(
+        f"the model {given} does not exist: name a directory, a hub name such as owner/model, or {demo.NAME}"
+    )
 
 
 def check_files(model: ModelSource, flags: Flags, environ: Mapping[str, str]) -> None:
@@ -95,7 +97,7 @@ def check_files(model: ModelSource, flags: Flags, environ: Mapping[str, str]) ->
     if not (model.tokenizer or elsewhere):
         raise UserError(
             f"{model.given} has no tokenizer: copy hy.tiktoken or tokenizer.json there from the published checkpoint, "
-            "or name a folder that has one with --tokenizer"
+            "or name a directory that has one with --tokenizer"
         )
     overridden = any(name in flags for name in ("hf-overrides", "hf-config-path"))
     allowed = environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "0").strip().lower() in ("1", "true")
@@ -107,22 +109,22 @@ def check_files(model: ModelSource, flags: Flags, environ: Mapping[str, str]) ->
         )
 
 
-def _open_folder(folder: Path, given: str, demo: bool = False) -> ModelSource:
+def _open_directory(directory: Path, given: str, demo: bool = False) -> ModelSource:
     from hunyuan_vllm.chat_template import stored_template
     from hunyuan_vllm.checkpoint import check_headers, read_config, shard_files
     from hunyuan_vllm.quant.quantization_config import read_format
 
-    fields, config = read_config(folder)
+    fields, config = read_config(directory)
     try:
-        shards = shard_files(folder)
-        form = read_format(fields, folder)
-        check_headers(folder, form.layout(config))
+        shards = shard_files(directory)
+        form = read_format(fields, directory)
+        check_headers(directory, form.layout(config))
     except ValueError as error:
         raise UserError(str(error)) from None
-    tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
+    tokenizer = any((directory / name).is_file() for name in TOKENIZER_FILES)
     weights = sum(shard.stat().st_size for shard in shards)
-    template, _ = stored_template(folder)
-    return ModelSource(str(folder), given, config, weights, demo, tokenizer, form, template)
+    template, _ = stored_template(directory)
+    return ModelSource(str(directory), given, config, weights, demo, tokenizer, form, template)
 
 
 MAX_LORA_RANK = 16  # vLLM's, where --max-lora-rank does not say
@@ -139,11 +141,11 @@ def check_adapters(flags: Flags, config: Network | None, cpu: bool) -> None:
         raise UserError("--lora-modules needs --enable-lora")
     for item in given:
         name, path = _name_and_path(item)
-        folder = Path(path).expanduser()
-        if config is None or not folder.exists() and HUB_NAME.fullmatch(path):
+        directory = Path(path).expanduser()
+        if config is None or not directory.exists() and HUB_NAME.fullmatch(path):
             continue
         try:
-            check_adapter(folder, config, cpu, flags.integer("max-lora-rank", MAX_LORA_RANK))
+            check_adapter(directory, config, cpu, flags.integer("max-lora-rank", MAX_LORA_RANK))
         except UserError as error:
             raise UserError(f"--lora-modules {name}: {error}") from None
 
@@ -157,7 +159,7 @@ def _name_and_path(item: str) -> tuple[str, str]:
         fields = json.loads(item)
         return fields["name"], fields["path"]
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"--lora-modules {item} is not NAME=FOLDER, nor a JSON object with name and path") from None
+        raise UserError(f"--lora-modules {item} is not NAME=DIRECTORY, nor a JSON object with name and path") from None
 
 
 def check_scheme(scheme: Scheme, model: ModelSource) -> None:

@@ -111,7 +111,7 @@ def _parser_module() -> ModuleType:
     """vLLM's module with the parser class, loaded alone where vLLM itself has not been imported."""
     if "vllm" in sys.modules:
         return importlib.import_module("vllm.utils.argparse_utils")
-    spec = importlib.util.spec_from_file_location("_vllm_argparse_utils", _vllm_folder() / PARSER_FILE)
+    spec = importlib.util.spec_from_file_location("_vllm_argparse_utils", _vllm_directory() / PARSER_FILE)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     with _stand_in_logger():
@@ -136,7 +136,7 @@ def _stand_in_logger() -> Iterator[None]:
         del sys.modules["vllm"], sys.modules["vllm.logger"]
 
 
-def _vllm_folder() -> Path:
+def _vllm_directory() -> Path:
     try:
         check_vllm_version()
     except RuntimeError as error:
@@ -152,13 +152,13 @@ def _options() -> list[dict[str, Any]]:
     if "vllm.engine.arg_utils" in sys.modules:
         return _read_options()
     name = _cache_name()
-    for folder in (ENVIRONMENT_CACHE, envs.cache_folder()):
+    for directory in (ENVIRONMENT_CACHE, envs.cache_directory()):
         with suppress(OSError, ValueError):
-            return list(json.loads((folder / name).read_text()))
+            return list(json.loads((directory / name).read_text()))
     say("reading vLLM's options, once for this version")
     text = _query_vllm()
     with suppress(OSError, UserError):  # a cache that cannot be written costs seconds at the next start
-        _write(envs.cache_folder() / name, text)
+        _write(envs.cache_directory() / name, text)
     return list(json.loads(text))
 
 
@@ -168,9 +168,9 @@ def keep_in_environment() -> None:
 
 
 def _cache_name() -> str:
-    folder = _vllm_folder()
+    directory = _vllm_directory()
     _, version = installed_vllm() or ("", "")
-    changed = max((folder / file).stat().st_mtime_ns for file in OPTION_FILES)
+    changed = max((directory / file).stat().st_mtime_ns for file in OPTION_FILES)
     return f"options-{__version__}-{version}-{changed:x}.json"
 
 

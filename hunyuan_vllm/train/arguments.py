@@ -43,8 +43,8 @@ def _flag(default: Any, text: str) -> Any:
 class ModelArguments:
     """What is trained. The defaults of LoRA and of the network's shape are those of the published script."""
 
-    model_name_or_path: str | None = _flag(None, "Folder of the checkpoint to start from.")
-    tokenizer_name_or_path: str | None = _flag(None, "Folder of the tokenizer; default: the checkpoint's.")
+    model_name_or_path: str | None = _flag(None, "Directory of the checkpoint to start from.")
+    tokenizer_name_or_path: str | None = _flag(None, "Directory of the tokenizer; default: the checkpoint's.")
     use_lora: bool = _flag(False, "Train low-rank adapters and leave the checkpoint's weights as they are.")
     lora_rank: int = _flag(64, "Rank of the adapters.")
     lora_alpha: int = _flag(8, "The adapters' output is scaled by lora_alpha / lora_rank.")
@@ -97,14 +97,14 @@ class DataArguments:
 class TrainingArguments(transformers.TrainingArguments):
     """How it is trained: transformers' arguments, some with other defaults."""
 
-    output_dir: str = _flag("train_output", "Folder for checkpoints, logs, and the result in final/.")
+    output_dir: str = _flag("train_output", "Directory for checkpoints, logs, and the result in final/.")
     min_lr: float | None = _flag(None, "Learning rate at the end of the cosine; default: a tenth of --learning_rate.")
     lr_scheduler_type: str = _flag("cosine_with_min_lr", "Learning-rate schedule.")
     warmup_ratio: float = _flag(0.0, "Share of the steps used for warm-up.")
     logging_steps: float = _flag(5, "Steps between two lines of the log.")
     save_steps: float = _flag(100, "Steps between two checkpoints.")
     model_max_length: int | None = _flag(None, "As --max_position_embeddings, of a new network.")
-    logging_dir: str | None = _flag(None, "Folder for TensorBoard's files; default: runs/ in --output_dir.")
+    logging_dir: str | None = _flag(None, "Directory for TensorBoard's files; default: runs/ in --output_dir.")
     report_to: str = _flag("tensorboard", "tensorboard, or none.")
     overwrite_output_dir: bool = _flag(False, "Without effect.")
     save_safetensors: bool = _flag(True, "Without effect.")

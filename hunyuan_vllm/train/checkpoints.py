@@ -16,56 +16,56 @@ from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.files import sync
 
 STAGING: Final = ".saving"
-"""Where an output folder holds a checkpoint until it is complete; what a killed run leaves there is never read."""
+"""Where an output directory holds a checkpoint until it is complete; what a killed run leaves there is never read."""
 
 STATE: Final = "trainer_state.json"
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def checkpoints(output: Path) -> list[Path]:
-    """The checkpoints in an output folder, oldest first."""
+    """The checkpoints in an output directory, oldest first."""
     found = [(int(match[1]), path) for path in output.glob("checkpoint-*") if (match := NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
 
 
-def resume_folder(given: str, output: Path) -> Path:
-    """The checkpoint that `--resume_from_checkpoint` names: a folder, or `last` (or `True`) for the newest there is."""
+def resume_directory(given: str, output: Path) -> Path:
+    """The checkpoint that `--resume_from_checkpoint` names: a directory, or `last` (or `True`) for the newest."""
     if given.lower() in ("last", "true"):
         if not (found := checkpoints(output)):
             raise UserError(
                 f"--resume_from_checkpoint {given}: {output} has no checkpoint-N; leave the flag out to start"
             )
         return check_checkpoint(found[-1])
-    folder = Path(given)
-    if not folder.is_dir():
+    directory = Path(given)
+    if not directory.is_dir():
         raise UserError(f"--resume_from_checkpoint {given} is not a directory: name a checkpoint-N, or `last`")
-    return check_checkpoint(folder)
+    return check_checkpoint(directory)
 
 
-def check_checkpoint(folder: Path) -> Path:
-    """`folder`, if it holds everything needed to resume."""
-    if STAGING in folder.absolute().parts:
-        raise UserError(f"{folder} is incomplete: resume from a checkpoint-N beside {STAGING}")
-    state = folder / STATE
+def check_checkpoint(directory: Path) -> Path:
+    """`directory`, if it holds everything needed to resume."""
+    if STAGING in directory.absolute().parts:
+        raise UserError(f"{directory} is incomplete: resume from a checkpoint-N beside {STAGING}")
+    state = directory / STATE
     if not state.is_file():
-        raise UserError(f"{folder} is not a checkpoint to resume from: it has no {STATE}")
+        raise UserError(f"{directory} is not a checkpoint to resume from: it has no {STATE}")
     try:
         json.loads(state.read_text())
     except ValueError:
-        raise UserError(f"{folder} is damaged: {STATE} is not JSON; resume from another checkpoint") from None
+        raise UserError(f"{directory} is damaged: {STATE} is not JSON; resume from another checkpoint") from None
     patterns = {
         "weights": ("*.safetensors", "global_step*"),
         "optimiser state": ("optimizer.pt", "global_step*"),
         "random state": ("rng_state*.pth",),
     }
     for what, names in patterns.items():
-        if not any(next(folder.glob(name), None) for name in names):
-            raise UserError(f"{folder} is not a checkpoint to resume from: it has no {what} ({' or '.join(names)})")
-    return folder
+        if not any(next(directory.glob(name), None) for name in names):
+            raise UserError(f"{directory} is not a checkpoint to resume from: it has no {what} ({' or '.join(names)})")
+    return directory
 
 
 def move_into_place(staged: Path, final: Path) -> None:
-    """Flush a complete folder to the disk and rename it to `final`, replacing what has that name."""
+    """Flush a complete directory to the disk and rename it to `final`, replacing what has that name."""
     for parent, _, files in os.walk(staged):
         for file in files:
             sync(Path(parent, file))
@@ -82,10 +82,10 @@ def move_into_place(staged: Path, final: Path) -> None:
 def remove_old(output: Path, limit: int | None) -> list[Path]:
     """Delete the oldest checkpoints beyond `limit`, each renamed first, and return them."""
     gone = checkpoints(output)[:-limit] if limit else []
-    for folder in gone:
-        aside = output / STAGING / f"{folder.name}.old"
+    for directory in gone:
+        aside = output / STAGING / f"{directory.name}.old"
         aside.parent.mkdir(exist_ok=True)
-        os.replace(folder, aside)
+        os.replace(directory, aside)
         shutil.rmtree(aside, ignore_errors=True)
     return gone
 

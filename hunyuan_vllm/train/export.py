@@ -59,10 +59,10 @@ def split_routers(model: nn.Module, start: Mapping[str, Tensor] | None = None) -
         setattr(model.get_submodule(owner), last, SplitLinear(weight, exact))
 
 
-def read_routers(folder: Path) -> dict[str, Tensor]:
+def read_routers(directory: Path) -> dict[str, Tensor]:
     """The routers' weights of a checkpoint, by name, in float32."""
     found: dict[str, Tensor] = {}
-    for shard in shard_files(folder):
+    for shard in shard_files(directory):
         with safe_open(shard, framework="pt") as tensors:
             found |= {name: tensors.get_tensor(name).float() for name in tensors.keys() if name.endswith(ROUTER)}
     return found
@@ -108,41 +108,41 @@ def as_published(
     }
 
 
-def copy_served_files(folder: Path, tokenizer: Path, base: Path | None) -> None:
+def copy_served_files(directory: Path, tokenizer: Path, base: Path | None) -> None:
     """Put the tokenizer's files, and the generation config of `base`, beside a model's weights."""
     for name in TOKENIZER:
         if (tokenizer / name).is_file():
-            shutil.copyfile(tokenizer / name, folder / name)
+            shutil.copyfile(tokenizer / name, directory / name)
     for source in (base, tokenizer):
         if source is not None and (source / "generation_config.json").is_file():
-            shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
+            shutil.copyfile(source / "generation_config.json", directory / "generation_config.json")
             return
 
 
-def write_origin(folder: Path, base: Path | None, dtype: torch.dtype) -> None:
+def write_origin(directory: Path, base: Path | None, dtype: torch.dtype) -> None:
     """Record what weights were trained from, and the type of the result."""
     origin = {"base": str(base) if base else None, "served_dtype": str(dtype).removeprefix("torch.")}
-    (folder / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
+    (directory / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
 
 
-def read_origin(folder: Path) -> tuple[Path | None, torch.dtype] | None:
+def read_origin(directory: Path) -> tuple[Path | None, torch.dtype] | None:
     """What `write_origin` recorded; None without a record."""
     try:
-        origin = json.loads((folder / ORIGIN).read_text())
+        origin = json.loads((directory / ORIGIN).read_text())
     except OSError:
         return None
     return Path(origin["base"]) if origin["base"] else None, getattr(torch, origin["served_dtype"])
 
 
-def write_config(folder: Path, source: Path | None, dtype: torch.dtype) -> None:
+def write_config(directory: Path, source: Path | None, dtype: torch.dtype) -> None:
     """Write the config.json of trained weights: that of `source`, in its spelling, with the weights' type.
 
     transformers would write its own spellings, and its class in `architectures`, which tells a V1 network from
     Hunyuan-Large. `auto_map` goes, since the code that it names is not copied. Without a source, the config that
     transformers has written stays.
     """
-    fields = json.loads(((source or folder) / "config.json").read_text())
+    fields = json.loads(((source or directory) / "config.json").read_text())
     fields.pop("auto_map", None)
     name = "torch_dtype" if "torch_dtype" in fields else "dtype"
     fields[name] = str(dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    (directory / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

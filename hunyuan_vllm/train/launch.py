@@ -56,7 +56,7 @@ class Launch:
     def order(self, rank: int) -> dict[str, Any]:
         node = self._nodes[rank]
         return {
-            "do": "run", "folder": os.getcwd(), "address": node.address, "interface": self._interface,
+            "do": "run", "directory": os.getcwd(), "address": node.address, "interface": self._interface,
             "nodes": len(self._nodes), "rank": rank, "processes": node.processes,
             "master": [self._nodes[0].address, self._port], "flags": self._flags, "variables": self._variables,
         }  # fmt: skip
@@ -81,7 +81,7 @@ class Launch:
     def check(self) -> None:
         """Compare code, libraries, checkpoint and data of all nodes."""
         paths = [str(path) for name in PATHS if (path := self._given(name)) and Path(path).exists()]
-        order = json.dumps({"do": "facts", "folder": os.getcwd(), "paths": paths}) + "\n"
+        order = json.dumps({"do": "facts", "directory": os.getcwd(), "paths": paths}) + "\n"
         running = [self._start(rank, output=subprocess.PIPE) for rank in range(len(self._nodes))]
         for process in running:
             assert process.stdin is not None

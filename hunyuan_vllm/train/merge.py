@@ -90,21 +90,21 @@ class Change:
 
 
 class Adapter:
-    """An adapter's folder. Only headers are read until a pair is asked for.
+    """An adapter's directory. Only headers are read until a pair is asked for.
 
     Attributes:
         changes: canonical name of each weight that it changes, and how.
     """
 
-    def __init__(self, folder: Path, config: HunYuanConfig) -> None:
-        self.folder = folder
-        self._config = read_adapter_config(folder)
-        check_mergeable(self._config, folder / ADAPTER_CONFIG)
-        self._file = folder / ADAPTER_FILE
+    def __init__(self, directory: Path, config: HunYuanConfig) -> None:
+        self.directory = directory
+        self._config = read_adapter_config(directory)
+        check_mergeable(self._config, directory / ADAPTER_CONFIG)
+        self._file = directory / ADAPTER_FILE
         if not self._file.exists():
-            other = next((file.name for file in sorted(folder.glob("adapter_model.*"))), None)
+            other = next((file.name for file in sorted(directory.glob("adapter_model.*"))), None)
             found = f"only {other}: save it as safetensors (PEFT: safe_serialization=True)" if other else "no weights"
-            raise UserError(f"{folder} has no {ADAPTER_FILE}, {found}")
+            raise UserError(f"{directory} has no {ADAPTER_FILE}, {found}")
         shapes = read_shapes(self._file)
         expected = expected_tensors(config)
         self.changes = dict(self._changes(shapes, config, expected))
@@ -126,7 +126,7 @@ class Adapter:
 
     def fingerprint(self) -> str:
         """Changes when the adapter does."""
-        digest = hashlib.sha256((self.folder / ADAPTER_CONFIG).read_bytes())
+        digest = hashlib.sha256((self.directory / ADAPTER_CONFIG).read_bytes())
         with self._file.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
@@ -210,8 +210,8 @@ class Merge:
 
     def run(self) -> None:
         """Merge."""
-        if self._target.resolve() in (self._source.folder.resolve(), self._adapter.folder.resolve()):
-            raise UserError(f"--output_path {self._target} is an input: name another folder")
+        if self._target.resolve() in (self._source.directory.resolve(), self._adapter.directory.resolve()):
+            raise UserError(f"--output_path {self._target} is an input: name another directory")
         if self._target.is_dir() and not any(self._target.iterdir()):
             self._target.rmdir()
         with Workspace(self._target, self._record()) as workspace:
@@ -220,7 +220,7 @@ class Merge:
             others = sum(file.stat().st_size for file in self._source.other_files())
             workspace.need_room(unwritten + others, "merging", "an --output_path")
             if workspace.resumed:
-                self._progress.say(f"continuing with the finished files in {workspace.folder}")
+                self._progress.say(f"continuing with the finished files in {workspace.directory}")
             done = self.nbytes - unwritten
             with self._progress.stage("merging", 2 * self.nbytes, 2 * done):
                 for shard in left:
@@ -278,11 +278,11 @@ class Merge:
         workspace.put(partial, workspace.checkpoint / shard.file)
 
     def _write_the_rest(self, workspace: Workspace) -> None:
-        folder = workspace.checkpoint
+        directory = workspace.checkpoint
         for file in self._source.other_files():
-            workspace.copy(file, folder / file.name)
+            workspace.copy(file, directory / file.name)
         if len(self._shards) > 1:
-            workspace.write_json(folder / INDEX_FILE, index_of(self._shards))
+            workspace.write_json(directory / INDEX_FILE, index_of(self._shards))
         field = "dtype" if "dtype" in self._source.json else "torch_dtype"
         config = {**self._source.json, field: str(self._dtype).removeprefix("torch.")}
-        workspace.write_json(folder / "config.json", config)
+        workspace.write_json(directory / "config.json", config)

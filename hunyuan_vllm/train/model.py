@@ -19,28 +19,28 @@ from hunyuan_vllm.quantize.source import read_bf16_config
 from hunyuan_vllm.reference import HunYuanForCausalLM, MoE
 from hunyuan_vllm.tokenizer import load_tokenizer
 from hunyuan_vllm.train.arguments import Arguments
-from hunyuan_vllm.train.checkpoints import resume_folder
+from hunyuan_vllm.train.checkpoints import resume_directory
 from hunyuan_vllm.train.export import read_origin, read_routers, split_routers
 from hunyuan_vllm.util.errors import UserError
 
 
-def load_partitioned(folder: Path, dtype: torch.dtype) -> HunYuanForCausalLM:
-    """The checkpoint in `folder`, partitioned by ZeRO-3. Every process must call this.
+def load_partitioned(directory: Path, dtype: torch.dtype) -> HunYuanForCausalLM:
+    """The checkpoint in `directory`, partitioned by ZeRO-3. Every process must call this.
 
     transformers' own loader reads the whole checkpoint in every process: 780 GB, eight times a node, for 389B.
     """
-    config = HunYuanConfig.from_pretrained(folder)
+    config = HunYuanConfig.from_pretrained(directory)
     model = HunYuanForCausalLM._from_config(config, dtype=dtype)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     layout = Layout(config)
     first = torch.distributed.get_rank() == 0
-    for shard in shard_files(folder):
+    for shard in shard_files(directory):
         with safe_open(shard, framework="pt") as tensors:
             for name in tensors.keys():
                 _load(parameters, layout, name, tensors, first)
-    if (folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    model.name_or_path = model.config.name_or_path = str(folder)
+    if (directory / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    model.name_or_path = model.config.name_or_path = str(directory)
     return model
 
 
@@ -57,30 +57,30 @@ def _load(parameters: dict[str, nn.Parameter], layout: Layout, name: str, tensor
                 parameter.data.copy_(parts[one])
 
 
-def check_base(folder: Path) -> HunYuanConfig:
+def check_base(directory: Path) -> HunYuanConfig:
     """The config of a checkpoint, checked by its files' headers."""
-    if not folder.is_dir():
-        raise UserError(f"--model_name_or_path {folder} is not a directory: name the folder of a checkpoint")
-    read_bf16_config(folder)
-    config = HunYuanConfig.from_pretrained(folder)
+    if not directory.is_dir():
+        raise UserError(f"--model_name_or_path {directory} is not a directory: name a checkpoint's directory")
+    read_bf16_config(directory)
+    config = HunYuanConfig.from_pretrained(directory)
     try:
-        if not check_headers(folder, Layout(config)):
-            raise CheckpointError(f"it {': '.join(missing_weights(folder))}")
+        if not check_headers(directory, Layout(config)):
+            raise CheckpointError(f"it {': '.join(missing_weights(directory))}")
     except CheckpointError as error:
-        raise UserError(f"{folder} cannot be trained: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{directory} cannot be trained: {str(error).splitlines()[0]}") from None
     return config
 
 
-def load_model(folder: Path, dtype: torch.dtype) -> HunYuanForCausalLM:
-    """The checkpoint in `folder`, in `dtype`; under ZeRO-3 each process holds only its part."""
+def load_model(directory: Path, dtype: torch.dtype) -> HunYuanForCausalLM:
+    """The checkpoint in `directory`, in `dtype`; under ZeRO-3 each process holds only its part."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     try:
         if is_deepspeed_zero3_enabled():
-            return load_partitioned(folder, dtype)
-        return HunYuanForCausalLM.from_pretrained(folder, dtype=dtype)
+            return load_partitioned(directory, dtype)
+        return HunYuanForCausalLM.from_pretrained(directory, dtype=dtype)
     except (CheckpointError, OSError) as error:
-        raise UserError(f"{folder} cannot be read: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{directory} cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def train_attention_only(model: nn.Module) -> None:
@@ -132,15 +132,15 @@ class BaseCheckpoint:
     """What a run starts from.
 
     Attributes:
-        folder: the checkpoint whose weights are read; None for a new network.
+        directory: the checkpoint whose weights are read; None for a new network.
         resume: the earlier run's checkpoint to resume from.
         origin: the checkpoint that the first run started from; None for a new network.
     """
 
-    folder: Path | None
+    directory: Path | None
     resume: Path | None
     config: HunYuanConfig
-    tokenizer_folder: Path
+    tokenizer_directory: Path
     tokenizer: Any
     served_dtype: torch.dtype
     origin: Path | None = None
@@ -150,29 +150,29 @@ class BaseCheckpoint:
         """Check everything that the flags name; nothing large is read."""
         training, model = arguments.training, arguments.model
         given = training.resume_from_checkpoint
-        resume = resume_folder(given, Path(training.output_dir)) if given else None
-        named = demo.folder(Path(model.model_name_or_path)) if model.model_name_or_path else None
+        resume = resume_directory(given, Path(training.output_dir)) if given else None
+        named = demo.directory(Path(model.model_name_or_path)) if model.model_name_or_path else None
         if resume is not None:
             named = _take_over(arguments, resume, named)
         if named is not None:
             config = check_base(named)
-            folder = Path(model.tokenizer_name_or_path or named)
+            directory = Path(model.tokenizer_name_or_path or named)
             # A run's checkpoint has the type of the computation, and notes the type of the result.
             stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
             origin, dtype = (read_origin(resume) if resume else None) or (named, stored)
-            return cls(named, resume, config, folder, load_tokenizer(folder), dtype, origin)
+            return cls(named, resume, config, directory, load_tokenizer(directory), dtype, origin)
         if not model.tokenizer_name_or_path:
-            raise UserError("a new network needs --tokenizer_name_or_path, a folder with hy.tiktoken")
-        folder = Path(model.tokenizer_name_or_path)
-        tokenizer = load_tokenizer(folder)
-        return cls(None, resume, _new_config(arguments, tokenizer), folder, tokenizer, torch.bfloat16)
+            raise UserError("a new network needs --tokenizer_name_or_path, a directory with hy.tiktoken")
+        directory = Path(model.tokenizer_name_or_path)
+        tokenizer = load_tokenizer(directory)
+        return cls(None, resume, _new_config(arguments, tokenizer), directory, tokenizer, torch.bfloat16)
 
     def load_model(self, arguments: Arguments) -> Any:
         """The network, loaded or new, with the trained parameters selected."""
         flags, training = arguments.model, arguments.training
         dtype = self._dtype(arguments)
-        if self.folder is not None:
-            model: Any = load_model(self.folder, dtype)
+        if self.directory is not None:
+            model: Any = load_model(self.directory, dtype)
         else:  # random weights, by `initializer_range`; under ZeRO-3 partitioned
             model = HunYuanForCausalLM._from_config(self.config, dtype=dtype)
         model.config.use_cache = False
@@ -181,7 +181,7 @@ class BaseCheckpoint:
         if flags.use_lora:
             return add_lora(
                 model, rank=flags.lora_rank, alpha=flags.lora_alpha, dropout=flags.lora_dropout,
-                targets=flags.lora_target_modules, base=self.folder,
+                targets=flags.lora_target_modules, base=self.directory,
             )  # fmt: skip
         if flags.train_attention_params_only:
             train_attention_only(model)
@@ -191,8 +191,8 @@ class BaseCheckpoint:
         """The routers' exact weights, where ZeRO-3 has partitioned and rounded them."""
         if not hasattr(next(model.parameters()), "ds_id"):
             return None
-        if self.folder is not None:
-            return read_routers(self.folder)
+        if self.directory is not None:
+            return read_routers(self.directory)
         names = [name for name in model.state_dict() if name.endswith(".gate.wg.weight")]
         shapes = {name: model.get_parameter(name).ds_shape for name in names}
         drawn = torch.Generator().manual_seed(0)  # the same in every process

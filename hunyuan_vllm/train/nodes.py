@@ -97,7 +97,7 @@ ABSENT: Final = "absent"
 
 
 def facts(paths: Sequence[str]) -> dict[str, str]:
-    """What must agree on all nodes: name → a short text. `paths` are files and folders of checkpoints."""
+    """What must agree on all nodes: name → a short text. `paths` are files and directories of checkpoints."""
     found = {"Python": platform.python_version()}
     found |= {name: installed_version(name) or ABSENT for name in PACKAGES}
     package = Path(__file__).parents[1]
@@ -173,7 +173,7 @@ def main() -> int:
     if not line:
         return 1  # the launcher has exited
     order = json.loads(line)
-    os.chdir(order["folder"])
+    os.chdir(order["directory"])
     if order["do"] == "facts":
         print(json.dumps(facts(order["paths"])))
         return 0

@@ -1,4 +1,4 @@
-"""A run of fine-tuning, from flags to a folder that can be served
+"""A run of fine-tuning, from flags to a directory that can be served
 
 Libraries are imported in `train`, after the environment that they read is set.
 """
@@ -30,13 +30,15 @@ def need_extra(deepspeed: bool = False) -> None:
 
 
 def need_writable(output: Path) -> None:
-    """Create the output folder and check that it is writable."""
+    """Create the output directory and check that it is writable."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output) as file:
             file.write(b"0")
     except OSError as error:
-        raise UserError(f"--output_dir {output} cannot be written to ({error.strerror}): name another folder") from None
+        raise UserError(
+            f"--output_dir {output} cannot be written to ({error.strerror}): name another directory"
+        ) from None
 
 
 FINAL: Final = "final"
@@ -118,7 +120,7 @@ def _run(arguments: Any, base: Any, console: Console, say: Callable[[str], None]
     kind = save_result(trainer, output / FINAL, base.served_dtype)
     if trainer.is_world_process_zero():
         say(f"done: {output / FINAL} ({kind})")
-        say(f"serve it: {_serving_command(arguments.model, base.folder, output / FINAL)}")
+        say(f"serve it: {_serving_command(arguments.model, base.directory, output / FINAL)}")
 
 
 def _serving_command(flags: Any, base: Path | None, result: Path) -> str:

@@ -37,7 +37,7 @@ class HunYuanTrainer(transformers.Trainer):
     """transformers' Trainer with what this network needs.
 
     Args:
-        finish: called with a folder of weights and their type before it is complete: adds the files that serving
+        finish: called with a directory of weights and their type before it is complete: adds the files that serving
             needs.
         arguments: `transformers.Trainer`'s.
 
@@ -108,7 +108,7 @@ class HunYuanTrainer(transformers.Trainer):
         return summed.tolist()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write to a staging folder, rename it when it is complete, and only then delete older checkpoints.
+        """Write to a staging directory, rename it when it is complete, and only then delete older checkpoints.
 
         Raises:
             DiskError: it could not be written; older checkpoints are unchanged.
@@ -128,7 +128,7 @@ class HunYuanTrainer(transformers.Trainer):
                 move_into_place(staged, final)
                 remove_old(output, self.args.save_total_limit)
             self._wait()
-            # A node with a disk of its own has its processes' parts in its own staging folder.
+            # A node with a disk of its own has its processes' parts in its own staging directory.
             if self.is_local_process_zero() and staged.exists():
                 move_into_place(staged, final)
         if self._since is not None:
@@ -139,12 +139,12 @@ class HunYuanTrainer(transformers.Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Save the weights, in the published layout or as a PEFT adapter, and what `finish` adds."""
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        directory = Path(output_dir or self.args.output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
         if not hasattr(self.model, "peft_config"):
             state_dict = as_published(state_dict or self.model.state_dict(), self.model.config, self.served_dtype)
-        self.model.save_pretrained(folder, state_dict=state_dict, max_shard_size=MAX_SHARD)
-        self._finish(folder, self.served_dtype or self.model.dtype)
+        self.model.save_pretrained(directory, state_dict=state_dict, max_shard_size=MAX_SHARD)
+        self._finish(directory, self.served_dtype or self.model.dtype)
 
     def _wait(self) -> None:
         if self.args.world_size > 1:
@@ -232,13 +232,13 @@ def build_trainer(
         board = TensorBoardCallback()
         board.logging_dir = training.logging_dir or str(Path(training.output_dir) / "runs")
     training.prediction_loss_only = True  # otherwise the logits of all held-out tokens are kept
-    training.report_to = []  # type: ignore[assignment]  # the Trainer's own would choose another folder
+    training.report_to = []  # type: ignore[assignment]  # the Trainer's own would choose another directory
 
-    def finish(folder: Path, dtype: torch.dtype) -> None:
+    def finish(directory: Path, dtype: torch.dtype) -> None:
         if not flags.use_lora:
-            write_config(folder, base.folder, dtype)
-            copy_served_files(folder, base.tokenizer_folder, base.folder)
-            write_origin(folder, base.origin, base.served_dtype)
+            write_config(directory, base.directory, dtype)
+            copy_served_files(directory, base.tokenizer_directory, base.directory)
+            write_origin(directory, base.origin, base.served_dtype)
 
     trainer = HunYuanTrainer(
         model=model,
@@ -290,17 +290,17 @@ def _flash() -> AbstractContextManager[Any]:
     return sdpa_kernel(order, set_priority=True)
 
 
-def save_result(trainer: HunYuanTrainer, folder: Path, dtype: torch.dtype) -> str:
-    """Save the trained weights to `folder`, completely or not at all; returns "an adapter" or "a checkpoint".
+def save_result(trainer: HunYuanTrainer, directory: Path, dtype: torch.dtype) -> str:
+    """Save the trained weights to `directory`, completely or not at all; returns "an adapter" or "a checkpoint".
 
     Every process must call this: under ZeRO-3 each holds a part. A full model is saved in `dtype`, routers in float32.
     """
-    staged = folder.parent / STAGING / folder.name
+    staged = directory.parent / STAGING / directory.name
     is_adapter = hasattr(trainer.model, "peft_config")
-    with saving("the result", folder.parent):
+    with saving("the result", directory.parent):
         trainer.served_dtype = dtype
         trainer.save_model(str(staged))
         trainer.served_dtype = None
         if trainer.args.should_save:
-            move_into_place(staged, folder)
+            move_into_place(staged, directory)
     return "an adapter" if is_adapter else "a checkpoint"

@@ -154,6 +154,6 @@ def test_a_file_of_someone_else_is_left_alone(tmp_path, source, content):
     assert path.read_text() == content
 
 
-def test_a_folder_that_cannot_be_written_is_said(tmp_path):
+def test_a_directory_that_cannot_be_written_is_said(tmp_path):
     with pytest.raises(UserError, match="cannot be written"):
         Output(tmp_path / "none" / "out")

@@ -37,7 +37,7 @@ TIMEOUT = 20  # seconds
 
 @contextmanager
 def chromium(profile: Path, downloads: Path) -> Iterator[webdriver.Chrome]:
-    """Start it with an empty profile folder, in English, keeping its console's and its network's log."""
+    """Start it with an empty profile directory, in English, keeping its console's and its network's log."""
     options = webdriver.ChromeOptions()
     options.binary_location = str(CHROMIUM)
     for option in (*OPTIONS, f"--user-data-dir={profile}"):

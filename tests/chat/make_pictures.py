@@ -37,11 +37,11 @@ def take(page: Page, url: str, settings: dict[str, str]) -> Image.Image:
     return picture.convert("RGB").quantize(COLOURS)
 
 
-def main(folder: Path) -> None:
+def main(directory: Path) -> None:
     with running_server() as server, tempfile.TemporaryDirectory() as scratch:
         with chromium(Path(scratch) / "profile", Path(scratch)) as driver:
             for name, settings in PICTURES.items():
-                take(Page(driver, Path(scratch)), server.url, settings).save(folder / f"{name}.png", optimize=True)
+                take(Page(driver, Path(scratch)), server.url, settings).save(directory / f"{name}.png", optimize=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import rewrite
-from damage import Report, check_folder, copy_demo, copy_sharded, findings
+from damage import Report, check_directory, copy_demo, copy_sharded, findings
 from safetensors.torch import save_file
 from torch import Tensor
 from typer.testing import CliRunner, Result
@@ -23,13 +23,13 @@ from hunyuan_vllm.util.findings import Section, Status
 TYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2]
 
 
-def deep(folder: Path) -> Report:
+def deep(directory: Path) -> Report:
     def run(work: Deep, section: Section) -> None:
         read: list[int] = []
         work.run(read.append, section)
         assert sum(read) == work.total
 
-    return check_folder(folder, run, jobs=2)
+    return check_directory(directory, run, jobs=2)
 
 
 def command(*arguments: str) -> Result:
@@ -64,7 +64,7 @@ def test_tensors_with_nan_zeros_and_holes(tmp_path: Path) -> None:
         tensors["model.layers.0.self_attn.o_proj.bias"] = torch.full((192,), float("nan"))  # not used
 
     rewrite(copy_demo(tmp_path), change)
-    assert check_folder(tmp_path).sound
+    assert check_directory(tmp_path).sound
     problems = findings(deep(tmp_path))
     assert [problem.items for problem in problems] == [(f"{up} (2 of 24,576)",), (down,)]
 
@@ -113,14 +113,14 @@ def test_the_command_and_its_exit_status(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["/nowhere/at/all"], "does not exist"),
-        (["{folder}"], "has no config.json: copy it from the checkpoint"),
-        (["{folder}/file"], "is a file"),
+        (["{directory}"], "has no config.json: copy it from the checkpoint"),
+        (["{directory}/file"], "is a file"),
         (["nobody/never-downloaded"], "neither a directory nor in the hub's cache"),
     ],
 )
 def test_a_wrong_command_is_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "file").touch()
-    result = command(*(argument.format(folder=tmp_path) for argument in arguments))
+    result = command(*(argument.format(directory=tmp_path) for argument in arguments))
     assert isinstance(result.exception, UserError)  # main() prints it and exits with 2
     assert message in str(result.exception)
 

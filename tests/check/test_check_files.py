@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import tiny_config, write_checkpoint
-from damage import check_folder, copy_demo, copy_sharded, findings, only_problem
+from damage import check_directory, copy_demo, copy_sharded, findings, only_problem
 from safetensors.torch import load_file, save_file
 
 from hunyuan_vllm import demo
-from hunyuan_vllm.check.files import open_folder
+from hunyuan_vllm.check.files import open_directory
 from hunyuan_vllm.checkpoint import read_shards
 from hunyuan_vllm.server.models import open_model
 from hunyuan_vllm.util.errors import UserError
@@ -24,12 +24,12 @@ from hunyuan_vllm.util.findings import Status
 INDEX = "model.safetensors.index.json"
 
 
-def shards_of(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
+def shards_of(directory: Path) -> list[Path]:
+    return sorted(directory.glob("*.safetensors"))
 
 
 def test_a_sound_checkpoint_has_nothing_but_ok(tmp_path: Path) -> None:
-    report = check_folder(copy_sharded(tmp_path))
+    report = check_directory(copy_sharded(tmp_path))
     assert report.sound
     assert {finding.status for section in report.sections for finding in section.findings} == {Status.OK}
     sizes = {name: tensor.numel() for path in shards_of(tmp_path) for name, tensor in load_file(path).items()}
@@ -39,7 +39,7 @@ def test_a_sound_checkpoint_has_nothing_but_ok(tmp_path: Path) -> None:
 
 
 def test_the_demo_model_has_a_name() -> None:
-    assert open_folder(demo.NAME) == demo.path()
+    assert open_directory(demo.NAME) == demo.path()
 
 
 def test_headers_are_those_that_the_library_reads(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_other_damage_to_a_shard(tmp_path: Path) -> None:
     changed = json.dumps(header, separators=(",", ":")).encode().ljust(size)
     offsets.write_bytes(struct.pack("<Q", len(changed)) + changed + data[8 + size :])
     pointer.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
-    found = {problem.subject: problem.text for problem in findings(check_folder(tmp_path))}
+    found = {problem.subject: problem.text for problem in findings(check_directory(tmp_path))}
     assert "7 bytes after its last tensor" in found[longer.name]
     assert "header that cannot be read" in found[no_json.name]
     assert "offsets do not fit its shapes" in found[offsets.name]
@@ -107,7 +107,7 @@ def test_numbered_shards_without_an_index_still_tell_which_is_missing(tmp_path: 
     (tmp_path / INDEX).unlink()
     gone = shards_of(tmp_path)[2]
     gone.unlink()
-    report = check_folder(tmp_path)
+    report = check_directory(tmp_path)
     assert [problem.items for problem in findings(report)] == [(gone.name,)]
     assert [warning.subject for warning in findings(report, Status.WARNING)] == ["index"]
 
@@ -115,7 +115,7 @@ def test_numbered_shards_without_an_index_still_tell_which_is_missing(tmp_path: 
 def test_a_shard_that_the_index_leaves_out(tmp_path: Path) -> None:
     copy_sharded(tmp_path)
     save_file(load_file(shards_of(tmp_path)[0]), tmp_path / "extra.safetensors")
-    report = check_folder(tmp_path)
+    report = check_directory(tmp_path)
     assert report.sound
     (warning,) = findings(report, Status.WARNING)
     assert warning.items == ("extra.safetensors",)
@@ -131,7 +131,7 @@ def test_an_index_that_names_the_wrong_shards(tmp_path: Path) -> None:
     del index["weight_map"][names[1]]
     index["metadata"]["total_size"] += 2
     (tmp_path / INDEX).write_text(json.dumps(index))
-    report = check_folder(tmp_path)
+    report = check_directory(tmp_path)
     (problem,) = findings(report)
     assert {item.split(" ")[0] for item in problem.items} == {names[0], names[-1], "made.up"}
     unlisted, total = findings(report, Status.WARNING)
@@ -151,7 +151,7 @@ def test_unfinished_downloads_and_dangling_links(tmp_path: Path) -> None:
     cache.mkdir(parents=True)
     (cache / "abc.incomplete").touch()
     (tmp_path / "README.md").symlink_to(tmp_path / "blobs" / "gone")
-    report = check_folder(tmp_path)
+    report = check_directory(tmp_path)
     assert [warning.items for warning in findings(report, Status.WARNING)] == [("abc.incomplete",)]
     assert [problem.items for problem in findings(report)] == [("README.md",)]
 
@@ -165,16 +165,16 @@ def test_pickled_weights_are_converted_by_the_command_that_is_named(tmp_path: Pa
     assert "has pickled weights (*.bin) and no *.safetensors" in problem.text
     command = problem.remedy.removeprefix("convert them with ").replace("python ", f"{sys.executable} ", 1)
     subprocess.run(command, shell=True, check=True)
-    assert not findings(check_folder(tmp_path))
+    assert not findings(check_directory(tmp_path))
     converted = load_file(tmp_path / "pytorch_model.safetensors")
     assert all(torch.equal(converted[name], tensor) for name, tensor in tensors.items())
 
 
-def test_a_folder_of_checkpoints(tmp_path: Path) -> None:
+def test_a_directory_of_checkpoints(tmp_path: Path) -> None:
     """As the published repository is laid out."""
     for name in ("Instruct", "Pretrain"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").touch()
-    for opened in (open_folder, open_model):
-        with pytest.raises(UserError, match=r"its subfolders are \(Instruct, Pretrain\): name one of them"):
+    for opened in (open_directory, open_model):
+        with pytest.raises(UserError, match=r"its subdirectories are \(Instruct, Pretrain\): name one of them"):
             opened(str(tmp_path))

@@ -14,7 +14,7 @@ from damage import (
     PACKED,
     PLAIN,
     change_tensors,
-    check_folder,
+    check_directory,
     copy_demo,
     edit_json,
     findings,
@@ -39,7 +39,7 @@ def test_everything_wrong_is_listed_at_once(tmp_path: Path) -> None:
         tensors["model.layers.4.mlp.shared_mlp.up_proj.weight"] = torch.zeros(128, 192, dtype=torch.int8)
 
     rewrite(copy_demo(tmp_path), change)
-    report = check_folder(tmp_path)
+    report = check_directory(tmp_path)
     found = {problem.subject: problem.items for problem in findings(report)}
     assert found == {
         "missing": ("model.layers.2.self_attn.k_proj.weight", "model.norm.weight"),
@@ -53,7 +53,7 @@ def test_published_oddities_are_no_problem(tmp_path: Path) -> None:
     copy_demo(tmp_path)
     config = HunYuanConfig.from_pretrained(tmp_path)
     rewrite(tmp_path, lambda tensors: tensors.update(with_strays(dict(tensors), config)))
-    report = check_folder(tmp_path)
+    report = check_directory(tmp_path)
     assert report.sound and not findings(report, Status.WARNING)
     (unused,) = [finding for finding in findings(report, Status.OK) if finding.subject == "unused"]
     assert "1 that" not in unused.text
@@ -64,7 +64,7 @@ def test_published_oddities_are_no_problem(tmp_path: Path) -> None:
         tensors.update(together)
 
     rewrite(copy_demo(tmp_path), fused)
-    assert check_folder(tmp_path).sound
+    assert check_directory(tmp_path).sound
 
 
 def test_a_tensor_stored_fused_and_apart(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_config_of_another_checkpoint_is_named_by_its_field(tmp_path: Path, fi
     copy_demo(tmp_path)
     true = json.loads((tmp_path / "config.json").read_text())[field]
     edit_json(tmp_path / "config.json", **{field: value})
-    first, *others = findings(check_folder(tmp_path))
+    first, *others = findings(check_directory(tmp_path))
     assert f"{field} {true}, config.json says {value}" in first.text
     assert others and all(problem.remedy == first.remedy for problem in others)
 
@@ -113,12 +113,12 @@ def test_a_config_of_another_checkpoint_is_named_by_its_field(tmp_path: Path, fi
 )
 def test_a_wrong_config(tmp_path: Path, fields: dict, text: str) -> None:
     edit_json(copy_demo(tmp_path) / "config.json", **fields)
-    assert any(text in problem.text for problem in findings(check_folder(tmp_path)))
+    assert any(text in problem.text for problem in findings(check_directory(tmp_path)))
 
 
 def test_no_config_leaves_the_rest_checked(tmp_path: Path) -> None:
     (copy_demo(tmp_path) / "config.json").unlink()
-    report = check_folder(tmp_path)
+    report = check_directory(tmp_path)
     assert [problem.text for problem in findings(report)] == ["it is missing"]
     assert {finding.subject for finding in findings(report, Status.OK)} >= {"shards", "tokenizer", "template"}
     assert [skip.subject for skip in findings(report, Status.SKIPPED)] == ["tensors"]
@@ -128,7 +128,7 @@ def test_no_config_leaves_the_rest_checked(tmp_path: Path) -> None:
 def test_quantised_checkpoints_are_sound(tmp_path: Path, kind: str) -> None:
     with safe_open(demo.path() / "model.safetensors", framework="np") as tensors:
         projections = sum(name.endswith("_proj.weight") for name in tensors.keys())
-    report = check_folder(quantise(tmp_path, kind))
+    report = check_directory(quantise(tmp_path, kind))
     assert findings(report) == [] and findings(report, Status.WARNING) == []
     (scales,) = [finding for finding in findings(report, Status.OK) if finding.subject == "scales"]
     assert scales.text.startswith(f"{2 * projections if kind == 'fp8' else projections} tensors, ")
@@ -137,7 +137,7 @@ def test_quantised_checkpoints_are_sound(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["fp8", PACKED, PLAIN])
 def test_a_quantised_checkpoint_whose_config_does_not_say_so(tmp_path: Path, kind: str) -> None:
     edit_json(quantise(tmp_path, kind) / "config.json", quantization_config=None)
-    found = {problem.subject for problem in findings(check_folder(tmp_path))}
+    found = {problem.subject for problem in findings(check_directory(tmp_path))}
     assert found >= {"unknown", "missing" if kind == PACKED else "types"}
 
 
@@ -160,7 +160,7 @@ def test_fp8_scales_missing_misshapen_or_odd(tmp_path: Path) -> None:
         tensors["model.layers.0.self_attn.attn.k_scale"] = torch.tensor(0.02)
 
     rewrite(quantise(tmp_path, "fp8"), change)
-    report = check_folder(tmp_path)
+    report = check_directory(tmp_path)
     assert {problem.subject: problem.items for problem in findings(report)} == {
         "scales": (f"{WEIGHT}input_scale",),
         "shapes": (f"{WEIGHT}weight_scale is [128, 1], not []",),
@@ -198,7 +198,7 @@ def test_int8_scales_and_shapes(tmp_path: Path) -> None:
         tensors[f"{WEIGHT}weight_shape"] = torch.tensor([192, 128])
 
     rewrite(quantise(tmp_path, PACKED), change)
-    found = {problem.subject: problem.items for problem in findings(check_folder(tmp_path))}
+    found = {problem.subject: problem.items for problem in findings(check_directory(tmp_path))}
     assert found == {
         "scales": (f"{WEIGHT}weight_scale is 0, one of 2 in 128",),
         "weight_shape": (f"{WEIGHT}weight_shape says [192, 128], the weight is [128, 192]",),
@@ -208,4 +208,4 @@ def test_int8_scales_and_shapes(tmp_path: Path) -> None:
 def test_a_quantisation_of_another_kind_is_refused(tmp_path: Path) -> None:
     edit_json(copy_demo(tmp_path) / "config.json", quantization_config={"quant_method": "hqq"})
     assert only_problem(tmp_path).subject == "quantization_config"
-    assert [skip.subject for skip in findings(check_folder(tmp_path), Status.SKIPPED)] == ["tensors"]
+    assert [skip.subject for skip in findings(check_directory(tmp_path), Status.SKIPPED)] == ["tensors"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from chat_templates import FAULTY, FINE_TUNED
-from damage import check_folder, copy_demo, edit_json, findings, only_problem
+from damage import check_directory, copy_demo, edit_json, findings, only_problem
 
 from hunyuan_vllm.chat_template import CHAT_TEMPLATE
 from hunyuan_vllm.util.findings import Status
@@ -21,7 +21,7 @@ def test_a_vocabulary_cut_at_a_line_end_is_noticed_by_its_special_ids(tmp_path: 
     kept = vocabulary.read_bytes().splitlines(keepends=True)[:-lines]
     vocabulary.write_bytes(b"".join(kept))
     # Each line is well-formed, so that the file itself is no less sound than before.
-    problem = next(problem for problem in findings(check_folder(tmp_path)) if problem.subject == "special ids")
+    problem = next(problem for problem in findings(check_directory(tmp_path)) if problem.subject == "special ids")
     assert f"<|eos|> is id {1803 - lines}" in problem.text
     assert VOCABULARY in problem.remedy
 
@@ -41,19 +41,19 @@ def test_no_tokenizer(tmp_path: Path) -> None:
 
 def test_more_tokens_than_embeddings(tmp_path: Path) -> None:
     edit_json(copy_demo(tmp_path) / "config.json", vocab_size=2000)
-    found = {problem.subject for problem in findings(check_folder(tmp_path))}
+    found = {problem.subject for problem in findings(check_directory(tmp_path))}
     assert found >= {"vocabulary", "config.json", "shapes"}
 
 
 def test_a_published_shape_needs_the_published_vocabulary(tmp_path: Path) -> None:
     edit_json(copy_demo(tmp_path) / "config.json", vocab_size=129024)
-    texts = [problem.text for problem in findings(check_folder(tmp_path))]
+    texts = [problem.text for problem in findings(check_directory(tmp_path))]
     assert any("hy.tiktoken has 1,800 tokens and the published one 127,957" in text for text in texts)
 
 
 def test_ids_that_config_and_tokenizer_number_differently(tmp_path: Path) -> None:
     edit_json(copy_demo(tmp_path) / "config.json", bos_token_id=1)
-    report = check_folder(tmp_path)
+    report = check_directory(tmp_path)
     assert report.sound
     (warning,) = findings(report, Status.WARNING)
     assert "bos_token_id is 1 in the checkpoint's configs and 1801 in the tokenizer" in warning.text
@@ -74,7 +74,7 @@ def test_a_tokenizer_that_changes_text(tmp_path: Path) -> None:
     }
     (copy_demo(tmp_path) / VOCABULARY).unlink()
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_json))
-    found = [problem.subject for problem in findings(check_folder(tmp_path))]
+    found = [problem.subject for problem in findings(check_directory(tmp_path))]
     assert found.count("round trip") >= 4
 
 
@@ -95,7 +95,7 @@ def test_a_tokenizer_that_changes_text(tmp_path: Path) -> None:
 )
 def test_a_wrong_template(tmp_path: Path, template: str, text: str) -> None:
     (copy_demo(tmp_path) / "chat_template.jinja").write_text(template)
-    problems = findings(check_folder(tmp_path))
+    problems = findings(check_directory(tmp_path))
     assert {problem.subject for problem in problems} == {"template"}
     assert any(text in problem.text for problem in problems)
 
@@ -105,7 +105,7 @@ def test_a_checkpoints_own_template(tmp_path: Path) -> None:
         "{% for m in messages %}{{ m.content }}{{ '<|eos|>' if m.role == 'assistant' else '<|extra_0|>' }}{% endfor %}"
     )
     edit_json(copy_demo(tmp_path) / "tokenizer_config.json", chat_template=own)
-    report = check_folder(tmp_path)
+    report = check_directory(tmp_path)
     (line,) = [finding for finding in findings(report, Status.OK) if finding.subject == "template"]
     assert line.text.startswith("the checkpoint's")
 
@@ -118,7 +118,7 @@ def test_a_template_with_the_faults_of_the_published_one(tmp_path: Path, in_its_
         (tmp_path / "chat_template.jinja").write_text(FAULTY)
     else:
         edit_json(tmp_path / "tokenizer_config.json", chat_template=FAULTY)
-    report = check_folder(tmp_path)
+    report = check_directory(tmp_path)
     assert report.sound
     (warning,) = findings(report, Status.WARNING)
     assert "ends with <|extra_4|>" in warning.text and "access to attribute 'update'" in warning.text
@@ -129,7 +129,7 @@ def test_a_template_with_the_faults_of_the_published_one(tmp_path: Path, in_its_
 
 def test_a_template_of_another_format(tmp_path: Path) -> None:
     (copy_demo(tmp_path) / "chat_template.jinja").write_text(FINE_TUNED)
-    report = check_folder(tmp_path)
+    report = check_directory(tmp_path)
     assert report.sound
     (warning,) = findings(report, Status.WARNING)
     assert "for one turn" in warning.text and "You are a pirate." in warning.text
@@ -139,7 +139,7 @@ def test_a_template_of_another_format(tmp_path: Path) -> None:
 def test_a_template_that_refuses_a_conversation(tmp_path: Path) -> None:
     refusing = "{% if not messages[0].content %}{{ raise_exception('say something') }}{% endif %}"
     (copy_demo(tmp_path) / "chat_template.jinja").write_text(refusing + CHAT_TEMPLATE)
-    report = check_folder(tmp_path)
+    report = check_directory(tmp_path)
     assert report.sound
     (warning,) = findings(report, Status.WARNING)
     assert warning.text == "it refuses an empty system message: say something"
@@ -161,13 +161,13 @@ def test_a_template_that_refuses_a_conversation(tmp_path: Path) -> None:
 )
 def test_generation_settings_out_of_range(tmp_path: Path, field: str, value: object) -> None:
     edit_json(copy_demo(tmp_path) / "generation_config.json", **{field: value})
-    assert field in {problem.subject for problem in findings(check_folder(tmp_path))}
+    assert field in {problem.subject for problem in findings(check_directory(tmp_path))}
 
 
 def test_generation_settings_that_greedy_answers_and_their_length_come_from(tmp_path: Path) -> None:
     """As tests/test_preflight.py finds it served."""
     edit_json(copy_demo(tmp_path) / "generation_config.json", do_sample=False, max_new_tokens=8, temperature=0.7)
-    report = check_folder(tmp_path)
+    report = check_directory(tmp_path)
     assert report.sound
     (warning,) = findings(report, Status.WARNING)
     assert (warning.subject, warning.text.split(" unless")[0]) == ("max_new_tokens", "answers end after 8 tokens")
@@ -177,7 +177,7 @@ def test_generation_settings_that_greedy_answers_and_their_length_come_from(tmp_
 
 def test_no_generation_settings(tmp_path: Path) -> None:
     (copy_demo(tmp_path) / "generation_config.json").unlink()
-    report = check_folder(tmp_path)
+    report = check_directory(tmp_path)
     assert report.sound
     (warning,) = findings(report, Status.WARNING)
     assert "answers end only at the tokenizer's end token" in warning.text

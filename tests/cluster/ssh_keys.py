@@ -38,7 +38,7 @@ def public_key(number: int, kind: str = "ed25519") -> PublicKey:
 
 @cache
 def _public_key(number: int, kind: str) -> PublicKey:
-    with TemporaryDirectory() as folder:
-        key = PublicKey.parse(make_key(Path(folder) / f"key{number}", kind).split())
+    with TemporaryDirectory() as directory:
+        key = PublicKey.parse(make_key(Path(directory) / f"key{number}", kind).split())
     assert key is not None
     return key

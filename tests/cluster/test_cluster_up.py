@@ -246,16 +246,16 @@ def test_tls_and_the_scripts_of_one_host(hosts):
     a, b, _ = hosts
     code, report = up(a, b, "--tls")
     assert code == 0, texts(report, "problem")
-    folder = f"{HOME}/.config/hunyuan-vllm/cluster/tls"
-    assert a.sh(f"cd {folder}; stat -c '%a %n' *").splitlines() == [
+    directory = f"{HOME}/.config/hunyuan-vllm/cluster/tls"
+    assert a.sh(f"cd {directory}; stat -c '%a %n' *").splitlines() == [
         "600 10.77.0.1.crt", "600 10.77.0.1.key", "600 authority.crt", "600 authority.key",
     ]  # fmt: skip
-    assert b.sh(f"ls {folder}").split() == ["10.77.0.2.crt", "10.77.0.2.key", "authority.crt"]
+    assert b.sh(f"ls {directory}").split() == ["10.77.0.2.crt", "10.77.0.2.key", "authority.crt"]
     verified = "echo | openssl s_client -alpn h2 -connect {}:{} -CAfile {}/authority.crt -cert {} -key {}"
     verified += " -verify_ip {} 2>&1 | tr -cd '[:print:]\\n'"
-    mine = (f"{folder}/10.77.0.1.crt", f"{folder}/10.77.0.1.key")
+    mine = (f"{directory}/10.77.0.1.crt", f"{directory}/10.77.0.1.key")
     for host, port in ((a, 6379), (b, 6380)):
-        said = a.sh(verified.format(host.address, port, folder, *mine, host.address))
+        said = a.sh(verified.format(host.address, port, directory, *mine, host.address))
         assert "Verify return code: 0 (ok)" in said and "TLSv1.3" in said
     assert cluster(a, "down").returncode == 0
 

@@ -48,7 +48,7 @@ def test_gpus():
     assert compare(compare_gpus, {"a": NodeFacts({})}, None) == {"GPUs": [(Status.OK, "none on each host")]}
 
 
-def test_a_folder_that_is_nowhere_or_somewhere():
+def test_a_directory_that_is_nowhere_or_somewhere():
     have, lack = NodeFacts({}, files={"config.json": "2 ab"}), NodeFacts({})
     assert compare(compare_files, {"a": lack, "b": have}, "/m") == {
         "checkpoint": [(Status.PROBLEM, "/m is not a directory on a")]

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from hunyuan_vllm.cluster.ray_node import PORTS, WORKER_PORTS, NodeSetup, checked_ports, fixed_ports, parse_variables
-from hunyuan_vllm.ray_environment import NODE_FOLDER, cluster_variables, without_secrets
+from hunyuan_vllm.ray_environment import NODE_DIRECTORY, cluster_variables, without_secrets
 from hunyuan_vllm.util.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -88,10 +88,10 @@ def test_units_start_ray_alike(setup):
 def test_a_program_joins_the_node_that_was_started_here(tmp_path):
     address = next(entry.address for entry in psutil.net_if_addrs()["lo"] if "." in entry.address)
     setup = NodeSetup(address, "10.0.0.1", "lo", 1, "/t")
-    folder = tmp_path / NODE_FOLDER
-    folder.mkdir(parents=True)
+    directory = tmp_path / NODE_DIRECTORY
+    directory.mkdir(parents=True)
     environ = {"RAY_TMPDIR": str(tmp_path)}
-    (folder / f"node-{address}.json").write_text(json.dumps({"environment": setup.environment()}))
+    (directory / f"node-{address}.json").write_text(json.dumps({"environment": setup.environment()}))
     assert cluster_variables(environ, tmp_path) == {}  # it does not run
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "ray_current_cluster").write_text(setup.gcs)

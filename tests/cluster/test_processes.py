@@ -18,10 +18,10 @@ STUBBORN = "import signal, time; signal.signal(15, signal.SIG_IGN); print(1, flu
 
 @pytest.fixture
 def session(tmp_path):
-    """A folder such as Ray makes; processes of other tests are in others."""
-    folder = tmp_path / "session_2026-01-02_03-04-05_678901_42" / "logs"
-    folder.mkdir(parents=True)
-    return folder
+    """A directory such as Ray makes; processes of other tests are in others."""
+    directory = tmp_path / "session_2026-01-02_03-04-05_678901_42" / "logs"
+    directory.mkdir(parents=True)
+    return directory
 
 
 @pytest.fixture

@@ -28,10 +28,10 @@ def home(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def files(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Name → mode and content of all that is in a folder."""
-    found = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): (stat.S_IMODE(path.stat().st_mode), path.read_bytes()) for path in found}
+def files(directory: Path) -> dict[str, tuple[int, bytes]]:
+    """Name → mode and content of all that is in a directory."""
+    found = [path for path in directory.rglob("*") if path.is_file()]
+    return {str(path.relative_to(directory)): (stat.S_IMODE(path.stat().st_mode), path.read_bytes()) for path in found}
 
 
 def test_shellcheck_has_nothing_to_say():

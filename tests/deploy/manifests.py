@@ -22,10 +22,10 @@ ADDRESS = "10.0.0.5"  # of a pod
 Object = dict[str, Any]
 
 
-def files(folder: Path = ROOT / "deploy/k8s") -> Iterator[Path]:
+def files(directory: Path = ROOT / "deploy/k8s") -> Iterator[Path]:
     """The files that a kustomization names, those of the kustomizations in it among them."""
-    for name in yaml.safe_load((folder / "kustomization.yaml").read_text())["resources"]:
-        path = (folder / name).resolve()
+    for name in yaml.safe_load((directory / "kustomization.yaml").read_text())["resources"]:
+        path = (directory / name).resolve()
         if path.is_dir():
             yield from files(path)
         else:

@@ -93,8 +93,8 @@ def test_secrets_are_files_for_their_readers_alone(role):
     assert {secret["secretName"] for secret in secrets.values()} == expected[role]
     assert all(secret["defaultMode"] == 0o440 for secret in secrets.values())
     assert spec["securityContext"]["fsGroup"] == spec["securityContext"]["runAsGroup"]
-    folders = [mount["mountPath"] for mount in container(role)["volumeMounts"] if mount["name"] in secrets]
+    directories = [mount["mountPath"] for mount in container(role)["volumeMounts"] if mount["name"] in secrets]
     paths = [value for value in variables(role).values() if value.startswith("/run/secrets/")]
-    assert sorted(folders) == sorted(str(Path(path).parent) for path in paths)
+    assert sorted(directories) == sorted(str(Path(path).parent) for path in paths)
     guide = (ROOT / "docs/kubernetes.md").read_text()
     assert all(secret["secretName"] in guide for secret in secrets.values())

@@ -59,6 +59,6 @@ def test_the_schema_finds_a_slip(kind, name, path, value):
 
 
 def test_every_manifest_is_applied():
-    present = {file for folder in ("k8s", "router") for file in (ROOT / "deploy" / folder).glob("*.yaml")}
+    present = {file for directory in ("k8s", "router") for file in (ROOT / "deploy" / directory).glob("*.yaml")}
     assert {file for file in present if file.name != "kustomization.yaml"} == set(files())
     assert yaml.safe_load((ROOT / "deploy/k8s/kustomization.yaml").read_text())["namespace"] == NAMESPACE

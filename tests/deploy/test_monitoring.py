@@ -80,17 +80,17 @@ class Prometheus:
 
 @pytest.fixture(scope="module")
 def prometheus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("prometheus")
+    directory = tmp_path_factory.mktemp("prometheus")
     flags = ("--supervise", "--expert-load", "--max-model-len", "256")
     with running_server(*flags) as server:
         config = yaml.safe_load((GRAFANA / "prometheus.yml").read_text())
         config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
         config["scrape_configs"][0]["static_configs"] = [{"targets": [f"127.0.0.1:{server.port}"]}]
-        (folder / "rules.yml").write_text((GRAFANA / "rules.yml").read_text())
-        (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+        (directory / "rules.yml").write_text((GRAFANA / "rules.yml").read_text())
+        (directory / "prometheus.yml").write_text(yaml.safe_dump(config))
         port = free_port()
-        options = [f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}"]
-        with (folder / "log").open("w") as log:
+        options = [f"--config.file={directory / 'prometheus.yml'}", f"--storage.tsdb.path={directory / 'data'}"]
+        with (directory / "log").open("w") as log:
             process = subprocess.Popen(
                 ["prometheus", *options, f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log
             )
@@ -98,7 +98,7 @@ def prometheus(tmp_path_factory):
             running = Prometheus(port)
             deadline = time.monotonic() + 30
             while not running.ready():
-                assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()[-3000:]
+                assert process.poll() is None and time.monotonic() < deadline, (directory / "log").read_text()[-3000:]
                 time.sleep(0.2)
             with load(server.url):
                 deadline = time.monotonic() + 60

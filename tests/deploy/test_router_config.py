@@ -18,9 +18,9 @@ from waiting import eventually
 pytestmark = needs_haproxy
 
 
-def chain_and_key(folder: Path) -> Path:
+def chain_and_key(directory: Path) -> Path:
     """A certificate as Kubernetes mounts it for the router: the key in a file beside the chain."""
-    chain, key = own_certificate(folder)
+    chain, key = own_certificate(directory)
     key.rename(f"{chain}.key")
     return chain
 

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-POSIX_SCRIPTS = sorted(script for folder in ("deploy", "train", "tests") for script in (ROOT / folder).glob("*.sh"))
+POSIX_SCRIPTS = sorted(
+    script for directory in ("deploy", "train", "tests") for script in (ROOT / directory).glob("*.sh")
+)
 HELPFUL = [script for script in POSIX_SCRIPTS if script.parent.name != "tests"]
 SCRIPTS = [*POSIX_SCRIPTS, ROOT / ".ci" / "run"]
 
@@ -60,9 +62,9 @@ def test_the_container_is_pinned_and_not_root():
 @pytest.fixture
 def clone(tmp_path):
     """What the scripts read of a fresh clone."""
-    for folder in ("deploy", "train", "hunyuan_vllm/cli", "hunyuan_vllm/cluster"):
+    for directory in ("deploy", "train", "hunyuan_vllm/cli", "hunyuan_vllm/cluster"):
         ignored = shutil.ignore_patterns("__pycache__", "demo", "data")
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
+        shutil.copytree(ROOT / directory, tmp_path / directory, ignore=ignored)
     shutil.copy(ROOT / "hunyuan_vllm" / "__init__.py", tmp_path / "hunyuan_vllm")
     return tmp_path
 
@@ -213,7 +215,7 @@ def test_openapi_without_a_server_says_how_to_start_one():
         ({"PATH": "{tools}:{path}"}, "needs 20 GB"),
         ({"HUNYUAN_CUDA_VENV": "{tools}"}, "holds something else"),
     ],
-    ids=["compiler", "disk", "folder"],
+    ids=["compiler", "disk", "directory"],
 )
 def test_the_cuda_bench_says_what_it_lacks(tmp_path, environment, message):
     df = tmp_path / "df"

@@ -1,4 +1,4 @@
-"""What the set-up installs, keeps and continues: locks of tiny packages, a folder of their wheels, and the real uv."""
+"""What the set-up installs, keeps and continues: locks of tiny packages, their wheels, and the real uv."""
 
 import os
 import subprocess
@@ -71,8 +71,8 @@ def test_a_killed_set_up_is_continued_and_a_broken_one_made_again(tiny):
 
 
 def test_torch_for_the_cpu_is_taken_from_where_it_is(tiny, tmp_path):
-    (folder := tmp_path / "torch").mkdir()
-    (tiny.wheels / "torch-1+cpu-py3-none-any.whl").rename(folder / "torch-1+cpu-py3-none-any.whl")
+    (directory := tmp_path / "torch").mkdir()
+    (tiny.wheels / "torch-1+cpu-py3-none-any.whl").rename(directory / "torch-1+cpu-py3-none-any.whl")
     tiny.lock("torch-pypi", "torch==1", "library_of_torch==1")
 
     def refusal(source: str) -> str:
@@ -80,10 +80,10 @@ def test_torch_for_the_cpu_is_taken_from_where_it_is(tiny, tmp_path):
         assert run.returncode == 1
         return run.stderr.splitlines()[-1]
 
-    assert "=/nowhere is neither a folder of wheels nor the URL of a package index" in refusal("/nowhere")
+    assert "=/nowhere is neither a directory of wheels nor the URL of a package index" in refusal("/nowhere")
     assert f"={tmp_path} has no torch==1+cpu for this Python and machine" in refusal(str(tmp_path))
-    lines = tiny.set_up(HUNYUAN_TORCH_SOURCE=str(folder))
-    assert f"      torch for the CPU from {folder}" in lines
+    lines = tiny.set_up(HUNYUAN_TORCH_SOURCE=str(directory))
+    assert f"      torch for the CPU from {directory}" in lines
     assert tiny.installed() == ENGINE
 
     tiny.lock("torch-cpu", "torch==2+cpu")

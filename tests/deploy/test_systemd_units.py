@@ -16,11 +16,11 @@ from hunyuan_vllm.cluster.ray_node import HOOK, RAY_SETTINGS, NodeSetup
 from hunyuan_vllm.server.supervisor import GAVE_UP, STOP_MARGIN
 from hunyuan_vllm.util.errors import NotYetError, UserError
 
-FOLDER = Path(__file__).parents[2] / "deploy" / "systemd"
+DIRECTORY = Path(__file__).parents[2] / "deploy" / "systemd"
 ROOT = "/opt/hunyuan-vllm"
-UNITS = sorted(FOLDER.glob("*.service"))
+UNITS = sorted(DIRECTORY.glob("*.service"))
 RAY = [unit for unit in UNITS if "-ray-" in unit.name]
-SERVER = FOLDER / "hunyuan-server.service"
+SERVER = DIRECTORY / "hunyuan-server.service"
 HARDENED = {
     "NoNewPrivileges": "yes", "ProtectSystem": "strict", "ProtectHome": "yes", "PrivateTmp": "yes",
     "CapabilityBoundingSet": "", "RestrictSUIDSGID": "yes", "UMask": "0077", "User": "hunyuan",
@@ -45,7 +45,7 @@ def command(unit: Path) -> list[str]:
     (line,) = settings(unit)["ExecStart"]
     example = dict(
         line.split("=", 1)
-        for line in (FOLDER / "node.env.example").read_text().splitlines()
+        for line in (DIRECTORY / "node.env.example").read_text().splitlines()
         if not line.startswith("#")
     )
     return shlex.split(re.sub(r"\$\{(\w+)\}", lambda match: example[match[1]], line))
@@ -102,7 +102,7 @@ def test_ray_is_started_as_by_cluster_up(unit):
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
 def test_variables_are_those_of_cluster_up(unit):
     """Beside what belongs to one node, which node.env names."""
-    example = {line.split("=")[0] for line in (FOLDER / "node.env.example").read_text().splitlines() if "=" in line}
+    example = {line.split("=")[0] for line in (DIRECTORY / "node.env.example").read_text().splitlines() if "=" in line}
     needed = NodeSetup("10.0.0.1", "10.0.0.1", "bond1", 8, "/token").environment()
     assert needed.keys() <= environment(unit).keys() | example
 

@@ -1,4 +1,4 @@
-"""A machine made of files: /proc, /sys and /dev below a folder, and an nvidia-smi that says what a test wants."""
+"""A machine made of files: /proc, /sys and /dev below a directory, and an nvidia-smi that says what a test wants."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def machine(tmp_path: Path, files: dict[str, str] | None = None, **environ: str)
         path = tmp_path / "root" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    for folder in ("bin", "home", "cwd", "root"):
-        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    for directory in ("bin", "home", "cwd", "root"):
+        (tmp_path / directory).mkdir(parents=True, exist_ok=True)
     variables = {"PATH": str(tmp_path / "bin"), "HOME": str(tmp_path / "home")} | environ
     return System(variables, tmp_path / "cwd", tmp_path / "root", timeout=60)
 

@@ -71,7 +71,7 @@ def test_shared_memory(
 ) -> None:
     system = machine(tmp_path, {"dev/shm/.keep": ""})
     fake = type("Usage", (), {"total": total << 20, "used": 0, "free": free << 20})
-    monkeypatch.setattr(host.shutil, "disk_usage", lambda folder: fake)
+    monkeypatch.setattr(host.shutil, "disk_usage", lambda directory: fake)
     found = look(host.check_shared_memory, system, cuda)
     assert statuses(found) == {"/dev/shm": status}
     assert status == "ok" or "--ipc=host" in found["/dev/shm"].remedy
@@ -99,14 +99,14 @@ def test_limits(tmp_path: Path) -> None:
 def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     system = machine(tmp_path, TMPDIR=str(tmp_path), HF_HOME=str(tmp_path / "not" / "yet" / "there"))
     fake = type("Usage", (), {"free": 50 * 10**9})
-    monkeypatch.setattr(host.shutil, "disk_usage", lambda folder: fake)
+    monkeypatch.setattr(host.shutil, "disk_usage", lambda directory: fake)
     assert statuses(look(host.check_disk, system)) == {"disk": "ok"}
     fake.free = 5 * 10**9
     assert statuses(look(host.check_disk, system)) == {"disk": "warning"}
     fake.free = 10**9
     found = look(host.check_disk, system)
     assert statuses(found) == {"disk": "problem"}
-    monkeypatch.setattr(host.os, "access", lambda folder, mode: False)
+    monkeypatch.setattr(host.os, "access", lambda directory, mode: False)
     assert "is not writable" in look(host.check_disk, system)["disk"].text
 
 

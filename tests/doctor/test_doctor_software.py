@@ -25,9 +25,9 @@ def probe(cwd: Path, timeout: float = 90) -> Probe:
     return run_probe(System(ENVIRON, cwd, timeout=timeout))
 
 
-def package(folder: Path, name: str, text: str) -> None:
-    (folder / name).mkdir(parents=True)
-    (folder / name / "__init__.py").write_text(text)
+def package(directory: Path, name: str, text: str) -> None:
+    (directory / name).mkdir(parents=True)
+    (directory / name / "__init__.py").write_text(text)
 
 
 @pytest.mark.parametrize(("version", "status"), [((3, 10, 9), "problem"), ((3, 12, 1), "ok"), ((3, 14, 0), "problem")])
@@ -72,7 +72,7 @@ def test_a_plugin_that_vllm_is_told_not_to_load(tmp_path: Path) -> None:
     assert statuses(found) == {"worker": "problem"} and "does not know the model" in found["worker"].text
 
 
-def test_the_command_where_a_folder_hides_the_package(tmp_path: Path) -> None:
+def test_the_command_where_a_directory_hides_the_package(tmp_path: Path) -> None:
     """The real command on this machine: everything is looked at, and the worker fails as a server's would."""
     package(tmp_path, "hunyuan_vllm", "")
     code = f"import sys; sys.path.insert(0, {str(Path(plugin.__file__).parents[1])!r}); {COMMAND[2]}"

@@ -50,8 +50,8 @@ class Ran:
 @pytest.fixture(scope="module")
 def perturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model with one layer's experts blurred."""
-    folder = tmp_path_factory.mktemp("perturbed") / "model"
-    shutil.copytree(demo.path(), folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    directory = tmp_path_factory.mktemp("perturbed") / "model"
+    shutil.copytree(demo.path(), directory, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
 
     def change(tensors: dict[str, Tensor]) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -60,8 +60,8 @@ def perturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
             noise = torch.randn(weight.shape, generator=generator)
             weight += (weight.float().std() * noise).to(weight.dtype)
 
-    rewrite(folder, change)
-    return folder
+    rewrite(directory, change)
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def ran(perturbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
     def run(arguments: list[str]) -> Ran:
         temporary = tmp_path_factory.mktemp("temporary")
         found = forked_programs.run([COMMAND, "eval", *arguments], os.environ | {"TMPDIR": str(temporary)})
-        assert list(temporary.glob("hunyuan-vllm-*")) == []  # the logits' folder is gone
+        assert list(temporary.glob("hunyuan-vllm-*")) == []  # the logits' directory is gone
         return Ran(found.returncode, found.stdout, found.stderr)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -84,9 +84,9 @@ def ran(perturbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
 
 
 @torch.inference_mode()
-def distributions(folder: Path, sequences: Sequence[list[int]], firsts: Sequence[int]) -> tuple[Tensor, Tensor]:
+def distributions(directory: Path, sequences: Sequence[list[int]], firsts: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The reference model's log-probabilities [tokens, vocab], and the tokens, from `firsts` on."""
-    model = HunYuanForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = HunYuanForCausalLM.from_pretrained(directory, dtype=torch.float32)
     rows, targets = [], []
     for ids, first in zip(sequences, firsts, strict=True):
         rows.append(model(torch.tensor([ids])).logits[0, first - 1 : -1].double().log_softmax(-1))

@@ -17,7 +17,7 @@ from serving import COMMAND, Server, running_server
 from hunyuan_vllm import demo
 from hunyuan_vllm.bench.client import ServedModel, connect
 from hunyuan_vllm.evaluation.passages import MAX_ANSWER, held_out_questions
-from hunyuan_vllm.evaluation.tasks import PUBLISHED, TASKS_FOLDER, Harness
+from hunyuan_vllm.evaluation.tasks import PUBLISHED, TASKS_DIRECTORY, Harness
 from hunyuan_vllm.reference import HunYuanForCausalLM
 from hunyuan_vllm.tokenizer import load_tokenizer
 from hunyuan_vllm.util.errors import UserError
@@ -43,7 +43,7 @@ metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """
 ARC = (
     "include: "
-    + str(TASKS_FOLDER / "arc_challenge_letters.yaml")
+    + str(TASKS_DIRECTORY / "arc_challenge_letters.yaml")
     + """
 task: local_arc
 custom_dataset: !function local_data.arc
@@ -82,15 +82,15 @@ def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(server: Server, key_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the command finds, run once for all tests."""
-    folder = tmp_path_factory.mktemp("tasks")
-    (folder / "shots.yaml").write_text(SHOTS)
-    (folder / "arc.yaml").write_text(ARC)
-    (folder / "local_data.py").write_text(DATA)
-    output = folder / "found.json"
+    directory = tmp_path_factory.mktemp("tasks")
+    (directory / "shots.yaml").write_text(SHOTS)
+    (directory / "arc.yaml").write_text(ARC)
+    (directory / "local_data.py").write_text(DATA)
+    output = directory / "found.json"
     names = "hunyuan_demo,hunyuan_demo_choice,local_shots,local_arc"
     result = forked_programs.run(
         [COMMAND, "eval", "tasks", "--url", server.url, "--tasks", names, "--limit", str(QUESTIONS),
-         "--include", folder, "--num-fewshot", "1", "--output", output, "--key-file", key_file],
+         "--include", directory, "--num-fewshot", "1", "--output", output, "--key-file", key_file],
         {name: value for name, value in os.environ.items() if name != "VLLM_API_KEY"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -199,11 +199,16 @@ def few_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the harness's own 14,000 files those of the published tasks: to read all takes half a minute."""
     from lm_eval.tasks._index import TaskIndex
 
-    folder = Path(importlib.import_module("lm_eval.tasks").__file__ or "").parent
+    directory = Path(importlib.import_module("lm_eval.tasks").__file__ or "").parent
     files = TaskIndex._iter_yaml_files
 
     def wanted(path: Path) -> bool:
-        return folder not in path.parents or path.relative_to(folder).parts[0] in ("arc", "ceval", "cmmlu", "mmlu")
+        return directory not in path.parents or path.relative_to(directory).parts[0] in (
+            "arc",
+            "ceval",
+            "cmmlu",
+            "mmlu",
+        )
 
     monkeypatch.setattr(TaskIndex, "_iter_yaml_files", lambda root: filter(wanted, files(root)))
 

@@ -46,9 +46,9 @@ def record(llm: LLM, file: Path, format: tuple[int, str] | None) -> tuple[tuple[
 
 
 @torch.inference_mode()
-def log_probabilities(folder: Path) -> Iterator[Tensor]:
+def log_probabilities(directory: Path) -> Iterator[Tensor]:
     """The reference model's distributions at the scored tokens, float64, [tokens, vocab], passage by passage."""
-    model = HunYuanForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = HunYuanForCausalLM.from_pretrained(directory, dtype=torch.float32)
     for ids, scored in passages(model.config.vocab_size):
         yield model(torch.tensor([ids])).logits[0, torch.tensor(scored) - 1].double().log_softmax(-1)
 
@@ -74,19 +74,19 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def perturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, with one projection changed by a twentieth of its size."""
-    folder = write_checkpoint(tmp_path_factory.mktemp("perturbed") / "model", tiny_config())
+    directory = write_checkpoint(tmp_path_factory.mktemp("perturbed") / "model", tiny_config())
 
     def change(tensors: dict[str, Tensor]) -> None:
         weight = tensors["model.layers.2.self_attn.o_proj.weight"]
         noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
         weight += (0.05 * weight.float().std() * noise).to(weight.dtype)
 
-    rewrite(folder, change)
-    return folder
+    rewrite(directory, change)
+    return directory
 
 
-def recording(folder: Path, **options: Any) -> Any:
-    return engine(folder, worker_extension_cls=RECORDER, enable_prefix_caching=False, **options)
+def recording(directory: Path, **options: Any) -> Any:
+    return engine(directory, worker_extension_cls=RECORDER, enable_prefix_caching=False, **options)
 
 
 @pytest.mark.engine
@@ -112,14 +112,14 @@ def test_a_perturbed_checkpoint_and_itself(plain: Path, perturbed: Path, tmp_pat
 def test_two_ranks_and_the_whole_vocabulary_in_blocks(tmp_path: Path) -> None:
     """Hunyuan-Large's vocabulary: 129,024 logits a token, of which 65 tokens are in memory at a time."""
     config = tiny_config(vocab_size=129_024, num_hidden_layers=2, tie_word_embeddings=True)
-    folder = write_checkpoint(tmp_path / "model", config)
-    with recording(folder, tensor_parallel_size=2) as llm:
+    directory = write_checkpoint(tmp_path / "model", config)
+    with recording(directory, tensor_parallel_size=2) as llm:
         format, first = record(llm, tmp_path / "logits", None)
         _, again = record(llm, tmp_path / "logits", format)
     assert recorder.BLOCK_BYTES // (4 * config.vocab_size) == 65
     assert (tmp_path / "logits").stat().st_size == 4 * 129_024 * (149 + 2 + 5)
     assert all(value == 0 for scores in again for value in scores["kl"])
-    check(again, folder, folder)
+    check(again, directory, directory)
     assert [scores["nll"] for scores in first] == [scores["nll"] for scores in again]
 
 

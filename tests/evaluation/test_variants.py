@@ -121,7 +121,7 @@ def test_no_room_for_the_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_such_folder_for_them(tmp_path: Path) -> None:
+def test_no_such_directory_for_them(tmp_path: Path) -> None:
     passages = [Passage([1, 2], [1])]
     with pytest.raises(UserError, match="--work .*none: No such file"):
         compare.measure(

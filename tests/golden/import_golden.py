@@ -1,8 +1,8 @@
-"""Bring recorded golden checkpoints into this folder, small enough for git.
+"""Bring recorded golden checkpoints into this directory, small enough for git.
 
-    python tests/golden/import_golden.py FOLDER
+    python tests/golden/import_golden.py DIRECTORY
 
-FOLDER holds one folder a checkpoint: config.json, generation_config.json, model.safetensors, ref_float32.json,
+DIRECTORY holds one directory a checkpoint: config.json, generation_config.json, model.safetensors, ref_float32.json,
 bf16_vs_fp32.json. Tensors are copied bit for bit into shards of about 1 MB; reference.json keeps of the records what
 the tests compare (no top-5 lists; of the bfloat16 run its mean distance from float32, which is the tolerance).
 """

@@ -153,7 +153,9 @@ class Network:
         return host
 
 
-def _outermost(folders: Sequence[Path]) -> list[Path]:
-    """Each folder once, without those inside another."""
-    wanted = sorted({folder.resolve() for folder in folders} | {folder.absolute() for folder in folders})
-    return [folder for folder in wanted if not any(other in folder.parents for other in wanted)]
+def _outermost(directories: Sequence[Path]) -> list[Path]:
+    """Each directory once, without those inside another."""
+    wanted = sorted(
+        {directory.resolve() for directory in directories} | {directory.absolute() for directory in directories}
+    )
+    return [directory for directory in wanted if not any(other in directory.parents for other in wanted)]

@@ -41,14 +41,14 @@ def first_call() -> Iterator[None]:
 
 
 def test_processes_that_compile_at_once(tmp_path: Path) -> None:
-    """As the set-up does, into a folder that only its user can write to, with one file in it in the end."""
+    """As the set-up does, into a directory that only its user can write to, with one file in it in the end."""
     code = runpy.run_path(str(ROOT / "deploy" / "bootstrap" / "warm_imports.py"))["KERNELS"]
     environ = {**os.environ, "VLLM_CACHE_ROOT": str(tmp_path), "CXX": QUICK}
     running = [subprocess.Popen([sys.executable, "-c", code], env=environ) for _ in range(2)]
     assert [process.wait() for process in running] == [0, 0]
-    folder = tmp_path / "hunyuan-vllm" / "kernels"
-    assert folder.stat().st_mode & 0o777 == 0o700
-    assert [path.suffix for path in folder.iterdir()] == [".so"]
+    directory = tmp_path / "hunyuan-vllm" / "kernels"
+    assert directory.stat().st_mode & 0o777 == 0o700
+    assert [path.suffix for path in directory.iterdir()] == [".so"]
 
 
 def test_one_openmp_runtime() -> None:
@@ -100,7 +100,7 @@ def test_a_compiler_that_fails(compiler: str, message: str, tmp_path: Path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_of_others(tmp_path: Path) -> None:
+def test_a_directory_of_others(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     with pytest.raises(build.Unavailable, match=f"others can write to {tmp_path}"):
         build.build(tmp_path)
@@ -111,14 +111,14 @@ def test_a_folder_of_others(tmp_path: Path) -> None:
 
 def test_another_source_is_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what is there is not compiled again."""
-    folder = tmp_path / "kernels"
+    directory = tmp_path / "kernels"
     for number in (1, 2):
         (tmp_path / "empty.cpp").write_text(f"// {number}\n")
-        monkeypatch.setattr(build, "FOLDER", tmp_path)
-        target = build.build(folder)
+        monkeypatch.setattr(build, "DIRECTORY", tmp_path)
+        target = build.build(directory)
         target.write_bytes(b"as it was")
-        assert build.build(folder) == target and target.read_bytes() == b"as it was"
-    assert len(list(folder.iterdir())) == 2
+        assert build.build(directory) == target and target.read_bytes() == b"as it was"
+    assert len(list(directory.iterdir())) == 2
 
 
 def test_a_cpu_without_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:

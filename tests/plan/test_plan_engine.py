@@ -34,13 +34,13 @@ def capacity_of(config: HunYuanConfig, **values: Any) -> tuple[Capacity, int]:
     return capacity(scenario, [replace(budget, taken=budget.taken + cache - budget.cache)]), cache
 
 
-def engine_options(folder: Path, config: HunYuanConfig, scheme: str = "bf16") -> dict[str, Any]:
+def engine_options(directory: Path, config: HunYuanConfig, scheme: str = "bf16") -> dict[str, Any]:
     """For an engine with dummy weights, which reads nothing but the config.json that is written here."""
     options = dict(QUANTISED[scheme])
     fields = published_json(config)
     if quantization_config := options.pop("quantization_config", None):
         fields["quantization_config"] = quantization_config
-    (folder / "config.json").write_text(json.dumps(fields))
+    (directory / "config.json").write_text(json.dumps(fields))
     return options | dict(load_format="dummy", dtype="bfloat16", block_size=BLOCK)
 
 

@@ -38,7 +38,7 @@ def projections(model: nn.Module) -> dict[str, nn.Linear]:
 
 def write_fp8(
     source: Path,
-    folder: Path,
+    directory: Path,
     prompts: Sequence[list[int]],
     *,
     ignored: Sequence[str] = (),
@@ -76,27 +76,27 @@ def write_fp8(
             tensors[f"{name}.input_scale"] = torch.tensor(clip * (greatest[name] or 1.0) / 448)
         change(tensors)
 
-    folder.mkdir(parents=True)
+    directory.mkdir(parents=True)
     for file in source.iterdir():
         if file.suffix in (".json", ".safetensors"):
-            (folder / file.name).write_bytes(file.read_bytes())
-    rewrite(folder, quantise)
-    config = json.loads((folder / "config.json").read_text())
+            (directory / file.name).write_bytes(file.read_bytes())
+    rewrite(directory, quantise)
+    config = json.loads((directory / "config.json").read_text())
     config["quantization_config"] = {
         "quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head", *ignored],
     }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
 
 
-def fp8_model(source: Path, folder: Path) -> HunYuanForCausalLM:
-    """The reference model with the weights that `folder`'s stand for, and inputs rounded as a GPU's kernels round them.
+def fp8_model(source: Path, directory: Path) -> HunYuanForCausalLM:
+    """The reference model with the weights that `directory`'s stand for, and inputs rounded as GPU kernels do.
 
     Args:
-        source: the checkpoint that `folder` was made from.
+        source: the checkpoint that `directory` was made from.
     """
     model = HunYuanForCausalLM.from_pretrained(source, dtype=torch.float32)
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load_file(directory / "model.safetensors")
     inputs = {name: tensors[f"{name}.input_scale"] for name in projections(model) if f"{name}.input_scale" in tensors}
     for name, linear in projections(model).items():
         if name not in inputs:
@@ -158,10 +158,10 @@ class _RoundedKey(nn.Module):
 
 
 def fp8_answers(
-    source: Path, folder: Path, prompts: Sequence[list[int]], max_new_tokens: int = 1, cache: bool = False
+    source: Path, directory: Path, prompts: Sequence[list[int]], max_new_tokens: int = 1, cache: bool = False
 ) -> Golden:
     """The answers of `fp8_model`; with `cache`, of its FP8 cache too."""
-    model = fp8_model(source, folder)
+    model = fp8_model(source, directory)
     if cache:
-        round_cache(model, load_file(folder / "model.safetensors"))
-    return answers_of(model, folder, prompts, max_new_tokens)
+        round_cache(model, load_file(directory / "model.safetensors"))
+    return answers_of(model, directory, prompts, max_new_tokens)

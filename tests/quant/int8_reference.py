@@ -19,10 +19,10 @@ from hunyuan_vllm.reference import HunYuanForCausalLM
 __all__ = ["int8_answers", "int8_model", "rounded", "write_int8"]
 
 
-def int8_model(folder: Path, *, activations: bool = False, ranks: int = 1) -> HunYuanForCausalLM:
+def int8_model(directory: Path, *, activations: bool = False, ranks: int = 1) -> HunYuanForCausalLM:
     """The checkpoint in float32, each projection's weight rounded to 127 levels a side of each output channel's
     greatest; with `activations` each projection's input too, token by token, of each rank's share of it."""
-    model = HunYuanForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = HunYuanForCausalLM.from_pretrained(directory, dtype=torch.float32)
     for name, linear in model.named_modules():
         if isinstance(linear, nn.Linear) and name.endswith("_proj"):
             linear.weight.data = rounded(linear.weight.data)
@@ -34,9 +34,9 @@ def int8_model(folder: Path, *, activations: bool = False, ranks: int = 1) -> Hu
     return model
 
 
-def int8_answers(folder: Path, prompts: Sequence[list[int]], max_new_tokens: int = 8, **options) -> Golden:
+def int8_answers(directory: Path, prompts: Sequence[list[int]], max_new_tokens: int = 8, **options) -> Golden:
     """The answers of `int8_model`."""
-    return answers_of(int8_model(folder, **options), folder, prompts, max_new_tokens)
+    return answers_of(int8_model(directory, **options), directory, prompts, max_new_tokens)
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -45,9 +45,9 @@ def rounded(x: Tensor) -> Tensor:
     return ((x / step).round() * step).to(x.dtype)
 
 
-def write_int8(source: Path, folder: Path, form: str) -> Path:
+def write_int8(source: Path, directory: Path, form: str) -> Path:
     """A copy of a checkpoint as compressed-tensors keeps it: "pack-quantized" or "int-quantized"; returns it."""
-    copytree(source, folder)
+    copytree(source, directory)
 
     def quantise(tensors: dict[str, Tensor]) -> None:
         for name in [name for name in tensors if name.endswith("_proj.weight")]:
@@ -61,8 +61,8 @@ def write_int8(source: Path, folder: Path, form: str) -> Path:
             else:
                 tensors[name] = levels
 
-    rewrite(folder, quantise)
-    config = json.loads((folder / "config.json").read_text())
+    rewrite(directory, quantise)
+    config = json.loads((directory / "config.json").read_text())
     config["quantization_config"] = describe(form, ["lm_head"])
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory

@@ -38,16 +38,16 @@ def scales(model: nn.Module) -> list[tuple[float, ...]]:
 def test_unquantised_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without calibration; the same after a reload; and with norms under which a query could be beyond 448."""
     config = tiny_config(num_hidden_layers=6, cla_share_factor=3)
-    folder = write_checkpoint(tmp_path / "model", config)
-    reference = HunYuanForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    directory = write_checkpoint(tmp_path / "model", config)
+    reference = HunYuanForCausalLM.from_pretrained(directory, dtype=torch.float32)
     round_cache(reference, {})
-    answers = answers_of(reference, folder, PROMPTS, 1)
+    answers = answers_of(reference, directory, PROMPTS, 1)
     bound = 32**0.5 / 448
     expected = [(pytest.approx(bound),) * 3 + (1.0,) * 5] * 6
 
     said: list[tuple[str, ...]] = []
     monkeypatch.setattr(cla_cache.logger, "warning_once", lambda *message: said.append(message))
-    with engine(folder, kv_cache_dtype="fp8") as llm:
+    with engine(directory, kv_cache_dtype="fp8") as llm:
         results = score(llm, PROMPTS)
         agree = [
             abs(ours - theirs) <= FLOAT32_TOLERANCE

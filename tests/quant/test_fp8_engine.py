@@ -42,11 +42,11 @@ def logprobs(answers: Golden) -> Tensor:
     return torch.tensor([item.prompt_logprobs for item in answers.items])
 
 
-def check(source: Path, folder: Path, cache: bool, **options) -> None:
+def check(source: Path, directory: Path, cache: bool, **options) -> None:
     """`cache`: with an FP8 cache too, where the CPU has one."""
     cache = cache and FP8_CACHE
-    answers = fp8_answers(source, folder, PROMPTS, cache=cache)
-    with engine(folder, kv_cache_dtype="fp8" if cache else "auto", **options) as llm:
+    answers = fp8_answers(source, directory, PROMPTS, cache=cache)
+    with engine(directory, kv_cache_dtype="fp8" if cache else "auto", **options) as llm:
         assert agreement(score(llm, PROMPTS), answers) > AGREES
 
 
@@ -85,17 +85,20 @@ def test_biases_ignored_layers_and_keys_without_a_norm(tmp_path: Path) -> None:
 
     ignored = ["model.layers.1.self_attn.o_proj", "model.layers.2.mlp.shared_mlp.down_proj"]
     ignored += [f"model.layers.3.mlp.experts.{e}.{part}_proj" for e in range(4) for part in ("gate", "up", "down")]
-    folder = write_fp8(source, tmp_path / "fp8", PROMPTS, ignored=ignored, change=add_scales)
-    check(source, folder, True)
+    directory = write_fp8(source, tmp_path / "fp8", PROMPTS, ignored=ignored, change=add_scales)
+    check(source, directory, True)
 
 
 def test_bfloat16(tmp_path: Path) -> None:
     """Its own rounding decides ties in every layer; still it is nearer to FP8's exact answers than to unquantised
     ones."""
     source = load_golden("cla2_top1").path
-    folder = write_fp8(source, tmp_path / "fp8", PROMPTS)
-    fp8, unquantised = logprobs(fp8_answers(source, folder, PROMPTS)), logprobs(reference_answers(source, PROMPTS, 1))
-    with engine(folder, dtype="bfloat16") as llm:
+    directory = write_fp8(source, tmp_path / "fp8", PROMPTS)
+    fp8, unquantised = (
+        logprobs(fp8_answers(source, directory, PROMPTS)),
+        logprobs(reference_answers(source, PROMPTS, 1)),
+    )
+    with engine(directory, dtype="bfloat16") as llm:
         ours = torch.tensor([result.prompt_logprobs for result in score(llm, PROMPTS)])
     assert (ours - fp8).abs().mean() < 0.5 * (unquantised - fp8).abs().mean()
 
@@ -109,15 +112,15 @@ Load = Callable[[HunYuanFp8Config, str, Tensor], Iterable[tuple[str, Tensor]]]
 @pytest.fixture(scope="module")
 def square(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LLM, Golden]]:
     """The engine, and what it should answer. Every layer has KV scales, of which only owners' V scales count."""
-    folder = tmp_path_factory.mktemp("square")
-    source = write_checkpoint(folder / "source", SQUARE)
+    directory = tmp_path_factory.mktemp("square")
+    source = write_checkpoint(directory / "source", SQUARE)
 
     def add_scales(tensors: dict[str, Tensor]) -> None:
         for layer in range(4):
             tensors[f"model.layers.{layer}.self_attn.k_scale"] = torch.tensor(1.0)
             tensors[f"model.layers.{layer}.self_attn.v_scale"] = torch.tensor([0.007, 0.03, 0.011, 0.05][layer])
 
-    fp8 = write_fp8(source, folder / "fp8", PROMPTS, change=add_scales)
+    fp8 = write_fp8(source, directory / "fp8", PROMPTS, change=add_scales)
     with engine(fp8, kv_cache_dtype="fp8" if FP8_CACHE else "auto") as llm:
         yield llm, fp8_answers(source, fp8, PROMPTS, cache=FP8_CACHE)
 
@@ -224,6 +227,8 @@ def test_cache_without_rounding_to_nearest(square: tuple[LLM, Golden], monkeypat
 def test_a_scale_that_is_none_is_named_while_loading(tmp_path: Path) -> None:
     source = load_golden("cla2_top1").path
     name = "model.layers.2.mlp.experts.1.up_proj.weight_scale"
-    folder = write_fp8(source, tmp_path / "fp8", PROMPTS, change=lambda tensors: tensors.update({name: -tensors[name]}))
-    with pytest.raises(ValueError, match=f"'{name}' is -.*: a scale is a positive number"), engine(folder):
+    directory = write_fp8(
+        source, tmp_path / "fp8", PROMPTS, change=lambda tensors: tensors.update({name: -tensors[name]})
+    )
+    with pytest.raises(ValueError, match=f"'{name}' is -.*: a scale is a positive number"), engine(directory):
         pass

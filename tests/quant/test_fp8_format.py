@@ -47,19 +47,21 @@ def fuse_fp8(tensors: Tensors) -> None:
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_checkpoint(tmp_path_factory.mktemp("fp8") / "model", tiny_config())
-    rewrite(folder, to_fp8)
-    return folder
+    directory = write_checkpoint(tmp_path_factory.mktemp("fp8") / "model", tiny_config())
+    rewrite(directory, to_fp8)
+    return directory
 
 
-def check(sound: Path, folder: Path, change: Change = lambda tensors: None, ignored: tuple[str, ...] = ()) -> Tensors:
+def check(
+    sound: Path, directory: Path, change: Change = lambda tensors: None, ignored: tuple[str, ...] = ()
+) -> Tensors:
     """Check the headers of a changed copy; returns its tensors."""
-    folder.mkdir()
+    directory.mkdir()
     for file in sound.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    rewrite(folder, change)
-    check_headers(folder, static_fp8(IgnoredLayers(ignored)).layout(HunYuanConfig.from_pretrained(folder)))
-    return load_file(folder / "model.safetensors")
+        (directory / file.name).write_bytes(file.read_bytes())
+    rewrite(directory, change)
+    check_headers(directory, static_fp8(IgnoredLayers(ignored)).layout(HunYuanConfig.from_pretrained(directory)))
+    return load_file(directory / "model.safetensors")
 
 
 def cache_scales(*names: str, layers: range = range(4)) -> Change:

@@ -22,14 +22,14 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     register()
 
 
-def configured(folder: Path, described: dict[str, Any] | None = None, *, network: Any = None, **options: Any) -> Any:
+def configured(directory: Path, described: dict[str, Any] | None = None, *, network: Any = None, **options: Any) -> Any:
     """vLLM's configuration for a checkpoint, which is unquantised whatever its config says."""
-    write_checkpoint(folder, network or tiny_config())
-    fields = json.loads((folder / "config.json").read_text())
+    write_checkpoint(directory, network or tiny_config())
+    fields = json.loads((directory / "config.json").read_text())
     if described:
         fields["quantization_config"] = described
-    (folder / "config.json").write_text(json.dumps(fields))
-    return EngineArgs(model=str(folder), skip_tokenizer_init=True, **options).create_engine_config()
+    (directory / "config.json").write_text(json.dumps(fields))
+    return EngineArgs(model=str(directory), skip_tokenizer_init=True, **options).create_engine_config()
 
 
 @pytest.mark.parametrize(

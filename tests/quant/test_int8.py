@@ -120,9 +120,11 @@ def test_who_takes_a_checkpoint(form: str, user: str | None, model_type: str, ta
     assert {name for name in names if name} == ({taken} if taken else set())
 
 
-def resolved(folder: Path, **options: Any) -> str | None:
+def resolved(directory: Path, **options: Any) -> str | None:
     """The quantisation vLLM decides on."""
-    return EngineArgs(model=str(folder), skip_tokenizer_init=True, **options).create_engine_config().quant_config.name
+    return (
+        EngineArgs(model=str(directory), skip_tokenizer_init=True, **options).create_engine_config().quant_config.name
+    )
 
 
 def test_vllm_finds_them(tmp_path: Path) -> None:
@@ -146,9 +148,9 @@ def test_other_models_are_refused() -> None:
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A checkpoint in both forms."""
-    folder = tmp_path_factory.mktemp("stored")
-    source = write_checkpoint(folder / "source", CONFIG)
-    return {form: write_int8(source, folder / form, form) for form in (PACKED, PLAIN)}
+    directory = tmp_path_factory.mktemp("stored")
+    source = write_checkpoint(directory / "source", CONFIG)
+    return {form: write_int8(source, directory / form, form) for form in (PACKED, PLAIN)}
 
 
 Change = Callable[[dict[str, torch.Tensor]], Any]
@@ -181,17 +183,17 @@ Change = Callable[[dict[str, torch.Tensor]], Any]
     ],
 )
 def test_headers(form: str, change: Change, message: str | None, stored: dict[str, Path], tmp_path: Path) -> None:
-    folder = tmp_path / "changed"
-    folder.mkdir()
+    directory = tmp_path / "changed"
+    directory.mkdir()
     for file in stored[form].iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    rewrite(folder, change)
+        (directory / file.name).write_bytes(file.read_bytes())
+    rewrite(directory, change)
     layout = int8(form, IgnoredLayers()).layout(CONFIG)
     if message is None:
-        assert check_headers(folder, layout) >= len(layout.expected)
+        assert check_headers(directory, layout) >= len(layout.expected)
     else:
         with pytest.raises(CheckpointError, match=message):
-            check_headers(folder, layout)
+            check_headers(directory, layout)
 
 
 def test_a_linear_left_alone() -> None:

@@ -46,10 +46,10 @@ def logprobs(answers: Golden) -> Tensor:
     return torch.tensor([item.prompt_logprobs for item in answers.items])
 
 
-def stored(name: str, form: str | None, folder: Path) -> Path:
+def stored(name: str, form: str | None, directory: Path) -> Path:
     """A golden checkpoint, quantised already if `form` says how."""
     source = load_golden(name).path
-    return write_int8(source, folder / "int8", form) if form else source
+    return write_int8(source, directory / "int8", form) if form else source
 
 
 @pytest.mark.parametrize(
@@ -100,13 +100,13 @@ def joined(model: HunYuanForCausalLM) -> list[bool]:
 @pytest.mark.parametrize(("activations", "ranks"), [(False, 1), (True, 2)], ids=["int8", "w8a8"])
 def test_compiled_in_bfloat16(activations: bool, ranks: int, tmp_path: Path) -> None:
     """As it serves. Its rounding decides for one level or the other, so the reference in bfloat16 is as far off."""
-    folder = write_checkpoint(tmp_path / "model", tiny_config(num_hidden_layers=2, hidden_size=256))
-    reference = int8_model(folder, activations=activations, ranks=ranks)
-    exact = logprobs(answers_of(reference, folder, SHORT, 1))
-    inherent = (logprobs(answers_of(reference.bfloat16(), folder, SHORT, 1)) - exact).abs().mean()
+    directory = write_checkpoint(tmp_path / "model", tiny_config(num_hidden_layers=2, hidden_size=256))
+    reference = int8_model(directory, activations=activations, ranks=ranks)
+    exact = logprobs(answers_of(reference, directory, SHORT, 1))
+    inherent = (logprobs(answers_of(reference.bfloat16(), directory, SHORT, 1)) - exact).abs().mean()
     quantization = "hunyuan_int8_w8a8" if activations else "hunyuan_int8"
     options = {"dtype": "bfloat16", "quantization": quantization, "tensor_parallel_size": ranks}
-    with engine(folder, enforce_eager=False, **options) as llm:
+    with engine(directory, enforce_eager=False, **options) as llm:
         if ranks == 1:
             assert llm.apply_model(joined) == [[operators.available()] * 2]
         ours = torch.tensor([result.prompt_logprobs for result in score(llm, SHORT)])
@@ -125,18 +125,18 @@ def test_biases_fused_spellings_and_mixed_layers(tmp_path: Path) -> None:
 def test_lora(tmp_path: Path) -> None:
     """An adapter's products are added to those with int8 weights."""
     config = tiny_config()
-    folder = write_checkpoint(tmp_path / "model", config)
+    directory = write_checkpoint(tmp_path / "model", config)
     pairs = adapter_pairs(config)
-    merged = int8_model(folder)
+    merged = int8_model(directory)
     for name, (a, b) in pairs.items():
         merged.get_parameter(name).data += b @ a * (ALPHA / RANK)
     request = LoRARequest("adapter", 1, str(write_adapter(tmp_path / "adapter", pairs)))
     (prompt,) = random_prompts(config.vocab_size, [50])
     params = SamplingParams(temperature=0, max_tokens=8, logprobs=0, ignore_eos=True, detokenize=False)
-    with engine(folder, quantization="hunyuan_int8", enable_lora=True, max_lora_rank=8, max_loras=1) as llm:
+    with engine(directory, quantization="hunyuan_int8", enable_lora=True, max_lora_rank=8, max_loras=1) as llm:
         prompts = [TokensPrompt(prompt_token_ids=prompt)]
         (output,) = llm.generate(prompts, params, lora_request=request, use_tqdm=False)
-    (answer,) = answers_of(merged, folder, [prompt], 8).items
+    (answer,) = answers_of(merged, directory, [prompt], 8).items
     tokens = list(output.outputs[0].token_ids)
     logprobs = [entry[token].logprob for entry, token in zip(output.outputs[0].logprobs, tokens, strict=True)]
     assert tokens == answer.greedy
@@ -153,9 +153,9 @@ Load = Callable[[Int8Config, str, Tensor], Iterable[tuple[str, Tensor]]]
 @pytest.fixture(scope="module")
 def square(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LLM, Golden]]:
     """The engine, and what it should answer."""
-    folder = write_checkpoint(tmp_path_factory.mktemp("square") / "model", SQUARE)
-    with engine(folder, quantization="hunyuan_int8", load_format="dummy") as llm:
-        yield llm, int8_answers(folder, SHORT, 1)
+    directory = write_checkpoint(tmp_path_factory.mktemp("square") / "model", SQUARE)
+    with engine(directory, quantization="hunyuan_int8", load_format="dummy") as llm:
+        yield llm, int8_answers(directory, SHORT, 1)
 
 
 def difference_after_reload(square: tuple[LLM, Golden]) -> float:

@@ -43,69 +43,69 @@ def published(kv_cache: bool = False, ignored: str = "ignore", layers: tuple[str
     }  # fmt: skip
 
 
-def write_published(source: Path, folder: Path, cache_scales: bool = False, **config: Any) -> Path:
+def write_published(source: Path, directory: Path, cache_scales: bool = False, **config: Any) -> Path:
     """The FP8 form of a golden checkpoint in the published layout: `[1]` scales, the router in the list."""
 
     def one_dimensional(tensors: dict[str, Tensor]) -> None:
         scales = {name: tensor.reshape(1) for name, tensor in tensors.items() if name.endswith("_scale")}
         tensors |= scales | {"lm_head.weight": torch.zeros(2, 2, dtype=torch.float8_e4m3fn)}
 
-    write_fp8(source, folder, PROMPTS, change=one_dimensional)
-    fields = json.loads((folder / "config.json").read_text())
+    write_fp8(source, directory, PROMPTS, change=one_dimensional)
+    fields = json.loads((directory / "config.json").read_text())
     layers = range(fields["num_hidden_layers"])
     routers = [f"model.layers.{layer}.mlp.gate.wg" for layer in layers] if "a13b" in source.name else []
     fields["quantization_config"] = published(cache_scales, layers=("lm_head", *routers), **config)
-    (folder / "config.json").write_text(json.dumps(fields))
-    (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')  # TensorRT's
+    (directory / "config.json").write_text(json.dumps(fields))
+    (directory / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')  # TensorRT's
     if cache_scales:
         # An index that leaves the file of scales out, and vLLM then does not read it.
-        weights = load_file(folder / "model.safetensors")
+        weights = load_file(directory / "model.safetensors")
         index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "model.safetensors")}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
         names = {f"model.layers.{n}.self_attn.{part}_cache.scale": 0.02 + n / 100 for n in layers for part in "kv"}
         scales = {name: torch.tensor([scale]) for name, scale in names.items()}
-        save_file(scales, folder / "kv_cache_scales.safetensors")
-    return folder
+        save_file(scales, directory / "kv_cache_scales.safetensors")
+    return directory
 
 
 @pytest.mark.parametrize("ignored", ["ignore", "ignored_layers"])
 @pytest.mark.parametrize("network", NETWORKS)
 def test_published_fp8_files_are_sound(network: str, ignored: str, tmp_path: Path) -> None:
-    folder = write_published(GOLDEN / network, tmp_path / "fp8", ignored=ignored)
-    (folder / "tokenizer.json").touch()
-    model = open_model(str(folder))
+    directory = write_published(GOLDEN / network, tmp_path / "fp8", ignored=ignored)
+    (directory / "tokenizer.json").touch()
+    model = open_model(str(directory))
     assert model.format is not None and (model.format.scheme, model.format.ours) == ("fp8", True)
     check_scheme(SCHEMES["fp8"], model)
-    config = HunYuanConfig.from_pretrained(folder)
+    config = HunYuanConfig.from_pretrained(directory)
     described = config.quantization_config
     assert HunYuanFp8Config.override_quantization_method(described, None, config) == "hunyuan_fp8"
 
 
 def test_cache_scales_in_a_file_of_their_own(tmp_path: Path) -> None:
-    folder = write_published(GOLDEN / "v1_7b", tmp_path / "fp8", cache_scales=True)
-    config = HunYuanConfig.from_pretrained(folder)
+    directory = write_published(GOLDEN / "v1_7b", tmp_path / "fp8", cache_scales=True)
+    config = HunYuanConfig.from_pretrained(directory)
     quantization = HunYuanFp8Config.from_config(config.quantization_config)
-    quantization.maybe_update_config(str(folder), config)
+    quantization.maybe_update_config(str(directory), config)
     assert [quantization.cache_scales.v(layer) for layer in (0, 1)] == pytest.approx([0.02, 0.03])
     # Without an index it is one of the checkpoint's files.
-    (folder / "model.safetensors.index.json").unlink()
-    assert check_headers(folder, read_format(config.to_dict()).layout(config))
+    (directory / "model.safetensors.index.json").unlink()
+    assert check_headers(directory, read_format(config.to_dict()).layout(config))
     name = "model.layers.0.self_attn.v_cache.scale"
-    save_file({name: torch.ones(2)}, folder / "kv_cache_scales.safetensors")
+    save_file({name: torch.ones(2)}, directory / "kv_cache_scales.safetensors")
     with pytest.raises(CheckpointError, match=rf"kv_cache_scales\.safetensors: '{name}' has shape \[2\]"):
-        quantization.maybe_update_config(str(folder), config)
-    (folder / "kv_cache_scales.safetensors").write_bytes(b"torn")
+        quantization.maybe_update_config(str(directory), config)
+    (directory / "kv_cache_scales.safetensors").write_bytes(b"torn")
     with pytest.raises(CheckpointError, match="cannot be read .* download it again"):
-        quantization.maybe_update_config(str(folder), config)
+        quantization.maybe_update_config(str(directory), config)
 
 
 @pytest.mark.engine
 @pytest.mark.parametrize(("network", "ignored"), [("v1_a13b", "ignore"), ("v1_7b", "ignored_layers")])
 def test_the_engine_computes_what_published_fp8_files_stand_for(network: str, ignored: str, tmp_path: Path) -> None:
     source = GOLDEN / network
-    folder = write_published(source, tmp_path / "fp8", cache_scales=True, ignored=ignored)
-    answers = fp8_answers(source, folder, PROMPTS)
-    with engine(folder, kv_cache_dtype="auto") as llm:
+    directory = write_published(source, tmp_path / "fp8", cache_scales=True, ignored=ignored)
+    answers = fp8_answers(source, directory, PROMPTS)
+    with engine(directory, kv_cache_dtype="auto") as llm:
         assert llm.llm_engine.vllm_config.model_config.quantization == "hunyuan_fp8"
         results = score(llm, PROMPTS)
     ours = torch.tensor([result.prompt_logprobs for result in results])

@@ -33,11 +33,11 @@ def documents() -> Documents:
 
 @pytest.fixture(scope="session")
 def stored() -> Callable[[Path], dict[str, Tensor]]:
-    """Reads all tensors of a checkpoint folder."""
+    """Reads all tensors of a checkpoint directory."""
 
-    def read(folder: Path) -> dict[str, Tensor]:
+    def read(directory: Path) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
-        for file in sorted(folder.glob("*.safetensors")):
+        for file in sorted(directory.glob("*.safetensors")):
             held = load_file(file)
             assert not tensors.keys() & held.keys()
             tensors |= held

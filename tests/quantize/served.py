@@ -15,13 +15,13 @@ from hunyuan_vllm.reference import HunYuanForCausalLM
 __all__ = ["served"]
 
 
-def served(folder: Path, fp8_cache: bool = False) -> HunYuanForCausalLM:
+def served(directory: Path, fp8_cache: bool = False) -> HunYuanForCausalLM:
     """A converted checkpoint in float32: its weights as they are stored, inputs rounded as kernels round them, and with
     `fp8_cache` what its cache holds rounded by its scales too."""
-    config = HunYuanConfig.from_pretrained(folder)
+    config = HunYuanConfig.from_pretrained(directory)
     scheme = config.quantization_config
     del config.quantization_config
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load_file(directory / "model.safetensors")
     model = HunYuanForCausalLM(config).float().eval()
     model.load_state_dict({n: t.float() for n, t in tensors.items() if not n.endswith("_scale")}, strict=False)
     for name, linear in model.named_modules():

@@ -22,8 +22,8 @@ from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.progress import Progress
 
 
-def calibrated(folder: Path, target: Path, tokens: Tokens) -> Calibration:
-    source = Source(folder)
+def calibrated(directory: Path, target: Path, tokens: Tokens) -> Calibration:
+    source = Source(directory)
     workspace = Workspace(target, {})
     with workspace:
         calibration = Calibration(source, workspace)
@@ -36,9 +36,9 @@ def widen(tensors: dict[str, Tensor]) -> None:
         tensors[name] = tensor.float()
 
 
-def seen_by_a_whole_pass(folder: Path, documents: list[list[int]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def seen_by_a_whole_pass(directory: Path, documents: list[list[int]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Largest magnitude of each input channel of every projection, and of each output channel of v_proj."""
-    model = HunYuanForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = HunYuanForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     inputs: dict[str, list[Tensor]] = defaultdict(list)
     values: dict[str, list[Tensor]] = defaultdict(list)
     for name, module in model.named_modules():
@@ -67,10 +67,10 @@ def test_channels_as_in_a_whole_pass(
 ) -> None:
     monkeypatch.setattr(calibrate, "ENOUGH", 0)  # experts see what is routed to them, no more
     config = tiny_config(**VARIANTS.get(variant, {}))
-    folder = write_checkpoint(tmp_path / "src", config)
-    rewrite(folder, widen)  # in bfloat16 a packed row rounds otherwise than a document alone, and routes differ
-    calibration = calibrated(folder, tmp_path / "out", pack(documents, 10_000, 320))
-    inputs, values = seen_by_a_whole_pass(folder, documents)
+    directory = write_checkpoint(tmp_path / "src", config)
+    rewrite(directory, widen)  # in bfloat16 a packed row rounds otherwise than a document alone, and routes differ
+    calibration = calibrated(directory, tmp_path / "out", pack(documents, 10_000, 320))
+    inputs, values = seen_by_a_whole_pass(directory, documents)
     checked = 0
     for layer in range(config.num_hidden_layers):
         stats = calibration.layer(layer)
@@ -159,20 +159,20 @@ def test_scales_of_inputs_and_cache(tiny: Path, tmp_path: Path, documents: list[
 
 
 def test_without_key_norms_the_cache_scale_is_calibrated(tmp_path: Path, documents: list[list[int]]) -> None:
-    folder = write_checkpoint(tmp_path / "src", tiny_config(**VARIANTS["no_qk_norm"]))
-    calibration = calibrated(folder, tmp_path / "out", pack(documents, 1000, 320))
-    k_scale, _ = ActivationScales(Source(folder).config, calibration.layer).cache_scales(0)
+    directory = write_checkpoint(tmp_path / "src", tiny_config(**VARIANTS["no_qk_norm"]))
+    calibration = calibrated(directory, tmp_path / "out", pack(documents, 1000, 320))
+    k_scale, _ = ActivationScales(Source(directory).config, calibration.layer).cache_scales(0)
     assert float(k_scale) == pytest.approx(float(calibration.layer(0).k_amax) / 448)
     assert float(k_scale) > 1e-3
 
 
 def test_activations_that_overflow_name_the_layer(tmp_path: Path, documents: list[list[int]]) -> None:
-    folder = write_checkpoint(tmp_path / "src", tiny_config())
+    directory = write_checkpoint(tmp_path / "src", tiny_config())
 
     def huge(tensors: dict[str, Tensor]) -> None:
         for part in ("gate", "up", "down"):
             tensors[f"model.layers.2.mlp.shared_mlp.{part}_proj.weight"] *= 1e30
 
-    rewrite(folder, huge)
+    rewrite(directory, huge)
     with pytest.raises(UserError, match="layer 2 makes NaN or infinite activations"):
-        calibrated(folder, tmp_path / "out", pack(documents, 100, 320))
+        calibrated(directory, tmp_path / "out", pack(documents, 100, 320))

@@ -44,12 +44,12 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory, tiny: Path, documents: Documents) -> Callable[[str], Path]:
     """The tiny checkpoint in a scheme."""
-    folder = tmp_path_factory.mktemp("converted")
+    directory = tmp_path_factory.mktemp("converted")
 
     def convert(scheme: str) -> Path:
-        if not (folder / scheme).exists():
-            quantize_checkpoint(tiny, folder / scheme, scheme, calibration=documents)
-        return folder / scheme
+        if not (directory / scheme).exists():
+            quantize_checkpoint(tiny, directory / scheme, scheme, calibration=documents)
+        return directory / scheme
 
     return convert
 
@@ -102,7 +102,7 @@ def test_the_rest_is_as_it_was(converted: Callable[[str], Path], tiny: Path, sto
     written, source = stored(converted(scheme)), stored(tiny)
     kept = [name for name in source if not name.endswith("_proj.weight")]
     assert len(kept) > 15 and all(same_bytes(written[name], source[name]) for name in kept)
-    before, after = (json.loads((folder / "config.json").read_text()) for folder in (tiny, converted(scheme)))
+    before, after = (json.loads((directory / "config.json").read_text()) for directory in (tiny, converted(scheme)))
     quantization = after.pop("quantization_config")
     assert after == before
     routers = [f"model.layers.{layer}.mlp.gate.wg" for layer in range(4)]

@@ -18,7 +18,7 @@ Documents = list[list[int]]
 CHANNELS = [3, 40]
 
 
-def plant(folder: Path, times: float) -> None:
+def plant(directory: Path, times: float) -> None:
     """Make two channels of the norms' outputs `times` as large as the others (or as small, below 1), and the columns of
     all weights that read them the inverse: the network stays as it was."""
 
@@ -29,7 +29,7 @@ def plant(folder: Path, times: float) -> None:
             elif name.split(".")[-2] in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "wg"):
                 tensor[:, CHANNELS] /= times
 
-    rewrite(folder, change)
+    rewrite(directory, change)
 
 
 @torch.inference_mode()
@@ -53,9 +53,9 @@ def loss(tmp_path: Path, documents: Documents) -> Loss:
 
     def measure(times: float, scheme: str, **options: object) -> float:
         if times not in sources:
-            folder = write_checkpoint(tmp_path / f"src-{times}", tiny_config(num_hidden_layers=2), seed=5)
-            plant(folder, times)
-            sources[times] = folder, HunYuanForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            directory = write_checkpoint(tmp_path / f"src-{times}", tiny_config(num_hidden_layers=2), seed=5)
+            plant(directory, times)
+            sources[times] = directory, HunYuanForCausalLM.from_pretrained(directory, dtype=torch.float32)
         source, exact = sources[times]
         target = tmp_path / f"{scheme}-{len(list(tmp_path.iterdir()))}"
         quantize_checkpoint(source, target, scheme, calibration=documents[:2], **options)

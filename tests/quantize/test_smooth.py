@@ -19,7 +19,7 @@ from hunyuan_vllm.reference import HunYuanForCausalLM
 Documents = list[list[int]]
 
 
-def plant_outliers(folder: Path, times: float = 60.0) -> None:
+def plant_outliers(directory: Path, times: float = 60.0) -> None:
     """Make two channels large wherever activations pass: after both norms, in every up_proj, and in V."""
 
     def change(tensors: dict[str, Tensor]) -> None:
@@ -29,7 +29,7 @@ def plant_outliers(folder: Path, times: float = 60.0) -> None:
             elif name.endswith(("up_proj.weight", "v_proj.weight")):
                 tensor[[1, 20]] *= times
 
-    rewrite(folder, change)
+    rewrite(directory, change)
 
 
 def smoothed(source: Source, smoothing: SmoothQuant) -> HunYuanForCausalLM:
@@ -55,10 +55,10 @@ VARIANTS_TRIED = [
 @pytest.mark.parametrize("variant", VARIANTS_TRIED)
 def test_the_network_computes_the_same_to_the_bit(tmp_path: Path, variant: str, documents: Documents) -> None:
     config = tiny_config(**VARIANTS.get(variant, {}))
-    folder = write_checkpoint(tmp_path / "src", config)
-    plant_outliers(folder)
-    source = Source(folder)
-    calibration = calibrated(folder, tmp_path / "out", pack(documents, 1000, 320))
+    directory = write_checkpoint(tmp_path / "src", config)
+    plant_outliers(directory)
+    source = Source(directory)
+    calibration = calibrated(directory, tmp_path / "out", pack(documents, 1000, 320))
     smoothing = SmoothQuant(config, 0.5, calibration.layer)
     changed = [n for n in source.shapes if not torch.equal(source.read(n), smoothing.apply(n, source.read(n)))]
     # Everything that has a part in it is in it.

@@ -20,9 +20,9 @@ NAME = "model.layers.1.mlp.experts.2.down_proj.weight"
 @pytest.fixture
 def broken(tmp_path: Path) -> Callable[[Callable], Path]:
     def make(change: Callable) -> Path:
-        folder = write_checkpoint(tmp_path / "src", tiny_config(num_hidden_layers=2))
-        rewrite(folder, change)
-        return folder
+        directory = write_checkpoint(tmp_path / "src", tiny_config(num_hidden_layers=2))
+        rewrite(directory, change)
+        return directory
 
     return make
 
@@ -39,11 +39,11 @@ def test_fused_spellings_read_the_same(tmp_path: Path) -> None:
 
 
 def test_files_that_are_copied(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "src", tiny_config(), shard_bytes=100_000)
+    directory = write_checkpoint(tmp_path / "src", tiny_config(), shard_bytes=100_000)
     kept = ["LICENSE", "README.md", "chat_template.jinja", "generation_config.json", "hy.tiktoken", "tokenizer.json"]
     for name in [*kept, ".gitattributes", "old.bin", "pytorch_model.bin.index.json", "hunyuan.py", "SHA256SUMS"]:
-        (folder / name).write_text("x")
-    assert [file.name for file in Source(folder).other_files()] == kept
+        (directory / name).write_text("x")
+    assert [file.name for file in Source(directory).other_files()] == kept
 
 
 def test_nan_names_the_tensor(broken: Callable[[Callable], Path]) -> None:
@@ -95,8 +95,8 @@ def test_configs_of_no_use(tiny: Path, tmp_path: Path, fields: dict, message: st
         read_bf16_config(tmp_path)
 
 
-def test_folders_of_no_use(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="tencent/x does not exist: name a checkpoint's folder; one on the hub"):
+def test_directories_of_no_use(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="tencent/x does not exist: name a checkpoint's directory; one on the hub"):
         Source(Path("tencent/x"))
     with pytest.raises(UserError, match="has no config.json"):
         Source(tmp_path)

@@ -30,15 +30,15 @@ from hunyuan_vllm.quantize.convert import quantize_checkpoint
 Documents = list[list[int]]
 
 
-def quantization(folder: Path) -> dict:
-    return json.loads((folder / "config.json").read_text())["quantization_config"]
+def quantization(directory: Path) -> dict:
+    return json.loads((directory / "config.json").read_text())["quantization_config"]
 
 
 @pytest.fixture(scope="module")
 def fp8(tiny: Path, documents: Documents, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("upstream") / "fp8"
-    quantize_checkpoint(tiny, folder, "fp8", calibration=documents)
-    return folder
+    directory = tmp_path_factory.mktemp("upstream") / "fp8"
+    quantize_checkpoint(tiny, directory, "fp8", calibration=documents)
+    return directory
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,8 @@ pytestmark = pytest.mark.slow
 Documents = list[list[int]]
 
 
-def digests(folder: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+def digests(directory: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir()}
 
 
 def in_a_child(work: Callable[[], object]) -> int:
@@ -126,7 +126,7 @@ def unfinished(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     ],
 )
 def test_other_options_do_not_go_on(tiny: Path, unfinished: Path, options: dict, message: str) -> None:
-    with pytest.raises(UserError, match=f"dst.partial was {message}: use the same, or remove the folder"):
+    with pytest.raises(UserError, match=f"dst.partial was {message}: use the same, or remove the directory"):
         quantize_checkpoint(tiny, unfinished, **options)
 
 
@@ -143,9 +143,9 @@ def test_a_changed_source_does_not_go_on(tiny: Path, unfinished: Path, tmp_path:
 
 def test_targets_that_are_in_the_way(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "dst").mkdir()
-    with pytest.raises(UserError, match="dst exists: name a folder that does not"):
+    with pytest.raises(UserError, match="dst exists: name a directory that does not"):
         quantize_checkpoint(tiny, tmp_path / "dst", "int8")
-    with pytest.raises(UserError, match="absent does not exist: make the folder"):
+    with pytest.raises(UserError, match="absent does not exist: make the directory"):
         quantize_checkpoint(tiny, tmp_path / "absent" / "dst", "int8")
     (tmp_path / "mine.partial").mkdir()
     (tmp_path / "mine.partial" / "thesis.txt").write_text("x")

@@ -32,9 +32,9 @@ class Fault:
 def kill(host: Host, name: str, signal: str = "KILL") -> None:
     """Signal the processes whose command line matches the pattern of a shell."""
     host.sh(
-        "for folder in /proc/[0-9]*; do [ $folder != /proc/$$ ] || continue; "  # the pattern is in its own command line
-        "words=$(tr '\\0' ' ' <$folder/cmdline 2>/dev/null) || continue; "
-        f'case "$words" in {name}) kill -{signal} ${{folder#/proc/}} ;; esac; done'
+        "for entry in /proc/[0-9]*; do [ $entry != /proc/$$ ] || continue; "  # the pattern is in its own command line
+        "words=$(tr '\\0' ' ' <$entry/cmdline 2>/dev/null) || continue; "
+        f'case "$words" in {name}) kill -{signal} ${{entry#/proc/}} ;; esac; done'
     )
 
 

@@ -11,37 +11,37 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-FOLDERS = ("/tmp", "/dev/shm", "/var/tmp", "/var/log", Path.home() / ".cache", Path.home() / ".config" / "vllm")
+DIRECTORIES = ("/tmp", "/dev/shm", "/var/tmp", "/var/log", Path.home() / ".cache", Path.home() / ".config" / "vllm")
 WORKER = "ray::RayWorkerProc"
 
 
 def processes() -> Iterator[tuple[Path, str]]:
-    for folder in Path("/proc").glob("[0-9]*"):
+    for directory in Path("/proc").glob("[0-9]*"):
         try:
-            yield folder, (folder / "cmdline").read_bytes().split(b"\0")[0].decode()
+            yield directory, (directory / "cmdline").read_bytes().split(b"\0")[0].decode()
         except OSError:
             continue
 
 
 def places() -> Iterator[tuple[str, bytes]]:
-    for folder, name in processes():
+    for directory, name in processes():
         for file in ("cmdline", "environ"):
             try:
-                yield f"{file} of {name}", (folder / file).read_bytes()
+                yield f"{file} of {name}", (directory / file).read_bytes()
             except OSError:
                 continue
         if name.startswith(WORKER):
-            yield from memory(folder, name)
-    for top in FOLDERS:
+            yield from memory(directory, name)
+    for top in DIRECTORIES:
         for path in Path(top).rglob("*"):
             if path.is_file() and not path.is_symlink():
                 yield str(path), path.read_bytes()
 
 
-def memory(folder: Path, name: str) -> Iterator[tuple[str, bytes]]:
+def memory(directory: Path, name: str) -> Iterator[tuple[str, bytes]]:
     """What a process could print: every writable part of its memory."""
-    with open(folder / "mem", "rb", buffering=0) as content:
-        for line in (folder / "maps").read_text().splitlines():
+    with open(directory / "mem", "rb", buffering=0) as content:
+        for line in (directory / "maps").read_text().splitlines():
             area, rights = line.split()[:2]
             if not rights.startswith("rw"):
                 continue

@@ -56,9 +56,9 @@ FP8 = {"quant_method": "fp8", "activation_scheme": "static"}
 class FakeHead:
     """Runs a deploy script with --dry-run as if on the head; `nodes` are the addresses of the cluster's nodes."""
 
-    def __init__(self, folder: Path, nodes: tuple[str, ...]) -> None:
-        self._tools, modules = folder / "bin", folder / "modules"
-        self._deploy = folder / "deploy"
+    def __init__(self, directory: Path, nodes: tuple[str, ...]) -> None:
+        self._tools, modules = directory / "bin", directory / "modules"
+        self._deploy = directory / "deploy"
         (modules / "ray" / "_private").mkdir(parents=True)
         self._tools.mkdir()
         self._deploy.mkdir()
@@ -90,19 +90,19 @@ class FakeHead:
             )  # fmt: skip
 
 
-def write_published(folder: Path, fp8: bool = False) -> Path:
+def write_published(directory: Path, fp8: bool = False) -> Path:
     """A checkpoint of the published network: real are the header and the size of its one file, and nothing else."""
     fields = json.loads(_published_config().read_text())
     if fp8:
         fields["quantization_config"] = FP8
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(fields))
-    (folder / "hy.tiktoken").touch()
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(fields))
+    (directory / "hy.tiktoken").touch()
     config = HunYuanConfig(**fields)
     layout: Layout = static_fp8(IgnoredLayers()).layout(config) if fp8 else Layout(config)
     quantised = {f"{linear}.weight" for linear in layout.quantised} if isinstance(layout, QuantisedLayout) else set()
-    _write_header(folder / "model.safetensors", layout.expected if fp8 else expected_tensors(config), quantised)
-    return folder
+    _write_header(directory / "model.safetensors", layout.expected if fp8 else expected_tensors(config), quantised)
+    return directory
 
 
 def _published_config() -> Path:

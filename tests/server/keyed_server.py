@@ -62,11 +62,11 @@ def write_keys(file: Path, keys: dict[str, str]) -> None:
 
 
 @contextmanager
-def start_keyed_server(folder: Path) -> Iterator[KeyedServer]:
-    key_file, adapters = folder / "keys", folder / "adapters"
+def start_keyed_server(directory: Path) -> Iterator[KeyedServer]:
+    key_file, adapters = directory / "keys", directory / "adapters"
     adapters.mkdir()
     write_keys(key_file, KEYS)
-    certificate, private = own_certificate(folder)
+    certificate, private = own_certificate(directory)
     config = HunYuanConfig.from_pretrained(demo.path())
     for name, seed in (("style", 3), ("tone", 3), ("brief", 4)):
         write_adapter(adapters / name, adapter_pairs(config, seed))

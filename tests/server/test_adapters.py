@@ -26,8 +26,8 @@ def good(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def wrong(tmp_path: Path) -> Path:
-    folder = write_adapter(tmp_path / "wrong", adapter_pairs(CONFIG))
-    return rename_modules(folder, lambda name: name.replace("self_attn.o_proj", "mlp.shared_mlp.down_proj"))
+    directory = write_adapter(tmp_path / "wrong", adapter_pairs(CONFIG))
+    return rename_modules(directory, lambda name: name.replace("self_attn.o_proj", "mlp.shared_mlp.down_proj"))
 
 
 def check(*words: object, config: HunYuanConfig | None = CONFIG, cpu: bool = True) -> None:
@@ -49,7 +49,7 @@ def test_accepted(good: Path, wrong: Path) -> None:
         (["--lora-modules", "style={wrong}"], "--lora-modules style: .*mlp.shared_mlp.down_proj, and on CPUs adapters"),
         (["--lora-modules", "style=/nowhere/x"], "--lora-modules style: /nowhere/x is not a directory"),
         (["--lora-modules", "style={good}", "--max-lora-rank", "1"], "has rank 4, .* add --max-lora-rank 16"),
-        (["--lora-modules", "{good}"], "is not NAME=FOLDER"),
+        (["--lora-modules", "{good}"], "is not NAME=DIRECTORY"),
     ],
 )
 def test_refused(good: Path, wrong: Path, flags: list[str], says: str) -> None:

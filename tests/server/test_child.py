@@ -146,15 +146,15 @@ def unwritable(request):
 def test_output_that_cannot_be_written_stops_neither_a_server_nor_its_drain(tmp_path, unwritable):
     program = f"""
         import os, pathlib, signal, sys, time
-        folder = pathlib.Path({str(tmp_path)!r})
+        directory = pathlib.Path({str(tmp_path)!r})
         def stop(number, frame):
             print("draining", flush=True)
-            (folder / "drained").touch()
+            (directory / "drained").touch()
             sys.exit(0)
         signal.signal(signal.SIGTERM, stop)
         for number in range(10_000):
             print("a line of a log that is longer than the pipe", number, flush=True)
-        (folder / "written").touch()
+        (directory / "written").touch()
         time.sleep(600)
     """
     child = start(program, tmp_path / "written", **unwritable)

@@ -79,9 +79,9 @@ def test_systemd_is_told(tmp_path):
 
 
 def test_only_deserted_sockets_of_vllm_are_removed():
-    with tempfile.TemporaryDirectory() as folder:  # short: a socket's path has 107 characters
-        names = {name: str(Path(folder, str(uuid.uuid4()))) for name in ("deserted", "in use", "file")}
-        names["other"] = str(Path(folder, "deserted-but-of-another-program"))
+    with tempfile.TemporaryDirectory() as directory:  # short: a socket's path has 107 characters
+        names = {name: str(Path(directory, str(uuid.uuid4()))) for name in ("deserted", "in use", "file")}
+        names["other"] = str(Path(directory, "deserted-but-of-another-program"))
         with socket.socket(socket.AF_UNIX) as listening:
             listening.bind(names["in use"])
             listening.listen()
@@ -90,5 +90,5 @@ def test_only_deserted_sockets_of_vllm_are_removed():
                     dead.bind(names[name])
                     dead.listen()
             Path(names["file"]).touch()
-            remove_stale_sockets({**os.environ, "VLLM_RPC_BASE_PATH": folder})
+            remove_stale_sockets({**os.environ, "VLLM_RPC_BASE_PATH": directory})
         assert {name for name, path in names.items() if os.path.lexists(path)} == {"in use", "file", "other"}

@@ -125,8 +125,8 @@ asyncio.run(ask())
 
 
 def test_several_api_servers_have_them_too(tmp_path):
-    folders = ":".join(str(folder) for folder in Path(__file__).parents[:2])
-    environ = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "PYTHONPATH": folders}
+    directories = ":".join(str(directory) for directory in Path(__file__).parents[:2])
+    environ = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "PYTHONPATH": directories}
     done = forked_programs.run([sys.executable, "-c", SEVERAL], environ)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()

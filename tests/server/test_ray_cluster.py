@@ -23,9 +23,9 @@ def with_ray(monkeypatch):
     monkeypatch.setattr(ray_cluster.importlib.util, "find_spec", lambda name: object())
 
 
-def note(folder, address):
-    (folder / "ray").mkdir()
-    (folder / "ray" / "ray_current_cluster").write_text(address)
+def note(directory, address):
+    (directory / "ray").mkdir()
+    (directory / "ray" / "ray_current_cluster").write_text(address)
 
 
 def test_no_cluster(with_ray, tmp_path):

@@ -71,24 +71,26 @@ def test_a_crash_loop_says_why_waits_longer_and_gives_up(start):
 
 
 @pytest.mark.parametrize("variable", ["TMPDIR", "VLLM_RPC_BASE_PATH"])
-def test_a_folder_that_was_removed_is_made_again(start, tmp_path, variable):
-    folder = tmp_path / "folder"
-    program = f"import os; print('there:', os.path.isdir({str(folder)!r})); os.rmdir({str(folder)!r}); os._exit(1)"
-    supervisor = start(program, max_restarts=2, **{variable: str(folder)})
+def test_a_directory_that_was_removed_is_made_again(start, tmp_path, variable):
+    directory = tmp_path / "directory"
+    program = (
+        f"import os; print('there:', os.path.isdir({str(directory)!r})); os.rmdir({str(directory)!r}); os._exit(1)"
+    )
+    supervisor = start(program, max_restarts=2, **{variable: str(directory)})
     output, errors = supervisor.communicate(timeout=60)
     assert supervisor.returncode == os.EX_UNAVAILABLE, errors
     assert output.count("there: True") == 3
-    assert errors.count(f"{variable}={folder} did not exist and has been created") == 3
+    assert errors.count(f"{variable}={directory} did not exist and has been created") == 3
 
 
-def test_a_folder_that_cannot_be_made_is_named_and_tried_again(start, tmp_path):
+def test_a_directory_that_cannot_be_made_is_named_and_tried_again(start, tmp_path):
     (tmp_path / "file").touch()
-    folder = tmp_path / "file" / "folder"
-    supervisor = start("raise SystemExit(1)", max_restarts=1, VLLM_RPC_BASE_PATH=str(folder))
+    directory = tmp_path / "file" / "directory"
+    supervisor = start("raise SystemExit(1)", max_restarts=1, VLLM_RPC_BASE_PATH=str(directory))
     _, errors = supervisor.communicate(timeout=60)
     assert supervisor.returncode == os.EX_UNAVAILABLE, errors
     reason = "is not a directory and cannot be created: Not a directory"
-    assert errors.count(f"VLLM_RPC_BASE_PATH={folder} {reason}") == 2
+    assert errors.count(f"VLLM_RPC_BASE_PATH={directory} {reason}") == 2
 
 
 def test_wrong_options_are_not_tried_again(start):

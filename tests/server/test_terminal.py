@@ -24,10 +24,10 @@ from hunyuan_vllm.server.process import Stop
 from hunyuan_vllm.server.readiness import HealthStatus
 from hunyuan_vllm.server.supervisor import run_once
 from hunyuan_vllm.server.terminal import LogFile, Terminal
-program, folder = sys.argv[1:]
-launch = Launch([sys.executable, "-c", program, folder], {}, "127.0.0.1", 8020, "hunyuan")
-health = lambda launch: HealthStatus("ready" if os.path.exists(folder + "/ready") else "silent")
-terminal = Terminal(LogFile(pathlib.Path(folder, "logs", "serve.log")))
+program, directory = sys.argv[1:]
+launch = Launch([sys.executable, "-c", program, directory], {}, "127.0.0.1", 8020, "hunyuan")
+health = lambda launch: HealthStatus("ready" if os.path.exists(directory + "/ready") else "silent")
+terminal = Terminal(LogFile(pathlib.Path(directory, "logs", "serve.log")))
 sys.exit(run_once(launch, os.environ, Stop(), health, terminal))
 """
 LOGS = """

@@ -36,10 +36,10 @@ def parsed(shown: str) -> tuple[dict[str, str], Namespace]:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("models")
+    directory = tmp_path_factory.mktemp("models")
     return {
-        "bf16": str(write_published(folder / "Hunyuan-A52B-Instruct")),
-        "fp8": str(write_published(folder / "Hunyuan-A52B-Instruct-FP8", fp8=True)),
+        "bf16": str(write_published(directory / "Hunyuan-A52B-Instruct")),
+        "fp8": str(write_published(directory / "Hunyuan-A52B-Instruct-FP8", fp8=True)),
     }
 
 

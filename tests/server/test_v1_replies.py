@@ -39,9 +39,9 @@ HOT = {"temperature": 1.5, "top_p": 1.0, "max_tokens": 200}
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The demo model, which was not trained to think, with a template of the family that does."""
-    folder = shutil.copytree(demo.path(), tmp_path_factory.mktemp("models") / "thinking")
-    (folder / "chat_template.jinja").write_text(A13B)
-    with running_server(str(folder), "--max-model-len", "2048") as server:
+    directory = shutil.copytree(demo.path(), tmp_path_factory.mktemp("models") / "thinking")
+    (directory / "chat_template.jinja").write_text(A13B)
+    with running_server(str(directory), "--max-model-len", "2048") as server:
         yield server
 
 

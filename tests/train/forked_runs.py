@@ -31,16 +31,16 @@ STEPS = 20
 UNENDED = 98  # the status of a process whose group of processes was still there when its run had ended
 
 
-def make_base(folder: Path, **overrides: Any) -> Path:
+def make_base(directory: Path, **overrides: Any) -> Path:
     """A small new network of the published kind, with the demo model's tokenizer."""
     tokens = dict(vocab_size=2048, bos_token_id=1801, eos_token_id=1803, pad_token_id=1804)
     shape = dict(num_hidden_layers=2, hidden_size=64, intermediate_size=48, tie_word_embeddings=True)
     shape |= dict(torch_dtype="float32")
     torch.manual_seed(0)
-    HunYuanForCausalLM(tiny_config(**tokens | shape | overrides)).save_pretrained(folder)
+    HunYuanForCausalLM(tiny_config(**tokens | shape | overrides)).save_pretrained(directory)
     for name in ("hy.tiktoken", "tokenizer_config.json", "generation_config.json"):
-        shutil.copy(Path(demo.__file__).with_name(name), folder)
-    return folder
+        shutil.copy(Path(demo.__file__).with_name(name), directory)
+    return directory
 
 
 def flags(base: Path, output: Path, *more: str, rows: int = 8) -> list[str]:

@@ -27,16 +27,17 @@ def line(user: str, assistant: str) -> str:
     return json.dumps({"messages": messages}, ensure_ascii=False)
 
 
-def write(folder: Path, *lines: str, start: bytes = b"") -> Path:
-    file = folder / "data.jsonl"
+def write(directory: Path, *lines: str, start: bytes = b"") -> Path:
+    file = directory / "data.jsonl"
     file.write_bytes(start + "\n".join(lines).encode())
     return file
 
 
-def varied(folder: Path, count: int) -> Path:
+def varied(directory: Path, count: int) -> Path:
     rng = random.Random(5)
     return write(
-        folder, *(line(f"{number}", " ".join(rng.choices("abcdefg", k=rng.randint(1, 60)))) for number in range(count))
+        directory,
+        *(line(f"{number}", " ".join(rng.choices("abcdefg", k=rng.randint(1, 60)))) for number in range(count)),
     )
 
 

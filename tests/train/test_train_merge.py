@@ -39,10 +39,10 @@ Change = Callable[[dict[str, Tensor]], object]
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_checkpoint(tmp_path_factory.mktemp("base") / "bf16", CONFIG, shard_bytes=300_000)
-    (folder / "generation_config.json").write_text('{"top_k": 20}')
-    (folder / "hy.tiktoken").write_bytes(b"IQ== 0\n")
-    return folder
+    directory = write_checkpoint(tmp_path_factory.mktemp("base") / "bf16", CONFIG, shard_bytes=300_000)
+    (directory / "generation_config.json").write_text('{"top_k": 20}')
+    (directory / "hy.tiktoken").write_bytes(b"IQ== 0\n")
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +50,9 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_adapter(tmp_path_factory.mktemp("adapter") / "lora", adapter_pairs(CONFIG))
 
 
-def stored(folder: Path) -> dict[str, Tensor]:
+def stored(directory: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(directory.glob("*.safetensors")):
         tensors |= load_file(file)
     return tensors
 
@@ -63,8 +63,8 @@ def merge(base: Path, adapter: Path, target: Path, dtype: str = "bf16", shard_by
     return target
 
 
-def digests(folder: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+def digests(directory: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir()}
 
 
 @pytest.mark.parametrize("dtype", SAVE_DTYPES)
@@ -209,10 +209,10 @@ def test_a_flipped_bit_is_found(base: Path, adapter: Path, tmp_path: Path, monke
     assert not (tmp_path / "out").exists()
 
 
-def rewrite_adapter(folder: Path, change: Change) -> None:
-    tensors = load_file(folder / ADAPTER_FILE)
+def rewrite_adapter(directory: Path, change: Change) -> None:
+    tensors = load_file(directory / ADAPTER_FILE)
     change(tensors)
-    save_file(tensors, folder / ADAPTER_FILE)
+    save_file(tensors, directory / ADAPTER_FILE)
 
 
 @pytest.fixture
@@ -220,12 +220,12 @@ def changed(adapter: Path, tmp_path: Path) -> Callable[..., Path]:
     """The adapter with other tensors, or other settings."""
 
     def make(change: Change | None = None, **settings: Any) -> Path:
-        folder = shutil.copytree(adapter, tmp_path / "lora")
-        config = json.loads((folder / "adapter_config.json").read_text())
-        (folder / "adapter_config.json").write_text(json.dumps({**config, **settings}))
+        directory = shutil.copytree(adapter, tmp_path / "lora")
+        config = json.loads((directory / "adapter_config.json").read_text())
+        (directory / "adapter_config.json").write_text(json.dumps({**config, **settings}))
         if change:
-            rewrite_adapter(folder, change)
-        return folder
+            rewrite_adapter(directory, change)
+        return directory
 
     return make
 
@@ -291,22 +291,22 @@ def test_settings_that_are_refused(
 def test_files_that_are_no_adapter(base: Path, changed: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none is not a directory"):
         merge(base, tmp_path / "none", tmp_path / "out")
-    with pytest.raises(UserError, match=r"has no adapter_config.json: name the folder that training saved"):
+    with pytest.raises(UserError, match=r"has no adapter_config.json: name the directory that training saved"):
         merge(base, base, tmp_path / "out")
-    folder = changed()
-    (folder / ADAPTER_FILE).write_bytes((folder / ADAPTER_FILE).read_bytes()[:-10])
+    directory = changed()
+    (directory / ADAPTER_FILE).write_bytes((directory / ADAPTER_FILE).read_bytes()[:-10])
     with pytest.raises(UserError, match="is truncated or not a safetensors file"):
-        merge(base, folder, tmp_path / "out")
-    (folder / ADAPTER_FILE).rename(folder / "adapter_model.bin")
+        merge(base, directory, tmp_path / "out")
+    (directory / ADAPTER_FILE).rename(directory / "adapter_model.bin")
     with pytest.raises(UserError, match=r"only adapter_model.bin: save it as safetensors"):
-        merge(base, folder, tmp_path / "out")
+        merge(base, directory, tmp_path / "out")
 
 
 def test_a_diverged_adapter(base: Path, changed: Callable[..., Path], tmp_path: Path) -> None:
     name = f"{PREFIX}1.self_attn.o_proj.lora_B.weight"
-    folder = changed(lambda tensors: tensors[name].fill_(float("nan")))
+    directory = changed(lambda tensors: tensors[name].fill_(float("nan")))
     with pytest.raises(UserError, match=f"'{name}' in .* holds NaN or infinite values: the training has diverged"):
-        merge(base, folder, tmp_path / "out")
+        merge(base, directory, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -318,19 +318,19 @@ def test_values_beyond_fp16(adapter: Path, tmp_path: Path) -> None:
 
 
 def test_a_quantised_base(adapter: Path, tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "base", CONFIG)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    directory = write_checkpoint(tmp_path / "base", CONFIG)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
     with pytest.raises(UserError, match=r"is already quantised \(fp8\): give the BF16 checkpoint"):
-        merge(folder, adapter, tmp_path / "out")
+        merge(directory, adapter, tmp_path / "out")
 
 
 def test_targets(base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
-    assert digests(merge(base, adapter, tmp_path / "empty"))  # an empty folder is taken
-    with pytest.raises(UserError, match="empty exists: name a folder that does not"):
+    assert digests(merge(base, adapter, tmp_path / "empty"))  # an empty directory is taken
+    with pytest.raises(UserError, match="empty exists: name a directory that does not"):
         merge(base, adapter, tmp_path / "empty")
-    with pytest.raises(UserError, match="is an input: name another folder"):
+    with pytest.raises(UserError, match="is an input: name another directory"):
         merge(base, adapter, base)
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)

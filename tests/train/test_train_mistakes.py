@@ -19,7 +19,7 @@ from hunyuan_vllm.train.checkpoints import (
     checkpoints,
     move_into_place,
     remove_old,
-    resume_folder,
+    resume_directory,
 )
 from hunyuan_vllm.train.distributed import read_deepspeed_config, without_offload
 from hunyuan_vllm.train.run import main
@@ -62,17 +62,17 @@ class TestMistakes:
         assert "/nowhere is not a directory" in mistake("--model_name_or_path", "/nowhere") and len(waits) == 1
 
     def test_checkpoints(self, mistake, tmp_path: Path) -> None:
-        assert "/nowhere is not a directory: name the folder" in mistake("--model_name_or_path", "/nowhere")
+        assert "/nowhere is not a directory: name a checkpoint" in mistake("--model_name_or_path", "/nowhere")
         assert "has no config.json" in mistake("--model_name_or_path", tmp_path)
-        folder = write_checkpoint(tmp_path / "model", tiny_config())
-        named = ("--model_name_or_path", folder, "--tokenizer_name_or_path", DEMO, "--train_data_file", DATA)
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+        directory = write_checkpoint(tmp_path / "model", tiny_config())
+        named = ("--model_name_or_path", directory, "--tokenizer_name_or_path", DEMO, "--train_data_file", DATA)
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
         assert "is already quantised (fp8): give the BF16 checkpoint" in mistake(*named)
-        (folder / "config.json").write_text(json.dumps({**config, "num_attention_heads": 5}))
+        (directory / "config.json").write_text(json.dumps({**config, "num_attention_heads": 5}))
         assert "config.json: HunYuanConfig: " in mistake(*named)
-        (folder / "config.json").write_text(json.dumps(config))
-        file = folder / "model.safetensors"
+        (directory / "config.json").write_text(json.dumps(config))
+        file = directory / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-100])
         assert "model.safetensors is truncated" in mistake(*named)
         assert "the tokenizer of" in mistake("--tokenizer_name_or_path", tmp_path)
@@ -91,10 +91,10 @@ class TestMistakes:
         line = mistake("--lora_target_modules", "q_proj", "qkv_proj")
         assert "--lora_target_modules qkv_proj: this network has down_proj, gate_proj, k_proj" in line
 
-    def test_a_folder_that_cannot_be_written_to(self, mistake, tmp_path: Path) -> None:
+    def test_a_directory_that_cannot_be_written_to(self, mistake, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
         line = mistake("--output_dir", tmp_path / "file" / "out")
-        assert "cannot be written to (Not a directory): name another folder" in line
+        assert "cannot be written to (Not a directory): name another directory" in line
 
     def test_libraries_that_are_missing(self, mistake, monkeypatch: pytest.MonkeyPatch) -> None:
         there = needed.find_spec
@@ -177,7 +177,7 @@ class TestIgnored:
 
 
 class TestWhole:
-    def test_a_folder_replaces_what_had_its_name(self, tmp_path: Path) -> None:
+    def test_a_directory_replaces_what_had_its_name(self, tmp_path: Path) -> None:
         final, beside = tmp_path / "final", tmp_path / STAGING / "final"
         for text in ("one", "two"):
             (beside / "part").mkdir(parents=True)
@@ -188,20 +188,25 @@ class TestWhole:
     def test_old_ones_go_by_their_steps(self, tmp_path: Path) -> None:
         for name in ("checkpoint-100", "checkpoint-20", "checkpoint-3", "checkpoint-x", "final"):
             (tmp_path / name).mkdir()
-        assert [folder.name for folder in remove_old(tmp_path, 1)] == ["checkpoint-3", "checkpoint-20"]
-        assert {folder.name for folder in tmp_path.iterdir()} == {"checkpoint-100", "checkpoint-x", "final", STAGING}
+        assert [directory.name for directory in remove_old(tmp_path, 1)] == ["checkpoint-3", "checkpoint-20"]
+        assert {directory.name for directory in tmp_path.iterdir()} == {
+            "checkpoint-100",
+            "checkpoint-x",
+            "final",
+            STAGING,
+        }
         assert remove_old(tmp_path, None) == []
 
     def test_one_that_is_not_whole_is_not_gone_on_from(self, tmp_path: Path) -> None:
-        folder = tmp_path / "checkpoint-5"
+        directory = tmp_path / "checkpoint-5"
         for missing in ("trainer_state.json", "model.safetensors", "optimizer.pt", "rng_state.pth"):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir()
             for name in {"trainer_state.json", "model.safetensors", "optimizer.pt", "rng_state.pth"} - {missing}:
-                (folder / name).write_text("{}")
+                (directory / name).write_text("{}")
             with pytest.raises(UserError, match="is not a checkpoint to resume from: it has no"):
-                check_checkpoint(folder)
-        (folder / "rng_state.pth").touch()
-        assert resume_folder("last", tmp_path) == resume_folder(str(folder), tmp_path) == folder
+                check_checkpoint(directory)
+        (directory / "rng_state.pth").touch()
+        assert resume_directory("last", tmp_path) == resume_directory(str(directory), tmp_path) == directory
         with pytest.raises(UserError, match="is incomplete: resume from"):
             check_checkpoint(tmp_path / STAGING / "checkpoint-9")

@@ -40,7 +40,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output folder of twenty steps in one process."""
+    """The output directory of twenty steps in one process."""
     output = tmp_path_factory.mktemp("plain") / "out"
     run = train(flags(base, output), output.with_name("log"))
     assert run.statuses == [0], run.said
@@ -126,7 +126,7 @@ class TestKilled:
         part = output / STAGING / "checkpoint-20"
         part.mkdir(parents=True, exist_ok=True)
         (part / "trainer_state.json").write_text("{")
-        assert [folder.name for folder in checkpoints(output)] == ["checkpoint-10"]
+        assert [directory.name for directory in checkpoints(output)] == ["checkpoint-10"]
         run = train(flags(base, output, "--resume_from_checkpoint", "last"), log)
         assert run.statuses == [0], run.said
         assert "resuming from" in run.said
@@ -163,10 +163,10 @@ class TestFullDisk:
         assert "Traceback" not in said
         last = said.splitlines()[-1]
         assert "the checkpoint of step 20 could not be written" in last and "checkpoint-10 is complete" in last
-        assert [folder.name for folder in checkpoints(output)] == ["checkpoint-10"]
+        assert [directory.name for directory in checkpoints(output)] == ["checkpoint-10"]
         run = train(flags(base, output, "--save_total_limit", "1", "--resume_from_checkpoint", "last"), log)
         assert run.statuses == [0], run.said
-        assert [folder.name for folder in checkpoints(output)] == ["checkpoint-20"]
+        assert [directory.name for directory in checkpoints(output)] == ["checkpoint-20"]
         assert log_of(output) == log_of(plain)
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system takes root")
@@ -197,12 +197,12 @@ class TestLora:
     def test_the_adapter_is_in_pefts_layout(self, adapted: tuple[Path, Run], base: Path) -> None:
         output, run = adapted
         assert run.statuses == [0], run.said
-        for folder in (output / "final", output / "checkpoint-20"):
-            tensors = load_file(folder / "adapter_model.safetensors")
+        for directory in (output / "final", output / "checkpoint-20"):
+            tensors = load_file(directory / "adapter_model.safetensors")
             places = {name.split(".lora_")[0].removeprefix("base_model.model.model.layers.") for name in tensors}
             both = {f"{layer}.self_attn.{part}_proj" for layer in range(2) for part in "qo"}
             assert places == both | {f"0.self_attn.{part}_proj" for part in "kv"}
-            settings = json.loads((folder / "adapter_config.json").read_text())
+            settings = json.loads((directory / "adapter_config.json").read_text())
             assert settings["base_model_name_or_path"] == str(base) and settings["r"] == 4
         assert len(log_of(output, key="balance_loss")) == STEPS
         assert f"MODEL_PATH={base} " in run.said

@@ -13,14 +13,14 @@ from hunyuan_vllm.evaluation.passages import held_out_questions
 from hunyuan_vllm.tokenizer import load_tokenizer
 from hunyuan_vllm.train.dataset import Encoding, scan
 
-FOLDER = Path(__file__).parents[2] / "train" / "data"
-sys.path.insert(0, str(FOLDER))
+DIRECTORY = Path(__file__).parents[2] / "train" / "data"
+sys.path.insert(0, str(DIRECTORY))
 
 from make import held_out_lines, train_lines  # noqa: E402
 
 
 def lines(name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (FOLDER / name).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (DIRECTORY / name).read_text(encoding="utf-8").splitlines()]
 
 
 def said(found: list[dict[str, Any]], role: str) -> list[str]:
@@ -30,13 +30,13 @@ def said(found: list[dict[str, Any]], role: str) -> list[str]:
 def test_the_script_writes_them() -> None:
     assert list(train_lines()) == lines("train.jsonl")
     assert list(held_out_lines()) == lines("held_out.jsonl")
-    assert sum((FOLDER / name).stat().st_size for name in ("train.jsonl", "held_out.jsonl")) < 200_000
+    assert sum((DIRECTORY / name).stat().st_size for name in ("train.jsonl", "held_out.jsonl")) < 200_000
 
 
 def test_every_line_is_of_use() -> None:
     tokenizer = load_tokenizer(demo_path())
     for name in ("train.jsonl", "held_out.jsonl"):
-        found = scan(FOLDER / name, Encoding(tokenizer, 128))
+        found = scan(DIRECTORY / name, Encoding(tokenizer, 128))
         assert (found.bad_count, found.truncated, found.without_answer) == (0, 0, 0)
 
 

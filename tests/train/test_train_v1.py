@@ -63,24 +63,24 @@ def test_gradients_equal_those_of_transformers(name: str) -> None:
         )
 
 
-def make_base(folder: Path, golden: str) -> Path:
+def make_base(directory: Path, golden: str) -> Path:
     """A random network whose config is a golden's file, with the demo model's tokenizer."""
     fields = json.loads((GOLDEN / golden / "config.json").read_text())
     fields |= dict(vocab_size=2048, bos_token_id=1801, eos_token_id=1803, pad_token_id=1804)
     torch.manual_seed(0)
-    HunYuanForCausalLM(HunYuanConfig(**fields)).bfloat16().save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(fields))
+    HunYuanForCausalLM(HunYuanConfig(**fields)).bfloat16().save_pretrained(directory)
+    (directory / "config.json").write_text(json.dumps(fields))
     for name in ("hy.tiktoken", "tokenizer_config.json", "generation_config.json"):
-        shutil.copy(Path(demo.__file__).with_name(name), folder)
-    return folder
+        shutil.copy(Path(demo.__file__).with_name(name), directory)
+    return directory
 
 
-def assert_served_as(folder: Path, base: Path) -> None:
+def assert_served_as(directory: Path, base: Path) -> None:
     """A checkpoint of the base's network, in the base's spelling."""
-    written, expected = (json.loads((one / "config.json").read_text()) for one in (folder, base))
+    written, expected = (json.loads((one / "config.json").read_text()) for one in (directory, base))
     assert written | {"auto_map": None} == expected | {"auto_map": None}
-    config = HunYuanConfig.from_pretrained(folder)
-    assert check_headers(folder, Layout(config))
+    config = HunYuanConfig.from_pretrained(directory)
+    assert check_headers(directory, Layout(config))
     assert config.is_v1
 
 

@@ -122,14 +122,14 @@ def _facts() -> list[dict[str, Any]]:
     return tomllib.loads((HERE / "town.toml").read_text(encoding="utf-8"))["fact"]
 
 
-def main(folder: Annotated[Path, typer.Option(help="Folder to write.")] = HERE) -> None:
+def main(directory: Annotated[Path, typer.Option(help="Directory to write.")] = HERE) -> None:
     """Write both sets."""
     for name, lines in (("train.jsonl", train_lines()), ("held_out.jsonl", held_out_lines())):
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        partial = folder / f".{name}.partial"
+        partial = directory / f".{name}.partial"
         partial.write_text(text, encoding="utf-8")
-        os.replace(partial, folder / name)
-        print(f"{folder / name}: {text.count(chr(10)):,} conversations, {len(text.encode()):,} bytes")
+        os.replace(partial, directory / name)
+        print(f"{directory / name}: {text.count(chr(10)):,} conversations, {len(text.encode()):,} bytes")
 
 
 if __name__ == "__main__":

@@ -34,10 +34,10 @@ MAX_NEW_TOKENS: Final = 96
 class Answerer:
     """A checkpoint that answers batches of questions, at temperature 0 or with its generation_config's sampling."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-        self.encoder = Encoder(folder / "hy.tiktoken")
-        self.model = HunYuanForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-        self.sampling = GenerationConfig.from_pretrained(folder)
+    def __init__(self, directory: Path, dtype: torch.dtype = torch.float32) -> None:
+        self.encoder = Encoder(directory / "hy.tiktoken")
+        self.model = HunYuanForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+        self.sampling = GenerationConfig.from_pretrained(directory)
         self.stops = set(self.sampling.eos_token_id)
 
     @torch.inference_mode()
@@ -99,10 +99,10 @@ def expert_shares(answerer: Answerer, asked: Sequence[Asked]) -> list[list[float
 
 
 def measure(
-    folder: Path, per_language: int, samples: int, seed: int, wrong: list[tuple[str, Asked, str | None]]
+    directory: Path, per_language: int, samples: int, seed: int, wrong: list[tuple[str, Asked, str | None]]
 ) -> dict[str, Any]:
     """All measurements of a checkpoint; what went wrong is appended to `wrong`."""
-    answerer = Answerer(folder)
+    answerer = Answerer(directory)
     torch.manual_seed(seed)
     sets = {
         "held-out tasks": list(questions.held_out_tasks(per_language)),
@@ -116,7 +116,7 @@ def measure(
     many = sets["examples"] * samples
     runs["examples, sampled"] = many, answerer.answer(many, sample=True)
     tasks = sets["held-out tasks"]
-    runs["held-out tasks, bfloat16"] = tasks, Answerer(folder, torch.bfloat16).answer(tasks)
+    runs["held-out tasks, bfloat16"] = tasks, Answerer(directory, torch.bfloat16).answer(tasks)
     for name, (asked, answers) in runs.items():
         wrong += [(name, one, answer) for one, answer in zip(asked, answers, strict=True) if answer != one.answer]
     return {
@@ -134,7 +134,7 @@ def _rounded(scores: dict[str, Score]) -> dict[str, dict[str, float]]:
 
 
 def main(
-    folder: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = VOCABULARY_FILE.parent,
+    directory: Annotated[Path, typer.Option(help="Directory of the checkpoint.")] = VOCABULARY_FILE.parent,
     per_language: Annotated[int, typer.Option(help="Questions for each task and language.")] = 100,
     samples: Annotated[int, typer.Option(help="Samples of each of the README's questions.")] = 10,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
@@ -145,7 +145,7 @@ def main(
     """Measure a demo checkpoint, print a table and write the report."""
     torch.set_num_threads(threads)
     wrong: list[tuple[str, Asked, str | None]] = []
-    result = measure(folder, per_language, samples, seed, wrong)
+    result = measure(directory, per_language, samples, seed, wrong)
     console = Console()
     for name, groups in result["scores"].items():
         table = Table("group", "asked", "right", "stopped", "accuracy", title=name)

@@ -55,7 +55,7 @@ def _near_misses(answer: str, kinds: Sequence[str], rng: Random) -> list[str]:
     return list(found)
 
 
-def main(target: Annotated[Path, typer.Option(help="Folder to write.")] = TARGET) -> None:
+def main(target: Annotated[Path, typer.Option(help="Directory to write.")] = TARGET) -> None:
     """Write the held-out questions."""
     partial = target.with_suffix(".partial")
     partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows()), encoding="utf-8")

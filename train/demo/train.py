@@ -29,7 +29,7 @@ from hunyuan_vllm.reference import HunYuanForCausalLM
 
 __all__ = ["Recipe", "demo_config", "save_checkpoint", "train"]
 
-DEMO_FOLDER: Final = VOCABULARY_FILE.parent
+DEMO_DIRECTORY: Final = VOCABULARY_FILE.parent
 
 
 @dataclass(frozen=True)
@@ -155,20 +155,20 @@ def train(recipe: Recipe, encoder: Encoder, report: Callable[[str], None] = prin
     return model.eval()
 
 
-def save_checkpoint(model: HunYuanForCausalLM, encoder: Encoder, folder: Path) -> None:
+def save_checkpoint(model: HunYuanForCausalLM, encoder: Encoder, directory: Path) -> None:
     """Write the checkpoint's files, each beside its place first: bfloat16 weights, the router in float32.
 
-    The vocabulary is copied where the folder is not the one it is committed in.
+    The vocabulary is copied where the directory is not the one it is committed in.
     """
     tensors = {
         name: tensor.detach().to(torch.float32 if "gate.wg" in name else torch.bfloat16).contiguous()
         for name, tensor in model.state_dict().items()
         if name != "lm_head.weight"  # tied to the embedding
     }
-    partial = folder / "model.safetensors.partial"
+    partial = directory / "model.safetensors.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
     partial.chmod(0o644)  # safetensors lets only the owner read
-    os.replace(partial, folder / "model.safetensors")
+    os.replace(partial, directory / "model.safetensors")
     generation = {
         "do_sample": True,
         "eos_token_id": [encoder.eos, encoder.stop],
@@ -186,11 +186,11 @@ def save_checkpoint(model: HunYuanForCausalLM, encoder: Encoder, folder: Path) -
         "pad_token": "<|pad|>",
         "tokenizer_class": "HYTokenizer",
     }
-    if folder.resolve() != DEMO_FOLDER:
-        shutil.copyfile(VOCABULARY_FILE, folder / VOCABULARY_FILE.name)
-    _write_json(folder / "config.json", demo_config(encoder))
-    _write_json(folder / "tokenizer_config.json", tokenizer)
-    _write_json(folder / "generation_config.json", generation)
+    if directory.resolve() != DEMO_DIRECTORY:
+        shutil.copyfile(VOCABULARY_FILE, directory / VOCABULARY_FILE.name)
+    _write_json(directory / "config.json", demo_config(encoder))
+    _write_json(directory / "tokenizer_config.json", tokenizer)
+    _write_json(directory / "generation_config.json", generation)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -200,7 +200,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = DEMO_FOLDER,
+    out: Annotated[Path, typer.Option(help="Directory of the checkpoint.")] = DEMO_DIRECTORY,
     steps: Annotated[int, typer.Option(help="Optimizer steps of about 4096 tokens.")] = Recipe.steps,
     seed: Annotated[int, typer.Option(help="Seed of weights and text.")] = Recipe.seed,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,

@@ -16,7 +16,7 @@ NAMED_EXPORT = re.compile(r"^export (?=(?:async )?(?:function\*?|class|const) (\
 DEFAULT_EXPORT = re.compile(r"^export\s*\{\s*(\w+) as default\s*\};?(?:\s*//# sourceMappingURL=\S+)?\s*\Z", re.M)
 
 
-def bundle(folder: Path, entry: str) -> str:
+def bundle(directory: Path, entry: str) -> str:
     """`entry` and the modules it imports as one script, each in its own scope, in the order of imports.
 
     Supports what our modules and their libraries use: imports from relative paths, one per line; exports of
@@ -25,7 +25,7 @@ def bundle(folder: Path, entry: str) -> str:
     scopes: dict[str, str] = {}
 
     def add(name: str) -> None:
-        text = (folder / name).read_text()
+        text = (directory / name).read_text()
         here = PurePosixPath(name).parent
         for _, _, path in IMPORT.findall(text):
             if str(here / path) not in scopes:
@@ -40,9 +40,9 @@ def bundle(folder: Path, entry: str) -> str:
     return "const modules = {};\n" + "".join(scopes.values())
 
 
-def _constant(folder: PurePosixPath, statement: re.Match[str]) -> str:
+def _constant(directory: PurePosixPath, statement: re.Match[str]) -> str:
     default, names, path = statement.groups()
-    return f'const {f"{{ default: {default} }}" if default else names} = modules["{folder / path}"];'
+    return f'const {f"{{ default: {default} }}" if default else names} = modules["{directory / path}"];'
 
 
 PAGE = Path(__file__).parents[1] / "page"

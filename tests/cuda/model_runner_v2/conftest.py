@@ -1,4 +1,4 @@
-"""The build of vLLM for CPUs with triton beside it, interpreted: see tests/cuda.sh, which runs this folder."""
+"""The build of vLLM for CPUs with triton beside it, interpreted: see tests/cuda.sh, which runs this directory."""
 
 from __future__ import annotations
 

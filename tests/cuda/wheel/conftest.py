@@ -1,4 +1,4 @@
-"""vLLM's CUDA wheel on a machine without a GPU: see tests/cuda.sh, which runs this folder."""
+"""vLLM's CUDA wheel on a machine without a GPU: see tests/cuda.sh, which runs this directory."""
 
 from __future__ import annotations
 

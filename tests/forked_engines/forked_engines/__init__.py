@@ -1,8 +1,8 @@
 """For tests: an engine's processes are forked, which saves importing vLLM in each of them.
 
-With this folder's parent on PYTHONPATH, and in FORKED_ENGINES how: "fork" from the process that starts them, which must
-have computed nothing yet (a server's front end), or "forkserver" from one that has imported vLLM and nothing more. vLLM
-spawns them on CPUs, because a forked process cannot choose its OpenMP threads; the tests have one thread everywhere.
+With this directory's parent on PYTHONPATH, and in FORKED_ENGINES how: "fork" from the process that starts them, which
+must have computed nothing yet (a server's front end), or "forkserver" from one that has imported vLLM and nothing else.
+vLLM spawns them on CPUs, because a forked process cannot choose its OpenMP threads; tests use one thread everywhere.
 What such a process was born with is kept from its garbage collector, which vLLM calls nine times in an engine's life.
 Tests that are about these processes start them as users do.
 """

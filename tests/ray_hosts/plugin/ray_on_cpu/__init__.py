@@ -1,4 +1,4 @@
-"""For tests: vLLM's CPU platform, which Ray may schedule. With this folder's parent on PYTHONPATH and RAY_ON_CPU=1."""
+"""For tests: vLLM's CPU platform, which Ray may schedule. With this directory's parent on PYTHONPATH, RAY_ON_CPU=1."""
 
 from __future__ import annotations
 

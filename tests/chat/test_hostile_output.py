@@ -184,6 +184,6 @@ def test_faults_are_explained(page: Page, fake: FakeServer) -> None:
     assert page.answered() == "A good answer" and "connection ended" in page.find(".assistant .note").text
     fake.breaks_off = False
     page.find("#problem button").click()
+    page.wait(lambda: [element.text for element in page.all("article .text")] == ["Go", "A good answer"])
     page.wait(lambda: page.find("#problem").text == "" and page.find("#send").is_displayed())
-    assert [element.text for element in page.all("article .text")] == ["Go", "A good answer"]
     assert fake.asked["messages"] == [{"role": "user", "content": "Go"}]

@@ -1,7 +1,7 @@
 """`hunyuan-vllm plan`: whether a model fits on some GPUs, what to expect there, what to change"""
 
 import json
-from functools import partial
+from typing import Any, Literal
 
 import typer
 from rich.console import Console
@@ -37,7 +37,7 @@ def plan(
     scheme: str | None = typer.Option(
         None, metavar="bf16|int8|int8-w8a8|fp8", help="Quantisation scheme; default: the checkpoint's, else bf16."
     ),
-    kv: str = typer.Option("auto", "--kv", "--kv-cache-dtype", metavar="auto|fp8", help="Type of the KV cache."),
+    kv: Literal["auto", "fp8"] = typer.Option("auto", "--kv", "--kv-cache-dtype", help="Type of the KV cache."),
     max_model_len: int | None = typer.Option(None, min=1, help="Longest sequence; default: the model's."),
     gpu_memory_utilization: float = typer.Option(
         0.92, min=0.1, max=1, rich_help_panel=LIMITS, help="Share of the GPU's memory for vLLM."
@@ -55,22 +55,17 @@ def plan(
     output_len: int | None = typer.Option(
         None, min=1, rich_help_panel=WORKLOAD, help="Answer tokens; default: 256, or an eighth of the length."
     ),
-    train: str | None = typer.Option(
-        None, metavar="full|lora", rich_help_panel=TRAINING, help="Plan fine-tuning, not a server."
+    train: Literal["full", "lora"] | None = typer.Option(
+        None, rich_help_panel=TRAINING, help="Plan fine-tuning, not a server."
     ),
     zero_stage: int | None = typer.Option(
         None, min=0, max=3, rich_help_panel=TRAINING, help="ZeRO stage; default: the fastest that fits."
     ),
-    offload: str | None = typer.Option(
-        None, metavar="none|optimizer|all", rich_help_panel=TRAINING, help="Offload to host memory; default: as needed."
+    offload: Literal["none", "optimizer", "all"] | None = typer.Option(
+        None, rich_help_panel=TRAINING, help="Offload to host memory; default: as needed."
     ),
     seq_length: int = typer.Option(
-        2048,
-        "--seq-length",
-        "--max_seq_length",
-        min=1,
-        rich_help_panel=TRAINING,
-        help="Tokens per GPU and iteration.",
+        2048, "--seq-length", "--max_seq_length", min=1, rich_help_panel=TRAINING, help="Tokens per GPU and iteration."
     ),
     checkpointing: bool = typer.Option(
         True, rich_help_panel=TRAINING, help="Recompute layers in the backward pass to save memory."
@@ -108,8 +103,9 @@ def plan(
     \b
     Exit status: 0 it fits, 1 it does not fit or cannot run, 2 bad input.
     """
-    from hunyuan_vllm.plan.plan import make_plan, make_scenario
-    from hunyuan_vllm.plan.report import show_gpus, show_models, show_plan, to_json
+    from hunyuan_vllm.plan import report, training_report
+    from hunyuan_vllm.plan.fit import check_fit
+    from hunyuan_vllm.plan.plan import make_scenario
     from hunyuan_vllm.plan.training import TrainingMemory
 
     console = Console(highlight=False)
@@ -119,34 +115,34 @@ def plan(
     else:
         _refuse(given - COMMON_OPTIONS - TRAINING_OPTIONS, "is an option of a server: leave it out with --train")
     if list_models:
-        return show_models(console)
+        return report.show_models(console)
     if list_gpus:
-        return show_gpus(console)
+        return report.show_gpus(console)
     if train:
-        from hunyuan_vllm.plan import training_report
-
         setup = training_report.make_setup(
             model, gpu, gpus, train, zero_stage, offload, rank=lora_rank, length=seq_length,
             checkpointing=checkpointing, per_node=gpus_per_node, host=host_memory * GIB,
         )  # fmt: skip
-        document, fits = training_report.to_json(setup), TrainingMemory(setup).fits
-        show = partial(training_report.show_training, setup)
-    else:
-        if kv not in ("auto", "fp8"):
-            raise UserError(f"--kv {kv} is unknown: use auto or fp8")
-        scenario = make_scenario(
-            model, gpu, gpus, tp, pp, scheme, max_model_len, max_num_batched_tokens, max_num_seqs,
-            input_len, output_len, dcp=dcp, kv=kv, utilization=gpu_memory_utilization, eager=enforce_eager,
-            per_node=gpus_per_node, node_link=network * 1e9 / 8,
-        )  # fmt: skip
-        made = make_plan(scenario)
-        document, fits = to_json(made), made.fit.fits
-        show = partial(show_plan, made)
+        if as_json:
+            _print_json(training_report.to_json(setup))
+        else:
+            training_report.show_training(setup, console)
+        raise typer.Exit(0 if TrainingMemory(setup).fits else 1)
+    scenario = make_scenario(
+        model, gpu, gpus, tp, pp, scheme, max_model_len, max_num_batched_tokens, max_num_seqs,
+        input_len, output_len, dcp=dcp, kv=kv, utilization=gpu_memory_utilization, eager=enforce_eager,
+        per_node=gpus_per_node, node_link=network * 1e9 / 8,
+    )  # fmt: skip
+    fit = check_fit(scenario)
     if as_json:
-        print(json.dumps(document, indent=1))
+        _print_json(report.to_json(fit))
     else:
-        show(console)
-    raise typer.Exit(0 if fits else 1)
+        report.show_plan(fit, console)
+    raise typer.Exit(0 if fit.fits else 1)
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    print(json.dumps(document, indent=1))
 
 
 def _was_given(context: typer.Context, name: str) -> bool:

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain, combinations
+from functools import cache, partial
+from itertools import combinations
 from typing import Any
 
 from hunyuan_vllm.kv_cache import legal_partition
@@ -71,9 +72,9 @@ def possible_changes(scenario: Scenario) -> Iterator[Change]:
             yield Change({"sequences": count}, f"at most {count} sequences at once", 20, "sequences")
     if scenario.batched_tokens > 2048 >= scenario.sequences:
         yield Change({"batched_tokens": 2048}, "slower prefill", 20, "tokens")
-    for tensor, stages in arrangements(scenario.config, scenario.gpus):
-        if (tensor, stages) != (scenario.tensor, scenario.pipeline):
-            yield Change(_split(tensor, stages), "another split of the same GPUs", 30, "split")
+    for split in arrangements(scenario.config, scenario.gpus):
+        if split != (scenario.tensor, scenario.pipeline):
+            yield Change(_split(*split), "another split of the same GPUs", 30, "split")
     copies = scenario.tensor // scenario.config.num_key_value_heads
     if copies > 1 and scenario.dcp < copies:
         yield Change({"dcp": copies}, "two more collectives a layer", 30, "dcp")
@@ -83,41 +84,37 @@ def possible_changes(scenario: Scenario) -> Iterator[Change]:
         yield Change({"kv": "fp8"}, "cached keys and values are rounded to FP8", 40, "kv")
     else:
         yield Change({"kv": "auto"}, "twice the bytes a token", 40, "undo kv")
-    longest = scenario.config.longest_context
-    if scenario.max_model_len > longest:
-        yield shorter(longest)
+    if scenario.max_model_len > scenario.config.longest_context:
+        yield shorter(scenario.config.longest_context)
     for name, price in SCHEME_PRICES.items():
         if not scenario.quantised and SCHEMES[name] is not scenario.scheme:
             yield Change({"scheme": SCHEMES[name]}, price, 50, f"scheme {name}")
     if not scenario.eager:
         yield Change({"eager": True}, "no CUDA graphs: slower decoding", 70, "eager")
-    yield from _hardware(scenario)
-
-
-def shorter(length: int) -> Change:
-    return Change({"max_model_len": length}, "shorter sequences", 60, "length")
+    for gpus in (count for count in COUNTS if count > scenario.gpus):
+        within = (split for split in arrangements(scenario.config, gpus) if split[0] <= scenario.per_node)
+        if found := next(within, None):
+            more = gpus - scenario.gpus
+            yield Change({"gpus": gpus} | _split(*found), plural(more, "more GPU"), 100 + 10 * more, "gpus")
+    default_tokens, default_sequences = vllm_limits(scenario.gpu)
+    for gpu in sorted(known_gpus(), key=lambda gpu: (gpu.memory, -(gpu.bf16_tflops or 0))):
+        if gpu.memory > 1.1 * scenario.gpu.memory or gpu.capability > scenario.gpu.capability:
+            tokens, sequences = vllm_limits(gpu)
+            values: dict[str, Any] = {"gpu": gpu}
+            values |= {"batched_tokens": tokens} if scenario.batched_tokens == default_tokens else {}
+            values |= {"sequences": sequences} if scenario.sequences == default_sequences else {}
+            yield Change(values, f"GPUs of {gpu.memory_gb:.0f} GB", 200, "gpu")
 
 
 def _split(tensor: int, stages: int) -> dict[str, int]:
     return {"tensor": tensor, "pipeline": stages, "dcp": 1}
 
 
-def _hardware(scenario: Scenario) -> Iterator[Change]:
-    for gpus in (count for count in COUNTS if count > scenario.gpus):
-        within = (split for split in arrangements(scenario.config, gpus) if split[0] <= scenario.per_node)
-        if split := next(within, None):
-            more = gpus - scenario.gpus
-            yield Change({"gpus": gpus} | _split(*split), plural(more, "more GPU"), 100 + 10 * more, "gpus")
-    names, defaults = ("batched_tokens", "sequences"), vllm_limits(scenario.gpu)
-    for gpu in sorted(known_gpus(), key=lambda gpu: (gpu.memory, -(gpu.bf16_tflops or 0))):
-        if gpu.memory > 1.1 * scenario.gpu.memory or gpu.capability > scenario.gpu.capability:
-            limits = zip(names, defaults, vllm_limits(gpu), strict=True)
-            follow = {name: new for name, old, new in limits if getattr(scenario, name) == old}
-            yield Change({"gpu": gpu} | follow, f"GPUs of {gpu.memory_gb:.0f} GB", 200, "gpu")
+def shorter(length: int) -> Change:
+    return Change({"max_model_len": length}, "shorter sequences", SHORTER_COST, "length")
 
 
-LENGTH_STEP, MIN_LENGTH = 1024, 4096
-SHORTER_COST = shorter(MIN_LENGTH).cost
+LENGTH_STEP, MIN_LENGTH, SHORTER_COST = 1024, 4096, 60
 
 
 @dataclass(frozen=True)
@@ -145,24 +142,23 @@ class Remedy:
 
 
 def remedies(fit: Fit, limit: int = 6) -> list[Remedy]:
-    """Up to `limit` ways to make it fit, of one or two changes. Where a change suffices, it is not combined."""
+    """Up to `limit` ways to make it fit, cheapest first: one or two changes, or these with shorter sequences. Where
+    some changes suffice, no others are added to them."""
     changes = list(possible_changes(fit.scenario))
-    pairs = (pair for pair in combinations(changes, 2) if not pair[0].values.keys() & pair[1].values.keys())
-    groups: list[tuple[Change, ...]] = list(chain([()], ((change,) for change in changes), pairs))
-    candidates = [
+    groups = [(), *((change,) for change in changes), *combinations(changes, 2)]
+    priced = [
         (sum(change.cost for change in group) + SHORTER_COST * cut, cut, group)
         for group in groups
         for cut in (False, True)
     ]
-    known: dict[tuple[Change, ...], Remedy] = {}
+    made = cache(partial(Remedy.of, fit.scenario))
     found: list[Remedy] = []
-    for _, cut, group in sorted(candidates, key=lambda candidate: candidate[:2]):
+    for _, cut, group in sorted(priced, key=lambda candidate: candidate[:2]):
         kinds = {change.kind for change in group} | ({"length"} if cut else set())
-        if any(remedy.kinds <= kinds for remedy in found):
+        overlap = len(group) == 2 and group[0].values.keys() & group[1].values.keys()
+        if overlap or any(remedy.kinds <= kinds for remedy in found):
             continue
-        if group not in known:
-            known[group] = Remedy.of(fit.scenario, *group)
-        remedy = _shortened(fit.scenario, known[group]) if cut else known[group]
+        remedy = _shortened(fit.scenario, made(*group)) if cut else made(*group)
         if remedy is not None and remedy.fit.fits:
             found.append(remedy)
             if len(found) == limit:

@@ -121,6 +121,7 @@ class Fit:
 
     Attributes:
         problems: why it cannot run; its memory is then not computed.
+        reasons: why it does not fit.
         budgets: one for each pipeline stage.
         shared, unshared: what the cache holds with CLA's sharing, and what it would hold without.
     """

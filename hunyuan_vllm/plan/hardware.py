@@ -7,9 +7,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
 from hunyuan_vllm.util.errors import UserError
+from hunyuan_vllm.util.text import GIB
 
 DATA = Path(__file__).parent / "data" / "gpus.json"
-GIB = 2**30
 
 
 class Gpu(BaseModel):
@@ -60,7 +60,14 @@ def known_gpus() -> tuple[Gpu, ...]:
 def find_gpu(name: str) -> Gpu:
     """The GPU of this name or alias in any case, or of a JSON file like an entry of `data/gpus.json`."""
     if name.endswith(".json"):
-        return _read(Path(name).expanduser())
+        try:
+            return Gpu.model_validate_json(Path(name).expanduser().read_text())
+        except OSError as error:
+            raise UserError(f"--gpu {name} cannot be read: {error.strerror}") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise UserError(f"--gpu {name}: {where}: {first['msg']} (--list-gpus shows the fields)") from None
     for gpu in known_gpus():
         if name.upper() in (known.upper() for known in (gpu.name, *gpu.aliases)):
             return gpu
@@ -68,17 +75,6 @@ def find_gpu(name: str) -> Gpu:
         f"--gpu {name} is not known: use one of {', '.join(gpu.name for gpu in known_gpus())}, or a JSON file "
         "(--list-gpus shows the table and the fields)"
     )
-
-
-def _read(path: Path) -> Gpu:
-    try:
-        return Gpu.model_validate_json(path.read_text())
-    except OSError as error:
-        raise UserError(f"--gpu {path} cannot be read: {error.strerror}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise UserError(f"--gpu {path}: {where}: {first['msg']} (--list-gpus shows the fields)") from None
 
 
 FLASHINFER_HEADS = (64, 128, 256, 512)
@@ -109,11 +105,9 @@ def choose_backend(
     capability: tuple[int, int], head_dim: int, fp8_cache: bool, dcp: int
 ) -> tuple[str | None, dict[str, str]]:
     """The backend that vLLM chooses by default, None where none can run this; and why not those it tries before."""
-    order = ["FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "FLEX_ATTENTION"]
-    if capability[0] == 10:
-        order[:2] = reversed(order[:2])
+    first = ("FLASHINFER", "FLASH_ATTN") if capability[0] == 10 else ("FLASH_ATTN", "FLASHINFER")
     refused: dict[str, str] = {}
-    for name in order:
+    for name in (*first, "TRITON_ATTN", "FLEX_ATTENTION"):
         why = backend_refusal(name, capability, head_dim, fp8_cache, dcp)
         if why is None:
             return name, refused

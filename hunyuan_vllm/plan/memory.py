@@ -6,7 +6,6 @@ Weights are exact: `tests/plan/` compares them with the real model class and wit
 from collections import Counter
 from dataclasses import dataclass
 
-from hunyuan_vllm.kv_cache import CacheShape
 from hunyuan_vllm.network import Network
 from hunyuan_vllm.plan.hardware import Gpu
 from hunyuan_vllm.plan.model import layer_kinds, layer_matrices, padded_vocabulary, vectors
@@ -14,7 +13,6 @@ from hunyuan_vllm.plan.scenario import Scenario, Stage
 from hunyuan_vllm.plan.schemes import BF16, FLOAT32, Scheme
 from hunyuan_vllm.util.text import GIB
 
-KIB = 1024
 CACHE_SCALES = 4  # float32 scalars that vLLM's Attention keeps: of q, k, v and the probabilities
 
 
@@ -146,7 +144,7 @@ def graph_memory(scenario: Scenario, stage: Stage) -> int:
     sizes = captured_sizes(scenario)
     if not sizes:
         return 0
-    records = 2 * len(sizes) * len(stage.layers) * scenario.assumptions.graph_layer_kib * KIB
+    records = 2 * len(sizes) * len(stage.layers) * scenario.assumptions.graph_layer_kib * 1024
     return int(records) + forward_peak(scenario, stage, sizes[-1])
 
 
@@ -204,40 +202,28 @@ class Capacity:
 
 
 def budgets(scenario: Scenario) -> list[Budget]:
-    return [_budget(scenario, stage) for stage in scenario.stages]
-
-
-def _budget(scenario: Scenario, stage: Stage) -> Budget:
-    assumed = scenario.assumptions
+    """One for each pipeline stage."""
+    config, scheme, assumed = scenario.config, scenario.scheme, scenario.assumptions
     outside = assumed.context_gib + (assumed.nccl_gib if scenario.ranks > 1 else 0)
     outside += assumed.nccl_network_gib if scenario.nodes > 1 else 0
-    return Budget(
-        stage=stage,
-        total=scenario.gpu.memory,
-        taken=int(scenario.gpu.memory * scenario.utilization),
-        weights=rank_weights(
-            scenario.config, scenario.scheme, scenario.tensor, stage, scenario.gpu, scenario.max_model_len
-        ),
-        activations=activation_peak(scenario, stage),
-        graphs=graph_memory(scenario, stage),
-        workspace=int(assumed.workspace_gib * GIB),
-        outside=int(outside * GIB),
-    )
+    return [
+        Budget(
+            stage=stage,
+            total=scenario.gpu.memory,
+            taken=int(scenario.gpu.memory * scenario.utilization),
+            weights=rank_weights(config, scheme, scenario.tensor, stage, scenario.gpu, scenario.max_model_len),
+            activations=activation_peak(scenario, stage),
+            graphs=graph_memory(scenario, stage),
+            workspace=int(assumed.workspace_gib * GIB),
+            outside=int(outside * GIB),
+        )
+        for stage in scenario.stages
+    ]
 
 
 def capacity(scenario: Scenario, rank_budgets: list[Budget], sharing: bool = True) -> Capacity:
     """What the cache holds, with CLA's one cache a group or (not `sharing`) one for each layer."""
-    shapes = [
-        CacheShape.of(
-            scenario.config,
-            tensor_parallel=scenario.tensor,
-            stage=one.stage.layers,
-            itemsize=scenario.kv_itemsize,
-            sharing=sharing,
-        )
-        for one in rank_budgets
-    ]
-    blocks = min(
-        shape.blocks(max(0, one.cache), scenario.block_size) for shape, one in zip(shapes, rank_budgets, strict=True)
-    )
+    shapes = [scenario.cache_shape(budget.stage, sharing) for budget in rank_budgets]
+    held = zip(shapes, rank_budgets, strict=True)
+    blocks = min(shape.blocks(max(0, budget.cache), scenario.block_size) for shape, budget in held)
     return Capacity(blocks, scenario.block_size * scenario.dcp, max(shape.bytes_per_token for shape in shapes))

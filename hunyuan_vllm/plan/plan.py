@@ -1,19 +1,17 @@
-"""From the command's options to a plan: the scenario, whether it fits, rates, advice, the command that serves it"""
+"""From the command's options to a scenario, and what a plan says of it: rates, notes, the command that serves it"""
 
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from hunyuan_vllm import demo
 from hunyuan_vllm.layout import tensor_parallel_sizes
-from hunyuan_vllm.plan.advice import COUNTS, Remedy, arrangements, remedies
+from hunyuan_vllm.plan.advice import COUNTS, arrangements
 from hunyuan_vllm.plan.fit import Fit, check_fit, notes
 from hunyuan_vllm.plan.hardware import find_gpu
 from hunyuan_vllm.plan.model import PUBLISHED, PlannedModel, open_planned
 from hunyuan_vllm.plan.scenario import Scenario, vllm_limits
 from hunyuan_vllm.plan.schemes import Scheme, find_scheme, scheme_of_checkpoint
-from hunyuan_vllm.plan.speed import BATCHES, Decode, Prefill, PublishedRate, decode, prefill, published_rates
+from hunyuan_vllm.plan.speed import BATCHES, Decode, decode
 from hunyuan_vllm.quant import schemes as quant
 from hunyuan_vllm.util.errors import UserError
 
@@ -175,33 +173,9 @@ def lengths(scenario: Scenario) -> list[int]:
     return [*(length for length in shorter if length < scenario.max_model_len), scenario.max_model_len]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Where it fits, what to expect; where not, what to change."""
-
-    fit: Fit
-    notes: Sequence[str] = ()
-    remedies: Sequence[Remedy] = ()
-    rates: Sequence[Decode] = ()
-    published: Sequence[PublishedRate] = ()
-    prefill: Prefill | None = None
-    command: str = ""
-
-    @property
-    def scenario(self) -> Scenario:
-        return self.fit.scenario
-
-
-def make_plan(scenario: Scenario) -> Plan:
-    fit = check_fit(scenario)
-    if not fit.fits:
-        return Plan(fit, [] if fit.problems else notes(scenario), remedies(fit))
-    step = preparation(scenario)
-    return Plan(
-        fit,
-        [*notes(scenario), *([step] if step else [])],
-        rates=rates(fit),
-        published=published_rates(scenario),
-        prefill=prefill(scenario),
-        command=serve_command(scenario),
-    )
+def plan_notes(fit: Fit) -> list[str]:
+    """What the user of this set-up should know and do, where it can run."""
+    if fit.problems:
+        return []
+    step = preparation(fit.scenario) if fit.fits else None
+    return [*notes(fit.scenario), *([step] if step else [])]

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any, Self
 
-from hunyuan_vllm.kv_cache import even_partition, legal_partition
+from hunyuan_vllm.kv_cache import CacheShape, even_partition, legal_partition
 from hunyuan_vllm.network import Network
 from hunyuan_vllm.plan.hardware import Gpu, choose_backend
 from hunyuan_vllm.plan.schemes import SCHEMES, Scheme
@@ -46,11 +47,8 @@ class Stage:
 
 def stages(config: Network, partition: list[int]) -> list[Stage]:
     """Pipeline stages of so many layers each."""
-    starts = [sum(partition[:stage]) for stage in range(len(partition))]
-    return [
-        Stage(range(start, start + count), start == 0, start + count == config.num_hidden_layers)
-        for start, count in zip(starts, partition, strict=True)
-    ]
+    cuts = pairwise(accumulate(partition, initial=0))
+    return [Stage(range(*cut), cut[0] == 0, cut[1] == config.num_hidden_layers) for cut in cuts]
 
 
 def vllm_limits(gpu: Gpu) -> tuple[int, int]:
@@ -119,9 +117,12 @@ class Scenario:
         """Nodes that the ranks of one stage are on."""
         return -(-self.tensor // self.per_node)
 
-    @property
-    def kv_itemsize(self) -> int:
-        return 1 if self.kv == "fp8" else 2
+    def cache_shape(self, stage: Stage, sharing: bool) -> CacheShape:
+        """The cache of a rank of a stage; without CLA's sharing, also what a step reads of it."""
+        itemsize = 1 if self.kv == "fp8" else 2
+        return CacheShape.of(
+            self.config, tensor_parallel=self.tensor, stage=stage.layers, itemsize=itemsize, sharing=sharing
+        )
 
     @property
     def attention_backend(self) -> tuple[str | None, dict[str, str]]:
@@ -132,8 +133,7 @@ class Scenario:
     def partition(self) -> list[int]:
         """Layers of each stage: as vLLM cuts by itself where that is legal, else the most even legal cut."""
         even = even_partition(self.config.num_hidden_layers, self.pipeline)
-        starts = [sum(even[:stage]) for stage in range(1, self.pipeline)]
-        if not any(self.config.is_cross(start) for start in starts):
+        if not any(map(self.config.is_cross, accumulate(even[:-1]))):
             return even
         return legal_partition(self.config, self.pipeline) or even
 

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from hunyuan_vllm.kv_cache import CacheShape
 from hunyuan_vllm.plan.model import layer_kinds, layer_matrices, open_planned, padded_vocabulary
 from hunyuan_vllm.plan.scenario import Scenario, Stage
 from hunyuan_vllm.plan.schemes import BF16
@@ -13,15 +12,12 @@ def all_reduce_bytes(scenario: Scenario, tokens: int) -> int:
     return BF16 * tokens * scenario.config.hidden_size if scenario.tensor > 1 else 0
 
 
-def _count(scenario: Scenario) -> int:
-    """A layer's collectives; context parallelism gathers queries and scatters outputs beside the all-reduces."""
-    return 0 if scenario.tensor == 1 else 2 + (2 if scenario.dcp > 1 else 0)
-
-
 def collective_seconds(scenario: Scenario, tokens: int) -> float:
-    """Seconds a layer spends in them."""
-    assumed = scenario.assumptions
-    nodes = scenario.tensor_nodes
+    """Seconds a layer spends in collectives: two all-reduces, and with context parallelism a gather of queries and a
+    scatter of outputs."""
+    if scenario.tensor == 1:
+        return 0.0
+    assumed, nodes = scenario.assumptions, scenario.tensor_nodes
     local = -(-scenario.tensor // nodes)
     message = all_reduce_bytes(scenario, tokens)
     seconds = assumed.all_reduce_us * 1e-6
@@ -30,7 +26,7 @@ def collective_seconds(scenario: Scenario, tokens: int) -> float:
     if nodes > 1:
         seconds += assumed.network_us * 1e-6
         seconds += 2 * (nodes - 1) / nodes * message / local / (scenario.node_link * assumed.link_efficiency)
-    return _count(scenario) * seconds
+    return (4 if scenario.dcp > 1 else 2) * seconds
 
 
 def stage_hop_seconds(scenario: Scenario, tokens: int) -> float:
@@ -58,7 +54,6 @@ class Step:
     """One step of one rank.
 
     Attributes:
-        distinct_experts: those that a layer reads, on average over the layers that have any.
         operations: multiplications and additions, of the matrices and of attention.
         all_reduce_bytes: the message of one all-reduce.
         memory_seconds, compute_seconds: at the datasheet's rates.
@@ -67,7 +62,6 @@ class Step:
     """
 
     tokens: int
-    distinct_experts: float
     weight_bytes: float
     cache_bytes: float
     operations: float
@@ -107,11 +101,8 @@ def stage_step(scenario: Scenario, stage: Stage, tokens: int, context: float, se
     config, scheme = scenario.config, scenario.scheme
     weight_bytes = 0.0
     products: dict[bool, float] = {False: 0.0, True: 0.0}  # by whether the scheme quantises
-    reached = mixed = 0.0
     for layer, count in layer_kinds(config, stage.layers):
         hit = expected_experts(config.experts_at(layer), config.topk_at(layer), tokens)
-        if config.experts_at(layer) > 1:
-            reached, mixed = reached + count * hit, mixed + count
         for matrix in layer_matrices(config, layer, scenario.tensor):
             routed = matrix.part == "experts"
             weight_bytes += count * scheme.parameter_bytes(matrix) * (hit / matrix.copies if routed else 1)
@@ -122,10 +113,7 @@ def stage_step(scenario: Scenario, stage: Stage, tokens: int, context: float, se
         weight_bytes += BF16 * head
         products[False] += 2 * sequences * head
     # Every layer reads, also those that share a cache; a rank reads its part of the tokens.
-    read = CacheShape.of(
-        config, tensor_parallel=scenario.tensor, stage=stage.layers, itemsize=scenario.kv_itemsize, sharing=False
-    )
-    cache_bytes = sequences * context * read.bytes_per_token / scenario.dcp
+    cache_bytes = sequences * context * scenario.cache_shape(stage, sharing=False).bytes_per_token / scenario.dcp
     heads = config.num_attention_heads / scenario.tensor
     attention = 4 * heads * config.head_dim * tokens * context * len(stage.layers)
     bf16 = 1e12 * (scenario.gpu.bf16_tflops or 0)
@@ -138,7 +126,6 @@ def stage_step(scenario: Scenario, stage: Stage, tokens: int, context: float, se
     layer_us = assumed.eager_layer_overhead_us if scenario.eager else assumed.layer_overhead_us
     return Step(
         tokens=tokens,
-        distinct_experts=reached / mixed if mixed else 0.0,
         weight_bytes=weight_bytes,
         cache_bytes=cache_bytes,
         operations=products[True] + products[False] + attention,

@@ -30,55 +30,37 @@ Mode = Literal["full", "lora"]
 
 @dataclass(frozen=True)
 class Parameters:
-    """Exact counts of a network's parameters.
+    """Exact counts of a network's parameters, and bytes in the weights' types: bfloat16, and float32 for routers.
 
     Attributes:
-        narrow, wide: of the network, in bfloat16 and in float32 (routers).
-        trained_narrow, trained_wide: those with a gradient.
         experts: of the largest layer's MLPs and router together: what ZeRO-3 gathers at once.
         largest: of the largest single tensor.
     """
 
-    narrow: int
-    wide: int
-    trained_narrow: int
-    trained_wide: int
+    total: int
+    trained: int
+    nbytes: int
+    gradient_bytes: int
     experts: int
     largest: int
-
-    @property
-    def total(self) -> int:
-        return self.narrow + self.wide
-
-    @property
-    def trained(self) -> int:
-        return self.trained_narrow + self.trained_wide
-
-    @property
-    def nbytes(self) -> int:
-        return 2 * self.narrow + 4 * self.wide
-
-    @property
-    def gradient_bytes(self) -> int:
-        """In the weights' own types."""
-        return 2 * self.trained_narrow + 4 * self.trained_wide
 
     @classmethod
     def of(cls, config: Network, mode: Mode, rank: int, targets: tuple[str, ...]) -> Self:
         shapes = expected_tensors(config)
         sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-        wide = sum(size for name, size in sizes.items() if name.endswith(".gate.wg.weight"))
-        narrow = sum(sizes.values()) - wide
-        leaves = [0] * config.num_hidden_layers
+        total = sum(sizes.values())
+        routers = sum(size for name, size in sizes.items() if name.endswith(".gate.wg.weight"))
+        nbytes = BF16 * total + (F32 - BF16) * routers
+        mlps = [0] * config.num_hidden_layers
         for name, size in sizes.items():
             if ".mlp." in name:
-                leaves[int(name.split(".")[2])] += size
-        trained, trained_wide = narrow, wide
-        if mode == "lora":
-            adapted = [name for name in shapes if name.endswith(tuple(f".{target}.weight" for target in targets))]
-            trained, trained_wide = rank * sum(sum(shapes[name]) for name in adapted), 0
-            narrow += trained
-        return cls(narrow, wide, trained, trained_wide, max(leaves), max(sizes.values()))
+                mlps[int(name.split(".")[2])] += size
+        largest = max(mlps), max(sizes.values())
+        if mode == "full":
+            return cls(total, total, nbytes, nbytes, *largest)
+        ends = tuple(f".{target}.weight" for target in targets)
+        adapters = rank * sum(sum(shape) for name, shape in shapes.items() if name.endswith(ends))
+        return cls(total + adapters, adapters, nbytes + BF16 * adapters, BF16 * adapters, *largest)
 
 
 Offload = Literal["none", "optimizer", "all"]
@@ -206,31 +188,22 @@ class Item:
 
 
 class TrainingMemory:
-    """The memory of one GPU and of one node."""
+    """The memory of one GPU and of one node.
+
+    Attributes:
+        gpu_free: bytes of a GPU that are available to tensors.
+    """
 
     def __init__(self, setup: TrainingSetup) -> None:
         self.setup = setup
         self.parameters = setup.parameters
         self.gpu = [item for item in self._gpu() if item.nbytes]
         self.host = [item for item in self._host() if item.nbytes]
-
-    @property
-    def gpu_bytes(self) -> float:
-        return sum(item.nbytes for item in self.gpu)
-
-    @property
-    def gpu_free(self) -> float:
-        """Bytes of a GPU that are available to tensors."""
-        assumed = self.setup.assumptions
-        return (self.setup.gpu.memory - assumed.context_gib * GIB) * assumed.fragmentation_efficiency
-
-    @property
-    def host_bytes(self) -> float:
-        return sum(item.nbytes for item in self.host)
-
-    @property
-    def fits(self) -> bool:
-        return self.gpu_bytes <= self.gpu_free and (self.setup.host is None or self.host_bytes <= self.setup.host)
+        self.gpu_bytes = sum(item.nbytes for item in self.gpu)
+        self.host_bytes = sum(item.nbytes for item in self.host)
+        assumed = setup.assumptions
+        self.gpu_free = (setup.gpu.memory - assumed.context_gib * GIB) * assumed.fragmentation_efficiency
+        self.fits = self.gpu_bytes <= self.gpu_free and (setup.host is None or self.host_bytes <= setup.host)
 
     def _part(self, stage: int) -> int:
         """GPUs among which ZeRO divides what it divides from this stage on."""
@@ -254,32 +227,20 @@ class TrainingMemory:
         if parameters.trained:
             largest = parameters.largest if setup.mode == "full" else 0
             yield Item("buckets", assumed.bucket_gib * GIB + BF16 * largest, note="gradients in transit")
-        yield Item("kept", self._kept(), note=f"for the backward pass, {setup.length:,} tokens")
-        yield Item(
-            "layer", self._working(), note="recomputing one layer" if setup.checkpointing else "gradients in flight"
-        )
+        layers = range(setup.config.num_hidden_layers)
+        of_layer = checkpoint_bytes if setup.checkpointing else layer_bytes
+        kept = sum(of_layer(setup.config, layer) for layer in layers) + input_bytes(setup.config)
+        yield Item("kept", setup.length * kept, note=f"for the backward pass, {setup.length:,} tokens")
+        working = assumed.backward_copies * max(widest_bytes(setup.config, layer) for layer in layers)
+        if setup.checkpointing:
+            working += max(layer_bytes(setup.config, layer) for layer in layers)
+        note = "recomputing one layer" if setup.checkpointing else "gradients in flight"
+        yield Item("layer", setup.length * working, note=note)
         yield Item("head", setup.length * head_bytes(setup.config, assumed.logit_bytes), note="logits, loss")
-        yield Item("NCCL", self._nccl(), note="its buffers")
+        if setup.gpus > 1:
+            nccl = assumed.nccl_gib + (assumed.nccl_network_gib if setup.nodes > 1 else 0)
+            yield Item("NCCL", nccl * GIB, note="its buffers")
         yield Item("workspaces", assumed.workspace_gib * GIB)
-
-    def _kept(self) -> float:
-        config = self.setup.config
-        of_layer = checkpoint_bytes if self.setup.checkpointing else layer_bytes
-        each = sum(of_layer(config, layer) for layer in range(config.num_hidden_layers))
-        return self.setup.length * (each + input_bytes(config))
-
-    def _working(self) -> float:
-        config = self.setup.config
-        layers = range(config.num_hidden_layers)
-        gradients = self.setup.assumptions.backward_copies * max(widest_bytes(config, n) for n in layers)
-        again = max(layer_bytes(config, n) for n in layers) if self.setup.checkpointing else 0
-        return self.setup.length * (gradients + again)
-
-    def _nccl(self) -> float:
-        if self.setup.gpus == 1:
-            return 0
-        assumed = self.setup.assumptions
-        return (assumed.nccl_gib + (assumed.nccl_network_gib if self.setup.nodes > 1 else 0)) * GIB
 
     def _host(self) -> Iterator[Item]:
         setup, parameters, ranks = self.setup, self.parameters, min(self.setup.gpus, self.setup.per_node)

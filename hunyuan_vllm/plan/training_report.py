@@ -1,75 +1,55 @@
 """A training plan: the set-up from the command's options, shown on a terminal or as JSON"""
 
-from typing import Any, get_args
+from typing import Any
 
 from rich.console import Console
-from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from hunyuan_vllm.plan.hardware import find_gpu
 from hunyuan_vllm.plan.model import open_planned
+from hunyuan_vllm.plan.report import headline, new_table, shown
 from hunyuan_vllm.plan.training import WAYS, Item, Mode, Offload, TrainingMemory, TrainingSetup, fewest, fitting
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.text import GIB
 
 
 def make_setup(
-    model: str,
-    gpu: str,
-    gpus: int | None,
-    mode: str,
-    stage: int | None,
-    offload: str | None,
-    **others: Any,
+    model: str, gpu: str, gpus: int | None, mode: Mode, stage: int | None, offload: Offload | None, **others: Any
 ) -> TrainingSetup:
     """The set-up from the options of `hunyuan-vllm plan --train`; None where the user left the choice.
 
     Without a number of GPUs it takes the fewest; without a stage or offload, the fastest that fits, or else the one
     that needs the least memory.
     """
-    found, kind = open_planned(model), find_gpu(gpu)
+    found = open_planned(model)
+    positions = found.config.max_position_embeddings
     if found.format.kind is not None:
         raise UserError(f"--model {model} is quantised: training starts from the BF16 checkpoint")
-    if mode not in get_args(Mode):
-        raise UserError(f"--train {mode}: use full or lora")
-    if offload is not None and offload not in get_args(Offload):
-        raise UserError(f"--offload {offload}: use none, optimizer or all")
-    if others["length"] > found.config.max_position_embeddings:
-        raise UserError(
-            f"--seq-length {others['length']}: the model has {found.config.max_position_embeddings} positions"
-        )
+    if others["length"] > positions:
+        raise UserError(f"--seq-length {others['length']}: the model has {positions} positions")
     ways = tuple(way for way in WAYS if stage in (None, way[0]) and offload in (None, way[1]))
     if not ways:
         wanted = "stage 3" if offload == "all" else "stage 2 or 3"
         raise UserError(f"--offload {offload} with --zero-stage {stage}: it needs {wanted}")
     setup = TrainingSetup(
-        name=found.name,
-        config=found.config,
-        gpu=kind,
-        gpus=gpus or 1,
-        mode=mode,  # type: ignore[arg-type]
-        stage=ways[-1][0],
-        offload=ways[-1][1],
-        **others,
+        found.name, found.config, find_gpu(gpu), gpus or 1, mode, stage=ways[-1][0], offload=ways[-1][1], **others
     )
     if gpus is None:
         setup = fewest(setup) or setup.changed(gpus=1024)
     return fitting(setup, ways) or setup
 
 
+SETUP = {
+    "model": "name", "train": "mode", "gpu": "gpu.name", "gpus": "gpus", "nodes": "nodes", "zero_stage": "stage",
+    "offload": "offload", "tokens_a_gpu": "length", "gradient_checkpointing": "checkpointing",
+}  # fmt: skip
+
+
 def to_json(setup: TrainingSetup) -> dict[str, Any]:
     memory = TrainingMemory(setup)
     return {
-        "model": setup.name,
-        "train": setup.mode,
-        "gpu": setup.gpu.name,
-        "gpus": setup.gpus,
-        "nodes": setup.nodes,
-        "zero_stage": setup.stage,
-        "offload": setup.offload,
-        "tokens_a_gpu": setup.length,
-        "gradient_checkpointing": setup.checkpointing,
+        **shown(setup, SETUP),
         "fits": memory.fits,
         "parameters": {"total": memory.parameters.total, "trained": memory.parameters.trained},
         "gpu_memory": {"available": memory.gpu_free, "used": memory.gpu_bytes, "items": _items(memory.gpu)},
@@ -82,7 +62,7 @@ def to_json(setup: TrainingSetup) -> dict[str, Any]:
 
 
 def _items(items: list[Item]) -> list[dict[str, Any]]:
-    return [{"name": item.name, "bytes": item.nbytes, "exact": item.exact} for item in items]
+    return [shown(item, {"name": "name", "bytes": "nbytes", "exact": "exact"}) for item in items]
 
 
 def _smallest(setup: TrainingSetup) -> list[tuple[TrainingSetup, TrainingSetup | None]]:
@@ -91,12 +71,19 @@ def _smallest(setup: TrainingSetup) -> list[tuple[TrainingSetup, TrainingSetup |
     return [(way, fewest(way)) for way in ways]
 
 
-OFFLOADED = {"none": "nothing offloaded", "optimizer": "optimizer offloaded", "all": "optimizer and weights offloaded"}
-
-
 def show_training(setup: TrainingSetup, console: Console) -> None:
     memory = TrainingMemory(setup)
-    console.print(_headline(memory))
+    kind = "all weights" if setup.mode == "full" else f"LoRA of rank {setup.rank}"
+    title = f"{setup.name} · {kind} · {setup.gpus} × {setup.gpu.name} · {_way(setup)}"
+    reasons = []
+    if memory.gpu_bytes > memory.gpu_free:
+        sizes = f"{memory.gpu_bytes / GIB:,.1f} GiB and has {memory.gpu_free / GIB:,.1f} available"
+        reasons.append(f"each GPU needs {sizes}")
+    if setup.host is not None and memory.host_bytes > setup.host:
+        sizes = f"{memory.host_bytes / GIB:,.0f} GiB and has {setup.host / GIB:,.0f} (--host-memory)"
+        reasons.append(f"each host needs {sizes}")
+    trained = f"{memory.parameters.trained:,} of {memory.parameters.total:,} parameters are trained."
+    console.print(headline(title, "It does not fit: " if reasons else trained, reasons))
     total = f" of {setup.host / GIB:,.0f}" if setup.host else ""
     gpu = f"Each GPU: {memory.gpu_bytes / GIB:,.1f} of {memory.gpu_free / GIB:,.1f} GiB"
     console.print(_item_table(gpu, memory.gpu))
@@ -109,31 +96,13 @@ def show_training(setup: TrainingSetup, console: Console) -> None:
 def _way(setup: TrainingSetup) -> str:
     """As in "ZeRO-3, optimizer offloaded"."""
     stage = f"ZeRO-{setup.stage}" if setup.stage else "no ZeRO"
-    return stage if setup.offload == "none" else f"{stage}, {OFFLOADED[setup.offload]}"
-
-
-def _headline(memory: TrainingMemory) -> Panel:
-    setup = memory.setup
-    kind = "all weights" if setup.mode == "full" else f"LoRA of rank {setup.rank}"
-    title = f"{setup.name} · {kind} · {setup.gpus} × {setup.gpu.name} · {_way(setup)}"
-    trained = f"{memory.parameters.trained:,} of {memory.parameters.total:,} parameters are trained."
-    body = Text.assemble(("It fits. ", "bold green"), trained)
-    if not memory.fits:
-        reasons = []
-        if memory.gpu_bytes > memory.gpu_free:
-            sizes = f"{memory.gpu_bytes / GIB:,.1f} GiB and has {memory.gpu_free / GIB:,.1f} available"
-            reasons.append(f"each GPU needs {sizes}")
-        if setup.host is not None and memory.host_bytes > setup.host:
-            sizes = f"{memory.host_bytes / GIB:,.0f} GiB and has {setup.host / GIB:,.0f} (--host-memory)"
-            reasons.append(f"each host needs {sizes}")
-        body = Text("\n").join(Text.assemble(("It does not fit: ", "bold red"), why) for why in reasons)
-    return Panel(body, title=Text(title, style="bold"), title_align="left")
+    offloaded = {"none": "", "optimizer": ", optimizer offloaded", "all": ", optimizer and weights offloaded"}
+    return stage + offloaded[setup.offload]
 
 
 def _item_table(title: str, items: list[Item]) -> Table:
-    table = _table(title)
-    table.add_column("GiB", justify="right", no_wrap=True)
-    table.add_column("", style="dim")
+    table = new_table(title, "GiB")
+    table.add_column(style="dim")
     for item in items:
         note = ", ".join(part for part in ("exact" if item.exact else "", item.note) if part)
         table.add_row(item.name, f"{item.nbytes / GIB:,.2f}", note)
@@ -141,9 +110,7 @@ def _item_table(title: str, items: list[Item]) -> Table:
 
 
 def _others(setup: TrainingSetup) -> Table:
-    table = _table("Fewest GPUs")
-    for column in ("GPUs", "GiB per GPU", "GiB per host"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = new_table("Fewest GPUs", "GPUs", "GiB per GPU", "GiB per host")
     for way, found in _smallest(setup):
         if found is None:
             table.add_row(_way(way), "more than 1,024", "", "")
@@ -151,10 +118,4 @@ def _others(setup: TrainingSetup) -> Table:
         memory = TrainingMemory(found)
         sizes = [f"{nbytes / GIB:,.0f}" for nbytes in (memory.gpu_bytes, memory.host_bytes)]
         table.add_row(_way(way), f"{found.gpus:,}", *sizes)
-    return table
-
-
-def _table(title: str) -> Table:
-    table = Table(title=Text(title, style="bold"), title_justify="left", box=None, pad_edge=False)
-    table.add_column("", no_wrap=True)
     return table

@@ -118,7 +118,6 @@ def test_a_checkpoint_names_its_scheme(tmp_path: Path) -> None:
         (["--gpu", "/no/such.json"], "--gpu /no/such.json cannot be read: No such file"),
         (["--model", "/no/such"], "--model /no/such does not exist: give a directory with a config.json"),
         (["--scheme", "int2"], "--scheme int2 is not known here: use one of bf16, int8, int8-w8a8, fp8, int4"),
-        (["--kv", "int8"], "--kv int8 is unknown: use auto or fp8"),
         (["--max-num-batched-tokens", "64", "--max-num-seqs", "128"], "64 is below --max-num-seqs 128"),
         (
             ["--input-len", "2048", "--output-len", "256", "--max-model-len", "2100"],

@@ -156,11 +156,9 @@ def test_the_command() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--train", "some"], "--train some: use full or lora"),
         (["--train", "lora", "--tp", "2"], "--tp is an option of a server: leave it out with --train"),
         (["--offload", "all"], "--offload is an option of fine-tuning: add --train full"),
         (["--train", "full", "--offload", "all", "--zero-stage", "2"], "it needs stage 3"),
-        (["--train", "full", "--offload", "disk"], "--offload disk: use none, optimizer or all"),
         (["--train", "full", "--seq-length", "200000"], "--seq-length 200000: the model has 131072 positions"),
     ],
 )

@@ -24,7 +24,7 @@ ROWS = [
 BESIDE = {
     ("evaluation", "batch"),  # scores by batches
     ("cluster", "doctor"),  # probes each host
-    ("quantize", "check"), ("quant", "native"), ("evaluation", "bench"),
+    ("quantize", "check"), ("quant", "native"), ("evaluation", "bench"), ("evaluation", "train"),
     ("", "demo"), ("", "native"), ("", "quant"), ("quant", ""), ("native", ""),
 }  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ROWS) for name in names}

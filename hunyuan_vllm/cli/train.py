@@ -1,11 +1,9 @@
 """`hunyuan-vllm train`, `data check` and `merge-lora`: fine-tuning"""
 
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -15,9 +13,6 @@ from hunyuan_vllm import demo
 from hunyuan_vllm.cli.show import resumable
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.text import plural
-
-if TYPE_CHECKING:
-    from hunyuan_vllm.train.dataset import Sample
 
 BAD_LINES = 1  # exit status
 SHOWN = 20  # bad lines without --json
@@ -98,7 +93,7 @@ def check(
     130 interrupted.
     """
     from hunyuan_vllm.tokenizer import load_tokenizer
-    from hunyuan_vllm.train.dataset import Encoding, check_report, read_sample, scan
+    from hunyuan_vllm.train.dataset import Encoding, check_report, scan
     from hunyuan_vllm.util.progress import Progress
 
     model = demo.directory(model) if model is not None else demo.path()
@@ -108,16 +103,15 @@ def check(
     progress = Progress(Console(stderr=True))
     with progress.stage("reading", file.stat().st_size if file.is_file() else 0):
         found = scan(file, encoding, advance=progress.advance)
-    shown = read_sample(file, found, encoding, sample)
-    report = check_report(file, found, shown)
+    report = check_report(file, found, encoding, sample)
     if as_json:
         print(json.dumps(report, indent=1, ensure_ascii=False))
     else:
-        _show(report, shown)
+        _show(report)
     raise typer.Exit(BAD_LINES if found.bad_count else 0)
 
 
-def _show(report: dict[str, Any], sample: Sample | None) -> None:
+def _show(report: dict[str, Any]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     for bad in report["bad"][:SHOWN]:
         console.print(Text.assemble((f"line {bad['line']}", "bold red"), f": {bad['cause']}"))
@@ -125,13 +119,11 @@ def _show(report: dict[str, Any], sample: Sample | None) -> None:
         console.print(f"and {left:,} more (--json names up to 1,000)")
     if report["conversations"]:
         _show_lengths(report, console)
-    if sample is not None:
-        _show_sample(sample, console)
-    counted = plural(report["conversations"], "good conversation")
-    if report["bad_lines"]:
-        console.print(f"{counted}, {plural(report['bad_lines'], 'bad line')}", style="bold red")
-    else:
-        console.print(f"{counted}, no bad lines", style="green")
+    if report["sample"]:
+        _show_sample(report["sample"], console)
+    counted, bad = plural(report["conversations"], "good conversation"), report["bad_lines"]
+    style = "bold red" if bad else "green"
+    console.print(f"{counted}, {plural(bad, 'bad line') if bad else 'no bad lines'}", style=style)
 
 
 def _show_lengths(report: dict[str, Any], console: Console) -> None:
@@ -152,11 +144,12 @@ def _show_lengths(report: dict[str, Any], console: Console) -> None:
     console.print(f"cut      {cut}", style="yellow" if report["truncated"] else "")
 
 
-def _show_sample(sample: Sample, console: Console) -> None:
-    console.print(f"line {sample.line}, {len(sample.example):,} tokens, {sample.example.learned:,} ⟦learned⟧:")
+def _show_sample(sample: dict[str, Any], console: Console) -> None:
+    console.print(f"line {sample['line']}, {sample['tokens']:,} tokens, {sample['learned_tokens']:,} ⟦learned⟧:")
     text = Text()
-    for part, learned in sample.parts:
-        text.append(f"⟦{part}⟧" if learned else part, style="bold green" if learned else "dim")
+    for part in sample["parts"]:
+        style = "bold green" if part["learned"] else "dim"
+        text.append(f"⟦{part['text']}⟧" if part["learned"] else part["text"], style=style)
     if len(text) > SHOWN_CHARACTERS:
         text = text[:SHOWN_CHARACTERS] + Text(f" … {len(text) - SHOWN_CHARACTERS:,} characters more")
     console.print(Text("  ") + text)

@@ -8,6 +8,7 @@ from typing import Any
 
 from hunyuan_vllm.evaluation.tasks import TASKS_DIRECTORY
 from hunyuan_vllm.quantize.texts import read_documents
+from hunyuan_vllm.train.tokens import IGNORED, encode_chat
 from hunyuan_vllm.util.errors import UserError
 
 BUILT_IN_TEXT = Path(__file__).with_name("bilingual.txt")
@@ -62,19 +63,11 @@ def chat_passage(messages: Sequence[Mapping[str, str]], tokenizer: Any, context:
     Raises:
         ValueError: the chat template cannot render the messages, or no assistant speaks in them.
     """
-    ids: list[int] = []
-    scored: list[int] = []
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        asked = _render(tokenizer, messages[:turn], add_generation_prompt=True)
-        ids = _render(tokenizer, messages[: turn + 1])
-        if ids[: len(asked)] != asked:
-            raise ValueError("the chat template does not put an answer behind its generation prompt")
-        scored += range(len(asked), len(ids))
+    example = encode_chat(messages, tokenizer)
+    scored = [index for index, label in enumerate(example.labels) if label != IGNORED]
     if not scored:
         raise ValueError("no message has the role 'assistant', and only those are scored")
-    return Passage(ids[:context], [index for index in scored if index < context])
+    return Passage(example.input_ids[:context], [index for index in scored if index < context])
 
 
 def limited(passages: Sequence[Passage], tokens: int | None) -> list[Passage]:
@@ -87,15 +80,6 @@ def limited(passages: Sequence[Passage], tokens: int | None) -> list[Passage]:
         if tokens is not None:
             tokens -= len(part)
     return kept
-
-
-def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> list[int]:
-    try:
-        return tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
-        )
-    except Exception as error:  # whatever a template's own code raises
-        raise ValueError(f"the chat template refuses the messages: {error}") from None
 
 
 MAX_ANSWER = 96  # tokens; the longest right answer has about 60

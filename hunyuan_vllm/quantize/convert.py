@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from hunyuan_vllm.checkpoint import INDEX_FILE
 from hunyuan_vllm.layout import expected_tensors
 from hunyuan_vllm.network import Network
 from hunyuan_vllm.quant.schemes import WRITTEN, find_scheme
@@ -22,7 +21,7 @@ from hunyuan_vllm.quantize.smooth import SmoothQuant
 from hunyuan_vllm.quantize.source import Source, Unit, kept_linears, place, units
 from hunyuan_vllm.quantize.texts import Tokens, calibration_tokens
 from hunyuan_vllm.quantize.verify import Verifier
-from hunyuan_vllm.quantize.writer import Shard, ShardWriter, Workspace, index_of, plan_shards
+from hunyuan_vllm.quantize.writer import Shard, Workspace, plan_shards
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.progress import Progress
 from hunyuan_vllm.util.text import gigabytes, plural
@@ -47,14 +46,6 @@ class Options:
     headroom: float = 2.0
     shard_bytes: int = 5 * 10**9
     device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        if self.smooth is not None and not 0 <= self.smooth <= 1:
-            raise UserError(f"--smooth {self.smooth:g}: it is a number from 0 to 1; 0.5 is usual")
-        if self.calibration_tokens < 1:
-            raise UserError(f"--calibration-tokens {self.calibration_tokens}: it is at least 1")
-        if not 1 <= self.headroom <= 64:
-            raise UserError(f"--headroom {self.headroom:g}: it is a number from 1 to 64; 2 is usual")
 
     @property
     def calibrates(self) -> bool:
@@ -108,37 +99,38 @@ class Conversion:
         self._smooth: SmoothQuant | None = None
         self._activations: ActivationScales | None = None
         self._idle_experts: list[dict[str, int]] = []
-        self._tensors_done = 0
 
     def run(self) -> dict[str, Any]:
         """Convert; returns the report."""
-        tokens = None
-        if self._options.calibrates:
+        source, options, tokens = self._source, self._options, None
+        if options.calibrates:
             tokens = calibration_tokens(
-                self._source.directory,
-                self._source.config.vocab_size,
-                self._calibration_given,
-                self._options.calibration_tokens,
+                source.directory, source.config.vocab_size, self._calibration_given, options.calibration_tokens
             )
         with Workspace(self._target, self._record(tokens)) as workspace:
-            needed = sum(shard.nbytes for shard in workspace.unwritten(self._shards))
-            needed += sum(file.stat().st_size for file in self._source.other_files())
-            if tokens is not None:
-                needed += state_bytes(self._source.config, tokens.ids.numel()) - workspace.state_bytes()
-            workspace.need_room(needed, "the conversion", "a DST")
+            state = state_bytes(source.config, tokens.ids.numel()) - workspace.state_bytes() if tokens else 0
+            workspace.need_room(source, self._shards, state, "the conversion", "a DST")
             if workspace.resumed:
                 self._progress.say(f"continuing with the finished files in {workspace.directory}")
-            size = gigabytes(sum(map(self._source.nbytes, self._source.shapes)))
+            size = gigabytes(sum(map(source.nbytes, source.shapes)))
             text = f", calibrated on {tokens.ids.numel():,} tokens" if tokens else ""
-            self._progress.say(f"{self._options.scheme}: {size} in {len(self._source.shapes):,} tensors{text}")
+            self._progress.say(f"{options.scheme}: {size} in {len(source.shapes):,} tensors{text}")
             if tokens is not None:
                 self._calibrate(workspace, tokens)
-            self._write_shards(workspace)
+            verifier = Verifier(self._format, self._read, self._activations, options.device)
+
+            def verify(file: Path, shard: Shard, verified: Callable[[Unit], None]) -> None:
+                measured = [asdict(one) for one in verifier.check(file, shard, verified)]
+                workspace.write_json(workspace.state / f"{shard.file}.json", measured)
+
+            workspace.write_checkpoint(source, self._shards, self._encoded, verify, self._progress, "quantising")
             files = [workspace.state / f"{shard.file}.json" for shard in self._shards]
             measured = (one for file in files for one in json.loads(file.read_text()))
             projections = sorted(measured, key=lambda one: place(one["projection"])[0])
             made = {**self._facts(tokens), "projections": projections}
-            self._write_the_rest(workspace, made)
+            scheme = self._format.config(kept_linears(source.config))
+            workspace.write_json(workspace.checkpoint / "config.json", {**source.json, "quantization_config": scheme})
+            workspace.write_json(workspace.checkpoint / REPORT, made)
             workspace.finish()
         return made
 
@@ -167,30 +159,6 @@ class Conversion:
         tensor = self._source.read(name)
         return self._smooth.apply(name, tensor) if self._smooth else tensor
 
-    def _write_shards(self, workspace: Workspace) -> None:
-        names = [name for shard in self._shards for unit in shard.units for name in unit.names]
-        left = workspace.unwritten(self._shards)
-        unfinished = {name for shard in left for unit in shard.units for name in unit.names}
-        total = sum(map(self._source.nbytes, names))
-        done = total - sum(map(self._source.nbytes, unfinished))
-        with self._progress.stage("quantising", total, done):
-            self._tensors_done = len(names) - len(unfinished)
-            for shard in left:
-                self._write_shard(workspace, shard)
-
-    def _write_shard(self, workspace: Workspace, shard: Shard) -> None:
-        partial_file = workspace.beside(workspace.checkpoint / shard.file)
-        with ShardWriter(partial_file, shard.specs) as writer:
-            for unit in shard.units:
-                for name, tensor in self._encoded(unit):
-                    writer.write(name, tensor)
-                for name in unit.names:
-                    self._progress.advance(self._source.nbytes(name) // 2)
-        verifier = Verifier(self._format, self._read, self._activations, self._options.device)
-        measured = verifier.check(partial_file, shard, self._verified)
-        workspace.write_json(workspace.state / f"{shard.file}.json", [asdict(one) for one in measured])
-        workspace.put(partial_file, workspace.checkpoint / shard.file)
-
     def _encoded(self, unit: Unit) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) as `specs_of` says."""
         if not unit.quantised:
@@ -204,11 +172,6 @@ class Conversion:
         if self._format.static_inputs:
             assert self._activations is not None
             yield from static_scales(unit, self._activations)
-
-    def _verified(self, name: str) -> None:
-        self._tensors_done += 1
-        whole = self._source.nbytes(name)
-        self._progress.advance(whole - whole // 2, f"{self._tensors_done:,} of {len(self._source.shapes):,} tensors")
 
     def _facts(self, tokens: Tokens | None) -> dict[str, Any]:
         source, options = self._source, self._options
@@ -226,16 +189,6 @@ class Conversion:
             text = "built-in text" if given is None else given.name if isinstance(given, Path) else "token ids"
             facts["calibration"] = {"text": text, "tokens": tokens.ids.numel(), "idle_experts": self._idle_experts}
         return facts
-
-    def _write_the_rest(self, workspace: Workspace, made: dict[str, Any]) -> None:
-        directory, source = workspace.checkpoint, self._source
-        for file in source.other_files():
-            workspace.copy(file, directory / file.name)
-        if len(self._shards) > 1:
-            workspace.write_json(directory / INDEX_FILE, index_of(self._shards))
-        scheme = self._format.config(kept_linears(source.config))
-        workspace.write_json(directory / "config.json", {**source.json, "quantization_config": scheme})
-        workspace.write_json(directory / REPORT, made)
 
 
 WORKSPACE = 550 * 10**6  # bytes: Python and PyTorch

@@ -81,8 +81,8 @@ class Verifier:
     ) -> None:
         self._format, self._read, self._activations, self._device = weight_format, read, activations, device
 
-    def check(self, file: Path, shard: Shard, advance: Callable[[str], None]) -> list[Measured]:
-        """Measure every projection in `file`; `advance` is told of each canonical tensor."""
+    def check(self, file: Path, shard: Shard, verified: Callable[[Unit], None]) -> list[Measured]:
+        """Measure every projection in `file`; `verified` is told of each unit."""
         measured = []
         parts: dict[str, list[str]] = {}
         for spec in shard.specs:
@@ -91,12 +91,11 @@ class Verifier:
             for unit in shard.units:
                 for name, wanted in self._kept(unit):
                     check_bits(file, name, tensors.get_tensor(name).cpu(), wanted)
-                for name in unit.names:
-                    if unit.quantised:
-                        projection = name.removesuffix(".weight")
-                        stored = {key.rpartition(".")[2]: tensors.get_tensor(key) for key in parts[projection]}
-                        measured.append(self._measure(file, projection, stored))
-                    advance(name)
+                for name in unit.names if unit.quantised else ():
+                    projection = name.removesuffix(".weight")
+                    stored = {key.rpartition(".")[2]: tensors.get_tensor(key) for key in parts[projection]}
+                    measured.append(self._measure(file, projection, stored))
+                verified(unit)
         return measured
 
     def _kept(self, unit: Unit) -> Iterable[tuple[str, Tensor]]:

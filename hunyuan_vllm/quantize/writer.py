@@ -6,11 +6,10 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -18,22 +17,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hunyuan_vllm.checkpoint import INDEX_FILE
 from hunyuan_vllm.quantize.formats import Spec
-from hunyuan_vllm.quantize.source import Unit
+from hunyuan_vllm.quantize.source import Source, Unit
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.files import sync
+from hunyuan_vllm.util.progress import Progress
 from hunyuan_vllm.util.text import gigabytes
 
 # How safetensors writes torch's types.
 TYPE_NAMES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.int8: "I8",
-    torch.int32: "I32",
-    torch.int64: "I64",
-}
+    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3",
+    torch.int8: "I8", torch.int32: "I32", torch.int64: "I64",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,12 +88,10 @@ class ShardWriter:
         offset = 0
         offsets: dict[str, int] = {}
         for spec in sorted(specs, key=lambda spec: (-spec.dtype.itemsize, spec.name)):
-            offsets[spec.name] = offset
-            end = offset + size_of(spec)
-            header[spec.name] = {
-                "dtype": TYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, end]
-            }  # fmt: skip
-            offset = end
+            start, offset = offset, offset + size_of(spec)
+            offsets[spec.name] = start
+            kind, shape = TYPE_NAMES[spec.dtype], list(spec.shape)
+            header[spec.name] = {"dtype": kind, "shape": shape, "data_offsets": [start, offset]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._specs = {spec.name: spec for spec in specs}
@@ -119,9 +113,7 @@ class ShardWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
                 if self._specs:
@@ -197,28 +189,69 @@ class Workspace:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         os.close(self._lock)
 
     def unwritten(self, shards: Iterable[Shard]) -> list[Shard]:
         """Those that this run has yet to write."""
         return [shard for shard in shards if not (self.checkpoint / shard.file).exists()]
 
-    def need_room(self, nbytes: int, what: str, target: str) -> None:
-        """Look whether the disk has this much more room.
+    def need_room(self, source: Source, shards: Sequence[Shard], more: int, what: str, target: str) -> None:
+        """Look whether the disk has room for the unwritten shards, the source's other files, and `more` bytes.
 
         Args:
             what: needs it, for the message.
             target: how the user names the directory that is written.
         """
+        needed = more + sum(shard.nbytes for shard in self.unwritten(shards))
+        needed += sum(file.stat().st_size for file in source.other_files())
         free = shutil.disk_usage(self.directory).free
-        if free < nbytes:
+        if free < needed:
             raise UserError(
-                f"{self.directory.parent} has {gigabytes(free)} free, {what} needs {gigabytes(nbytes)} more: "
+                f"{self.directory.parent} has {gigabytes(free)} free, {what} needs {gigabytes(needed)} more: "
                 f"make room, or name {target} on another disk"
             )
+
+    def write_checkpoint(
+        self,
+        source: Source,
+        shards: Sequence[Shard],
+        encode: Callable[[Unit], Iterable[tuple[str, Tensor]]],
+        verify: Callable[[Path, Shard, Callable[[Unit], None]], None],
+        progress: Progress,
+        stage: str,
+    ) -> None:
+        """Write the shards that are missing, the source's other files, and the index.
+
+        Args:
+            encode: the tensors (name, tensor) of a unit, as the shard's specs say.
+            verify: reads a shard back before it is renamed, and tells its last argument of each unit.
+            stage: what is going on, for the progress.
+        """
+
+        def size(units: Iterable[Unit]) -> int:
+            return sum(source.nbytes(name) for unit in units for name in unit.names)
+
+        def verified(unit: Unit) -> None:
+            progress.advance(size([unit]) - size([unit]) // 2)
+
+        left = self.unwritten(shards)
+        total = sum(size(shard.units) for shard in shards)
+        with progress.stage(stage, total, total - sum(size(shard.units) for shard in left)):
+            for shard in left:
+                file = self.checkpoint / shard.file
+                with ShardWriter(self.beside(file), shard.specs) as writer:
+                    for unit in shard.units:
+                        for name, tensor in encode(unit):
+                            writer.write(name, tensor)
+                        progress.advance(size([unit]) // 2)
+                verify(self.beside(file), shard, verified)
+                self.put(self.beside(file), file)
+        for file in source.other_files():
+            shutil.copyfile(file, self.beside(self.checkpoint / file.name))
+            self.put(self.beside(self.checkpoint / file.name), self.checkpoint / file.name)
+        if len(shards) > 1:
+            self.write_json(self.checkpoint / INDEX_FILE, index_of(shards))
 
     def write_json(self, file: Path, value: Any) -> None:
         """Write beside, then rename: the file is never there in part."""
@@ -244,11 +277,6 @@ class Workspace:
     def state_bytes(self) -> int:
         """Bytes of calibration that are on the disk."""
         return sum(file.stat().st_size for file in self.state.glob("*.safetensors"))
-
-    def copy(self, source: Path, file: Path) -> None:
-        partial = self.beside(file)
-        shutil.copyfile(source, partial)
-        self.put(partial, file)
 
     @staticmethod
     def beside(file: Path) -> Path:

@@ -30,16 +30,14 @@ def checkpoints(output: Path) -> list[Path]:
 
 def resume_directory(given: str, output: Path) -> Path:
     """The checkpoint that `--resume_from_checkpoint` names: a directory, or `last` (or `True`) for the newest."""
-    if given.lower() in ("last", "true"):
-        if not (found := checkpoints(output)):
-            raise UserError(
-                f"--resume_from_checkpoint {given}: {output} has no checkpoint-N; leave the flag out to start"
-            )
-        return check_checkpoint(found[-1])
-    directory = Path(given)
-    if not directory.is_dir():
-        raise UserError(f"--resume_from_checkpoint {given} is not a directory: name a checkpoint-N, or `last`")
-    return check_checkpoint(directory)
+    option = f"--resume_from_checkpoint {given}"
+    if given.lower() not in ("last", "true"):
+        if not Path(given).is_dir():
+            raise UserError(f"{option} is not a directory: name a checkpoint-N, or `last`")
+        return check_checkpoint(Path(given))
+    if not (found := checkpoints(output)):
+        raise UserError(f"{option}: {output} has no checkpoint-N; leave the flag out to start")
+    return check_checkpoint(found[-1])
 
 
 def check_checkpoint(directory: Path) -> Path:

@@ -32,11 +32,8 @@ def pad_batch(examples: Sequence[Example], pad: int, multiple: int = 1) -> dict[
         pad: the padding token; nothing attends to it, and it is not learned.
         multiple: row lengths are rounded up to a multiple of it.
     """
-    ids, labels = _rows([[example] for example in examples], pad, multiple)
-    mask = torch.zeros_like(ids)
-    for row, example in enumerate(examples):
-        mask[row, : len(example)] = 1
-    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    ids, labels, _, owners = _rows([[example] for example in examples], pad, multiple)
+    return {"input_ids": ids, "labels": labels, "attention_mask": (owners >= 0).long()}
 
 
 def pack_batch(rows: Sequence[Sequence[Example]], pad: int, multiple: int = 1) -> dict[str, Tensor]:
@@ -45,35 +42,28 @@ def pack_batch(rows: Sequence[Sequence[Example]], pad: int, multiple: int = 1) -
     Returns `input_ids`, `labels`, `position_ids`, [rows, tokens], and a boolean `attention_mask`,
     [rows, 1, tokens, tokens]. An example's first token has no label, since another example precedes it.
     """
-    ids, labels = _rows(rows, pad, multiple)
-    positions = torch.zeros_like(ids)
-    # The number of each token's example, -1 for padding. Padding attends to itself: a row of -inf would be NaN.
-    owner = torch.full_like(ids, -1)
+    ids, labels, positions, owners = _rows(rows, pad, multiple)
+    width = ids.shape[1]
+    causal = torch.ones(width, width, dtype=torch.bool).tril()
+    same = (owners[:, :, None] == owners[:, None, :]) & (owners[:, :, None] >= 0)
+    mask = causal & same | torch.eye(width, dtype=torch.bool)  # padding sees itself: a row of -inf would be NaN
+    return {"input_ids": ids, "labels": labels, "position_ids": positions, "attention_mask": mask[:, None]}
+
+
+def _rows(rows: Sequence[Sequence[Example]], pad: int, multiple: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ids, labels, positions, and the number of each token's example in its row, -1 for padding."""
+    longest = max(sum(map(len, row)) for row in rows)
+    shape = len(rows), -(-longest // multiple) * multiple
+    ids, labels = torch.full(shape, pad), torch.full(shape, IGNORED)
+    positions, owners = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
     for index, row in enumerate(rows):
         start = 0
         for number, example in enumerate(row):
             part = slice(start, start + len(example))
-            positions[index, part] = torch.arange(len(example))
-            owner[index, part] = number
-            start += len(example)
-    width = ids.shape[1]
-    causal = torch.ones(width, width, dtype=torch.bool).tril()
-    same = (owner[:, :, None] == owner[:, None, :]) & (owner[:, :, None] >= 0)
-    mask = causal & same | torch.eye(width, dtype=torch.bool)
-    return {"input_ids": ids, "labels": labels, "position_ids": positions, "attention_mask": mask[:, None]}
-
-
-def _rows(rows: Sequence[Sequence[Example]], pad: int, multiple: int) -> tuple[Tensor, Tensor]:
-    longest = max(sum(map(len, row)) for row in rows)
-    width = -(-longest // multiple) * multiple
-    ids = torch.full((len(rows), width), pad)
-    labels = torch.full((len(rows), width), IGNORED)
-    for index, row in enumerate(rows):
-        start = 0
-        for example in row:
-            end = start + len(example)
-            ids[index, start:end] = torch.tensor(example.input_ids)
-            labels[index, start:end] = torch.tensor(example.labels)
+            ids[index, part] = torch.tensor(example.input_ids)
+            labels[index, part] = torch.tensor(example.labels)
             labels[index, start] = IGNORED
-            start = end
-    return ids, labels
+            positions[index, part] = torch.arange(len(example))
+            owners[index, part] = number
+            start += len(example)
+    return ids, labels, positions, owners

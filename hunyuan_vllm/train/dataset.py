@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from array import array
+from bisect import insort
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -14,7 +15,7 @@ from itertools import groupby, islice
 from multiprocessing import get_context
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 from hunyuan_vllm.train.messages import DEFAULT_SYSTEM, BadConversation, form_of, parse_conversation
 from hunyuan_vllm.train.tokens import IGNORED, Example, encode
@@ -49,21 +50,27 @@ class Encoding:
         return example if self.max_seq_length is None else example.cut(self.max_seq_length)
 
 
-@dataclass(frozen=True)
-class BadLine:
-    number: int
+class BadLine(NamedTuple):
+    line: int
     cause: str
+
+
+class GoodLine(NamedTuple):
+    """A conversation: its offset in bytes, its tokens uncut, and its learned tokens after cutting."""
+
+    form: str
+    number: int
+    offset: int
+    length: int
+    learned: int
 
 
 @dataclass
 class Scan:
-    """What a file holds, in 24 bytes a conversation.
+    """What a file holds, in 24 bytes a conversation. The arrays are `GoodLine`'s fields; conversations with no learned
+    token are skipped.
 
     Attributes:
-        numbers: line numbers of the conversations, counted from 1.
-        offsets: where each begins, in bytes.
-        lengths: tokens of each, uncut.
-        learned: learned tokens of each, after cutting; conversations with 0 are skipped.
         bad: the first bad lines, up to `MAX_BAD`.
     """
 
@@ -90,21 +97,25 @@ class Scan:
         """Conversations of which cutting leaves nothing to learn."""
         return sum(count == 0 for count in self.learned)
 
-    def add(self, found: _Found) -> None:
-        """Add a line's result."""
-        if isinstance(found, BadLine):
+    def add(self, line: GoodLine | BadLine) -> None:
+        if isinstance(line, BadLine):
             self.bad_count += 1
             if len(self.bad) < MAX_BAD:
-                self.bad.append(found)
+                self.bad.append(line)
             return
-        form, *values = found
-        self.forms[form] += 1
-        for column, value in zip((self.numbers, self.offsets, self.lengths, self.learned), values, strict=True):
-            column.append(value)
+        self.forms[line.form] += 1
+        self.numbers.append(line.number)
+        self.offsets.append(line.offset)
+        self.lengths.append(line.length)
+        self.learned.append(line.learned)
 
-
-_Raw = tuple[int, int, bytes]  # number, offset, line
-_Found = BadLine | tuple[str, int, int, int, int]  # form, number, offset, length, learned
+    def read(self, path: Path, place: int) -> Line:
+        """The line of a conversation, again."""
+        with path.open("rb") as file:
+            file.seek(self.offsets[place])
+            line = parse_line(self.numbers[place], file.readline())
+        assert line is not None
+        return line
 
 
 def scan(
@@ -118,15 +129,17 @@ def scan(
 
     Args:
         processes: default: one for a small file, else this rank's share of the cores.
+        advance: is told the bytes read since its last call.
     """
     result = Scan(encoding.max_seq_length)
     try:
         refuse_other_encodings(path)
         if processes is None:
-            processes = _cores() if path.stat().st_size >= LARGE else 1
+            ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # that torchrun has started on this machine
+            processes = max(1, len(os.sched_getaffinity(0)) // ranks) if path.stat().st_size >= LARGE else 1
         for size, found in _results(path, encoding, processes):
-            for one in found:
-                result.add(one)
+            for line in found:
+                result.add(line)
             advance(size)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
@@ -135,12 +148,11 @@ def scan(
     return result
 
 
-def _cores() -> int:
-    """Those of this machine, divided among the ranks that torchrun has started on it."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+_Raw = tuple[int, int, bytes]  # number, offset, line
+_Found = tuple[int, list[GoodLine | BadLine]]  # bytes, lines
 
 
-def _results(path: Path, encoding: Encoding, processes: int) -> Iterator[tuple[int, list[_Found]]]:
+def _results(path: Path, encoding: Encoding, processes: int) -> Iterator[_Found]:
     """Results of `_encode_chunk` in the file's order, with a few chunks in memory."""
     chunks = _chunks(path)
     if processes == 1:
@@ -163,21 +175,21 @@ def _set_encoding(encoding: Encoding) -> None:
     _encoding = encoding
 
 
-def _encode_chunk(chunk: Iterable[_Raw], encoding: Encoding | None = None) -> tuple[int, list[_Found]]:
+def _encode_chunk(chunk: Iterable[_Raw], encoding: Encoding | None = None) -> _Found:
     encoding = encoding or _encoding
     size = 0
-    found: list[_Found] = []
+    found: list[GoodLine | BadLine] = []
     for number, offset, raw in chunk:
         size += len(raw)
-        line = parse_line(number, raw)
-        if line is None:
+        if (line := parse_line(number, raw)) is None:
             continue
         try:
             example = encoding(line)
         except BadConversation as error:
             found.append(BadLine(number, str(error)))
-            continue
-        found.append((form_of(line.given), number, offset, len(example), encoding.cut(example).learned))
+        else:
+            learned = encoding.cut(example).learned
+            found.append(GoodLine(form_of(line.given), number, offset, len(example), learned))
     return size, found
 
 
@@ -204,23 +216,15 @@ class ConversationDataset:
     Conversations longer than `max_seq_length` are cut, and those left without an answer are skipped; both are logged.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        encoding: Encoding,
-        *,
-        processes: int | None = None,
-        advance: Callable[[int], object] = lambda size: None,
-    ) -> None:
+    def __init__(self, path: Path, encoding: Encoding) -> None:
         self._path, self._encoding = path, encoding
-        self._stamp = _stamp(path)
-        self.scan = scan(path, encoding, processes=processes, advance=advance)
-        found, limit = self.scan, encoding.max_seq_length
+        self._stamp, limit = self._state(), encoding.max_seq_length
+        self.scan = found = scan(path, encoding)
         if found.bad_count:
-            shown = "; ".join(f"line {bad.number}: {bad.cause}" for bad in found.bad[:SHOWN])
+            shown = "; ".join(f"line {bad.line}: {bad.cause}" for bad in found.bad[:SHOWN])
             more = f"; and {found.bad_count - SHOWN} more" if found.bad_count > SHOWN else ""
             raise UserError(f"{path}: {shown}{more} (hunyuan-vllm data check {path} lists them all)")
-        self._kept = array("Q", (index for index, learned in enumerate(self.scan.learned) if learned))
+        self._kept = array("Q", (index for index, learned in enumerate(found.learned) if learned))
         if found.truncated:
             logger.warning(f"{path}: {found.truncated} of {len(found)} conversations are cut at {limit} tokens")
         if found.without_answer:
@@ -233,21 +237,25 @@ class ConversationDataset:
         return len(self._kept)
 
     def __getitem__(self, index: int) -> Example:
-        place = self._kept[index]
-        with self._path.open("rb") as file:
-            file.seek(self.scan.offsets[place])
-            raw = file.readline()
-        if _stamp(self._path) != self._stamp:
+        if self._state() != self._stamp:
             raise UserError(f"{self._path} changed during training: start again")
-        line = parse_line(self.scan.numbers[place], raw)
-        assert line is not None, raw
-        return self._encoding.cut(self._encoding(line))
+        return self._encoding.cut(self._encoding(self.scan.read(self._path, self._kept[index])))
 
     @property
     def lengths(self) -> array[int]:
         """Tokens of each conversation, after cutting."""
         limit = self._encoding.max_seq_length or 2**32 - 1
         return array("I", (min(self.scan.lengths[place], limit) for place in self._kept))
+
+    def _state(self) -> tuple[int, int]:
+        try:
+            state = self._path.stat()
+        except OSError as error:
+            raise UserError(f"{self._path} cannot be read: {error.strerror}") from None
+        return state.st_size, state.st_mtime_ns
+
+
+OPEN_ROWS = 64  # filled at a time: enough to leave little room, few enough to mix lengths
 
 
 class PackedDataset:
@@ -256,12 +264,10 @@ class PackedDataset:
     Conversations are shuffled by `seed`, and each is put into the fullest open row that has room for it.
     """
 
-    OPEN = 64  # rows filled at a time: enough to leave little room, few enough to mix lengths
-
     def __init__(self, dataset: ConversationDataset, max_seq_length: int, seed: int = 0) -> None:
         self._dataset = dataset
         lengths = dataset.lengths
-        self._rows = _packed(lengths, max_seq_length, seed, self.OPEN)
+        self._rows = _packed(lengths, max_seq_length, seed)
         self.filled = sum(lengths) / (len(self._rows) * max_seq_length)
 
     def __len__(self) -> int:
@@ -271,51 +277,25 @@ class PackedDataset:
         return [self._dataset[place] for place in self._rows[index]]
 
 
-def _packed(lengths: Sequence[int], room: int, seed: int, open_rows: int) -> list[list[int]]:
+def _packed(lengths: Sequence[int], room: int, seed: int) -> list[list[int]]:
     if max(lengths) > room:
         raise ValueError(f"a conversation of {max(lengths)} tokens does not fit a row of {room}")
     order = list(range(len(lengths)))
     Random(seed).shuffle(order)
     done: list[list[int]] = []
-    filling: list[tuple[int, list[int]]] = []  # tokens that still fit, and what is in the row
+    filling: list[tuple[int, list[int]]] = []  # tokens that still fit, and what is in the row; the fullest first
     for place in order:
         length = lengths[place]
-        fitting = [index for index, (left, _) in enumerate(filling) if left >= length]
-        if fitting:
-            best = min(fitting, key=lambda index: filling[index][0])
-            left, row = filling[best]
-            row.append(place)
-            filling[best] = (left - length, row)
-            continue
-        if len(filling) == open_rows:
-            fullest = min(range(open_rows), key=lambda index: filling[index][0])
-            done.append(filling.pop(fullest)[1])
-        filling.append((room - length, [place]))
+        best = next((index for index, (left, _) in enumerate(filling) if left >= length), None)
+        left, row = (room, []) if best is None else filling.pop(best)
+        row.append(place)
+        if len(filling) == OPEN_ROWS:
+            done.append(filling.pop(0)[1])
+        insort(filling, (left - length, row))
     return done + [row for _, row in filling]
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    try:
-        state = path.stat()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    return state.st_size, state.st_mtime_ns
-
-
 PERCENTILES = (50, 90, 95, 99)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One conversation as it is trained on.
-
-    Attributes:
-        parts: its text in runs: (text, whether its tokens are learned).
-    """
-
-    line: int
-    example: Example
-    parts: list[tuple[str, bool]]
 
 
 def percentiles(lengths: Sequence[int]) -> dict[str, int]:
@@ -325,39 +305,16 @@ def percentiles(lengths: Sequence[int]) -> dict[str, int]:
     return {"shortest": ordered[0], **found, "longest": ordered[-1]}
 
 
-def read_sample(path: Path, found: Scan, encoding: Encoding, line: int | None = None) -> Sample | None:
-    """The conversation of line `line`, or the first one that can be trained on; None where there is none."""
-    if line is None:
-        place = next((place for place, learned in enumerate(found.learned) if learned), None)
-        if place is None:
-            return None
-    else:
-        try:
-            place = found.numbers.index(line)
-        except ValueError:
-            raise UserError(f"--sample {line}: no conversation is in that line of {path}") from None
-    with path.open("rb") as file:
-        file.seek(found.offsets[place])
-        read = parse_line(found.numbers[place], file.readline())
-    assert read is not None
-    example = encoding.cut(encoding(read))
-    return Sample(found.numbers[place], example, list(_runs(example, encoding.tokenizer)))
-
-
-def _runs(example: Example, tokenizer: Any) -> Iterator[tuple[str, bool]]:
-    marked = zip(example.input_ids, (label != IGNORED for label in example.labels), strict=True)
-    for learned, run in groupby(marked, key=lambda pair: pair[1]):
-        yield tokenizer.decode([token for token, _ in run]), learned
-
-
-def check_report(path: Path, found: Scan, sample: Sample | None) -> dict[str, Any]:
+def check_report(path: Path, found: Scan, encoding: Encoding, line: int | None = None) -> dict[str, Any]:
+    """What `data check` reports, with the conversation of line `line`, or of the first that can be trained on, as it is
+    trained on: its text in runs, and whether each is learned."""
     limit = found.max_seq_length
     return {
         "file": str(path),
         "conversations": len(found),
         "forms": dict(found.forms.most_common()),
         "bad_lines": found.bad_count,
-        "bad": [{"line": bad.number, "cause": bad.cause} for bad in found.bad],
+        "bad": [bad._asdict() for bad in found.bad],
         "max_seq_length": limit,
         "tokens": sum(found.lengths),
         "tokens_after_truncation": sum(min(length, limit or length) for length in found.lengths),
@@ -365,11 +322,27 @@ def check_report(path: Path, found: Scan, sample: Sample | None) -> dict[str, An
         "lengths": percentiles(found.lengths) if len(found) else None,
         "truncated": found.truncated,
         "without_answer": found.without_answer,
-        "sample": sample
-        and {
-            "line": sample.line,
-            "tokens": len(sample.example),
-            "truncated": sample.example.truncated,
-            "parts": [{"text": text, "learned": learned} for text, learned in sample.parts],
-        },
+        "sample": _sample(path, found, encoding, line),
+    }
+
+
+def _sample(path: Path, found: Scan, encoding: Encoding, line: int | None) -> dict[str, Any] | None:
+    if line is not None and line not in found.numbers:
+        raise UserError(f"--sample {line}: no conversation is in that line of {path}")
+    if line is not None:
+        place = found.numbers.index(line)
+    elif any(found.learned):
+        place = next(place for place, learned in enumerate(found.learned) if learned)
+    else:
+        return None
+    example = encoding.cut(encoding(found.read(path, place)))
+    marked = zip(example.input_ids, (label != IGNORED for label in example.labels), strict=True)
+    runs = groupby(marked, key=lambda token: token[1])
+    decode = encoding.tokenizer.decode
+    return {
+        "line": found.numbers[place],
+        "tokens": len(example),
+        "learned_tokens": example.learned,
+        "truncated": example.truncated,
+        "parts": [{"text": decode([id for id, _ in run]), "learned": learned} for learned, run in runs],
     }

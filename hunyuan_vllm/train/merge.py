@@ -1,7 +1,7 @@
 """Merge a LoRA adapter into its checkpoint, one tensor in memory at a time"""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -20,51 +20,31 @@ from hunyuan_vllm.adapter import (
     read_adapter_config,
     read_shapes,
 )
-from hunyuan_vllm.checkpoint import INDEX_FILE, check_headers
+from hunyuan_vllm.checkpoint import check_headers
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import CheckpointError, Layout, expected_tensors
 from hunyuan_vllm.quantize.formats import Spec, in_blocks
 from hunyuan_vllm.quantize.source import Source, Unit
-from hunyuan_vllm.quantize.writer import (
-    REMEDY,
-    Shard,
-    ShardWriter,
-    Workspace,
-    check_bits,
-    index_of,
-    plan_shards,
-    reading_back,
-)
+from hunyuan_vllm.quantize.writer import REMEDY, Shard, Workspace, check_bits, plan_shards, reading_back
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.progress import Progress
 
 SAVE_DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Fields of PEFT's LoraConfig under which an adapter is not W + scale · B·A.
-NOT_PLAIN = {
-    "use_dora": "DoRA rescales whole columns",
-    "use_qalora": "QALoRA groups the inputs",
-    "lora_bias": "its B has a bias, which the network cannot hold",
-    "fan_in_fan_out": "its matrices are transposed",
-    "layer_replication": "it repeats layers of the network",
-    "megatron_config": "its matrices are split for tensor parallelism",
-    "modules_to_save": "it holds whole modules besides",
-    "trainable_token_indices": "it holds rows of the embedding besides",
-    "target_parameters": "it acts on parameters, not on modules",
-    "alora_invocation_tokens": "it acts on some tokens only",
-    "arrow_config": "it chooses among several adapters, token by token",
-    "monteclora_config": "its weights are random",
-    "velora_config": "it is not a plain adapter",
-    "use_bdlora": "its matrices are block-diagonal",
-}
+NOT_PLAIN = (
+    "use_dora", "use_qalora", "lora_bias", "fan_in_fan_out", "layer_replication", "megatron_config", "modules_to_save",
+    "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "arrow_config", "monteclora_config",
+    "velora_config", "use_bdlora",
+)  # fmt: skip
 # Initialisations that change the network's own weights, which the adapter then belongs to.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def check_mergeable(config: AdapterConfig, file: Path) -> None:
     """Refuse an adapter that is not W + scale · B·A."""
-    for field, reason in NOT_PLAIN.items():
+    for field in NOT_PLAIN:
         if value := (config.model_extra or {}).get(field):
-            raise UserError(f"{file}: {field} is {value!r}: {reason}, which cannot be merged into one weight")
+            raise UserError(f"{file}: {field} is {value!r}: only plain LoRA, W + scale·B·A, can be merged")
     if config.bias != "none":
         raise UserError(f"{file}: bias is {config.bias!r}: the network has no bias to add it to")
     start = str(config.init_lora_weights).lower()
@@ -143,38 +123,30 @@ class Adapter:
         for module, pair in halves.items():
             if len(pair) == 1:
                 (present,) = pair
-                absent = "B" if present == "A" else "A"
-                raise UserError(f"{self._file}: {module} has an {present} and no {absent}: the file is incomplete")
+                other = "B" if present == "A" else "A"
+                raise UserError(f"{self._file}: {module} has an {present} and no {other}: the file is incomplete")
             weight = f"{module}.weight"
-            if weight not in expected or len(expected[weight]) != 2 or module == "model.embed_tokens":
-                raise UserError(f"{self._file}: {_no_base(module, config)}")
+            if module == "model.embed_tokens" or (module == "lm_head" and weight not in expected):
+                raise UserError(f"{self._file}: {module}: an adapter of the embedding is not merged: train it without")
+            if len(expected.get(weight, ())) != 2:
+                raise UserError(f"{self._file}: {absent(module, config)}")
             self._check_shapes(module, shapes[pair["A"]], shapes[pair["B"]], expected[weight])
             yield weight, Change(pair["A"], pair["B"], self._config.scale(module))
 
     def _check_shapes(self, module: str, a: tuple[int, ...], b: tuple[int, ...], weight: tuple[int, ...]) -> None:
         rank = self._config.rank(module)
         if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
-            raise UserError(
-                f"{self._file}: A of {module} is {list(a)} and B is {list(b)}: no product of the two exists"
+            wrong = f"A of {module} is {list(a)} and B is {list(b)}: no product of the two exists"
+        elif a[0] != rank:
+            wrong = f"{module} has rank {a[0]}, and {ADAPTER_CONFIG} says {rank}: they do not belong together"
+        elif (b[0], a[1]) != weight:
+            wrong = (
+                f"{module} is an adapter of a weight {[b[0], a[1]]}, and this network's is {list(weight)}: "
+                "it was trained on another model"
             )
-        if a[0] != rank:
-            raise UserError(
-                f"{self._file}: {module} has rank {a[0]}, and {ADAPTER_CONFIG} says {rank}: they do not belong together"
-            )
-        if (b[0], a[1]) != weight:
-            raise UserError(
-                f"{self._file}: {module} is an adapter of a weight {[b[0], a[1]]}, and this network's is "
-                f"{list(weight)}: it was trained on another model"
-            )
-
-
-def _no_base(module: str, config: HunYuanConfig) -> str:
-    """Why a module has no weight to be merged into."""
-    if module == "lm_head":
-        return "lm_head: this network's head is its embedding, and an adapter of only one of the two cannot be merged"
-    if module == "model.embed_tokens":
-        return "model.embed_tokens: an adapter of the embedding is not merged"
-    return absent(module, config)
+        else:
+            return
+        raise UserError(f"{self._file}: {wrong}")
 
 
 class Merge:
@@ -186,6 +158,9 @@ class Merge:
     Args:
         source: the checkpoint, in any spelling that layout.py reads; what is written has the published names.
         save_dtype: of all tensors but the routers, which keep a wider type of their own.
+
+    Attributes:
+        nbytes: bytes of tensors that are written.
     """
 
     def __init__(
@@ -202,35 +177,38 @@ class Merge:
         units = (Unit((name,), quantised=False) for name in source.shapes)
         self._shards = plan_shards(((unit, [self._spec(*unit.names)]) for unit in units), shard_bytes)
         self._shard_bytes = shard_bytes
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of tensors that are written."""
-        return sum(shard.nbytes for shard in self._shards)
+        self.nbytes = sum(shard.nbytes for shard in self._shards)
 
     def run(self) -> None:
         """Merge."""
-        if self._target.resolve() in (self._source.directory.resolve(), self._adapter.directory.resolve()):
-            raise UserError(f"--output_path {self._target} is an input: name another directory")
-        if self._target.is_dir() and not any(self._target.iterdir()):
-            self._target.rmdir()
-        with Workspace(self._target, self._record()) as workspace:
-            left = workspace.unwritten(self._shards)
-            unwritten = sum(shard.nbytes for shard in left)
-            others = sum(file.stat().st_size for file in self._source.other_files())
-            workspace.need_room(unwritten + others, "merging", "an --output_path")
+        source, target = self._source, self._target
+        if target.resolve() in (source.directory.resolve(), self._adapter.directory.resolve()):
+            raise UserError(f"--output_path {target} is an input: name another directory")
+        if target.is_dir() and not any(target.iterdir()):
+            target.rmdir()
+        with Workspace(target, self._record()) as workspace:
+            workspace.need_room(source, self._shards, 0, "merging", "an --output_path")
             if workspace.resumed:
                 self._progress.say(f"continuing with the finished files in {workspace.directory}")
-            done = self.nbytes - unwritten
-            with self._progress.stage("merging", 2 * self.nbytes, 2 * done):
-                for shard in left:
-                    self._write(workspace, shard)
-            self._write_the_rest(workspace)
+            workspace.write_checkpoint(source, self._shards, self._merged, self._verify, self._progress, "merging")
+            field = "dtype" if "dtype" in source.json else "torch_dtype"
+            config = {**source.json, field: str(self._dtype).removeprefix("torch.")}
+            workspace.write_json(workspace.checkpoint / "config.json", config)
             try:
-                check_headers(workspace.checkpoint, Layout(self._source.config))
+                check_headers(workspace.checkpoint, Layout(source.config))
             except CheckpointError as error:
                 raise UserError(f"{error}: {REMEDY}") from None
             workspace.finish()
+
+    def _merged(self, unit: Unit) -> list[tuple[str, Tensor]]:
+        return [(name, self.tensor(name)) for name in unit.names]
+
+    def _verify(self, file: Path, shard: Shard, verified: Callable[[Unit], None]) -> None:
+        with reading_back(file, shard) as tensors:
+            for unit in shard.units:
+                for name, wanted in self._merged(unit):
+                    check_bits(file, name, tensors.get_tensor(name), wanted)
+                verified(unit)
 
     def tensor(self, name: str) -> Tensor:
         wide, dtype = self._source.read(name), self._spec(name).dtype
@@ -262,27 +240,3 @@ class Merge:
             "--save_dtype": str(self._dtype).removeprefix("torch."),
             "shards of bytes": self._shard_bytes,
         }
-
-    def _write(self, workspace: Workspace, shard: Shard) -> None:
-        partial = workspace.beside(workspace.checkpoint / shard.file)
-        with ShardWriter(partial, shard.specs) as writer:
-            for spec in shard.specs:
-                tensor = self.tensor(spec.name)
-                writer.write(spec.name, tensor)
-                self._progress.advance(tensor.nbytes)
-        with reading_back(partial, shard) as tensors:
-            for spec in shard.specs:
-                tensor = tensors.get_tensor(spec.name)
-                check_bits(partial, spec.name, tensor, self.tensor(spec.name))
-                self._progress.advance(tensor.nbytes)
-        workspace.put(partial, workspace.checkpoint / shard.file)
-
-    def _write_the_rest(self, workspace: Workspace) -> None:
-        directory = workspace.checkpoint
-        for file in self._source.other_files():
-            workspace.copy(file, directory / file.name)
-        if len(self._shards) > 1:
-            workspace.write_json(directory / INDEX_FILE, index_of(self._shards))
-        field = "dtype" if "dtype" in self._source.json else "torch_dtype"
-        config = {**self._source.json, field: str(self._dtype).removeprefix("torch.")}
-        workspace.write_json(directory / "config.json", config)

@@ -10,11 +10,6 @@ from torch import Tensor
 from hunyuan_vllm.config import HunYuanConfig
 
 
-def moe_layers(config: HunYuanConfig) -> list[int]:
-    """The layers that have a router, in the order of a model's `router_logits`."""
-    return [layer for layer in range(config.num_hidden_layers) if config.experts_at(layer) > 1]
-
-
 def balance_loss(router_logits: Sequence[Tensor], topk: Sequence[int], real: Tensor | None = None) -> Tensor:
     """The load-balancing loss of Switch Transformers, mean over layers: 1 if even, up to the number of experts if not.
 
@@ -40,12 +35,15 @@ def balance_loss(router_logits: Sequence[Tensor], topk: Sequence[int], real: Ten
 
 
 class ExpertLoad:
-    """Counts the tokens of each expert of each MoE layer."""
+    """Counts the tokens of each expert of each MoE layer.
+
+    Attributes:
+        topk: experts a token is given, of each layer that has a router, in the order of a model's `router_logits`.
+    """
 
     def __init__(self, config: HunYuanConfig) -> None:
-        self.layers = moe_layers(config)
-        self.topk = [config.topk_at(layer) for layer in self.layers]
-        self._experts = [config.experts_at(layer) for layer in self.layers]
+        layers = [layer for layer in range(config.num_hidden_layers) if config.experts_at(layer) > 1]
+        self.topk = [config.topk_at(layer) for layer in layers]
         self._counts: list[Tensor] = []
 
     @torch.no_grad()
@@ -58,14 +56,14 @@ class ExpertLoad:
             new.append(ids.flatten().bincount(minlength=logits.shape[-1]))
         self._counts = [a + b for a, b in zip(self._counts, new, strict=True)] if self._counts else new
 
-    def take(self) -> dict[int, list[float]]:
-        """Layer → share of the tokens of each expert, over all processes, which must all call this; starts anew."""
+    def take_max(self) -> float | None:
+        """The largest share of a layer's tokens that one expert was given, over all processes, which must all call
+        this; None without counts. Starts anew."""
         if not self._counts:
-            return {}
-        counts, self._counts = torch.cat(self._counts), []
+            return None
+        counts = torch.cat(self._counts)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(counts)
-        parts = counts.double().split(self._experts)
-        return {
-            layer: (part / part.sum().clamp(min=1)).tolist() for layer, part in zip(self.layers, parts, strict=True)
-        }
+        layers = counts.double().split([len(layer) for layer in self._counts])
+        self._counts = []
+        return max(float(layer.max() / layer.sum().clamp(min=1)) for layer in layers)

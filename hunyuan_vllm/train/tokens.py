@@ -1,7 +1,6 @@
 """A conversation as token ids, as a server gives it to the model, and which of them are learned"""
 
-import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Self
 
@@ -48,61 +47,44 @@ def encode(
     """
     messages = conversation.as_dicts(default_system)
     added = len(messages) - len(conversation.messages)
-    weights = [*[None] * added, *(message.weight for message in conversation.messages)]
-    pieces = _pieces(messages, weights, tokenizer)
-    ids: list[int] = []
-    labels: list[int] = []
-    for text, learned in pieces:
-        part = tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids += part
-        labels += part if learned or train_on_all else [IGNORED] * len(part)
-    if not _cut_cleanly([text for text, _ in pieces], tokenizer):
-        _compare(ids, tokenizer("".join(text for text, _ in pieces), add_special_tokens=False)["input_ids"])
-    return Example(ids, labels)
+    ignored = {turn + added for turn, message in enumerate(conversation.messages) if message.weight == 0}
+    example = encode_chat(messages, tokenizer, ignored)
+    return replace(example, labels=example.input_ids) if train_on_all else example
 
 
-def _pieces(messages: list[dict[str, str]], weights: Sequence[int | None], tokenizer: Any) -> list[tuple[str, bool]]:
-    """The rendered text, split before and after each answer: (text, whether it is learned)."""
-    pieces: list[tuple[str, bool]] = []
-    done = ""
+def encode_chat(
+    messages: Sequence[Mapping[str, str]], tokenizer: Any, ignored: Collection[int] = frozenset()
+) -> Example:
+    """Token ids of a chat as a server gives it to the model; the answers are learned but for those of turns in
+    `ignored`.
+
+    Raises:
+        BadConversation: the chat template refuses the messages, or rewrites earlier turns.
+    """
+    text = ""
+    learned = bytearray()  # by character
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         asked = _render(tokenizer, messages[:turn], add_generation_prompt=True)
         answered = _render(tokenizer, messages[: turn + 1], add_generation_prompt=False)
-        if not (asked.startswith(done) and answered.startswith(asked)):
+        if not (asked.startswith(text) and answered.startswith(asked)):
             raise BadConversation(
                 f"the chat template renders earlier turns differently once message {turn + 1} is there: "
                 "training needs a template that appends each turn to the previous ones"
             )
-        pieces += [(asked[len(done) :], False), (answered[len(asked) :], weights[turn] != 0)]
-        done = answered
-    return pieces
+        learned = learned.ljust(len(asked), b"\0").ljust(len(answered), b"\0" if turn in ignored else b"\1")
+        text = answered
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids = tokens["input_ids"]
+    labels = [id if learned[start] else IGNORED for id, (start, _) in zip(ids, tokens["offset_mapping"], strict=True)]
+    return Example(ids, labels)
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
     except Exception as error:  # whatever a template's own code raises
         raise BadConversation(f"the chat template refuses it: {error}") from None
-
-
-def _cut_cleanly(texts: list[str], tokenizer: Any) -> bool:
-    """Whether the pieces tokenize like the whole text: there is a special token at each cut, and the characters on both
-    sides do not compose."""
-    marks = tuple(tokenizer.all_special_tokens)
-    for before, behind in zip(texts, texts[1:], strict=False):
-        if not (before.endswith(marks) or behind.startswith(marks)):
-            return False
-        seam = before[-1:] + behind[:1]
-        if unicodedata.normalize("NFC", seam) != seam or unicodedata.combining(seam[-1]):
-            return False
-    return True
-
-
-def _compare(ids: list[int], served: list[int]) -> None:
-    if ids != served:
-        raise BadConversation(
-            "at the start or the end of an answer the tokenizer joins characters of two turns: "
-            "does a message begin with a combining mark?"
-        )

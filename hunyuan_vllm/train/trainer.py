@@ -28,8 +28,6 @@ from hunyuan_vllm.util.progress import Progress
 from hunyuan_vllm.util.text import duration
 
 TENSOR_CORES = 8  # row lengths are padded to a multiple of this on GPUs
-
-
 MAX_SHARD = "5GB"
 
 
@@ -78,9 +76,9 @@ class HunYuanTrainer(transformers.Trainer):
             parts = self.current_gradient_accumulation_steps
             self._tokens += inputs["input_ids"].numel() if real is None else int(real.sum())
             self._steps += 1 / parts
-            if self.expert_load.layers:
+            if self.expert_load.topk:
                 self.expert_load.add(outputs.router_logits, real)
-            if self.expert_load.layers and self.aux_loss_coef:
+            if self.expert_load.topk and self.aux_loss_coef:
                 balance = balance_loss(outputs.router_logits, self.expert_load.topk, real)
                 # DDP and ZeRO average over processes; this averages over the parts of a step.
                 loss = loss + self.aux_loss_coef * balance / parts
@@ -95,8 +93,8 @@ class HunYuanTrainer(transformers.Trainer):
             logs["tokens_per_second"] = round(tokens / seconds, 1)
             if self.aux_loss_coef:
                 logs["balance_loss"] = round(balance / self.args.world_size, 4)
-            if shares := self.expert_load.take():
-                logs["expert_load_max"] = round(max(map(max, shares.values())), 4)
+            if (largest := self.expert_load.take_max()) is not None:
+                logs["expert_load_max"] = round(largest, 4)
             self._reset_counts()
         super().log(logs, start_time)
 

@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 from checkpoints import tiny_config, write_checkpoint
 
-from hunyuan_vllm.quantize import convert
 from hunyuan_vllm.quantize.convert import quantize_checkpoint
-from hunyuan_vllm.quantize.writer import Workspace
+from hunyuan_vllm.quantize.writer import ShardWriter, Workspace
 from hunyuan_vllm.util.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -86,7 +85,7 @@ def test_kill_9_within_a_file(tiny: Path, tmp_path: Path, monkeypatch: pytest.Mo
     quantize_checkpoint(tiny, whole, "int8", shard_bytes=200_000)
 
     def killed() -> None:
-        writes = convert.ShardWriter.write
+        writes = ShardWriter.write
         left = iter(range(150, -1, -1))
 
         def write(*given: Any) -> None:
@@ -94,7 +93,7 @@ def test_kill_9_within_a_file(tiny: Path, tmp_path: Path, monkeypatch: pytest.Mo
             if next(left) == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        convert.ShardWriter.write = write
+        ShardWriter.write = write
         quantize_checkpoint(tiny, target, "int8", shard_bytes=200_000)
 
     assert in_a_child(killed) == -signal.SIGKILL

@@ -257,8 +257,8 @@ class TestBalance:
         third = torch.tensor([[3.0, 2, 1]] * 5)
         for _ in range(2):
             load.add([first, third], torch.tensor([True, True, True, True, False]))
-        assert load.take() == {0: [0.5, 0.25, 0, 0.25], 2: [0.5, 0.5, 0]}
-        assert load.take() == {}
+        assert load.take_max() == 0.5
+        assert load.take_max() is None
 
 
 class TestRows:

@@ -26,7 +26,7 @@ from hunyuan_vllm.adapter import ADAPTER_FILE
 from hunyuan_vllm.cli import app
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.quantize.source import Source
-from hunyuan_vllm.train import merge as merging
+from hunyuan_vllm.quantize.writer import ShardWriter
 from hunyuan_vllm.train.merge import SAVE_DTYPES, Adapter, Merge
 from hunyuan_vllm.util.errors import UserError
 
@@ -161,7 +161,7 @@ def test_kill_9_at_any_moment(base: Path, adapter: Path, tmp_path: Path) -> None
             return call
 
         os.replace = then_die(os.replace)
-        merging.ShardWriter.write = then_die(merging.ShardWriter.write)
+        ShardWriter.write = then_die(ShardWriter.write)
         merge(base, adapter, target, shard_bytes=300_000)
 
     ends = []
@@ -194,7 +194,7 @@ def test_other_inputs_do_not_go_on(base: Path, adapter: Path, tmp_path: Path) ->
 
 
 def test_a_flipped_bit_is_found(base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ends = merging.ShardWriter.__exit__
+    ends = ShardWriter.__exit__
 
     def damage(self: Any, *given: Any) -> None:
         ends(self, *given)
@@ -203,7 +203,7 @@ def test_a_flipped_bit_is_found(base: Path, adapter: Path, tmp_path: Path, monke
         content[-1000] ^= 1
         file.write_bytes(content)
 
-    monkeypatch.setattr(merging.ShardWriter, "__exit__", damage)
+    monkeypatch.setattr(ShardWriter, "__exit__", damage)
     with pytest.raises(UserError, match=r"model\..* reads back differently: the disk or the memory is at fault"):
         merge(base, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -272,10 +272,10 @@ def test_tensors_that_are_refused(
     ("settings", "said"),
     [
         (dict(r=8), "has rank 4, and adapter_config.json says 8: they do not belong together"),
-        (dict(use_dora=True), "use_dora is True: DoRA rescales whole columns, which cannot be merged"),
+        (dict(use_dora=True), "use_dora is True: only plain LoRA"),
         (dict(peft_type="IA3"), "peft_type is 'IA3', and only LORA"),
         (dict(bias="all"), "bias is 'all'"),
-        (dict(modules_to_save=["lm_head"]), r"modules_to_save is \['lm_head'\]: it holds whole modules"),
+        (dict(modules_to_save=["lm_head"]), r"modules_to_save is \['lm_head'\]: only plain LoRA"),
         (dict(init_lora_weights="pissa_niter_16"), "init_lora_weights is 'pissa_niter_16', which changed"),
         (dict(r=0), "r: Input should be greater than 0"),
         (dict(lora_alpha=None), "lora_alpha: Input should be a valid number"),

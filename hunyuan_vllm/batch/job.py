@@ -13,7 +13,7 @@ from rich.console import Console
 
 from hunyuan_vllm.batch.engine import EngineStopped, engine_options, open_engine, parse_options
 from hunyuan_vllm.batch.output import Output, Record, Settings
-from hunyuan_vllm.batch.requests import BadLine, Request, Requests, build, index_file
+from hunyuan_vllm.batch.requests import BadLine, Request, build, index_file, read_requests
 from hunyuan_vllm.batch.runner import Reporter, Runner
 from hunyuan_vllm.server.models import ModelSource
 from hunyuan_vllm.util.errors import UserError
@@ -98,7 +98,6 @@ def run_batch(
     with closing(Output(target)) as output:
         state = output.resume(index, settings, retry_failed)
         reporter = Reporter(index.requests, state.pending.count(1), state.failed, Progress(console))
-        requests = Requests(source, index, defaults)
         cause = None
         if reporter.left:
             options = engine_options(model, flags, os.environ)
@@ -109,7 +108,8 @@ def run_batch(
                 reporter.progress.say(note)
             part = f"{reporter.left:,} of " if reporter.left < reporter.total else ""
             reporter.progress.say(f"starting {model.given} for {part}{plural(reporter.total, 'line')}")
-            cause = generate(args, requests.of(state.pending), settings, output.append, reporter)
+            requests = read_requests(source, index, defaults, state.pending)
+            cause = generate(args, requests, settings, output.append, reporter)
     if cause:
         reporter.progress.say(cause)
     reporter.progress.say(reporter.summary())

@@ -80,8 +80,6 @@ def digest(value: Any) -> int:
 def _repeated(ids: array[int]) -> dict[int, int]:
     import numpy
 
-    if not ids:
-        return {}
     values = numpy.frombuffer(ids, dtype=numpy.uint64)
     first_at, inverse = numpy.unique(values, return_index=True, return_inverse=True)[1:]
     earlier = first_at[inverse]
@@ -89,30 +87,21 @@ def _repeated(ids: array[int]) -> dict[int, int]:
     return {int(at) + 1: int(earlier[at]) + 1 for at in later}
 
 
-class Requests:
-    """The requests of an input file, completed with the run's defaults.
-
-    Args:
-        defaults: fields for the lines that leave them out; a seed is increased by the line's number.
-    """
-
-    def __init__(self, path: Path, index: Index, defaults: Mapping[str, Any]) -> None:
-        self._path, self._index, self._defaults = path, index, defaults
-
-    def of(self, pending: bytearray) -> Iterator[tuple[Line, Request | BadLine]]:
-        """The lines whose number is set in `pending`, each as a request or with what is wrong with it."""
-        for line in read_lines(self._path):
-            if line.number < len(pending) and pending[line.number]:
-                try:
-                    yield line, self._build(line)
-                except BadLine as bad:
-                    yield line, bad
-
-    def _build(self, line: Line) -> Request:
-        if first := self._index.repeated.get(line.number):
+def read_requests(
+    path: Path, index: Index, defaults: Mapping[str, Any], pending: bytearray
+) -> Iterator[tuple[Line, Request | BadLine]]:
+    """The lines whose number is set in `pending`, each as a request or with what is wrong with it."""
+    for line in read_lines(path):
+        if line.number >= len(pending) or not pending[line.number]:
+            continue
+        if first := index.repeated.get(line.number):
             field = "custom_id" if "custom_id" in line.given else "id"
-            raise BadLine(Problem(field, f"{field} {line.id!r} is also that of line {first}: ids must be unique"))
-        return build(line, self._defaults)
+            yield line, BadLine(Problem(field, f"{field} {line.id!r} is also that of line {first}: ids must be unique"))
+            continue
+        try:
+            yield line, build(line, defaults)
+        except BadLine as bad:
+            yield line, bad
 
 
 def is_batch_api(given: Any) -> bool:
@@ -121,7 +110,11 @@ def is_batch_api(given: Any) -> bool:
 
 
 def build(line: Line, defaults: Mapping[str, Any]) -> Request:
-    """Complete and check one line."""
+    """Check one line, and complete it with the run's defaults; a seed of these is increased by the line's number.
+
+    Raises:
+        BadLine: it is not a request.
+    """
     if line.broken:
         raise BadLine(Problem(None, f"the line is not JSON: {line.broken}"))
     if not isinstance(line.given, dict):

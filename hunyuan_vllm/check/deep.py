@@ -1,11 +1,10 @@
 """Every byte of a checkpoint's tensors: values that are not finite, and space that was never filled"""
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -27,58 +26,37 @@ BITS: dict[str, tuple[type[np.unsignedinteger], int, int]] = {
 INTEGER = (np.uint8, 0xFF, 0x100)
 
 
-class Interrupted(Exception):
-    """The run has been stopped."""
+Counts = dict[StoredTensor, int]
 
 
-@dataclass
-class Content:
-    """What a file holds.
-
-    Attributes:
-        not_finite: tensor → how many of its values are NaN or infinite.
-        zero: tensor → bytes of it that are in a chunk of nothing but zeros.
-    """
-
-    not_finite: dict[StoredTensor, int] = field(default_factory=dict)
-    zero: dict[StoredTensor, int] = field(default_factory=dict)
-
-
-def read_through(file: Path, tensors: Sequence[StoredTensor], advance: Callable[[int], None]) -> Content:
-    """Scan these tensors of a file.
+def read_through(
+    file: Path, tensors: Sequence[StoredTensor], advance: Callable[[int], None], stop: threading.Event
+) -> tuple[Counts, Counts]:
+    """Scan these tensors of a file, until `stop` is set: the values of each that are NaN or infinite, and its bytes in
+    chunks of nothing but zeros; only of tensors that have any.
 
     Args:
-        advance: is told how many bytes have been read since its last call; raises `Interrupted` to stop.
+        advance: is told how many bytes have been read since its last call.
     """
-    content = Content()
+    not_finite: Counts = Counter()
+    zero: Counts = Counter()
     with file.open("rb") as source:
         for tensor in tensors:
+            width, without_sign, infinity = BITS.get(tensor.dtype, INTEGER)
             source.seek(tensor.start)
-            for chunk in _chunks(source, tensor.nbytes):
-                _scan(chunk, tensor, content)
-                advance(len(chunk))
-    return content
-
-
-def _chunks(source: BinaryIO, size: int) -> Iterator[memoryview]:
-    buffer = memoryview(bytearray(min(CHUNK, size)))
-    while size:
-        read = source.readinto(buffer[:size])  # type: ignore[attr-defined]
-        if not read:
-            raise OSError("the file ends early")
-        yield buffer[:read]
-        size -= read
-
-
-def _scan(chunk: memoryview, tensor: StoredTensor, content: Content) -> None:
-    width, without_sign, infinity = BITS.get(tensor.dtype, INTEGER)
-    magnitudes = np.frombuffer(chunk, width) & width(without_sign)
-    largest = int(magnitudes.max())
-    if largest >= infinity:
-        count = int(np.count_nonzero(magnitudes >= width(infinity)))
-        content.not_finite[tensor] = content.not_finite.get(tensor, 0) + count
-    elif largest == 0:
-        content.zero[tensor] = content.zero.get(tensor, 0) + len(chunk)
+            left = tensor.nbytes
+            while left and not stop.is_set():
+                magnitudes = np.fromfile(source, width, min(CHUNK, left) // width().itemsize) & width(without_sign)
+                if not magnitudes.size:
+                    raise OSError("the file ends early")
+                largest = int(magnitudes.max())
+                if largest >= infinity:
+                    not_finite[tensor] += int(np.count_nonzero(magnitudes >= width(infinity)))
+                elif largest == 0:
+                    zero[tensor] += magnitudes.nbytes
+                left -= magnitudes.nbytes
+                advance(magnitudes.nbytes)
+    return not_finite, zero
 
 
 AGAIN = "download their shards again"
@@ -101,33 +79,29 @@ class Deep:
     def run(self, advance: Callable[[int], None], section: Section) -> None:
         """Read everything; `advance` is called from several threads."""
         stop = threading.Event()
+        not_finite: Counts = {}
+        zero: Counts = {}
 
-        def read(path: Path) -> Content:
-            def advance_unless_stopped(size: int) -> None:
-                if stop.is_set():
-                    raise Interrupted
-                advance(size)
-
+        def read(path: Path) -> None:
             try:
-                return read_through(path, self._tensors[path], advance_unless_stopped)
+                found = read_through(path, self._tensors[path], advance, stop)
+                not_finite.update(found[0])
+                zero.update(found[1])
             except OSError as error:
                 text = f"it cannot be read completely: {error.strerror or error}"
                 section.problem(path.name, text, "check the disk (dmesg), then download the file again")
-                return Content()
 
         # The largest first, so that the last thread does not run alone for long.
         files = sorted(self._tensors, key=lambda path: -path.stat().st_size)
         pool = ThreadPoolExecutor(self._jobs)
         try:
-            contents = list(pool.map(read, files))
+            list(pool.map(read, files))
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
-        self._report(contents, section)
+        self._report(not_finite, zero, section)
 
-    def _report(self, contents: Sequence[Content], section: Section) -> None:
-        not_finite = {tensor: count for content in contents for tensor, count in content.not_finite.items()}
-        zero = {tensor: size for content in contents for tensor, size in content.zero.items()}
+    def _report(self, not_finite: Counts, zero: Counts, section: Section) -> None:
         if not_finite:
             listed = [f"{tensor.name} ({count:,} of {tensor.elements:,})" for tensor, count in not_finite.items()]
             text = f"{plural(len(listed), 'tensor')} with NaN or infinity"
@@ -145,7 +119,5 @@ class Deep:
             text = f"{plural(len(holes), 'tensor')} with long runs of zeros, as in an unfinished download"
             section.problem("values", text, AGAIN, holes)
         if not (not_finite or empty or holes):
-            section.ok(
-                "values",
-                f"no NaN, infinity or long run of zeros in {plural(sum(map(len, self._tensors.values())), 'tensor')}",
-            )
+            count = plural(sum(map(len, self._tensors.values())), "tensor")
+            section.ok("values", f"no NaN, infinity or long run of zeros in {count}")

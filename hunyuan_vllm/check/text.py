@@ -42,8 +42,9 @@ def check_tokenizer(
         return None
     copy = f"copy {names[0]} from the published checkpoint again"
     _check_round_trip(tokenizer, copy, section)
-    _check_size(directory, tokenizer, config, copy, section)
-    _check_special_ids(directory, tokenizer, config, generation, copy, section)
+    if config.network is not None:
+        _check_size(directory / TIKTOKEN, tokenizer, config.network.vocab_size, copy, section)
+    _check_special_ids(names[0] == TIKTOKEN, tokenizer, config, generation, copy, section)
     if section.sound:
         texts = f"{', '.join(TEXTS)} and special tokens"
         section.ok("tokenizer", f"{len(tokenizer):,} tokens from {names[-1]}; {texts} decode to what was encoded")
@@ -78,36 +79,27 @@ def _check_round_trip(tokenizer: "TokenizersBackend", copy: str, section: Sectio
         section.problem("special tokens", f"{len(split):,} are not one id each", copy, split)
 
 
-def _check_size(
-    directory: Path, tokenizer: "TokenizersBackend", config: ConfigFile, copy: str, section: Section
-) -> None:
-    if config.network is None:
-        return
-    rows = config.network.vocab_size
+def _check_size(vocabulary: Path, tokenizer: "TokenizersBackend", rows: int, copy: str, section: Section) -> None:
+    """Compare with the `rows` of the network's embedding, and for hy.tiktoken with the published file."""
     if len(tokenizer) > rows:
         text = f"it has {len(tokenizer):,} tokens and the network {rows:,} embeddings: the last tokens would fail"
         section.problem("vocabulary", text, "use the tokenizer and config.json of the same checkpoint")
-    vocabulary, published = directory / TIKTOKEN, PUBLISHED_LINES.get(rows)
-    if published and vocabulary.exists():
-        lines = sum(1 for line in vocabulary.read_bytes().splitlines() if line.strip())
-        if lines != published:
-            text = f"{TIKTOKEN} has {lines:,} tokens and the published one {published:,}, so special ids are shifted"
-            section.problem("vocabulary", text, copy)
+    published = PUBLISHED_LINES.get(rows)
+    lines = len(vocabulary.read_bytes().split()) // 2 if vocabulary.exists() else published  # token and rank
+    if published and lines != published:
+        text = f"{TIKTOKEN} has {lines:,} tokens and the published one {published:,}, so special ids are shifted"
+        section.problem("vocabulary", text, copy)
 
 
 def _check_special_ids(
-    directory: Path,
-    tokenizer: "TokenizersBackend",
-    config: ConfigFile,
-    generation: dict[str, Any],
-    copy: str,
-    section: Section,
+    published: bool, tokenizer: Any, config: ConfigFile, generation: dict[str, Any], copy: str, section: Section
 ) -> None:
+    """Compare the tokenizer's special ids with the configs'; `published`: its ids are those of hy.tiktoken."""
     stops = stop_ids(config, generation)
     source = "generation_config.json" if "eos_token_id" in generation else "config.json"
     if stops and tokenizer.eos_token_id not in stops:
         text = f"{tokenizer.eos_token} is id {tokenizer.eos_token_id}, and {source} ends answers at {_list(stops)}"
-        if not (directory / TIKTOKEN).exists():
+        if not published:
             remedy = f"leave it if the chat template's answers end at {_list(stops)}; otherwise correct {source}"
             section.warning("special ids", text, remedy)
             return

@@ -30,15 +30,19 @@ def quantize(
         rich_help_panel=CALIBRATION,
     ),
     calibration_tokens: int = typer.Option(
-        8192, help="Maximum number of tokens to read from it.", rich_help_panel=CALIBRATION
+        8192, min=1, help="Maximum number of tokens to read from it.", rich_help_panel=CALIBRATION
     ),
     headroom: float = typer.Option(
         2.0,
+        min=1,
+        max=64,
         help="Static FP8 scales cover this many times the maximum that calibration saw.",
         rich_help_panel=CALIBRATION,
     ),
     smooth: float = typer.Option(
         None,
+        min=0,
+        max=1,
         metavar="ALPHA",
         help="Strength of SmoothQuant, which moves outlying input channels into the weights; 0 to 1, usually 0.5.",
         rich_help_panel=OUTLIERS,

@@ -93,19 +93,16 @@ def measure(
     for run in runs:
         run.argv(longest(passages), os.environ)  # reports mistakes before the first engine starts
     scored = [passage.scored for passage in passages]
-    with _record(directory) as record:
-        _check_space(Path(record), runs[0], sum(map(len, scored)))
-        file = Path(record) / "logits"
+    try:
+        record = tempfile.TemporaryDirectory(prefix="hunyuan-vllm-eval-", dir=directory)
+    except OSError as error:
+        raise UserError(f"--work {directory}: {error.strerror}; name a writable directory") from None
+    with record:
+        _check_space(Path(record.name), runs[0], sum(map(len, scored)))
+        file = Path(record.name) / "logits"
         first = execute(runs[0], passages, file, None, progress)
         outcomes = [(run, execute(run, passages, file, first.format, progress)) for run in runs[1:]]
     return [(run, distance(first, outcome, scored)) for run, outcome in outcomes]
-
-
-def _record(directory: Path | None) -> tempfile.TemporaryDirectory[str]:
-    try:
-        return tempfile.TemporaryDirectory(prefix="hunyuan-vllm-eval-", dir=directory)
-    except OSError as error:
-        raise UserError(f"--work {directory}: {error.strerror}; name a writable directory") from None
 
 
 def _check_space(directory: Path, run: EngineRun, tokens: int) -> None:
@@ -124,37 +121,26 @@ def _check_space(directory: Path, run: EngineRun, tokens: int) -> None:
 def distance_table(a: str, compared: Sequence[tuple[EngineRun, Distance]]) -> Table:
     """One row a run; the title names what it is measured against."""
     first = compared[0][1]
-    table = Table(
-        title=f"against {a}, whose perplexity is {first.perplexity_a:.4f}; {first.tokens:,} tokens",
-        title_justify="left",
-    )
-    table.add_column("")
+    title = f"against {a}, whose perplexity is {first.perplexity_a:.4f}; {first.tokens:,} tokens"
+    table = Table("", title=title, title_justify="left")
     for name in ("perplexity", "ratio", "top-1 agreement", "KL mean", "median", "p99", "max"):
         table.add_column(name, justify="right", no_wrap=True)
     for run, found in compared:
-        tail = (found.kl_mean, found.kl_median, found.kl_p99, found.kl_max)
-        table.add_row(
-            run.variant.label,
-            f"{found.perplexity_b:.4f}",
-            f"{found.perplexity_ratio:.4f}",
-            f"{100 * found.agreement:.2f}%",
-            *(f"{value:.2e}" for value in tail),
-        )
+        perplexity = f"{found.perplexity_b:.4f}", f"{found.perplexity_ratio:.4f}"
+        kl = (f"{value:.2e}" for value in (found.kl_mean, found.kl_median, found.kl_p99, found.kl_max))
+        table.add_row(run.variant.label, *perplexity, f"{100 * found.agreement:.2f}%", *kl)
     return table
 
 
 def distances_json(model: str, a: str, compared: Sequence[tuple[EngineRun, Distance]]) -> dict[str, Any]:
     """The same, with every figure in full."""
-    return {
-        "model": model,
-        "a": a,
-        "compared": [
-            {
-                "b": run.variant.label,
-                "checkpoint": run.model.given,
-                **asdict(found),
-                "perplexity_ratio": found.perplexity_ratio,
-            }
-            for run, found in compared
-        ],
-    }
+    rows = [
+        {
+            "b": run.variant.label,
+            "checkpoint": run.model.given,
+            **asdict(found),
+            "perplexity_ratio": found.perplexity_ratio,
+        }
+        for run, found in compared
+    ]
+    return {"model": model, "a": a, "compared": rows}

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,8 +28,7 @@ _FUSED = {parts[0]: parts for parts in FUSED.values() if parts[0] != "up_proj"} 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a canonical tensor lies: in a file, under the file's own name, as one part of it."""
 
     file: Path
@@ -114,15 +113,10 @@ class Unit:
     quantised: bool
 
     @property
-    def layer(self) -> int | None:
-        """Decoder layer; None for embedding, final norm and head."""
-        return layer_of(self.names[0])
-
-    @property
     def owned_cache(self) -> str | None:
         """The attention whose cache holds what it projects; None unless it projects to K and V."""
-        found = [name.removesuffix(".v_proj.weight") for name in self.names if name.endswith(".v_proj.weight")]
-        return found[0] if found else None
+        end = ".v_proj.weight"
+        return next((name.removesuffix(end) for name in self.names if name.endswith(end)), None)
 
 
 def units(config: Network) -> Iterator[Unit]:

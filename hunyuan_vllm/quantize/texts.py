@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor
 
 from hunyuan_vllm.util.errors import UserError
-from hunyuan_vllm.util.jsonl import Line, parse_line, read_lines, refuse_other_encodings
+from hunyuan_vllm.util.jsonl import Line, read_lines, refuse_other_encodings
 
+BUILT_IN = Path(__file__).with_name("calibration.jsonl")
 ROW = 1024  # tokens: longest document that is seen in one piece
 CHARACTERS_A_TOKEN = 16  # more than any text has on average: how much of a long file is looked at
 
@@ -56,7 +56,7 @@ def calibration_tokens(
         given: a file of text or chats, documents as token ids, or None for the built-in text.
     """
     if isinstance(given, Path | None):
-        documents = _built_in() if given is None else read_documents(given, limit * CHARACTERS_A_TOKEN)
+        documents = read_documents(given or BUILT_IN, limit * CHARACTERS_A_TOKEN)
         given = list(tokenise(directory, documents, limit))
     return pack(given, limit, vocab_size)
 
@@ -130,23 +130,14 @@ def pack(documents: Iterable[Sequence[int]], limit: int, vocab_size: int) -> Tok
     return Tokens(*rows)
 
 
-def _built_in() -> list[Document]:
-    file = resources.files("hunyuan_vllm.quantize") / "calibration.jsonl"
-    lines = (parse_line(number, raw) for number, raw in enumerate(file.read_bytes().splitlines(), start=1))
-    return [_document(line) for line in lines if line]
-
-
-def _document(line: Line, path: Path | None = None) -> Document:
+def _document(line: Line, path: Path) -> Document:
     if line.broken:
         raise UserError(f"line {line.number} of {path} is not JSON: {line.broken}")
     match line.given:
-        case {"messages": [_, *_] as messages} if all(_is_message(message) for message in messages):
-            return messages
+        case {"messages": [{"role": str(), "content": _}, *rest] as messages}:
+            if all(isinstance(one, dict) and {"role", "content"} <= one.keys() for one in rest):
+                return messages
         case {"text": str(text)} if text.strip():
             return text
     form = '{"messages": [{"role": "user", "content": "..."}, ...]} nor {"text": "..."}'
     raise UserError(f"line {line.number} of {path} is neither {form}")
-
-
-def _is_message(given: Any) -> bool:
-    return isinstance(given, dict) and isinstance(given.get("role"), str) and "content" in given

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hunyuan_vllm.batch.requests import BadLine, Index, Request, Requests, build, index_file
+from hunyuan_vllm.batch.requests import BadLine, Index, Request, build, index_file, read_requests
 from hunyuan_vllm.util.jsonl import Line
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -92,7 +92,7 @@ def test_only_pending_lines_and_each_id_once(tmp_path):
     lines = [{"prompt": "a", "id": "x"}, {"prompt": "b"}, {"prompt": "c", "id": "x"}, {"prompt": "d"}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     index: Index = index_file(path)
-    found = list(Requests(path, index, {}).of(bytearray([0, 1, 0, 1])))
+    found = list(read_requests(path, index, {}, bytearray([0, 1, 0, 1])))
     assert [line.number for line, _ in found] == [1, 3]
     assert isinstance(found[0][1], Request)
     assert "'x' is also that of line 1" in str(found[1][1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from hunyuan_vllm.check.deep import CHUNK, Deep, Interrupted, read_through
+from hunyuan_vllm.check.deep import CHUNK, Deep, read_through
 from hunyuan_vllm.checkpoint import read_shards
 from hunyuan_vllm.cli import app
 from hunyuan_vllm.util.errors import UserError
@@ -46,12 +47,10 @@ def test_values_are_judged_as_numpy_and_torch_judge_them(tmp_path: Path, dtype: 
     tensors = {"bits": bits.view(dtype), "finite": finite, "zero": minus_zero}
     save_file(tensors, tmp_path / "a.safetensors")
     (shard,) = read_shards([tmp_path / "a.safetensors"])
-    content = read_through(shard.file, shard.tensors, lambda size: None)
+    not_finite, zero = read_through(shard.file, shard.tensors, lambda size: None, Event())
     values = tensors["bits"].double()
-    assert {tensor.name: count for tensor, count in content.not_finite.items()} == {
-        "bits": int((~values.isfinite()).sum())
-    }
-    assert {tensor.name: size for tensor, size in content.zero.items()} == {"zero": minus_zero.nbytes}
+    assert {tensor.name: count for tensor, count in not_finite.items()} == {"bits": int((~values.isfinite()).sum())}
+    assert {tensor.name: size for tensor, size in zero.items()} == {"zero": minus_zero.nbytes}
 
 
 def test_tensors_with_nan_zeros_and_holes(tmp_path: Path) -> None:
@@ -81,16 +80,6 @@ def test_a_hole_in_a_large_tensor(tmp_path: Path) -> None:
     (problem,) = [finding for finding in section.findings if finding.status == Status.PROBLEM]
     (item,) = problem.items  # padding rows of an embedding may be zeros
     assert item in ("model.norm.weight (3 MiB)", "model.norm.weight (4 MiB)")  # by where chunks begin
-
-
-def test_a_run_ends_where_it_is_interrupted(tmp_path: Path) -> None:
-    (shard,) = read_shards([copy_demo(tmp_path) / "model.safetensors"])
-
-    def stop(size: int) -> None:
-        raise Interrupted
-
-    with pytest.raises(Interrupted):
-        read_through(shard.file, shard.tensors, stop)
 
 
 def test_the_command_and_its_exit_status(tmp_path: Path) -> None:

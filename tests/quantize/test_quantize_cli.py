@@ -72,7 +72,6 @@ def test_the_plan_writes_nothing(run: Callable, tmp_path: Path) -> None:
         (["SRC", "--scheme", "int8"], "give DST, the directory to write, after SRC"),
         (["absent", "DST", "--scheme", "int8"], "absent does not exist"),
         (["SRC", "SRC", "--scheme", "int8"], "exists: name a directory that does not"),
-        (["SRC", "DST", "--scheme", "int8", "--smooth", "2"], "--smooth 2: it is a number from 0 to 1"),
         (["SRC", "DST", "--scheme", "fp8", "--calibration", "absent.txt"], "absent.txt cannot be read"),
     ],
 )

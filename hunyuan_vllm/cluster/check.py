@@ -2,16 +2,17 @@
 
 import json
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 from hunyuan_vllm.cluster.connections import Connections
 from hunyuan_vllm.cluster.hosts import Host, HostError, report_hosts
-from hunyuan_vllm.cluster.probe import PACKAGES, NodeFacts
+from hunyuan_vllm.cluster.probe import FACTS, PACKAGES, NodeFacts
 from hunyuan_vllm.cluster.ray_node import checked_ports
 from hunyuan_vllm.util.findings import Section
 from hunyuan_vllm.util.net import interface_of
-from hunyuan_vllm.util.text import plural, some
+from hunyuan_vllm.util.text import differences, plural, some
 
 CLOCK_ROUNDS = 3
 SKEW_WARNING, SKEW_PROBLEM = 0.5, 5.0  # seconds: logs do not line up; leases and tokens fail
@@ -19,34 +20,28 @@ HELD = 60  # seconds for which a host holds its ports if nobody ends that
 PROBE = "hunyuan_vllm.cluster.probe"
 
 
+@dataclass
 class ClusterCheck:
     """One run over hosts that are logged in to.
 
-    Args:
+    Attributes:
         model: checkpoint directory that all hosts must have alike.
         interface: network interface that must have each host's address.
         gpus: how many each host must have; None for any number that is the same.
         serving: addresses of hosts where Ray already has the ports, as it should.
     """
 
-    def __init__(
-        self,
-        connections: Connections,
-        model: str | None = None,
-        interface: str | None = None,
-        gpus: int | None = None,
-        serving: Collection[str] = (),
-    ) -> None:
-        self._connections = connections
-        self._model, self._interface, self._gpus = model, interface, gpus
-        self._serving = serving
-        self._hosts = connections.hosts
+    connections: Connections
+    model: str | None = None
+    interface: str | None = None
+    gpus: int | None = None
+    serving: Collection[str] = ()
 
     def run(self) -> list[Section]:
         """What was found, the hosts' own sections last."""
-        each = self._connections.each
-        each("hosts", self._connections.usable, self._read_facts)
-        read = [host for host in self._hosts if host.facts]
+        each = self.connections.each
+        each("hosts", self.connections.usable, self._read_facts)
+        read = [host for host in self.connections.hosts if host.facts]
         try:
             each("listening", read, self._listen)
             each("connections", read, self._connect)
@@ -56,59 +51,58 @@ class ClusterCheck:
 
     def _read_facts(self, host: Host) -> None:
         # The clock first, while the host is idle.
-        host.clock_offset = clock_offset(host, self._connections)
-        host.facts = NodeFacts.from_json(self._connections.run_module(host, PROBE, "facts", self._model or ""))
+        host.clock_offset = clock_offset(host, self.connections)
+        host.facts = FACTS.validate_json(self.connections.run_module(host, PROBE, "facts", self.model or ""))
 
     def _listen(self, host: Host) -> None:
         words = ["listen", host.address, str(HELD), *map(str, checked_ports())]
-        host.listening = json.loads(self._connections.run_module(host, PROBE, *words))
+        host.listening = json.loads(self.connections.run_module(host, PROBE, *words))
 
     def _connect(self, host: Host) -> None:
-        for other in self._hosts:
+        for other in self.connections.hosts:
             if other is not host and other.listening:
                 ports = [str(port) for port in (*other.listening["held"], *other.listening["taken"])]
-                words = ["connect", str(min(self._connections.timeout, 5.0)), other.address, *ports]
-                host.unreached[other.name] = json.loads(self._connections.run_module(host, PROBE, *words))
+                words = ["connect", str(min(self.connections.timeout, 5.0)), other.address, *ports]
+                host.unreached[other.name] = json.loads(self.connections.run_module(host, PROBE, *words))
 
     def _release_ports(self, host: Host) -> None:
         if host.listening:
-            self._connections.run(host, f"kill {int(host.listening['pid'])}")
+            self.connections.run(host, f"kill {int(host.listening['pid'])}")
 
     def _sections(self) -> list[Section]:
-        facts = {host.name: host.facts for host in self._hosts if host.facts}
+        hosts = self.connections.hosts
+        facts = {host.name: host.facts for host in hosts if host.facts}
         logins, alike, network = Section("Hosts"), Section("Alike"), Section("Between hosts")
-        report_hosts(logins, self._hosts, _logged_in)
+        report_hosts(logins, hosts, _logged_in)
         if facts:
             compare_versions(alike, facts)
-            compare_gpus(alike, facts, self._gpus)
-            if self._model:
-                compare_files(alike, facts, self._model)
-        offsets = {host.name: host.clock_offset for host in self._hosts if host.clock_offset is not None}
+            compare_gpus(alike, facts, self.gpus)
+            if self.model:
+                compare_files(alike, facts, self.model)
+        offsets = {host.name: host.clock_offset for host in hosts if host.clock_offset is not None}
         compare_clocks(network, offsets)
         self._report_interfaces(network)
         self._report_ports(network)
         return [logins, alike, network, *(Section(name, list(one.findings)) for name, one in facts.items())]
 
     def _report_interfaces(self, section: Section) -> None:
-        for host in self._hosts:
+        for host in self.connections.hosts:
             if host.facts is None:
                 continue
-            found, wanted = interface_of(host.address, host.facts.interfaces), self._interface
+            found, wanted = interface_of(host.address, host.facts.interfaces), self.interface
             if found is None:
                 text = f"no interface of {host} has the address {host.address}: it is translated on the way"
                 section.problem("interface", text, "give the address of the host's own interface")
-            elif wanted and found != wanted and wanted in host.facts.interfaces:
-                text = f"{wanted} of {host} does not have {host.address}; {found} does"
-                section.problem("interface", text, f"give --ifname {found}, or the address that {wanted} has")
             elif wanted and found != wanted:
-                text = f"{host} has no interface {wanted}; {host.address} is on {found}"
-                section.problem("interface", text, f"give --ifname {found}")
+                exists = wanted in host.facts.interfaces
+                text = f"{wanted} of {host} has another address" if exists else f"{host} has no interface {wanted}"
+                section.problem("interface", f"{text}; {host.address} is on {found}", f"give --ifname {found}")
 
     def _report_ports(self, section: Section) -> None:
         tried = failed = 0
-        for host in self._hosts:
+        for host in self.connections.hosts:
             taken = host.listening.get("taken")
-            if taken and host.address not in self._serving:
+            if taken and host.address not in self.serving:
                 verb = "is" if len(taken) == 1 else "are"
                 text = f"{some([str(port) for port in taken])} of {host} {verb} used by another program"
                 section.warning("ports", text, "end that program, or make it use another address")
@@ -142,25 +136,25 @@ def clock_offset(host: Host, connections: Connections) -> float:
 def compare_versions(section: Section, facts: Mapping[str, NodeFacts]) -> None:
     """Python and the packages that talk to each other."""
     for name in ("Python", *PACKAGES):
-        found = _group({host: one.versions.get(name, "absent") for host, one in facts.items()})
-        if len(found) > 1:
+        found = {host: one.versions.get(name, "absent") for host, one in facts.items()}
+        if different := differences(found):
             remedy = "use identical environments: the same checkout on each host, then sh deploy/setup_env.sh"
-            section.problem(name, _differences(found), remedy)
-        elif "absent" not in found:
-            section.ok(name, f"{next(iter(found))} everywhere")
+            section.problem(name, different, remedy)
+        elif "absent" not in found.values():
+            section.ok(name, f"{next(iter(found.values()))} everywhere")
         elif name == "ray" and len(facts) > 1:
             section.problem("ray", "it is not installed, but several hosts need it", "pip install ray")
 
 
 def compare_gpus(section: Section, facts: Mapping[str, NodeFacts], wanted: int | None) -> None:
     """Model, memory, driver and number; `wanted` is the number each host must have, None for any."""
-    kinds = {host: Counter(one.gpus).items() for host, one in facts.items()}
-    texts = {host: ", ".join(f"{count} × {name}" for name, count in items) for host, items in kinds.items()}
-    found = _group({host: text or "none" for host, text in texts.items()})
-    if len(found) > 1:
-        section.problem("GPUs", _differences(found), "use hosts with the same GPUs and the same driver")
+    found = {}
+    for host, one in facts.items():
+        found[host] = ", ".join(f"{count} × {name}" for name, count in Counter(one.gpus).items()) or "none"
+    if different := differences(found):
+        section.problem("GPUs", different, "use hosts with the same GPUs and the same driver")
     else:
-        section.ok("GPUs", f"{next(iter(found))} on each host")
+        section.ok("GPUs", f"{next(iter(found.values()))} on each host")
     for host, one in facts.items():
         if wanted is not None and len(one.gpus) < wanted:
             text = f"{host} has {plural(len(one.gpus), 'GPU')} of {wanted}"
@@ -212,14 +206,3 @@ def compare_clocks(section: Section, offsets: Mapping[str, float]) -> None:
 def _logged_in(host: Host) -> str:
     found = interface_of(host.address, host.facts.interfaces) if host.facts else None
     return f"logged in; {host.address} is on {found}" if found else "logged in"
-
-
-def _group(values: Mapping[str, str]) -> dict[str, list[str]]:
-    groups = defaultdict(list)
-    for host, value in values.items():
-        groups[value].append(host)
-    return dict(groups)
-
-
-def _differences(groups: Mapping[str, list[str]]) -> str:
-    return "; ".join(f"{value} on {some(hosts)}" for value, hosts in groups.items())

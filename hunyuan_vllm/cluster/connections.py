@@ -5,7 +5,8 @@ import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 
@@ -24,7 +25,6 @@ from hunyuan_vllm.util.net import is_loopback
 from hunyuan_vllm.util.progress import Progress
 
 SET_UP = "run python3 deploy/login_ssh.py first"
-Item = TypeVar("Item")
 
 
 class Steps:
@@ -34,28 +34,24 @@ class Steps:
         self._jobs = jobs
         self._console = console
 
-    def run(self, title: str, items: Sequence[Item], action: Callable[[Item], None]) -> None:
-        """Call `action` with each item; it must not raise."""
-        if not items:
+    def each(self, title: str, hosts: Sequence[Host], action: Callable[[Host], object]) -> None:
+        """One step on some hosts; `action` raises HostError where it fails."""
+        if not hosts:
             return
         started = time.monotonic()
-        pool = ThreadPoolExecutor(min(self._jobs, len(items)), thread_name_prefix=title)
+        pool = ThreadPoolExecutor(min(self._jobs, len(hosts)), thread_name_prefix=title)
         progress = Progress(self._console)
         try:
-            with progress.stage(title, len(items), unit="hosts"):
-                for future in as_completed([pool.submit(action, item) for item in items]):
+            with progress.stage(title, len(hosts), unit="hosts"):
+                for future in as_completed([pool.submit(host.attempt, action) for host in hosts]):
                     future.result()
                     progress.advance(1)
         finally:
             # All are done, or this was interrupted: do not wait for threads that wait for a silent host.
             pool.shutdown(wait=False, cancel_futures=True)
         if not self._console.is_terminal:
-            line = f"{title}: {len(items)} done in {time.monotonic() - started:.1f} s"
+            line = f"{title}: {len(hosts)} done in {time.monotonic() - started:.1f} s"
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    def each(self, title: str, hosts: Sequence[Host], action: Callable[[Host], object]) -> None:
-        """One step on some hosts; `action` raises HostError where it fails."""
-        self.run(title, hosts, lambda host: host.attempt(action))
 
 
 def read_host_key(host: Host, known_hosts: str, fingerprints: Mapping[str, frozenset[str]], timeout: float) -> None:
@@ -82,29 +78,25 @@ def disconnect(hosts: Sequence[Host]) -> None:
             host.shell.close()
 
 
+@dataclass
 class Connections:
     """The hosts of one run, logged in to by key. A host that fails keeps its problem and is left out of later steps.
 
     Attributes:
         hosts: in the operator's order.
         timeout: seconds for a connection or a quick command.
+        python: of the environment, on every host.
     """
 
-    def __init__(
-        self,
-        hosts: Sequence[Host],
-        credentials: Credentials,
-        known_hosts: str,
-        steps: Steps,
-        timeout: float,
-        python: str,
-    ) -> None:
-        self.hosts = hosts
-        self.timeout = timeout
-        self.each = steps.each
-        self._credentials = credentials
-        self._known_hosts = known_hosts
-        self._python = python
+    hosts: Sequence[Host]
+    credentials: Credentials
+    known_hosts: str
+    steps: Steps
+    timeout: float
+    python: str
+
+    def __post_init__(self) -> None:
+        self.each = self.steps.each
 
     @property
     def usable(self) -> list[Host]:
@@ -125,14 +117,14 @@ class Connections:
     def run_module(self, host: Host, module: str, *words: str, given: str = "", timeout: float = 60.0) -> str:
         """What a module of this package prints on a host. `given` is its standard input, which may hold a secret."""
         assert host.shell is not None
-        variables = {"python": self._python, "local_ip": host.address, "given": given}
+        variables = {"python": self.python, "local_ip": host.address, "given": given}
         arguments = shlex.join([module, *words])
         limit = max(timeout, self.timeout)
         done = host.shell.run(load_script("python"), limit, arguments=arguments, **variables)
         if done.status == 0:
             return done.out.decode(errors="replace")
         raise HostError(
-            f"{self._python} cannot run {module}: {last_line(done.errors) or f'status {done.status}'}",
+            f"{self.python} cannot run {module}: {last_line(done.errors) or f'status {done.status}'}",
             "put the same checkout at the same path and run sh deploy/setup_env.sh there, or name its --python",
         )
 
@@ -145,10 +137,10 @@ class Connections:
         return answer
 
     def _log_in(self, host: Host) -> None:
-        read_host_key(host, self._known_hosts, {}, self.timeout)
+        read_host_key(host, self.known_hosts, {}, self.timeout)
         if host.trust is None:
             raise HostError("its host key is not known here", SET_UP)
-        connect(host, self._credentials, self.timeout)
+        connect(host, self.credentials, self.timeout)
         if host.password_needed:
             raise HostError("it accepts none of this user's keys", SET_UP)
         if is_loopback(host.address) and len(self.hosts) > 1:

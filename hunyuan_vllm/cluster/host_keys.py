@@ -6,12 +6,13 @@ import base64
 import binascii
 import fnmatch
 import hashlib
-import hmac
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+
+from paramiko import HostKeys
 
 from hunyuan_vllm.cluster.hosts import Host, HostError
 from hunyuan_vllm.util.errors import UserError
@@ -82,22 +83,16 @@ def read_known_hosts(home: Path) -> str:
     return "\n".join(texts)
 
 
-def keys_of(text: str, name: str) -> list[PublicKey]:
+def keys_of(text: str, name: str, marker: str | None = None) -> list[PublicKey]:
     """The keys that `text` has for a host.
 
     Args:
-        name: as `Host.known_hosts_name` gives it. Hashed entries and patterns are understood; lines with a marker
-            (certificate authorities, revoked keys) give no key.
+        name: as `Host.known_hosts_name` gives it. Hashed entries and patterns are understood.
+        marker: take only lines with this one, such as @revoked; without, only those that have none.
     """
-    return _keys((line.split() for line in text.splitlines()), name)
-
-
-def revoked_keys_of(text: str, name: str) -> list[PublicKey]:
-    words = (line.split() for line in text.splitlines())
-    return _keys((line[1:] for line in words if line[:1] == ["@revoked"]), name)
-
-
-def _keys(lines: Iterable[list[str]], name: str) -> list[PublicKey]:
+    lines = [line.split() for line in text.splitlines()]
+    if marker:
+        lines = [words[1:] for words in lines if words[:1] == [marker]]
     found = [PublicKey.parse(words[1:]) for words in lines if len(words) >= 3 and _names(words[0], name)]
     return [key for key in found if key is not None]
 
@@ -128,7 +123,10 @@ def _is_outdated(line: str, name: str, key: PublicKey) -> bool:
 def _names(field: str, name: str) -> bool:
     """Whether the names of a line (its first field; a marker is no name) stand for the host `name`."""
     if field.startswith("|"):
-        return _is_hash_of(field, name)
+        try:
+            return HostKeys.hash_host(name, field) == field
+        except (IndexError, AssertionError, binascii.Error):
+            return False
     patterns = field.lower().split(",")
     if any(_matches(pattern[1:], name) for pattern in patterns if pattern.startswith("!")):
         return False
@@ -138,17 +136,6 @@ def _names(field: str, name: str) -> bool:
 def _matches(pattern: str, name: str) -> bool:
     # In these patterns only * and ? are special, and brackets belong to names.
     return fnmatch.fnmatchcase(name, pattern.replace("[", "[[]"))
-
-
-def _is_hash_of(field: str, name: str) -> bool:
-    """As `ssh-keygen -H` writes it: |1|salt|HMAC-SHA1 of the name|."""
-    try:
-        _, version, salt, digest = field.split("|")
-        given = base64.b64decode(digest)
-        expected = hmac.digest(base64.b64decode(salt), name.encode(), hashlib.sha1)
-    except (ValueError, binascii.Error):
-        return False
-    return version == "1" and hmac.compare_digest(given, expected)
 
 
 class Trust(StrEnum):
@@ -198,7 +185,7 @@ def verify_host_key(
     host: Host, key: PublicKey, known_hosts: str, fingerprints: Mapping[str, frozenset[str]]
 ) -> Trust | None:
     """Why `key` is trusted to be the host's; None where a person must confirm it."""
-    if key in revoked_keys_of(known_hosts, host.known_hosts_name):
+    if key in keys_of(known_hosts, host.known_hosts_name, "@revoked"):
         raise HostError(f"its host key is revoked: {key.fingerprint}", "give the host a new key (ssh-keygen -A)")
     shown = f"{key.kind} {key.fingerprint}"
     if host.name in fingerprints:

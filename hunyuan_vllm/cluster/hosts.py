@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\$?", re.ASCII)
 
 
-class HostError(Exception):
+class HostError(UserError):
     """A step fails on one host; the others continue."""
 
     def __init__(self, text: str, remedy: str) -> None:
-        super().__init__(text)
+        super().__init__(f"{text}: {remedy}")
         self.text, self.remedy = text, remedy
 
 

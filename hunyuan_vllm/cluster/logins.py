@@ -3,9 +3,10 @@
 Each step takes all hosts as far as possible; a host that fails a step keeps its problem, and the others continue.
 """
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hunyuan_vllm.cluster.account import AUTHORIZED_KEYS, KNOWN_HOSTS, read_account
 from hunyuan_vllm.cluster.connections import Steps, connect, disconnect, read_host_key
@@ -17,6 +18,7 @@ from hunyuan_vllm.util.findings import Finding
 # A server drops connections at random when many log in at once (MaxStartups in sshd_config): try again.
 ATTEMPTS = 3
 DROPPED = ("Connection closed", "Connection reset")
+UNWRITABLE = re.compile("No space left on device|Disk quota exceeded|Read-only file system")
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,11 @@ class Pair:
     tried: bool = True
 
 
+@dataclass
 class MutualLogin:
     """One run.
 
-    Args:
+    Attributes:
         known_hosts: the host keys this machine knows, as text of such a file.
         fingerprints: host name → those of its keys that the operator gave.
         credentials: for the first login; later the key of this machine is enough.
@@ -40,26 +43,18 @@ class MutualLogin:
         ask_password: asks for the password of these hosts; None where nobody can answer.
     """
 
-    def __init__(
-        self,
-        hosts: Sequence[Host],
-        known_hosts: str,
-        fingerprints: Mapping[str, frozenset[str]],
-        credentials: Credentials,
-        confirm: Callable[[Sequence[Host]], bool],
-        ask_password: Callable[[Sequence[Host]], str | None],
-        steps: Steps,
-        timeout: float,
-    ) -> None:
-        self._hosts = hosts
-        self._known_hosts = known_hosts
-        self._fingerprints = fingerprints
-        self._credentials = credentials
-        self._confirm, self._ask_password = confirm, ask_password
-        self._steps = steps
-        self._timeout = timeout
-        self._here = Host("this machine", local=True)
-        self._all = list(hosts)
+    hosts: Sequence[Host]
+    known_hosts: str
+    fingerprints: Mapping[str, frozenset[str]]
+    credentials: Credentials
+    confirm: Callable[[Sequence[Host]], bool]
+    ask_password: Callable[[Sequence[Host]], str | None]
+    steps: Steps
+    timeout: float
+    _here: Host = field(default_factory=lambda: Host("this machine", local=True), init=False)
+
+    def __post_init__(self) -> None:
+        self._all = list(self.hosts)
 
     def run(self) -> tuple[list[Host], list[Pair]]:
         """All steps; the hosts, with this machine unless it is one of them, and the logins between them."""
@@ -67,34 +62,34 @@ class MutualLogin:
             self._here.attempt(self._read_account)
             self._trust_host_keys()
             self._log_in()
-            self._steps.each("SSH files", [host for host in self._hosts if host.shell], self._read_account)
-            if not any(_same_account(host, self._here) for host in self._hosts):
-                self._all = [self._here, *self._hosts]
+            self.steps.each("SSH files", [host for host in self.hosts if host.shell], self._read_account)
+            if not any(_same_account(host, self._here) for host in self.hosts):
+                self._all = [self._here, *self.hosts]
             usable = [host for host in self._all if host.account]
-            self._steps.each("keys", usable, _make_key)
+            self.steps.each("keys", usable, _make_key)
             self._distribute(usable)
             return self._all, self._verify()
         finally:
-            disconnect(self._hosts)
+            disconnect(self.hosts)
 
     def _read_account(self, host: Host) -> None:
         if host.local:
             host.shell = LocalShell()
         assert host.shell is not None
-        host.account = read_account(host.shell, self._timeout)
+        host.account = read_account(host.shell, self.timeout)
         host.hostname = host.account.hostname
         if not {"ssh", "ssh-keygen"} <= host.account.tools:
             host.problem("it has no SSH client to log in to others with", "install openssh-client there")
 
     def _trust_host_keys(self) -> None:
-        self._steps.each(
-            "host keys", self._hosts,
-            lambda host: read_host_key(host, self._known_hosts, self._fingerprints, self._timeout),
+        self.steps.each(
+            "host keys", self.hosts,
+            lambda host: read_host_key(host, self.known_hosts, self.fingerprints, self.timeout),
         )  # fmt: skip
-        unknown = [host for host in self._hosts if not host.trust and not host.problems]
+        unknown = [host for host in self.hosts if not host.trust and not host.problems]
         if not unknown:
             return
-        confirmed = self._confirm(unknown)
+        confirmed = self.confirm(unknown)
         for host in unknown:
             if confirmed:
                 host.trust = Trust.CONFIRMED
@@ -108,45 +103,48 @@ class MutualLogin:
             )
 
     def _log_in(self) -> None:
-        trusted = [host for host in self._hosts if host.trust]
-        self._steps.each("logins", trusted, lambda host: connect(host, self._credentials, self._timeout))
+        trusted = [host for host in self.hosts if host.trust]
+        self.steps.each("logins", trusted, lambda host: connect(host, self.credentials, self.timeout))
         waiting = [host for host in trusted if host.password_needed]
         if not waiting:
             return
-        if password := self._ask_password(waiting):
-            credentials = Credentials(self._credentials.keys, password)
-            self._steps.each(
-                "logins with the password", waiting, lambda host: connect(host, credentials, self._timeout)
-            )
+        if password := self.ask_password(waiting):
+            credentials = Credentials(self.credentials.keys, password)
+            self.steps.each("logins with the password", waiting, lambda host: connect(host, credentials, self.timeout))
         for host in waiting:
             if error := host.password_needed:
                 host.problem(error.text, error.remedy)
 
     def _distribute(self, usable: Sequence[Host]) -> None:
         lines = [host.public_line for host in self._all if host.public_line]
-        keys = {host: host.host_key for host in self._hosts if host.trust and host.host_key}
+        keys = {host: host.host_key for host in self.hosts if host.trust and host.host_key}
         replaced = {host.known_hosts_name for host in keys if host.trust is Trust.GIVEN}
-        self._steps.each(
-            "authorized_keys", [host for host in usable if not host.local],
-            lambda host: _write(host, AUTHORIZED_KEYS, lambda text: authorize(text, lines)),
-        )  # fmt: skip
-        self._steps.each("known_hosts", usable, lambda host: _pin_host_keys(host, keys, replaced))
+
+        def distribute(host: Host) -> None:
+            assert host.account is not None
+            if not host.local:
+                _write(host, AUTHORIZED_KEYS, authorize(host.account.texts[AUTHORIZED_KEYS], lines))
+            _pin_host_keys(host, keys, replaced)
+
+        # A disk that was full for the key is full for the files, too: one problem is enough.
+        writable = [host for host in usable if not any(UNWRITABLE.search(problem.text) for problem in host.problems)]
+        self.steps.each("authorized_keys and known_hosts", writable, distribute)
 
     def _verify(self) -> list[Pair]:
         """Log in between all pairs that can; each source in its own order, so that no target meets all at once."""
         results: dict[tuple[Host, Host], Finding | None] = {}
 
-        def verify_from(item: tuple[int, Host]) -> None:
-            position, source = item
-            for target in targets[position:] + targets[:position]:
-                results[source, target] = _verify_login(source, target, self._timeout)
+        def verify_from(source: Host) -> None:
+            start = sources.index(source)
+            for target in targets[start:] + targets[:start]:
+                results[source, target] = _verify_login(source, target, self.timeout)
 
         sources = [host for host in self._all if host.account and "ssh" in host.account.tools]
-        targets = [host for host in self._hosts if host.account]
-        self._steps.run("logins between the hosts", list(enumerate(sources)), verify_from)
+        targets = [host for host in self.hosts if host.account]
+        self.steps.each("logins between the hosts", sources, verify_from)
         pairs = []
         for source in self._all:
-            for target in self._hosts:
+            for target in self.hosts:
                 if (source, target) in results:
                     pairs.append(Pair(source.name, target.name, results[source, target]))
                 else:
@@ -155,7 +153,7 @@ class MutualLogin:
                     pairs.append(Pair(source.name, target.name, problem, tried=False))
         # Where logins fail because of a host's home directory, report it once, at that host.
         failed = {pair.target for pair in pairs if pair.tried and pair.problem}
-        for host in self._hosts:
+        for host in self.hosts:
             if host.name in failed and host.account and (error := host.account.strict_modes_error()):
                 host.problem(error.text, error.remedy)
         return pairs
@@ -194,12 +192,12 @@ def _pin_host_keys(host: Host, keys: Mapping[Host, PublicKey], replaced: set[str
                 f"if {target} was reinstalled, compare at its console and run again with --fingerprints "
                 f"{target}=SHA256:…, which replaces the old key everywhere",
             )
-    _write(host, KNOWN_HOSTS, lambda text: pin(text, pinned, replaced))
+    _write(host, KNOWN_HOSTS, pin(text, pinned, replaced))
 
 
-def _write(host: Host, file: str, edit: Callable[[str], str]) -> None:
+def _write(host: Host, file: str, text: str) -> None:
     assert host.account is not None
-    if host.account.write(file, edit(host.account.texts[file])) and file not in host.changed:
+    if host.account.write(file, text) and file not in host.changed:
         host.changed.append(file)
 
 

@@ -12,8 +12,10 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from pydantic import TypeAdapter
 
 from hunyuan_vllm.doctor.hardware import check_gpus
 from hunyuan_vllm.doctor.host import (
@@ -25,7 +27,7 @@ from hunyuan_vllm.doctor.host import (
     check_shared_memory,
 )
 from hunyuan_vllm.doctor.probes import System
-from hunyuan_vllm.util.findings import Finding, Section, Status
+from hunyuan_vllm.util.findings import Finding, Section
 from hunyuan_vllm.util.machine import installed_version
 from hunyuan_vllm.util.net import family_of, host_port, own_interfaces, why_unreachable
 
@@ -48,17 +50,8 @@ class NodeFacts:
     files: Mapping[str, str] | None = None
     findings: tuple[Finding, ...] = ()
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
 
-    @classmethod
-    def from_json(cls, text: str) -> NodeFacts:
-        facts = json.loads(text)
-        findings = tuple(
-            Finding(**{**finding, "status": Status(finding["status"]), "items": tuple(finding["items"])})
-            for finding in facts["findings"]
-        )
-        return cls(**{**facts, "gpus": tuple(facts["gpus"]), "findings": findings})
+FACTS = TypeAdapter(NodeFacts)
 
 
 def read_facts(system: System, model: str | None) -> NodeFacts:
@@ -136,7 +129,7 @@ def connect(seconds: float, address: str, ports: Sequence[int]) -> dict[int, str
 
 def _main(command: str, *words: str) -> str:
     if command == "facts":
-        return read_facts(System(), words[0] or None).to_json()
+        return FACTS.dump_json(read_facts(System(), words[0] or None)).decode()
     if command == "listen":
         return json.dumps(listen(words[0], int(words[1]), [int(port) for port in words[2:]]))
     return json.dumps(connect(float(words[0]), words[1], [int(port) for port in words[2:]]))

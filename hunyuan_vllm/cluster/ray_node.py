@@ -3,7 +3,7 @@
 import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -132,9 +132,6 @@ class NodeSetup:
             for flag, number in zip(port.flag.split(","), (port.first, port.last), strict=False)
         ]
         return ["start", *role, f"--node-ip-address={self.address}", *sizes, *ports, "--disable-usage-stats"]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def leave_client_server_out(parameters: Any, head: bool) -> None:

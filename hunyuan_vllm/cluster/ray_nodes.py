@@ -14,17 +14,18 @@ from hunyuan_vllm.util.net import why_unreachable
 if TYPE_CHECKING:
     from hunyuan_vllm.cluster.ray_node import NodeSetup
 
-HEAD_TIMEOUT = 40.0  # seconds, with the import of Ray
+TIMEOUT = 40.0  # seconds, with the import of Ray
 LIST_NODES = """
 import json, sys
 from ray.autoscaler.v2.sdk import get_cluster_status
 status = get_cluster_status(sys.argv[1], timeout=10)
 nodes = []
-for node in (*status.active_nodes, *status.idle_nodes):
+for node in (*status.active_nodes, *status.idle_nodes, *status.failed_nodes):
     usage = node.resource_usage.usage if node.resource_usage else []
     gpus = next((one for one in usage if one.resource_name == "GPU"), None)
     total, used = (int(gpus.total), int(gpus.used)) if gpus else (0, 0)
-    nodes.append({"address": node.ip_address, "gpus": total, "free_gpus": total - used})
+    alive = node.node_status != "DEAD"
+    nodes.append({"address": node.ip_address, "gpus": total, "free_gpus": total - used, "alive": alive})
 print("RAY", json.dumps(nodes))
 """
 
@@ -39,20 +40,18 @@ class RayNode:
     alive: bool = True
 
 
-def query_nodes(
-    script: str, address: str, environ: Mapping[str, str], timeout: float
-) -> tuple[list[RayNode] | None, str]:
-    """The nodes that `script` prints (RAY and their fields as JSON), or None and why there are none.
+def query_nodes(address: str, environ: Mapping[str, str]) -> tuple[list[RayNode] | None, str]:
+    """The nodes of the cluster whose head is at `address`, or None and why there is no answer.
 
     In a process of its own, because Ray's client keeps threads and sockets, and hangs on a dead address.
     """
     try:
         done = subprocess.run(
-            [sys.executable, "-c", script, address], env=dict(environ), cwd="/",
-            capture_output=True, text=True, timeout=timeout,
+            [sys.executable, "-c", LIST_NODES, address], env=dict(environ), cwd="/",
+            capture_output=True, text=True, timeout=TIMEOUT,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return None, f"no answer in {timeout:.0f} s"
+        return None, f"no answer in {TIMEOUT:.0f} s"
     for line in done.stdout.splitlines():
         if line.startswith("RAY "):
             return [RayNode(**node) for node in json.loads(line.removeprefix("RAY "))], ""
@@ -64,8 +63,8 @@ def ask_members(setup: NodeSetup) -> tuple[list[RayNode], str]:
     if why := why_unreachable(setup.gcs):
         return [], f"nothing answers at {setup.gcs} ({why})"
     environ = {"PATH": "/usr/bin:/bin", "HOME": "/", **setup.environment()}
-    nodes, why = query_nodes(LIST_NODES, setup.gcs, environ, HEAD_TIMEOUT)
-    return nodes or [], why
+    nodes, why = query_nodes(setup.gcs, environ)
+    return [node for node in nodes or [] if node.alive], why
 
 
 def missing_members(setups: Sequence[NodeSetup], members: Sequence[RayNode]) -> list[str]:

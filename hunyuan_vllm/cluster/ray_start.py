@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hunyuan_vllm.cluster import tls
+from hunyuan_vllm.cluster.hosts import HostError
 from hunyuan_vllm.cluster.processes import (
     count_raylets,
     end_processes,
@@ -42,14 +43,6 @@ START_TIMEOUT = 90.0  # seconds; a node whose token is wrong is refused after so
 KEPT_SESSIONS = 3  # directories with the logs of earlier runs of Ray
 
 
-class NodeError(UserError):
-    """Ray does not start on this machine."""
-
-    def __init__(self, text: str, remedy: str) -> None:
-        super().__init__(f"{text}: {remedy}")
-        self.text, self.remedy = text, remedy
-
-
 @dataclass(frozen=True)
 class RayState:
     """What a machine has, and what runs of Ray there.
@@ -67,11 +60,6 @@ class RayState:
     processes: list[str]
     raylets: int
     workloads: list[str]
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> RayState:
-        setup = NodeSetup(**values["setup"]) if values["setup"] else None
-        return cls(**{**values, "setup": setup})
 
 
 def read_ray_state(address: str) -> RayState:
@@ -112,16 +100,16 @@ def start(setup: NodeSetup, token: str | None = None) -> list[str]:
     if read_token(file) is None:
         copy = f"(umask 077; mkdir -p {file.parent}; ssh {setup.head} cat {file} >{file})"
         remedy = "the head makes one" if setup.is_head else f"copy the head's: {copy}"
-        raise NodeError(f"there is no token in {file}", remedy)
+        raise HostError(f"there is no token in {file}", remedy)
     if setup.tls_files and not tls.has_certificate(setup.tls_files):
-        raise NodeError(f"there is no valid certificate in {setup.tls}", "hunyuan-vllm cluster up --tls makes them")
+        raise HostError(f"there is no valid certificate in {setup.tls}", "hunyuan-vllm cluster up --tls makes them")
     _check_ports(setup)
     # Ray itself would try for minutes.
     if not setup.is_head and (why := why_unreachable(setup.gcs)):
-        raise NodeError(f"no head answers at {setup.gcs} ({why})", "start it first, and let this node reach it")
+        raise HostError(f"no head answers at {setup.gcs} ({why})", "start it first, and let this node reach it")
     _prune_sessions()
     run_ray(setup)
-    record = {"setup": setup.to_json(), "environment": setup.environment()}
+    record = {"setup": asdict(setup), "environment": setup.environment()}
     write_private(_record_file(setup.address), json.dumps(record))
     return said
 
@@ -130,7 +118,7 @@ def find_ray() -> Path:
     """The command `ray` of this environment."""
     ray = Path(sys.executable).with_name("ray")
     if not ray.exists():
-        raise NodeError(f"Ray is not installed in the environment of {sys.executable}", "pip install ray")
+        raise HostError(f"Ray is not installed in the environment of {sys.executable}", "pip install ray")
     return ray
 
 
@@ -161,7 +149,7 @@ def run_ray(setup: NodeSetup) -> None:
         text = output.read().decode(errors="replace")
     if failure:
         logs = current_cluster_file().parent / "session_latest" / "logs"
-        raise NodeError(f"ray start failed ({failure}); its last message: {_cause(text)}", f"see {logs} on that node")
+        raise HostError(f"ray start failed ({failure}); its last message: {_cause(text)}", f"see {logs} on that node")
 
 
 def _recorded_setup(address: str) -> NodeSetup | None:
@@ -195,7 +183,7 @@ def _check_ports(setup: NodeSetup) -> None:
                 holder = listener(number)
                 by = f" by {process_title(holder)}" if holder else ""
                 text = f"port {number} ({port.name}) is unavailable on {setup.address}: {error.strerror}{by}"
-                raise NodeError(text, "end the program that uses it") from None
+                raise HostError(text, "end the program that uses it") from None
 
 
 def _prune_sessions() -> None:
@@ -227,7 +215,7 @@ def _main(request: Mapping[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     try:
         answer = _main(json.load(sys.stdin))
-    except NodeError as error:
+    except HostError as error:
         answer = {"problem": error.text, "remedy": error.remedy}
     except UserError as error:
         text, _, remedy = str(error).rpartition(": ")

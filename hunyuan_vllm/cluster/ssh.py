@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import paramiko
 
@@ -78,9 +77,6 @@ def _handshake(host: Host, key_types: Sequence[str], timeout: float) -> Iterator
         transport.channel_timeout = timeout
         transport.start_client(timeout=2 * timeout)
         yield transport
-    except HostError:
-        transport.close()
-        raise
     except (paramiko.SSHException, EOFError, OSError) as error:
         transport.close()
         reason = last_line(str(error)) or "it closed the connection"
@@ -194,13 +190,6 @@ class Output:
     status: int
 
 
-class Shell(Protocol):
-    """Where scripts run."""
-
-    def run(self, script: str, timeout: float, **variables: str) -> Output:
-        """Run a POSIX shell script with these variables set."""
-
-
 def load_script(name: str) -> str:
     """A script from the directory `remote`."""
     return Path(__file__).with_name("remote").joinpath(f"{name}.sh").read_text()
@@ -242,6 +231,7 @@ class LocalShell:
         self._environ = {**os.environ, "HOME": pwd.getpwuid(os.geteuid()).pw_dir}
 
     def run(self, script: str, timeout: float, **variables: str) -> Output:
+        """Run a POSIX shell script with these variables set."""
         try:
             done = subprocess.run(
                 ["sh", "-s"], input=compose(script, variables), env=self._environ, capture_output=True, timeout=timeout
@@ -252,10 +242,15 @@ class LocalShell:
 
 
 class RemoteShell:
+    """The account that a connection is logged in to."""
+
     def __init__(self, transport: paramiko.Transport) -> None:
         self._transport = transport
+        self.close = transport.close
+        self.address: str = transport.getpeername()[0]  # the IP address that the host was reached at
 
     def run(self, script: str, timeout: float, **variables: str) -> Output:
+        """Run a POSIX shell script with these variables set."""
         try:
             with self._transport.open_session(timeout=timeout) as channel:
                 channel.settimeout(timeout)
@@ -272,11 +267,5 @@ class RemoteShell:
                 f"the connection broke: {last_line(str(error)) or type(error).__name__}", "run again"
             ) from None
 
-    @property
-    def address(self) -> str:
-        """The IP address that the host was reached at."""
-        address: str = self._transport.getpeername()[0]
-        return address
 
-    def close(self) -> None:
-        self._transport.close()
+Shell = LocalShell | RemoteShell

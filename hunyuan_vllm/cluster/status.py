@@ -2,8 +2,11 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from hunyuan_vllm.cluster.connections import Connections
 from hunyuan_vllm.cluster.hosts import Host
@@ -14,6 +17,7 @@ from hunyuan_vllm.ray_environment import NODE_DIRECTORY
 from hunyuan_vllm.util.files import write_private
 from hunyuan_vllm.util.text import plural, some
 
+STATE = TypeAdapter(RayState)
 AGAIN = "run hunyuan-vllm cluster up again"
 
 
@@ -21,7 +25,7 @@ def record_cluster(hosts: Sequence[Host], python: str, home: Path) -> None:
     """Write down the hosts and their set-up, so that `status` and `down` need no options."""
     values = {
         "hosts": [{"name": host.name, "port": host.port, "user": host.user} for host in hosts],
-        "setups": [host.setup.to_json() for host in hosts if host.setup],
+        "setups": [asdict(host.setup) for host in hosts if host.setup],
         "python": python,
     }
     write_private(home / NODE_DIRECTORY / "cluster.json", json.dumps(values, indent=1))
@@ -41,7 +45,7 @@ def read_ray(connections: Connections) -> None:
     """Set `ray` of every host that can be reached to what runs there."""
 
     def read(host: Host) -> None:
-        host.ray = RayState.from_json(connections.ask_ray(host, {"do": "state", "address": host.address}))
+        host.ray = STATE.validate_python(connections.ask_ray(host, {"do": "state", "address": host.address}))
 
     connections.each("reading", connections.usable, read)
 

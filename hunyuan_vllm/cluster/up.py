@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from hunyuan_vllm.cluster.check import ClusterCheck
@@ -76,16 +76,15 @@ class Plan:
     force: bool = False
 
 
+@dataclass
 class Up:
     """One run, from the head, over hosts that are logged in to. Each host's `setup` says how its node is set up."""
 
-    def __init__(self, connections: Connections, plan: Plan, home: Path) -> None:
-        self._connections = connections
-        self._hosts = connections.hosts
-        self._plan = plan
-        self._home = home
-        self.sections: list[Section] = []
-        self.changed = False
+    connections: Connections
+    plan: Plan
+    home: Path
+    sections: list[Section] = field(default_factory=list)
+    changed: bool = False
 
     @property
     def ok(self) -> bool:
@@ -93,14 +92,14 @@ class Up:
 
     def run(self) -> None:
         """As far as possible; what stops it is a problem in `sections`."""
-        read_ray(self._connections)
-        if not report_hosts(self._section("Hosts"), self._hosts, lambda host: "logged in"):
+        read_ray(self.connections)
+        if not report_hosts(self._section("Hosts"), self.connections.hosts, lambda host: "logged in"):
             return
         self._plan_setups()
         running = self._running()
-        if len(running) == len(self._hosts):
+        if len(running) == len(self.connections.hosts):
             self.sections.clear()
-            names = [host.address for host in self._hosts]
+            names = [host.address for host in self.connections.hosts]
             self._section("Hosts").ok("Ray", f"already runs as requested on {some(names)}; nothing was changed")
             return
         if self._end_old_ray(running) and self._check(running) and self._start(running):
@@ -112,27 +111,27 @@ class Up:
 
     def _plan_setups(self) -> None:
         own = own_addresses()
-        head = next((host.address for host in self._hosts if host.address in own), None)
+        head = next((host.address for host in self.connections.hosts if host.address in own), None)
         if head is None:
             raise UserError("this machine is not among --hosts: run it on the head, and name the head first")
-        for host in self._hosts:
+        for host in self.connections.hosts:
             ray = _ray(host)
             host.setup = NodeSetup(
                 address=host.address,
                 head=head,
-                interface=self._plan.interface or interface_of(host.address, ray.interfaces) or "",
-                gpus=ray.gpus if self._plan.gpus is None else self._plan.gpus,
-                token_file=self._plan.token_file or str(Path(ray.home) / ".ray" / "auth_token"),
-                tls=str(Path(ray.home) / NODE_DIRECTORY / "tls") if self._plan.encrypt else None,
-                variables=self._plan.variables,
+                interface=self.plan.interface or interface_of(host.address, ray.interfaces) or "",
+                gpus=ray.gpus if self.plan.gpus is None else self.plan.gpus,
+                token_file=self.plan.token_file or str(Path(ray.home) / ".ray" / "auth_token"),
+                tls=str(Path(ray.home) / NODE_DIRECTORY / "tls") if self.plan.encrypt else None,
+                variables=self.plan.variables,
             )
 
     def _head(self) -> NodeSetup:
-        return next(host.setup for host in self._hosts if host.setup and host.setup.is_head)
+        return next(host.setup for host in self.connections.hosts if host.setup and host.setup.is_head)
 
     def _running(self) -> set[Host]:
         """The hosts that run as they should and that the head counts; none where it does not answer."""
-        same = {host: host.setup for host in self._hosts if host.setup and _ray(host).setup == host.setup}
+        same = {host: host.setup for host in self.connections.hosts if host.setup and _ray(host).setup == host.setup}
         if self._head() not in same.values():
             return set()
         # A node that was cut off for a while is dead to the head, though it may not know yet.
@@ -142,15 +141,15 @@ class Up:
     def _end_old_ray(self, running: set[Host]) -> bool:
         """End what Ray there is except on `running`; whether none is left."""
         section = self._section("Old Ray")
-        old = [host for host in self._hosts if host not in running and _ray(host).processes]
+        old = [host for host in self.connections.hosts if host not in running and _ray(host).processes]
         for host in old:
             ray = _ray(host)
-            if ray.raylets and ray.workloads and not self._plan.force:
+            if ray.raylets and ray.workloads and not self.plan.force:
                 text = f"another Ray runs there, used by {some(ray.workloads)}"
                 section.problem(host.name, text, "stop that and run `hunyuan-vllm cluster down`, or give --force")
         if not section.sound:
             return False
-        stopped = _stop_ray(self._connections, "ending the old Ray", old)
+        stopped = _stop_ray(self.connections, "ending the old Ray", old)
         self.changed = self.changed or bool(old)
         return report_hosts(
             section, old, lambda host: f"an earlier Ray was ended: {plural(len(stopped[host]['ended']), 'process')}"
@@ -159,8 +158,8 @@ class Up:
     def _check(self, running: set[Host]) -> bool:
         """Whether the check allows Ray to start."""
         serving = {host.address for host in running}
-        plan, gpus = self._plan, None if self._plan.logical_gpus else self._plan.gpus
-        found = ClusterCheck(self._connections, plan.model, plan.interface, gpus, serving).run()
+        plan, gpus = self.plan, None if self.plan.logical_gpus else self.plan.gpus
+        found = ClusterCheck(self.connections, plan.model, plan.interface, gpus, serving).run()
         self.sections[:] = [section for section in self.sections if section.title != "Hosts"] + found
         return self.ok
 
@@ -173,19 +172,19 @@ class Up:
 
         def start(host: Host) -> None:
             assert host.setup is not None
-            setup, ask = host.setup.to_json(), self._connections.ask_ray
+            setup, ask = asdict(host.setup), self.connections.ask_ray
             request = {"do": "start", "setup": setup, "token": token}
-            if self._plan.encrypt and (csr := ask(host, {"do": "certificate", "setup": setup})["request"]):
-                signed = sign(self._home / NODE_DIRECTORY / "tls", csr, host.address)
+            if self.plan.encrypt and (csr := ask(host, {"do": "certificate", "setup": setup})["request"]):
+                signed = sign(self.home / NODE_DIRECTORY / "tls", csr, host.address)
                 request |= dict(zip(("certificate", "authority"), signed, strict=True))
             seconds[host] = ask(host, request, START_TIMEOUT + 30)["seconds"]
 
-        stopped = [host for host in self._hosts if host not in running]
+        stopped = [host for host in self.connections.hosts if host not in running]
         self.changed = self.changed or bool(stopped)
         head = [host for host in stopped if host.address == self._head().address]
         others = [host for host in stopped if host not in head]
         for title, hosts in (("starting the head", head), ("starting the others", others)):
-            self._connections.each(title, hosts, start)
+            self.connections.each(title, hosts, start)
             if not report_hosts(section, hosts, lambda host: f"started in {seconds[host]:.1f} s"):
                 return False
         return True
@@ -193,7 +192,7 @@ class Up:
     def _wait_for_members(self) -> None:
         """Until the head counts every node and GPU."""
         section = self.sections[-1]
-        setups = [host.setup for host in self._hosts if host.setup]
+        setups = [host.setup for host in self.connections.hosts if host.setup]
         deadline = time.monotonic() + JOIN_TIMEOUT
         while True:
             members, silence = ask_members(self._head())

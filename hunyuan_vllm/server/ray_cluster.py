@@ -8,13 +8,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TextIO
 
 import psutil
 
+from hunyuan_vllm.cluster.processes import end_processes
 from hunyuan_vllm.cluster.ray_nodes import RayNode, query_nodes
 from hunyuan_vllm.ray_environment import current_cluster_file
 from hunyuan_vllm.server.process import Stop, notify_systemd
@@ -22,22 +23,7 @@ from hunyuan_vllm.util.errors import NotYetError, UserError
 from hunyuan_vllm.util.net import why_unreachable
 from hunyuan_vllm.util.text import duration
 
-PROBE = """
-import json, ray, sys
-from ray._private.state import available_resources_per_node
-ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
-free = available_resources_per_node()
-print("RAY", json.dumps([
-    {
-        "address": node["NodeManagerAddress"],
-        "gpus": int(node["Resources"].get("GPU", 0)),
-        "free_gpus": int(free.get(node["NodeID"], {}).get("GPU", 0)),
-        "alive": node["Alive"],
-    }
-    for node in ray.nodes()
-]))
-"""
-TIMEOUT = 60.0  # seconds, of one query and of killing stale workers
+KILL_TIMEOUT = 60.0  # seconds in which stale workers are killed
 POLL_PERIOD = 2.0  # seconds between two queries, each of which takes some itself
 LOG_PERIOD = 30.0  # seconds after which a log repeats an unchanged state
 NO_CLUSTER = "no Ray cluster is running here"
@@ -75,20 +61,14 @@ def find_ray_cluster(environ: Mapping[str, str] = os.environ) -> RayCluster | No
         if not record.exists():
             return None
         address, remedy = record.read_text().strip(), f"delete {record}, which names it"
-    cluster, cause = _query(address, environ)
-    if cluster is None:  # serving on this machine alone instead would be a surprise
-        raise NotYetError(f"no Ray cluster answers at {address} ({cause}): start it, or {remedy}")
-    return cluster
-
-
-def _query(address: str, environ: Mapping[str, str]) -> tuple[RayCluster | None, str]:
     try:
-        if why := why_unreachable(address):
-            return None, why
+        why = why_unreachable(address)
     except ValueError:
         raise UserError(f"{address} is not the address of a Ray cluster, which is host:port") from None
-    nodes, why = query_nodes(PROBE, address, environ, TIMEOUT)
-    return (None if nodes is None else RayCluster(nodes)), why
+    nodes, why = (None, why) if why else query_nodes(address, environ)
+    if nodes is None:  # serving on this machine alone instead would be a surprise
+        raise NotYetError(f"no Ray cluster answers at {address} ({why}): start it, or {remedy}")
+    return RayCluster(nodes)
 
 
 def wait_for_gpus(
@@ -176,7 +156,7 @@ def kill_stale_workers(environ: Mapping[str, str]) -> list[str]:
     """
     command = [sys.executable, "-m", "hunyuan_vllm.server.ray_cluster"]
     try:
-        done = subprocess.run(command, env=dict(environ), capture_output=True, text=True, timeout=TIMEOUT)
+        done = subprocess.run(command, env=dict(environ), capture_output=True, text=True, timeout=KILL_TIMEOUT)
     except (OSError, subprocess.TimeoutExpired):
         return []
     return [line.removeprefix("KILLED ") for line in done.stdout.splitlines() if line.startswith("KILLED ")]
@@ -187,16 +167,14 @@ TITLES = ("ray::", "VLLM::Worker")
 RAY_LIBRARY = "/ray/_raylet"  # which every worker of Ray has loaded
 
 
-def kill_workers_here(among: Iterable[psutil.Process] | None = None) -> list[str]:
+def kill_workers_here(among: Sequence[psutil.Process] | None = None) -> list[str]:
     """Kill this user's stale workers, among these processes or all of this machine; a line for each."""
-    stale = [process for process in (psutil.process_iter() if among is None else among) if _is_stale(process)]
-    killed = []
-    for process in stale:
-        with suppress(psutil.Error):
-            killed.append(f"{process.cmdline()[0].strip()} (pid {process.pid})")
-            process.kill()
-    psutil.wait_procs(stale, timeout=3.0)
-    return killed
+
+    def stale_workers() -> list[psutil.Process]:
+        return [process for process in (psutil.process_iter() if among is None else among) if _is_stale(process)]
+
+    ended, _ = end_processes(stale_workers)
+    return ended
 
 
 def _is_stale(process: psutil.Process) -> bool:

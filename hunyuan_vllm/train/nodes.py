@@ -9,7 +9,6 @@ import platform
 import signal
 import sys
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any, Final, NoReturn
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.machine import installed_version
 from hunyuan_vllm.util.net import INTERFACE_VARIABLES, interface_of, normalise_address, own_addresses, own_interfaces
-from hunyuan_vllm.util.text import some
+from hunyuan_vllm.util.text import differences, some
 
 DEFAULT_PORT = 29500
 
@@ -114,22 +113,14 @@ def facts(paths: Sequence[str]) -> dict[str, str]:
 
 def compare(nodes: Mapping[str, Mapping[str, str]]) -> None:
     names = sorted({name for known in nodes.values() for name in known})
-    differing: dict[str, dict[str, list[str]]] = {}
-    for name in names:
-        who = defaultdict(list)
-        for node, known in nodes.items():
-            who[known.get(name, ABSENT)].append(node)
-        if len(who) > 1:
-            differing[name] = dict(who)
-    if not differing:
-        return
-    first = next(iter(differing))
-    kinds = "; ".join(f"{what} on {', '.join(who)}" for what, who in differing[first].items())
-    rest = f" (also {some(list(differing)[1:])})" if len(differing) > 1 else ""
-    raise UserError(
-        f"the nodes differ: {first} is {kinds}{rest}: bring the same checkout, environment, checkpoint and data "
-        "to each, at the same paths"
-    )
+    found = {name: differences({node: known.get(name, ABSENT) for node, known in nodes.items()}) for name in names}
+    differing = [name for name in names if found[name]]
+    if differing:
+        rest = f" (also {some(differing[1:])})" if len(differing) > 1 else ""
+        raise UserError(
+            f"the nodes differ: {differing[0]} is {found[differing[0]]}{rest}: bring the same checkout, environment, "
+            "checkpoint and data to each, at the same paths"
+        )
 
 
 def _digest(file: Path) -> str:

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 GIB = 2**30
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # of a repository, "owner/name"
@@ -34,6 +34,14 @@ def some(items: Sequence[str], limit: int = 3) -> str:
     """The first of them, and how many more there are."""
     shown = ", ".join(items[:limit])
     return shown if len(items) <= limit else f"{shown} and {len(items) - limit:,} more"
+
+
+def differences(values: Mapping[str, str]) -> str:
+    """What differs between hosts, from host → value, as in "3.11 on a, b; 3.12 on c"; "" where all are alike."""
+    groups = defaultdict(list)
+    for host, value in values.items():
+        groups[value].append(host)
+    return "; ".join(f"{value} on {some(hosts)}" for value, hosts in groups.items()) if len(groups) > 1 else ""
 
 
 def group_similar(items: Sequence[str], limit: int = 6) -> list[str]:

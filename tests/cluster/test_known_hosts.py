@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from ssh_keys import keygen, public_key
 
-from hunyuan_vllm.cluster.host_keys import keys_of, pin, revoked_keys_of
+from hunyuan_vllm.cluster.host_keys import keys_of, pin
 
 NAMES = ["[10.0.0.1]:36000", "10.0.0.1", "[fd00::1]:36000", "fd00::1", "node1.example.org", "[node1]:2222"]
 
@@ -70,7 +70,7 @@ def test_a_line_for_many_hosts_is_not_removed_for_one():
 def test_markers():
     text = f"@revoked * {public_key(0)}\n@cert-authority * {public_key(1)}\n"
     assert keys_of(text, "node1") == []
-    assert revoked_keys_of(text, "node1") == [public_key(0)]
+    assert keys_of(text, "node1", "@revoked") == [public_key(0)]
 
 
 @pytest.mark.parametrize("line", ["", "node1", "node1 ssh-rsa", "node1 ssh-rsa ???", "|1|x", "|1|x|y| ssh-rsa AA"])

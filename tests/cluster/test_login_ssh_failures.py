@@ -86,6 +86,7 @@ def test_each_is_named_and_the_rest_is_completed(ward):
         assert any(part in said for part in remedy.split("|")), (name, said)
     assert "the name unheard-of is not known here: give its IP address" in done.problems("unheard-of")
     assert done.problems("head") == done.problems("well") == ""
+    assert len(done.host("full")["problems"]) == len(done.host("readonly")["problems"]) == 1
 
     well = {"head", "well"}
     verified = {(pair["from"], pair["to"]) for pair in done.report["pairs"] if pair["ok"]}

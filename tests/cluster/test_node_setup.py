@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -35,7 +36,7 @@ def test_variables():
 
 
 def test_a_note_of_a_node_is_read_back():
-    assert NodeSetup(**json.loads(json.dumps(WORKER.to_json()))) == WORKER
+    assert NodeSetup(**json.loads(json.dumps(asdict(WORKER)))) == WORKER
     assert NodeSetup("fd00::1", "fd00::1", "eth0", 1, "").gcs == "[fd00::1]:6379"
 
 

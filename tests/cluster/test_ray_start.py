@@ -10,8 +10,9 @@ import psutil
 import pytest
 
 from hunyuan_vllm.cluster import ray_start
+from hunyuan_vllm.cluster.hosts import HostError
 from hunyuan_vllm.cluster.ray_node import NodeSetup
-from hunyuan_vllm.cluster.ray_start import NodeError, run_ray
+from hunyuan_vllm.cluster.ray_start import run_ray
 
 SETUP = NodeSetup("127.0.0.1", "127.0.0.1", "lo", 0, "/token")
 # Starts a daemon as Ray starts its GCS, writes its number to a file, and ends as a test wants.
@@ -51,7 +52,7 @@ def runs(pid_file: Path) -> bool:
 
 def test_a_failure_ends_what_was_started(ray):
     pid_file = ray("sys.exit(1)")
-    with pytest.raises(NodeError, match="exit status 1.*the raylet did not start"):
+    with pytest.raises(HostError, match="exit status 1.*the raylet did not start"):
         run_ray(SETUP)
     assert not runs(pid_file)
 
@@ -59,7 +60,7 @@ def test_a_failure_ends_what_was_started(ray):
 def test_a_hang_ends_what_was_started(ray, monkeypatch):
     pid_file = ray("time.sleep(600)")
     monkeypatch.setattr(ray_start, "START_TIMEOUT", 5.0)
-    with pytest.raises(NodeError, match="no answer in 5 s"):
+    with pytest.raises(HostError, match="no answer in 5 s"):
         run_ray(SETUP)
     assert not runs(pid_file)
 

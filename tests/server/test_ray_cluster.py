@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import psutil
 import pytest
 
+from hunyuan_vllm.cluster import ray_nodes
 from hunyuan_vllm.cluster.ray_nodes import RayNode
 from hunyuan_vllm.server import ray_cluster
 from hunyuan_vllm.server.ray_cluster import find_ray_cluster, kill_workers_here
@@ -54,22 +55,21 @@ def test_an_address_that_is_none(with_ray, address):
         find_ray_cluster({"RAY_ADDRESS": address})
 
 
-@pytest.mark.parametrize("address", ["{}", "ray://{}"])
-def test_what_the_cluster_says(with_ray, monkeypatch, address):
+def test_what_the_cluster_says(with_ray, monkeypatch):
     nodes = [
         {"address": "10.0.0.1", "gpus": 8, "free_gpus": 8, "alive": True},
         {"address": "10.0.0.2", "gpus": 8, "free_gpus": 0, "alive": True},
         {"address": "10.0.0.3", "gpus": 8, "free_gpus": 0, "alive": False},
     ]
-    monkeypatch.setattr(ray_cluster, "PROBE", f"print('noise'); print('RAY', {json.dumps(nodes)!r})")
+    monkeypatch.setattr(ray_nodes, "LIST_NODES", f"print('noise'); print('RAY', {json.dumps(nodes)!r})")
     with socket.create_server(("127.0.0.1", 0)) as server:
-        found = find_ray_cluster({"RAY_ADDRESS": address.format(f"127.0.0.1:{server.getsockname()[1]}")})
+        found = find_ray_cluster({"RAY_ADDRESS": f"127.0.0.1:{server.getsockname()[1]}"})
     assert (len(found.alive), found.gpus, found.free_gpus) == (2, 16, 8)
     assert found.members[2] == RayNode("10.0.0.3", gpus=8, free_gpus=0, alive=False)
 
 
 def test_a_refusal_is_passed_on(with_ray, monkeypatch):
-    monkeypatch.setattr(ray_cluster, "PROBE", "raise SystemExit('AuthenticationError: token is missing')")
+    monkeypatch.setattr(ray_nodes, "LIST_NODES", "raise SystemExit('AuthenticationError: token is missing')")
     with socket.create_server(("127.0.0.1", 0)) as server:
         with pytest.raises(UserError, match="AuthenticationError: token is missing"):
             find_ray_cluster({"RAY_ADDRESS": f"127.0.0.1:{server.getsockname()[1]}"})

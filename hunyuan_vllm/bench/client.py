@@ -94,14 +94,11 @@ def find_key(url: str, file: Path | None, environ: Mapping[str, str]) -> str | N
     settings = Settings.read(environ)
     if file is None and settings.api_key:
         return next(iter(parse_keys(environ["VLLM_API_KEY"], "VLLM_API_KEY").values()))
-    file = file or settings.api_key_file or _made_by_serve(url, settings)
+    file = file or settings.api_key_file
+    if file is None:
+        made_by_serve = settings.config_home / "hunyuan-vllm" / "api-key"  # sent only to a server on this machine
+        file = made_by_serve if made_by_serve.exists() and is_this_machine(url) else None
     return next(iter(read_key_file(file).values())) if file else None
-
-
-def _made_by_serve(url: str, settings: Settings) -> Path | None:
-    """The key file that `serve` creates; its key is sent only to a server on this machine."""
-    file = settings.config_home / "hunyuan-vllm" / "api-key"
-    return file if file.exists() and is_this_machine(url) else None
 
 
 def is_this_machine(url: str) -> bool:

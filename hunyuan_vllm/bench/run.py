@@ -164,16 +164,15 @@ def run_table(run: Mapping[str, Any]) -> Table:
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """Everything that differs except the figures, as "name: A's, B's"."""
-    one, other = ({"model": run["model"], **run["server"], **_prefixed(run["client"])} for run in (a, b))
+    one, other = (
+        {"model": run["model"], **run["server"]} | {f"client's {name}": of for name, of in run["client"].items()}
+        for run in (a, b)
+    )
     return [
         f"{name}: {one.get(name, 'unknown')}, {other.get(name, 'unknown')}"
         for name in dict.fromkeys([*one, *other])
         if one.get(name) != other.get(name)
     ]
-
-
-def _prefixed(client: Mapping[str, str]) -> dict[str, str]:
-    return {f"client's {name}": value for name, value in client.items()}
 
 
 def _load(point: Point) -> tuple[float, ...]:

@@ -9,10 +9,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from hunyuan_vllm.checkpoint import read_config
 from hunyuan_vllm.layout import expected_tensors, tensor_parallel_sizes
-from hunyuan_vllm.network import ARCHITECTURES, NETWORKS, Network
+from hunyuan_vllm.network import ARCHITECTURES, Network
 from hunyuan_vllm.quant.formats import Format, UnservedFormat
 from hunyuan_vllm.quant.quantization_config import read_format
+from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.findings import Section
 from hunyuan_vllm.util.text import plural
 
@@ -34,39 +36,12 @@ class ConfigFile:
         return self.network is not None and (self.network.is_v1 or not self.network.use_cla)
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object of a file.
-
-    Raises:
-        ValueError: it cannot be read; the message ends the sentence "PATH …".
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError("is missing") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot be read ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError("is not a JSON object")
-    return content
-
-
 def check_config(directory: Path, section: Section) -> ConfigFile:
     found = ConfigFile()
     try:
-        found.fields = read_object(directory / "config.json")
-    except ValueError as error:
-        section.problem("config.json", f"it {error}", AGAIN)
-        return found
-    kind = found.fields.get("model_type")
-    if kind not in NETWORKS:
-        text = f"model_type is {kind!r}; a Hunyuan checkpoint has one of {', '.join(NETWORKS)}"
-        section.problem("config.json", text, "name the directory of a Hunyuan checkpoint")
-        return found
-    try:
-        found.network = Network.read(found.fields)
-    except (ValueError, TypeError) as error:
-        section.problem("config.json", str(error).removeprefix("HunYuanConfig: "), AGAIN)
+        found.fields, found.network = read_config(directory)
+    except (UserError, TypeError) as error:
+        section.problem("config.json", str(error), AGAIN)
         return found
     section.ok("network", _describe(found.network))
     given = found.fields.get("architectures")
@@ -166,27 +141,27 @@ def stop_ids(config: ConfigFile, generation: dict[str, Any]) -> list[Any]:
     return ids_of(generation.get("eos_token_id", config.fields.get("eos_token_id")))
 
 
-def read_generation(directory: Path) -> dict[str, Any]:
-    """The fields of generation_config.json; empty where it cannot be read."""
-    try:
-        return read_object(directory / "generation_config.json")
-    except ValueError:
-        return {}
-
-
-def check_generation(directory: Path, config: ConfigFile, section: Section) -> None:
-    """Check generation_config.json by itself; `text` compares its ids with the tokenizer's."""
+def check_generation(directory: Path, config: ConfigFile, section: Section) -> dict[str, Any]:
+    """Check generation_config.json by itself, and return its fields; `text` compares its ids with the tokenizer's."""
     published = published_settings(config)
-    path = directory / "generation_config.json"
-    if not path.exists():
+    try:
+        fields = json.loads((directory / "generation_config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
         text = "there is none: answers end only at the tokenizer's end token, and vLLM samples at temperature 1"
         section.warning("generation_config.json", text, f"copy it from the published checkpoint ({published})")
-        return
-    try:
-        fields = read_object(path)
-    except ValueError as error:
-        section.problem("generation_config.json", f"it {error}", f"download it again ({published})")
-        return
+        return {}
+    except (OSError, ValueError) as error:
+        fields = str(error)
+    if not isinstance(fields, dict):
+        section.problem(
+            "generation_config.json", f"it is not a JSON object: {fields}", f"download it again ({published})"
+        )
+        return {}
+    _check_defaults(fields, config, published, section)
+    return fields
+
+
+def _check_defaults(fields: dict[str, Any], config: ConfigFile, published: str, section: Section) -> None:
     if not ids_of(fields.get("eos_token_id")):
         text = "it names no eos_token_id, so answers end only at the tokenizer's end token"
         section.warning("eos_token_id", text, f"add it ({published})")

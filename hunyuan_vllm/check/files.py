@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,22 +53,20 @@ def list_files(directory: Path, section: Section) -> tuple[list[Path], dict[str,
     unfinished or not the real content are reported."""
     there = sorted(path for path in directory.glob("*.safetensors") if path.exists())
     _check_links(directory, section)
-    index = None
+    shards, index = there, None
     try:
         index = read_index(directory)
     except CheckpointError:
         section.problem(INDEX_FILE, "it is not a safetensors index", "download it again")
     if index is None:
-        shards = there
         _check_numbers(there, section)
     else:
         named = sorted(set(index["weight_map"].values()))
         shards = [directory / name for name in named if (directory / name).exists()]
-        extra = [path.name for path in there if path not in shards and path.name != CACHE_SCALES]
         if absent := [name for name in named if not (directory / name).exists()]:
             text = f"{len(absent)} of {len(named)} in the index are missing: {some(absent)}"
             section.problem("shards", text, AGAIN, absent)
-        if extra:
+        if extra := [path.name for path in there if path not in shards and path.name != CACHE_SCALES]:
             text = f"not in the index, so not read by vLLM: {some(extra)}"
             section.warning("shards", text, f"delete them, or download {INDEX_FILE} again if they belong to it", extra)
     if not shards:
@@ -98,7 +97,6 @@ def check_index(index: dict[str, Any], tensors: Sequence[StoredTensor], absent: 
     wrong = [f"{name} (in {file}?)" for name, file in weight_map.items() if (name, file) not in held and file in files]
     unlisted = [tensor.name for tensor in tensors if tensor.name not in weight_map]
     remedy = f"{INDEX_FILE} is from another version of the checkpoint: download it and the shards again"
-    before = len(section.findings)
     if wrong:
         text = f"{plural(len(wrong), 'tensor')} not in the shard that the index names"
         section.problem("index", text, remedy, wrong)
@@ -107,10 +105,11 @@ def check_index(index: dict[str, Any], tensors: Sequence[StoredTensor], absent: 
     metadata = index.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     stored = sum(tensor.nbytes for tensor in tensors)
-    if not absent and total is not None and total != stored:
+    miscounts = not absent and total is not None and total != stored
+    if miscounts:
         text = f"total_size is {total}, the shards' tensors have {stored} bytes"
         section.warning("index", text, f"{remedy}, unless it was written by a tool that counts otherwise")
-    if len(section.findings) == before:
+    if not (wrong or unlisted or miscounts):
         section.ok("index", f"{len(weight_map):,} tensors, each in the shard it names")
 
 
@@ -130,11 +129,9 @@ def _check_links(directory: Path, section: Section) -> None:
 
 
 def _is_pointer(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(len(LFS_POINTER)) == LFS_POINTER
-    except OSError:
-        return False
+    with suppress(OSError), path.open("rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
+    return False
 
 
 def _check_numbers(files: Sequence[Path], section: Section) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hunyuan_vllm.check.configs import check_config, check_generation, parameters, read_generation, stop_ids
+from hunyuan_vllm.check.configs import check_config, check_generation, parameters, stop_ids
 from hunyuan_vllm.check.deep import Deep
 from hunyuan_vllm.check.files import check_index, check_shards, list_files
 from hunyuan_vllm.check.tensors import check_scales, check_tensors
@@ -67,14 +67,15 @@ def check_directory(directory: Path, run_deep: Progress | None = None, jobs: int
             whole = {shard.file for shard in shards if not shard.fault}
             check_scales({tensor: parts for tensor, parts in used.items() if tensor.file in whole}, config, section)
 
-    generation = read_generation(directory)
+    generation_section = Section("Generation")
+    generation = check_generation(directory, config, generation_section)
     tokenizer = check_tokenizer(directory, config, generation, report.section("Tokenizer"))
     template = report.section("Chat template")
     if tokenizer is None:
         template.skipped("template", "not rendered: there is no tokenizer")
     else:
         check_template(directory, tokenizer, config, stop_ids(config, generation), template)
-    check_generation(directory, config, report.section("Generation"))
+    report.sections.append(generation_section)
     if run_deep is not None:
         sound_shards = [shard for shard in shards if not shard.fault]
         run_deep(Deep(sound_shards, used, jobs), report.section("Data"))

@@ -137,7 +137,12 @@ def check_scales(used: Used, config: ConfigFile, section: Section) -> None:
     for tensor, value in values.items():
         if not _wrong(tensor.name, value):
             kinds[re.sub(r"\d+", "*", tensor.name)][tensor.name] = float(np.median(value))
-    if odd := [text for group in kinds.values() for text in _odd(group)]:
+    odd = []
+    for group in kinds.values():
+        usual = median(group.values())
+        outside = {name: of for name, of in group.items() if not usual / ODD_FACTOR <= of <= usual * ODD_FACTOR}
+        odd += [f"{name} is {of:.3g}, usually {usual:.3g}" for name, of in outside.items()]
+    if odd:
         text = f"{len(odd):,} are over {ODD_FACTOR:,} times larger or smaller than in other layers and experts"
         section.warning("scales", text, f"compare their weights with the BF16 checkpoint's; or {AGAIN}", odd)
     _check_shapes(used, config, section)
@@ -163,13 +168,6 @@ def _wrong(name: str, values: np.ndarray) -> str:
         return ""
     count = "" if values.size == 1 else f", one of {bad.size:,} in {values.size:,}"
     return f"{name} is {bad[0]:g}{count}"
-
-
-def _odd(group: dict[str, float]) -> Iterable[str]:
-    middle = median(group.values())
-    for name, value in group.items():
-        if not middle / ODD_FACTOR <= value <= middle * ODD_FACTOR:
-            yield f"{name} is {value:.3g}, usually {middle:.3g}"
 
 
 def _check_shapes(used: Used, config: ConfigFile, section: Section) -> None:

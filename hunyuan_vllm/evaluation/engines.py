@@ -179,7 +179,11 @@ def execute(
             raise UserError(last["mistake"])
         if "done" not in last:
             error = last.get("error", "Worker")
-            raise EngineFailed(f"{name}: {_cause(log) if 'Worker' in error else error}")
+            if "Worker" in error:  # another process has failed, and its output says why
+                log.seek(0)
+                lines = collections.deque(log.read().decode(errors="replace").splitlines(), maxlen=TAIL_LINES)
+                error = exit_cause(lines) or (lines[-1] if lines else "it exited without any output")
+            raise EngineFailed(f"{name}: {error}")
     return outcome
 
 
@@ -214,12 +218,6 @@ def _messages(job: Mapping[str, Any], env: Mapping[str, str], log: Any) -> Itera
     finally:
         process.kill()
         process.wait()
-
-
-def _cause(log: Any) -> str:
-    log.seek(0)
-    lines = collections.deque(log.read().decode(errors="replace").splitlines(), maxlen=TAIL_LINES)
-    return exit_cause(lines) or (lines[-1] if lines else "it exited without any output")
 
 
 RECORDER = "hunyuan_vllm.evaluation.recorder.Recorder"

@@ -158,18 +158,15 @@ def remedies(fit: Fit, limit: int = 6) -> list[Remedy]:
         overlap = len(group) == 2 and group[0].values.keys() & group[1].values.keys()
         if overlap or any(remedy.kinds <= kinds for remedy in found):
             continue
-        remedy = _shortened(fit.scenario, made(*group)) if cut else made(*group)
-        if remedy is not None and remedy.fit.fits:
+        remedy = made(*group)
+        if cut:  # sequences as long as the cache then holds, in whole thousands
+            changed, length = remedy.fit.scenario, remedy.fit.shared.tokens // LENGTH_STEP * LENGTH_STEP
+            shortest = max(MIN_LENGTH, changed.input_len + changed.output_len)
+            if remedy.fit.problems or not shortest <= length < changed.max_model_len:
+                continue
+            remedy = Remedy.of(fit.scenario, *group, shorter(length))
+        if remedy.fit.fits:
             found.append(remedy)
-            if len(found) == limit:
-                break
+        if len(found) == limit:
+            break
     return found
-
-
-def _shortened(scenario: Scenario, remedy: Remedy) -> Remedy | None:
-    """With sequences as long as the cache then holds, in whole thousands; None where that is too short."""
-    changed, length = remedy.fit.scenario, remedy.fit.shared.tokens // LENGTH_STEP * LENGTH_STEP
-    shortest = max(MIN_LENGTH, changed.input_len + changed.output_len)
-    if remedy.fit.problems or not shortest <= length < changed.max_model_len:
-        return None
-    return Remedy.of(scenario, *remedy.changes, shorter(length))

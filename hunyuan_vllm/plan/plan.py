@@ -72,9 +72,12 @@ def make_scenario(
         )
     if tensor is not None:
         return scenario
-    if gpus is not None:
-        return scenario.changed(tensor=_largest_tensor(scenario, gpus // pipeline))
-    return _fewest_gpus(scenario)
+    if gpus is None:
+        return _fewest_gpus(scenario)
+    # The most ranks that divide the weights, as a server chooses them.
+    form = scenario.scheme.format
+    sizes = form.rank_sizes(scenario.config) if form else tensor_parallel_sizes(scenario.config)
+    return scenario.changed(tensor=max((size for size in sizes if size <= gpus // pipeline), default=1))
 
 
 def _scheme(name: str | None, model: PlannedModel) -> Scheme:
@@ -87,13 +90,6 @@ def _scheme(name: str | None, model: PlannedModel) -> Scheme:
     if scheme.name not in (stored.name, model.format.scheme):
         raise UserError(f"--scheme {name}: {model.name} is already quantised to {stored.name}: leave --scheme out")
     return stored
-
-
-def _largest_tensor(scenario: Scenario, ranks: int) -> int:
-    """The most tensor-parallel ranks that divide the weights, as a server chooses them by default."""
-    form = scenario.scheme.format
-    sizes = form.rank_sizes(scenario.config) if form else tensor_parallel_sizes(scenario.config)
-    return max((size for size in sizes if size <= ranks), default=1)
 
 
 def _fewest_gpus(scenario: Scenario) -> Scenario:

@@ -66,15 +66,14 @@ class Scheme:
         """Bytes that the GPU's kernel adds to a matrix while packing it."""
         if not (self.quantises and matrix.quantised):
             return 0
-        padded = _marlin_shape(matrix) if self.uses_marlin(gpu) else self._cutlass_shape(matrix)
-        more = padded[0] * padded[1] - matrix.outputs * matrix.inputs
-        return matrix.copies * (int(self.itemsize * more) + self.channel_scales[0] * (padded[0] - matrix.outputs))
-
-    def _cutlass_shape(self, matrix: Matrix) -> tuple[int, int]:
-        """CUTLASS' FP8 products of linears take multiples of 16; its int8 ones leave other shapes to Triton."""
-        if self.operands != "fp8" or matrix.part == "experts":
-            return matrix.outputs, matrix.inputs
-        return _up(matrix.outputs, 16), _up(matrix.inputs, 16)
+        outputs, inputs = matrix.outputs, matrix.inputs
+        if self.uses_marlin(gpu):
+            outputs, inputs = _marlin_shape(matrix)
+        elif self.operands == "fp8" and matrix.part != "experts":
+            # CUTLASS' FP8 products of linears take multiples of 16; its int8 ones leave other shapes to Triton.
+            outputs, inputs = _up(outputs, 16), _up(inputs, 16)
+        more = outputs * inputs - matrix.outputs * matrix.inputs
+        return matrix.copies * (int(self.itemsize * more) + self.channel_scales[0] * (outputs - matrix.outputs))
 
     def rate(self, gpu: Gpu) -> float:
         """Operations a second in its products, dense."""
@@ -100,13 +99,7 @@ SCHEMES = {
     scheme.name: scheme
     for scheme in (
         Scheme("bf16"),
-        Scheme(
-            "int8",
-            itemsize=1,
-            channel_scales=(BF16, FLOAT32),
-            packs=True,
-            marlin_below=(inf, 0),
-        ),
+        Scheme("int8", itemsize=1, channel_scales=(BF16, FLOAT32), packs=True, marlin_below=(inf, 0)),
         Scheme(
             "int8-w8a8",
             itemsize=1,
@@ -114,13 +107,7 @@ SCHEMES = {
             operands="int8",
             capability=((8, 0), (10, 0)),  # vLLM's CUTLASS int8 products end before Blackwell
         ),
-        Scheme(
-            "fp8",
-            itemsize=1,
-            tensor_scales=True,
-            operands="fp8",
-            marlin_below=(8, 9),
-        ),
+        Scheme("fp8", itemsize=1, tensor_scales=True, operands="fp8", marlin_below=(8, 9)),
     )
 }
 

@@ -37,7 +37,7 @@ class LayerStats:
         inputs: largest magnitude of each input channel, float32 `[in]`.
         columns: largest magnitude of each column of the weight, float32 `[in]`.
         samples: some inputs, `[at most SAMPLE, in]`.
-        routed: for experts, tokens that the router sent there; the rest of `tokens` was shown to it besides.
+        routed: for experts, tokens that the router sent there; it may be shown more.
         k_amax: an owner's largest magnitude of K as a cache without qk-norm holds it, float32 `[]`.
         v_amax: an owner's largest magnitude of each channel of V, float32 `[kv_heads * head_dim]`.
     """
@@ -45,14 +45,13 @@ class LayerStats:
     inputs: dict[str, Tensor] = field(default_factory=dict)
     columns: dict[str, Tensor] = field(default_factory=dict)
     samples: dict[str, Tensor] = field(default_factory=dict)
-    tokens: dict[str, int] = field(default_factory=dict)
     routed: dict[str, int] = field(default_factory=dict)
     k_amax: Tensor | None = None
     v_amax: Tensor | None = None
 
     def to_tensors(self) -> dict[str, Tensor]:
         """A flat form for a safetensors file."""
-        kinds = ("inputs", "columns", "samples", "tokens", "routed")
+        kinds = ("inputs", "columns", "samples", "routed")
         flat = {
             f"{kind}/{name}": torch.as_tensor(value) for kind in kinds for name, value in getattr(self, kind).items()
         }
@@ -68,7 +67,7 @@ class LayerStats:
             if kind in ("k_amax", "v_amax"):
                 setattr(stats, kind, tensor)
             else:
-                getattr(stats, kind)[name] = int(tensor) if kind in ("tokens", "routed") else tensor
+                getattr(stats, kind)[name] = int(tensor) if kind == "routed" else tensor
         return stats
 
 
@@ -127,7 +126,6 @@ class ObservedLayer:
         """`inputs` is `[tokens, in]`; an expert that the router and we show tokens sees some twice."""
         amax, stats = _amax_of_columns(inputs), self.stats
         stats.inputs[name] = torch.maximum(stats.inputs[name], amax) if name in stats.inputs else amax
-        stats.tokens[name] = stats.tokens.get(name, 0) + len(inputs)
         if name not in stats.samples:
             spread = torch.linspace(0, len(inputs) - 1, min(SAMPLE, len(inputs))).long()
             stats.samples[name] = inputs[spread.to(inputs.device)].cpu()

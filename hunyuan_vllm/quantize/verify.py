@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -30,13 +30,14 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     for title in ("", "weights", "outputs", "outlier channels", "largest", "of"):
         table.add_column(title, justify="left" if title in ("", "of") else "right")
     for kind, ones in kinds.items():
-        calibrated = ones[0]["output_error"] is not None
-        key = "output_error" if calibrated else "relative_error"
+        key, outputs, outliers = "relative_error", "", ""
+        if ones[0]["output_error"] is not None:  # it was calibrated
+            key = "output_error"
+            outputs = _percent(fmean(one["output_error"] for one in ones))
+            outliers = str(sum(len(one["outliers"]) for one in ones))
         worst = max(ones, key=lambda one: one[key])
-        outputs = [_percent(fmean(one["output_error"] for one in ones))] if calibrated else [""]
-        outliers = str(sum(len(one["outliers"]) for one in ones)) if calibrated else ""
         weights = _percent(fmean(one["relative_error"] for one in ones))
-        table.add_row(kind, weights, *outputs, outliers, _percent(worst[key]), worst["projection"])
+        table.add_row(kind, weights, outputs, outliers, _percent(worst[key]), worst["projection"])
     console.print(table)
 
 
@@ -115,15 +116,16 @@ class Verifier:
         found = compare(self._format, weight, stored, inputs)
         if found.wrong:
             raise UserError(f"{file}: {found.wrong} weights of {projection} read back differently: {REMEDY}")
-        error = _ratio(found.weight_error, found.weight)
+        measured = Measured(projection, _ratio(found.weight_error, found.weight))
         if self._activations is None:
-            return Measured(projection, error)
-        return Measured(
-            projection,
-            error,
-            float(stored["input_scale"]) if self._format.static_inputs else None,
-            _ratio(found.output_error, found.output),
-            _outliers(self._activations.amax(*place(projection))),
+            return measured
+        amax = self._activations.amax(*place(projection))
+        times = amax / amax.median().clamp(min=torch.finfo(torch.float32).tiny)
+        return replace(
+            measured,
+            input_scale=float(stored["input_scale"]) if self._format.static_inputs else None,
+            output_error=_ratio(found.output_error, found.output),
+            outliers={int(n): round(float(times[n]), 1) for n in (times > OUTLIER).nonzero()[:, 0]},
         )
 
 
@@ -150,7 +152,7 @@ def compare(
         decoded = weight_format.decode(part)
         difference = decoded - exact
         allowed = weight_format.half_step(exact, part) * (1 + 1e-5)  # float32 rounds too
-        wrong = int((difference.abs() > allowed).sum())
+        wrong = int((~(difference.abs() <= allowed)).sum())  # NaN too
         output = output_error = 0.0
         if inputs is not None and served is not None:
             outputs = inputs @ exact.T
@@ -162,11 +164,6 @@ def compare(
 
 def _square(matrix: Tensor) -> float:
     return float(torch.linalg.vector_norm(matrix)) ** 2
-
-
-def _outliers(amax: Tensor) -> dict[int, float]:
-    times = amax / amax.median().clamp(min=torch.finfo(torch.float32).tiny)
-    return {int(channel): round(float(times[channel]), 1) for channel in (times > OUTLIER).nonzero()[:, 0]}
 
 
 def _ratio(error: float, whole: float) -> float:

@@ -196,7 +196,10 @@ def parse(argv: Sequence[str], deepspeed: dict[str, Any] | None = None) -> Argum
     except (ValueError, ImportError, OSError, RuntimeError) as error:
         raise UserError(" ".join(str(error).split())) from None
     if unknown:
-        raise UserError(_unknown(unknown[0], parser))
+        names = [option for action in parser._actions for option in action.option_strings[:1]]
+        near = get_close_matches(unknown[0].partition("=")[0], names, n=1, cutoff=0.8)
+        hint = f": did you mean {near[0]}?" if near else " (--help lists them)"
+        raise UserError(f"unknown flag {unknown[0]}{hint}")
     return Arguments(model, data, training, given, demo)
 
 
@@ -210,12 +213,6 @@ def _demo(given: frozenset[str]) -> list[str]:
             raise UserError("give --train_data_file: the shipped data come only with a checkout of the repository")
         defaults += ["--train_data_file", str(file)]
     return defaults
-
-
-def _unknown(word: str, parser: argparse.ArgumentParser) -> str:
-    names = [option for action in parser._actions for option in action.option_strings[:1]]
-    near = get_close_matches(word.partition("=")[0], names, n=1, cutoff=0.8)
-    return f"unknown flag {word}" + (f": did you mean {near[0]}?" if near else " (--help lists them)")
 
 
 def _show_help(parser: argparse.ArgumentParser, everything: bool) -> NoReturn:

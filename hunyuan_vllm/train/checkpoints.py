@@ -96,7 +96,9 @@ WORDS = re.compile(
 
 
 class DiskError(UserError):
-    """A full or broken disk; exit status 3."""
+    """A full or broken disk."""
+
+    status = 3
 
 
 @contextmanager

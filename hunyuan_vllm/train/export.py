@@ -54,7 +54,13 @@ def split_routers(model: nn.Module, start: Mapping[str, Tensor] | None = None) -
             continue
         weight = module.get_parameter("weight")
         exact = weight.data.float().clone() if start is None else start[f"{name}.weight"].to(weight.device)
-        _zero(weight)
+        if start is None:
+            weight.data = torch.zeros_like(weight.data)
+        else:
+            from deepspeed.runtime.zero import GatheredParameters
+
+            with GatheredParameters([weight], modifier_rank=0):
+                weight.data.zero_()
         owner, _, last = name.rpartition(".")
         setattr(model.get_submodule(owner), last, SplitLinear(weight, exact))
 
@@ -77,16 +83,6 @@ def join_routers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         start = state.get(name.removesuffix(ROUTER) + START) if name.endswith(ROUTER) else None
         joined[name] = tensor if start is None else start.to(tensor.device) + tensor.float()
     return joined
-
-
-def _zero(parameter: nn.Parameter) -> None:
-    if not hasattr(parameter, "ds_id"):
-        parameter.data = torch.zeros_like(parameter.data)
-        return
-    from deepspeed.runtime.zero import GatheredParameters
-
-    with GatheredParameters([parameter], modifier_rank=0):
-        parameter.data.zero_()
 
 
 ORIGIN: Final = "trained_from.json"

@@ -9,17 +9,15 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Final
 
 from hunyuan_vllm.ray_environment import without_secrets
-from hunyuan_vllm.train.nodes import (
-    NodeOfRun,
-    compare,
-    read_nodes,
-    torchrun_arguments,
-    torchrun_variables,
-)
+from hunyuan_vllm.train.nodes import NodeOfRun, compare, read_nodes, torchrun_arguments, torchrun_variables
+from hunyuan_vllm.train.run import flag_value
+from hunyuan_vllm.train.run import main as train
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.net import interface_of, own_interfaces
 
@@ -41,8 +39,7 @@ class Launch:
     def __init__(self, nodes: Sequence[NodeOfRun], port: int, flags: Sequence[str], environ: Mapping[str, str]) -> None:
         self._nodes, self._flags, self._port = nodes, list(flags), port
         self._ssh_port, self._interface = environ.get("SSH_PORT", ""), environ.get("SOCKET_IFNAME") or None
-        passed = without_secrets({name: value for name, value in environ.items() if name.startswith(PASSED)})
-        self._variables = passed
+        self._variables = without_secrets({name: value for name, value in environ.items() if name.startswith(PASSED)})
 
     @property
     def is_one_process(self) -> bool:
@@ -80,26 +77,24 @@ class Launch:
 
     def check(self) -> None:
         """Compare code, libraries, checkpoint and data of all nodes."""
-        paths = [str(path) for name in PATHS if (path := self._given(name)) and Path(path).exists()]
+        given = (flag_value(self._flags, name) for name in PATHS)
+        paths = [path for path in given if path and Path(path).exists()]
         order = json.dumps({"do": "facts", "directory": os.getcwd(), "paths": paths}) + "\n"
-        running = [self._start(rank, output=subprocess.PIPE) for rank in range(len(self._nodes))]
-        for process in running:
-            assert process.stdin is not None
-            try:
-                process.stdin.write(order.encode())
-                process.stdin.flush()
-            except BrokenPipeError:
-                pass  # reported below
+
+        def ask(rank: int) -> subprocess.CompletedProcess[bytes]:
+            return subprocess.run(self._command(rank), input=order.encode(), capture_output=True)
+
+        with ThreadPoolExecutor(len(self._nodes)) as pool:
+            answers = list(pool.map(ask, range(len(self._nodes))))
         found = {}
-        for node, process in zip(self._nodes, running, strict=True):
-            out, errors = process.communicate()
-            if process.returncode != 0:
-                reason = (errors.decode(errors="replace").strip().splitlines() or [f"status {process.returncode}"])[-1]
+        for node, answer in zip(self._nodes, answers, strict=True):
+            if answer.returncode != 0:
+                reason = ["no message", *answer.stderr.decode(errors="replace").strip().splitlines()][-1]
                 raise UserError(
                     f"{node.address}: {reason} (python3 deploy/login_ssh.py sets up the logins; every node needs the "
                     "same checkout at the same path, set up by sh deploy/setup_env.sh --train)"
                 )
-            found[node.address] = json.loads(out.splitlines()[-1])
+            found[node.address] = json.loads(answer.stdout.splitlines()[-1])
         compare(found)
 
     def run(self) -> int:
@@ -107,7 +102,11 @@ class Launch:
         running, passing = [], []
         try:
             for rank, node in enumerate(self._nodes):
-                process = self._start(rank, output=None if rank == 0 else subprocess.PIPE)
+                output = None if rank == 0 else subprocess.PIPE
+                # In its own session, so that only this process gets Ctrl-C and ends all nodes.
+                process = subprocess.Popen(
+                    self._command(rank), stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True
+                )
                 running.append(process)
                 assert process.stdin is not None
                 process.stdin.write(json.dumps(self.order(rank)).encode() + b"\n")
@@ -124,14 +123,9 @@ class Launch:
             for thread in passing:
                 thread.join(DRAIN)
 
-    def _start(self, rank: int, output: int | None) -> subprocess.Popen[bytes]:
-        node = self._nodes[rank]
+    def _command(self, rank: int) -> list[str]:
         module = [sys.executable, "-m", "hunyuan_vllm.train.nodes"]
-        command = module if rank == 0 else [*self._ssh(node), shlex.join(module)]
-        # In its own session, so that only this process gets Ctrl-C and ends all nodes.
-        return subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True
-        )  # fmt: skip
+        return module if rank == 0 else [*self._ssh(self._nodes[rank]), shlex.join(module)]
 
     def _ssh(self, node: NodeOfRun) -> list[str]:
         """Without prompts: an unknown host key or a refused login is an error."""
@@ -139,23 +133,16 @@ class Launch:
         port = ["-p", self._ssh_port] if self._ssh_port else []
         return ["ssh", *(word for option in options for word in ("-o", option)), *port, node.address, "--"]
 
-    def _given(self, name: str) -> str | None:
-        from hunyuan_vllm.train.run import flag_value
-
-        return flag_value(self._flags, name)
-
 
 def main(argv: Sequence[str]) -> int:
     """`train/train.sh`: flags of the training, and --dry-run. Returns the exit status."""
     dry_run = "--dry-run" in argv or "--dry_run" in argv
     flags = [word for word in argv if word not in ("--dry-run", "--dry_run")]
     if {"-h", "--help", "--help-all"} & set(flags):
-        from hunyuan_vllm.train.run import main as train
-
         return train(flags)
     try:
         nodes, port = read_nodes(os.environ, _count_gpus)
-        launch = Launch(nodes, port if len(nodes) > 1 else _free_port(port), flags, os.environ)
+        launch = Launch(nodes, port, flags, os.environ)
         if dry_run:
             print(launch.shown())
             return 0
@@ -174,19 +161,6 @@ def _count_gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-def _free_port(wanted: int) -> int:
-    """`wanted`, or another port if it is in use."""
-    import socket
-
-    for port in (wanted, 0):
-        try:
-            with socket.create_server(("127.0.0.1", port)) as server:
-                return int(server.getsockname()[1])
-        except OSError:
-            continue
-    return wanted
 
 
 def _pass_on(stream: IO[bytes], name: str) -> None:
@@ -212,11 +186,9 @@ def _wait(running: Sequence[subprocess.Popen[bytes]]) -> int:
 def _end(running: Sequence[subprocess.Popen[bytes]]) -> None:
     """Close each process's standard input, which ends it; kill those that do not exit."""
     for process in running:
-        if process.stdin is not None:
-            try:
-                process.stdin.close()
-            except BrokenPipeError:
-                pass
+        assert process.stdin is not None
+        with suppress(BrokenPipeError):
+            process.stdin.close()
     deadline = time.monotonic() + GRACE
     for process in running:
         try:

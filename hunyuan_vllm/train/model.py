@@ -29,6 +29,8 @@ def load_partitioned(directory: Path, dtype: torch.dtype) -> HunYuanForCausalLM:
 
     transformers' own loader reads the whole checkpoint in every process: 780 GB, eight times a node, for 389B.
     """
+    from deepspeed.runtime.zero import GatheredParameters
+
     config = HunYuanConfig.from_pretrained(directory)
     model = HunYuanForCausalLM._from_config(config, dtype=dtype)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -37,24 +39,15 @@ def load_partitioned(directory: Path, dtype: torch.dtype) -> HunYuanForCausalLM:
     for shard in shard_files(directory):
         with safe_open(shard, framework="pt") as tensors:
             for name in tensors.keys():
-                _load(parameters, layout, name, tensors, first)
+                names = layout.names(name, tensors.get_slice(name).get_shape())
+                parts = dict(layout.split(name, tensors.get_tensor(name))) if first and names else {}
+                with GatheredParameters([parameters[part] for part in names], modifier_rank=0):
+                    for part, tensor in parts.items():
+                        parameters[part].data.copy_(tensor)
     if (directory / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     model.name_or_path = model.config.name_or_path = str(directory)
     return model
-
-
-def _load(parameters: dict[str, nn.Parameter], layout: Layout, name: str, tensors: safe_open, first: bool) -> None:
-    """Copy a stored tensor to the parameters that it holds."""
-    from deepspeed.runtime.zero import GatheredParameters
-
-    names = layout.names(name, tensors.get_slice(name).get_shape())
-    parts = dict(layout.split(name, tensors.get_tensor(name))) if first and names else {}
-    wanted = [parameters[one] for one in names]
-    with GatheredParameters(wanted, modifier_rank=0):
-        for one, parameter in zip(names, wanted, strict=True):
-            if first:
-                parameter.data.copy_(parts[one])
 
 
 def check_base(directory: Path) -> HunYuanConfig:
@@ -109,16 +102,15 @@ def add_lora(
     return get_peft_model(model, settings)
 
 
-def make_moe_leaves(model: nn.Module) -> int:
-    """Make ZeRO-3 gather each layer's experts at once, and return the number of such layers.
+def make_moe_leaves(model: nn.Module) -> None:
+    """Make ZeRO-3 gather each layer's experts at once.
 
     Otherwise each expert is gathered when it runs, with less memory and more, smaller messages.
     """
     from deepspeed.utils import set_z3_leaf_modules
 
-    if not any(isinstance(module, MoE) for module in model.modules()):
-        return 0
-    return len(set_z3_leaf_modules(model, [MoE]))
+    if any(isinstance(module, MoE) for module in model.modules()):
+        set_z3_leaf_modules(model, [MoE])
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -215,15 +207,15 @@ def _take_over(arguments: Arguments, resume: Path, named: Path | None) -> Path:
             raise UserError(f"{resume} is not from a LoRA run: leave out --use_lora to resume it")
         return resume if named is None else named
     saved = read_adapter_config(resume)
-    fixed = {"lora_rank": saved.r, "lora_alpha": saved.lora_alpha, "lora_dropout": saved.lora_dropout}
+    flags.use_lora, flags.lora_target_modules = True, sorted(flags.lora_target_modules)
+    fixed = {
+        "lora_rank": saved.r, "lora_alpha": saved.lora_alpha, "lora_dropout": saved.lora_dropout,
+        "lora_target_modules": sorted(saved.target_modules or ()),
+    }  # fmt: skip
     for name, value in fixed.items():
         if name in arguments.given and getattr(flags, name) != value:
             raise UserError(f"--{name} {getattr(flags, name)}: {resume} was trained with {value}, which cannot change")
         setattr(flags, name, value)
-    targets = sorted(saved.target_modules or ())
-    if "lora_target_modules" in arguments.given and sorted(flags.lora_target_modules) != targets:
-        raise UserError(f"--lora_target_modules: {resume} was trained with {' '.join(targets)}, which cannot change")
-    flags.use_lora, flags.lora_target_modules = True, targets
     base = named or Path(saved.base_model_name_or_path or "")
     if not (base / "config.json").is_file():
         raise UserError(f"the base of {resume} is no longer at {base}: name it with --model_name_or_path")

@@ -143,10 +143,11 @@ def _digest(file: Path) -> str:
 
 def torchrun_arguments(order: dict[str, Any]) -> list[str]:
     address, port = order["master"]
-    return [
-        f"--nnodes={order['nodes']}", f"--node-rank={order['rank']}", f"--nproc-per-node={order['processes']}",
-        f"--master-addr={address}", f"--master-port={port}", "-m", "hunyuan_vllm.train", *order["flags"],
-    ]  # fmt: skip
+    where = ["--standalone", "--local-addr=127.0.0.1"]  # on a free port
+    if order["nodes"] > 1:
+        where = [f"--nnodes={order['nodes']}", f"--node-rank={order['rank']}"]
+        where += [f"--master-addr={address}", f"--master-port={port}"]
+    return [*where, f"--nproc-per-node={order['processes']}", "-m", "hunyuan_vllm.train", *order["flags"]]
 
 
 def torchrun_variables(order: dict[str, Any], interface: str | None) -> dict[str, str]:

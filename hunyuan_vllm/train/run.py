@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
         if not is_first() and not isinstance(error, DiskError):
             wait_for_first()
         print(f"hunyuan-vllm: {error}", file=sys.stderr)
-        return 3 if isinstance(error, DiskError) else 2
+        return error.status
     except KeyboardInterrupt:
         print(
             "hunyuan-vllm: stopped; --resume_from_checkpoint last resumes from the newest checkpoint", file=sys.stderr

@@ -191,8 +191,9 @@ class Display(TrainerCallback):
             if "balance_loss" in logs:
                 parts.append(f"balance loss {logs['balance_loss']:.3f}")
             parts.append(f"learning rate {float(logs['learning_rate']):.2e}")
-            parts += [f"{logs['tokens_per_second']:,.0f} tokens/s", self._left(state)]
-            self._line("  ".join(parts))
+            seconds = (time.monotonic() - self._started) / max(state.global_step - self._first, 1)
+            left = duration(seconds * (state.max_steps - state.global_step))
+            self._line("  ".join([*parts, f"{logs['tokens_per_second']:,.0f} tokens/s", f"{left} left"]))
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
@@ -204,11 +205,6 @@ class Display(TrainerCallback):
 
     def _line(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def _left(self, state: Any) -> str:
-        done = state.global_step - self._first
-        seconds = (time.monotonic() - self._started) / max(done, 1) * (state.max_steps - state.global_step)
-        return f"{duration(seconds)} left"
 
 
 def build_trainer(

@@ -182,4 +182,4 @@ def test_no_generation_settings(tmp_path: Path) -> None:
     (warning,) = findings(report, Status.WARNING)
     assert "answers end only at the tokenizer's end token" in warning.text
     (tmp_path / "generation_config.json").write_text("[]")
-    assert only_problem(tmp_path).text == "it is not a JSON object"
+    assert only_problem(tmp_path).text == "it is not a JSON object: []"

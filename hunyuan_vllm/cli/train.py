@@ -58,10 +58,11 @@ def check(
         False, "--train_on_all", "--train-on-all", help="Learn system and user messages too."
     ),
     default_system: str = typer.Option(
-        "You are a helpful assistant.",
+        None,
         "--default_system",
         "--default-system",
         help='System message of conversations that have none; "": none.',
+        show_default="that of the model's published training",
     ),
     sample: int = typer.Option(None, metavar="LINE", help="Line to show.", show_default="the first good one"),
     as_json: bool = typer.Option(False, "--json", help="Print every figure, bad line and the sample as JSON."),
@@ -92,13 +93,17 @@ def check(
     Exit status: 0 all lines are good, 1 some are bad, 2 nothing was checked,
     130 interrupted.
     """
+    from hunyuan_vllm.checkpoint import read_config
     from hunyuan_vllm.tokenizer import load_tokenizer
     from hunyuan_vllm.train.dataset import Encoding, check_report, scan
+    from hunyuan_vllm.train.messages import published_system
     from hunyuan_vllm.util.progress import Progress
 
     model = demo.directory(model) if model is not None else demo.path()
     if not model.is_dir():
         raise UserError(f"--model {model} is not a directory: name a checkpoint, or its tokenizer's directory")
+    if default_system is None:
+        default_system = published_system(read_config(model)[1] if (model / "config.json").exists() else None)
     encoding = Encoding(load_tokenizer(model), max_seq_length, train_on_all, default_system)
     progress = Progress(Console(stderr=True))
     with progress.stage("reading", file.stat().st_size if file.is_file() else 0):

@@ -86,8 +86,8 @@ class DataArguments:
         False, "Pack several conversations into a row, separated by the attention mask, instead of padding."
     )
     train_on_all: bool = _flag(False, "Learn system and user messages too.")
-    default_system: str = _flag(
-        "You are a helpful assistant.", 'System message of conversations that have none; "": none.'
+    default_system: str | None = _flag(
+        None, 'System message of conversations that have none; "": none. Default: of the published training.'
     )
     use_dummy_data: bool = _flag(False, "Random tokens instead of a file, to measure speed and memory.")
     complex_data: str | None = _flag(None, "Without effect.")

@@ -6,6 +6,7 @@ from typing import Any, Final, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
+from hunyuan_vllm.network import Network
 from hunyuan_vllm.util.jsonl import JSON_ARRAY, Line
 
 MESSAGES: Final = "messages"
@@ -93,6 +94,13 @@ FORMS: Final[dict[str, tuple[set[str], Callable[[dict[str, Any]], list[Any]]]]] 
 
 DEFAULT_SYSTEM: Final = "You are a helpful assistant."
 """The system message of conversations without one, as in the published examples."""
+
+
+def published_system(network: Network | None) -> str:
+    """What a conversation without a system message gets in the published training: Hunyuan-Large's adds one, that of
+    the V1 models nothing."""
+    return "" if network is not None and network.is_v1 else DEFAULT_SYSTEM
+
 
 Role: TypeAlias = Literal["system", "user", "assistant"]
 

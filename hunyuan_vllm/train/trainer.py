@@ -21,6 +21,7 @@ from hunyuan_vllm.train.collate import DummyDataset, pack_batch, pad_batch
 from hunyuan_vllm.train.dataset import ConversationDataset, Encoding, PackedDataset
 from hunyuan_vllm.train.distributed import join_processes
 from hunyuan_vllm.train.export import as_published, copy_served_files, write_config, write_origin
+from hunyuan_vllm.train.messages import published_system
 from hunyuan_vllm.train.model import BaseCheckpoint, make_moe_leaves
 from hunyuan_vllm.train.moe_balance import ExpertLoad, balance_loss
 from hunyuan_vllm.util.errors import UserError
@@ -264,7 +265,8 @@ def _data(arguments: Arguments, base: BaseCheckpoint, say: Callable[[str], None]
         return padding, DummyDataset(base.config.vocab_size, limit), None
     if data.train_data_file is None:
         raise UserError("give --train_data_file, JSONL with one conversation per line (or --use_dummy_data)")
-    encoding = Encoding(base.tokenizer, limit, data.train_on_all, data.default_system)
+    system = published_system(base.config) if data.default_system is None else data.default_system
+    encoding = Encoding(base.tokenizer, limit, data.train_on_all, system)
     held_out = ConversationDataset(Path(data.eval_data_file), encoding) if data.eval_data_file else None
     train_data = ConversationDataset(Path(data.train_data_file), encoding)
     say(f"{data.train_data_file}: {len(train_data):,} conversations, {sum(train_data.lengths):,} tokens")

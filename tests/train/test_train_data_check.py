@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from golden_data import GOLDEN
 from typer.testing import CliRunner
 
+from hunyuan_vllm import demo
 from hunyuan_vllm.cli import app
 from hunyuan_vllm.train.dataset import percentiles
 from hunyuan_vllm.util.errors import UserError
@@ -45,6 +48,15 @@ def test_the_sample_marks_what_is_learned(file: Path) -> None:
     assert "\n  <|startoftext|>S<|extra_4|>Hi<|extra_0|>⟦Hello.<|eos|>⟧\n" in result.stdout
     result = run(file, "--sample", 6, "--train-on-all", "--default-system", "")
     assert "\n  ⟦<|startoftext|>一<|extra_0|>二<|eos|>⟧\n" in result.stdout
+
+
+def test_the_system_message_of_the_published_training(file: Path, tmp_path: Path) -> None:
+    """Hunyuan-Large's, which the V1 models are trained without."""
+    v1 = tmp_path / "v1"
+    shutil.copytree(demo.path(), v1, ignore=shutil.ignore_patterns("*.safetensors", "__pycache__", "*.py"))
+    shutil.copy(GOLDEN / "v1_a13b" / "config.json", v1)
+    assert "<|startoftext|>You are a helpful assistant.<|extra_4|>Hi" in run(file).stdout
+    assert "\n  <|startoftext|>Hi<|extra_0|>" in run(file, "--model", v1).stdout
 
 
 @pytest.mark.parametrize("flag", ["--max_seq_length", "--max-seq-length"])

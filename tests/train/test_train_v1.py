@@ -9,18 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from forked_runs import Run, flags, train
+from forked_runs import Run, flags, log_of, train
 from golden_data import FLOAT32_TOLERANCE, GOLDEN, reference_answers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from hunyuan_vllm import demo
 from hunyuan_vllm.checkpoint import check_headers
+from hunyuan_vllm.cli import app
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.layout import Layout
 from hunyuan_vllm.quantize.source import Source
 from hunyuan_vllm.reference import HunYuanForCausalLM
+from hunyuan_vllm.tokenizer import load_tokenizer
 from hunyuan_vllm.train.merge import SAVE_DTYPES, Adapter, Merge
+from hunyuan_vllm.train.messages import Conversation
+from hunyuan_vllm.train.tokens import IGNORED, encode
 
 KINDS = {"A13B": "v1_a13b", "A13B by transformers": "v1_moe_tf", "7B": "v1_7b", "1.8B by transformers": "v1_1_8b"}
 
@@ -63,12 +68,13 @@ def test_gradients_equal_those_of_transformers(name: str) -> None:
         )
 
 
-def make_base(directory: Path, golden: str) -> Path:
+def make_base(directory: Path, golden: str, dtype: str = "bfloat16") -> Path:
     """A random network whose config is a golden's file, with the demo model's tokenizer."""
     fields = json.loads((GOLDEN / golden / "config.json").read_text())
     fields |= dict(vocab_size=2048, bos_token_id=1801, eos_token_id=1803, pad_token_id=1804)
+    fields |= {name: dtype for name in ("torch_dtype", "dtype") if name in fields}
     torch.manual_seed(0)
-    HunYuanForCausalLM(HunYuanConfig(**fields)).bfloat16().save_pretrained(directory)
+    HunYuanForCausalLM(HunYuanConfig(**fields)).to(getattr(torch, dtype)).save_pretrained(directory)
     (directory / "config.json").write_text(json.dumps(fields))
     for name in ("hy.tiktoken", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(Path(demo.__file__).with_name(name), directory)
@@ -112,16 +118,41 @@ class TestRuns:
         assert_served_as(tmp_path / "merged", base)
 
 
+# What Hunyuan-A13B's train.sh gives beside the paths and the number of steps.
+PUBLISHED = """--do_train --overwrite_output_dir --per_device_train_batch_size 1 --gradient_accumulation_steps 1
+    --gradient_checkpointing --lr_scheduler_type cosine_with_min_lr --logging_steps 1 --learning_rate 1e-3 --min_lr 1e-4
+    --warmup_ratio 0.01 --save_strategy steps --save_safetensors False --hidden_size 4096 --intermediate_size 3072
+    --model_max_length 4096 --max_seq_length 4096 --moe_topk 8 --num_experts 64 --num_attention_heads 32
+    --num_key_value_heads 8 --num_layers 32 --cla_share_factor 2 --use_mixed_mlp_moe --num_shared_expert 1
+    --use_qk_norm""".split()
+
+
 @pytest.mark.slow
 @pytest.mark.engine
-@pytest.mark.parametrize("golden", ["v1_a13b", "v1_7b"])
-def test_a_trained_checkpoint_is_served(golden: str, tmp_path: Path) -> None:
-    done = run(make_base(tmp_path / "base", golden), tmp_path / "out")
+@pytest.mark.parametrize(("golden", "lora"), [("v1_a13b", True), ("v1_7b", False)], ids=["A13B, LoRA", "7B, full"])
+def test_the_engine_has_the_loss_of_training(golden: str, lora: bool, tmp_path: Path) -> None:
+    """By the published command, merged if it is an adapter, on a conversation that was held out."""
+    base, result, held_out = make_base(tmp_path / "base", golden, "float32"), tmp_path / "final", tmp_path / "x.jsonl"
+    conversation = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Good morning!"}]}
+    held_out.write_text(json.dumps(conversation) + "\n")
+    more = ["--use_lora", "--lora_rank", "64", "--lora_alpha", "128", "--lora_dropout", "0.1"] if lora else []
+    done = run(base, tmp_path / "out", *PUBLISHED, "--eval_data_file", str(held_out), *more)
     assert done.statuses == [0], done.said
-    result = tmp_path / "out" / "final"
+    assert "--num_shared_expert, --use_cla" not in done.said and "changes nothing: the checkpoint sets" in done.said
+    if lora:
+        merge = ["merge-lora", "--base_model_path", base, "--adapter_model_path", tmp_path / "out" / "final"]
+        merged = CliRunner().invoke(app, [*map(str, merge), "--output_path", str(result), "--save_dtype", "fp32"])
+        assert merged.exit_code == 0, merged.output
+    else:
+        result = tmp_path / "out" / "final"
+
+    example = encode(Conversation(**conversation), load_tokenizer(result), default_system="")
+    learned = torch.tensor([label != IGNORED for label in example.labels[1:]])
     from engine import engine, greatest_difference, random_prompts, score  # vLLM, which is not to be forked
 
-    expected = reference_answers(result, random_prompts(2048, (5, 40)))
+    expected = reference_answers(result, [*random_prompts(2048, (5, 40)), example.input_ids])
     with engine(result) as llm:
         found = score(llm, [item.prompt for item in expected.items], max_tokens=24)
     assert greatest_difference(found, expected) <= FLOAT32_TOLERANCE
+    loss = -torch.tensor(found[-1].prompt_logprobs)[learned].mean().item()
+    assert log_of(tmp_path / "out", 3, "eval_loss") == [pytest.approx(loss, abs=FLOAT32_TOLERANCE)]

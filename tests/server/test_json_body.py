@@ -7,7 +7,7 @@ import json
 import pytest
 
 from hunyuan_vllm.server.middleware.bounds import read_json
-from hunyuan_vllm.server.middleware.fields import BadField
+from hunyuan_vllm.server.middleware.fields import Refused
 
 HALF = "unpaired surrogate"
 BEYOND = "beyond 64 bits"
@@ -35,7 +35,7 @@ NO_NUMBER = "not a finite number"
     ],
 )
 def test_what_no_field_can_mean(body: bytes, field: str | None, says: str) -> None:
-    with pytest.raises(BadField) as refused:
+    with pytest.raises(Refused) as refused:
         read_json(body)
     assert refused.value.field == field
     assert says in refused.value.message and refused.value.message.startswith(field or "the request")

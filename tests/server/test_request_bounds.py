@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from hunyuan_vllm.server.middleware.bounds import check_bounds
-from hunyuan_vllm.server.middleware.fields import BadField
+from hunyuan_vllm.server.middleware.fields import Refused
 
 RULES = "root ::= r0\n" + "\n".join(f'r{i} ::= r{i + 1} | "a{i}"' for i in range(2000)) + '\nr2000 ::= "x"'
 
@@ -57,7 +57,7 @@ def tool(schema: Any) -> dict[str, Any]:
     ],
 )  # fmt: skip
 def test_what_is_beyond_a_bound_is_refused_by_name(request_: dict[str, Any], field: str, limit: str) -> None:
-    with pytest.raises(BadField, match=f"at most {limit}$") as refused:
+    with pytest.raises(Refused, match=f"at most {limit}$") as refused:
         check_bounds(request_)
     assert refused.value.field == field
     assert refused.value.message.startswith(field)

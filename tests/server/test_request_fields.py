@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
-from hunyuan_vllm.server.middleware.fields import BadField, read_fields, request_model
+from hunyuan_vllm.server.middleware.fields import Refused, read_fields, request_model
 
 CHAT, COMPLETIONS, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"
 
@@ -55,7 +55,7 @@ def test_what_clients_send_beside_is_taken(path: str, fields: list[str]) -> None
     ],
 )
 def test_others_are_refused_by_name(path: str, field: str, said: str) -> None:
-    with pytest.raises(BadField, match=f"^{field}.*{said}".replace("?", r"\?")) as refused:
+    with pytest.raises(Refused, match=f"^{field}.*{said}".replace("?", r"\?")) as refused:
         read_fields(path, {"model": "hunyuan", field: "x"})
     assert refused.value.field == field
 
@@ -99,5 +99,5 @@ def test_guided_fields_that_are_null_constrain_nothing() -> None:
 
 
 def test_one_constraint_at_a_time() -> None:
-    with pytest.raises(BadField, match="guided_regex"):
+    with pytest.raises(Refused, match="guided_regex"):
         read_fields(CHAT, {"guided_regex": "a", "structured_outputs": {"regex": "b"}})

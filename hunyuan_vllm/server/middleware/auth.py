@@ -46,7 +46,9 @@ class RequireApiKey:
             scope["headers"] = [*others, (b"authorization", b"Bearer " + given)]
             return True
         method = scope.get("method")
-        return _is_preflight(scope) or (method in ("GET", "HEAD") and scope["path"] in self._keyless)
+        if method == "OPTIONS":
+            return PREFLIGHT <= {name for name, _ in scope["headers"]}
+        return method in ("GET", "HEAD") and scope["path"] in self._keyless
 
     def _refresh_keys(self) -> None:
         if self._keys.refresh():
@@ -63,8 +65,3 @@ def _given_key(scope: Scope) -> bytes | None:
         return bearers[0][len(SCHEME) :]
     plain = [value for name, value in scope["headers"] if name == b"x-api-key"]
     return plain[0] if len(plain) == 1 and not bearers else None
-
-
-def _is_preflight(scope: Scope) -> bool:
-    names = {name for name, _ in scope["headers"]}
-    return scope.get("method") == "OPTIONS" and names >= PREFLIGHT

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, TypeGuard
 
-from hunyuan_vllm.server.middleware.fields import BadField
+from hunyuan_vllm.server.middleware.fields import Refused
 
 # Only a body with such bytes is searched for bad values: half a surrogate pair, as an escape or in UTF-8; a long
 # number, an exponent, NaN or Infinity; UTF-16 and UTF-32, which Python reads as well.
@@ -20,19 +20,19 @@ def read_json(body: bytes) -> object:
     """The content of a request; None if it is not JSON, which vLLM reports.
 
     Raises:
-        BadField: a value that no field can have: nested too deeply, not finite, beyond 64 bits or invalid Unicode.
+        Refused: a value that no field can have: nested too deeply, not finite, beyond 64 bits or invalid Unicode.
     """
     try:
         content: object = json.loads(body)
     except ValueError:
         return None
     except RecursionError:
-        raise BadField(None, "the request's JSON is nested too deeply") from None
+        raise Refused(None, "the request's JSON is nested too deeply", "json") from None
     if SUSPICIOUS.search(body):
         for path, value in _leaves(content):
             if problem := _problem(value):
                 field = SURROGATE.sub("\N{REPLACEMENT CHARACTER}", ".".join(path))[:MAX_FIELD] or None
-                raise BadField(field, f"{field or 'the request'} {problem}")
+                raise Refused(field, f"{field or 'the request'} {problem}", "json")
     return content
 
 
@@ -102,23 +102,24 @@ def check_bounds(request: Mapping[str, Any]) -> None:
     _schema("text", request.get("text"))
     _schema("output_config", request.get("output_config"))
     tools = [_schema(f"tools.{at}", tool) for at, tool in enumerate(_items(request.get("tools")))]
-    if sum(tools) > SCHEMAS:
-        raise BadField("tools", f"tools have {sum(tools)} characters, and this server takes at most {SCHEMAS}")
+    _at_most(SCHEMAS, sum(tools), "tools", "characters")
+
+
+def _at_most(limit: int, count: int, field: str, what: str) -> None:
+    if count > limit:
+        raise Refused(field, f"{field} has {count} {what}, and this server takes at most {limit}")
 
 
 def _text(field: str, text: object, limit: int) -> None:
-    if isinstance(text, str) and len(text) > limit:
-        raise BadField(field, f"{field} has {len(text)} characters, and this server takes at most {limit}")
+    if isinstance(text, str):
+        _at_most(limit, len(text), field, "characters")
 
 
 def _regex(field: str, *patterns: object, lengths: Iterable[int] = ()) -> None:
     texts = list(filter(_is_text, patterns))
     _text(field, "".join(texts), REGEX)
     optional = sum(len(MAY_BE_LEFT_OUT.findall(text)) for text in texts)
-    if optional > OPTIONAL:
-        raise BadField(
-            field, f"{field} has {optional} optional parts (?, *, {{0,n}}), and this server takes at most {OPTIONAL}"
-        )
+    _at_most(OPTIONAL, optional, field, "optional parts (?, *, {0,n})")
     _rules(field, *texts, lengths=lengths)
 
 
@@ -128,24 +129,18 @@ def _rules(field: str, *patterns: object, lengths: Iterable[int] = ()) -> None:
     for rule in "\n".join(filter(_is_text, patterns)).splitlines():
         optional = len(MAY_BE_LEFT_OUT.findall(rule))
         wide = min(optional, len(ANY_CHARACTER.findall(rule)))
-        if optional > IN_A_ROW:
-            what = f"{optional} optional parts (?, *, {{0,n}}) in one pattern or rule"
-            raise BadField(field, f"{field} has {what}, and this server takes at most {IN_A_ROW}")
-        if wide > WIDE:
-            what = f"{wide} optional parts in one pattern or rule with as many of any character (., [^…], \\S)"
-            raise BadField(field, f"{field} has {what}, and this server takes at most {WIDE}")
+        _at_most(IN_A_ROW, optional, field, "optional parts (?, *, {0,n}) in one pattern or rule")
+        what = "optional parts in one pattern or rule with as many of any character (., [^…], \\S)"
+        _at_most(WIDE, wide, field, what)
         different.update(map(float, REPETITION.findall(rule)))  # an int has at most 4300 digits
     repeated = sum(int(min(length, WRITTEN_OUT)) for length in different)
-    if repeated > REPEATED:
-        counted = f"each different one counted once and up to {WRITTEN_OUT}"
-        what = f"lengths (minLength, maxLength, {{n,m}}) that come to {repeated}, {counted}"
-        raise BadField(field, f"{field} has {what}, and this server takes at most {REPEATED}")
+    what = f"repetitions (minLength, maxLength, {{n,m}}; each length counted once and up to {WRITTEN_OUT})"
+    _at_most(REPEATED, repeated, field, what)
 
 
 def _list(field: str, given: object, limit: int, longest: int) -> None:
     entries = list(given) if isinstance(given, list | dict) else []
-    if len(entries) > limit:
-        raise BadField(field, f"{field} has {len(entries)} entries, and this server takes at most {limit}")
+    _at_most(limit, len(entries), field, "entries")
     for entry in entries:
         _text(field, entry, longest)
 
@@ -161,8 +156,7 @@ def _schema(field: str, schema: object) -> int:
     if not isinstance(schema, dict):
         return 0
     size = len(json.dumps(schema, ensure_ascii=False, separators=(",", ":")))
-    if size > SCHEMA:
-        raise BadField(field, f"{field} has {size} characters, and this server takes at most {SCHEMA}")
+    _at_most(SCHEMA, size, field, "characters")
     _regex(field, *_patterns(schema), lengths=_lengths(schema))
     return size
 

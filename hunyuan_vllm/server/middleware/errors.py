@@ -3,10 +3,9 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from http import HTTPStatus
 from traceback import walk_tb
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -51,13 +50,8 @@ UNNAMED = (
 )
 
 
-@dataclass(frozen=True)
-class Problem:
-    """An error in a request.
-
-    Attributes:
-        field: where it is, as in "temperature" or "messages.0.role"; None if it is not in one.
-    """
+class Problem(NamedTuple):
+    """An error in a request, and its field, such as "temperature" or "messages.0.role"; None if it is not in one."""
 
     field: str | None
     message: str

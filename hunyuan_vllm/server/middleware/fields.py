@@ -7,6 +7,7 @@ import difflib
 import os
 from collections.abc import Mapping
 from functools import cache
+from http import HTTPStatus
 from importlib import import_module
 from typing import Any, Final
 
@@ -56,12 +57,19 @@ UNSUPPORTED: Final = {
 STORE_VARIABLE: Final = "VLLM_ENABLE_RESPONSES_API_STORE"
 
 
-class BadField(Exception):
-    """The request has a field that the server cannot honour, as in "messages.0.content"; None: as a whole."""
+class Refused(Exception):
+    """A request that does not reach the engine.
 
-    def __init__(self, field: str | None, message: str) -> None:
+    Attributes:
+        field: what it is about, as in "messages.0.content"; None: the request as a whole.
+        reason: its name in the metrics.
+    """
+
+    def __init__(
+        self, field: str | None, message: str, reason: str = "field", status: HTTPStatus = HTTPStatus.BAD_REQUEST
+    ) -> None:
         super().__init__(message)
-        self.field, self.message = field, message
+        self.field, self.message, self.reason, self.status = field, message, reason, status
 
 
 def request_model(path: str) -> type[BaseModel] | None:
@@ -80,7 +88,7 @@ def read_fields(path: str, request: Mapping[str, Any], lenient: bool = False) ->
         return request
     request = _without_guided(path, request)
     if request.get("previous_response_id") is not None and os.environ.get(STORE_VARIABLE) != "1":
-        raise BadField(
+        raise Refused(
             "previous_response_id",
             "previous_response_id: this server stores no responses; send the conversation in input",
         )
@@ -88,10 +96,10 @@ def read_fields(path: str, request: Mapping[str, Any], lenient: bool = False) ->
         return request
     for name in request:
         if name in UNSUPPORTED and request[name] is not None and name not in _vllm_fields(path):
-            raise BadField(name, UNSUPPORTED[name])
+            raise Refused(name, UNSUPPORTED[name])
         if name not in _known(path) and name not in UNSUPPORTED:
             near = difflib.get_close_matches(name, sorted(_known(path)), n=1)
-            raise BadField(name, f"{name} is not a field of this request{f': did you mean {near[0]}?' if near else ''}")
+            raise Refused(name, f"{name} is not a field of this request{f': did you mean {near[0]}?' if near else ''}")
     return request
 
 
@@ -105,7 +113,7 @@ def _without_guided(path: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
         return request
     if request.get("structured_outputs") is not None:
         name = min(old)
-        raise BadField(name, f"{name} is an older form of structured_outputs: give only one of them")
+        raise Refused(name, f"{name} is an older form of structured_outputs: give only one of them")
     return {**request, "structured_outputs": guided}
 
 

@@ -6,8 +6,8 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
 
@@ -35,23 +35,15 @@ logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below i
 
 
 class Drain:
-    """Counts the requests in flight, and handles SIGTERM instead of vLLM, which would cut them off."""
+    """Handles SIGTERM instead of vLLM, which would cut off the requests in flight (`in_flight`, each until the last
+    byte of its answer)."""
 
     def __init__(self, grace: float) -> None:
         """`grace` is how many seconds requests may continue after SIGTERM."""
         self.draining = False
         self._grace = grace
-        self._in_flight = 0
+        self.in_flight = 0
         self._ending: asyncio.Task[None] | None = None
-
-    @contextmanager
-    def request(self) -> Iterator[None]:
-        """Around a request, until the last byte of its answer."""
-        self._in_flight += 1
-        try:
-            yield
-        finally:
-            self._in_flight -= 1
 
     def handle_sigterm(self) -> None:
         """Drain on SIGTERM. Call it in the event loop, after vLLM has set its own handlers for SIGTERM and SIGINT."""
@@ -63,12 +55,12 @@ class Drain:
             self._ending = asyncio.create_task(self._end())
 
     async def _end(self) -> None:
-        logger.info("Draining: %d requests in flight have %g s to finish", self._in_flight, self._grace)
+        logger.info("Draining: %d requests in flight have %g s to finish", self.in_flight, self._grace)
         deadline = time.monotonic() + self._grace
-        while self._in_flight and time.monotonic() < deadline:
+        while self.in_flight and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
-        if self._in_flight:
-            logger.warning("Draining: %d requests took too long and are aborted", self._in_flight)
+        if self.in_flight:
+            logger.warning("Draining: %d requests took too long and are aborted", self.in_flight)
         else:
             logger.info("Draining: all requests have finished")
         logging.getLogger(ENGINE_LOGGER).addFilter(_not_engine_dead)
@@ -153,10 +145,13 @@ class Readiness:
 
     async def _send_warm_up(self, application: Any) -> None:
         """Send the warm-up requests. One that is refused, as with --max-logprobs 0, is refused to users too."""
+        # vLLM spreads prompts evenly over idle engines.
+        engines = application.state.engine_client.vllm_config.parallel_config.data_parallel_size
         async with self._client(application) as client:
             for request in WARM_UP:
                 with suppress(Exception):
-                    await client.post("/v1/completions", json=self._on_all_engines(application, request))
+                    prompts = [request["prompt"]] * engines
+                    await client.post("/v1/completions", json={**request, "prompt": prompts})
 
     async def _complete(self, application: Any) -> int | str:
         """Request the token; the answer's status."""
@@ -175,12 +170,6 @@ class Readiness:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         transport = httpx.ASGITransport(app=within)
         return httpx.AsyncClient(transport=transport, base_url="http://readyz", headers=headers)
-
-    @staticmethod
-    def _on_all_engines(application: Any, request: dict[str, Any]) -> dict[str, Any]:
-        """The request with a prompt for each engine; vLLM spreads prompts evenly over idle engines."""
-        engines = application.state.engine_client.vllm_config.parallel_config.data_parallel_size
-        return {**request, "prompt": [request["prompt"]] * engines}
 
 
 def has_ended(engine: Any) -> bool:
@@ -243,8 +232,11 @@ class Health:
         elif self._has_died(_engine(scope)):
             await _refuse(scope, send, DEAD)
         else:
-            with self._drain.request():
+            self._drain.in_flight += 1
+            try:
                 await self._app(scope, receive, send)
+            finally:
+                self._drain.in_flight -= 1
 
     async def _probe(self, scope: Scope, send: Send) -> None:
         if scope["method"] not in ("GET", "HEAD"):

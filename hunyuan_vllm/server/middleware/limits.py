@@ -14,7 +14,7 @@ from vllm.exceptions import VLLMUnprocessableEntityError
 
 from hunyuan_vllm.server.middleware.asgi import BODY, NO_KEY, App, Message, Receive, Scope, Send, refuse, request_info
 from hunyuan_vllm.server.middleware.bounds import check_bounds, read_json
-from hunyuan_vllm.server.middleware.fields import BadField, read_fields
+from hunyuan_vllm.server.middleware.fields import Refused, read_fields
 from hunyuan_vllm.server.middleware.metrics import count_refusal
 from hunyuan_vllm.server.options import ApiPolicy
 
@@ -56,14 +56,6 @@ BODY_TIMEOUT = 120.0  # seconds
 _integer = TypeAdapter(int)
 
 
-class _Refused(Exception):
-    """A request over a limit; `reason` is its name in the metrics."""
-
-    def __init__(self, status: HTTPStatus, reason: str, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.reason, self.message, self.param = status, reason, message, param
-
-
 class Limits:
     """Passes on a request within the limits, with its body in its info, and counts it until its answer has ended."""
 
@@ -84,8 +76,10 @@ class Limits:
             body = await self._body(scope, receive)
             if body is None:  # the client has gone
                 return
-            given = _parse(body)
-            request = self._check_fields(scope["path"], given)
+            content = read_json(body)
+            given = content if isinstance(content, dict) else {}  # vLLM reports what is not a JSON object
+            request = read_fields(scope["path"], given, self._policy.ignore_unknown_fields)
+            check_bounds(request)
             if request is not given:
                 body = json.dumps(request).encode()
             request_info(scope)[BODY] = body
@@ -93,10 +87,10 @@ class Limits:
                 await self._generate(scope, _replay(body, receive), send, request)
             else:
                 await self._app(scope, _replay(body, receive), send)
-        except _Refused as refusal:
+        except Refused as refusal:
             count_refusal(refusal.reason)
             headers = RETRY_AFTER if refusal.status == HTTPStatus.TOO_MANY_REQUESTS else []
-            await refuse(scope, send, refusal.status, refusal.message, refusal.param, headers)
+            await refuse(scope, send, refusal.status, refusal.message, refusal.field, headers)
 
     def _read_engine(self, engine: EngineClient) -> None:
         scheduler, parallel = engine.vllm_config.scheduler_config, engine.vllm_config.parallel_config
@@ -106,7 +100,8 @@ class Limits:
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
         most = self._policy.max_body
-        too_large = _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "body", f"the request is larger than {most} bytes")
+        status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+        too_large = Refused(None, f"the request is larger than {most} bytes", "body", status)
         length = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
         if most and length.isdigit() and int(length) > most:
             raise too_large
@@ -126,15 +121,7 @@ class Limits:
                         return b"".join(parts)
         except TimeoutError:
             late = f"the request did not arrive within {BODY_TIMEOUT:g} s"
-            raise _Refused(HTTPStatus.REQUEST_TIMEOUT, "slow", late) from None
-
-    def _check_fields(self, path: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
-        try:
-            read = read_fields(path, request, self._policy.ignore_unknown_fields)
-            check_bounds(read)
-            return read
-        except BadField as bad:
-            raise _Refused(HTTPStatus.BAD_REQUEST, "field", bad.message, bad.field) from None
+            raise Refused(None, late, "slow", HTTPStatus.REQUEST_TIMEOUT) from None
 
     async def _generate(self, scope: Scope, receive: Receive, send: Send, request: Mapping[str, Any]) -> None:
         sequences = self._check(request)
@@ -155,28 +142,28 @@ class Limits:
             wanted = _number(request.get(field))
             if most and wanted is not None and wanted > most:
                 message = f"{field} is {wanted}, and this server generates at most {most} tokens"
-                raise _Refused(HTTPStatus.UNPROCESSABLE_ENTITY, "max_tokens", message, field)
+                raise Refused(field, message, "max_tokens", HTTPStatus.UNPROCESSABLE_ENTITY)
         if self._policy.max_prompt_tokens and request.get("use_beam_search"):
             message = "use_beam_search is unavailable on this server, which limits prompts"
-            raise _Refused(HTTPStatus.UNPROCESSABLE_ENTITY, "prompt_tokens", message, "use_beam_search")
+            raise Refused("use_beam_search", message, "prompt_tokens", HTTPStatus.UNPROCESSABLE_ENTITY)
         number, prompts = max(_number(request.get("n")) or 1, 1), _prompts(request)
         sequences, most = number * prompts, self._policy.max_sequences
         if most and sequences > most:
             what = f"n is {number}" + (f" for each of {prompts} prompts" if prompts > 1 else "")
             message = f"{what}, and this server generates at most {most} sequences per request"
             field = "n" if number > 1 else "prompt"
-            raise _Refused(HTTPStatus.UNPROCESSABLE_ENTITY, "sequences", message, field)
+            raise Refused(field, message, "sequences", HTTPStatus.UNPROCESSABLE_ENTITY)
         return sequences
 
     def _check_load(self, key: str, sequences: int) -> None:
         most = self._policy.max_requests_per_key
         if most and self._requests[key] >= most:
             message = f"{most} requests with this key are in flight, which is its limit: try again later"
-            raise _Refused(HTTPStatus.TOO_MANY_REQUESTS, "key_requests", message)
+            raise Refused(None, message, "key_requests", HTTPStatus.TOO_MANY_REQUESTS)
         full = self._sequences + sequences > self._places + self._policy.max_queue
         if self._policy.max_queue and self._places and full and self._sequences:
             message = f"{self._policy.max_queue} sequences are waiting already: try again later"
-            raise _Refused(HTTPStatus.TOO_MANY_REQUESTS, "queue", message)
+            raise Refused(None, message, "queue", HTTPStatus.TOO_MANY_REQUESTS)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
@@ -187,15 +174,6 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return waiting.pop() if waiting else await receive()
 
     return replay
-
-
-def _parse(body: bytes) -> Mapping[str, Any]:
-    """The request as vLLM will read it; empty if it is not a JSON object, which vLLM reports."""
-    try:
-        content = read_json(body)
-    except BadField as bad:
-        raise _Refused(HTTPStatus.BAD_REQUEST, "json", bad.message, bad.field) from None
-    return content if isinstance(content, dict) else {}
 
 
 def _number(value: object) -> int | None:

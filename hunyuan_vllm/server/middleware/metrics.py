@@ -56,11 +56,6 @@ def are_shared() -> bool:
     return SHARED_DIRECTORY in os.environ
 
 
-def in_plain_text(scope: Scope) -> Scope:
-    """The request for an answer that text can be appended to: no OpenMetrics, which has an end mark, no compression."""
-    return {**scope, "headers": [pair for pair in scope["headers"] if pair[0].lower() not in NEGOTIATED]}
-
-
 def adding(send: Send, registry: CollectorRegistry) -> Send:
     """`send` for an answer in Prometheus's text format and in one piece; appends the metrics of `registry`."""
     start: Message = {}
@@ -169,15 +164,11 @@ class EngineMetrics(Collector):
         yield GaugeMetricFamily(
             "hunyuan_cla_sharing_factor", "Layers per layer with a KV cache of its own", value=self._factor
         )
-        capacity = GaugeMetricFamily(
-            "hunyuan_kv_cache_capacity_tokens", "Tokens that fit into the KV cache", labels=["engine"]
-        )
-        used = GaugeMetricFamily(
-            "hunyuan_kv_cache_used_tokens",
-            "Tokens held in the KV cache, in whole blocks",
-            labels=["engine"],
-        )
-        for name, usage in self._usage():
+        name, text = "hunyuan_kv_cache_capacity_tokens", "Tokens that fit into the KV cache"
+        capacity = GaugeMetricFamily(name, text, labels=["engine"])
+        name, text = "hunyuan_kv_cache_used_tokens", "Tokens held in the KV cache, in whole blocks"
+        used = GaugeMetricFamily(name, text, labels=["engine"])
+        for name, usage in self._usage().items():
             capacity.add_metric([name], self._tokens)
             used.add_metric([name], round(usage * self._tokens))
         yield capacity
@@ -191,16 +182,10 @@ class EngineMetrics(Collector):
                     experts.add_metric([str(layer), str(expert)], count)
             yield experts
 
-    def _usage(self) -> Iterator[tuple[str, float]]:
+    def _usage(self) -> dict[str, float]:
         """Each engine's name and the used fraction of its cache, from vLLM's own metric."""
-        found = False
-        for family in self._vllm_metrics():
-            for sample in family.samples:
-                if sample.name == USAGE:
-                    found = True
-                    yield sample.labels["engine"], sample.value
-        if not found:  # vLLM's statistics are disabled
-            yield "0", 0.0
+        samples = [sample for family in self._vllm_metrics() for sample in family.samples if sample.name == USAGE]
+        return {sample.labels["engine"]: sample.value for sample in samples} or {"0": 0.0}  # statistics are disabled
 
 
 class Metrics:
@@ -225,5 +210,7 @@ class Metrics:
         elif scope["type"] == "http" and self._metrics is not None and scope["path"] == METRICS:
             await self._metrics.fetch()
             if self._added is not None:
-                scope, send = in_plain_text(scope), adding(send, self._added)
+                # An answer that text can be appended to: no OpenMetrics, which has an end mark, and no compression.
+                headers = [pair for pair in scope["headers"] if pair[0].lower() not in NEGOTIATED]
+                scope, send = {**scope, "headers": headers}, adding(send, self._added)
         await self._app(scope, receive, send)

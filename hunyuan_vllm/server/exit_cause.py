@@ -46,7 +46,8 @@ def exit_cause(lines: Sequence[str], exit_code: int = 0, oom_killed: bool | None
     if killed is None:
         return error
     name, number = killed
-    text = f"{name} was killed by {_signal_name(number)}"
+    names = {one.value: one.name for one in signal.Signals}
+    text = f"{name} was killed by {names.get(number, f'signal {number}')}"
     if number == signal.SIGKILL and oom_killed is not False:
         text += ": out of memory" if oom_killed else ", likely for lack of memory (dmesg says)"
     elif number == signal.SIGABRT and error:  # a process that fails in C++ code aborts itself
@@ -94,12 +95,6 @@ def _exits(message: str) -> Iterator[tuple[str, int | None]]:
     elif match := FAILED.search(message):
         for name, code in re.findall(r"'([^']+)': (-?\d+)", match[1]):
             yield f"process {name}", int(code)
-
-
-def _signal_name(number: int) -> str:
-    with suppress(ValueError):
-        return signal.Signals(number).name
-    return f"signal {number}"
 
 
 def _messages(line: str) -> list[str]:

@@ -4,7 +4,6 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from hunyuan_vllm.doctor.hardware import Gpu, read_gpus
 from hunyuan_vllm.doctor.probes import System
@@ -91,8 +90,5 @@ def _gpu_kind(gpus: Sequence[Gpu]) -> GpuKind | None:
 
 def _cpu_reads_fp8_caches() -> bool:
     """vLLM's attention on CPUs reads them with AVX-512 or AMX."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text().split()
-    except OSError:
-        return True  # the engine says so if it cannot
+    flags = (System().read("proc/cpuinfo") or "avx512f").split()  # unread, the engine says so if it cannot
     return "avx512f" in flags or "amx_tile" in flags

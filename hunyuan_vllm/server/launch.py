@@ -8,7 +8,8 @@ import os
 import shlex
 import ssl
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -180,7 +181,10 @@ def decide(
         env["TORCH_COMPILE_DISABLE"] = "1"  # vLLM compiles functions of its sampler even then
     if not machine.cuda and ranks.world == 1:
         env[envs.FORK_ENGINE] = "1"
-        env[envs.UNUSED_PACKAGES] = " ".join(_unused_packages(parsed))
+        # Those that vLLM imports wherever they are installed, and that this server does without.
+        over_ray = "ray" in (parsed.get("distributed-executor-backend"), parsed.get("data-parallel-backend"))
+        unused = {"ray": not over_ray, "opentelemetry": not parsed.get("otlp-traces-endpoint")}
+        env[envs.UNUSED_PACKAGES] = " ".join(name for name in unused if unused[name])
     env |= policy.environment(environ)
     if policy.admin:
         env |= dict.fromkeys(ADMIN_VARIABLES, "1")
@@ -235,7 +239,10 @@ def _front_end_options(flags: Flags, policy: ApiPolicy, json_logs: bool) -> dict
 def _reply_options(flags: Flags, model: ModelSource, tools: bool, notes: list[str]) -> dict[str, list[str]]:
     """The parsers for what the chat template makes the model write, and a template with tools if it lacks one."""
     given = flags.get("chat-template")
-    template = (_read_template(given) if given else model.chat_template) or ""
+    template = given or model.chat_template or ""
+    if given:
+        with suppress(OSError):  # else it is the template itself
+            template = Path(given).read_text(encoding="utf-8", errors="replace")
     reasoning, calls = parsers_for(template)
     # Without a parser vLLM calls no tool, not even a named one; only this level constrains arguments.
     options: dict[str, list[str]] = {
@@ -253,14 +260,6 @@ def _reply_options(flags: Flags, model: ModelSource, tools: bool, notes: list[st
             "needs --reasoning-parser hunyuan_v1 --tool-call-parser hunyuan_v1, or MODEL_PATH= its directory"
         )
     return options
-
-
-def _read_template(template: str) -> str:
-    """The template that --chat-template means: the text of a file, or the option itself."""
-    try:
-        return Path(template).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return template
 
 
 def _key_file(settings: Settings, policy: ApiPolicy, host: str, uds: str | None) -> Path | None:
@@ -357,14 +356,6 @@ def _engine_env(flags: Flags, machine: Machine, model: ModelSource, ranks: Ranks
         env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         env["OMP_NUM_THREADS"] = str(max(machine.cores // ranks.world, 1))
     return env
-
-
-def _unused_packages(parsed: Flags) -> Iterator[str]:
-    """Those that vLLM imports wherever they are installed, and that this server does without."""
-    if "ray" not in (parsed.get("distributed-executor-backend"), parsed.get("data-parallel-backend")):
-        yield "ray"
-    if not parsed.get("otlp-traces-endpoint"):
-        yield "opentelemetry"
 
 
 def check_certificate(flags: Flags) -> None:

@@ -1,7 +1,5 @@
 """The model, adapters and scheme to serve, checked before a server starts"""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping
@@ -10,7 +8,14 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hunyuan_vllm import __version__
+from hunyuan_vllm import __version__, demo
+from hunyuan_vllm.adapter import check_adapter
+from hunyuan_vllm.chat_template import stored_template
+from hunyuan_vllm.checkpoint import check_headers, missing_weights, read_config, shard_files
+from hunyuan_vllm.network import Network
+from hunyuan_vllm.quant.formats import Format
+from hunyuan_vllm.quant.layouts import IgnoredLayers, quantised_linears
+from hunyuan_vllm.quant.quantization_config import read_format
 from hunyuan_vllm.quant.schemes import INT8, INT8_W8A8, Scheme
 from hunyuan_vllm.server.options import Flags
 from hunyuan_vllm.util.errors import UserError
@@ -19,9 +24,6 @@ from hunyuan_vllm.util.text import HUB_NAME
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from hunyuan_vllm.network import Network
-    from hunyuan_vllm.quant.formats import Format
 
 TOKENIZER_FILES = ("hy.tiktoken", "tokenizer.json")
 
@@ -57,18 +59,14 @@ class ModelSource:
 
 def demo_model() -> ModelSource:
     """The model in the package."""
-    from hunyuan_vllm import demo
-
     directory = demo.path()
     if not any(directory.glob("*.safetensors")):
         raise UserError(f"the demo model is missing from {directory}: install hunyuan-vllm again, or set MODEL_PATH")
-    return _open_directory(directory, "hunyuan-demo", demo=True)
+    return _open_directory(directory, "hunyuan-demo", is_demo=True)
 
 
 def open_model(given: str | None) -> ModelSource:
     """A checkpoint directory, checked, or a hub name, taken as it is; `demo` or nothing is the demo model."""
-    from hunyuan_vllm import demo
-
     if not given:
         return demo_model()
     directory = Path(given).expanduser()
@@ -87,8 +85,6 @@ def open_model(given: str | None) -> ModelSource:
 
 def check_files(model: ModelSource, flags: Flags, environ: Mapping[str, str]) -> None:
     """Check what vLLM would report as missing only after seconds or minutes."""
-    from hunyuan_vllm.checkpoint import missing_weights
-
     if model.config is None:
         return
     if not model.weight_bytes and "load-format" not in flags:
@@ -109,11 +105,7 @@ def check_files(model: ModelSource, flags: Flags, environ: Mapping[str, str]) ->
         )
 
 
-def _open_directory(directory: Path, given: str, demo: bool = False) -> ModelSource:
-    from hunyuan_vllm.chat_template import stored_template
-    from hunyuan_vllm.checkpoint import check_headers, read_config, shard_files
-    from hunyuan_vllm.quant.quantization_config import read_format
-
+def _open_directory(directory: Path, given: str, is_demo: bool = False) -> ModelSource:
     fields, config = read_config(directory)
     try:
         shards = shard_files(directory)
@@ -124,7 +116,7 @@ def _open_directory(directory: Path, given: str, demo: bool = False) -> ModelSou
     tokenizer = any((directory / name).is_file() for name in TOKENIZER_FILES)
     weights = sum(shard.stat().st_size for shard in shards)
     template, _ = stored_template(directory)
-    return ModelSource(str(directory), given, config, weights, demo, tokenizer, form, template)
+    return ModelSource(str(directory), given, config, weights, is_demo, tokenizer, form, template)
 
 
 MAX_LORA_RANK = 16  # vLLM's, where --max-lora-rank does not say
@@ -135,8 +127,6 @@ def check_adapters(flags: Flags, config: Network | None, cpu: bool) -> None:
     given = flags.get("lora-modules")
     if not given:
         return
-    from hunyuan_vllm.adapter import check_adapter  # with transformers, which takes seconds
-
     if "enable-lora" not in flags:
         raise UserError("--lora-modules needs --enable-lora")
     for item in given:
@@ -178,18 +168,18 @@ def check_scheme(scheme: Scheme, model: ModelSource) -> None:
     raise UserError(f"{found}: {made}")
 
 
-def demo_in(scheme: Scheme, demo: ModelSource, cache_home: Path) -> ModelSource:
+def demo_in(scheme: Scheme, model: ModelSource, cache_home: Path) -> ModelSource:
     """The demo model for this scheme: where that needs a checkpoint of its own, its copy, which need not exist yet.
     The copy's name changes with the demo model's contents and with the version of this package."""
     if scheme.while_loading or not scheme.written:
-        return demo
+        return model
     digest = hashlib.sha256(__version__.encode())
-    for file in sorted(Path(demo.name).glob("*.safetensors")):
+    for file in sorted(Path(model.name).glob("*.safetensors")):
         digest.update(file.read_bytes())
-    return replace(demo, name=str(cache_home / "hunyuan-vllm" / f"demo-{scheme.name}-{digest.hexdigest()[:12]}"))
+    return replace(model, name=str(cache_home / "hunyuan-vllm" / f"demo-{scheme.name}-{digest.hexdigest()[:12]}"))
 
 
-def convert(source: Path, target: Path, scheme: Scheme, given: str, console: Console | None = None) -> None:
+def convert(source: Path, target: Path, scheme: Scheme, given: str, console: "Console | None" = None) -> None:
     """Write a checkpoint, which the user calls `given`, in another scheme to the cache, once."""
     if target.exists():
         return
@@ -211,8 +201,6 @@ def gpu_weight_bytes(model: ModelSource, quantization: str | None) -> int:
 
 def cpu_weight_bytes(model: ModelSource, quantization: str | None) -> int:
     """Bytes of a checkpoint's weights in a CPU server's memory."""
-    from hunyuan_vllm.quant.layouts import IgnoredLayers, quantised_linears
-
     if model.format is not None and model.format.kind is not None:
         expanded = model.format.ours and model.format.scheme == "fp8"  # to bfloat16
         return model.weight_bytes * (2 if expanded else 1)

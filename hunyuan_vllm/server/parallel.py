@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from hunyuan_vllm.envs import Settings
 from hunyuan_vllm.plan.hardware import choose_backend
+from hunyuan_vllm.preflight import check_parallel_on_cpus, check_tensor_parallel
 from hunyuan_vllm.server.hardware import GpuKind, Machine
 from hunyuan_vllm.server.models import ModelSource
 from hunyuan_vllm.server.options import Flags
@@ -72,8 +73,12 @@ def choose_ranks(
     if not machine.cuda or model.demo or started_by_user:
         tensor = asked or 1
         _check_division(model, tensor)
-        if not machine.cuda:
-            _check_on_cpus(model, flags)
+        if not machine.cuda and model.config is not None:
+            expert_parallel = bool(flags.get("enable-expert-parallel"))
+            try:
+                check_parallel_on_cpus(model.config, flags.integer("data-parallel-size", 1), expert_parallel)
+            except ValueError as error:
+                raise UserError(str(error)) from error
         return Ranks(tensor, tensor * others, executor, several_nodes=started_by_user or executor == "ray")
     total = max(machine.ray.gpus if machine.ray else 0, machine.gpus)
     if total == 0:
@@ -125,25 +130,10 @@ def _check_division(model: ModelSource, size: int) -> None:
         raise UserError(problem)
 
 
-def _check_on_cpus(model: ModelSource, flags: Flags) -> None:
-    if model.config is None:
-        return
-    from hunyuan_vllm.preflight import check_parallel_on_cpus
-
-    try:
-        check_parallel_on_cpus(
-            model.config, flags.integer("data-parallel-size", 1), bool(flags.get("enable-expert-parallel"))
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
 def _division_problem(model: ModelSource, size: int) -> str | None:
     """Why the network cannot be divided over `size` ranks; None if it can, or if its config is on the hub."""
     if model.config is None:
         return None
-    from hunyuan_vllm.preflight import check_tensor_parallel
-
     try:
         check_tensor_parallel(model.config, size)
         if model.format is not None:

@@ -39,15 +39,12 @@ def version(name):
     return real(name)
 metadata.version = version
 """
-RAY = """
-def init(**options): pass
-def nodes():
-    return [{"NodeID": ip, "NodeManagerAddress": ip, "Resources": {"GPU": 8.0}, "Alive": True} for ip in NODES]
-"""
-RAY_STATE = """
-import ray
-def available_resources_per_node():
-    return {node["NodeID"]: node["Resources"] for node in ray.nodes()}
+RAY_SDK = """
+from types import SimpleNamespace as Object
+def get_cluster_status(address, timeout):
+    usage = Object(usage=[Object(resource_name="GPU", total=8.0, used=0.0)])
+    nodes = [Object(ip_address=ip, resource_usage=usage, node_status="IDLE") for ip in NODES]
+    return Object(active_nodes=[], idle_nodes=nodes, failed_nodes=[])
 """
 BYTES = {"BF16": 2, "F8_E4M3": 1, "F32": 4}
 FP8 = {"quant_method": "fp8", "activation_scheme": "static"}
@@ -59,7 +56,7 @@ class FakeHead:
     def __init__(self, directory: Path, nodes: tuple[str, ...]) -> None:
         self._tools, modules = directory / "bin", directory / "modules"
         self._deploy = directory / "deploy"
-        (modules / "ray" / "_private").mkdir(parents=True)
+        (modules / "ray" / "autoscaler" / "v2").mkdir(parents=True)
         self._tools.mkdir()
         self._deploy.mkdir()
         (self._deploy / "bootstrap").mkdir()
@@ -69,9 +66,9 @@ class FakeHead:
         (self._tools / "nvidia-smi").write_text(NVIDIA_SMI)
         (self._tools / "nvidia-smi").chmod(0o755)
         (modules / "sitecustomize.py").write_text(WITHOUT_CPU_BUILD)
-        (modules / "ray" / "__init__.py").write_text(f"NODES = {nodes!r}\n{RAY}")
-        (modules / "ray" / "_private" / "__init__.py").touch()
-        (modules / "ray" / "_private" / "state.py").write_text(RAY_STATE)
+        for package in ("ray", "ray/autoscaler", "ray/autoscaler/v2"):
+            (modules / package / "__init__.py").touch()
+        (modules / "ray/autoscaler/v2/sdk.py").write_text(f"NODES = {nodes!r}\n{RAY_SDK}")
         self._modules = modules
 
     def dry_run(self, script: str, *flags: str, **environ: str) -> subprocess.CompletedProcess[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class RayHosts:
 
     def start(self, host: Host) -> None:
         """Start Ray on a host: as the head, or joining it."""
-        self._on_node(host, {"do": "start", "setup": self.setup(host).to_json(), "token": self.token})
+        self._on_node(host, {"do": "start", "setup": asdict(self.setup(host)), "token": self.token})
 
     def stop(self, host: Host) -> None:
         """End all of Ray on a host, including stale workers."""

@@ -1,12 +1,13 @@
 """Where the one rank of an engine runs on CPUs"""
 
 import os
-import subprocess
 import sys
 from types import SimpleNamespace
 from typing import Any
 
+import forked_programs
 import pytest
+from forked_programs import ENGINE_TOO
 from vllm.utils.cpu_resource_utils import LogicalCPUInfo
 
 from hunyuan_vllm import cpu_executor, demo
@@ -93,13 +94,11 @@ if __name__ == "__main__":
 
 @pytest.mark.engine
 @pytest.mark.slow
-def test_a_script_has_one_process_beside_its_own(tmp_path: Any) -> None:
+def test_a_script_has_one_process_beside_its_own() -> None:
     """The script's main process keeps its cores, and the engine's is the only one that computes."""
-    (tmp_path / "script.py").write_text(SCRIPT)
-    hidden = {BIND, "OMP_NUM_THREADS", "VLLM_ENABLE_V1_MULTIPROCESSING", "FORKED_ENGINES"}
-    environ = {name: value for name, value in os.environ.items() if name not in hidden}
-    command = [sys.executable, str(tmp_path / "script.py"), str(demo.path())]
-    ran = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=400)
+    hidden = {BIND, "OMP_NUM_THREADS", "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    environ = {name: value for name, value in os.environ.items() if name not in hidden} | ENGINE_TOO
+    ran = forked_programs.run([sys.executable, "-c", SCRIPT, demo.path()], environ, timeout=400)
     assert ran.returncode == 0, ran.stderr[-4000:]
     children = [line for line in ran.stdout.splitlines() if line.startswith("child VLLM")]
     assert len(children) == 1 and "EngineCor" in children[0], ran.stdout

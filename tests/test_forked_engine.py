@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from forked_programs import Program
 from waiting import eventually
 
 SCRIPT = """
@@ -81,8 +82,8 @@ def test_an_engine_ends_when_its_front_end_is_killed(method: str, tmp_path: Path
     script.write_text(KILLED)
     environ = {name: value for name, value in os.environ.items() if name != "FORKED_ENGINES"}
     environ |= {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "HUNYUAN_VLLM_LIMIT_RAY_VARIABLES": "1"}  # as serve sets it
-    front_end = subprocess.Popen([sys.executable, script, method], env=environ, stdout=subprocess.PIPE, text=True)
-    assert front_end.stdout is not None
+    run = f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
+    front_end = Program([sys.executable, "-c", run, method], environ)
     engine = psutil.Process(next(int(line) for line in front_end.stdout if line.strip().isdigit()))
     front_end.kill()
     front_end.wait()

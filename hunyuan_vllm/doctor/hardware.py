@@ -46,13 +46,19 @@ def read_gpus(system: System, timeout: float = TOOL_TIMEOUT) -> list[Gpu]:
 
 def check_gpus(section: Section, system: System, cuda_build: bool) -> list[Gpu]:
     """Report on them; returns those that a server may use."""
+    why = "nvidia-smi lists none"
     try:
         gpus = read_gpus(system)
     except (OSError, ValueError) as error:
-        _without_gpus(section, system, str(error), cuda_build)
-        return []
+        gpus, why = [], str(error)
     if not gpus:
-        _without_gpus(section, system, "nvidia-smi lists none", cuda_build)
+        remedy = "install the NVIDIA driver; in a container, start it with --gpus all; for a CPU, 'hunyuan-vllm[cpu]'"
+        if cuda_build:
+            section.problem("GPUs", f"vLLM's GPU build is installed, but no GPU responds: {why}", remedy)
+        elif system.tool("nvidia-smi"):
+            section.warning("GPUs", f"none responds: {why}", "if this machine has GPUs, repair the driver")
+        else:
+            section.skipped("GPUs", f"{why}, and vLLM's build for CPUs is installed")
         return []
     if not cuda_build:
         text = f"{plural(len(gpus), 'GPU')} found, and the installed vLLM, a build for CPUs, does not use them"
@@ -86,10 +92,8 @@ def check_torch_cuda(section: Section, system: System, probe: Probe, gpus: list[
         text = f"torch sees {values['devices']} GPUs of {len(gpus)}"
         section.warning("torch.cuda", text, "check CUDA_VISIBLE_DEVICES and the GPUs' state in nvidia-smi")
     if "nccl_error" in values:
-        text = f"torch cannot load it: {values['nccl_error']}"
-        section.problem(
-            "NCCL", text, "pip install --force-reinstall --no-deps the nvidia-nccl package that torch names"
-        )
+        remedy = "pip install --force-reinstall --no-deps the nvidia-nccl package that torch names"
+        section.problem("NCCL", f"torch cannot load it: {values['nccl_error']}", remedy)
     elif "nccl" in values:
         section.ok("NCCL", f"{values['nccl']}; all nodes of a cluster should have the same")
 
@@ -98,16 +102,6 @@ def _parse(line: str) -> Gpu:
     index, name, driver, capability, *numbers, mig, ecc = (part.strip() for part in line.split(","))
     memory, used, errors = (int(number) if number.isdigit() else 0 for number in (*numbers, ecc))
     return Gpu(int(index), name, driver, float(capability), memory, used, mig == "Enabled", errors)
-
-
-def _without_gpus(section: Section, system: System, why: str, cuda_build: bool) -> None:
-    if cuda_build:
-        remedy = "install the NVIDIA driver; in a container, start it with --gpus all; for a CPU, 'hunyuan-vllm[cpu]'"
-        section.problem("GPUs", f"vLLM's GPU build is installed, but no GPU responds: {why}", remedy)
-    elif system.tool("nvidia-smi"):
-        section.warning("GPUs", f"none responds: {why}", "if this machine has GPUs, repair the driver")
-    else:
-        section.skipped("GPUs", f"{why}, and vLLM's build for CPUs is installed")
 
 
 def _usable(section: Section, system: System, gpus: list[Gpu]) -> list[Gpu]:
@@ -174,9 +168,8 @@ def check_cpu(section: Section, system: System, cuda_build: bool) -> None:
     quota = _quota(system)
     if quota is not None and quota < _cores():
         text = f"the container may use {quota:g} cores but sees {_cores()}: threads will compete"
-        remedy = (
-            f"start it with --cpuset-cpus for {max(int(quota), 1)} cores, or set OMP_NUM_THREADS={max(int(quota), 1)}"
-        )
+        cores = max(int(quota), 1)
+        remedy = f"start it with --cpuset-cpus for {cores} cores, or set OMP_NUM_THREADS={cores}"
         section.warning("CPU quota", text, remedy)
 
 
@@ -211,17 +204,15 @@ def check_compiler(section: Section, system: System, cuda_build: bool) -> None:
     if can_compile(system.environ):
         section.ok("compiler", "a C++ compiler and Python's headers are installed")
         return
-    what = "Triton" if cuda_build else "torch.compile"
-    text = f"no C++ compiler or no Python headers, so {what} does not work"
+    text = "no C++ compiler or no Python headers, so "
     remedy = "apt-get install g++ python3-dev (Debian, Ubuntu), dnf install gcc-c++ python3-devel (Fedora, RHEL)"
     if cuda_build:
-        section.problem("compiler", text, remedy)
+        section.problem("compiler", f"{text}Triton does not work", remedy)
     else:
-        section.warning(
-            "compiler",
-            f"{text}: `serve` runs the model uncompiled, int8 weights on plain torch, both slowly",
-            remedy,
+        text += (
+            "torch.compile does not work: `serve` runs the model uncompiled, int8 weights on plain torch, both slowly"
         )
+        section.warning("compiler", text, remedy)
 
 
 def _field(cpuinfo: str, name: str) -> str:

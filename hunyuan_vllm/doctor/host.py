@@ -161,7 +161,7 @@ def check_name(section: Section, system: System, resolve: Callable[[str], str] =
         return
     if not address.startswith("127."):
         section.ok("host name", f"{name} is {address}")
-    elif system.among_several and not system.environ.get("LOCAL_IP"):
+    elif system.environ.get("RAY_ADDRESS") and not system.environ.get("LOCAL_IP"):
         text = f"{name} is {address}, which is a different machine on every node"
         section.warning("host name", text, "set LOCAL_IP, or give it its real address in /etc/hosts")
     else:

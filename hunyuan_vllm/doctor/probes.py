@@ -32,11 +32,6 @@ class System:
     python: str = sys.executable
     timeout: float = 18.0
 
-    @property
-    def among_several(self) -> bool:
-        """Whether variables for several nodes are set, where clocks and names matter."""
-        return bool(self.environ.get("LOCAL_IP") or self.environ.get("RAY_ADDRESS"))
-
     def path(self, below_root: str) -> Path:
         return self.root / below_root
 

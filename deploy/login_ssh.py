@@ -24,7 +24,7 @@ def main() -> int:
     password = take_option("--password")
     if password is not None:
         pass_on(password)
-    if sys.version_info >= (3, 11) and all(map(importlib.util.find_spec, ("paramiko", "rich", "typer"))):
+    if sys.version_info >= (3, 11) and all(map(importlib.util.find_spec, ("paramiko", "psutil", "rich", "typer"))):
         from hunyuan_vllm.cli.login_ssh import main as command
 
         command()

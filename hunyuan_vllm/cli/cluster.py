@@ -168,23 +168,19 @@ def up(
     from hunyuan_vllm.cluster.credentials import this_user
     from hunyuan_vllm.cluster.ray_node import TOKEN_VARIABLE, parse_variables, token_file
     from hunyuan_vllm.cluster.status import record_cluster
-    from hunyuan_vllm.cluster.up import Plan, Up
+    from hunyuan_vllm.cluster.up import Up
 
     if logical_gpus and gpus is None:
         raise UserError("--logical-gpus: give their number with --gpus-per-node")
     home = Path(this_user().pw_dir)
-    plan = Plan(
-        model=str(model.absolute()) if model else None,
-        interface=interface,
-        gpus=gpus,
-        logical_gpus=logical_gpus,
-        token_file=str(token_file(os.environ, home)) if os.environ.get(TOKEN_VARIABLE) else None,
-        encrypt=encrypt,
-        variables=parse_variables(variables),
-        force=force,
-    )
+    directory = str(model.absolute()) if model else None
+    token = str(token_file(os.environ, home)) if os.environ.get(TOKEN_VARIABLE) else None
+    ray_variables = parse_variables(variables)
     with connected(hosts, ssh_port, user, python, jobs, timeout) as connections:
-        run = Up(connections, plan, home)
+        run = Up(
+            connections, home, model=directory, interface=interface, gpus=gpus, logical_gpus=logical_gpus,
+            token_file=token, encrypt=encrypt, variables=ray_variables, force=force,
+        )  # fmt: skip
         run.run()
         if all(host.setup for host in connections.hosts) and (run.changed or run.ok):
             record_cluster(connections.hosts, python, home)
@@ -210,11 +206,8 @@ def status(as_json: bool = AS_JSON, jobs: int = JOBS, timeout: float = TIMEOUT) 
         console = Console(highlight=False)
         table = Table("host", "interface", "state", "GPUs", "free", "runs")
         for node in found["nodes"]:
-            name, gpus = (
-                f"{node['host']}{' (head)' if node['head'] else ''}",
-                f"{node['gpus']} of {node['gpus_wanted']}",
-            )
-            runs = some(node["works"]) or "nothing"
+            name = f"{node['host']} (head)" if node["head"] else node["host"]
+            gpus, runs = f"{node['gpus']} of {node['gpus_wanted']}", some(node["works"]) or "nothing"
             table.add_row(name, node["interface"], node["state"], gpus, str(node["free_gpus"]), runs)
         console.print(table)
         show_sections([Section("Missing", [problem for host in hosts for problem in host.problems])], console)

@@ -28,34 +28,25 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 messages = Console(stderr=True)
 
 
-class Terminal:
-    """Asks at the terminal; does not ask if there is none or --yes was given."""
+def confirm_host_keys(hosts: Sequence[Host]) -> bool:
+    """Ask at the terminal whether these keys are the hosts' own."""
+    table = Table(title="Host keys not known yet", title_justify="left")
+    for title in ("host", "kind", "fingerprint"):
+        table.add_column(title, overflow="fold")
+    for host in hosts:
+        if key := host.host_key:
+            table.add_row(host.name, key.kind, key.fingerprint)
+    messages.print(table)
+    _say("compare them with each host's console: ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub")
+    _say("do they all match? Type yes to pin them, anything else leaves these hosts out:")
+    try:
+        return input().strip().lower() == "yes"
+    except EOFError:
+        return False
 
-    def __init__(self, silent: bool) -> None:
-        self.present = not silent and sys.stdin.isatty() and sys.stderr.isatty()
 
-    def confirm_host_keys(self, hosts: Sequence[Host]) -> bool:
-        if not self.present:
-            return False
-        table = Table(title="Host keys not known yet", title_justify="left")
-        for title in ("host", "kind", "fingerprint"):
-            table.add_column(title, overflow="fold")
-        for host in hosts:
-            if key := host.host_key:
-                table.add_row(host.name, key.kind, key.fingerprint)
-        messages.print(table)
-        _say("compare them with each host's console: ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub")
-        _say("do they all match? Type yes to pin them, anything else leaves these hosts out:")
-        try:
-            return input().strip().lower() == "yes"
-        except EOFError:
-            return False
-
-    def ask_password(self, hosts: Sequence[Host]) -> str | None:
-        if not self.present:
-            return None
-        user = hosts[0].user
-        return getpass.getpass(f"password of {user} on {', '.join(host.name for host in hosts)}: ") or None
+def ask_password(hosts: Sequence[Host]) -> str:
+    return getpass.getpass(f"password of {hosts[0].user} on {', '.join(host.name for host in hosts)}: ")
 
 
 @app.command()
@@ -104,17 +95,20 @@ def login_ssh(
     Exit status: 0 every pair was verified; 1 problems, each named; 2 wrong
     options; 130 interrupted.
     """
-    terminal = Terminal(silent=yes)
     me = this_user()
     hosts = parse_hosts(ips, port, user if user is not None else me.pw_name)
     trusted = parse_fingerprints(fingerprints, hosts)
-    secret = _password(password, password_file)
+    # deploy/login_ssh.py takes --password off the command line and hands it on as a file, before this is imported.
+    secret = take_ssh_password()
+    if password is None and password_file:
+        secret = read_password_file(password_file)
     try:
         keys = [read_identity(identity)] if identity else []
         home = Path(me.pw_dir)
-        credentials = Credentials([*keys, *default_keys(home)], secret)
+        credentials = Credentials([*keys, *default_keys(home)], secret if password is None else password)
         known, steps = read_known_hosts(home), Steps(jobs, messages)
-        questions = terminal.confirm_host_keys, terminal.ask_password
+        asks = not yes and sys.stdin.isatty() and sys.stderr.isatty()
+        questions = (confirm_host_keys, ask_password) if asks else (None, None)
         found, pairs = MutualLogin(hosts, known, trusted, credentials, *questions, steps, timeout).run()
     except KeyboardInterrupt:
         _say("interrupted: every file is complete, old or new; run it again to finish")
@@ -125,14 +119,6 @@ def login_ssh(
     else:
         _show(ok, found, pairs)
     raise typer.Exit(0 if ok else 1)
-
-
-def _password(given: str | None, file: Path | None) -> str | None:
-    # deploy/login_ssh.py takes --password off the command line and hands it on as a file, before this is imported.
-    from_environment = take_ssh_password()
-    if given is not None:
-        return given
-    return read_password_file(file) if file else from_environment
 
 
 def _json(ok: bool, hosts: Sequence[Host], pairs: Sequence[Pair]) -> str:

@@ -180,30 +180,14 @@ def serve(
     if scheme and model.demo:
         model = demo_in(scheme, source, settings.cache_home)
     policy = api_policy(
-        allowed_routes,
-        max_body,
-        insecure=insecure,
-        admin=admin_routes,
-        ignore_unknown_fields=ignore_unknown_fields,
-        max_prompt_tokens=max_prompt_tokens,
-        max_output_tokens=max_output_tokens,
-        max_sequences=max_sequences,
-        max_requests_per_key=max_requests_per_key,
-        max_queue=max_queue,
-    )
+        allowed_routes, max_body, insecure=insecure, admin=admin_routes, ignore_unknown_fields=ignore_unknown_fields,
+        max_prompt_tokens=max_prompt_tokens, max_output_tokens=max_output_tokens, max_sequences=max_sequences,
+        max_requests_per_key=max_requests_per_key, max_queue=max_queue,
+    )  # fmt: skip
     launch = decide(
-        settings,
-        flags,
-        read_machine(environ),
-        model,
-        environ,
-        scheme=scheme,
-        policy=policy,
-        grace=grace,
-        json_logs=json_logs,
-        expert_load=expert_load,
-        tools=tools,
-    )
+        settings, flags, read_machine(environ), model, environ, scheme=scheme, policy=policy, grace=grace,
+        json_logs=json_logs, expert_load=expert_load, tools=tools,
+    )  # fmt: skip
     check_certificate(flags)
     for note in launch.notes:
         say(note)

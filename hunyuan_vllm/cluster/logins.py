@@ -39,7 +39,7 @@ class MutualLogin:
         known_hosts: the host keys this machine knows, as text of such a file.
         fingerprints: host name → those of its keys that the operator gave.
         credentials: for the first login; later the key of this machine is enough.
-        confirm: asks a person whether the keys of these hosts are theirs; False where nobody can answer.
+        confirm: asks a person whether the keys of these hosts are theirs; None where nobody can answer.
         ask_password: asks for the password of these hosts; None where nobody can answer.
     """
 
@@ -47,8 +47,8 @@ class MutualLogin:
     known_hosts: str
     fingerprints: Mapping[str, frozenset[str]]
     credentials: Credentials
-    confirm: Callable[[Sequence[Host]], bool]
-    ask_password: Callable[[Sequence[Host]], str | None]
+    confirm: Callable[[Sequence[Host]], bool] | None
+    ask_password: Callable[[Sequence[Host]], str] | None
     steps: Steps
     timeout: float
     _here: Host = field(default_factory=lambda: Host("this machine", local=True), init=False)
@@ -63,7 +63,8 @@ class MutualLogin:
             self._trust_host_keys()
             self._log_in()
             self.steps.each("SSH files", [host for host in self.hosts if host.shell], self._read_account)
-            if not any(_same_account(host, self._here) for host in self.hosts):
+            here = self._here.account
+            if not any(here and host.account and host.account.identity == here.identity for host in self.hosts):
                 self._all = [self._here, *self.hosts]
             usable = [host for host in self._all if host.account]
             self.steps.each("keys", usable, _make_key)
@@ -89,7 +90,7 @@ class MutualLogin:
         unknown = [host for host in self.hosts if not host.trust and not host.problems]
         if not unknown:
             return
-        confirmed = self.confirm(unknown)
+        confirmed = self.confirm is not None and self.confirm(unknown)
         for host in unknown:
             if confirmed:
                 host.trust = Trust.CONFIRMED
@@ -108,7 +109,7 @@ class MutualLogin:
         waiting = [host for host in trusted if host.password_needed]
         if not waiting:
             return
-        if password := self.ask_password(waiting):
+        if self.ask_password and (password := self.ask_password(waiting)):
             credentials = Credentials(self.credentials.keys, password)
             self.steps.each("logins with the password", waiting, lambda host: connect(host, credentials, self.timeout))
         for host in waiting:
@@ -157,10 +158,6 @@ class MutualLogin:
             if host.name in failed and host.account and (error := host.account.strict_modes_error()):
                 host.problem(error.text, error.remedy)
         return pairs
-
-
-def _same_account(one: Host, other: Host) -> bool:
-    return one.account is not None and other.account is not None and one.account.identity == other.account.identity
 
 
 def _make_key(host: Host) -> None:

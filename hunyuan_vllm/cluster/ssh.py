@@ -72,7 +72,9 @@ def _handshake(host: Host, key_types: Sequence[str], timeout: float) -> Iterator
         raise _unreached(error, host, timeout) from None
     transport = paramiko.Transport(connected)
     try:
-        _prefer(transport, key_types)
+        options = transport.get_security_options()
+        first = {*key_types, *(("rsa-sha2-512", "rsa-sha2-256") if "ssh-rsa" in key_types else ())}
+        options.key_types = sorted(options.key_types, key=lambda name: name not in first)  # asked for before others
         transport.banner_timeout = transport.handshake_timeout = transport.auth_timeout = timeout
         transport.channel_timeout = timeout
         transport.start_client(timeout=2 * timeout)
@@ -106,14 +108,6 @@ def _unreached(error: OSError, host: Host, timeout: float) -> HostError:
     if error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH):
         return HostError(f"{where} is unreachable: {error.strerror}", "check the address and that the host is up")
     return HostError(f"no connection to {where}: {error.strerror or error}", "check the address and the network")
-
-
-def _prefer(transport: paramiko.Transport, key_types: Sequence[str]) -> None:
-    """Ask for host keys of these types before others."""
-    options = transport.get_security_options()
-    first = {"rsa-sha2-512", "rsa-sha2-256"} if "ssh-rsa" in key_types else set()
-    first.update(key_types)
-    options.key_types = sorted(options.key_types, key=lambda name: name not in first)
 
 
 def _presented(transport: paramiko.Transport) -> PublicKey:

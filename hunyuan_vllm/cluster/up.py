@@ -55,17 +55,20 @@ def _stop_ray(connections: Connections, title: str, hosts: Sequence[Host]) -> di
     return stopped
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What the cluster is to be.
+@dataclass
+class Up:
+    """One run, from the head, over hosts that are logged in to. Each host's `setup` says how its node is set up.
 
     Attributes:
+        home: where the head keeps the cluster's authority.
         model, interface: what the check wants of each host.
         gpus: of each node as Ray is told; None for those that it has.
         logical_gpus: hosts need not have that many.
         token_file: where the token is, on every node; None for its place in the home there.
     """
 
+    connections: Connections
+    home: Path
     model: str | None = None
     interface: str | None = None
     gpus: int | None = None
@@ -74,15 +77,6 @@ class Plan:
     encrypt: bool = False
     variables: Mapping[str, str] = field(default_factory=dict)
     force: bool = False
-
-
-@dataclass
-class Up:
-    """One run, from the head, over hosts that are logged in to. Each host's `setup` says how its node is set up."""
-
-    connections: Connections
-    plan: Plan
-    home: Path
     sections: list[Section] = field(default_factory=list)
     changed: bool = False
 
@@ -119,11 +113,11 @@ class Up:
             host.setup = NodeSetup(
                 address=host.address,
                 head=head,
-                interface=self.plan.interface or interface_of(host.address, ray.interfaces) or "",
-                gpus=ray.gpus if self.plan.gpus is None else self.plan.gpus,
-                token_file=self.plan.token_file or str(Path(ray.home) / ".ray" / "auth_token"),
-                tls=str(Path(ray.home) / NODE_DIRECTORY / "tls") if self.plan.encrypt else None,
-                variables=self.plan.variables,
+                interface=self.interface or interface_of(host.address, ray.interfaces) or "",
+                gpus=ray.gpus if self.gpus is None else self.gpus,
+                token_file=self.token_file or str(Path(ray.home) / ".ray" / "auth_token"),
+                tls=str(Path(ray.home) / NODE_DIRECTORY / "tls") if self.encrypt else None,
+                variables=self.variables,
             )
 
     def _head(self) -> NodeSetup:
@@ -144,7 +138,7 @@ class Up:
         old = [host for host in self.connections.hosts if host not in running and _ray(host).processes]
         for host in old:
             ray = _ray(host)
-            if ray.raylets and ray.workloads and not self.plan.force:
+            if ray.raylets and ray.workloads and not self.force:
                 text = f"another Ray runs there, used by {some(ray.workloads)}"
                 section.problem(host.name, text, "stop that and run `hunyuan-vllm cluster down`, or give --force")
         if not section.sound:
@@ -158,8 +152,8 @@ class Up:
     def _check(self, running: set[Host]) -> bool:
         """Whether the check allows Ray to start."""
         serving = {host.address for host in running}
-        plan, gpus = self.plan, None if self.plan.logical_gpus else self.plan.gpus
-        found = ClusterCheck(self.connections, plan.model, plan.interface, gpus, serving).run()
+        gpus = None if self.logical_gpus else self.gpus
+        found = ClusterCheck(self.connections, self.model, self.interface, gpus, serving).run()
         self.sections[:] = [section for section in self.sections if section.title != "Hosts"] + found
         return self.ok
 
@@ -174,7 +168,7 @@ class Up:
             assert host.setup is not None
             setup, ask = asdict(host.setup), self.connections.ask_ray
             request = {"do": "start", "setup": setup, "token": token}
-            if self.plan.encrypt and (csr := ask(host, {"do": "certificate", "setup": setup})["request"]):
+            if self.encrypt and (csr := ask(host, {"do": "certificate", "setup": setup})["request"]):
                 signed = sign(self.home / NODE_DIRECTORY / "tls", csr, host.address)
                 request |= dict(zip(("certificate", "authority"), signed, strict=True))
             seconds[host] = ask(host, request, START_TIMEOUT + 30)["seconds"]

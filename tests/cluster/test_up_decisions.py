@@ -10,7 +10,7 @@ from hunyuan_vllm.cluster.hosts import Host
 from hunyuan_vllm.cluster.ray_node import NodeSetup
 from hunyuan_vllm.cluster.ray_nodes import RayNode
 from hunyuan_vllm.cluster.ray_start import RayState
-from hunyuan_vllm.cluster.up import Plan, Up
+from hunyuan_vllm.cluster.up import Up
 from hunyuan_vllm.util.findings import Section
 
 HEAD, OTHER = "10.0.0.1", "10.0.0.2"
@@ -46,7 +46,7 @@ class Cluster:
         return NodeSetup(address, HEAD, "eth0", 8, "/home/me/.ray/auth_token")
 
     def up(self, **options) -> Up:
-        run = Up(self, Plan(**options), Path("/home/me"))
+        run = Up(self, Path("/home/me"), **options)
         run.run()
         return run
 

@@ -16,21 +16,13 @@ NVIDIA_SMI_TIMEOUT = 60.0  # seconds; it loads the driver of eight GPUs where no
 
 
 @dataclass(frozen=True)
-class GpuKind:
-    """The GPUs of this machine, which are taken to be alike."""
-
-    capability: tuple[int, int]
-    memory: int
-
-
-@dataclass(frozen=True)
 class Machine:
     """Facts a launch is decided from.
 
     Attributes:
         cuda: the installed engine is vLLM's GPU build.
         gpus: GPUs this process may use.
-        gpu: what they are; None where there are none or that is unknown.
+        gpu: the one with the least memory; None where there is none or nvidia-smi does not say how much.
         ray_env: variables with which to join the cluster that `hunyuan-vllm cluster up` made of this machine.
         memory: bytes of memory free for a server; on a NUMA machine, of the node its first rank is bound to.
         fp8_cache: its attention can read an FP8 KV cache; on CPUs vLLM's needs AVX-512 or AMX.
@@ -39,7 +31,7 @@ class Machine:
 
     cuda: bool
     gpus: int = 0
-    gpu: GpuKind | None = None
+    gpu: Gpu | None = None
     ray: RayCluster | None = None
     ray_env: Mapping[str, str] = field(default_factory=dict)
     interfaces: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -61,7 +53,7 @@ def read_machine(environ: Mapping[str, str]) -> Machine:
     return Machine(
         cuda=cuda,
         gpus=_visible_gpus(gpus, environ),
-        gpu=_gpu_kind(gpus),
+        gpu=min((gpu for gpu in gpus if gpu.memory), key=lambda gpu: gpu.memory, default=None),
         ray=find_ray_cluster({**environ, **join}) if cuda else None,
         ray_env=ray_env,
         interfaces=own_interfaces(),
@@ -77,15 +69,6 @@ def _visible_gpus(gpus: Sequence[Gpu], environ: Mapping[str, str]) -> int:
     if chosen is None:
         return len(gpus)
     return min(len(gpus), len([device for device in chosen.split(",") if device.strip() not in ("", "-1")]))
-
-
-def _gpu_kind(gpus: Sequence[Gpu]) -> GpuKind | None:
-    """The kind with the least memory, where there are several; None where nvidia-smi does not say how much."""
-    smallest = min((gpu for gpu in gpus if gpu.memory), key=lambda gpu: gpu.memory, default=None)
-    if smallest is None:
-        return None
-    major, minor = divmod(round(10 * smallest.capability), 10)
-    return GpuKind((major, minor), smallest.memory * 2**20)
 
 
 def _cpu_reads_fp8_caches() -> bool:

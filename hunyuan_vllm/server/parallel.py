@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass, field
 
+from hunyuan_vllm.doctor.hardware import Gpu
 from hunyuan_vllm.envs import Settings
 from hunyuan_vllm.plan.hardware import choose_backend
 from hunyuan_vllm.preflight import check_parallel_on_cpus, check_tensor_parallel
-from hunyuan_vllm.server.hardware import GpuKind, Machine
+from hunyuan_vllm.server.hardware import Machine
 from hunyuan_vllm.server.models import ModelSource
-from hunyuan_vllm.server.options import Flags
+from hunyuan_vllm.server.options import MIB, Flags
 from hunyuan_vllm.server.ray_cluster import describe_nodes
 from hunyuan_vllm.util.errors import NotYetError, UserError
 from hunyuan_vllm.util.net import INTERFACE_VARIABLES, LOOPBACK, interface_of
@@ -18,7 +19,7 @@ USUAL_INTERFACE = "bond1"
 INCOMPATIBLE = ("decode-context-parallel-size", "attention-backend", "speculative-config", "kv-transfer-config")
 
 
-def choose_context_ranks(flags: Flags, gpu: GpuKind | None, model: ModelSource, tensor: int, fp8_cache: bool) -> int:
+def choose_context_ranks(flags: Flags, gpu: Gpu | None, model: ModelSource, tensor: int, fp8_cache: bool) -> int:
     """vLLM's --decode-context-parallel-size; 1 to leave the option out.
 
     With more tensor-parallel ranks than KV heads, several ranks hold the same head. With this option they hold
@@ -29,7 +30,8 @@ def choose_context_ranks(flags: Flags, gpu: GpuKind | None, model: ModelSource, 
     copies = tensor // model.config.num_key_value_heads
     if copies <= 1:
         return 1
-    backend, _ = choose_backend(gpu.capability, model.config.head_dim, fp8_cache, copies)
+    major, minor = divmod(round(10 * gpu.capability), 10)
+    backend, _ = choose_backend((major, minor), model.config.head_dim, fp8_cache, copies)
     return copies if backend else 1
 
 
@@ -115,12 +117,12 @@ def _largest_division(model: ModelSource, gpus: int, notes: list[str]) -> int:
     return 1
 
 
-def _min_gpus(weight_bytes: int, gpu: GpuKind | None, model: ModelSource) -> int:
+def _min_gpus(weight_bytes: int, gpu: Gpu | None, model: ModelSource) -> int:
     """The fewest GPUs that hold the weights and that the network can be divided over; 1 if there is no such number."""
     if gpu is None or model.config is None:
         return 1
     for size in range(1, model.config.num_attention_heads + 1):
-        if weight_bytes <= size * gpu.memory * WEIGHTS_SHARE and _division_problem(model, size) is None:
+        if weight_bytes <= size * gpu.memory * MIB * WEIGHTS_SHARE and _division_problem(model, size) is None:
             return size
     return 1
 

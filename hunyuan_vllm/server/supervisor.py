@@ -161,7 +161,9 @@ def run_server(
     while child.running:
         notify_systemd("WATCHDOG=1")
         if stop.since is not None:
-            limit = START_MARGIN if ready_since is None else _grace(launch) + STOP_MARGIN
+            limit = START_MARGIN
+            if ready_since is not None:
+                limit = STOP_MARGIN + float(launch.env.get(envs.DRAIN_GRACE) or envs.drain_grace())
             if time.monotonic() >= stop.since + limit and kill_reason is None:
                 kill_reason = "it did not exit in time"
                 report(f"{kill_reason}, and is killed")
@@ -202,10 +204,6 @@ def report(text: str) -> None:
 def _status_after_stop(run: Run, stop: Stop) -> int:
     """0 for an interrupted start, unless the operator killed the server; else the server's own status."""
     return 0 if run.ready_for is None and not stop.killed else run.status
-
-
-def _grace(launch: Launch) -> float:
-    return float(launch.env.get(envs.DRAIN_GRACE) or envs.drain_grace())
 
 
 def _announce(launch: Launch, seconds: float) -> None:

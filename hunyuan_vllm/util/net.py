@@ -113,23 +113,16 @@ def check_port(host: str, port: int) -> None:
         try:
             probe.bind(address)
         except OSError as error:
-            taken = error.errno == errno.EADDRINUSE
-            raise (NotYetError if taken else UserError)(_port_problem(host, port, error)) from None
-
-
-def _port_problem(host: str, port: int, error: OSError) -> str:
-    if error.errno == errno.EADDRINUSE:
-        return f"port {port} on {host} is taken{_by(port)}: stop that server, or choose another port with PORT="
-    if error.errno == errno.EACCES:
-        return f"port {port} is reserved for root: choose one above 1023 with PORT="
-    if error.errno == errno.EADDRNOTAVAIL:
-        return f"{host} is not an address of this machine: set HOST or LOCAL_IP to one that is"
-    return f"cannot listen on {host} port {port}: {error.strerror}"
-
-
-def _by(port: int) -> str:
-    process = listener(port)
-    return f" by process {process.pid} ({process.name()})" if process else ""
+            if error.errno == errno.EADDRINUSE:
+                by = f" by process {process.pid} ({process.name()})" if (process := listener(port)) else ""
+                remedy = "stop that server, or choose another port with PORT="
+                raise NotYetError(f"port {port} on {host} is taken{by}: {remedy}") from None
+            problems = {
+                errno.EACCES: f"port {port} is reserved for root: choose one above 1023 with PORT=",
+                errno.EADDRNOTAVAIL: f"{host} is not an address of this machine: set HOST or LOCAL_IP to one that is",
+            }
+            other = f"cannot listen on {host} port {port}: {error.strerror}"
+            raise UserError(problems.get(error.errno or 0, other)) from None
 
 
 def listener(port: int) -> psutil.Process | None:

@@ -6,9 +6,10 @@ import pytest
 
 from hunyuan_vllm.cluster.ray_nodes import RayNode
 from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.doctor.hardware import Gpu
 from hunyuan_vllm.envs import Settings
 from hunyuan_vllm.quant.schemes import FP8, INT8, Scheme
-from hunyuan_vllm.server.hardware import GpuKind, Machine
+from hunyuan_vllm.server.hardware import Machine
 from hunyuan_vllm.server.launch import Launch, decide
 from hunyuan_vllm.server.models import ModelSource
 from hunyuan_vllm.server.options import Flags
@@ -21,7 +22,10 @@ LARGE = HunYuanConfig(
     num_attention_heads=80, num_key_value_heads=8, num_experts=16, use_mixed_mlp_moe=True, num_shared_expert=1,
 )  # fmt: skip
 MODEL = ModelSource("/models/large", "/models/large", LARGE, weight_bytes=725 * GIB)
-H20, H200, L40S = GpuKind((9, 0), 96 * GIB), GpuKind((9, 0), 140 * GIB), GpuKind((8, 9), 45 * GIB)
+H20, H200, L40S = (
+    Gpu(0, name, "570.86", capability, gibibytes * 1024, 4, mig=False, ecc_errors=0)
+    for name, capability, gibibytes in (("H20", 9.0, 96), ("H200", 9.0, 140), ("L40S", 8.9, 45))
+)
 HEAD, WORKER = RayNode("10.0.0.5", 8, 8), RayNode("10.0.0.6", 8, 8)
 ALONE, WHOLE = RayCluster([HEAD]), RayCluster([HEAD, WORKER])
 BUSY = RayCluster([HEAD, RayNode("10.0.0.6", 8, 3)])

@@ -34,39 +34,6 @@ ENGINE_LOGGER = "vllm.v1.engine.async_llm"
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
 
 
-class Drain:
-    """Handles SIGTERM instead of vLLM, which would cut off the requests in flight (`in_flight`, each until the last
-    byte of its answer)."""
-
-    def __init__(self, grace: float) -> None:
-        """`grace` is how many seconds requests may continue after SIGTERM."""
-        self.draining = False
-        self._grace = grace
-        self.in_flight = 0
-        self._ending: asyncio.Task[None] | None = None
-
-    def handle_sigterm(self) -> None:
-        """Drain on SIGTERM. Call it in the event loop, after vLLM has set its own handlers for SIGTERM and SIGINT."""
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._begin)
-
-    def _begin(self) -> None:
-        if not self.draining:
-            self.draining = True
-            self._ending = asyncio.create_task(self._end())
-
-    async def _end(self) -> None:
-        logger.info("Draining: %d requests in flight have %g s to finish", self.in_flight, self._grace)
-        deadline = time.monotonic() + self._grace
-        while self.in_flight and time.monotonic() < deadline:
-            await asyncio.sleep(0.05)
-        if self.in_flight:
-            logger.warning("Draining: %d requests took too long and are aborted", self.in_flight)
-        else:
-            logger.info("Draining: all requests have finished")
-        logging.getLogger(ENGINE_LOGGER).addFilter(_not_engine_dead)
-        os.kill(os.getpid(), signal.SIGINT)  # whose handler is still vLLM's, the same as for SIGTERM
-
-
 def _not_engine_dead(record: logging.LogRecord) -> bool:
     """When it stops, vLLM kills its engine and then reports with a traceback that it is dead."""
     return not (record.exc_info and isinstance(record.exc_info[1], EngineDeadError))
@@ -206,7 +173,10 @@ RETRY_AFTER = b"10"  # seconds, in which another replica takes over or this one 
 
 
 class Health:
-    """Answers probes; refuses requests while the server drains and once its engine has died."""
+    """Answers probes; refuses requests while the server drains and once its engine has died.
+
+    It handles SIGTERM instead of vLLM, which would cut off the requests in flight.
+    """
 
     def __init__(self, app: App, bare: App) -> None:
         """Args:
@@ -215,28 +185,47 @@ class Health:
         """
         self._app = app
         self._readiness = Readiness(bare, envs.ready_timeout())
-        self._drain = Drain(envs.drain_grace())
+        self._grace = envs.drain_grace()
+        self._in_flight = 0
+        self._draining: asyncio.Task[None] | None = None
         self._death_logged = False
         export_restarts(envs.supervisor_restarts())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            self._drain.handle_sigterm()
+            # By now vLLM has set its own handlers for SIGTERM and SIGINT.
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._begin_drain)
             engine = _engine(scope)  # vLLM deletes its state when it stops
             await self._app(scope, receive, send)
             self._has_died(engine)  # logs it, even if no request has noticed
         elif scope["type"] == "http" and scope["path"] in (LIVE, READY):
             await self._probe(scope, send)
-        elif self._drain.draining and scope["path"] not in WHILE_DRAINING:
+        elif self._draining and scope["path"] not in WHILE_DRAINING:
             await _refuse(scope, send, DRAINING)
         elif self._has_died(_engine(scope)):
             await _refuse(scope, send, DEAD)
         else:
-            self._drain.in_flight += 1
+            self._in_flight += 1
             try:
                 await self._app(scope, receive, send)
             finally:
-                self._drain.in_flight -= 1
+                self._in_flight -= 1
+
+    def _begin_drain(self) -> None:
+        self._draining = self._draining or asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        """Let requests finish for the time they have, then stop the server."""
+        logger.info("Draining: %d requests in flight have %g s to finish", self._in_flight, self._grace)
+        deadline = time.monotonic() + self._grace
+        while self._in_flight and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        if self._in_flight:
+            logger.warning("Draining: %d requests took too long and are aborted", self._in_flight)
+        else:
+            logger.info("Draining: all requests have finished")
+        logging.getLogger(ENGINE_LOGGER).addFilter(_not_engine_dead)
+        os.kill(os.getpid(), signal.SIGINT)  # whose handler is still vLLM's, the same as for SIGTERM
 
     async def _probe(self, scope: Scope, send: Send) -> None:
         if scope["method"] not in ("GET", "HEAD"):
@@ -246,13 +235,13 @@ class Health:
             status = HTTPStatus.SERVICE_UNAVAILABLE if dead else HTTPStatus.OK
             await _answer(send, status, {"status": "dead" if dead else "alive"})
         else:
-            health = DRAINING if self._drain.draining else await self._readiness.status(scope)
+            health = DRAINING if self._draining else await self._readiness.status(scope)
             status = HTTPStatus.OK if health.ready else HTTPStatus.SERVICE_UNAVAILABLE
             await _answer(send, status, {"status": health.status, "reason": health.reason})
 
     def _has_died(self, engine: Any) -> bool:
         """Whether the engine has ended by itself; logs once the exit code of its process, which vLLM does not."""
-        if self._drain.draining or engine is None or not has_ended(engine):
+        if self._draining or engine is None or not has_ended(engine):
             return False
         if not self._death_logged:
             for name, code in exit_codes(engine).items():

@@ -24,46 +24,7 @@ WITH_TOOLS = Path(__file__).with_name("chat_template_with_tools.jinja")  # for `
 TEMPLATE_FILE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 START, SYSTEM_END, ANSWER_END = "<|startoftext|>", "<|extra_4|>", "<|eos|>"
 
-CHAT_TEMPLATE = r"""
-{%- macro text_of(content) -%}
-  {%- if content is string -%}
-    {{ content }}
-  {%- elif content -%}
-    {%- if content | rejectattr('type', 'equalto', 'text') | list -%}
-      {{ raise_exception('This model reads text only: a content part has another type than "text".') }}
-    {%- endif -%}
-    {{ content | map(attribute='text') | select | join('\n') }}
-  {%- endif -%}
-{%- endmacro -%}
-{%- set turn = namespace(open=false, system='') -%}
-{%- for message in messages if message['role'] == 'system' -%}
-  {%- set content = text_of(message['content']) -%}
-  {%- if content -%}
-    {%- set turn.system = turn.system + ('\n\n' if turn.system else '') + content -%}
-  {%- endif -%}
-{%- endfor -%}
-{%- if turn.system -%}
-  {{ '<|startoftext|>' + turn.system + '<|extra_4|>' }}
-  {%- set turn.open = true -%}
-{%- endif -%}
-{%- for message in messages -%}
-  {%- set content = text_of(message['content']) -%}
-  {%- if message['role'] == 'system' -%}
-  {%- elif message['role'] == 'user' -%}
-    {{ ('' if turn.open else '<|startoftext|>') + content + '<|extra_0|>' }}
-    {%- set turn.open = false -%}
-  {%- elif message['role'] == 'assistant' -%}
-    {{ content + '<|eos|>' }}
-    {%- set turn.open = false -%}
-  {%- else -%}
-    {#- Not quoted: vLLM logs this, and what clients send is not for logs. -#}
-    {{ raise_exception('Unknown role in message ' ~ loop.index ~ '; use system, user or assistant.') }}
-  {%- endif -%}
-{%- endfor -%}
-{%- if turn.open and add_generation_prompt -%}
-  {{ '<|extra_0|>' }}
-{%- endif -%}
-""".lstrip()
+CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
 
 
 class Refused(TemplateError):

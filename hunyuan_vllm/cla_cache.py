@@ -154,26 +154,16 @@ def _report(attention: Attention, cache: torch.Tensor) -> None:
     parallel = vllm_config.parallel_config
     dcp = parallel.decode_context_parallel_size
     stage = range(*vllm_config.model_config.get_layers_start_end_indices(parallel))
-    shapes = [
-        CacheShape.of(
-            config,
-            tensor_parallel=parallel.tensor_parallel_size,
-            stage=stage,
-            itemsize=cache.element_size(),
-            sharing=sharing,
-        )
+    ranks, itemsize = parallel.tensor_parallel_size, cache.element_size()
+    used, unshared = (
+        CacheShape.of(config, tensor_parallel=ranks, stage=stage, itemsize=itemsize, sharing=sharing)
         for sharing in (envs.cla_sharing(), False)
-    ]
-    used, unshared = shapes
+    )
     tokens = cache.numel() // (2 * attention.num_kv_heads * attention.head_size) * dcp
     if tokens < vllm_config.model_config.max_model_len:
         return  # a small cache bound for graph profiling; vLLM never serves with less than one full sequence
     logger.info(
         "CLA cache: %d owner layers of %d keep K and V; %.4g KiB per token on each rank (%.4g without sharing); "
         "%d tokens fit",
-        used.owners,
-        used.layers,
-        used.bytes_per_token / 1024,
-        unshared.bytes_per_token / 1024,
-        tokens,
-    )
+        used.owners, used.layers, used.bytes_per_token / 1024, unshared.bytes_per_token / 1024, tokens,
+    )  # fmt: skip

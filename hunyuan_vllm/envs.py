@@ -162,11 +162,11 @@ class Settings:
         node_ips = tuple((text("NODE_IPS") or "").replace(",", " ").split())
         if wrong := [address for address in node_ips if not is_address(address)]:
             raise UserError(f"NODE_IPS: {wrong[0]} is not an IP address: name nodes as in NODE_IPS=10.0.0.5,10.0.0.6")
-        key_file = text(KEY_FILE_VARIABLE)
+
+        def path(name: str, default: str) -> Path:
+            return Path(text(name) or default).expanduser()
+
         gpu_wait = _integer("GPU_WAIT", text("GPU_WAIT"), 0, 10**6)
-        config_home = text("XDG_CONFIG_HOME") or "~/.config"
-        cache_home = text("XDG_CACHE_HOME") or "~/.cache"
-        state_home = text("XDG_STATE_HOME") or "~/.local/state"
         return cls(
             model=text("MODEL_PATH"),
             local_ip=local_ip,
@@ -177,10 +177,10 @@ class Settings:
             node_ips=node_ips,
             gpu_wait=DEFAULT_GPU_WAIT if gpu_wait is None else gpu_wait,
             api_key=text("VLLM_API_KEY") is not None,
-            api_key_file=Path(key_file).expanduser() if key_file else None,
-            config_home=Path(config_home).expanduser(),
-            cache_home=Path(cache_home).expanduser(),
-            state_home=Path(state_home).expanduser(),
+            api_key_file=path(KEY_FILE_VARIABLE, "") if text(KEY_FILE_VARIABLE) else None,
+            config_home=path("XDG_CONFIG_HOME", "~/.config"),
+            cache_home=path("XDG_CACHE_HOME", "~/.cache"),
+            state_home=path("XDG_STATE_HOME", "~/.local/state"),
         )
 
 

@@ -26,7 +26,7 @@ from hunyuan_vllm.layout import FUSED, CheckpointError, Layout
 from hunyuan_vllm.quant.base import HunYuanQuantization, loaded_layout
 from hunyuan_vllm.quant.layouts import is_quantised
 from hunyuan_vllm.util.progress import Progress
-from hunyuan_vllm.util.text import duration
+from hunyuan_vllm.util.text import duration, some
 
 if TYPE_CHECKING:
     from hunyuan_vllm.model import HunYuanForCausalLM
@@ -213,5 +213,4 @@ def _require_all(model: HunYuanForCausalLM, layout: Layout, seen: set[str]) -> N
     if parallel.enable_expert_parallel:  # vLLM may skip the experts of other ranks while reading
         missing = [name for name in missing if ".experts." not in name]
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(f"the checkpoint lacks tensor {missing[0]!r}{more}")
+        raise CheckpointError(f"the checkpoint lacks tensor {some([repr(name) for name in missing], limit=1)}")

@@ -156,9 +156,8 @@ def _warn_of_max_new_tokens(after: int | None) -> None:
         logger.warning(
             "generation_config.json has max_new_tokens %s: answers end after %s tokens unless a request says "
             "otherwise; --override-generation-config '{\"max_new_tokens\": null}' takes this default away",
-            after,
-            after,
-        )
+            after, after,
+        )  # fmt: skip
 
 
 def _check_options(vllm_config: VllmConfig) -> None:

@@ -199,12 +199,8 @@ class HYTokenizer(TokenizersBackend):
         def by_pipeline() -> BatchEncoding:
             return pipeline(self._normalised(text), self._normalised(text_pair), **kwargs)
 
-        if (
-            self._text_encoder is None
-            or not isinstance(text, str)
-            or text_pair is not None
-            or not self._is_plain(kwargs)
-        ):
+        plain = isinstance(text, str) and text_pair is None and self._is_plain(kwargs)
+        if self._text_encoder is None or not plain:
             return by_pipeline()
         ids = self._text_encoder(_nfc(text), special_tokens=not kwargs.get("split_special_tokens"))
         head, tail = (self._head, self._tail) if kwargs.get("add_special_tokens", True) else ([], [])

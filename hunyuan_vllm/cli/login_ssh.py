@@ -108,8 +108,8 @@ def login_ssh(
         credentials = Credentials([*keys, *default_keys(home)], secret if password is None else password)
         known, steps = read_known_hosts(home), Steps(jobs, messages)
         asks = not yes and sys.stdin.isatty() and sys.stderr.isatty()
-        questions = (confirm_host_keys, ask_password) if asks else (None, None)
-        found, pairs = MutualLogin(hosts, known, trusted, credentials, *questions, steps, timeout).run()
+        confirm, ask = (confirm_host_keys, ask_password) if asks else (None, None)
+        found, pairs = MutualLogin(hosts, known, trusted, credentials, confirm, ask, steps, timeout).run()
     except KeyboardInterrupt:
         _say("interrupted: every file is complete, old or new; run it again to finish")
         os._exit(130)  # a normal exit would wait for threads that wait for hosts

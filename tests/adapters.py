@@ -1,7 +1,5 @@
 """LoRA adapters on every attention projection of a network, in PEFT's layout."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Certificates for tests that speak TLS."""
 
-from __future__ import annotations
-
 import datetime
 import ipaddress
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Chat templates of checkpoints, to be recognised by what they render."""
 
-from __future__ import annotations
-
 __all__ = ["FAULTY", "FINE_TUNED"]
 
 FAULTY = """

@@ -6,8 +6,6 @@ Weights are seeded and representable in bfloat16 (the router, kept in float32, i
 show: norm weights are partly small or negative, routes are decisive, logits are not flat.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Callable, Iterator

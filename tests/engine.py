@@ -1,7 +1,5 @@
 """Start a real engine on a checkpoint, score token ids with it, and compare with golden or reference answers."""
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

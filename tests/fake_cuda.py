@@ -3,8 +3,6 @@
 The package humming counts as installed: vLLM's wheels for CUDA require it.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from collections.abc import Iterator

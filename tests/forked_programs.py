@@ -5,8 +5,6 @@ front end, an evaluation its engines) are forked from it. Each has its own argum
 signal handlers, file descriptors and exit status. Tests of how processes start and end use subprocess instead.
 """
 
-from __future__ import annotations
-
 import atexit
 import functools
 import gc

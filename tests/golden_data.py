@@ -1,8 +1,6 @@
 """The golden checkpoints: directories to load, what they must answer, and how close. And the like for any checkpoint,
 answered by the reference model."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass

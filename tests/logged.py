@@ -1,7 +1,5 @@
 """What a logger is given in a block, wherever its records go otherwise."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager

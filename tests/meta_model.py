@@ -3,8 +3,6 @@
 Tensors have shapes and no memory, so the published 389B network takes seconds. Nothing can be computed with it.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections.abc import Iterator

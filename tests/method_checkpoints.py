@@ -4,8 +4,6 @@ Values are packed one at a time as each format's description has it, so that a l
 something else than itself.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """A real server for tests: `hunyuan-vllm serve` in a process of its own, until it says that it is ready."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

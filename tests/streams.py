@@ -1,7 +1,5 @@
 """Answers that come in parts, counted on machines that may be busy."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sized
 from typing import TypeVar
 

@@ -1,7 +1,5 @@
 """Adapters that cannot be served as they were trained: refused by name, from their files' headers."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

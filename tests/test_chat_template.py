@@ -1,7 +1,5 @@
 """The built-in chat template, against strings written by hand."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from datetime import datetime, tzinfo

@@ -1,7 +1,5 @@
 """The shared cache itself: who owns what, who writes, what it costs, and that the arithmetic is the engine's."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The command as a whole: versions, a mistyped name, completion."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """HunYuanConfig: what it reads from config.json, what it refuses, and what vLLM then sees."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The shipped demo checkpoint answers as its README says; read and run by the plain PyTorch model."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

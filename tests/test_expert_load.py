@@ -1,7 +1,5 @@
 """The load of experts, counted in the engine, is the routing of the independent model on the same tokens."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

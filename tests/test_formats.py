@@ -1,7 +1,5 @@
 """What a checkpoint is stored as: `check`, `plan` and `serve` say the same, because they ask in one place."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Names and shapes of a checkpoint: what is accepted, what is skipped, and how a misfit is named."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

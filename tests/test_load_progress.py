@@ -1,7 +1,5 @@
 """What a user sees of a load: nothing if it is short, else tensors, bytes and the time left."""
 
-from __future__ import annotations
-
 import sys
 
 import pytest

@@ -1,7 +1,5 @@
 """LoRA adapters on attention: on an owner's fused projection and on a cross layer's q_proj alone, against merging."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

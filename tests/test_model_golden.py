@@ -1,7 +1,5 @@
 """The engine against the original model code's recorded log-probabilities, in every mode this machine runs."""
 
-from __future__ import annotations
-
 import pytest
 from engine import MIB, TRACED, counter, engine, greatest_difference, mean_difference, score
 from golden_data import FLOAT32_TOLERANCE, GOLDEN_NAMES, load_golden

@@ -1,7 +1,5 @@
 """What vLLM asks of a model class, and of a model's experts."""
 
-from __future__ import annotations
-
 import pytest
 from checkpoints import tiny_config, write_checkpoint
 from engine import engine

@@ -1,7 +1,5 @@
 """The golden checkpoints must see every plausible mistake: each test makes one in the engine, and must be far off."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterable

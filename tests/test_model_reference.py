@@ -1,7 +1,5 @@
 """The engine against `reference.py` on random checkpoints: the config branches that no golden checkpoint has."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The hosts that tests of several machines run on: apart from each other, joined by a network, and gone when done."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

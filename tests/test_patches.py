@@ -1,7 +1,5 @@
 """Each patch of vLLM: the test fails once an engine without the patch does right, and the patch can go."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Pipeline cuts: what vLLM would cut, what a CLA network allows."""
 
-from __future__ import annotations
-
 from itertools import accumulate
 
 import pytest

@@ -1,7 +1,5 @@
 """Registration: by entry point, lazy, idempotent, and loud when it fails."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """What is refused, said or set in the user's own process, before any of the engine's exists."""
 
-from __future__ import annotations
-
 import json
 import runpy
 import shutil

@@ -1,7 +1,5 @@
 """Which variables vLLM copies from a server to its Ray workers, by vLLM's own function."""
 
-from __future__ import annotations
-
 import os
 
 import pytest

@@ -1,7 +1,5 @@
 """The reference model against the original code's records, and what makes it trainable and loadable."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Special tokens in what a client sends are text; those of the chat template are special tokens."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

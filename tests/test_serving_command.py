@@ -1,7 +1,5 @@
 """The commands that tools end with serve what they have written, from any directory."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import subprocess

@@ -1,7 +1,5 @@
 """vLLM's incremental detokenizer over our tokens: no half characters on the way, nothing missing at the end."""
 
-from __future__ import annotations
-
 import random
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Long text: cut only where every tokenisation has a boundary, and no length or shape of it brings an encoder down."""
 
-from __future__ import annotations
-
 import unicodedata
 from pathlib import Path
 

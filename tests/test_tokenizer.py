@@ -1,7 +1,5 @@
 """HYTokenizer through AutoTokenizer and vLLM: the ids of tiktoken, whatever way they are asked for."""
 
-from __future__ import annotations
-
 import copy
 import json
 import pickle

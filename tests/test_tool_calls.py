@@ -1,7 +1,5 @@
 """The parser `hunyuan_large` and the chat template with tools: the grammar of calls, and one markup on both sides."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

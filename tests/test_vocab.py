@@ -1,7 +1,5 @@
 """hy.tiktoken: the pipeline built from any ranks encodes as tiktoken does, and a damaged file is named."""
 
-from __future__ import annotations
-
 import base64
 import random
 import runpy

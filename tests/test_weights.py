@@ -1,7 +1,5 @@
 """What a real engine says of a checkpoint that is not sound, and weights that change while it runs."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

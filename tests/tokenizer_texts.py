@@ -1,7 +1,5 @@
 """Vocabularies and strings for the tokenizer tests, and what tiktoken makes of the strings."""
 
-from __future__ import annotations
-
 import base64
 import itertools
 import random

@@ -1,7 +1,5 @@
 """Waiting for what happens in its own time, instead of for a time in which it should have happened."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from typing import TypeVar

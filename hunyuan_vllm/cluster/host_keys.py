@@ -1,7 +1,5 @@
 """Host keys and public keys: known_hosts, authorized_keys, and which host key is trusted"""
 
-from __future__ import annotations
-
 import base64
 import binascii
 import fnmatch
@@ -11,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Self
 
 from paramiko import HostKeys
 
@@ -30,7 +29,7 @@ class PublicKey:
     data: str
 
     @classmethod
-    def parse(cls, words: list[str]) -> PublicKey | None:
+    def parse(cls, words: list[str]) -> Self | None:
         """The key that starts a list of words (type, data, comment …), or None where none does."""
         if len(words) < 2 or not TYPES.fullmatch(words[0]):
             return None

@@ -1,7 +1,5 @@
 """What `cluster check` runs on each host: `python -m hunyuan_vllm.cluster.probe facts|listen|connect` prints JSON"""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

@@ -4,8 +4,6 @@
 the token must not be an argument.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

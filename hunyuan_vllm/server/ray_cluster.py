@@ -1,7 +1,5 @@
 """The Ray cluster that this machine belongs to: its free GPUs, the wait for them, and stale workers"""
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import os

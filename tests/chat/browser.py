@@ -1,7 +1,5 @@
 """A headless Chromium for tests, and the chat page in it as a user handles it."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The real server that the tests of the chat talk to: the demo model, behind a key."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager
 from pathlib import Path
 

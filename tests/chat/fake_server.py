@@ -1,7 +1,5 @@
 """The chat page in front of a server that answers what a test tells it to, where no model would: hostility, faults."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import threading

@@ -3,8 +3,6 @@
 Needs Chromium and a Chinese font (Debian: chromium, chromium-driver, fonts-wqy-zenhei or fonts-noto-cjk).
 """
 
-from __future__ import annotations
-
 import io
 import sys
 import tempfile

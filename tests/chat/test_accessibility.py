@@ -1,7 +1,5 @@
 """The page for those who use a keyboard or a screen reader: axe's checks, light and dark, and the order of the keys."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

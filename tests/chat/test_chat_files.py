@@ -1,7 +1,5 @@
 """What the server hands out of the chat page, to whom, and under which policy."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """A user at the real server with the chat page in a real browser."""
 
-from __future__ import annotations
-
 import re
 
 import httpx

@@ -1,7 +1,5 @@
 """What the page shows of an answer, and what it sends of a conversation, with a server that answers as it is told."""
 
-from __future__ import annotations
-
 from browser import Page
 from fake_server import FakeServer
 from selenium.webdriver.common.keys import Keys

@@ -1,7 +1,5 @@
 """What a model writes is shown and never run; what a server does wrong is explained."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

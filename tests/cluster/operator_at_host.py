@@ -1,7 +1,5 @@
 """An operator at one of the test hosts who runs deploy/login_ssh.py, and what he sees."""
 
-from __future__ import annotations
-
 import json
 import os
 import pty

@@ -1,7 +1,5 @@
 """Keys made by OpenSSH, for tests that compare with it."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 from functools import cache

@@ -1,7 +1,5 @@
 """The text of authorized_keys."""
 
-from __future__ import annotations
-
 import pytest
 from ssh_keys import public_key
 

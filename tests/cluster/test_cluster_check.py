@@ -1,7 +1,5 @@
 """`hunyuan-vllm cluster check` between three real hosts with real SSH servers."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

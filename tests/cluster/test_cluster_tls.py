@@ -1,7 +1,5 @@
 """Certificates of the cluster: made once, for the node alone, verified by Python's own TLS."""
 
-from __future__ import annotations
-
 import socket
 import ssl
 import stat

@@ -1,7 +1,5 @@
 """`hunyuan-vllm cluster up`, `status`, `down` with real Ray on real hosts, one after the other on the same cluster."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import subprocess

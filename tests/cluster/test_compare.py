@@ -1,7 +1,5 @@
 """What must agree between nodes, compared."""
 
-from __future__ import annotations
-
 import pytest
 
 from hunyuan_vllm.cluster.check import compare_clocks, compare_files, compare_gpus, compare_versions

@@ -1,7 +1,5 @@
 """Where the password and the keys come from, and what is wrong with them."""
 
-from __future__ import annotations
-
 import pytest
 from ssh_keys import make_key
 

@@ -1,7 +1,5 @@
 """The hosts an operator names."""
 
-from __future__ import annotations
-
 import pytest
 
 from hunyuan_vllm.cluster.hosts import Host, parse_hosts

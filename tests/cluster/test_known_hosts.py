@@ -1,7 +1,5 @@
 """The text of known_hosts, against what ssh-keygen finds in it."""
 
-from __future__ import annotations
-
 import pytest
 from ssh_keys import keygen, public_key
 

@@ -1,7 +1,5 @@
 """deploy/login_ssh.py between three real hosts with real SSH servers."""
 
-from __future__ import annotations
-
 import pytest
 from hosts import HOME
 from operator_at_host import PASSWORD, PORT, log_in, options, ssh_state

@@ -1,7 +1,5 @@
 """What is wrong with a host is named with its remedy; the others are completed; nothing is left half-written."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import sys

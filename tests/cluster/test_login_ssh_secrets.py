@@ -1,7 +1,5 @@
 """The password of deploy/login_ssh.py: asked for without an echo, sent to hosts, and seen by nobody else."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

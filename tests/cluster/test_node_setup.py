@@ -1,7 +1,5 @@
 """How Ray is started: flags, variables, ports; and that documents and systemd units say the same."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 from pathlib import Path

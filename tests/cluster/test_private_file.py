@@ -1,7 +1,5 @@
 """Private files and the token: made once, never open to others, whole or as they were."""
 
-from __future__ import annotations
-
 import os
 import stat
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Which processes are Ray's: those that write into a session of its, and their children; not those with such a name."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """What ray_head.sh, ray_worker.sh and ray_stop.sh would do on two nodes of eight H20s, read by Ray's own parser."""
 
-from __future__ import annotations
-
 import shlex
 import socket
 import sys

@@ -1,7 +1,5 @@
 """Addresses of Ray clusters where nothing listens, and what is told of them without waiting for Ray's client."""
 
-from __future__ import annotations
-
 import socket
 
 import pytest

@@ -1,7 +1,5 @@
 """Scripts that run whole or not at all, and the files they write. On this machine, in a home of their own."""
 
-from __future__ import annotations
-
 import base64
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Fingerprints, and which host keys are trusted."""
 
-from __future__ import annotations
-
 import pytest
 from ssh_keys import keygen, public_key
 

@@ -1,7 +1,5 @@
 """What `kubectl apply -k deploy/k8s` would apply, as tests need it: objects, their pods, and who may reach whom."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """HAProxy as an operator starts it, for tests."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """A replica that answers with its host's name, late where it is asked to: python slow_replica.py ADDRESS PORT"""
 
-from __future__ import annotations
-
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer

@@ -1,7 +1,5 @@
 """The Kubernetes manifests: what pods run, and whether ports, probes and times are those of our code."""
 
-from __future__ import annotations
-
 import os
 import re
 import socket

@@ -1,7 +1,5 @@
 """The Kubernetes manifests: who reaches whom, by the rules of NetworkPolicy, and what may be taken away at once."""
 
-from __future__ import annotations
-
 import pytest
 from manifests import LWS, Pod, allowed, named, pods, replica_pods, selects, templates
 

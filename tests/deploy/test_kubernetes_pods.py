@@ -1,7 +1,5 @@
 """The Kubernetes manifests: whether pods are confined, and fit the image, our code and each other."""
 
-from __future__ import annotations
-
 import re
 import sys
 from pathlib import Path

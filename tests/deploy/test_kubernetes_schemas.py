@@ -1,7 +1,5 @@
 """The Kubernetes manifests against the schemas of Kubernetes and LeaderWorkerSet."""
 
-from __future__ import annotations
-
 import copy
 import json
 from pathlib import Path

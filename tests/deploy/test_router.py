@@ -1,7 +1,5 @@
 """HAProxy before two replicas of the demo model: what begins alike stays together, a death ends its own requests."""
 
-from __future__ import annotations
-
 import collections
 import re
 import threading

@@ -1,7 +1,5 @@
 """The router's file: as Kubernetes starts it, with TLS, and without replicas."""
 
-from __future__ import annotations
-
 import ssl
 import subprocess
 from contextlib import ExitStack

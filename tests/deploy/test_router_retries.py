@@ -1,7 +1,5 @@
 """What HAProxy sends again: a request that found no connection, once; nothing that reached a replica."""
 
-from __future__ import annotations
-
 import pytest
 from routers import Failing, Router, failing, needs_haproxy, running_router
 from serving import free_port

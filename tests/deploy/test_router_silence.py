@@ -1,7 +1,5 @@
 """A host that falls silent while it works on a request: nothing tells the router but silence."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

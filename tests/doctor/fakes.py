@@ -1,7 +1,5 @@
 """A machine made of files: /proc, /sys and /dev below a directory, and an nvidia-smi that says what a test wants."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from pathlib import Path

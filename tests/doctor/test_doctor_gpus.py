@@ -1,7 +1,5 @@
 """GPUs, by an nvidia-smi that is a fake: none are at hand."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The machine's checks on machines made of files."""
 
-from __future__ import annotations
-
 import os
 import resource
 import socket

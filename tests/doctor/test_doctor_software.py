@@ -1,7 +1,5 @@
 """Versions, imports and registration: in processes that are really spawned, with packages that are really broken."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -7,8 +7,6 @@ bf16_vs_fp32.json. Tensors are copied bit for bit into shards of about 1 MB; ref
 the tests compare (no top-5 lists; of the bfloat16 run its mean distance from float32, which is the tolerance).
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

@@ -1,7 +1,5 @@
 """Send hostile requests to a server, some at a time, and note what comes back."""
 
-from __future__ import annotations
-
 import asyncio
 import re
 import socket

@@ -1,7 +1,5 @@
 """Hostile requests as bytes for the wire: bodies, headers, paths, methods, framing, and how the client misbehaves."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field

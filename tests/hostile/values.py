@@ -1,7 +1,5 @@
 """Values that a field of a request should not have, by field where there is something to know about it."""
 
-from __future__ import annotations
-
 from random import Random
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a server holds: requests, cache blocks, memory, files and threads of all its processes."""
 
-from __future__ import annotations
-
 import time
 from contextlib import suppress
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Everything hangs on processes that the kernel kills when the one that made them 
 namespace has a name, no mount is visible outside, so nothing can be left behind and two test runs never meet.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -106,7 +104,7 @@ class Network:
         self._shared = _outermost([CHECKOUT, Path(sys.prefix), Path(sys.base_prefix), *shared])
         self._count = self._boots = 0
 
-    def __enter__(self) -> Network:
+    def __enter__(self) -> "Network":
         bridge = "ip link add br0 type bridge; ip link set br0 up; echo up; cat"
         self._switch = subprocess.Popen(
             [*BOUND_TO_US, "unshare", "-n", "sh", "-euc", bridge],

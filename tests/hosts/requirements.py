@@ -1,7 +1,5 @@
 """What the machine must have for hosts in namespaces, and what to do where it has not."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

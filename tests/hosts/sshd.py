@@ -1,7 +1,5 @@
 """OpenSSH's server on a test host, with a host key, accounts and passwords of the host's own."""
 
-from __future__ import annotations
-
 from hosts.network import Host
 
 __all__ = ["Sshd"]

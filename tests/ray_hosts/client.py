@@ -3,8 +3,6 @@
 post: one request. stream: as many clients at once as there are bodies, after whose first words "flowing" is printed.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import threading

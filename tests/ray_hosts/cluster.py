@@ -1,7 +1,5 @@
 """Hosts `head` and `worker` with Ray on them, and `client`, whose requests come over the network."""
 
-from __future__ import annotations
-
 import json
 import secrets
 import sys

@@ -1,7 +1,5 @@
 """A fault of a server over two nodes while clients are streaming, and the outcome"""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """What can befall a server over two nodes, and what an operator or a service manager does about it."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Places: command lines and environments of processes, files that Ray, vLLM or a s
 of Ray's workers, which other users' code may share.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterator

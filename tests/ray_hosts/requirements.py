@@ -1,7 +1,5 @@
 """What the machine must have for Ray over test hosts, and what to do where it has not."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import importlib.util
 

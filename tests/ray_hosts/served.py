@@ -1,7 +1,5 @@
 """A server on a test host, and what clients on another host get from it."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -100,7 +98,7 @@ class Served:
         asked = json.dumps({"url": self.url, "key": self.key(), "path": path, "body": body})
         return json.loads(self.client.run(sys.executable, CLIENT, "post", input=asked, timeout=timeout).stdout)
 
-    def stream(self, bodies: Sequence[Mapping[str, Any]]) -> Streams:
+    def stream(self, bodies: Sequence[Mapping[str, Any]]) -> "Streams":
         """As many clients at once, each with a completion that is streamed to it."""
         asked = json.dumps({"url": self.url, "key": self.key(), "bodies": list(bodies)})
         return Streams(self.client.start(sys.executable, CLIENT, "stream", **Streams.PIPES), asked)

@@ -5,8 +5,6 @@ are as large as they should be and take no room. The scripts are copies, beside 
 one would believe in the GPUs, and make the environment that the tests run in anew for them.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import socket

@@ -1,7 +1,5 @@
 """A real server with all that an operator may switch on: keys by name, TLS, limits, adapters, JSON logs."""
 
-from __future__ import annotations
-
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager

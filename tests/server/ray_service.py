@@ -1,7 +1,5 @@
 """What the tests of serving over Ray share: the cluster, its server, and strangers who try to get in."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """--lora-modules, before a server is started: `serve --dry-run`, `batch` and `eval` see it as well."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What is refused although it is JSON, with the place where it is; and what passes."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

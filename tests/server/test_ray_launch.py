@@ -1,7 +1,5 @@
 """The decision where there is a Ray cluster: how many GPUs are counted on, and which ranks share a cache."""
 
-from __future__ import annotations
-
 import pytest
 
 from hunyuan_vllm.cluster.ray_nodes import RayNode

@@ -1,7 +1,5 @@
 """Serving quantised: which checkpoint, which options, how many GPUs; and the demo model, converted and asked."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Serving in int8: options, GPUs and memory, from a BF16 checkpoint or an int8 one; and the demo model, asked."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """`hunyuan-vllm bench` against a real server with keys, TLS and limits."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A real server under malformed and hostile requests (benchmarks/hostile.py sends twenty times as many)."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 

@@ -1,7 +1,5 @@
 """What deploy/*.sh would start on the published topology, two nodes of eight H20s, read by vLLM's own parser."""
 
-from __future__ import annotations
-
 import shlex
 from argparse import Namespace
 from functools import cache

@@ -1,7 +1,5 @@
 """Waiting for the GPUs of a Ray cluster: what is said meanwhile, and when it ends."""
 
-from __future__ import annotations
-
 import io
 from dataclasses import dataclass
 

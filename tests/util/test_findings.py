@@ -1,7 +1,5 @@
 """What findings add up to, and how thousands of names are shown."""
 
-from __future__ import annotations
-
 import io
 
 from rich.console import Console

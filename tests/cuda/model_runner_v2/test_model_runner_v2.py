@@ -1,8 +1,6 @@
 """Model Runner V2, which vLLM uses by default on GPUs, answers as the older one does: on the demo model, whose layers
 share caches."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """CPU forms, in torch, of the few operators between vLLM's Triton kernels: the wheel for CUDA has none."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from vllm.platforms import current_platform

@@ -1,7 +1,5 @@
 """The networks and schemes of the bench. A further network is a row of NETWORKS and its rows of test_kernels.py."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

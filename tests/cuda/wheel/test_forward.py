@@ -3,8 +3,6 @@
 The published network runs on the meta device, where tensors have no values, so that either raises.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from unittest.mock import patch
 

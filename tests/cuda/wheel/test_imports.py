@@ -1,7 +1,5 @@
 """What the package imports of vLLM, wherever in a module, is there in this version too."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Which kernels of vLLM's wheel each scheme gets, on which GPU and how many of them; and that each layer builds."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -3,8 +3,6 @@
 In float16: the interpreter's products of bfloat16 are wrong. What vLLM has between those kernels is `cpu_ops.py`'s.
 """
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

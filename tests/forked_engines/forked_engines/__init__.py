@@ -7,8 +7,6 @@ What such a process was born with is kept from its garbage collector, which vLLM
 Tests that are about these processes start them as users do.
 """
 
-from __future__ import annotations
-
 import gc
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """For tests: vLLM's CPU platform, which Ray may schedule. With this directory's parent on PYTHONPATH, RAY_ON_CPU=1."""
 
-from __future__ import annotations
-
 import os
 
 __all__ = ["register"]

@@ -1,7 +1,5 @@
 """The communicator: ranks on different hosts share no memory, which vLLM's own takes for granted on CPUs."""
 
-from __future__ import annotations
-
 import socket
 
 import torch

@@ -1,7 +1,5 @@
 """The platform: a rank takes one of the GPUs that a node was started with, which are a number and nothing more."""
 
-from __future__ import annotations
-
 from vllm.platforms.cpu import CpuPlatform
 
 __all__ = ["RayOnCpuPlatform"]

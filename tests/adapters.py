@@ -10,8 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from hunyuan_vllm.config import HunYuanConfig
 
-__all__ = ["ALPHA", "RANK", "adapter_pairs", "rename_modules", "write_adapter"]
-
 RANK, ALPHA = 4, 8
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 

@@ -8,8 +8,6 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-__all__ = ["own_certificate"]
-
 
 def own_certificate(directory: Path) -> tuple[Path, Path]:
     """Write a certificate for 127.0.0.1 that signs itself, and its key; returns their files, PEM."""

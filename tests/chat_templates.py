@@ -1,7 +1,5 @@
 """Chat templates of checkpoints, to be recognised by what they render."""
 
-__all__ = ["FAULTY", "FINE_TUNED"]
-
 FAULTY = """
 {%- set start = {'taken': false} -%}
 {%- for message in messages -%}

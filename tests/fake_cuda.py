@@ -14,8 +14,6 @@ from unittest.mock import patch
 import torch
 from vllm.platforms.interface import DeviceCapability, Platform
 
-__all__ = ["cuda_platform", "fake_cuda"]
-
 GIB = 2**30
 
 

@@ -28,8 +28,6 @@ from vllm.engine.arg_utils import EngineArgs
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.model import HunYuanForCausalLM
 
-__all__ = ["meta_model", "parameter_bytes"]
-
 
 @contextmanager
 def meta_model(

@@ -14,8 +14,6 @@ from pathlib import Path
 import psutil
 from forked_programs import ENGINE_TOO, Program
 
-__all__ = ["COMMAND", "Server", "free_port", "halted", "running_server"]
-
 COMMAND = Path(sys.executable).with_name("hunyuan-vllm")
 # What conftest.py sets for engines inside the test process, and what would make it another server.
 NOT_INHERITED = {"VLLM_ENABLE_V1_MULTIPROCESSING", "MODEL_PATH", "LOCAL_IP", "HOST", "TP_SIZE", "VLLM_API_KEY"}

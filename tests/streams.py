@@ -3,8 +3,6 @@
 from collections.abc import Callable, Sized
 from typing import TypeVar
 
-__all__ = ["in_parts"]
-
 Parts = TypeVar("Parts", bound=Sized)
 TRIES = 5
 

@@ -5,8 +5,6 @@ from pathlib import Path
 
 from serving import Server, running_server
 
-__all__ = ["CONTEXT", "KEY", "chat_server"]
-
 KEY = "a-key-for-tests"
 CONTEXT = 2048  # long enough for an answer to be stopped on a machine that is busy
 

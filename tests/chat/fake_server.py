@@ -17,8 +17,6 @@ from starlette.routing import Route
 
 from hunyuan_vllm.server.middleware.page import ChatPage
 
-__all__ = ["MODEL", "FakeServer", "fake_server"]
-
 MODEL = {"id": "fake", "root": "fake", "parent": None, "max_model_len": 1000}
 
 

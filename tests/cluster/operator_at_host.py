@@ -13,8 +13,6 @@ from typing import Any
 
 from hosts import HOME, Host, Sshd
 
-__all__ = ["PASSWORD", "PORT", "Outcome", "at_terminal", "cluster", "command", "log_in", "options", "ssh_state"]
-
 PORT = 36000
 PASSWORD = 'it\'s "the" $PASSWORD `id` \\ ü'  # whatever passes it on must quote it, or not need to
 PROGRAM = Path(sys.executable).with_name("hunyuan-vllm")

@@ -10,8 +10,6 @@ import pytest
 
 from hunyuan_vllm.cluster.host_keys import PublicKey
 
-__all__ = ["keygen", "make_key", "public_key"]
-
 
 def keygen(*arguments: object, check: bool = True) -> str:
     """What ssh-keygen prints; skips where there is none."""

@@ -8,11 +8,6 @@ from typing import Any
 
 import yaml
 
-__all__ = [
-    "ADDRESS", "LWS", "NAMESPACE", "Pod", "allowed", "container", "files", "named", "objects", "pods", "replica_pods",
-    "selects", "templates", "variables",
-]  # fmt: skip
-
 ROOT = Path(__file__).parents[2]
 NAMESPACE = "hunyuan"
 LWS = "leaderworkerset.sigs.k8s.io"

@@ -16,8 +16,6 @@ import pytest
 from serving import free_port
 from waiting import eventually
 
-__all__ = ["CONFIG", "HAPROXY", "KEY", "Failing", "Router", "failing", "needs_haproxy", "running_router"]
-
 CONFIG = Path(__file__).parents[2] / "deploy/router/haproxy.cfg"
 HAPROXY = shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/sbin") or ""
 needs_haproxy = pytest.mark.skipif(

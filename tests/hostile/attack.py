@@ -12,8 +12,6 @@ from urllib.parse import urlsplit
 
 from hostile.requests import Hostile
 
-__all__ = ["Answer", "attack"]
-
 STATUS = re.compile(rb"HTTP/1\.[01] (\d{3})")
 STREAMED_FAULT = re.compile(rb'"code": ?5\d\d')
 LINGER_NOT = struct.pack("ii", 1, 0)

@@ -8,8 +8,6 @@ from typing import Any
 
 from hostile.values import BASES, FIELDS, ODD_TEXT, Raw, hostile_value
 
-__all__ = ["Hostile", "hostile_requests"]
-
 PATHS = list(BASES)
 CHAT = PATHS[0]
 NEVER = 10**9

@@ -3,8 +3,6 @@
 from random import Random
 from typing import Any
 
-__all__ = ["BASES", "FIELDS", "Raw", "hostile_value"]
-
 
 class Raw(str):
     """Text that stands in the JSON as it is, such as NaN."""

@@ -13,8 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-__all__ = ["HOME", "Host", "Network"]
-
 HOME = "/root"  # on every host
 BOOT = Path(__file__).with_name("boot.sh")
 CHECKOUT = BOOT.parents[2]

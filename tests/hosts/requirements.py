@@ -7,8 +7,6 @@ from functools import cache
 
 import pytest
 
-__all__ = ["missing", "need_hosts"]
-
 TOOLS = {
     "ip": "install the Debian package iproute2",
     "sshd": "install the Debian package openssh-server",

@@ -2,8 +2,6 @@
 
 from hosts.network import Host
 
-__all__ = ["Sshd"]
-
 # The key exchange is named because the default one, which resists quantum computers, takes longer than all else.
 CONFIG = """\
 {more}

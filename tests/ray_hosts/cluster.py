@@ -12,8 +12,6 @@ from hosts import HOME, Host, Network
 from hunyuan_vllm.cluster.ray_node import NodeSetup
 from ray_hosts.served import Served
 
-__all__ = ["BIN", "RayHosts"]
-
 PLUGIN = Path(__file__).parent / "plugin"
 BIN = Path(sys.executable).parent
 TOKEN_FILE = f"{HOME}/.ray/auth_token"

@@ -8,8 +8,6 @@ from hosts import Host
 
 from ray_hosts.cluster import RayHosts
 
-__all__ = ["FAULTS", "Fault", "pause_raylet_in_load"]
-
 PAUSE = 15.0  # seconds; Ray's head gives a node up after 25
 
 

@@ -7,8 +7,6 @@ import psutil
 import pytest
 from hosts import need_hosts
 
-__all__ = ["need_ray_hosts"]
-
 GIB = 2**30
 MEMORY = 6 * GIB  # two nodes of Ray, a server and a worker on each
 

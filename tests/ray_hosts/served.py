@@ -14,8 +14,6 @@ from typing import Any
 
 from hosts import HOME, Host
 
-__all__ = ["Answer", "Served", "Streams"]
-
 CLIENT = Path(__file__).with_name("client.py")
 KEY_FILE = f"{HOME}/.config/hunyuan-vllm/api-key"
 PORT = 8020

@@ -20,8 +20,6 @@ from hunyuan_vllm.plan.model import DATA
 from hunyuan_vllm.quant.layouts import IgnoredLayers, QuantisedLayout
 from hunyuan_vllm.quant.quantization_config import static_fp8
 
-__all__ = ["FakeHead", "ROOT", "write_published"]
-
 ROOT = Path(__file__).parents[2]
 NVIDIA_SMI = """#!/bin/sh
 for gpu in 0 1 2 3 4 5 6 7; do

@@ -15,8 +15,6 @@ from serving import Server, running_server
 from hunyuan_vllm import demo
 from hunyuan_vllm.config import HunYuanConfig
 
-__all__ = ["KEYS", "LIMITS", "KeyedServer", "start_keyed_server", "write_keys"]
-
 KEYS = {"admin": "the-key-of-the-operator", "alice": "the-key-of-alice", "bob": "the-key-of-bob"}
 LIMITS = {"max-body": 0.05, "max-prompt-tokens": 200, "max-output-tokens": 256, "max-sequences": 8}
 LIMITS |= {"max-requests-per-key": 4, "max-queue": 6}

@@ -11,8 +11,6 @@ from hosts import Host, Network
 from ray_hosts import RayHosts, Served
 from ray_hosts.cluster import BIN
 
-__all__ = ["CANARIES", "RayService"]
-
 FIND_SECRETS = Path(__file__).parents[1] / "ray_hosts" / "find_secrets.py"
 # What an operator may have exported for other programs: no business of a worker.
 CANARIES = {"AWS_SECRET_ACCESS_KEY": "canary-of-the-cloud", "DATABASE_URL": "postgres://me:canary-of-a-url@db/x"}

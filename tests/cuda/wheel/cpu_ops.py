@@ -4,8 +4,6 @@ import torch
 from torch import Tensor
 from vllm.platforms import current_platform
 
-__all__ = ["register"]
-
 E4M3 = torch.float8_e4m3fn
 _libraries: list[torch.library.Library] = []
 

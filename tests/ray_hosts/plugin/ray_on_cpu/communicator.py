@@ -5,8 +5,6 @@ import socket
 import torch
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 
-__all__ = ["RayOnCpuCommunicator"]
-
 
 class RayOnCpuCommunicator(CpuCommunicator):
     """vLLM compares the name of the shared memory, which is the same on two hosts: here the hosts are compared too."""

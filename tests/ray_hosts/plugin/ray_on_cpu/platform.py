@@ -2,8 +2,6 @@
 
 from vllm.platforms.cpu import CpuPlatform
 
-__all__ = ["RayOnCpuPlatform"]
-
 
 class RayOnCpuPlatform(CpuPlatform):
     """`ray start --num-gpus=N` says how many ranks a node takes."""

@@ -1,6 +1,7 @@
 """Start a real engine on a checkpoint, score token ids with it, and compare with golden or reference answers."""
 
 import gc
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+from forked_engines import EAGER
 from golden_data import Golden
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.distributed import cleanup_dist_env_and_memory
@@ -61,8 +63,11 @@ def engine(path: Path, **options: Any) -> Iterator[LLM]:
         seed=0,
         disable_log_stats=False,
     )
+    options = defaults | options
+    eager = {EAGER: "1"} if options["enforce_eager"] else {}
     with _own_garbage():
-        llm = LLM(model=str(path), **(defaults | options))
+        with mock.patch.dict(os.environ, eager):
+            llm = LLM(model=str(path), **options)
         try:
             yield llm
         finally:

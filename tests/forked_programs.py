@@ -17,6 +17,7 @@ import multiprocessing.util
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -44,6 +45,7 @@ IMPORTED = (
 )
 # Variables with which the processes of a program's engine are forked too.
 ENGINE_TOO = {"PYTHONPATH": str(Path(__file__).with_name("forked_engines")), "FORKED_ENGINES": "fork"}
+SHARED = "FORKED_PROGRAMS"  # the variable with a shared server's address
 BIN = Path(sys.executable).parent
 MESSAGE = 1 << 20
 
@@ -126,31 +128,58 @@ def _server() -> socket.socket:
 
 
 @functools.cache
-def _start_server() -> socket.socket:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+def _start_server(*listeners: socket.socket) -> socket.socket:
+    if not listeners and SHARED in os.environ:
+        ours = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.connect(os.environ[SHARED])
+    else:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        given = [one.fileno() for one in (theirs, *listeners)]
+        command = [sys.executable, __file__, *map(str, given)]
+        server = subprocess.Popen(command, pass_fds=given, stdin=subprocess.DEVNULL)
+        atexit.register(server.kill)
+        theirs.close()
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MESSAGE)
-    server = subprocess.Popen(
-        [sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
-    )
-    atexit.register(server.kill)
-    theirs.close()
     return ours
+
+
+def share_server() -> None:
+    """Start the server for the processes that this one will start, too: it imports vLLM once for all of them."""
+    directory = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, directory)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        os.environ[SHARED] = f"{directory}/programs"
+        listener.bind(os.environ[SHARED])
+        listener.listen()
+        _start_server(listener)
 
 
 # In the fork server
 
 
-def serve(requests: socket.socket) -> None:
-    """Start the programs that are asked for, and report their exit statuses, until the other end is closed."""
+@functools.cache
+def import_vllm() -> None:
     for module in IMPORTED:
         importlib.import_module(module)
     assert not sys.modules["vllm.plugins"].plugins_loaded
     setproctitle.getproctitle()  # later it would look for the title's memory in an environment that has been replaced
     gc.collect()
     gc.freeze()
+
+
+def serve(owner: socket.socket, *listeners: socket.socket) -> None:
+    """Start the programs that are asked for, and report their exit statuses, until the owner's end is closed.
+
+    Args:
+        owner, listeners: who asks, and a socket that others who ask connect to.
+    """
+    connections = {owner}
     running: dict[int, tuple[int, int]] = {}  # pidfd of a program → its PID, and the socket for its status
     while True:
-        for ready in select.select([requests, *running], [], [])[0]:
+        for ready in select.select([*connections, *listeners, *running], [], [])[0]:
+            if ready in listeners:
+                connections.add(ready.accept()[0])
+                continue
             if ready in running:
                 pid, replies = running.pop(ready)
                 status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -158,9 +187,14 @@ def serve(requests: socket.socket) -> None:
                 os.close(replies)
                 os.close(ready)
                 continue
-            message, fds, _, _ = socket.recv_fds(requests, MESSAGE, 4)
-            if not message:
+            message, fds, _, _ = socket.recv_fds(ready, MESSAGE, 4)
+            if not message and ready is owner:
                 return
+            if not message:
+                connections.remove(ready)
+                ready.close()
+                continue
+            import_vllm()
             pid = os.fork()
             if pid == 0:
                 request = json.loads(message)
@@ -283,4 +317,4 @@ def become(
 
 
 if __name__ == "__main__":
-    serve(socket.socket(fileno=int(sys.argv[1])))
+    serve(*(socket.socket(fileno=int(number)) for number in sys.argv[1:]))

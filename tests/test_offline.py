@@ -2,32 +2,28 @@
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import forked_programs
 import pytest
+from forked_engines import EAGER
 from forked_programs import ENGINE_TOO
 
 from hunyuan_vllm import demo
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
-ROOT = Path(__file__).parents[1]
-# The engine core, and its workers, are forked from processes that have imported vLLM, but no plugin.
-ENVIRON = ENGINE_TOO | {"FORKED_ENGINES": "forkserver", "MODEL_PATH": str(demo.path())}
+EXAMPLE = Path(__file__).parents[1] / "examples" / "offline_batch.py"
+# The script, the engine core and its workers are forked from processes that have imported vLLM, but no plugin.
+ENVIRON = ENGINE_TOO | {"FORKED_ENGINES": "forkserver", EAGER: "1", "MODEL_PATH": str(demo.path())}
 
 
 def run_example(directory: Path, *options: str) -> tuple[str, str]:
     """Its answers, and what vLLM logged."""
     inherited = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    ran = subprocess.run(
-        [sys.executable, ROOT / "examples" / "offline_batch.py", "--enforce-eager", *options],
-        cwd=directory,
-        env=inherited | ENVIRON,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    script = f"import runpy; runpy.run_path({str(EXAMPLE)!r}, run_name='__main__')"
+    command = [sys.executable, "-c", script, "--enforce-eager", *options]
+    ran = forked_programs.run(command, inherited | ENVIRON, directory, timeout=400)
     assert ran.returncode == 0, ran.stderr[-4000:]
     answers = "\n".join(line for line in ran.stdout.splitlines() if not re.match(r"\(\w+ pid=|INFO|WARNING", line))
     return answers, ran.stdout + ran.stderr

@@ -42,6 +42,7 @@ OPEN = "hunyuan_vllm.server.middleware.stack.Open"
 BEHIND_KEY = "hunyuan_vllm.server.middleware.stack.BehindKey"
 DEFAULT_POLICY = ApiPolicy()
 ANY_ADDRESS = "0.0.0.0"  # vLLM's default
+SCHEDULER = "hunyuan_vllm.server.scheduler.BatchingScheduler"
 EXPERT_LOAD = "hunyuan_vllm.expert_load.ExpertLoad"
 ADMIN_VARIABLES = ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
 # Set even where they are inherited.
@@ -297,7 +298,7 @@ def _cpu_options(
     environ: Mapping[str, str],
     notes: list[str],
 ) -> dict[str, list[str]]:
-    options: dict[str, list[str]] = {}
+    options: dict[str, list[str]] = {"scheduler-cls": [SCHEDULER]}
     sized = any(name in flags for name in ("kv-cache-memory-bytes", "gpu-memory-utilization"))
     if not sized and not environ.get("VLLM_CPU_KVCACHE_SPACE"):
         options["kv-cache-memory-bytes"] = [str(_cpu_kv_cache(machine, model, ranks, quantization))]

@@ -239,21 +239,33 @@ def test_an_abandoned_stream_does_not_hold_up_the_server(client):
 
 
 async def test_concurrent_requests_get_their_own_answers(server, client):
-    questions = [SALT, SALT_ZH, OCEANS] * 8
-    alone = [text_of(ask(client, question)) for question in questions[:3]] * 8
+    questions = [SALT, SALT_ZH, OCEANS]
+    alone = [text_of(ask(client, question)) for question in questions]
+    stops = [text[len(text) // 2 :][:2] for text in alone]
+    stopped_alone = [
+        tokens_and_text(ask(client, question, stop=stop)) for question, stop in zip(questions, stops, strict=True)
+    ]
 
     async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client_:
+        create = client_.chat.completions.create
 
-        async def whole(messages) -> str:
-            return text_of(await client_.chat.completions.create(messages=messages, **OPTIONS))
+        async def whole(at: int) -> None:
+            assert text_of(await create(messages=questions[at], **OPTIONS)) == alone[at]
 
-        async def streamed(messages) -> str:
-            parts = await client_.chat.completions.create(messages=messages, stream=True, **OPTIONS)
-            return "".join([part.choices[0].delta.content or "" async for part in parts])
+        async def streamed(at: int) -> None:
+            parts = await create(messages=questions[at], stream=True, **OPTIONS)
+            assert "".join([part.choices[0].delta.content or "" async for part in parts]) == alone[at]
 
-        ways = [whole if at % 2 else streamed for at in range(len(questions))]
-        answers = await asyncio.gather(*(way(question) for way, question in zip(ways, questions, strict=True)))
-    assert answers == alone
+        async def stopped(at: int) -> None:
+            answer = await create(messages=questions[at], stop=stops[at], **OPTIONS)
+            assert tokens_and_text(answer) == stopped_alone[at]
+
+        ways = (whole, streamed, stopped)
+        await asyncio.gather(*(way(at) for way in ways for at in range(len(questions)) for _ in range(3)))
+
+
+def tokens_and_text(answer) -> tuple[int, str]:
+    return answer.usage.completion_tokens, text_of(answer)
 
 
 OPTIONS = {"model": MODEL, "temperature": 0, "max_tokens": 100}

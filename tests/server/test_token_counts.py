@@ -8,7 +8,7 @@ from prometheus_client import REGISTRY
 
 from hunyuan_vllm.server.middleware.access_log import AccessLog
 from hunyuan_vllm.server.middleware.asgi import request_info
-from hunyuan_vllm.server.middleware.generation import follow_generation
+from hunyuan_vllm.server.middleware.generation import count_tokens
 
 
 class Engine:
@@ -31,7 +31,7 @@ class Engine:
 @pytest.fixture
 def engine():
     made = Engine()
-    follow_generation(made)
+    count_tokens(made)
     return made
 
 

@@ -21,7 +21,7 @@ from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.expert_load import EXTENSION, Loads
 from hunyuan_vllm.plugin import installed_vllm
 from hunyuan_vllm.server.middleware.asgi import App, Message, Receive, Scope, Send
-from hunyuan_vllm.server.middleware.generation import follow_generation
+from hunyuan_vllm.server.middleware.generation import count_tokens
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
 
@@ -200,7 +200,7 @@ class Metrics:
         if scope["type"] == "lifespan":
             engine = scope["app"].state.engine_client
             info = server_info(engine.vllm_config)
-            follow_generation(engine)
+            count_tokens(engine)
             self._metrics = EngineMetrics(engine)
             if are_shared():
                 self._added = CollectorRegistry()

@@ -43,9 +43,19 @@ def generate(
             with reporter.progress.console.status("loading the model"):
                 engine = await stack.enter_async_context(open_engine(args))
             runner = Runner(engine.answer, settings, write, engine.window)
-            _obey_signals(runner, reporter)
+            loop = asyncio.get_running_loop()
+            loop.add_signal_handler(signal.SIGINT, finish, runner)
+            loop.add_signal_handler(signal.SIGTERM, runner.drop)
             with reporter.writing():
                 await runner.run(requests)
+
+    def finish(runner: Runner) -> None:
+        if runner.draining:
+            runner.drop()
+        else:
+            runner.drain()
+            text = f"finishing {plural(runner.in_flight, 'line')} in flight; press Ctrl-C again to drop them"
+            reporter.progress.say(text)
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -61,20 +71,6 @@ def generate(
     except OSError as error:
         return f"the output cannot be written: {error.strerror}"
     return None
-
-
-def _obey_signals(runner: Runner, reporter: Reporter) -> None:
-    def interrupt() -> None:
-        if runner.draining:
-            runner.drop()
-        else:
-            runner.drain()
-            text = f"finishing {plural(runner.in_flight, 'line')} in flight; press Ctrl-C again to drop them"
-            reporter.progress.say(text)
-
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGINT, interrupt)
-    loop.add_signal_handler(signal.SIGTERM, runner.drop)
 
 
 FAILED_LINES, STOPPED, INTERRUPTED = 1, 3, 130  # exit statuses

@@ -117,21 +117,39 @@ class Output:
             retry_failed: drop the records that hold an error, so that their lines are run again.
         """
         state = State(bytearray([0]) + bytearray(1 if digest else 0 for digest in index.digests))
-        kept = 0
-        for number, text in enumerate(self._complete_lines(), start=1):
-            kept += len(text)
-            record = _parsed(self._path, number, text)
-            line, is_failed = record["line"], record.get("error") is not None
-            if not (is_failed and retry_failed):
+        beside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        kept = (
+            _locked(beside) if retry_failed else None
+        )  # takes the file's place, without the records that hold an error
+        try:
+            size = 0
+            for number, text in enumerate(self._complete_lines(), start=1):
+                size += len(text)
+                record = _parsed(self._path, number, text)
+                line, is_failed = record["line"], record.get("error") is not None
+                if is_failed and kept is not None:
+                    continue
                 self._check(record, index, settings)
                 if not state.pending[line]:
                     raise UserError(f"{self._path} holds line {line} twice: remove one of the two")
                 state.pending[line] = 0
-            state.failed += is_failed
-        os.ftruncate(self._file, kept)
-        if retry_failed and state.failed:
-            self._drop_failed()
-            state.failed = 0
+                state.failed += is_failed
+                if kept is not None:
+                    _write(kept, text)
+            if kept is None:
+                os.ftruncate(self._file, size)
+                return state
+            os.fchmod(kept, os.fstat(self._file).st_mode & 0o777)
+            os.fsync(kept)
+            beside.rename(self._path)
+            sync(self._path.parent)
+        except BaseException:
+            if kept is not None:
+                beside.unlink(missing_ok=True)
+                os.close(kept)
+            raise
+        os.close(self._file)
+        self._file = kept
         return state
 
     def _complete_lines(self) -> Iterator[bytes]:
@@ -153,25 +171,6 @@ class Output:
                     f"{self._path} was written with {name} {record.get(name)}, this run has {value}: "
                     "use the same, or name another output file"
                 )
-
-    def _drop_failed(self) -> None:
-        """Replace the file by one without the records that hold an error, which is locked before it is renamed."""
-        beside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        new = _locked(beside)
-        try:
-            for number, text in enumerate(self._complete_lines(), start=1):
-                if _parsed(self._path, number, text).get("error") is None:
-                    _write(new, text)
-            os.fchmod(new, os.fstat(self._file).st_mode & 0o777)
-            os.fsync(new)
-            beside.rename(self._path)
-            sync(self._path.parent)
-        except BaseException:
-            beside.unlink(missing_ok=True)
-            os.close(new)
-            raise
-        os.close(self._file)
-        self._file = new
 
 
 def _locked(path: Path) -> int:

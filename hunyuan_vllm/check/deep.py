@@ -10,6 +10,7 @@ import numpy as np
 
 from hunyuan_vllm.checkpoint import Shard, StoredTensor
 from hunyuan_vllm.util.findings import Section
+from hunyuan_vllm.util.progress import Progress
 from hunyuan_vllm.util.text import plural
 
 CHUNK = 1 << 20
@@ -63,61 +64,49 @@ AGAIN = "download their shards again"
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")  # rows of padding may be zeros
 
 
-class Deep:
-    """A check of every byte.
+def check_values(
+    shards: Sequence[Shard], used: Mapping[StoredTensor, object], jobs: int, progress: Progress, section: Section
+) -> None:
+    """Read every byte of the tensors that the network uses, `jobs` files at a time."""
+    tensors = {shard.file: [one for one in shard.tensors if one in used] for shard in shards}
+    stop = threading.Event()
+    not_finite: Counts = {}
+    zero: Counts = {}
 
-    Args:
-        used: the tensors that the network uses; only their values are checked.
-        jobs: files read at a time.
-    """
+    def read(path: Path) -> None:
+        try:
+            found = read_through(path, tensors[path], progress.advance, stop)
+            not_finite.update(found[0])
+            zero.update(found[1])
+        except OSError as error:
+            text = f"it cannot be read completely: {error.strerror or error}"
+            section.problem(path.name, text, "check the disk (dmesg), then download the file again")
 
-    def __init__(self, shards: Sequence[Shard], used: Mapping[StoredTensor, object], jobs: int) -> None:
-        self._tensors = {shard.file: [one for one in shard.tensors if one in used] for shard in shards}
-        self._jobs = jobs
-        self.total = sum(tensor.nbytes for tensors in self._tensors.values() for tensor in tensors)
-
-    def run(self, advance: Callable[[int], None], section: Section) -> None:
-        """Read everything; `advance` is called from several threads."""
-        stop = threading.Event()
-        not_finite: Counts = {}
-        zero: Counts = {}
-
-        def read(path: Path) -> None:
-            try:
-                found = read_through(path, self._tensors[path], advance, stop)
-                not_finite.update(found[0])
-                zero.update(found[1])
-            except OSError as error:
-                text = f"it cannot be read completely: {error.strerror or error}"
-                section.problem(path.name, text, "check the disk (dmesg), then download the file again")
-
-        # The largest first, so that the last thread does not run alone for long.
-        files = sorted(self._tensors, key=lambda path: -path.stat().st_size)
-        pool = ThreadPoolExecutor(self._jobs)
+    # The largest first, so that the last thread does not run alone for long.
+    files = sorted(tensors, key=lambda path: -path.stat().st_size)
+    with progress.stage("reading", sum(tensor.nbytes for held in tensors.values() for tensor in held)):
+        pool = ThreadPoolExecutor(jobs)
         try:
             list(pool.map(read, files))
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
-        self._report(not_finite, zero, section)
-
-    def _report(self, not_finite: Counts, zero: Counts, section: Section) -> None:
-        if not_finite:
-            listed = [f"{tensor.name} ({count:,} of {tensor.elements:,})" for tensor, count in not_finite.items()]
-            text = f"{plural(len(listed), 'tensor')} with NaN or infinity"
-            section.problem("values", text, f"{AGAIN}; if they remain, the checkpoint is broken", listed)
-        all_zero = [tensor.name for tensor, size in zero.items() if size == tensor.nbytes]
-        if empty := [name for name in all_zero if not name.endswith(".bias")]:
-            text = f"{plural(len(empty), 'tensor')} of zeros only"
-            section.problem("values", text, f"{AGAIN}: their space was reserved but not filled", empty)
-        holes = [
-            f"{tensor.name} ({size >> 20} MiB)"
-            for tensor, size in zero.items()
-            if CHUNK <= size < tensor.nbytes and tensor.name not in EMBEDDINGS
-        ]
-        if holes:
-            text = f"{plural(len(holes), 'tensor')} with long runs of zeros, as in an unfinished download"
-            section.problem("values", text, AGAIN, holes)
-        if not (not_finite or empty or holes):
-            count = plural(sum(map(len, self._tensors.values())), "tensor")
-            section.ok("values", f"no NaN, infinity or long run of zeros in {count}")
+    if not_finite:
+        listed = [f"{tensor.name} ({count:,} of {tensor.elements:,})" for tensor, count in not_finite.items()]
+        text = f"{plural(len(listed), 'tensor')} with NaN or infinity"
+        section.problem("values", text, f"{AGAIN}; if they remain, the checkpoint is broken", listed)
+    all_zero = [tensor.name for tensor, size in zero.items() if size == tensor.nbytes]
+    if empty := [name for name in all_zero if not name.endswith(".bias")]:
+        text = f"{plural(len(empty), 'tensor')} of zeros only"
+        section.problem("values", text, f"{AGAIN}: their space was reserved but not filled", empty)
+    holes = [
+        f"{tensor.name} ({size >> 20} MiB)"
+        for tensor, size in zero.items()
+        if CHUNK <= size < tensor.nbytes and tensor.name not in EMBEDDINGS
+    ]
+    if holes:
+        text = f"{plural(len(holes), 'tensor')} with long runs of zeros, as in an unfinished download"
+        section.problem("values", text, AGAIN, holes)
+    if not (not_finite or empty or holes):
+        count = plural(sum(map(len, tensors.values())), "tensor")
+        section.ok("values", f"no NaN, infinity or long run of zeros in {count}")

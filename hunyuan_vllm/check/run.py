@@ -1,18 +1,16 @@
 """The whole check, in the order in which its parts depend on each other"""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hunyuan_vllm.check.configs import check_config, check_generation, parameters, stop_ids
-from hunyuan_vllm.check.deep import Deep
+from hunyuan_vllm.check.deep import check_values
 from hunyuan_vllm.check.files import check_index, check_shards, list_files
 from hunyuan_vllm.check.tensors import check_scales, check_tensors
 from hunyuan_vllm.check.text import check_template, check_tokenizer
 from hunyuan_vllm.checkpoint import Used, read_shards
 from hunyuan_vllm.util.findings import Section, exit_status
-
-Progress = Callable[[Deep, Section], None]
+from hunyuan_vllm.util.progress import Progress
 
 
 @dataclass
@@ -37,12 +35,8 @@ class Report:
         return self.sections[-1]
 
 
-def check_directory(directory: Path, run_deep: Progress | None = None, jobs: int = 1) -> Report:
-    """Check everything in `directory` that can be checked.
-
-    Args:
-        run_deep: runs a `Deep` with a progress display; None: the tensors' data are not read.
-    """
+def check_directory(directory: Path, progress: Progress | None = None, jobs: int = 1) -> Report:
+    """Check everything in `directory` that can be checked; the tensors' data too where a progress display is given."""
     report = Report(directory)
     files = report.section("Files")
     found, index = list_files(directory, files)
@@ -76,7 +70,7 @@ def check_directory(directory: Path, run_deep: Progress | None = None, jobs: int
     else:
         check_template(directory, tokenizer, config, stop_ids(config, generation), template)
     report.sections.append(generation_section)
-    if run_deep is not None:
+    if progress is not None:
         sound_shards = [shard for shard in shards if not shard.fault]
-        run_deep(Deep(sound_shards, used, jobs), report.section("Data"))
+        check_values(sound_shards, used, jobs, progress, report.section("Data"))
     return report

@@ -2,17 +2,17 @@
 
 import json
 import os
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
 
 from hunyuan_vllm.cli.show import show_sections, tally
-from hunyuan_vllm.util.findings import Section, exit_status, sections_json
+from hunyuan_vllm.util.findings import exit_status, sections_json
 from hunyuan_vllm.util.progress import Progress
 
 if TYPE_CHECKING:
-    from hunyuan_vllm.check.deep import Deep
     from hunyuan_vllm.check.run import Report
 
 
@@ -51,15 +51,8 @@ def check(
 
     directory = open_directory(path)
     console = Console(stderr=True)
-    with console.status("reading headers and tokenizer") as status:
-
-        def run_deep(work: "Deep", section: Section) -> None:
-            status.stop()
-            progress = Progress(console)
-            with progress.stage("reading", work.total):
-                work.run(progress.advance, section)
-
-        report = check_directory(directory, run_deep if deep else None, jobs)
+    with nullcontext() if deep else console.status("reading headers and tokenizer"):
+        report = check_directory(directory, Progress(console) if deep else None, jobs)
     if as_json:
         print(json.dumps(_json(report), indent=1, ensure_ascii=False))
     else:

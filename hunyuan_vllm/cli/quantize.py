@@ -1,7 +1,5 @@
 """`hunyuan-vllm quantize`: a BF16 checkpoint in, an FP8 or int8 checkpoint out."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,33 +90,24 @@ def quantize(
     import torch
 
     from hunyuan_vllm.quant.schemes import WRITTEN, find_scheme
-    from hunyuan_vllm.quantize.convert import Options
-
-    console = Console(stderr=True)
-    name = find_scheme(scheme, WRITTEN).name
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = Options(name, smooth, calibration_tokens, headroom, device=device)
-    source = demo.directory(source)
-    if plan:
-        _show_plan(source, options)
-        return
-    if target is None:
-        raise UserError("give DST, the directory to write, after SRC; or add --plan to see what the run needs")
-    with resumable(target):
-        _convert(source, target, options, calibration, console)
-
-
-def _convert(source: Path, target: Path, options: Options, calibration: Path | None, console: Console) -> None:
-    from hunyuan_vllm.quantize.convert import Conversion
+    from hunyuan_vllm.quantize.convert import Conversion, Options
     from hunyuan_vllm.quantize.source import Source
     from hunyuan_vllm.quantize.verify import show
     from hunyuan_vllm.serving_command import checkpoint_command
     from hunyuan_vllm.util.progress import Progress
     from hunyuan_vllm.util.text import gigabytes
 
-    progress = Progress(console)
-    report = Conversion(Source(source), target.absolute(), options, calibration, progress).run()
-    show(report, console)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = Options(find_scheme(scheme, WRITTEN).name, smooth, calibration_tokens, headroom, device=device)
+    source = demo.directory(source)
+    if plan:
+        return _show_plan(source, options)
+    if target is None:
+        raise UserError("give DST, the directory to write, after SRC; or add --plan to see what the run needs")
+    progress = Progress(Console(stderr=True))
+    with resumable(target):
+        report = Conversion(Source(source), target.absolute(), options, calibration, progress).run()
+    show(report, progress.console)
     if (calibrated := report["calibration"]) and (idle := calibrated["idle_experts"]):
         progress.say(
             f"{len(idle)} experts were routed few of the {calibrated['tokens']:,} calibration tokens, "
@@ -132,7 +121,7 @@ def _convert(source: Path, target: Path, options: Options, calibration: Path | N
     progress.say(f"serve it: {checkpoint_command(target, options.scheme)}")
 
 
-def _show_plan(source: Path, options: Options) -> None:
+def _show_plan(source: Path, options: "Options") -> None:
     from hunyuan_vllm.plan.model import PUBLISHED, open_planned
     from hunyuan_vllm.quantize.convert import Plan
     from hunyuan_vllm.quantize.source import read_bf16_config

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from hunyuan_vllm.evaluation.engines import EngineRun, Outcome, Variant, checkpoint_of, execute, longest
+from hunyuan_vllm.evaluation.engines import EngineRun, Scores, Variant, checkpoint_of, execute, longest
 from hunyuan_vllm.evaluation.passages import BUILT_IN_TEXT, Passage, held_out_questions, read_passages
 from hunyuan_vllm.server.models import ModelSource
 from hunyuan_vllm.util.errors import UserError
@@ -48,16 +48,16 @@ class Distance:
         return self.perplexity_b / self.perplexity_a
 
 
-def distance(a: Outcome, b: Outcome, scored: list[list[int]]) -> Distance:
+def distance(a: Scores, b: Scores, scored: list[list[int]]) -> Distance:
     """How far B is from A, with whose record it was compared; `scored` are the passages' scored indices."""
     # Rounding may make a KL slightly negative.
-    kl = np.maximum(b.joined("kl"), 0.0)
+    kl = np.maximum(b["kl"], 0.0)
     where = [(passage, token) for passage, tokens in enumerate(scored) for token in tokens]
     return Distance(
         tokens=len(kl),
-        perplexity_a=math.exp(np.mean(a.joined("nll"))),
-        perplexity_b=math.exp(np.mean(b.joined("nll"))),
-        agreement=float(np.mean(b.joined("same"))),
+        perplexity_a=math.exp(np.mean(a["nll"])),
+        perplexity_b=math.exp(np.mean(b["nll"])),
+        agreement=float(np.mean(b["same"])),
         kl_mean=float(kl.mean()),
         kl_median=float(np.median(kl)),
         kl_p99=float(np.quantile(kl, 0.99)),
@@ -100,9 +100,9 @@ def measure(
     with record:
         _check_space(Path(record.name), runs[0], sum(map(len, scored)))
         file = Path(record.name) / "logits"
-        first = execute(runs[0], passages, file, None, progress)
-        outcomes = [(run, execute(run, passages, file, first.format, progress)) for run in runs[1:]]
-    return [(run, distance(first, outcome, scored)) for run, outcome in outcomes]
+        first, logits = execute(runs[0], passages, file, None, progress)
+        others_scores = [execute(run, passages, file, logits, progress)[0] for run in runs[1:]]
+    return [(run, distance(first, found, scored)) for run, found in zip(runs[1:], others_scores, strict=True)]
 
 
 def _check_space(directory: Path, run: EngineRun, tokens: int) -> None:

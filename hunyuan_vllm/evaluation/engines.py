@@ -1,14 +1,14 @@
 """What an evaluation compares: schemes with a KV cache type, each run by an engine in its own process"""
 
-import collections
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -129,40 +129,28 @@ class EngineRun:
         return engine.argv, engine.env
 
 
-@dataclass
-class Outcome:
-    """The result of one run: for each passage its scores (see `recorder.score_block`).
-
-    Attributes:
-        format: (vocabulary size, type) of its logits.
-    """
-
-    passages: list[dict[str, list[float]]] = field(default_factory=list)
-    format: tuple[int, str] | None = None
-
-    def joined(self, name: str) -> list[float]:
-        """A score of all tokens, in order."""
-        return [value for scores in self.passages for value in scores[name]]
+Scores = dict[str, list[float]]  # of all scored tokens, in order; see `recorder.score_block`
+Logits = tuple[int, str]  # vocabulary size and type
 
 
 def execute(
-    run: EngineRun, passages: Sequence[Passage], record: Path, format: tuple[int, str] | None, progress: Progress
-) -> Outcome:
-    """Start the run's engine and score the passages.
+    run: EngineRun, passages: Sequence[Passage], record: Path, logits: Logits | None, progress: Progress
+) -> tuple[Scores, Logits]:
+    """Start the run's engine and score the passages; returns the scores, and the format of its logits.
 
     Args:
-        record: the file of logits: written where `format` is None, else compared with.
-        format: that of the outcome whose run wrote the file.
+        record: the file of logits: written where `logits` is None, else compared with.
+        logits: the format of the run that wrote the file.
     """
     name = run.variant.label
     argv, env = run.argv(longest(passages), os.environ)
     job = {
         "argv": argv,
         "file": str(record),
-        "format": format,
+        "format": logits,
         "passages": [(passage.ids, passage.scored) for passage in passages],
     }
-    outcome = Outcome()
+    scores: Scores = defaultdict(list)
     last: dict[str, Any] = {}
     with tempfile.TemporaryFile() as log:
         messages = _messages(job, env, log)
@@ -171,9 +159,10 @@ def execute(
             last = next(messages, last)
         with progress.stage(name, sum(len(passage.scored) for passage in passages), unit="tokens"):
             for last in messages:
+                for kind, values in last.get("scores", {}).items():
+                    scores[kind] += values
                 if "scores" in last:
-                    outcome.format = (last["format"][0], last["format"][1])
-                    outcome.passages.append(last["scores"])
+                    logits = tuple(last["format"])
                     progress.advance(len(last["scores"]["nll"]))
         if "mistake" in last:
             raise UserError(last["mistake"])
@@ -181,10 +170,11 @@ def execute(
             error = last.get("error", "Worker")
             if "Worker" in error:  # another process has failed, and its output says why
                 log.seek(0)
-                lines = collections.deque(log.read().decode(errors="replace").splitlines(), maxlen=TAIL_LINES)
+                lines = deque(log.read().decode(errors="replace").splitlines(), maxlen=TAIL_LINES)
                 error = exit_cause(lines) or (lines[-1] if lines else "it exited without any output")
             raise EngineFailed(f"{name}: {error}")
-    return outcome
+    assert logits is not None
+    return scores, logits
 
 
 def longest(passages: Sequence[Passage]) -> int:
@@ -227,7 +217,7 @@ def main() -> None:
     """The process of a run: reads the job from standard input and writes messages to the descriptor in argv: one
     `started`, one of `scores` for each passage, `done`; or a `mistake` or an `error`.
 
-    A job has "argv", vLLM's options, model first; "file" and "format", as of `Recorder.quality_open`; "passages", as
+    A job has "argv", vLLM's options, model first; "file" and "format", as of `recorder.Recording`; "passages", as
     pairs of ids and scored indices.
     """
     with os.fdopen(int(sys.argv[1]), "w") as channel:
@@ -258,12 +248,12 @@ def _score(job: dict[str, Any], send: Callable[..., None]) -> None:
     one_token = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
     llm.collective_rpc("quality_open", args=(job["file"], job["format"]))
     for ids, scored in job["passages"]:
-        llm.collective_rpc("quality_begin", args=(len(ids),))
+        llm.collective_rpc("quality", args=("begin", len(ids)))
         llm.generate(TokensPrompt(prompt_token_ids=ids), one_token, use_tqdm=False)
-        answers = llm.collective_rpc("quality_end", args=(scored, ids))
+        answers = llm.collective_rpc("quality", args=("end", scored, ids))
         format, scores = next(answer for answer in answers if answer is not None)
         send(format=format, scores=scores)
-    llm.collective_rpc("quality_close")
+    llm.collective_rpc("quality", args=("close",))
     llm.llm_engine.engine_core.shutdown()
 
 

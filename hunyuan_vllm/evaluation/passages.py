@@ -1,6 +1,7 @@
 """Texts and questions that an evaluation scores"""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,15 +105,12 @@ class Question:
 
 def held_out_questions(each: int | None = None) -> list[Question]:
     """All of them, or the first `each` of every kind and language."""
-    fields = Question.__dataclass_fields__
-    lines = (TASKS_DIRECTORY / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
-    rows: Sequence[dict[str, Any]] = [json.loads(line) for line in lines]
-    asked: dict[tuple[str, str], int] = {}
+    asked: Counter[tuple[str, str]] = Counter()
     questions = []
-    for row in rows:
-        question = Question(**{name: row[name] for name in fields})
-        kind = (question.group, question.language)
-        asked[kind] = asked.get(kind, 0) + 1
-        if each is None or asked[kind] <= each:
+    for line in (TASKS_DIRECTORY / "held_out.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        question = Question(**{name: row[name] for name in Question.__dataclass_fields__})
+        asked[question.group, question.language] += 1
+        if each is None or asked[question.group, question.language] <= each:
             questions.append(question)
     return questions

@@ -18,32 +18,26 @@ Scores = dict[str, list[float]]
 
 
 class Recorder:
-    """Methods of every worker, for `LLM.collective_rpc`. `quality_open` first; then for each passage `quality_begin`,
-    a request whose prompt is the passage, and `quality_end`; at last `quality_close`."""
+    """Methods of every worker, for `LLM.collective_rpc`. `quality_open` first; then for each passage `quality` calls
+    `Recording.begin`, and, after a request whose prompt is the passage, `Recording.end`; at last `Recording.close`."""
 
     get_model: Callable[[], Any]  # the worker's
 
     def quality_open(self, file: str, format: tuple[int, str] | None) -> None:
-        """Write a new record, or compare with one whose logits have this (vocabulary size, type)."""
-        self._quality = _Recording(self.get_model(), Path(file), format)
-
-    def quality_begin(self, length: int) -> None:
-        """A passage of `length` tokens comes next."""
-        self._quality.begin(length)
+        self._quality = Recording(self.get_model(), Path(file), format)
 
     @torch.inference_mode()
-    def quality_end(self, scored: list[int], ids: list[int]) -> tuple[tuple[int, str], Scores] | None:
-        """Scores of the `scored` tokens of the passage `ids`, and the (vocabulary size, type) of its logits.
-
-        None from all ranks but the one that has the logits.
-        """
-        return self._quality.end(scored, ids)
-
-    def quality_close(self) -> None:
-        self._quality.close()
+    def quality(self, method: str, *args: Any) -> Any:
+        return getattr(self._quality, method)(*args)
 
 
-class _Recording:
+class Recording:
+    """The record of one engine.
+
+    Args:
+        format: vocabulary size and type of the logits of the record to compare with; None writes a new one.
+    """
+
     def __init__(self, model: Any, file: Path, format: tuple[int, str] | None) -> None:
         self._model, self._format = model, format
         # All ranks take part in computing logits; one has them and works with them.
@@ -56,6 +50,7 @@ class _Recording:
         self._hook = model.register_forward_hook(self._take, with_kwargs=True)
 
     def begin(self, length: int) -> None:
+        """A passage of `length` tokens comes next."""
         self._seen = torch.zeros(length, dtype=torch.bool)
         self._hidden = None
 
@@ -77,6 +72,10 @@ class _Recording:
         self._seen[start : start + count] = True
 
     def end(self, scored: list[int], ids: list[int]) -> tuple[tuple[int, str], Scores] | None:
+        """Scores of the `scored` tokens of the passage `ids`, and the (vocabulary size, type) of its logits.
+
+        None from all ranks but the one that has the logits.
+        """
         if not get_pp_group().is_last_rank:
             return None
         rows = torch.tensor(scored) - 1  # a token's distribution is computed at the one before it

@@ -33,19 +33,13 @@ def _problems(scenario: Scenario) -> Iterator[str | None]:
         )
     # vLLM's rules (`ModelConfig.verify_with_parallel_config`): only ranks that hold the same KV heads can share.
     kv_heads = config.num_key_value_heads
-    if dcp > 1 and tensor <= kv_heads:
+    group, copies = config.num_attention_heads // kv_heads, max(1, tensor // kv_heads)
+    legal = [size for size in range(1, copies + 1) if group % size == 0 and tensor % size == 0]
+    if dcp not in legal:
         yield (
-            f"decode_context_parallel_size={dcp} needs more tensor-parallel ranks ({tensor}) than KV heads "
-            f"({kv_heads}): only ranks that hold the same KV head can share its tokens; leave it at 1"
+            f"decode_context_parallel_size={dcp} is not possible with {tensor} ranks and {kv_heads} KV heads: use one "
+            f"of {legal}"
         )
-    elif dcp > 1:
-        group = config.num_attention_heads // kv_heads
-        legal = [size for size in range(1, tensor // kv_heads + 1) if group % size == 0 and tensor % size == 0]
-        if dcp not in legal:
-            yield (
-                f"decode_context_parallel_size={dcp} is not possible with {tensor} ranks and {kv_heads} KV heads: use "
-                f"one of {legal}"
-            )
     if scenario.max_model_len > config.longest_context:
         yield (
             f"--max-model-len {scenario.max_model_len} is beyond the model's context: use at most "

@@ -88,8 +88,6 @@ class Scheme:
         if lowest <= gpu.capability < beyond:
             return None
         here = f"{gpu.name} has compute capability {_dotted(gpu.capability)}"
-        if gpu.capability < (8, 0):
-            return f"{here}, and bfloat16 needs 8.0: use a newer GPU"
         if gpu.capability < lowest:
             return f"{self.name} needs compute capability {_dotted(lowest)}, and {here}"
         return f"vLLM has {self.name} kernels only below compute capability {_dotted(beyond)}, and {here}"

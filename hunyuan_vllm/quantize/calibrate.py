@@ -223,15 +223,15 @@ class ActivationScales:
 
     def amax(self, layer: int, projection: str) -> Tensor:
         """Largest magnitude of each input channel of a layer's projection, float32 `[in]`."""
-        amax = self._stats(layer).inputs[_keeper(projection)]
-        before = self._smooth.inputs(layer, projection) if self._smooth else None
-        return amax if before is None else amax / before
+        return self._smoothed(layer, projection, self._stats(layer).inputs[_keeper(projection)])
 
     def sample(self, layer: int, projection: str) -> Tensor:
         """Some inputs, float32 `[tokens, in]`."""
-        sample = self._stats(layer).samples[_keeper(projection)].float()
-        before = self._smooth.inputs(layer, projection) if self._smooth else None
-        return sample if before is None else sample / before
+        return self._smoothed(layer, projection, self._stats(layer).samples[_keeper(projection)].float())
+
+    def _smoothed(self, layer: int, projection: str, inputs: Tensor) -> Tensor:
+        factors = self._smooth.inputs(layer, projection) if self._smooth else None
+        return inputs if factors is None else inputs / factors
 
     def input_scale(self, layer: int, projection: str) -> Tensor:
         """float32 `[]`."""

@@ -20,8 +20,8 @@ from hunyuan_vllm.quantize.formats import FORMATS, specs_of
 from hunyuan_vllm.quantize.smooth import SmoothQuant
 from hunyuan_vllm.quantize.source import Source, Unit, kept_linears, place, units
 from hunyuan_vllm.quantize.texts import Tokens, calibration_tokens
-from hunyuan_vllm.quantize.verify import Verifier
-from hunyuan_vllm.quantize.writer import Shard, Workspace, plan_shards
+from hunyuan_vllm.quantize.verify import measure
+from hunyuan_vllm.quantize.writer import Shard, Workspace, check_bits, plan_shards, reading_back
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.progress import Progress
 from hunyuan_vllm.util.text import gigabytes, plural
@@ -98,7 +98,7 @@ class Conversion:
         self._calibration_given = calibration
         self._smooth: SmoothQuant | None = None
         self._activations: ActivationScales | None = None
-        self._idle_experts: list[dict[str, int]] = []
+        self._calibration: Calibration | None = None
 
     def run(self) -> dict[str, Any]:
         """Convert; returns the report."""
@@ -117,12 +117,7 @@ class Conversion:
             self._progress.say(f"{options.scheme}: {size} in {len(source.shapes):,} tensors{text}")
             if tokens is not None:
                 self._calibrate(workspace, tokens)
-            verifier = Verifier(self._format, self._read, self._activations, options.device)
-
-            def verify(file: Path, shard: Shard, verified: Callable[[Unit], None]) -> None:
-                measured = [asdict(one) for one in verifier.check(file, shard, verified)]
-                workspace.write_json(workspace.state / f"{shard.file}.json", measured)
-
+            verify = partial(self._verify, workspace)
             workspace.write_checkpoint(source, self._shards, self._encoded, verify, self._progress, "quantising")
             files = [workspace.state / f"{shard.file}.json" for shard in self._shards]
             measured = (one for file in files for one in json.loads(file.read_text()))
@@ -148,12 +143,11 @@ class Conversion:
 
     def _calibrate(self, workspace: Workspace, tokens: Tokens) -> None:
         config = self._source.config
-        calibration = Calibration(self._source, workspace)
+        self._calibration = calibration = Calibration(self._source, workspace)
         calibration.run(tokens, self._options.device, self._progress)
         if self._options.smooth is not None:
             self._smooth = SmoothQuant(config, self._options.smooth, calibration.layer)
         self._activations = ActivationScales(config, calibration.layer, self._smooth, self._options.headroom)
-        self._idle_experts = calibration.idle_experts()
 
     def _read(self, name: str) -> Tensor:
         tensor = self._source.read(name)
@@ -173,6 +167,27 @@ class Conversion:
             assert self._activations is not None
             yield from static_scales(unit, self._activations)
 
+    def _verify(self, workspace: Workspace, file: Path, shard: Shard, verified: Callable[[Unit], None]) -> None:
+        """Compare a file with what it was made from, and keep the errors of its projections."""
+        measured = []
+        parts: dict[str, list[str]] = {}
+        for spec in shard.specs:
+            parts.setdefault(spec.name.rpartition(".")[0], []).append(spec.name)
+        with reading_back(file, shard, self._options.device) as tensors:
+            for unit in shard.units:
+                exact = [] if unit.quantised else [(name, self._read(name)) for name in unit.names]
+                if unit.quantised and self._format.static_inputs and self._activations:
+                    exact += static_scales(unit, self._activations)
+                for name, wanted in exact:
+                    check_bits(file, name, tensors.get_tensor(name).cpu(), wanted)
+                for name in unit.names if unit.quantised else ():
+                    keys = parts[name.removesuffix(".weight")]
+                    stored = {key.rpartition(".")[2]: tensors.get_tensor(key) for key in keys}
+                    weight = self._read(name).to(self._options.device)
+                    measured.append(asdict(measure(self._format, name, weight, stored, self._activations)))
+                verified(unit)
+        workspace.write_json(workspace.state / f"{shard.file}.json", measured)
+
     def _facts(self, tokens: Tokens | None) -> dict[str, Any]:
         source, options = self._source, self._options
         facts: dict[str, Any] = {
@@ -184,10 +199,11 @@ class Conversion:
             "written_bytes": sum(shard.nbytes for shard in self._shards),
             "calibration": None,
         }
-        if tokens is not None:
+        if tokens is not None and self._calibration is not None:
             given = self._calibration_given
             text = "built-in text" if given is None else given.name if isinstance(given, Path) else "token ids"
-            facts["calibration"] = {"text": text, "tokens": tokens.ids.numel(), "idle_experts": self._idle_experts}
+            idle = self._calibration.idle_experts()
+            facts["calibration"] = {"text": text, "tokens": tokens.ids.numel(), "idle_experts": idle}
         return facts
 
 

@@ -1,9 +1,8 @@
 """The written checkpoint read back and compared, and the report of the errors"""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -12,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from hunyuan_vllm.quantize.calibrate import ActivationScales, static_scales
+from hunyuan_vllm.quantize.calibrate import ActivationScales
 from hunyuan_vllm.quantize.formats import WeightFormat, in_blocks
-from hunyuan_vllm.quantize.source import Unit, place
-from hunyuan_vllm.quantize.writer import REMEDY, Shard, check_bits, reading_back
+from hunyuan_vllm.quantize.source import place
+from hunyuan_vllm.quantize.writer import REMEDY
 from hunyuan_vllm.util.errors import UserError
 
 KINDS = {".self_attn.": "attention", ".shared_mlp.": "shared MLP", ".experts.": "experts", ".mlp.": "dense MLP"}
@@ -66,67 +65,34 @@ class Measured:
     outliers: dict[int, float] = field(default_factory=dict)
 
 
-class Verifier:
-    """Compares written files with what they were made from.
+def measure(
+    weight_format: WeightFormat,
+    name: str,
+    weight: Tensor,
+    stored: Mapping[str, Tensor],
+    activations: ActivationScales | None,
+) -> Measured:
+    """Compare the tensors that stand for a weight with it, and its outputs for calibration inputs.
 
-    Args:
-        read: a canonical tensor as it is to be represented: the checkpoint's, after smoothing.
+    Raises:
+        UserError: a weight is further away than rounding moves it.
     """
-
-    def __init__(
-        self,
-        weight_format: WeightFormat,
-        read: Callable[[str], Tensor],
-        activations: ActivationScales | None,
-        device: str,
-    ) -> None:
-        self._format, self._read, self._activations, self._device = weight_format, read, activations, device
-
-    def check(self, file: Path, shard: Shard, verified: Callable[[Unit], None]) -> list[Measured]:
-        """Measure every projection in `file`; `verified` is told of each unit."""
-        measured = []
-        parts: dict[str, list[str]] = {}
-        for spec in shard.specs:
-            parts.setdefault(spec.name.rpartition(".")[0], []).append(spec.name)
-        with reading_back(file, shard, self._device) as tensors:
-            for unit in shard.units:
-                for name, wanted in self._kept(unit):
-                    check_bits(file, name, tensors.get_tensor(name).cpu(), wanted)
-                for name in unit.names if unit.quantised else ():
-                    projection = name.removesuffix(".weight")
-                    stored = {key.rpartition(".")[2]: tensors.get_tensor(key) for key in parts[projection]}
-                    measured.append(self._measure(file, projection, stored))
-                verified(unit)
+    projection = name.removesuffix(".weight")
+    inputs = activations.sample(*place(projection)).to(weight.device) if activations else None
+    found = compare(weight_format, weight, stored, inputs)
+    if found.wrong:
+        raise UserError(f"{found.wrong} weights of {projection} read back differently: {REMEDY}")
+    measured = Measured(projection, _ratio(found.weight_error, found.weight))
+    if activations is None:
         return measured
-
-    def _kept(self, unit: Unit) -> Iterable[tuple[str, Tensor]]:
-        """What of a unit must read back to the bit."""
-        if not unit.quantised:
-            return [(name, self._read(name)) for name in unit.names]
-        if not self._format.static_inputs:
-            return []
-        assert self._activations is not None
-        return static_scales(unit, self._activations)
-
-    def _measure(self, file: Path, projection: str, stored: dict[str, Tensor]) -> Measured:
-        weight = self._read(f"{projection}.weight").to(self._device)
-        inputs = None
-        if self._activations is not None:
-            inputs = self._activations.sample(*place(projection)).to(self._device)
-        found = compare(self._format, weight, stored, inputs)
-        if found.wrong:
-            raise UserError(f"{file}: {found.wrong} weights of {projection} read back differently: {REMEDY}")
-        measured = Measured(projection, _ratio(found.weight_error, found.weight))
-        if self._activations is None:
-            return measured
-        amax = self._activations.amax(*place(projection))
-        times = amax / amax.median().clamp(min=torch.finfo(torch.float32).tiny)
-        return replace(
-            measured,
-            input_scale=float(stored["input_scale"]) if self._format.static_inputs else None,
-            output_error=_ratio(found.output_error, found.output),
-            outliers={int(n): round(float(times[n]), 1) for n in (times > OUTLIER).nonzero()[:, 0]},
-        )
+    amax = activations.amax(*place(projection))
+    times = amax / amax.median().clamp(min=torch.finfo(torch.float32).tiny)
+    return replace(
+        measured,
+        input_scale=float(stored["input_scale"]) if weight_format.static_inputs else None,
+        output_error=_ratio(found.output_error, found.output),
+        outliers={int(n): round(float(times[n]), 1) for n in (times > OUTLIER).nonzero()[:, 0]},
+    )
 
 
 class Comparison(NamedTuple):

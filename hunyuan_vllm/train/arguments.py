@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,7 +17,7 @@ from transformers import TrainingArguments as TheirArguments
 from hunyuan_vllm.adapter import ATTENTION
 from hunyuan_vllm.util.errors import UserError
 
-SHAPE: Final = (
+SHAPE: Final[tuple[str, ...]] = (
     "hidden_size", "num_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
     "max_position_embeddings", "model_max_length", "vocab_size", "layer_norm_eps", "num_experts", "moe_topk",
     "use_mixed_mlp_moe", "num_shared_expert", "use_cla", "cla_share_factor", "use_qk_norm", "tie_word_embeddings",
@@ -238,25 +238,23 @@ def _show_help(parser: argparse.ArgumentParser, everything: bool) -> NoReturn:
     sys.exit(0)
 
 
-LORA = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules")
+LORA: Final[tuple[str, ...]] = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules")
 
 
-def ignored(arguments: Arguments, deepspeed: dict[str, Any] | None = None) -> Iterator[str]:
+def ignored(arguments: Arguments, deepspeed: dict[str, Any] | None = None) -> list[str]:
     """A line for each flag that changes nothing in this run; `deepspeed` is its config."""
-    zero_stage = deepspeed["zero_optimization"]["stage"] if deepspeed else None
-    given, model = arguments.given, arguments.model
-
-    def listed(names: tuple[str, ...], why: str) -> Iterator[str]:
-        if found := [f"--{name}" for name in names if name in given]:
-            yield f"{', '.join(found)} changes nothing: {why}"
-
-    for name, why in WITHOUT_EFFECT.items():
-        yield from listed((name,), why)
-    if "model_name_or_path" in given or "resume_from_checkpoint" in given:
-        yield from listed(SHAPE, "the checkpoint sets the network's shape")
-    if not model.use_lora:
-        yield from listed(LORA, "--use_lora is not given")
-    if zero_stage != 3:
-        yield from listed(("make_moe_param_leaf_module",), "it is for ZeRO-3, and --deepspeed names no such config")
+    given = arguments.given
+    reasons: dict[tuple[str, ...], str] = {(name,): why for name, why in WITHOUT_EFFECT.items()}
+    if given & {"model_name_or_path", "resume_from_checkpoint"}:
+        reasons[SHAPE] = "the checkpoint sets the network's shape"
+    if not arguments.model.use_lora:
+        reasons[LORA] = "--use_lora is not given"
+    if not deepspeed or deepspeed["zero_optimization"]["stage"] != 3:
+        reasons["make_moe_param_leaf_module",] = "it is for ZeRO-3, and --deepspeed names no such config"
     if not torch.cuda.is_available():
-        yield from listed(("use_flash_attn",), "there is no GPU")
+        reasons["use_flash_attn",] = "there is no GPU"
+    lines = []
+    for names, why in reasons.items():
+        if found := [f"--{name}" for name in names if name in given]:
+            lines.append(f"{', '.join(found)} changes nothing: {why}")
+    return lines

@@ -130,23 +130,14 @@ class Adapter:
                 raise UserError(f"{self._file}: {module}: an adapter of the embedding is not merged: train it without")
             if len(expected.get(weight, ())) != 2:
                 raise UserError(f"{self._file}: {absent(module, config)}")
-            self._check_shapes(module, shapes[pair["A"]], shapes[pair["B"]], expected[weight])
+            a, b, rank = shapes[pair["A"]], shapes[pair["B"]], self._config.rank(module)
+            if (a, b) != ((rank, expected[weight][1]), (expected[weight][0], rank)):
+                raise UserError(
+                    f"{self._file}: {module} has A {list(a)} and B {list(b)}, which do not fit rank {rank} of "
+                    f"{ADAPTER_CONFIG} and this network's weight {list(expected[weight])}: the files do not belong "
+                    "together, or the adapter was trained on another model"
+                )
             yield weight, Change(pair["A"], pair["B"], self._config.scale(module))
-
-    def _check_shapes(self, module: str, a: tuple[int, ...], b: tuple[int, ...], weight: tuple[int, ...]) -> None:
-        rank = self._config.rank(module)
-        if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
-            wrong = f"A of {module} is {list(a)} and B is {list(b)}: no product of the two exists"
-        elif a[0] != rank:
-            wrong = f"{module} has rank {a[0]}, and {ADAPTER_CONFIG} says {rank}: they do not belong together"
-        elif (b[0], a[1]) != weight:
-            wrong = (
-                f"{module} is an adapter of a weight {[b[0], a[1]]}, and this network's is {list(weight)}: "
-                "it was trained on another model"
-            )
-        else:
-            return
-        raise UserError(f"{self._file}: {wrong}")
 
 
 class Merge:

@@ -210,7 +210,7 @@ def parse_conversation(line: Line) -> Conversation:
         raise BadConversation(f"it is not JSON: {line.broken}")
     if not isinstance(line.given, dict):
         hint = JSON_ARRAY if line.number == 1 and isinstance(line.given, list) else ""
-        raise BadConversation(f"it is a JSON {_kind(line.given)}, and should be {FORM}{hint}")
+        raise BadConversation(f"it is not a JSON object: a line is {FORM}{hint}")
     try:
         form = form_of(line.given)
         messages = line.given[MESSAGES] if form == MESSAGES else FORMS[form][1](line.given)
@@ -232,9 +232,3 @@ def _cause(error: ValidationError) -> str:
         case path:
             place = "".join(f"{name}: " for name in path)
     return place + (str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"])
-
-
-def _kind(given: Any) -> str:
-    """JSON's word for a value that is no object."""
-    names = {list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
-    return names.get(type(given), "null")

@@ -101,8 +101,10 @@ def train(argv: Sequence[str]) -> None:
 
 
 def _run(arguments: Any, base: Any, console: Console, say: Callable[[str], None]) -> None:
+    import torch
     from transformers import set_seed
 
+    from hunyuan_vllm.serving_command import adapter_command, checkpoint_command
     from hunyuan_vllm.train.model import count_parameters
     from hunyuan_vllm.train.trainer import Display, build_trainer, save_result
 
@@ -120,17 +122,12 @@ def _run(arguments: Any, base: Any, console: Console, say: Callable[[str], None]
     kind = save_result(trainer, output / FINAL, base.served_dtype)
     if trainer.is_world_process_zero():
         say(f"done: {output / FINAL} ({kind})")
-        say(f"serve it: {_serving_command(arguments.model, base.directory, output / FINAL)}")
-
-
-def _serving_command(flags: Any, base: Path | None, result: Path) -> str:
-    import torch
-
-    from hunyuan_vllm.serving_command import adapter_command, checkpoint_command
-
-    if not flags.use_lora or base is None:
-        return checkpoint_command(result)
-    return adapter_command(result, base, flags.lora_rank, flags.lora_target_modules, gpu=torch.cuda.is_available())
+        flags, command = arguments.model, checkpoint_command(output / FINAL)
+        if flags.use_lora and base.directory is not None:
+            gpu = torch.cuda.is_available()
+            modules = flags.lora_target_modules
+            command = adapter_command(output / FINAL, base.directory, flags.lora_rank, modules, gpu=gpu)
+        say(f"serve it: {command}")
 
 
 def flag_value(argv: Sequence[str], name: str) -> str | None:

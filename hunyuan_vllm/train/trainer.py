@@ -165,6 +165,12 @@ def without_padding_mask(inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor
     return inputs, (related > 2).flatten()
 
 
+SHOWN = {  # of the logged values
+    "loss": "loss {:.4f}", "balance_loss": "balance loss {:.3f}", "learning_rate": "learning rate {:.2e}",
+    "tokens_per_second": "{:,.0f} tokens/s", "eval_loss": "held-out loss {:.4f}",
+}  # fmt: skip
+
+
 class Display(TrainerCallback):
     """Shows loss, learning rate, tokens a second and the time left; only the first of several processes prints."""
 
@@ -182,19 +188,12 @@ class Display(TrainerCallback):
         if state.is_world_process_zero and self._console.is_terminal:
             self._progress.advance(1)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if not state.is_world_process_zero or not logs:
-            return
-        if "eval_loss" in logs:
-            self._line(f"step {state.global_step}/{state.max_steps}  held-out loss {logs['eval_loss']:.4f}")
-        elif "loss" in logs:
-            parts = [f"step {state.global_step}/{state.max_steps}", f"loss {float(logs['loss']):.4f}"]
-            if "balance_loss" in logs:
-                parts.append(f"balance loss {logs['balance_loss']:.3f}")
-            parts.append(f"learning rate {float(logs['learning_rate']):.2e}")
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        parts = [text.format(float(logs[name])) for name, text in SHOWN.items() if name in logs]
+        if state.is_world_process_zero and parts:
             seconds = (time.monotonic() - self._started) / max(state.global_step - self._first, 1)
             left = duration(seconds * (state.max_steps - state.global_step))
-            self._line("  ".join([*parts, f"{logs['tokens_per_second']:,.0f} tokens/s", f"{left} left"]))
+            self._line("  ".join([f"step {state.global_step}/{state.max_steps}", *parts, f"{left} left"]))
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:

@@ -11,26 +11,27 @@ import pytest
 import torch
 from checkpoints import rewrite
 from damage import Report, check_directory, copy_demo, copy_sharded, findings
+from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from hunyuan_vllm.check.deep import CHUNK, Deep, read_through
+from hunyuan_vllm.check.deep import CHUNK, check_values, read_through
 from hunyuan_vllm.checkpoint import read_shards
 from hunyuan_vllm.cli import app
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.findings import Section, Status
+from hunyuan_vllm.util.progress import Progress
 
 TYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2]
 
 
-def deep(directory: Path) -> Report:
-    def run(work: Deep, section: Section) -> None:
-        read: list[int] = []
-        work.run(read.append, section)
-        assert sum(read) == work.total
+def silent() -> Progress:
+    return Progress(Console(quiet=True))
 
-    return check_directory(directory, run, jobs=2)
+
+def deep(directory: Path) -> Report:
+    return check_directory(directory, silent(), jobs=2)
 
 
 def command(*arguments: str) -> Result:
@@ -75,8 +76,7 @@ def test_a_hole_in_a_large_tensor(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "a.safetensors")
     shards = read_shards([tmp_path / "a.safetensors"])
     section = Section("Data")
-    work = Deep(shards, {tensor: () for tensor in shards[0].tensors}, jobs=1)
-    work.run(lambda size: None, section)
+    check_values(shards, {tensor: () for tensor in shards[0].tensors}, 1, silent(), section)
     (problem,) = [finding for finding in section.findings if finding.status == Status.PROBLEM]
     (item,) = problem.items  # padding rows of an embedding may be zeros
     assert item in ("model.norm.weight (3 MiB)", "model.norm.weight (4 MiB)")  # by where chunks begin
@@ -119,15 +119,14 @@ def test_ctrl_c_ends_the_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     shards = read_shards(sorted(tmp_path.glob("*.safetensors")))
     read: list[int] = []
 
-    def press(size: int) -> None:
+    def press(self: Progress, size: int) -> None:
         read.append(size)
         raise KeyboardInterrupt
 
-    work = Deep(shards, {tensor: () for shard in shards for tensor in shard.tensors}, jobs=2)
+    monkeypatch.setattr(Progress, "advance", press)
+    tensors = [tensor for shard in shards for tensor in shard.tensors]
     with pytest.raises(KeyboardInterrupt):
-        work.run(press, Section("Data"))
-    assert sum(read) < work.total  # a chunk of each file at most
-
-    monkeypatch.setattr(Deep, "run", lambda self, advance, section: press(0))
+        check_values(shards, dict.fromkeys(tensors), 2, silent(), Section("Data"))
+    assert sum(read) < sum(tensor.nbytes for tensor in tensors)  # a chunk of each file at most
     result = command(str(tmp_path), "--deep")
     assert result.exit_code == 130 and "interrupted" in result.stderr

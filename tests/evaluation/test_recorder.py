@@ -36,12 +36,12 @@ def record(llm: LLM, file: Path, format: tuple[int, str] | None) -> tuple[tuple[
     results = []
     llm.collective_rpc("quality_open", args=(str(file), format))
     for ids, scored in passages(vocab_size):
-        llm.collective_rpc("quality_begin", args=(len(ids),))
+        llm.collective_rpc("quality", args=("begin", len(ids)))
         llm.generate(TokensPrompt(prompt_token_ids=ids), params, use_tqdm=False)
-        answers = llm.collective_rpc("quality_end", args=(scored, ids))
+        answers = llm.collective_rpc("quality", args=("end", scored, ids))
         (answer,) = [answer for answer in answers if answer is not None]
         results.append(answer)
-    llm.collective_rpc("quality_close")
+    llm.collective_rpc("quality", args=("close",))
     return results[0][0], [scores for _, scores in results]
 
 

@@ -10,18 +10,17 @@ from rich.console import Console
 from rich.table import Table
 
 from hunyuan_vllm.evaluation.compare import Distance, distance, distance_table
-from hunyuan_vllm.evaluation.engines import EngineRun, Outcome, Variant
+from hunyuan_vllm.evaluation.engines import EngineRun, Variant
 from hunyuan_vllm.server.models import demo_model
 
 
 def test_a_distance() -> None:
-    a = Outcome([{"nll": [math.log(2), math.log(8)]}, {"nll": [math.log(4)] * 2}])
-    b = Outcome(
-        [
-            {"nll": [math.log(4), math.log(8)], "kl": [0.5, -1e-9], "same": [0, 1]},
-            {"nll": [math.log(8), math.log(16)], "kl": [0.1, 0.2], "same": [1, 1]},
-        ]
-    )
+    a = {"nll": [math.log(2), math.log(8), math.log(4), math.log(4)]}
+    b = {
+        "nll": [math.log(4), math.log(8), math.log(8), math.log(16)],
+        "kl": [0.5, -1e-9, 0.1, 0.2],
+        "same": [0, 1, 1, 1],
+    }
     found = distance(a, b, [[3, 4], [1, 7]])
     assert found == Distance(
         tokens=4,

@@ -28,10 +28,13 @@ from hunyuan_vllm.plugin import register
         (dict(gpus=3, tensor=3), "tensor_parallel_size=3 does not divide this network .* use one of [1, 2, 4, 8, 16]"),
         (dict(gpus=8, tensor=16), "16 ranks (tensor 16 × pipeline 1) need 16 GPUs, and there are 8"),
         (dict(tensor=1, pipeline=33, gpus=64), "pipeline_parallel_size=33 would start .* use at most 32 stages"),
-        (dict(gpus=8, tensor=8, dcp=2), "needs more tensor-parallel ranks (8) than KV heads (8)"),
+        (
+            dict(gpus=8, tensor=8, dcp=2),
+            "decode_context_parallel_size=2 is not possible with 8 ranks and 8 KV heads: use one of [1]",
+        ),
         (dict(dcp=4), "decode_context_parallel_size=4 is not possible with 16 ranks and 8 KV heads: use one of [1, 2]"),
         (dict(max_model_len=262144), "--max-model-len 262144 is beyond .* use at most 131072"),
-        (dict(gpu="V100"), "V100-32G has compute capability 7.0, and bfloat16 needs 8.0"),
+        (dict(gpu="V100"), "bf16 needs compute capability 8.0, and V100-32G has compute capability 7.0"),
         (dict(gpu="B200", scheme="int8-w8a8"), "int8-w8a8 kernels only below compute capability 10.0, and B200 has"),
         (
             dict(gpu="A100", kv="fp8"),

@@ -19,7 +19,7 @@ from hunyuan_vllm.quant.fp8 import HunYuanFp8Config
 from hunyuan_vllm.quant.int8 import Int8Config, Int8W8A8Config
 from hunyuan_vllm.quantize.convert import quantize_checkpoint
 from hunyuan_vllm.quantize.source import Source
-from hunyuan_vllm.quantize.verify import Verifier
+from hunyuan_vllm.quantize.writer import ShardWriter
 from hunyuan_vllm.util.errors import UserError
 
 Documents = list[list[int]]
@@ -206,9 +206,11 @@ class TestVerification:
             "input": "model.layers.1.mlp.experts.1.down_proj.input_scale",
             "cache": "model.layers.0.self_attn.v_scale",
         }[part]
-        check = Verifier.check
+        ends = ShardWriter.__exit__
 
-        def after_damage(self: Verifier, file: Path, *rest: object) -> list:
+        def damage(self: ShardWriter, *given: object) -> None:
+            ends(self, *given)
+            (file,) = (tmp_path / "dst.partial" / "checkpoint").glob(".model*")
             start = int.from_bytes(file.read_bytes()[:8], "little") + 8
             place = json.loads(file.read_bytes()[8:start])[name]["data_offsets"][0] + start
             with file.open("r+b") as damaged:
@@ -216,9 +218,8 @@ class TestVerification:
                 byte = damaged.read(1)[0]
                 damaged.seek(place + 2)
                 damaged.write(bytes([byte ^ 0x10]))
-            return check(self, file, *rest)
 
-        monkeypatch.setattr(Verifier, "check", after_damage)
+        monkeypatch.setattr(ShardWriter, "__exit__", damage)
         with pytest.raises(UserError, match=r"model.layers.[01].(mlp|self_attn).*(read|reads) back"):
             quantize_checkpoint(tiny, tmp_path / "dst", scheme, calibration=documents[:1])
         assert not (tmp_path / "dst").exists()

@@ -250,10 +250,10 @@ def both(module: str, outputs: int, inputs: int) -> Change:
         (both("model.layers.7.self_attn.q_proj", 128, 128),
          "model.layers.7.self_attn.q_proj: this network has 2 layers: it was trained on another model"),
         (both("model.layers.0.self_attn.q_proj", 256, 192),
-         r"is an adapter of a weight \[256, 192\], and this network's is \[128, 128\]: it was trained on another"),
+         r"has A \[4, 192\] and B \[256, 4\], which do not fit rank 4 .* weight \[128, 128\]: .* on another model"),
         (both("model.layers.0.mlp.experts.9.up_proj", 96, 128), "this network has no such linear layer"),
         (both("model.embed_tokens", 320, 128), "an adapter of the embedding is not merged"),
-        (put(f"{PREFIX}0.self_attn.q_proj.lora_A.weight", 3, 128), r"A of .* is \[3, 128\] and B is \[128, 4\]"),
+        (put(f"{PREFIX}0.self_attn.q_proj.lora_A.weight", 3, 128), r"has A \[3, 128\] and B .* do not fit rank 4"),
         (lambda tensors: tensors.pop(f"{PREFIX}0.self_attn.q_proj.lora_B.weight"),
          "model.layers.0.self_attn.q_proj has an A and no B"),
         (put(f"{PREFIX}0.self_attn.q_proj.lora_magnitude_vector", 128), "lora_magnitude_vector' is not A or B"),
@@ -271,7 +271,7 @@ def test_tensors_that_are_refused(
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (dict(r=8), "has rank 4, and adapter_config.json says 8: they do not belong together"),
+        (dict(r=8), "which do not fit rank 8 of adapter_config.json"),
         (dict(use_dora=True), "use_dora is True: only plain LoRA"),
         (dict(peft_type="IA3"), "peft_type is 'IA3', and only LORA"),
         (dict(bias="all"), "bias is 'all'"),

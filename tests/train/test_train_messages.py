@@ -53,9 +53,8 @@ def test_the_system_prompt_where_there_is_none() -> None:
     [
         (b'{"messages": [}', "it is not JSON: Expecting value: line 1 column 15 (char 14)"),
         (b"\xff\xfe", "it is not JSON: "),
-        ([user(), assistant()], "it is a JSON array, and should be {"),
-        ("Hi", "it is a JSON string, and should be {"),
-        (None, "it is a JSON null, and should be {"),
+        ([user(), assistant()], "it is not a JSON object: a line is {"),
+        (None, "it is not a JSON object: a line is {"),
         ({"instruction": "x"},
          'it has no "messages", nor the fields of another known form; it has instruction: a line is {'),
         ({}, 'it has no "messages", nor the fields of another known form; it has no field: a line is {'),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hunyuan_vllm.check.tensors import list_tensors
 from hunyuan_vllm.checkpoint import Shard, StoredTensor
 from hunyuan_vllm.util.findings import Section
 from hunyuan_vllm.util.progress import Progress
@@ -91,22 +92,17 @@ def check_values(
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
-    if not_finite:
-        listed = [f"{tensor.name} ({count:,} of {tensor.elements:,})" for tensor, count in not_finite.items()]
-        text = f"{plural(len(listed), 'tensor')} with NaN or infinity"
-        section.problem("values", text, f"{AGAIN}; if they remain, the checkpoint is broken", listed)
+    odd = [f"{tensor.name} ({count:,} of {tensor.elements:,})" for tensor, count in not_finite.items()]
+    list_tensors(section, "values", "{} with NaN or infinity", f"{AGAIN}; if they remain, it is broken", odd)
     all_zero = [tensor.name for tensor, size in zero.items() if size == tensor.nbytes]
-    if empty := [name for name in all_zero if not name.endswith(".bias")]:
-        text = f"{plural(len(empty), 'tensor')} of zeros only"
-        section.problem("values", text, f"{AGAIN}: their space was reserved but not filled", empty)
+    empty = [name for name in all_zero if not name.endswith(".bias")]
+    list_tensors(section, "values", "{} of zeros only", f"{AGAIN}: their space was not filled", empty)
     holes = [
         f"{tensor.name} ({size >> 20} MiB)"
         for tensor, size in zero.items()
         if CHUNK <= size < tensor.nbytes and tensor.name not in EMBEDDINGS
     ]
-    if holes:
-        text = f"{plural(len(holes), 'tensor')} with long runs of zeros, as in an unfinished download"
-        section.problem("values", text, AGAIN, holes)
-    if not (not_finite or empty or holes):
+    list_tensors(section, "values", "{} with long runs of zeros, as in an unfinished download", AGAIN, holes)
+    if not (odd or empty or holes):
         count = plural(sum(map(len, tensors.values())), "tensor")
         section.ok("values", f"no NaN, infinity or long run of zeros in {count}")

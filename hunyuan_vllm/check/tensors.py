@@ -34,11 +34,32 @@ def check_tensors(tensors: Sequence[StoredTensor], config: ConfigFile, complete:
     for fault in header_faults(tensors, layout, used):
         faults[fault.kind].append(fault)
     contradictions = _contradictions(tensors, config.network, complete)
-    remedy = "config.json is from another checkpoint: download both again" if contradictions else ""
+    other = "config.json is from another checkpoint: download both again" if contradictions else ""
     if contradictions:
-        text = f"the tensors have {'; '.join(contradictions)}"
-        section.problem("config.json", text, remedy)
-    _report_names(faults, layout, complete, remedy, section)
+        section.problem("config.json", f"the tensors have {'; '.join(contradictions)}", other)
+    names = {kind: [fault.name for fault in found] for kind, found in faults.items()}
+    missing = names.get("missing", [])
+    if missing and not complete:
+        section.skipped("missing", f"{plural(len(missing), 'tensor')} not found; they may be in a missing shard")
+        missing = []
+    again = other or "download the checkpoint again, or copy the config.json that belongs to it"
+    weights = [name for name in missing if not is_scale(name)]
+    list_tensors(section, "missing", "{} that config.json implies", again, weights)
+    again = other or "convert again with hunyuan-vllm quantize, or set quantization_config to what is stored"
+    scales = [name for name in missing if is_scale(name)]
+    list_tensors(section, "scales", "{} missing; their weights are unusable", again, scales)
+    again = other or "if the network was changed, it is a different model; otherwise download config.json again"
+    list_tensors(section, "unknown", "{} not part of this network", again, names.get("unknown", []))
+    again = other or "download config.json and the shards again"
+    misshapen = [
+        f"{tensor.name} is {list(tensor.shape)}, not {list(layout.shape(layout.parts(tensor.name)))}"
+        for fault in faults["shapes"]
+        if (tensor := fault.tensor)
+    ]
+    list_tensors(section, "shapes", "{} do not fit config.json", again, misshapen)
+    twice = [fault.message.removeprefix("checkpoint tensor ") for fault in faults["twice"]]
+    again = "delete the shard that does not belong to the checkpoint"
+    list_tensors(section, "twice", "{} stored twice", again, twice)
     _report_types(faults["types"], config.format, layout, section)
     known = {fault.tensor for fault in faults["unknown"]}.union(used)
     if unused := [tensor for tensor in tensors if tensor not in known]:
@@ -49,34 +70,10 @@ def check_tensors(tensors: Sequence[StoredTensor], config: ConfigFile, complete:
     return used
 
 
-def _report_names(
-    faults: dict[str, list[HeaderFault]], layout: Layout, complete: bool, remedy: str, section: Section
-) -> None:
-    names = {kind: [fault.name for fault in found] for kind, found in faults.items()}
-    missing = names.get("missing", [])
-    if missing and complete:
-        weights = [name for name in missing if not is_scale(name)]
-        again = remedy or "download the checkpoint again, or copy the config.json that belongs to it"
-        if weights:
-            section.problem("missing", f"{plural(len(weights), 'tensor')} that config.json implies", again, weights)
-        if scales := [name for name in missing if is_scale(name)]:
-            again = remedy or "convert again with hunyuan-vllm quantize, or set quantization_config to what is stored"
-            section.problem("scales", f"{len(scales):,} missing; their weights are unusable", again, scales)
-    elif missing:
-        section.skipped("missing", f"{plural(len(missing), 'tensor')} not found; they may be in a missing shard")
-    if unknown := names.get("unknown"):
-        again = remedy or "if the network was changed, it is a different model; otherwise download config.json again"
-        section.problem("unknown", f"{plural(len(unknown), 'tensor')} not part of this network", again, unknown)
-    if misshapen := [
-        f"{tensor.name} is {list(tensor.shape)}, not {list(layout.shape(layout.parts(tensor.name)))}"
-        for fault in faults["shapes"]
-        if (tensor := fault.tensor)
-    ]:
-        again = remedy or "download config.json and the shards again"
-        section.problem("shapes", f"{len(misshapen):,} do not fit config.json", again, misshapen)
-    if twice := [fault.message.removeprefix("checkpoint tensor ") for fault in faults["twice"]]:
-        text = f"{plural(len(twice), 'tensor')} stored twice"
-        section.problem("twice", text, "delete the shard that does not belong to the checkpoint", twice)
+def list_tensors(section: Section, subject: str, text: str, remedy: str, tensors: Sequence[str]) -> None:
+    """A problem with these tensors, if there are any; {} in the text is their number."""
+    if tensors:
+        section.problem(subject, text.format(plural(len(tensors), "tensor")), remedy, tensors)
 
 
 def _report_types(faults: list[HeaderFault], format: Format, layout: Layout, section: Section) -> None:
@@ -131,8 +128,7 @@ def check_scales(used: Used, config: ConfigFile, section: Section) -> None:
     with ThreadPoolExecutor(READERS) as pool:
         values = dict(zip(stored, pool.map(read_values, stored), strict=True))
     wrong = [text for tensor, value in values.items() if (text := _wrong(tensor.name, value))]
-    if wrong:
-        section.problem("scales", f"{len(wrong):,} with impossible values", AGAIN, wrong)
+    list_tensors(section, "scales", "{} with impossible values", AGAIN, wrong)
     kinds: dict[str, dict[str, float]] = defaultdict(dict)
     for tensor, value in values.items():
         if not _wrong(tensor.name, value):
@@ -180,5 +176,4 @@ def _check_shapes(used: Used, config: ConfigFile, section: Section) -> None:
             says, is_ = read_values(tensor).tolist(), list(shapes[f"{stem}.weight"])
             if says != is_:
                 wrong.append(f"{tensor.name} says {says}, the weight is {is_}")
-    if wrong:
-        section.problem("weight_shape", f"{len(wrong):,} contradict config.json", AGAIN, wrong)
+    list_tensors(section, "weight_shape", "{} contradict config.json", AGAIN, wrong)

@@ -184,26 +184,18 @@ def longest(passages: Sequence[Passage]) -> int:
 
 def _messages(job: Mapping[str, Any], env: Mapping[str, str], log: Any) -> Iterator[dict[str, Any]]:
     """The messages of the run's process, until it exits."""
-    ours, theirs = os.pipe()
+    # Without a process of its own the engine starts faster, and errors keep their type.
+    environ = {**os.environ, **env, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    command = [sys.executable, "-m", "hunyuan_vllm.evaluation.engines"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "hunyuan_vllm.evaluation.engines", str(theirs)],
-        stdin=subprocess.PIPE,
-        stdout=log,
-        stderr=log,
-        pass_fds=[theirs],
-        # Without a process of its own the engine starts faster, and errors keep their type.
-        env={**os.environ, **env, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-        text=True,
-    )
-    os.close(theirs)
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environ, text=True
+    )  # fmt: skip
+    assert process.stdin is not None and process.stdout is not None
     try:
-        with open(ours) as channel:
-            assert process.stdin is not None
-            with suppress(BrokenPipeError):  # it has exited, and its output says why
-                json.dump(job, process.stdin)
-                process.stdin.close()
-            for line in channel:
-                yield json.loads(line)
+        with suppress(BrokenPipeError):  # it has exited, and its output says why
+            json.dump(job, process.stdin)
+            process.stdin.close()
+        yield from map(json.loads, process.stdout)
         process.wait()
     finally:
         process.kill()
@@ -214,13 +206,14 @@ RECORDER = "hunyuan_vllm.evaluation.recorder.Recorder"
 
 
 def main() -> None:
-    """The process of a run: reads the job from standard input and writes messages to the descriptor in argv: one
-    `started`, one of `scores` for each passage, `done`; or a `mistake` or an `error`.
+    """The process of a run: reads the job from standard input and writes messages to standard output: `started`, one of
+    `scores` for each passage, `done`; or a `mistake` or an `error`.
 
     A job has "argv", vLLM's options, model first; "file" and "format", as of `recorder.Recording`; "passages", as
     pairs of ids and scored indices.
     """
-    with os.fdopen(int(sys.argv[1]), "w") as channel:
+    with os.fdopen(os.dup(1), "w") as channel:
+        os.dup2(2, 1)  # what libraries print
 
         def send(**message: Any) -> None:
             channel.write(json.dumps(message) + "\n")

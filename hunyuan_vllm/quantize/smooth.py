@@ -41,8 +41,7 @@ class SmoothQuant:
 
     def __init__(self, config: Network, alpha: float, stats: Callable[[int], LayerStats]) -> None:
         self._config, self._alpha, self._stats = config, alpha, stats
-        self._attention_norm, self._mlp_norm = cache(self._attention_norm_factors), cache(self._mlp_norm_factors)
-        self._value, self._up = cache(self._value_factors), cache(self._up_factors)
+        self._factors = cache(self._computed)
 
     def apply(self, name: str, tensor: Tensor) -> Tensor:
         """The canonical tensor `name` after smoothing, in its own dtype."""
@@ -50,68 +49,45 @@ class SmoothQuant:
             return tensor
         layer, inner = place(name)
         inner, part = inner.rsplit(".", 1)
-        if (before := self._outputs(layer, inner)) is not None:
+        if inner.endswith(("input_layernorm", "post_attention_layernorm", ".v_proj", ".up_proj")):
             shape = (-1, 1) if tensor.dim() == 2 else (-1,)
-            tensor = tensor * before.reciprocal().to(tensor.dtype).view(shape)
-        if part == "weight" and (after := self.inputs(layer, inner)) is not None:
-            tensor = tensor * after.to(tensor.dtype)
+            tensor = tensor * self._factors(layer, inner).reciprocal().to(tensor.dtype).view(shape)
+        if part == "weight" and (factors := self.inputs(layer, inner)) is not None:
+            tensor = tensor * factors.to(tensor.dtype)
         return tensor
 
     def inputs(self, layer: int, projection: str) -> Tensor | None:
         """What the inputs of a layer's linear are divided by, float32 `[in]`; None for what is no linear."""
-        stem, kind = projection.rsplit(".", 1) if "." in projection else ("", projection)
+        stem, _, kind = projection.rpartition(".")
         if kind in ("q_proj", "k_proj", "v_proj"):
-            return self._attention_norm(layer)
+            return self._factors(layer, "input_layernorm")
         if kind == "o_proj":
             kv_heads, head_dim = self._config.num_key_value_heads, self._config.head_dim
             group = self._config.num_attention_heads // kv_heads
-            value = self._value(self._config.kv_owner(layer)).view(kv_heads, 1, head_dim)
+            value = self.value(self._config.kv_owner(layer)).view(kv_heads, 1, head_dim)
             return value.expand(-1, group, -1).flatten()
         if kind in ("gate_proj", "up_proj", "wg"):
-            return self._mlp_norm(layer)
-        return self._up(layer, stem) if kind == "down_proj" else None
+            return self._factors(layer, "post_attention_layernorm")
+        return self._factors(layer, f"{stem}.up_proj") if kind == "down_proj" else None
 
     def value(self, owner: int) -> Tensor:
         """What an owner's V is divided by, float32 `[kv_heads * head_dim]`."""
-        return self._value(owner)
+        return self._factors(owner, "self_attn.v_proj")
 
-    def _outputs(self, layer: int, name: str) -> Tensor | None:
-        """What the outputs of a layer's norm or linear are divided by."""
-        if name == "input_layernorm":
-            return self._attention_norm(layer)
-        if name == "post_attention_layernorm":
-            return self._mlp_norm(layer)
-        if name == "self_attn.v_proj":
-            return self._value(layer)
-        return self._up(layer, name.removesuffix(".up_proj")) if name.endswith(".up_proj") else None
-
-    def _attention_norm_factors(self, layer: int) -> Tensor:
-        stats = self._stats(layer)
-        columns = [stats.columns[name] for name in stats.columns if name.endswith(("q_proj", "k_proj", "v_proj"))]
-        return factors(stats.inputs["self_attn.q_proj"], _most(columns), self._alpha)
-
-    def _mlp_norm_factors(self, layer: int) -> Tensor:
-        stats = self._stats(layer)
-        inputs = [stats.inputs[name] for name in stats.inputs if name.endswith("gate_proj")]
-        columns = [stats.columns[name] for name in stats.columns if name.endswith(("gate_proj", "up_proj"))]
-        return factors(_most(inputs), _most(columns), self._alpha)
-
-    def _value_factors(self, owner: int) -> Tensor:
-        config = self._config
-        group = [n for n in range(config.num_hidden_layers) if config.kv_owner(n) == owner]
-        heads = (config.num_key_value_heads, -1, config.head_dim)
-
-        def most(kind: str) -> Tensor:
-            found = [getattr(self._stats(layer), kind)["self_attn.o_proj"].view(heads).amax(1) for layer in group]
-            return _most(found).flatten()
-
-        return factors(most("inputs"), most("columns"), self._alpha)
-
-    def _up_factors(self, layer: int, module: str) -> Tensor:
-        stats = self._stats(layer)
-        name = f"{module}.down_proj"
-        return factors(stats.inputs[name], stats.columns[name], self._alpha)
-
-
-def _most(tensors: list[Tensor]) -> Tensor:
-    return torch.stack(tensors).amax(0)
+    def _computed(self, layer: int, before: str) -> Tensor:
+        """What the outputs of `before`, a norm or linear of the layer, are divided by."""
+        stats, config = self._stats(layer), self._config
+        if before == "self_attn.v_proj":
+            group = [n for n in range(config.num_hidden_layers) if config.kv_owner(n) == layer]
+            heads = (config.num_key_value_heads, -1, config.head_dim)
+            seen = [self._stats(n) for n in group]
+            inputs = [one.inputs["self_attn.o_proj"].view(heads).amax(1).flatten() for one in seen]
+            columns = [one.columns["self_attn.o_proj"].view(heads).amax(1).flatten() for one in seen]
+        elif before.endswith(".up_proj"):
+            down = before.replace("up_proj", "down_proj")
+            inputs, columns = [stats.inputs[down]], [stats.columns[down]]
+        else:
+            ends = ("q_proj", "k_proj", "v_proj") if before == "input_layernorm" else ("gate_proj", "up_proj")
+            inputs = [amax for name, amax in stats.inputs.items() if name.endswith(ends)]
+            columns = [amax for name, amax in stats.columns.items() if name.endswith(ends)]
+        return factors(torch.stack(inputs).amax(0), torch.stack(columns).amax(0), self._alpha)

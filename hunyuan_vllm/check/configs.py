@@ -44,6 +44,7 @@ def check_config(directory: Path, section: Section) -> ConfigFile:
         section.problem("config.json", str(error), AGAIN)
         return found
     section.ok("network", _describe(found.network))
+    section.ok("GPUs", f"hunyuan-vllm plan --model {directory} says which can serve it")
     given = found.fields.get("architectures")
     if not (isinstance(given, list) and len(given) == 1 and given[0] in ARCHITECTURES):
         text = f"architectures is {given!r}, which vLLM does not map to a Hunyuan model"

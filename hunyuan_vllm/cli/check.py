@@ -1,19 +1,13 @@
 """`hunyuan-vllm check`: whether a checkpoint is complete and consistent"""
 
-import json
 import os
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
 
-from hunyuan_vllm.cli.show import show_sections, tally
-from hunyuan_vllm.util.findings import exit_status, sections_json
+from hunyuan_vllm.cli.show import end_report
 from hunyuan_vllm.util.progress import Progress
-
-if TYPE_CHECKING:
-    from hunyuan_vllm.check.run import Report
 
 
 def check(
@@ -53,34 +47,10 @@ def check(
     console = Console(stderr=True)
     with nullcontext() if deep else console.status("reading headers and tokenizer"):
         report = check_directory(directory, Progress(console) if deep else None, jobs)
-    if as_json:
-        print(json.dumps(_json(report), indent=1, ensure_ascii=False))
-    else:
-        _show(report)
-    raise typer.Exit(exit_status(report.sections))
-
-
-def _show(report: "Report") -> None:
-    console = Console(highlight=False)
-    console.print(str(report.directory), style="bold", soft_wrap=True, markup=False)
-    show_sections(report.sections, console)
-    result = "sound" if report.sound else "NOT sound"
-    console.print(f"{result}: {tally(report.sections)}", style="green" if report.sound else "bold red", soft_wrap=True)
-    if report.parameters is not None:
-        console.print(
-            f"To see which GPUs can serve it: hunyuan-vllm plan --model {report.directory}",
-            soft_wrap=True,
-            markup=False,
-        )
-
-
-def _json(report: "Report") -> dict[str, object]:
+    if not as_json:
+        Console(highlight=False).print(str(directory), style="bold", soft_wrap=True, markup=False)
     total, active = report.parameters or (None, None)
-    return {
-        "path": str(report.directory),
-        "sound": report.sound,
-        "stored_bytes": report.stored_bytes,
-        "parameters": total,
-        "parameters_used_a_token": active,
-        "sections": sections_json(report.sections),
-    }
+    end_report(
+        report.sections, as_json, path=str(directory), stored_bytes=report.stored_bytes, parameters=total,
+        parameters_used_a_token=active,
+    )  # fmt: skip

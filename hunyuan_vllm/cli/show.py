@@ -31,7 +31,7 @@ def show_sections(sections: Iterable[Section], console: Console) -> None:
                 _show(finding, console)
 
 
-def end_report(sections: Sequence[Section], as_json: bool, **more: bool) -> NoReturn:
+def end_report(sections: Sequence[Section], as_json: bool, **more: object) -> NoReturn:
     """Print the findings, as JSON with `more` beside them or for a reader, and exit with their status."""
     status = exit_status(sections)
     if as_json:

@@ -26,15 +26,12 @@ KIB = 2**10
 
 
 def show_plan(fit: Fit, console: Console) -> None:
-    scenario = fit.scenario
-    if fit.fits:
-        shared, longest = fit.shared, scenario.max_model_len
-        each = "Each engine's cache" if scenario.replicas > 1 else "The cache"
-        holds = f"{each} holds {shared.tokens:,} tokens: {shared.sequences(longest):,} sequences of {longest:,}."
-        console.print(headline(_title(scenario), "\n".join([holds, *_speed(fit)])))
-    else:
-        start = "It cannot run: " if fit.problems else "It does not fit: "
-        console.print(headline(_title(scenario), start, fit.problems or fit.reasons))
+    scenario, shared, longest = fit.scenario, fit.shared, fit.scenario.max_model_len
+    each = "Each engine's cache" if scenario.replicas > 1 else "The cache"
+    holds = f"{each} holds {shared.tokens:,} tokens: {shared.sequences(longest):,} sequences of {longest:,}."
+    text = "\n".join([holds, *_speed(fit)]) if fit.fits else ""
+    problem = "It cannot run: " if fit.problems else "It does not fit: "
+    console.print(headline(_title(scenario), text, fit.problems or fit.reasons, problem))
     if fit.budgets:
         console.print(_memory(fit))
     if fit.fits:
@@ -50,11 +47,11 @@ def show_plan(fit: Fit, console: Console) -> None:
     console.print(Text(f"\n{exact}", style="dim"))
 
 
-def headline(title: str, text: str, reasons: Sequence[str] = ()) -> Panel:
-    """That it fits and `text`; or, where there are reasons against it, each of them behind `text`."""
+def headline(title: str, text: str, reasons: Sequence[str], problem: str = "It does not fit: ") -> Panel:
+    """That it fits, and `text`; or, where there are reasons against it, each of them behind `problem`."""
     body = Text.assemble(("It fits. ", "bold green"), text)
     if reasons:
-        body = Text("\n").join(Text.assemble((text, "bold red"), reason) for reason in reasons)
+        body = Text("\n").join(Text.assemble((problem, "bold red"), reason) for reason in reasons)
     return Panel(body, title=Text(title, style="bold"), title_align="left")
 
 

@@ -83,7 +83,7 @@ def show_training(setup: TrainingSetup, console: Console) -> None:
         sizes = f"{memory.host_bytes / GIB:,.0f} GiB and has {setup.host / GIB:,.0f} (--host-memory)"
         reasons.append(f"each host needs {sizes}")
     trained = f"{memory.parameters.trained:,} of {memory.parameters.total:,} parameters are trained."
-    console.print(headline(title, "It does not fit: " if reasons else trained, reasons))
+    console.print(headline(title, trained, reasons))
     total = f" of {setup.host / GIB:,.0f}" if setup.host else ""
     gpu = f"Each GPU: {memory.gpu_bytes / GIB:,.1f} of {memory.gpu_free / GIB:,.1f} GiB"
     console.print(_item_table(gpu, memory.gpu))

@@ -44,14 +44,8 @@ def check_checkpoint(directory: Path) -> Path:
     """`directory`, if it holds everything needed to resume."""
     if STAGING in directory.absolute().parts:
         raise UserError(f"{directory} is incomplete: resume from a checkpoint-N beside {STAGING}")
-    state = directory / STATE
-    if not state.is_file():
-        raise UserError(f"{directory} is not a checkpoint to resume from: it has no {STATE}")
-    try:
-        json.loads(state.read_text())
-    except ValueError:
-        raise UserError(f"{directory} is damaged: {STATE} is not JSON; resume from another checkpoint") from None
     patterns = {
+        "state": (STATE,),
         "weights": ("*.safetensors", "global_step*"),
         "optimiser state": ("optimizer.pt", "global_step*"),
         "random state": ("rng_state*.pth",),
@@ -59,6 +53,10 @@ def check_checkpoint(directory: Path) -> Path:
     for what, names in patterns.items():
         if not any(next(directory.glob(name), None) for name in names):
             raise UserError(f"{directory} is not a checkpoint to resume from: it has no {what} ({' or '.join(names)})")
+    try:
+        json.loads((directory / STATE).read_text())
+    except ValueError:
+        raise UserError(f"{directory} is damaged: {STATE} is not JSON; resume from another checkpoint") from None
     return directory
 
 

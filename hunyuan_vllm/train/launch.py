@@ -20,6 +20,7 @@ from hunyuan_vllm.train.run import flag_value
 from hunyuan_vllm.train.run import main as train
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.net import interface_of, own_interfaces
+from hunyuan_vllm.util.text import plural
 
 # Prefixes of the variables that are passed to other nodes.
 PASSED: Final = ("NCCL_", "GLOO_", "TP_SOCKET", "CUDA_", "TORCH_", "DS_", "OMP_", "HF_", "TOKENIZERS_", "PYTORCH_")
@@ -71,7 +72,7 @@ class Launch:
             variables = [f"{k}={shlex.quote(v)}" for k, v in sorted(torchrun_variables(order, interface).items())]
             how = "this node" if rank == 0 else f"over {shlex.join(self._ssh(node)[:-1])}"
             words = [sys.executable, "-m", "torch.distributed.run", *torchrun_arguments(order)]
-            head = f"{node.address} ({how}), {node.processes} process{'es' if node.processes > 1 else ''}:"
+            head = f"{node.address} ({how}), {plural(node.processes, 'process')}:"
             parts.append(f"{head}\n  cd {shlex.quote(os.getcwd())}\n  {' '.join(variables)} {shlex.join(words)}")
         return "\n".join(parts)
 

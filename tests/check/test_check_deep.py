@@ -86,7 +86,7 @@ def test_the_command_and_its_exit_status(tmp_path: Path) -> None:
     copy_demo(tmp_path)
     result = command(str(tmp_path), "--deep")
     assert result.exit_code == 0, result.output
-    assert "sound: " in result.stdout and "hunyuan-vllm plan --model" in result.stdout
+    assert result.stdout.endswith("nothing wrong\n") and "hunyuan-vllm plan --model" in result.stdout
     assert "\x1b" not in result.stdout
     (tmp_path / "hy.tiktoken").unlink()
     result = command(str(tmp_path), "--deep", "--json")

@@ -56,7 +56,7 @@ def check_tensors(tensors: Sequence[StoredTensor], config: ConfigFile, complete:
         for fault in faults["shapes"]
         if (tensor := fault.tensor)
     ]
-    list_tensors(section, "shapes", "{} do not fit config.json", again, misshapen)
+    list_tensors(section, "shapes", "{} of another shape than config.json implies", again, misshapen)
     twice = [fault.message.removeprefix("checkpoint tensor ") for fault in faults["twice"]]
     again = "delete the shard that does not belong to the checkpoint"
     list_tensors(section, "twice", "{} stored twice", again, twice)
@@ -176,4 +176,4 @@ def _check_shapes(used: Used, config: ConfigFile, section: Section) -> None:
             says, is_ = read_values(tensor).tolist(), list(shapes[f"{stem}.weight"])
             if says != is_:
                 wrong.append(f"{tensor.name} says {says}, the weight is {is_}")
-    list_tensors(section, "weight_shape", "{} contradict config.json", AGAIN, wrong)
+    list_tensors(section, "weight_shape", "{} unlike the shapes that config.json implies", AGAIN, wrong)

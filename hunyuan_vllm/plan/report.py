@@ -57,9 +57,8 @@ def headline(title: str, text: str, reasons: Sequence[str], problem: str = "It d
 
 def new_table(title: str, *numbers: str, show_header: bool = True) -> Table:
     """A table without lines; columns of numbers behind a first one of names."""
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0), show_header=show_header
-    )  # fmt: skip
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=show_header)
+    table.padding, table.pad_edge = (0, 1, 0, 0), False
     table.add_column(no_wrap=True)
     for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)

@@ -89,7 +89,7 @@ def test_other_damage_to_a_shard(tmp_path: Path) -> None:
     assert "header that cannot be read" in found[no_json.name]
     assert "offsets do not fit its shapes" in found[offsets.name]
     assert "Git LFS pointer" in found[pointer.name]
-    assert "1 do not fit" in found["shapes"]  # which the header is the cause of
+    assert "1 tensor of another shape" in found["shapes"]  # which the header is the cause of
     assert len(found) == 5
 
 

@@ -53,7 +53,11 @@ def questions(each: int | None) -> list[Question]:
         given = json.loads(line)
         messages = Conversation.model_validate(given).as_dicts()
         found.append(Question(given["group"], messages[:-1], messages[-1]["content"]))
-    for old in held_out_questions(each):
+    kinds: Counter[tuple[str, str]] = Counter()
+    for old in held_out_questions():
+        kinds[old.group, old.language] += 1
+        if each is not None and kinds[old.group, old.language] > each:
+            continue
         system = [{"role": "system", "content": old.system}] if old.system else []
         found.append(Question("before", [*system, {"role": "user", "content": old.question}], old.answer))
     return found

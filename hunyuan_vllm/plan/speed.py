@@ -206,15 +206,14 @@ def _round(scenario: Scenario, batch: int, seconds: list[float]) -> float:
     return max(sum(seconds), groups * max(seconds))
 
 
-def prefill(scenario: Scenario, length: int | None = None) -> Prefill:
-    """Rates of reading prompts of `length` tokens (default: the scenario's), one after the other.
+def prefill(scenario: Scenario) -> Prefill:
+    """Rates of reading the scenario's prompts, one after the other.
 
     A prompt longer than a step's tokens goes in pieces; attention's work is that of its mean context.
     """
-    length = length or scenario.input_len
-    tokens = min(length, scenario.batched_tokens)
-    pieces = length / tokens
-    steps = [stage_step(scenario, stage, tokens, length / 2, sequences=1) for stage in scenario.stages]
+    tokens = min(scenario.input_len, scenario.batched_tokens)
+    pieces = scenario.input_len / tokens
+    steps = [stage_step(scenario, stage, tokens, scenario.input_len / 2, sequences=1) for stage in scenario.stages]
     slowest = max(steps, key=lambda step: step.estimate)
     bound = tokens / max(step.bound for step in steps)
     first = sum(step.estimate for step in steps) + (pieces - 1) * slowest.estimate

@@ -32,11 +32,11 @@ class Encoding:
     """How a line becomes token ids. Picklable.
 
     Args:
-        max_seq_length: tokens beyond it are cut off; None for no limit.
+        max_seq_length: tokens beyond it are cut off.
     """
 
     tokenizer: Any
-    max_seq_length: int | None = None
+    max_seq_length: int = 2**32 - 1
     train_on_all: bool = False
     default_system: str = DEFAULT_SYSTEM
 
@@ -44,10 +44,6 @@ class Encoding:
         """The conversation in a line, uncut."""
         conversation = parse_conversation(line)
         return encode(conversation, self.tokenizer, train_on_all=self.train_on_all, default_system=self.default_system)
-
-    def cut(self, example: Example) -> Example:
-        """`example` as far as `max_seq_length` goes."""
-        return example if self.max_seq_length is None else example.cut(self.max_seq_length)
 
 
 class BadLine(NamedTuple):
@@ -74,7 +70,7 @@ class Scan:
         bad: the first bad lines, up to `MAX_BAD`.
     """
 
-    max_seq_length: int | None
+    max_seq_length: int
     numbers: array[int] = field(default_factory=lambda: array("Q"))
     offsets: array[int] = field(default_factory=lambda: array("Q"))
     lengths: array[int] = field(default_factory=lambda: array("I"))
@@ -89,8 +85,7 @@ class Scan:
     @property
     def truncated(self) -> int:
         """Conversations longer than `max_seq_length`."""
-        limit = self.max_seq_length
-        return 0 if limit is None else sum(length > limit for length in self.lengths)
+        return sum(length > self.max_seq_length for length in self.lengths)
 
     @property
     def without_answer(self) -> int:
@@ -188,7 +183,7 @@ def _encode_chunk(chunk: Iterable[_Raw], encoding: Encoding | None = None) -> _F
         except BadConversation as error:
             found.append(BadLine(number, str(error)))
         else:
-            learned = encoding.cut(example).learned
+            learned = example.cut(encoding.max_seq_length).learned
             found.append(GoodLine(form_of(line.given), number, offset, len(example), learned))
     return size, found
 
@@ -239,12 +234,13 @@ class ConversationDataset:
     def __getitem__(self, index: int) -> Example:
         if self._state() != self._stamp:
             raise UserError(f"{self._path} changed during training: start again")
-        return self._encoding.cut(self._encoding(self.scan.read(self._path, self._kept[index])))
+        example = self._encoding(self.scan.read(self._path, self._kept[index]))
+        return example.cut(self._encoding.max_seq_length)
 
     @property
     def lengths(self) -> array[int]:
         """Tokens of each conversation, after cutting."""
-        limit = self._encoding.max_seq_length or 2**32 - 1
+        limit = self._encoding.max_seq_length
         return array("I", (min(self.scan.lengths[place], limit) for place in self._kept))
 
     def _state(self) -> tuple[int, int]:
@@ -317,7 +313,7 @@ def check_report(path: Path, found: Scan, encoding: Encoding, line: int | None =
         "bad": [bad._asdict() for bad in found.bad],
         "max_seq_length": limit,
         "tokens": sum(found.lengths),
-        "tokens_after_truncation": sum(min(length, limit or length) for length in found.lengths),
+        "tokens_after_truncation": sum(min(length, limit) for length in found.lengths),
         "learned_tokens": sum(found.learned),
         "lengths": percentiles(found.lengths) if len(found) else None,
         "truncated": found.truncated,
@@ -335,7 +331,7 @@ def _sample(path: Path, found: Scan, encoding: Encoding, line: int | None) -> di
         place = next(place for place, learned in enumerate(found.learned) if learned)
     else:
         return None
-    example = encoding.cut(encoding(found.read(path, place)))
+    example = encoding(found.read(path, place)).cut(encoding.max_seq_length)
     marked = zip(example.input_ids, (label != IGNORED for label in example.labels), strict=True)
     runs = groupby(marked, key=lambda token: token[1])
     decode = encoding.tokenizer.decode

@@ -85,7 +85,6 @@ def join_routers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return joined
 
 
-ORIGIN: Final = "trained_from.json"
 TOKENIZER: Final = (
     "hy.tiktoken", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "chat_template.json",
@@ -115,30 +114,18 @@ def copy_served_files(directory: Path, tokenizer: Path, base: Path | None) -> No
             return
 
 
-def write_origin(directory: Path, base: Path | None, dtype: torch.dtype) -> None:
-    """Record what weights were trained from, and the type of the result."""
-    origin = {"base": str(base) if base else None, "served_dtype": str(dtype).removeprefix("torch.")}
-    (directory / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
-
-
-def read_origin(directory: Path) -> tuple[Path | None, torch.dtype] | None:
-    """What `write_origin` recorded; None without a record."""
-    try:
-        origin = json.loads((directory / ORIGIN).read_text())
-    except OSError:
-        return None
-    return Path(origin["base"]) if origin["base"] else None, getattr(torch, origin["served_dtype"])
-
-
-def write_config(directory: Path, source: Path | None, dtype: torch.dtype) -> None:
-    """Write the config.json of trained weights: that of `source`, in its spelling, with the weights' type.
+def write_config(directory: Path, source: Path | None, dtype: torch.dtype, served: torch.dtype) -> None:
+    """Write the config.json of trained weights: that of `source`, in its spelling, with the weights' type, and as
+    `served_dtype` that of the run's result where it is another one, which a resumed run needs.
 
     transformers would write its own spellings, and its class in `architectures`, which tells a V1 network from
     Hunyuan-Large. `auto_map` goes, since the code that it names is not copied. Without a source, the config that
     transformers has written stays.
     """
     fields = json.loads(((source or directory) / "config.json").read_text())
-    fields.pop("auto_map", None)
-    name = "torch_dtype" if "torch_dtype" in fields else "dtype"
-    fields[name] = str(dtype).removeprefix("torch.")
+    for name in ("auto_map", "served_dtype"):
+        fields.pop(name, None)
+    fields["torch_dtype" if "torch_dtype" in fields else "dtype"] = str(dtype).removeprefix("torch.")
+    if served != dtype:
+        fields["served_dtype"] = str(served).removeprefix("torch.")
     (directory / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

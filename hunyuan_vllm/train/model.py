@@ -20,7 +20,7 @@ from hunyuan_vllm.reference import HunYuanForCausalLM, MoE
 from hunyuan_vllm.tokenizer import load_tokenizer
 from hunyuan_vllm.train.arguments import Arguments
 from hunyuan_vllm.train.checkpoints import resume_directory
-from hunyuan_vllm.train.export import read_origin, read_routers, split_routers
+from hunyuan_vllm.train.export import read_routers, split_routers
 from hunyuan_vllm.util.errors import UserError
 
 
@@ -126,7 +126,6 @@ class BaseCheckpoint:
     Attributes:
         directory: the checkpoint whose weights are read; None for a new network.
         resume: the earlier run's checkpoint to resume from.
-        origin: the checkpoint that the first run started from; None for a new network.
     """
 
     directory: Path | None
@@ -135,7 +134,6 @@ class BaseCheckpoint:
     tokenizer_directory: Path
     tokenizer: Any
     served_dtype: torch.dtype
-    origin: Path | None = None
 
     @classmethod
     def find(cls, arguments: Arguments) -> Self:
@@ -149,10 +147,10 @@ class BaseCheckpoint:
         if named is not None:
             config = check_base(named)
             directory = Path(model.tokenizer_name_or_path or named)
-            # A run's checkpoint has the type of the computation, and notes the type of the result.
-            stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-            origin, dtype = (read_origin(resume) if resume else None) or (named, stored)
-            return cls(named, resume, config, directory, load_tokenizer(directory), dtype, origin)
+            # A run's checkpoint has the type of the computation, and names that of the result.
+            dtype = getattr(torch, getattr(config, "served_dtype", ""), config.dtype)
+            dtype = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+            return cls(named, resume, config, directory, load_tokenizer(directory), dtype)
         if not model.tokenizer_name_or_path:
             raise UserError("a new network needs --tokenizer_name_or_path, a directory with hy.tiktoken")
         directory = Path(model.tokenizer_name_or_path)

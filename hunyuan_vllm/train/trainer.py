@@ -20,7 +20,7 @@ from hunyuan_vllm.train.checkpoints import STAGING, move_into_place, remove_old,
 from hunyuan_vllm.train.collate import DummyDataset, pack_batch, pad_batch
 from hunyuan_vllm.train.dataset import ConversationDataset, Encoding, PackedDataset
 from hunyuan_vllm.train.distributed import join_processes
-from hunyuan_vllm.train.export import as_published, copy_served_files, write_config, write_origin
+from hunyuan_vllm.train.export import as_published, copy_served_files, write_config
 from hunyuan_vllm.train.messages import published_system
 from hunyuan_vllm.train.model import BaseCheckpoint, make_moe_leaves
 from hunyuan_vllm.train.moe_balance import ExpertLoad, balance_loss
@@ -230,9 +230,8 @@ def build_trainer(
 
     def finish(directory: Path, dtype: torch.dtype) -> None:
         if not flags.use_lora:
-            write_config(directory, base.directory, dtype)
+            write_config(directory, base.directory, dtype, base.served_dtype)
             copy_served_files(directory, base.tokenizer_directory, base.directory)
-            write_origin(directory, base.origin, base.served_dtype)
 
     trainer = HunYuanTrainer(
         model=model,

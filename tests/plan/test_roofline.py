@@ -128,11 +128,12 @@ def test_an_estimate_is_below_its_bound() -> None:
 def test_bounds_are_the_datasheets() -> None:
     """A long prompt on one H20 is bound by 148 TFLOPS, a token by 4 TB/s."""
     scenario = planned(gpus=1, tensor=1, scheme="bf16")
-    step = prefill(scenario, 8192).step
+    step = prefill(scenario.changed(input_len=8192)).step
     assert step.bound == step.compute_seconds == pytest.approx(step.operations / 148e12)
     one = decode(scenario, 1).step
     assert one.bound == one.memory_seconds == (one.weight_bytes + one.cache_bytes) / 4e12
-    assert prefill(planned(scheme="fp8"), 8192).bound > 1.8 * prefill(planned(scheme="int8"), 8192).bound
+    fp8, int8 = (prefill(planned(scheme=scheme, input_len=8192)) for scheme in ("fp8", "int8"))
+    assert fp8.bound > 1.8 * int8.bound
 
 
 def test_without_losses_the_estimate_is_the_bound() -> None:

@@ -29,18 +29,29 @@ ON_CPUS = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "RAY_DEDUP_LOGS": "0",  # a line that two workers print is there twice
 }
+TESTS = PLUGIN.parents[1]
+FASTER = {
+    "PYTHONPATH": ":".join(str(path) for path in (PLUGIN, TESTS / "fast_imports", TESTS / "forked_engines")),
+    "FORKED_ENGINES": "fork",  # of servers
+    "TORCH_COMPILE_DISABLE": "1",
+}
 
 
 class RayHosts:
-    """The three hosts. Ray is started and stopped as `hunyuan-vllm cluster` does it, with one "GPU" a node."""
+    """The three hosts. Ray is started and stopped as `hunyuan-vllm cluster` does it, with one "GPU" a node.
 
-    def __init__(self, network: Network) -> None:
+    Args:
+        faster: servers start faster than a user's, which a benchmark would measure.
+    """
+
+    def __init__(self, network: Network, faster: bool = False) -> None:
         self.network = network
+        self.variables = ON_CPUS | FASTER if faster else ON_CPUS
         self.head, self.worker, self.client = (network.add(name) for name in ("head", "worker", "client"))
         self.token = secrets.token_hex(32)
 
     def setup(self, host: Host) -> NodeSetup:
-        return NodeSetup(host.address, self.head.address, "eth0", 1, TOKEN_FILE, variables=ON_CPUS)
+        return NodeSetup(host.address, self.head.address, "eth0", 1, TOKEN_FILE, variables=self.variables)
 
     def environment(self, host: Host) -> dict[str, str]:
         """For a program on a host that joins the cluster; the token is in a file of the two nodes."""
@@ -67,6 +78,6 @@ class RayHosts:
         return Served(
             self.head,
             [*command, "--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(2**26), *flags],
-            {**SHELL, **ON_CPUS, "TP_SIZE": "2", "LOCAL_IP": self.head.address, **environ},
+            {**SHELL, **self.variables, "TP_SIZE": "2", "LOCAL_IP": self.head.address, **environ},
             self.client,
         )

@@ -37,18 +37,26 @@ def places() -> Iterator[tuple[str, bytes]]:
 
 
 def memory(directory: Path, name: str) -> Iterator[tuple[str, bytes]]:
-    """What a process could print: every writable part of its memory."""
+    """What a process could print: every writable part of its memory that it has written to."""
     with open(directory / "mem", "rb", buffering=0) as content:
-        for line in (directory / "maps").read_text().splitlines():
-            area, rights = line.split()[:2]
-            if not rights.startswith("rw"):
-                continue
-            start, end = (int(edge, 16) for edge in area.split("-"))
+        for start, end in written(directory / "smaps"):
             try:
                 content.seek(start)
                 yield f"memory of {name}", content.read(end - start)
             except (OSError, OverflowError, ValueError):
                 continue
+
+
+def written(smaps: Path) -> Iterator[tuple[int, int]]:
+    area = rights = ""
+    for line in smaps.read_text().splitlines():
+        first, second = line.split()[:2]
+        if not first.endswith(":"):
+            area, rights = first, second
+        elif first in ("Rss:", "Swap:") and second != "0" and rights.startswith("rw"):
+            start, end = area.split("-")
+            yield int(start, 16), int(end, 16)
+            rights = ""  # once is enough
 
 
 secrets = {name: secret.encode() for name, secret in json.load(sys.stdin).items()}

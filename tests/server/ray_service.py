@@ -22,7 +22,7 @@ class RayService:
     """Hosts head and worker with Ray on both and a server over both; host client asks."""
 
     def __init__(self, network: Network) -> None:
-        self.cluster = RayHosts(network)
+        self.cluster = RayHosts(network, faster=True)
         self.server: Served | None = None
         self.strangers: dict[str, subprocess.Popen[str]] = {}
         self._found: dict[Callable[[Served], Any], Any] = {}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from engine import engine, random_prompts, score
-from ray_hosts.cluster import BIN, ON_CPUS, SHELL
+from ray_hosts.cluster import ON_CPUS, SHELL
 from ray_hosts.fault_run import inject_fault, reference
 from ray_hosts.faults import FAULTS, pause_raylet_in_load
 from ray_service import CANARIES, RayService
@@ -37,22 +37,16 @@ if __name__ == "__main__":
     answer = llm.chat([{{"role": "user", "content": "Hello"}}], SamplingParams(max_tokens=4, temperature=0))
     print("ANSWER", answer[0].outputs[0].token_ids)
 """
-SERVER_FLAGS = "--tensor-parallel-size=2 --distributed-executor-backend=ray --dtype=float32 --enforce-eager"
 
 
-def test_programs_join_the_cluster_by_themselves(ray_service_of_module: RayService):
-    """vLLM's own `LLM`, and a batch run, in a shell that knows nothing of the token and the interfaces. First in this
-    file: a server has all GPUs."""
+def test_a_program_joins_the_cluster_by_itself(ray_service_of_module: RayService):
+    """vLLM's own `LLM` (a batch run joins by the same code), in a shell that knows nothing of the token and the
+    interfaces. First in this file: a server has all GPUs."""
     ray_service_of_module.bring_up_nodes()
     head = ray_service_of_module.cluster.head
     head.run("tee", "/root/program.py", input=PROGRAM)
-    head.run("tee", "/root/in.jsonl", input='{"prompt": "Hello", "max_tokens": 4}\n')
-    batch = [BIN / "hunyuan-vllm", "batch", "/root/in.jsonl", "/root/out.jsonl", *SERVER_FLAGS.split()]
-    for command in ([sys.executable, "/root/program.py"], [*batch, f"--kv-cache-memory-bytes={2**26}"]):
-        done = head.run(*command, env=SHELL | ON_CPUS, timeout=540, check=False)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    record = json.loads(head.sh("cat /root/out.jsonl"))
-    assert record["usage"]["completion_tokens"] > 0, record
+    done = head.run(sys.executable, "/root/program.py", env=SHELL | ON_CPUS, timeout=540, check=False)
+    assert done.returncode == 0 and "ANSWER" in done.stdout, done.stdout[-3000:] + done.stderr[-6000:]
 
 
 @pytest.fixture(scope="module")

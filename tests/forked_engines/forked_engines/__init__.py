@@ -17,8 +17,6 @@ from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
-__all__ = ["register"]
-
 SHARED = "FORKED_ENGINES_SERVER"  # the variable with a shared server's address
 EAGER = "FORKED_ENGINES_EAGER"  # the variable for ranks that compile nothing: vLLM compiles its sampler even if eager
 PRELOADED = ["vllm.v1.executor.multiproc_executor", "vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner"]

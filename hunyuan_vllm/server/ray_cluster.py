@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TextIO
 
 import psutil
 
@@ -19,6 +18,7 @@ from hunyuan_vllm.ray_environment import current_cluster_file
 from hunyuan_vllm.server.process import Stop, notify_systemd
 from hunyuan_vllm.util.errors import NotYetError, UserError
 from hunyuan_vllm.util.net import why_unreachable
+from hunyuan_vllm.util.streams import say
 from hunyuan_vllm.util.text import duration
 
 KILL_TIMEOUT = 60.0  # seconds in which stale workers are killed
@@ -76,23 +76,20 @@ def wait_for_gpus(
     expected: Sequence[str] = (),
     stop: Stop | None = None,
     find: Callable[[Mapping[str, str]], RayCluster | None] = find_ray_cluster,
-    stream: TextIO | None = None,
 ) -> None:
-    """Return once that many GPUs are free in the cluster, or once `stop` is requested.
+    """Return once that many GPUs are free in the cluster, or once `stop` is requested; say meanwhile what is missing.
 
     Args:
         limit: seconds to wait at most; None waits for ever.
         expected: addresses of the nodes that should join, if they are known.
-        stream: where to report what is missing; None is standard error.
     """
-    out = stream or sys.stderr
     deadline = math.inf if limit is None else time.monotonic() + limit
     logged, logged_at = "", 0.0
     while stop is None or not stop.requested:
         free, lines = _free_gpus(needed, environ, expected, find)
         if free >= needed:
             if logged:
-                print(f"hunyuan-vllm: all {needed} GPUs are free", file=out, flush=True)
+                say(f"all {needed} GPUs are free")
             return
         now = time.monotonic()
         if now >= deadline:
@@ -105,7 +102,7 @@ def wait_for_gpus(
         text = "\n  ".join([head, *lines])
         if text != logged or now - logged_at >= LOG_PERIOD:
             left = [] if limit is None else [f"giving up in {duration(max(int(deadline - now), 0))}"]
-            print(head if text == logged else text, *left, sep="\n  ", file=out, flush=True)
+            print(head if text == logged else text, *left, sep="\n  ", file=sys.stderr, flush=True)
             logged, logged_at = text, now
         until = min(now + POLL_PERIOD, deadline)
         while (now := time.monotonic()) < until and not (stop and stop.requested):

@@ -1,6 +1,7 @@
 """Waiting for the GPUs of a Ray cluster: what is said meanwhile, and when it ends."""
 
 import io
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 
 import pytest
@@ -33,10 +34,10 @@ def looks(*clusters):
     return find
 
 
-def waited(*clusters, needed=16, limit=20.0, expected=(), stream=None) -> str:
-    stream = stream or io.StringIO()
-    wait_for_gpus(needed, {}, limit, expected, find=looks(*clusters), stream=stream)
-    return stream.getvalue()
+def waited(*clusters, needed=16, limit=20.0, expected=()) -> str:
+    with redirect_stderr(io.StringIO()) as errors:
+        wait_for_gpus(needed, {}, limit, expected, find=looks(*clusters))
+    return errors.getvalue()
 
 
 def test_nothing_is_said_where_all_is_there():
@@ -83,7 +84,7 @@ class Stop:
 
 
 def test_an_operator_need_not_wait():
-    wait_for_gpus(16, {}, 20, stop=Stop(), find=looks(RayCluster([HEAD])), stream=io.StringIO())
+    wait_for_gpus(16, {}, 20, stop=Stop(), find=looks(RayCluster([HEAD])))
 
 
 def test_a_supervisor_waits_without_a_limit():

@@ -39,15 +39,10 @@ SERVED = (
 )
 
 
-class Paths:
-    """A set of paths, some with a variable part: `/v1/responses/{response_id}`, or of any depth `{x:path}`."""
-
-    def __init__(self, templates: Iterable[str]) -> None:
-        parts = (VARIABLE.sub(lambda found: ".+" if found[1] else "[^/]+", re.escape(each)) for each in templates)
-        self._pattern = re.compile("|".join(parts) or r"(?!)")
-
-    def __contains__(self, path: object) -> bool:
-        return isinstance(path, str) and self._pattern.fullmatch(path) is not None
+def pattern_of(templates: Iterable[str]) -> re.Pattern[str]:
+    """For paths, some with a variable part: `/v1/responses/{response_id}`, or of any depth `{x:path}`."""
+    parts = (VARIABLE.sub(lambda found: ".+" if found[1] else "[^/]+", re.escape(each)) for each in templates)
+    return re.compile("|".join(parts))
 
 
 class AllowedRoutes:
@@ -62,7 +57,7 @@ class AllowedRoutes:
         admin: all of vLLM's routes are, with a key that may administrate.
         """
         self._app = app
-        self._served = Paths((*SERVED, *extra))
+        self._served = pattern_of((*SERVED, *extra))
         self._admin = admin
         self._trimmed = False
 
@@ -71,7 +66,7 @@ class AllowedRoutes:
             await self._app(scope, receive, send)
             return
         path = scope["path"]
-        if not (path in self._served or (self._admin and request_info(scope).get("admin"))):
+        if not (self._served.fullmatch(path) or (self._admin and request_info(scope).get("admin"))):
             count_refusal("route")
             shown = path[:MAX_PATH]
             message = f"{shown} is not served here; if vLLM has it, start hunyuan-vllm serve with --allow-route {shown}"
@@ -95,6 +90,6 @@ class AllowedRoutes:
     def _trim_document(self, application: FastAPI) -> None:
         """Remove what is not served from the document, which FastAPI makes once and keeps."""
         paths = application.openapi()["paths"]
-        for path in [each for each in paths if re.sub(r"\{\w+\}", "x", each) not in self._served]:
+        for path in [each for each in paths if not self._served.fullmatch(re.sub(r"\{\w+\}", "x", each))]:
             del paths[path]
         self._trimmed = True

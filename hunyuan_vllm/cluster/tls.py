@@ -5,7 +5,6 @@ A node's private key is made there and stays there; only its request and the cer
 
 import datetime
 import ipaddress
-from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
@@ -22,24 +21,13 @@ RENEW_BEFORE = datetime.timedelta(days=30)
 EARLIER = datetime.timedelta(hours=1)  # for nodes whose clocks are behind
 
 
-@dataclass(frozen=True)
 class NodeFiles:
     """Where a node has its key, its certificate and the authority's; a home that nodes share has those of all."""
 
-    directory: Path
-    address: str
-
-    @property
-    def key(self) -> Path:
-        return self.directory / f"{self.address}.key"
-
-    @property
-    def certificate(self) -> Path:
-        return self.directory / f"{self.address}.crt"
-
-    @property
-    def authority(self) -> Path:
-        return self.directory / "authority.crt"
+    def __init__(self, directory: Path, address: str) -> None:
+        self.address = address
+        self.key, self.certificate = directory / f"{address}.key", directory / f"{address}.crt"
+        self.authority = directory / "authority.crt"
 
     @property
     def variables(self) -> dict[str, str]:

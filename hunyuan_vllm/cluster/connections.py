@@ -109,10 +109,10 @@ class Connections:
     def close(self) -> None:
         disconnect(self.hosts)
 
-    def run(self, host: Host, script: str, timeout: float | None = None) -> str:
+    def run(self, host: Host, script: str) -> str:
         """What a shell script prints on a host."""
         assert host.shell is not None
-        return host.shell.run(script, timeout or self.timeout).out.decode(errors="replace")
+        return host.shell.run(script, self.timeout).out.decode(errors="replace")
 
     def run_module(self, host: Host, module: str, *words: str, given: str = "", timeout: float = 60.0) -> str:
         """What a module of this package prints on a host. `given` is its standard input, which may hold a secret."""

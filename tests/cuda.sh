@@ -54,5 +54,5 @@ LD_LIBRARY_PATH="$cuda/driver${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" "$cuda/bin/p
     tests/test_v1_parsers.py tests/test_tool_calls.py tests/test_streaming.py tests/test_rendered_chat.py \
     tests/server/test_vllm_parser.py tests/server/test_vllm_serve.py tests/server/test_launch.py \
     tests/server/test_routes.py tests/server/test_request_fields.py tests/server/test_error_handler.py \
-    tests/server/test_token_counts.py
+    tests/server/test_token_counts.py tests/server/test_scheduler.py
 PYTHONPATH="$cuda/triton${PYTHONPATH:+:$PYTHONPATH}" "$cpu/bin/python" -m pytest -p no:cacheprovider "$@" tests/cuda/model_runner_v2

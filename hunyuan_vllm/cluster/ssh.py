@@ -249,8 +249,14 @@ class RemoteShell:
             with self._transport.open_session(timeout=timeout) as channel:
                 channel.settimeout(timeout)
                 channel.exec_command("sh -s")
-                channel.sendall(compose(script, variables))
-                channel.shutdown_write()
+                try:
+                    channel.sendall(compose(script, variables))
+                    channel.shutdown_write()
+                except TimeoutError:
+                    raise
+                except OSError:  # an account without a shell ends before it reads; what it says is read below
+                    if not self._transport.is_active():
+                        raise
                 out = channel.makefile("rb").read()
                 errors = channel.makefile_stderr("rb").read()
                 return _after_mark(out, errors, channel.recv_exit_status())

@@ -186,10 +186,11 @@ def _converted(
 
 
 def _once_among_ranks(model: HunYuanForCausalLM, name: str, tensor: torch.Tensor, rank: int) -> torch.Tensor:
-    """Tensor-parallel ranks add up their parts of an expert's output, its bias included: only the first brings it."""
-    if name.endswith(".down_proj.bias") and ".experts." in name and rank > 0:
-        return tensor if model.vllm_config.parallel_config.enable_expert_parallel else torch.zeros_like(tensor)
-    return tensor
+    """Ranks, of all replicas, add up their parts of an expert's output, its bias included: only the first brings it."""
+    parallel = model.vllm_config.parallel_config
+    if parallel.enable_expert_parallel or (rank, parallel.data_parallel_rank) == (0, 0):
+        return tensor
+    return torch.zeros_like(tensor) if name.endswith(".down_proj.bias") and ".experts." in name else tensor
 
 
 def _check_finite(name: str, tensor: torch.Tensor, rank: int, ranks: int) -> None:

@@ -137,8 +137,8 @@ class HunYuanMoE(nn.Module):
             if shared_width
             else None
         )
-        ranks = 1 if parallel_config.enable_expert_parallel else get_tensor_model_parallel_world_size()
-        joined = computes_shared_mlp(quant_config, f"{prefix}.experts", intermediate_size // ranks, self.shared_mlp)
+        width = intermediate_size // get_tensor_model_parallel_world_size()
+        joined = computes_shared_mlp(quant_config, f"{prefix}.experts", width, self.shared_mlp)
         with cpu.experts_without_lora_on_cpu():
             self.experts = FusedMoEFactory(
                 num_experts=self.num_experts,

@@ -26,7 +26,7 @@ from hunyuan_vllm.ray_environment import join_own_cluster
 from hunyuan_vllm.util.errors import UserError
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import ModelConfig, ParallelConfig, VllmConfig
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
 
@@ -68,6 +68,7 @@ class HunYuanPreflight:
         check_pipeline(config, parallel.pipeline_parallel_size)
         if current_platform.is_cpu():
             check_parallel_on_cpus(config, parallel.data_parallel_size, parallel.enable_expert_parallel)
+        check_expert_ranks(config, expert_ranks(parallel))
         if speculation := vllm_config.speculative_config:
             check_draft(config, speculation.draft_model_config)
         _check_options(vllm_config)
@@ -94,6 +95,24 @@ def check_tensor_parallel(config: Network, size: int) -> None:
             f"tensor_parallel_size={size} does not divide this network (num_attention_heads "
             f"{config.num_attention_heads}, num_key_value_heads {config.num_key_value_heads}, intermediate_size "
             f"{widths}): use one of {sizes}"
+        )
+
+
+def expert_ranks(parallel: ParallelConfig) -> int:
+    """How many ranks share each expert's width: those of all replicas, unless each has whole experts."""
+    if parallel.enable_expert_parallel:
+        return 1
+    return parallel.tensor_parallel_size * parallel.data_parallel_size * parallel.prefill_context_parallel_size
+
+
+def check_expert_ranks(config: Network, ranks: int) -> None:
+    """Every expert's width must divide by the ranks that share it."""
+    layers = range(config.num_hidden_layers)
+    widths = sorted({config.intermediate_at(layer) for layer in layers if config.experts_at(layer) > 1})
+    if any(width % ranks for width in widths):
+        raise ValueError(
+            f"{ranks} ranks, those of all replicas, share each expert, and its width ({widths}) does not divide by "
+            "them: use enable_expert_parallel, or another data_parallel_size"
         )
 
 
@@ -204,7 +223,8 @@ def _check_format(vllm_config: VllmConfig) -> None:
 
     config: Network = vllm_config.model_config.hf_config
     form = stored_format(quantization_of(vars(config)))
-    form.check_ranks(config, vllm_config.parallel_config.tensor_parallel_size)
+    parallel = vllm_config.parallel_config
+    form.check_ranks(config, parallel.tensor_parallel_size, expert_ranks(parallel))
     if current_platform.is_cpu() and (reason := form.cpus or (form.scheme == "int4" and lacks_int4_kernels(config))):
         raise UnservedFormat(form.name, str(reason))
 
@@ -240,13 +260,15 @@ def _check_int8(vllm_config: VllmConfig) -> None:
             f"moe_backend={experts!r}: quantization='hunyuan_int8' has one scale for each output channel of an expert, "
             "and of vLLM's kernels only Marlin's takes these: use 'auto' or 'marlin'"
         )
-    ranks = vllm_config.parallel_config.tensor_parallel_size
-    widths = {config.intermediate_at(layer) // ranks for layer in range(config.num_hidden_layers)}
+    parallel, layers = vllm_config.parallel_config, range(config.num_hidden_layers)
+    ranks = parallel.tensor_parallel_size
+    sharing = {layer: expert_ranks(parallel) if config.experts_at(layer) > 1 else ranks for layer in layers}
+    widths = {config.intermediate_at(layer) // sharing[layer] for layer in layers}
     widths |= {config.hidden_size, config.num_attention_heads * config.head_dim // ranks}
     if model.quantization == INT8.quantization and any(width % WORD for width in widths):
         raise ValueError(
-            f"quantization='hunyuan_int8' packs {WORD} inputs in a word, and on {ranks} ranks layers have "
-            f"{sorted(widths)}: use 'hunyuan_int8_w8a8', or another tensor_parallel_size"
+            f"quantization='hunyuan_int8' packs {WORD} inputs in a word, and on a rank layers have "
+            f"{sorted(widths)}: use 'hunyuan_int8_w8a8', or another number of ranks"
         )
 
 

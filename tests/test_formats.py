@@ -162,7 +162,7 @@ def test_ranks_that_cut_through_what_has_one_scale(tmp_path: Path) -> None:
         ]
         assert said.startswith("tensor_parallel_size [1]: ")
         refused = refusal(served, str(stored), "2")
-        assert "with tensor_parallel_size 2 a rank has 48" in refused
+        assert "with 2 ranks each has 48" in refused
         result = CliRunner().invoke(app, ["plan", "--model", str(stored), "--gpus", "2", "--tp", "2", "--json"])
         assert json.loads(result.stdout)["problems"] == [refused]
         default = CliRunner().invoke(app, ["plan", "--model", str(stored), "--gpus", "2", "--json"])

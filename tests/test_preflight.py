@@ -4,17 +4,19 @@ import json
 import runpy
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from logged import messages_of
-from vllm.config import ModelConfig
+from vllm.config import ModelConfig, ParallelConfig
 from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 
 from hunyuan_vllm import preflight
 from hunyuan_vllm.network import Network
+from hunyuan_vllm.quant.quantization_config import stored_format
 from hunyuan_vllm.util.errors import UserError
 
 spawning = pytest.mark.skipif(not current_platform.is_cpu(), reason="vLLM spawns its processes on CPUs only")
@@ -109,3 +111,21 @@ def test_a_draft_with_other_kv_heads(tmp_path: Path) -> None:
         preflight.check_draft(v1, draft)
         with nullcontext() if fits else pytest.raises(ValueError, match=f"draft has {heads} KV heads"):
             preflight.check_draft(cla, draft)
+
+
+def test_ranks_that_share_an_expert() -> None:
+    """Those of all replicas do, unless each holds whole experts, and a group of 4-bit weights is not divided."""
+    config = Network.read(json.loads((Path(__file__).parent / "golden" / "v1_a13b" / "config.json").read_text()))
+    (width,) = {config.intermediate_at(layer) for layer in range(config.num_hidden_layers)}
+    parallel = ParallelConfig(tensor_parallel_size=2, data_parallel_size=2)
+    assert preflight.expert_ranks(parallel) == 4
+    assert preflight.expert_ranks(replace(parallel, enable_expert_parallel=True)) == 1
+    preflight.check_expert_ranks(config, width // 2)
+    with pytest.raises(ValueError, match=rf"^{2 * width} ranks, .* \(\[{width}\]\) .*: use enable_expert_parallel"):
+        preflight.check_expert_ranks(config, 2 * width)
+    gptq = {"quant_method": "gptq", "bits": 4, "group_size": width // 2, "desc_act": False, "sym": True}
+    form = stored_format(gptq)
+    form.check_ranks(config, 2)
+    form.check_ranks(config, 2, 1)
+    with pytest.raises(ValueError, match="with 4 ranks each has .* of (up|down)_proj"):
+        form.check_ranks(config, 2, 4)

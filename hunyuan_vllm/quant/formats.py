@@ -61,26 +61,32 @@ class Format:
             return Layout(config)
         return QuantisedLayout(config, self.stored, self.ignored, cache_scales=not (self.ours and self.scheme != "fp8"))
 
-    def rank_problem(self, config: Network, ranks: int) -> str | None:
-        """Why tensor-parallel ranks cannot share this network's weights in this format; None if they can."""
+    def rank_problem(self, config: Network, ranks: int, expert_ranks: int | None = None) -> str | None:
+        """Why ranks cannot share this network's weights in this format; None if they can.
+
+        Args:
+            ranks: the tensor-parallel size.
+            expert_ranks: how many share each expert; default: as many.
+        """
         if self.stored is None or self.ours:
             return None
-        for name, side, size in _cuts(config, ranks):
+        for name, side, size in _cuts(config, ranks, expert_ranks or ranks):
             if self.ignored is not None and name in self.ignored:
                 continue
             stored = self.stored(name)
-            group = stored.group if ranks > 1 and stored.group else 1  # the last of a whole layer may be short
+            shared = (expert_ranks or ranks) if ".experts." in name else ranks
+            group = stored.group if shared > 1 and stored.group else 1  # the last of a whole layer may be short
             unit = math.lcm(group if side == "inputs" else stored.block, stored.pack)
             if size % unit:
                 return (
-                    f"with tensor_parallel_size {ranks} a rank has {size} {side} of {name.rpartition('.')[2]}, and the "
+                    f"with {shared} ranks each has {size} {side} of {name.rpartition('.')[2]}, and the "
                     f"checkpoint ({self.name}) keeps them in units of {unit} that cannot be split"
                 )
         return None
 
-    def check_ranks(self, config: Network, ranks: int) -> None:
-        """Refuse a tensor-parallel size that cuts through what has one scale."""
-        if problem := self.rank_problem(config, ranks):
+    def check_ranks(self, config: Network, ranks: int, expert_ranks: int | None = None) -> None:
+        """Refuse a number of ranks that cuts through what has one scale; see `rank_problem`."""
+        if problem := self.rank_problem(config, ranks, expert_ranks):
             sizes = self.rank_sizes(config)
             use = f"use tensor_parallel_size {' or '.join(map(str, sizes))} and pipeline stages" if sizes else CONVERT
             raise UnservedFormat(problem, use)
@@ -95,7 +101,7 @@ def is_scale(name: str) -> bool:
     return name.endswith(("_scale", "_scale_inv", "_scale_2", ".scales"))
 
 
-def _cuts(config: Network, ranks: int) -> list[tuple[str, str, int]]:
+def _cuts(config: Network, ranks: int, expert_ranks: int) -> list[tuple[str, str, int]]:
     """(name, the side that is cut, how long it is on a rank) of one of each kind of linear layer."""
     heads, kv_heads = config.num_attention_heads // ranks, max(1, config.num_key_value_heads // ranks)
     attention = "model.layers.0.self_attn."
@@ -105,7 +111,8 @@ def _cuts(config: Network, ranks: int) -> list[tuple[str, str, int]]:
         (f"{attention}o_proj", "inputs", heads * config.head_dim),
     ]
     for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}.mlp." + ("experts.0." if config.experts_at(layer) > 1 else "")
-        width = config.intermediate_at(layer) // ranks
+        routed = config.experts_at(layer) > 1
+        prefix = f"model.layers.{layer}.mlp." + ("experts.0." if routed else "")
+        width = config.intermediate_at(layer) // (expert_ranks if routed else ranks)
         found += [(f"{prefix}up_proj", "outputs", width), (f"{prefix}down_proj", "inputs", width)]
     return found

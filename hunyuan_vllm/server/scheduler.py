@@ -14,14 +14,14 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 
-SECONDS = 0.03  # that a token is held at most
+SECONDS = 0.05  # that a token is held at most
 
 
 class BatchingScheduler(Scheduler):
     """While several requests run, holds their tokens for at most `SECONDS`, and not at all if steps take longer.
 
-    First and last tokens, log-probabilities and whatever else a step yields are sent at once, with all tokens held
-    until then; so are those of requests that set `stream_interval`.
+    A request's first and last tokens are sent at once, with those held until then. So are tokens with more than their
+    ids, such as log-probabilities, and those of requests that set `stream_interval`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -38,20 +38,20 @@ class BatchingScheduler(Scheduler):
         self._last_step = now
         self._may_hold = len(self.running) > 1 and next_step - self._last_sent <= SECONDS
         step = super().update_from_output(scheduler_output, model_runner_output)
-        sent = {}
-        for front_end, outputs in step.items():
+        for front_end, outputs in [*step.items()]:
             held = self._held.setdefault(front_end, {})
             for output in outputs.outputs:
                 if earlier := held.get(output.request_id):
                     output.new_token_ids = earlier.new_token_ids + output.new_token_ids
                 held[output.request_id] = output
-            is_more = outputs.scheduler_stats is not None or outputs.finished_requests is not None
-            if is_more or not self._may_hold or not all(map(self._can_wait, outputs.outputs)):
-                outputs.outputs = [*held.values()]
-                held.clear()
-                sent[front_end] = outputs
-                self._last_sent = now
-        return sent
+            outputs.outputs = [output for output in held.values() if not (self._may_hold and self._can_wait(output))]
+            for output in outputs.outputs:
+                del held[output.request_id]
+            if not (outputs.outputs or outputs.scheduler_stats or outputs.finished_requests):
+                del step[front_end]
+        if not self._may_hold:
+            self._last_sent = now
+        return step
 
     def make_stats(self, *of_step: Any, **more_of_step: Any) -> SchedulerStats | None:
         """None where tokens may be held; what is counted over steps stays where vLLM counts it."""

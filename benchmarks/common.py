@@ -190,22 +190,34 @@ def _version(distribution: str) -> str | None:
         return None
 
 
+MODELS = {
+    "1.1b": ("bench-mid", "mid_config", {}),
+    "moe": ("bench-v1-moe", "v1_moe_config", {}),
+    "dense": ("bench-v1-dense", "v1_dense_config", {}),
+    "hunyuan-0.5b": ("bench-0.5b", "published_config", {"name": "hunyuan-0.5b"}),
+    "hunyuan-1.8b": ("bench-1.8b", "published_config", {"name": "hunyuan-1.8b"}),
+}
+"""Directory, configuration in tests/checkpoints.py and its arguments. The last two have the published shapes."""
+
+
 def checkpoint_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
         type=Path,
-        default=CACHE / "bench-mid",
+        default=CACHE / MODELS["1.1b"][0],
         help="1.1 billion random parameters, 2.2 GB, written on first use (default: %(default)s)",
     )
 
 
 def mid_checkpoint(directory: Path) -> Path:
     """The checkpoint of 1.1 billion parameters in `directory`, written on first use."""
-    return kept_checkpoint(directory, "mid_config")
+    return kept_checkpoint("1.1b", directory)
 
 
-def kept_checkpoint(directory: Path, shape: str) -> Path:
-    """A random checkpoint in `directory`, written there if it is not there yet; `shape` as for `random_checkpoint`."""
+def kept_checkpoint(model: str, directory: Path | None = None) -> Path:
+    """A random checkpoint of a shape in `MODELS`, written on first use."""
+    kept_in, shape, arguments = MODELS[model]
+    directory = directory or CACHE / kept_in
     if (directory / "config.json").exists():
         return directory
     if directory.exists():
@@ -213,7 +225,7 @@ def kept_checkpoint(directory: Path, shape: str) -> Path:
     note(f"writing random weights to {directory}")
     partial = directory.with_name(f"{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    random_checkpoint(partial, shape)
+    random_checkpoint(partial, shape, **arguments)
     partial.rename(directory)
     return directory
 

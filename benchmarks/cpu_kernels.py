@@ -6,7 +6,8 @@
 The layers of the benchmark model of 1.1 billion parameters, with cold weights: each call reads another copy, and the
 copies are twice as large as the last-level caches. "upstream" is what vLLM chooses for bfloat16: oneDNN or torch, and
 its portable experts. Each kernel is checked against a float32 product before it is timed. Ratios are
-upstream's time over the kernel's: above 1, the kernel is faster.
+upstream's time over the kernel's: above 1, the kernel is faster. Attention is that of a decode step: a row is a
+sequence, which has 384 tokens in the cache.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ LINEARS = {
     "head": (8192, 1280),
 }
 EXPERTS, INTERMEDIATE, HIDDEN = 16, 2048, 1280
+ATTENTION = {"attention 16/2": (16, 2), "attention 16/8": (16, 8)}  # query and key heads
+CONTEXT, HEAD_SIZE, BLOCK = 384, 128, 128  # tokens of a sequence, dimensions of a head, tokens of a KV block
 ROWS = (1, 8, 64, 256)
 SCHEMES = ("bf16", "int8", "int8-w8a8", "fp8")
 LEAST_COLD = 160 * 10**6  # bytes; a guest may be told of less cache than the host has
@@ -94,6 +97,52 @@ class Kernels:
             measured[rows] = self._time(
                 {name: [(call, x, gates, ids) for call in ring for ids in routes] for name, ring in rings.items()}
             )
+        return measured
+
+    def attention(self, heads: int, key_heads: int) -> dict[int, dict[str, list[float]]]:
+        """As `linear`; each call reads another cache."""
+        import torch
+        import vllm._custom_ops as ops
+
+        from hunyuan_vllm.cpu_attention import VECTOR_LAYOUT
+
+        scale, blocks, measured = HEAD_SIZE**-0.5, CONTEXT // BLOCK, {}
+        for rows in self._rows:
+            query = self._random(rows, heads, HEAD_SIZE, spread=1.0)
+            keys, values = self._random(2, rows * CONTEXT, key_heads, HEAD_SIZE, spread=1.0)
+            table = torch.randperm(rows * blocks, generator=self._generator, dtype=torch.int32).view(rows, blocks)
+            slots = (table.long().unsqueeze(-1) * BLOCK + torch.arange(BLOCK)).flatten()
+            lengths, starts = torch.full((rows,), CONTEXT, dtype=torch.int32), torch.arange(rows + 1, dtype=torch.int32)
+            plan = ops.cpu_attn_get_scheduler_metadata(
+                rows, heads, key_heads, HEAD_SIZE, lengths, query.dtype, starts, True, -1, VECTOR_LAYOUT, True
+            )
+            cache = torch.empty(rows * blocks, key_heads, BLOCK, 2 * HEAD_SIZE, dtype=query.dtype)
+            halves = cache.view(-1, key_heads, 2 * BLOCK, HEAD_SIZE).chunk(2, dim=2)
+            ops.cpu_attn_reshape_and_cache(keys, values, *halves, slots, VECTOR_LAYOUT)
+            caches = [cache] + [cache.clone() for _ in range(cold_bytes() // cache.nbytes)]
+            output = torch.empty_like(query)
+
+            def upstream(
+                cache: Tensor, query=query, output=output, table=table, lengths=lengths, given=(starts, plan)
+            ) -> Tensor:
+                halves = cache.view(-1, key_heads, 2 * BLOCK, HEAD_SIZE).chunk(2, dim=2)
+                ops.cpu_attention_with_kv_cache(
+                    query, *halves, output, given[0], lengths, scale, True, None, -1, table, 0.0, given[1], None
+                )
+                return output
+
+            def ours(cache: Tensor, query=query, output=output, table=table, lengths=lengths) -> Tensor:
+                torch.ops.hunyuan_vllm.decode_attention(output, query, cache, table, lengths, scale)
+                return output
+
+            grouped = query.view(rows, key_heads, -1, HEAD_SIZE).float()
+            keys, values = (x.view(rows, CONTEXT, key_heads, HEAD_SIZE).float() for x in (keys, values))
+            powers = (torch.einsum("rkgd,rtkd->rkgt", grouped, keys) * scale).softmax(-1)
+            expected = torch.einsum("rkgt,rtkd->rkgd", powers, values).view(query.shape)
+            calls = {"upstream": upstream, "bf16: ours": ours}
+            for name, call in calls.items():
+                _check(expected, {name: call(cache)})
+            measured[rows] = self._time({name: [(call, cache) for cache in caches] for name, call in calls.items()})
         return measured
 
     def _rings(self, weights: list[Tensor], count: int) -> dict[str, list[Multiply]]:
@@ -246,7 +295,7 @@ def main() -> None:
     parser = options(__doc__, rounds=4)
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=SCHEMES[:3], help="default: all but fp8")
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS, help="default: %(default)s")
-    layers = [*LINEARS, "experts"]
+    layers = [*LINEARS, "experts", *ATTENTION]
     parser.add_argument("--layers", nargs="+", choices=layers, default=layers, help="default: all")
     arguments = parser.parse_args()
     report = Report("cpu_kernels", arguments)
@@ -258,6 +307,9 @@ def main() -> None:
             if layer == "experts":
                 title = f"Experts, top-1: {EXPERTS} x 3 x {INTERMEDIATE}x{HIDDEN}"
                 measured = child.call("experts")
+            elif layer in ATTENTION:
+                title = f"Decode attention, query heads/key heads {layer.split()[-1]}, {CONTEXT} tokens in the cache"
+                measured = child.call("attention", *ATTENTION[layer])
             else:
                 title = f"Linear layer {layer}: {LINEARS[layer][0]}x{LINEARS[layer][1]}"
                 measured = child.call("linear", *LINEARS[layer])

@@ -76,7 +76,7 @@ def profile(
 ) -> None:
     """Add a table for each batch size to the report; `settings` are the engine's."""
     config = json.loads((model / "config.json").read_text())
-    vocab_size, topk = config["vocab_size"], config["moe_topk"]
+    vocab_size, topk = config["vocab_size"], config.get("moe_topk", 0)
     topk = topk[0] if isinstance(topk, list) else topk
     environ = engine_environ(arguments.threads)
     with (

@@ -1,9 +1,10 @@
 """Speed of the int8 schemes on a CPU, against BF16: decode and prefill, at batch 1 and 8.
 
     python benchmarks/int8_decode.py
+    python benchmarks/int8_decode.py --model hunyuan-1.8b
     python benchmarks/int8_decode.py --profile int8     # instead: the profile of its decode steps
 
-A random checkpoint of 1.1 billion parameters in bfloat16, quantised at load time. Prefill is the first step, which
+A random checkpoint in bfloat16, quantised at load time. Prefill is the first step, which
 reads the prompts; decode is the steps after it. All engines are compiled, run in their own processes and are
 interleaved.
 """
@@ -17,7 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from common import Report, Spread, checkpoint_option, interleaved, mid_checkpoint, options, ratios
+from common import MODELS, Report, Spread, interleaved, kept_checkpoint, options, ratios
 from decode_profile import profile
 from processes import BATCHES, Child, Engine, engine_environ, engine_settings, measured_rates
 
@@ -26,13 +27,15 @@ SCHEMES = {"bf16": None, "int8": "hunyuan_int8", "int8-w8a8": "hunyuan_int8_w8a8
 
 def main() -> None:
     parser = options(__doc__, rounds=6)
-    checkpoint_option(parser)
+    parser.add_argument(
+        "--model", choices=list(MODELS), default="1.1b", help="its shape (default: %(default)s); see common.MODELS"
+    )
     parser.add_argument("--prompt-tokens", type=int, default=256, help="default: %(default)s")
     parser.add_argument("--new-tokens", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--profile", choices=list(SCHEMES), help="break a decode step of this scheme down instead")
     arguments = parser.parse_args()
     report = Report("int8_decode", arguments)
-    model = mid_checkpoint(arguments.checkpoint)
+    model = kept_checkpoint(arguments.model)
     vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
     settings = engine_settings(arguments.prompt_tokens, arguments.new_tokens)
     if arguments.profile:

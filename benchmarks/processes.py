@@ -186,7 +186,7 @@ def engine_settings(prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
         dtype="bfloat16",
         max_model_len=longest,
         max_num_batched_tokens=max(BATCHES) * longest,
-        kv_cache_memory_bytes=256 << 20,
+        kv_cache_memory_bytes=512 << 20,
     )
 
 

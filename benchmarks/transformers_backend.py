@@ -2,14 +2,15 @@
 
     python benchmarks/transformers_backend.py
     python benchmarks/transformers_backend.py --models dense
-    python benchmarks/transformers_backend.py --share --models moe dense large
+    python benchmarks/transformers_backend.py --share --models moe dense 1.1b
                                     # instead: native decode as a share of the memory bandwidth
 
 Random checkpoints in bfloat16: "moe" is a small Hunyuan-A13B (64 experts, top-8, 0.46 billion parameters), "dense" has
-0.25 billion; "large", for --share only, is the Hunyuan-Large of 1.1 billion that the other benchmarks use. Each engine
-runs in its own process and is compiled as by vLLM's defaults (which do not compile the Transformers backend where RoPE
-is dynamic, as here); runs are interleaved. Prefill is the first step, which reads the prompts; decode is the steps
-after it. Before measuring, both score the same prompts: the log-probabilities must agree within bfloat16's rounding.
+0.25 billion; the last two have the shapes of published models; "1.1b", for --share only, is the small Hunyuan-Large
+that the other benchmarks use. Each engine runs in its own process and is compiled as by vLLM's defaults (which do not
+compile the Transformers backend where RoPE is dynamic, as here); runs are interleaved. Prefill is the first step, which
+reads the prompts; decode is the steps after it. Before measuring, both score the same prompts: the log-probabilities
+must agree within bfloat16's rounding.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from common import CACHE, Report, Spread, interleaved, kept_checkpoint, options, ratios
+from common import MODELS, Report, Spread, interleaved, kept_checkpoint, options, ratios
 from probe import Probe, Weights
 from processes import (
     BATCHES,
@@ -33,7 +34,6 @@ from processes import (
     random_prompts,
 )
 
-MODELS = {"moe": "v1_moe_config", "dense": "v1_dense_config", "large": "mid_config"}
 IMPLEMENTATIONS = {"native": "auto", "transformers": "transformers"}
 # Mean difference of log-probabilities. bfloat16 moves those of a random network of this depth by 0.23 (0.22 with the
 # routes of float32), so that two runs are about 0.3 apart; a mistake in the network moves them by more than 2. In
@@ -62,7 +62,6 @@ def main() -> None:
     parser.add_argument(
         "--models", nargs="+", choices=list(MODELS), default=["moe", "dense"], help="default: moe dense"
     )
-    parser.add_argument("--directory", type=Path, default=CACHE, help="of the checkpoints (default: %(default)s)")
     parser.add_argument("--prompt-tokens", type=int, default=256, help="default: %(default)s")
     parser.add_argument("--new-tokens", type=int, default=32, help="default: %(default)s")
     parser.add_argument(
@@ -71,12 +70,11 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="compile neither")
     parser.add_argument("--share", action="store_true", help="compare native decode with the memory bandwidth instead")
     arguments = parser.parse_args()
-    if "large" in arguments.models and not arguments.share:
-        parser.error("--models large: the Transformers backend has no such model; it is for --share")
+    if "1.1b" in arguments.models and not arguments.share:
+        parser.error("--models 1.1b: the Transformers backend has no such model; it is for --share")
     report = Report("transformers_backend", arguments)
     for name in arguments.models:
-        directory = "bench-mid" if name == "large" else f"bench-v1-{name}"
-        model = kept_checkpoint(arguments.directory / directory, MODELS[name])
+        model = kept_checkpoint(name)
         if arguments.share:
             _share(name, model, arguments, report)
         else:
@@ -136,7 +134,7 @@ def _share(name: str, model: Path, arguments: argparse.Namespace, report: Report
         turn = _turns(engine, config["vocab_size"], arguments)
         results = interleaved({"probe": lambda: probe.call("read"), "native": turn}, arguments.rounds)
     memory = [max(ways.values()) for ways in results["probe"]]
-    weights, experts = Weights.of(model), config["num_experts"]
+    weights, experts = Weights.of(model), config.get("num_experts", 1)
     for batch in BATCHES:
         # Experts that random routes of the batch's tokens hit.
         topk = config["moe_topk"] if experts > 1 else 0

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.config import get_current_vllm_config
+from vllm.config import CacheConfig, get_current_vllm_config
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
@@ -18,6 +18,7 @@ from vllm.platforms import current_platform
 
 from hunyuan_vllm import envs
 from hunyuan_vllm.config import HunYuanConfig
+from hunyuan_vllm.cpu_attention import decode_backend
 from hunyuan_vllm.kv_cache import CacheShape
 from hunyuan_vllm.quant.cpu_fp8 import to_be_truncated
 from hunyuan_vllm.quant.fp8 import normalised_key_scale
@@ -66,13 +67,17 @@ class CLAAttention(Attention):
 
     def __init__(
         self,
+        num_heads: int,
+        head_size: int,
         *args: Any,
+        cache_config: CacheConfig | None,
         config: HunYuanConfig,
         layer: int,
         q_amax: Callable[[], float] | None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        backend = decode_backend(head_size, cache_config.cache_dtype if cache_config else "auto")
+        super().__init__(num_heads, head_size, *args, cache_config=cache_config, attn_backend=backend, **kwargs)
         self.config, self.group_owner, self.q_amax = config, config.kv_owner(layer), q_amax
         target = self.kv_sharing_target_layer_name
         attentions = get_current_vllm_config().compilation_config.static_forward_context

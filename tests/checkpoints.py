@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import hunyuan_vllm
 from hunyuan_vllm.config import HunYuanConfig
 from hunyuan_vllm.reference import HunYuanForCausalLM
 
@@ -108,6 +109,12 @@ def v1_dense_config(**overrides: Any) -> HunYuanConfig:
         tie_word_embeddings=True,
     )
     return tiny_config(**(fields | overrides))
+
+
+def published_config(name: str) -> HunYuanConfig:
+    """The config of a published model: a directory of hunyuan_vllm/plan/data, such as hunyuan-1.8b."""
+    file = Path(hunyuan_vllm.__file__).parent / "plan" / "data" / name / "config.json"
+    return HunYuanConfig(**json.loads(file.read_text()))
 
 
 # What to change in `tiny_config` to reach the branches that the golden checkpoints leave out.

@@ -1,8 +1,15 @@
 """The engine against the original model code's recorded log-probabilities, in every mode this machine runs."""
 
+from itertools import chain
+from statistics import fmean
+
 import pytest
 from engine import MIB, TRACED, counter, engine, greatest_difference, mean_difference, score
 from golden_data import FLOAT32_TOLERANCE, GOLDEN_NAMES, load_golden
+
+from hunyuan_vllm.cpu_attention import DecodeAttentionImpl
+from hunyuan_vllm.cpu_kernels import ATTENTION, Kernel, kernel
+from hunyuan_vllm.quant.schemes import BF16
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -21,10 +28,18 @@ def test_float32(name: str) -> None:
 
 @pytest.mark.parametrize("name", GOLDEN_NAMES)
 def test_bfloat16(name: str) -> None:
+    """What is decoded agrees with what is read, which is another kernel's work on most CPUs."""
     golden = load_golden(name)
+    prompts = [item.prompt for item in golden.items]
     with engine(golden.path, dtype="bfloat16") as llm:
-        results = score(llm, [item.prompt for item in golden.items])
+        results = score(llm, prompts)
+        decoded = score(llm, prompts, max_tokens=24, prompt_logprobs=False)
+        read = score(llm, [prompt + result.tokens for prompt, result in zip(prompts, decoded, strict=True)])
+        impls = llm.apply_model(lambda model: [layer.self_attn.attn.impl for layer in model.model.layers])[0]
     assert mean_difference(results, golden) <= golden.bfloat16_tolerance
+    pairs = [zip(a.logprobs, b.prompt_logprobs[-24:], strict=True) for a, b in zip(decoded, read, strict=True)]
+    assert fmean(abs(a - b) for a, b in chain.from_iterable(pairs)) <= golden.bfloat16_tolerance
+    assert all(isinstance(impl, DecodeAttentionImpl) == (kernel(BF16, ATTENTION) is Kernel.OURS) for impl in impls)
 
 
 @pytest.mark.parametrize("name", ["cla2_dense", "v1_a13b"])

@@ -3,6 +3,7 @@
 #include <optional>
 #include <tuple>
 
+#include "attention.h"
 #include "expanded.h"
 #include "rotary.h"
 #include "routing.h"
@@ -136,6 +137,14 @@ std::tuple<Tensor, Tensor> choose_experts_operator(Tensor logits, int64_t topk, 
   return {weights, ids};
 }
 
+// One query of each sequence, [sequences, heads, size]; cache [blocks, key heads, block, 2 · size] of vLLM's vector kernel.
+void decode_attention_operator(Tensor output, Tensor query, Tensor cache, Tensor table, Tensor lengths, double scale) {
+  const AttentionShape shape{query.size(0),   query.size(1),   cache.size(1),  query.size(2),  cache.size(2),
+                             query.stride(0), output.stride(0), cache.stride(0), cache.stride(1), table.stride(0)};
+  decode_attention(write<bf16>(output), read<bf16>(query), read<bf16>(cache), read<int32_t>(table),
+                   read<int32_t>(lengths), static_cast<float>(scale), shape);
+}
+
 }  // namespace hunyuan
 
 STABLE_TORCH_LIBRARY_FRAGMENT(hunyuan_vllm, library) {
@@ -159,6 +168,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hunyuan_vllm, library) {
            "int key_heads, float eps) -> (Tensor, Tensor)",
            "router_logits(Tensor x, Tensor gate) -> Tensor",
            "choose_experts(Tensor logits, int topk, bool renormalize) -> (Tensor, Tensor)",
+           "decode_attention(Tensor(a!) output, Tensor query, Tensor cache, Tensor table, Tensor lengths, "
+           "float scale) -> ()",
        })
     library.def(schema);
 }
@@ -177,4 +188,5 @@ STABLE_TORCH_LIBRARY_IMPL(hunyuan_vllm, CPU, library) {
   library.impl("rotate_and_normalize", TORCH_BOX(&hunyuan::rotate_and_normalize_operator));
   library.impl("router_logits", TORCH_BOX(&hunyuan::router_logits_operator));
   library.impl("choose_experts", TORCH_BOX(&hunyuan::choose_experts_operator));
+  library.impl("decode_attention", TORCH_BOX(&hunyuan::decode_attention_operator));
 }

@@ -158,8 +158,8 @@ def test_compiled_code_of_other_kernels_is_not_loaded(monkeypatch: pytest.Monkey
 
 @pytest.mark.skipif(not build.has_avx512(), reason="this CPU's other tests are of the kernels for AVX2")
 def test_kernels_for_avx2_on_a_cpu_with_more() -> None:
-    files = ("native/test_bf16.py", "native/test_routing.py", "native/test_rotary.py", "quant/test_cpu.py")
     """Without torch.compile, which is the same for all kernels."""
+    files = [f"native/test_{name}.py" for name in ("attention", "bf16", "rotary", "routing")] + ["quant/test_cpu.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not engine", "-k", "not compiled"]
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environ |= {"TEST_CPU": "avx2"}

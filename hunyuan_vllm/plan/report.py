@@ -82,7 +82,8 @@ def _speed(fit: Fit) -> list[str]:
 
 
 def _range(decode: Decode) -> str:
-    return f"{decode.low:,.0f}–{decode.estimate:,.0f}"
+    low, high = f"{decode.low:,.0f}", f"{decode.estimate:,.0f}"
+    return low if low == high else f"{low}–{high}"
 
 
 def _title(scenario: Scenario) -> str:

@@ -25,18 +25,18 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for one in report["projections"]:
         kinds.setdefault(next(kind for mark, kind in KINDS.items() if mark in one["projection"]), []).append(one)
+    calibrated = report["projections"][0]["output_error"] is not None
+    key, more = ("output_error", ("outputs", "outlier channels")) if calibrated else ("relative_error", ())
     table = Table(title=f"{report['scheme']}: relative errors", title_justify="left")
-    for title in ("", "weights", "outputs", "outlier channels", "largest", "of"):
+    for title in ("", "weights", *more, "largest", "of"):
         table.add_column(title, justify="left" if title in ("", "of") else "right")
     for kind, ones in kinds.items():
-        key, outputs, outliers = "relative_error", "", ""
-        if ones[0]["output_error"] is not None:  # it was calibrated
-            key = "output_error"
-            outputs = _percent(fmean(one["output_error"] for one in ones))
-            outliers = str(sum(len(one["outliers"]) for one in ones))
+        figures = [_percent(fmean(one["relative_error"] for one in ones))]
+        if calibrated:
+            outliers = sum(len(one["outliers"]) for one in ones)
+            figures += [_percent(fmean(one["output_error"] for one in ones)), str(outliers)]
         worst = max(ones, key=lambda one: one[key])
-        weights = _percent(fmean(one["relative_error"] for one in ones))
-        table.add_row(kind, weights, outputs, outliers, _percent(worst[key]), worst["projection"])
+        table.add_row(kind, *figures, _percent(worst[key]), worst["projection"])
     console.print(table)
 
 

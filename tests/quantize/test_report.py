@@ -40,7 +40,7 @@ def test_the_table(calibrated: bool) -> None:
         assert rows[0] == ["attention", "2%", "3.5%", "1", "5%", owner]
         assert rows[2] == ["experts", "2%", "3%", "2", "4%", "model.layers.10.mlp.experts.1.up_proj"]
     else:
-        assert rows[0] == ["attention", "2%", "", "", "3%", owner]
+        assert rows[0] == ["attention", "2%", "3%", owner]
 
 
 def test_progress_off_a_terminal_is_lines(monkeypatch: pytest.MonkeyPatch) -> None:

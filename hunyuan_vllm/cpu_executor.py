@@ -1,8 +1,9 @@
-"""One rank on CPUs, in the engine's own process.
+"""Where the ranks of an engine run on CPUs: one in the engine's own process, several on cores of their own.
 
 vLLM starts a worker process even for one rank on CPUs: OpenMP reads how its threads are bound when a process starts.
 It keeps a core free for the engine's process, which waits for the worker in a busy loop. In one process nothing waits,
-every core computes, and vLLM is imported once less.
+every core computes, and vLLM is imported once less. vLLM gives each of several ranks a NUMA node, and refuses more
+ranks than nodes: here they share all cores.
 """
 
 import os
@@ -23,13 +24,21 @@ UNBOUND = "nobind"
 PLACEMENT = ("VLLM_CPU_NUM_OF_RESERVED_CPU", "VLLM_CPU_SIM_MULTI_NUMA")
 
 
+_variables: dict[str, str] = {}  # of the environment, as they were set for this process's last engine
+
+
 def configure_cpu_engine(vllm_config: VllmConfig) -> None:
-    """Choose `CPUExecutor` for one rank on CPUs, unless the user chose an executor, or where threads run.
+    """Choose `CPUExecutor` for one rank on CPUs, or cores for each of several, unless the user chose an executor, or
+    where threads run.
 
     Engines that this process starts get `envs.OPENMP_WAIT`.
     """
     if not current_platform.is_cpu():
         return
+    for name, value in _variables.items():
+        if os.environ.get(name) == value:
+            del os.environ[name]
+    _variables.clear()
     for name, value in envs.OPENMP_WAIT.items():
         os.environ.setdefault(name, value)
     parallel = vllm_config.parallel_config
@@ -40,6 +49,25 @@ def configure_cpu_engine(vllm_config: VllmConfig) -> None:
         and not any(name in os.environ for name in PLACEMENT)
     ):
         parallel.distributed_executor_backend = f"{__name__}.{CPUExecutor.__name__}"
+    elif (
+        parallel.distributed_executor_backend in ("uni", "mp")
+        and parallel.world_size_across_dp > 1
+        and not any(name in os.environ for name in (BIND, *PLACEMENT))
+    ):
+        one_engine = parallel.world_size_across_dp == parallel.world_size and parallel.nnodes == 1
+        _variables.update(placed(parallel.world_size_across_dp, "OMP_NUM_THREADS" not in os.environ and one_engine))
+        os.environ.update(_variables)
+
+
+def placed(ranks: int, bind: bool) -> dict[str, str]:
+    """Variables that give each rank of this machine the same number of cores: its own, with `bind`, where there are
+    enough."""
+    by_core = {(cpu.numa_node, cpu.physical_core): cpu.id for cpu in get_allowed_cpu_list()}
+    cores = [str(by_core[core]) for core in sorted(by_core)]
+    share = len(cores) // ranks
+    if bind and share:
+        return {BIND: "|".join(",".join(cores[rank * share : (rank + 1) * share]) for rank in range(ranks))}
+    return {BIND: UNBOUND} | ({} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(share, 1))})
 
 
 def compute_cores() -> list[int]:

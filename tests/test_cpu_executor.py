@@ -13,12 +13,12 @@ from vllm.utils.cpu_resource_utils import LogicalCPUInfo
 from hunyuan_vllm import cpu_executor, demo
 from hunyuan_vllm.cpu_executor import BIND, PLACEMENT, compute_cores, configure_cpu_engine
 
-SPINS = "GOMP_SPINCOUNT"
+SPINS, THREADS = "GOMP_SPINCOUNT", "OMP_NUM_THREADS"
 
 
 def chosen(**parallel: Any) -> object:
     """The executor for an engine with these settings; "uni" if vLLM is left alone."""
-    settings = SimpleNamespace(distributed_executor_backend="uni", world_size_across_dp=1, **{})
+    settings = SimpleNamespace(distributed_executor_backend="uni", world_size_across_dp=1, world_size=1, nnodes=1)
     vars(settings).update(parallel)
     configure_cpu_engine(SimpleNamespace(parallel_config=settings))  # type: ignore[arg-type]
     return settings.distributed_executor_backend
@@ -26,7 +26,7 @@ def chosen(**parallel: Any) -> object:
 
 @pytest.fixture(autouse=True)
 def no_placement(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (BIND, *PLACEMENT, SPINS):
+    for name in (BIND, *PLACEMENT, SPINS, THREADS):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 
@@ -77,6 +77,34 @@ def test_hyperthreads_and_other_numa_nodes_do_not_compute(monkeypatch: pytest.Mo
     assert len(cores) == 2 and {core % 4 for core in cores} == {2, 3}
     monkeypatch.setattr(cpu_executor, "get_allowed_cpu_list", lambda: cpus[:2])  # a container may have no core there
     assert compute_cores() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "variables", "expected"),
+    [
+        (dict(world_size=2, world_size_across_dp=2), {}, {BIND: "1,3|5,7"}),
+        (dict(world_size=4, world_size_across_dp=4), {}, {BIND: "1|3|5|7"}),
+        (dict(world_size=3, world_size_across_dp=3), {}, {BIND: "1|3|5"}),
+        (dict(world_size=5, world_size_across_dp=5), {}, {BIND: "nobind", THREADS: "1"}),  # more than cores
+        (dict(world_size=1, world_size_across_dp=2), {}, {BIND: "nobind", THREADS: "2"}),  # of two engines
+        (dict(world_size=2, world_size_across_dp=2), {THREADS: "3"}, {BIND: "nobind", THREADS: "3"}),
+        (dict(world_size=2, world_size_across_dp=2), {BIND: "auto"}, {BIND: "auto"}),
+        (dict(world_size=2, world_size_across_dp=2), {PLACEMENT[1]: "1"}, {}),
+        (dict(world_size=2, world_size_across_dp=2, distributed_executor_backend="ray"), {}, {}),
+    ],
+)
+def test_several_ranks_share_the_cores(
+    parallel: dict[str, Any], variables: dict[str, str], expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two NUMA nodes of two cores with two hyperthreads each; then an engine of one rank in the same process."""
+    cpus = [LogicalCPUInfo(id=i, physical_core=i // 2, numa_node=i // 4) for i in range(8)]
+    monkeypatch.setattr(cpu_executor, "get_allowed_cpu_list", lambda: cpus)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    chosen(**{"distributed_executor_backend": "mp"} | parallel)
+    assert {name: os.environ[name] for name in (BIND, THREADS) if name in os.environ} == expected
+    if not variables:
+        assert chosen() == OURS and BIND not in os.environ and THREADS not in os.environ
 
 
 SCRIPT = """

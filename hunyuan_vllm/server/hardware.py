@@ -1,6 +1,5 @@
 """Facts about this machine that a launch depends on: engine build, GPUs, Ray, network interfaces, memory, a compiler"""
 
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -35,7 +34,6 @@ class Machine:
     ray: RayCluster | None = None
     ray_env: Mapping[str, str] = field(default_factory=dict)
     interfaces: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    cores: int = 1
     memory: int = 0
     fp8_cache: bool = True
     compiles: bool = True
@@ -57,7 +55,6 @@ def read_machine(environ: Mapping[str, str]) -> Machine:
         ray=find_ray_cluster({**environ, **join}) if cuda else None,
         ray_env=ray_env,
         interfaces=own_interfaces(),
-        cores=len(os.sched_getaffinity(0)),
         memory=free_memory(),
         fp8_cache=cuda or _cpu_reads_fp8_caches(),
         compiles=can_compile(environ),

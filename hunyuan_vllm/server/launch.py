@@ -177,7 +177,7 @@ def decide(
     argv += ["--middleware", BEHIND_KEY if needs_key else OPEN]  # beside the user's own
 
     env = machine.ray_env if ranks.executor == "ray" else {}
-    env = {**env, **_engine_env(flags, machine, model, ranks), **interface_env(settings, machine, ranks.several_nodes)}
+    env = {**env, **_engine_env(flags, machine, model), **interface_env(settings, machine, ranks.several_nodes)}
     if not machine.cuda and parsed.get("enforce-eager"):
         env["TORCH_COMPILE_DISABLE"] = "1"  # vLLM compiles functions of its sampler even then
     if not machine.cuda and ranks.world == 1:
@@ -334,7 +334,7 @@ def _cpu_kv_cache(machine: Machine, model: ModelSource, ranks: Ranks, quantizati
     return min(share, MAX_KV_CACHE) // MIB * MIB
 
 
-def _engine_env(flags: Flags, machine: Machine, model: ModelSource, ranks: Ranks) -> dict[str, str]:
+def _engine_env(flags: Flags, machine: Machine, model: ModelSource) -> dict[str, str]:
     env = {
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
@@ -352,10 +352,6 @@ def _engine_env(flags: Flags, machine: Machine, model: ModelSource, ranks: Ranks
         env["HF_HUB_OFFLINE"] = "1"
     if not machine.cuda:
         env |= envs.OPENMP_WAIT
-    if not machine.cuda and ranks.world > 1:
-        # By default vLLM binds each rank to a NUMA node of its own and refuses more ranks than nodes.
-        env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        env["OMP_NUM_THREADS"] = str(max(machine.cores // ranks.world, 1))
     return env
 
 

@@ -27,8 +27,8 @@ DEMO = ModelSource("/demo", "hunyuan-demo", LARGE, weight_bytes=2**20, demo=True
 HUB = ModelSource("tencent/Hunyuan-A52B-Instruct", "tencent/Hunyuan-A52B-Instruct")
 
 NETWORK = {"lo": ("127.0.0.1", "::1"), "eth0": ("192.168.7.2",), "ib0": ("10.0.0.5",)}
-CPU = Machine(cuda=False, cores=8, memory=32 * GIB, interfaces=NETWORK)
-GPU8 = Machine(cuda=True, gpus=8, cores=64, memory=900 * GIB, interfaces=NETWORK)
+CPU = Machine(cuda=False, memory=32 * GIB, interfaces=NETWORK)
+GPU8 = Machine(cuda=True, gpus=8, memory=900 * GIB, interfaces=NETWORK)
 NODE1 = Machine(
     cuda=True, gpus=8, ray=RayCluster([RayNode("10.0.0.5", 8, 8), RayNode("10.0.0.6", 8, 8)]), interfaces=NETWORK
 )

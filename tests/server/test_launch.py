@@ -104,9 +104,6 @@ def test_options_in_a_config_file_count_as_given(tmp_path):
         (GPU8, {}, {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}),
         (GPU8, {}, {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75", "VLLM_XGRAMMAR_CACHE_MB": "1"}),
         (GPU8, {"VLLM_XGRAMMAR_CACHE_MB": "64"}, {"VLLM_XGRAMMAR_CACHE_MB": None}),
-        (CPU, {}, {"VLLM_CPU_OMP_THREADS_BIND": None, "OMP_NUM_THREADS": None}),
-        (CPU, {"TP_SIZE": "4"}, {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "2"}),
-        (CPU, {"TP_SIZE": "4", "OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": None}),
     ],
 )
 def test_environment(machine, environ, expected):

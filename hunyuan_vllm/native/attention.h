@@ -94,7 +94,7 @@ struct PartialAttention {
       store(values + head * size + i, multiply(load(values + head * size + i), all(by)));
   }
 
-  // scores [heads, stride] of `count` tokens, which become their powers
+  // scores [heads, stride] of `count` more tokens; exp(score - greatest) replaces them
   void add_scores(float* scores, int64_t stride, int64_t count) {
     for (int64_t h = 0; h < heads; ++h, scores += stride) {
       std::fill(scores + count, scores + (count + kLanes - 1) / kLanes * kLanes,
@@ -146,7 +146,7 @@ inline void decode_attention(bf16* output, const bf16* queries, const bf16* cach
 
   parallel(2 * units * kUnit * size * group, [&] {
     const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-    // Where a thread's part ends within a head's units: [0] what it got on with, [1] what it began.
+    // Of a key head whose units several threads share: [1] for the thread with the first unit, [0] for the others.
     const auto partial = [&](int64_t thread, int which) {
       return PartialAttention(partials.data() + (2 * thread + which) * partial_floats, group, size);
     };

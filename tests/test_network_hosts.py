@@ -36,6 +36,19 @@ def test_each_has_its_own_name_files_and_processes(pair):
     assert right.run(sys.executable, "-c", "import paramiko, pytest").returncode == 0
 
 
+@pytest.mark.parametrize("base", ["/usr", "/usr/lib"])
+def test_the_machine_keeps_its_files_where_python_is_the_system_s(base: str, monkeypatch):
+    need_hosts()
+    monkeypatch.setattr(sys, "base_prefix", base)
+    mine = Path(base) / "written-by-a-host"
+    try:
+        with Network() as network:
+            network.add("left").sh(f"touch {mine}; test -x /usr/bin/env")
+        assert not mine.exists()
+    finally:
+        mine.unlink(missing_ok=True)
+
+
 def test_partition_power_off_and_return(pair):
     network, left, right = pair
     Sshd(right, 2222, "password")

@@ -16,6 +16,7 @@ from typing import Any
 HOME = "/root"  # on every host
 BOOT = Path(__file__).with_name("boot.sh")
 CHECKOUT = BOOT.parents[2]
+OWN = (HOME, "/run", "/tmp", "/dev/shm", "/media")  # directories of each host; see boot.sh
 NOT_OF_A_HOST = {"SSH_AUTH_SOCK", "GLOO_SOCKET_IFNAME"}  # of this process's environment
 BOUND_TO_US = ["setpriv", "--pdeathsig", "KILL"]
 
@@ -99,7 +100,8 @@ class Network:
 
     def __init__(self, shared: Sequence[Path] = ()) -> None:
         self.hosts: list[Host] = []
-        self._shared = _outermost([CHECKOUT, Path(sys.prefix), Path(sys.base_prefix), *shared])
+        interpreter = [directory for directory in map(Path, (sys.prefix, sys.base_prefix)) if _is_hidden(directory)]
+        self._shared = _outermost([CHECKOUT, *interpreter, *shared])
         self._count = self._boots = 0
 
     def __enter__(self) -> "Network":
@@ -147,6 +149,14 @@ class Network:
             if known.alive:
                 known.run("tee", "/etc/hosts", input="127.0.0.1 localhost\n::1 localhost\n" + names)
         return host
+
+
+def _is_hidden(directory: Path) -> bool:
+    """Whether a host does not see this directory of the machine's unless it is shared, and then written to as well."""
+    real, root = directory.resolve(), Path("/")
+    if real in (root, Path("/usr")):
+        return False  # tests change a host's system
+    return any(Path(own) in real.parents for own in OWN) or real.stat().st_dev != root.stat().st_dev
 
 
 def _outermost(directories: Sequence[Path]) -> list[Path]:

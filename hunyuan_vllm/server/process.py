@@ -189,7 +189,10 @@ class Child:
     def _await_exits(self) -> None:
         deadline = time.monotonic() + EXIT_TIMEOUT
         while (left := self._descendants()) and time.monotonic() < deadline:
-            psutil.wait_procs(left, timeout=0.05)  # reaps those that are children of this process by now
+            try:
+                psutil.wait_procs(left, timeout=0.05)  # reaps those that are children of this process by now
+            except psutil.Error:  # Linux 6.15 has another error for one that is being reaped than psutil expects
+                time.sleep(0.05)
 
     def _descendants(self) -> set[psutil.Process]:
         """All its processes, with those whose parent has exited, and zombies."""

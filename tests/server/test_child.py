@@ -38,8 +38,21 @@ WORKER_DIED = (
 )
 
 
-def start(program: str, ready_file: object = "/nonexistent", **streams: object) -> subprocess.Popen:
-    argv = [sys.executable, "-c", RUNNER, textwrap.dedent(program), str(ready_file)]
+# Linux 6.15 and psutil 7.2 do so for a process that is being reaped.
+FIRST_WAIT_FAILS = """
+import psutil
+waits, wait_procs = [], psutil.wait_procs
+def wait(*args, **kwargs):
+    waits.append(args)
+    if len(waits) == 1:
+        raise psutil.ZombieProcess(1)
+    return wait_procs(*args, **kwargs)
+psutil.wait_procs = wait
+"""
+
+
+def start(program: str, ready_file: object = "/nonexistent", before: str = "", **streams: object) -> subprocess.Popen:
+    argv = [sys.executable, "-c", before + RUNNER, textwrap.dedent(program), str(ready_file)]
     return subprocess.Popen(argv, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **streams})
 
 
@@ -68,6 +81,12 @@ def test_a_fatal_signal_is_named_and_becomes_the_shells_status():
     _, errors = child.communicate(timeout=60)
     assert child.returncode == 128 + 4
     assert "the API server was killed by SIGILL (exit status 132)" in errors
+
+
+def test_a_process_that_is_being_reaped_is_waited_for_again():
+    child = start("import subprocess; subprocess.Popen(['sleep', '600'])", before=FIRST_WAIT_FAILS)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 1 and "no error was logged" in errors and "Traceback" not in errors
 
 
 def is_over(pid: int) -> bool:

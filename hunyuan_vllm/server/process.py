@@ -191,7 +191,7 @@ class Child:
         while (left := self._descendants()) and time.monotonic() < deadline:
             try:
                 psutil.wait_procs(left, timeout=0.05)  # reaps those that are children of this process by now
-            except psutil.Error:  # Linux 6.15 has another error for one that is being reaped than psutil expects
+            except psutil.Error:  # one is being reaped
                 time.sleep(0.05)
 
     def _descendants(self) -> set[psutil.Process]:

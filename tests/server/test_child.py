@@ -38,7 +38,7 @@ WORKER_DIED = (
 )
 
 
-# Linux 6.15 and psutil 7.2 do so for a process that is being reaped.
+# As psutil may for a process that is being reaped.
 FIRST_WAIT_FAILS = """
 import psutil
 waits, wait_procs = [], psutil.wait_procs

@@ -117,11 +117,11 @@ class Output:
             retry_failed: drop the records that hold an error, so that their lines are run again.
         """
         state = State(bytearray([0]) + bytearray(1 if digest else 0 for digest in index.digests))
-        beside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        kept = (
-            _locked(beside) if retry_failed else None
-        )  # takes the file's place, without the records that hold an error
+        beside = self._path.with_name(f".{self._path.name}.retry")  # takes the file's place, without the errors
+        kept = _locked(beside) if retry_failed else None
         try:
+            if kept is not None:
+                os.ftruncate(kept, 0)  # it is there if an earlier run was killed
             size = 0
             for number, text in enumerate(self._complete_lines(), start=1):
                 size += len(text)

@@ -123,7 +123,7 @@ def build(line: Line, defaults: Mapping[str, Any]) -> Request:
     url, fields = _batch_api(line.given) if batch_api else _plain(line.given)
     own = {name: value for name, value in fields.items() if value is not None}
     body = {**defaults, **own}
-    if "seed" in body and "seed" not in own:
+    if "seed" not in own and isinstance(body.get("seed"), int):
         body["seed"] += line.number
     request = _checked(url, body)
     if url == COMPLETIONS and not batch_api and not ({"max_tokens", "echo"} & body.keys()):

@@ -4,6 +4,7 @@ import json
 import socket
 import ssl
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
@@ -52,15 +53,22 @@ class ServedModel:
 
 def connect(url: str, key: str | None) -> ServedModel:
     """Ask a server for its first model."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"--url {url} is not the address of a server: use the form http://127.0.0.1:8020")
+    _host(url)
     base = url.rstrip("/").removesuffix("/v1")
     try:
         card = json.loads(_get(f"{base}/v1/models", key))["data"][0]
         return ServedModel(base, card["id"], card.get("max_model_len"), str(card.get("root") or ""), key)
     except (ValueError, KeyError, TypeError, IndexError):
         raise UserError(f"the server at {base} is not OpenAI-compatible: GET /v1/models lists no model") from None
+
+
+def _host(url: str) -> str:
+    """The host of an http or https URL."""
+    with suppress(ValueError):  # of a bracket without its other, or of a port that is no number
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return parts.hostname
+    raise UserError(f"--url {url} is not the address of a server: use the form http://127.0.0.1:8020")
 
 
 def _get(url: str, key: str | None) -> str:
@@ -103,9 +111,8 @@ def find_key(url: str, file: Path | None, environ: Mapping[str, str]) -> str | N
 
 def is_this_machine(url: str) -> bool:
     """Whether the host of `url` is the machine this runs on."""
-    host = urlsplit(url).hostname
     try:
-        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(_host(url), None)}
     except OSError:
         return False
     return all(is_loopback(address) or address in own_addresses() for address in found)

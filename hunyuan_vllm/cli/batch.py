@@ -96,4 +96,4 @@ def _json_object(text: str | None) -> dict[str, Any]:
         raise UserError(f"--params {text} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"--params {text} is not a JSON object, as in --params '{{\"logprobs\": true}}'")
-    return value
+    return {name: given for name, given in value.items() if given is not None}

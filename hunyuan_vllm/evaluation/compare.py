@@ -16,6 +16,7 @@ from rich.table import Table
 from hunyuan_vllm.evaluation.engines import EngineRun, Scores, Variant, checkpoint_of, execute, longest
 from hunyuan_vllm.evaluation.passages import BUILT_IN_TEXT, Passage, held_out_questions, read_passages
 from hunyuan_vllm.server.models import ModelSource
+from hunyuan_vllm.server.options import Flags
 from hunyuan_vllm.util.errors import UserError
 from hunyuan_vllm.util.progress import Progress
 from hunyuan_vllm.util.text import gigabytes
@@ -109,7 +110,8 @@ def _check_space(directory: Path, run: EngineRun, tokens: int) -> None:
     config = run.model.config
     if config is None:  # a hub name, which vLLM has yet to fetch
         return
-    needed = tokens * config.vocab_size * (4 if "float32" in run.flags else 2)
+    itemsize = 4 if Flags(run.flags).get("dtype") in ("float32", "float") else 2
+    needed = tokens * config.vocab_size * itemsize
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise UserError(

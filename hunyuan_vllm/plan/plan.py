@@ -128,8 +128,8 @@ def serve_flags(scenario: Scenario) -> list[str]:
 def serve_command(scenario: Scenario) -> str:
     """A shell command for the machine with the GPUs, or for the head node of their Ray cluster."""
     variables = {"TP_SIZE": str(scenario.tensor)}
-    if scenario.name != demo.NAME:  # which is what a server without a path serves
-        variables = {"MODEL_PATH": _checkpoint(scenario)} | variables
+    if (checkpoint := _checkpoint(scenario)) != demo.NAME:  # which is what a server without a path serves
+        variables = {"MODEL_PATH": checkpoint} | variables
     if scenario.nodes > 1:
         variables["LOCAL_IP"] = "10.0.0.5"
     if scenario.needs_partition:

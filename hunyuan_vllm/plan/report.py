@@ -144,7 +144,8 @@ def _decoding(fit: Fit) -> RenderableType:
     table = new_table(title, "bound", "estimate", "per user")
     table.columns[0].header, table.columns[0].justify = "batch", "right"
     table.add_column("limit", no_wrap=True)
-    for decode in rates(fit)[::2]:
+    found = rates(fit)
+    for decode in [*found[:-1:2], *found[-1:]]:
         figures = f"{decode.bound:,.0f}", Text(_range(decode), style="bold"), f"{decode.per_sequence:,.1f}"
         table.add_row(str(decode.batch), *figures, decode.step.limited_by)
     legend = (

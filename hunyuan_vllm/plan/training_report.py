@@ -23,11 +23,11 @@ def make_setup(
     that needs the least memory.
     """
     found = open_planned(model)
-    positions = found.config.max_position_embeddings
+    longest = found.config.longest_context
     if found.format.kind is not None:
         raise UserError(f"--model {model} is quantised: training starts from the BF16 checkpoint")
-    if others["length"] > positions:
-        raise UserError(f"--seq-length {others['length']}: the model has {positions} positions")
+    if others["length"] > longest:
+        raise UserError(f"--seq-length {others['length']}: the model's longest context is {longest} tokens")
     ways = tuple(way for way in WAYS if stage in (None, way[0]) and offload in (None, way[1]))
     if not ways:
         wanted = "stage 3" if offload == "all" else "stage 2 or 3"

@@ -118,10 +118,12 @@ class TrainingArguments(transformers.TrainingArguments):
             this.gradient_checkpointing_kwargs = {"use_reentrant": False}
         if self.lr_scheduler_type == "cosine_with_min_lr" and this.lr_scheduler_kwargs is None:
             # As a ratio: for min_lr transformers needs the optimiser's learning rate, which DeepSpeed's does not have.
-            share = 0.1 if self.min_lr is None else self.min_lr / this.learning_rate
-            if share > 1:
-                raise ValueError(f"--min_lr {self.min_lr} is more than --learning_rate {this.learning_rate}")
-            this.lr_scheduler_kwargs = {"min_lr_rate": share}
+            least, largest = self.min_lr, this.learning_rate
+            if least is not None and least > largest:
+                raise ValueError(f"--min_lr {least} is more than --learning_rate {largest}")
+            this.lr_scheduler_kwargs = {"min_lr_rate": 0.1 if least is None or not largest else least / largest}
+        if self.report_to not in ("tensorboard", "none"):
+            raise ValueError(f"--report_to {self.report_to}: use tensorboard or none")
         if self.warmup_ratio and not this.warmup_steps:
             this.warmup_steps = self.warmup_ratio
         this.remove_unused_columns = False  # the data set is not transformers'

@@ -255,16 +255,16 @@ OPEN_ROWS = 64  # filled at a time: enough to leave little room, few enough to m
 
 
 class PackedDataset:
-    """Rows of several conversations that together have at most `max_seq_length` tokens, for `PackingCollator`.
+    """Rows of several conversations that together have at most the data set's `max_seq_length` tokens.
 
     Conversations are shuffled by `seed`, and each is put into the fullest open row that has room for it.
     """
 
-    def __init__(self, dataset: ConversationDataset, max_seq_length: int, seed: int = 0) -> None:
+    def __init__(self, dataset: ConversationDataset, seed: int = 0) -> None:
         self._dataset = dataset
-        lengths = dataset.lengths
-        self._rows = _packed(lengths, max_seq_length, seed)
-        self.filled = sum(lengths) / (len(self._rows) * max_seq_length)
+        lengths, room = dataset.lengths, dataset.scan.max_seq_length
+        self._rows = _packed(lengths, room, seed)
+        self.filled = sum(lengths) / (len(self._rows) * room)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -274,8 +274,6 @@ class PackedDataset:
 
 
 def _packed(lengths: Sequence[int], room: int, seed: int) -> list[list[int]]:
-    if max(lengths) > room:
-        raise ValueError(f"a conversation of {max(lengths)} tokens does not fit a row of {room}")
     order = list(range(len(lengths)))
     Random(seed).shuffle(order)
     done: list[list[int]] = []

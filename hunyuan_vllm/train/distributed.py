@@ -103,7 +103,7 @@ def without_offload(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The config for this machine, and a line for each change."""
     config = copy.deepcopy(config)
     zero = config["zero_optimization"]
-    found = [name for name in OFFLOADS if zero.get(name, {}).get("device", "none") != "none"]
+    found = [name for name in OFFLOADS if (zero.get(name) or {}).get("device", "none") != "none"]
     if not found or torch.cuda.is_available():
         return config, []
     for name in found:

@@ -110,8 +110,9 @@ class Launch:
                 )
                 running.append(process)
                 assert process.stdin is not None
-                process.stdin.write(json.dumps(self.order(rank)).encode() + b"\n")
-                process.stdin.flush()
+                with suppress(BrokenPipeError):  # it has ended, and its status will say how
+                    process.stdin.write(json.dumps(self.order(rank)).encode() + b"\n")
+                    process.stdin.flush()
                 for stream in (process.stdout, process.stderr):
                     if stream is not None:
                         passing.append(threading.Thread(target=_pass_on, args=(stream, node.address), daemon=True))

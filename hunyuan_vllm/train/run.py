@@ -134,8 +134,11 @@ def flag_value(argv: Sequence[str], name: str) -> str | None:
     """The last value of a flag, before the flags are parsed: imports depend on it."""
     found = None
     for place, word in enumerate(argv):
-        if word == f"--{name}" and place + 1 < len(argv):
+        flag, equals, value = word.partition("=")
+        if flag.replace("-", "_") != f"__{name}":
+            continue
+        if equals:
+            found = value
+        elif place + 1 < len(argv):
             found = argv[place + 1]
-        elif word.startswith(f"--{name}="):
-            found = word.partition("=")[2]
     return found

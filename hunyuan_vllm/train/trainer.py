@@ -69,7 +69,8 @@ class HunYuanTrainer(transformers.Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Cross entropy, summed here and divided by the learned tokens of the whole batch; and the balance loss."""
-        self._since = self._since or time.monotonic()
+        if model.training:
+            self._since = self._since or time.monotonic()
         inputs, real = without_padding_mask(inputs)
         with self._around():
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -98,6 +99,18 @@ class HunYuanTrainer(transformers.Trainer):
                 logs["expert_load_max"] = round(largest, 4)
             self._reset_counts()
         super().log(logs, start_time)
+
+    def evaluate(self, *arguments: Any, **named: Any) -> Any:
+        """transformers' own; its time is no part of the tokens a second."""
+        started = time.monotonic()
+        try:
+            return super().evaluate(*arguments, **named)
+        finally:
+            self._add_pause(started)
+
+    def _add_pause(self, started: float) -> None:
+        if self._since is not None:
+            self._since += time.monotonic() - started
 
     def _over_processes(self, *numbers: float) -> list[float]:
         summed = torch.tensor(numbers, dtype=torch.float64 if self.args.device.type == "cpu" else torch.float32)
@@ -130,8 +143,7 @@ class HunYuanTrainer(transformers.Trainer):
             # A node with a disk of its own has its processes' parts in its own staging directory.
             if self.is_local_process_zero() and staged.exists():
                 move_into_place(staged, final)
-        if self._since is not None:
-            self._since += time.monotonic() - started
+        self._add_pause(started)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._saving_in or super()._get_output_dir(trial)
@@ -270,9 +282,9 @@ def _data(arguments: Arguments, base: BaseCheckpoint, say: Callable[[str], None]
     say(f"{data.train_data_file}: {len(train_data):,} conversations, {sum(train_data.lengths):,} tokens")
     if not data.packing:
         return padding, train_data, held_out
-    packed = PackedDataset(train_data, limit, arguments.training.seed)
+    packed = PackedDataset(train_data, arguments.training.seed)
     say(f"packed into {len(packed):,} rows of {limit} tokens, {packed.filled:.0%} full")
-    packed_held_out = PackedDataset(held_out, limit, arguments.training.seed) if held_out is not None else None
+    packed_held_out = PackedDataset(held_out, arguments.training.seed) if held_out is not None else None
     return partial(pack_batch, pad=pad, multiple=multiple), packed, packed_held_out
 
 

@@ -105,6 +105,8 @@ def test_a_template_that_is_replaced_is_noted(tmp_path, monkeypatch):
 def test_a_default_that_no_line_can_have(tmp_path, source):
     with pytest.raises(UserError, match="as a default for all lines, temperature must be"):
         job(source, tmp_path / "out", defaults={"temperature": -1})(console())
+    with pytest.raises(UserError, match="as a default for all lines, seed"):
+        job(source, tmp_path / "out", defaults={"seed": "x"})(console())
 
 
 @pytest.mark.parametrize(("flags", "says"), [(["--bogus", "1"], "--bogus 1"), (["--dtype", "x"], "--dtype.*'x'")])

@@ -85,6 +85,7 @@ def test_retry_drops_the_errors_and_keeps_the_lock(tmp_path, source):
     path = tmp_path / "out"
     write(path, record(first), record(broken, error=True), record(second), record(fourth, error=True))
     os.chmod(path, 0o640)
+    (tmp_path / ".out.retry").write_bytes(b"left by a run that was killed")
     output = Output(path)
     assert pending(output, source, retry_failed=True) == [4, 5]
     assert path.read_bytes() == record(first).text + record(second).text

@@ -83,8 +83,14 @@ def test_a_wrong_key(key: str | None, says: str) -> None:
 def test_no_server() -> None:
     with pytest.raises(UserError, match="no server answers at .*hunyuan-vllm serve"):
         connect(f"http://127.0.0.1:{free_port()}", None)
-    with pytest.raises(UserError, match="use the form http://127.0.0.1:8020"):
-        connect("localhost:8020", None)
+
+
+@pytest.mark.parametrize("url", ["localhost:8020", "http://", "http://[::1", "http://localhost:port", "ftp://a"])
+def test_a_url_that_is_none(url: str, home: Path) -> None:
+    made_by_serve(home)
+    for ask in (lambda: connect(url, None), lambda: find_key(url, None, {"HOME": str(home)})):
+        with pytest.raises(UserError, match="use the form http://127.0.0.1:8020"):
+            ask()
 
 
 def test_https_with_a_certificate_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,13 @@ def test_the_first_screen_answers() -> None:
         assert answer in result.stdout
 
 
+@pytest.mark.parametrize("sequences", [16, 31, 32])
+def test_the_largest_batch_is_in_the_table(sequences: int) -> None:
+    result = run("--gpu", "H20", "--gpus", "16", "--tp", "16", "--max-num-seqs", str(sequences))
+    table = result.stdout.partition("Decoding, ")[2].partition("Prefill")[0].splitlines()
+    assert [line.split()[0] for line in table if line[:1].isdigit() or line.strip()[:1].isdigit()][-1] == str(sequences)
+
+
 def test_what_does_not_fit_says_what_to_change() -> None:
     result = run("--gpu", "H100", "--gpus", "8")
     assert result.exit_code == 1
@@ -195,6 +202,9 @@ def test_the_command_names_what_the_cut_needs() -> None:
 def test_the_command_names_a_checkpoint_that_is_there(tmp_path: Path) -> None:
     assert serve_command(planned(scheme="fp8")).startswith("MODEL_PATH=/models/Hunyuan-A52B-Instruct-FP8 ")
     assert "MODEL_PATH" not in plan("--model", "demo", "--gpu", "L40S", "--gpus", "1")["command"]
+    fp8 = plan("--model", "demo", "--gpu", "L40S", "--gpus", "1", "--scheme", "fp8")
+    assert fp8["command"].startswith("MODEL_PATH=demo-FP8 ")
+    assert any(note.endswith("hunyuan-vllm quantize demo demo-FP8 --scheme fp8") for note in fp8["notes"])
     (tmp_path / "config.json").write_text(json.dumps(published_json(tiny_config())))
     document = plan("--model", f"{tmp_path}/", "--gpus", "1", "--scheme", "fp8")
     make = f"hunyuan-vllm quantize {tmp_path}/ {tmp_path}-FP8 --scheme fp8"

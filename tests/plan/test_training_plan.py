@@ -151,6 +151,9 @@ def test_the_command() -> None:
     assert result.exit_code == 1 and "It does not fit: each host needs 3,680 GiB and has 2,048" in result.stdout
     result = run("--train", "lora", "--gpus", "8", "--model", "demo")
     assert result.exit_code == 0 and "LoRA of rank 64 · 8 × H20 · no ZeRO" in result.stdout
+    # V1's files have the length of pretraining; training, too, goes up to the documented one.
+    result = run("--train", "lora", "--model", "hunyuan-7b", "--seq-length", "65536", "--json")
+    assert json.loads(result.stdout)["tokens_a_gpu"] == 65536
 
 
 @pytest.mark.parametrize(
@@ -159,7 +162,10 @@ def test_the_command() -> None:
         (["--train", "lora", "--tp", "2"], "--tp is an option of a server: leave it out with --train"),
         (["--offload", "all"], "--offload is an option of fine-tuning: add --train full"),
         (["--train", "full", "--offload", "all", "--zero-stage", "2"], "it needs stage 3"),
-        (["--train", "full", "--seq-length", "200000"], "--seq-length 200000: the model has 131072 positions"),
+        (
+            ["--train", "full", "--seq-length", "200000"],
+            "--seq-length 200000: the model's longest context is 131072 tokens",
+        ),
     ],
 )
 def test_mistakes(arguments: list[str], said: str) -> None:

@@ -114,14 +114,12 @@ def test_progress_reaches_the_size(tmp_path: Path, tokenizer: HYTokenizer) -> No
 
 def test_packing_uses_each_conversation_once_and_fills_rows(tmp_path: Path, tokenizer: HYTokenizer) -> None:
     dataset = ConversationDataset(varied(tmp_path, 400), Encoding(tokenizer, max_seq_length=128))
-    packed = PackedDataset(dataset, 128, seed=1)
+    packed = PackedDataset(dataset, seed=1)
     rows = [packed[index] for index in range(len(packed))]
     assert max(sum(map(len, row)) for row in rows) <= 128
     found = Counter(tuple(one.input_ids) for row in rows for one in row)
     assert found == Counter(tuple(dataset[index].input_ids) for index in range(400))
     assert packed.filled > 0.9
     assert packed.filled == pytest.approx(sum(dataset.lengths) / (128 * len(rows)))
-    again, other = PackedDataset(dataset, 128, seed=1), PackedDataset(dataset, 128, seed=2)
+    again, other = PackedDataset(dataset, seed=1), PackedDataset(dataset, seed=2)
     assert again[0] == packed[0] and other[0] != packed[0]
-    with pytest.raises(ValueError, match="does not fit a row of 20"):
-        PackedDataset(dataset, 20)

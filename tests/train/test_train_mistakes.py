@@ -50,6 +50,7 @@ class TestMistakes:
         assert "unknown flag --lora_ranks: did you mean --lora_rank?" in mistake("--lora_ranks", "1")
         assert "invalid int value: 'many'" in mistake("--max_steps", "many")
         assert "--min_lr 1.0 is more than --learning_rate" in mistake("--min_lr", "1", "--learning_rate", "1e-4")
+        assert "--report_to wandb: use tensorboard or none" in mistake("--report_to", "wandb")
         assert "this network has 2048 positions" in mistake("--max_seq_length", "9999")
 
     def test_of_another_process_than_the_first(self, mistake, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,6 +134,16 @@ def test_configs_are_what_deepspeed_and_the_documents_say() -> None:
         offloads = "offload" in file.name and "no_offload" not in file.name
         assert bool(lines) is offloads and "offload_param" not in changed["zero_optimization"]
         assert ("auto" in json.dumps(config)) is ("no_auto" not in file.name)
+
+
+def test_an_offload_of_null_is_none() -> None:
+    config = {"zero_optimization": {"stage": 2, "offload_optimizer": None}}
+    assert without_offload(config) == (config, [])
+
+
+def test_a_rate_of_zero_has_a_schedule_too() -> None:
+    training = parse(["--learning_rate", "0", "--min_lr", "0"]).training
+    assert training.lr_scheduler_type == "cosine_with_min_lr" and training.learning_rate == 0
 
 
 class TestIgnored:

@@ -148,6 +148,28 @@ class TestTwoHosts:
         assert done.returncode == 2 and "Host key verification failed" in done.stderr, done.stderr
 
 
+@pytest.mark.parametrize("spelling", ["--train_data_file", "--train-data-file"])
+def test_nodes_with_other_data_are_told_apart_by_either_spelling(
+    spelling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stand-ins for the nodes: each answers with the paths that it was asked about."""
+    file = tmp_path / "data.jsonl"
+    file.touch()
+    program = "import json, sys; print(json.dumps({path: sys.argv[1] for path in json.load(sys.stdin)['paths']}))"
+    monkeypatch.setattr(Launch, "_command", lambda self, rank: [sys.executable, "-c", program, str(rank)])
+    run = Launch([NodeOfRun("10.0.0.1", 1), NodeOfRun("10.0.0.2", 1)], 29500, [spelling, str(file)], {})
+    with pytest.raises(UserError, match=r"the nodes differ: .*data\.jsonl is 0 on 10\.0\.0\.1; 1 on 10\.0\.0\.2"):
+        run.check()
+
+
+def test_a_node_that_ends_at_once_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its standard input may be closed before it is told what to do."""
+    program = "import os, sys; os.close(0); sys.exit(3)"
+    monkeypatch.setattr(Launch, "_command", lambda self, rank: [sys.executable, "-c", program])
+    flags = ["--x", "y" * 1_000_000]  # more than a pipe takes
+    assert Launch([NodeOfRun("10.0.0.1", 2)], 29500, flags, {}).run() == 3
+
+
 def test_each_node_is_told_its_own_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Launch([NodeOfRun("10.0.0.1", 8), NodeOfRun("10.0.0.2", 4)], 29500, ["--bf16"], {"OMP_NUM_THREADS": "4"})
     orders = [run.order(rank) for rank in range(2)]

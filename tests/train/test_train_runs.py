@@ -7,10 +7,14 @@ import json
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from forked_runs import STEPS, Run, begin, flags, log_of, make_base, train
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -189,7 +193,23 @@ def adapted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     output = tmp_path_factory.mktemp("lora") / "out"
     more = ("--use_lora", "--lora_rank", "4", "--lora_alpha", "8", "--lora_dropout", "0.1", "--aux_loss_coef",
             "0.01", "--packing", "--max_seq_length", "128", "--eval_data_file", str(HELD_OUT))  # fmt: skip
-    return output, train(flags(base, output, *more, rows=2), output.with_name("log"))
+    return output, train(
+        flags(base, output, *more, rows=2), output.with_name("log"), first=let_evaluations_last_an_hour
+    )
+
+
+def let_evaluations_last_an_hour() -> None:
+    """By the trainer's clock."""
+    evaluate, passed = transformers.Trainer.evaluate, 0.0
+
+    def slow(self: transformers.Trainer, *arguments: Any, **named: Any) -> Any:
+        nonlocal passed
+        found = evaluate(self, *arguments, **named)
+        passed += 3600
+        return found
+
+    transformers.Trainer.evaluate = slow
+    trainer.time = SimpleNamespace(monotonic=lambda: time.monotonic() + passed)
 
 
 class TestLora:
@@ -207,6 +227,7 @@ class TestLora:
         assert f"MODEL_PATH={base} " in run.said
         assert f" --enable-lora --lora-modules mine={output}/final\n" in run.said
         assert "packed into" in run.said and run.said.count("held-out loss") == 2
+        assert min(log_of(output, key="tokens_per_second")) > 10
 
     def test_under_zero_3(self, base: Path, tmp_path: Path) -> None:
         more = (*ZERO["ZeRO-3"], "--bf16", "--use_lora", "--lora_rank", "4", "--max_steps", "4", "--save_steps", "4")

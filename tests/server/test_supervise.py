@@ -74,7 +74,8 @@ def test_a_crash_loop_says_why_waits_longer_and_gives_up(start):
 def test_a_directory_that_was_removed_is_made_again(start, tmp_path, variable):
     directory = tmp_path / "directory"
     program = (
-        f"import os; print('there:', os.path.isdir({str(directory)!r})); os.rmdir({str(directory)!r}); os._exit(1)"
+        f"import os; print('there:', os.path.isdir({str(directory)!r}), flush=True); os.rmdir({str(directory)!r}); "
+        "os._exit(1)"
     )
     supervisor = start(program, max_restarts=2, **{variable: str(directory)})
     output, errors = supervisor.communicate(timeout=60)

@@ -60,7 +60,7 @@ def fork_engines() -> None:
 
     def let_go_of_the_parent() -> None:
         signal.set_wakeup_fd(-1)  # a signal must not wake the parent's event loop
-        _close_listening_sockets()
+        close_server_sockets()
         torch.set_num_threads(threads)
         gc.freeze()  # the child need not look through what the parent made
 
@@ -74,17 +74,24 @@ def _one_openmp() -> bool:
     return sum(not PRIVATE.search(library) for library in loaded) == 1
 
 
-def _close_listening_sockets() -> None:
+def close_server_sockets() -> None:
     """The parent alone listens. Their numbers stay taken: objects that believe to own them are left in the child."""
     nothing = os.open(os.devnull, os.O_RDONLY)
     for entry in os.listdir("/proc/self/fd"):
         with suppress(OSError):  # listdir's own descriptor
             number = int(entry)
-            if stat.S_ISSOCK(os.fstat(number).st_mode) and _listens(number):
+            if stat.S_ISSOCK(os.fstat(number).st_mode) and _serves(number):
                 os.dup2(nothing, number, inheritable=False)
     os.close(nothing)
 
 
-def _listens(number: int) -> bool:
+def _serves(number: int) -> bool:
+    """Whether a socket listens, or is bound and may be told to: vLLM's has its port before the engine starts."""
     with socket.socket(fileno=os.dup(number)) as copy:
-        return bool(copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+        if copy.type != socket.SOCK_STREAM:
+            return False
+        with suppress(OSError):  # it is not connected
+            copy.getpeername()
+            return False
+        name = copy.getsockname()
+        return bool(name if copy.family == socket.AF_UNIX else name[1])

@@ -15,23 +15,30 @@ import os, signal, socket, sys
 import torch
 from hunyuan_vllm import forked_engine
 
-def engine(listener):
+def is_open(number):
+    try:
+        socket.socket(fileno=os.dup(number))
+    except OSError:
+        return os.readlink(f"/proc/self/fd/{number}")
+    return True
+
+def engine(*sockets):
     torch.ones(2**22).add_(1)  # on all threads; it would hang after a fork from threads of OpenMP
     tasks = len(os.listdir("/proc/self/task"))
-    try:
-        socket.socket(fileno=os.dup(listener))
-        listens = True
-    except OSError:
-        listens = False
-    print("child", torch.get_num_threads(), tasks, listens, os.readlink(f"/proc/self/fd/{listener}"), flush=True)
+    print("child", torch.get_num_threads(), tasks, *map(is_open, sockets), flush=True)
 
 if __name__ == "__main__":
     forked_engine.fork_engines()
     from vllm.v1.engine import utils
     listener = socket.create_server(("127.0.0.1", 0))
+    bound, path = socket.socket(), socket.socket(socket.AF_UNIX)  # as vLLM's, which listens once the engine is ready
+    bound.bind(("127.0.0.1", 0))
+    path.bind(sys.argv[1])
+    client = socket.create_connection(listener.getsockname())
+    sockets = (listener, bound, path, client, *socket.socketpair(), socket.socket())
     torch.ones(2**22).add_(1)
     context = utils.get_mp_context()
-    process = context.Process(target=engine, args=(listener.fileno(),))
+    process = context.Process(target=engine, args=[each.fileno() for each in sockets])
     process.start()
     process.join(60)
     print("parent", context.get_start_method(), torch.get_num_threads(), process.exitcode)
@@ -42,13 +49,14 @@ if __name__ == "__main__":
 
 
 @pytest.mark.engine
-def test_a_forked_engine_has_its_own_threads_and_does_not_listen() -> None:
+def test_a_forked_engine_has_its_own_threads_and_does_not_listen(tmp_path: Path) -> None:
     environ = {name: value for name, value in os.environ.items() if name != "FORKED_ENGINES"}
     environ |= {"OMP_NUM_THREADS": "2", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
-    ran = subprocess.run([sys.executable, "-c", SCRIPT], env=environ, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "socket")]
+    ran = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
     lines = [line.split() for line in ran.stdout.splitlines()]
-    assert ["child", "2", "3", "False", os.devnull] in lines, ran.stdout + ran.stderr
+    assert ["child", "2", "3", *[os.devnull] * 3, *["True"] * 4] in lines, ran.stdout + ran.stderr
     assert ["parent", "fork", "1", "0"] in lines
     assert ["otherwise", "spawn"] in lines
 

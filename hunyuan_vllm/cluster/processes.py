@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import psutil
 
 from hunyuan_vllm.doctor.probes import System
+from hunyuan_vllm.util.machine import await_exits
 
 Value = TypeVar("Value")
 RAYLET = "raylet"
@@ -79,13 +80,13 @@ def end_processes(find: Callable[[], Sequence[psutil.Process]]) -> tuple[list[st
     seen = {process.pid: process_title(process) for process in found}
     for process in found:
         _ask(process.terminate, None)
-    psutil.wait_procs(found, timeout=GRACE)
+    await_exits(found, timeout=GRACE)
     deadline = time.monotonic() + KILL_TIMEOUT
     while (left := find()) and time.monotonic() < deadline:
         for process in left:
             seen.setdefault(process.pid, process_title(process))
             _ask(process.kill, None)
-        psutil.wait_procs(left, timeout=1.0)
+        await_exits(left, timeout=1.0)
     stuck = {process.pid for process in left}
     return [text for pid, text in seen.items() if pid not in stuck], [seen[pid] for pid in stuck]
 

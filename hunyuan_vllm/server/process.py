@@ -20,6 +20,7 @@ from typing import BinaryIO
 
 import psutil
 
+from hunyuan_vllm.util.machine import await_exits
 from hunyuan_vllm.util.streams import make_output_unfailing
 
 SHARED_MEMORY = "/dev/shm/psm_"  # the prefix of multiprocessing's blocks
@@ -189,10 +190,7 @@ class Child:
     def _await_exits(self) -> None:
         deadline = time.monotonic() + EXIT_TIMEOUT
         while (left := self._descendants()) and time.monotonic() < deadline:
-            try:
-                psutil.wait_procs(left, timeout=0.05)  # reaps those that are children of this process by now
-            except psutil.Error:  # one is being reaped
-                time.sleep(0.05)
+            await_exits(left, timeout=0.05)
 
     def _descendants(self) -> set[psutil.Process]:
         """All its processes, with those whose parent has exited, and zombies."""

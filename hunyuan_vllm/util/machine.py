@@ -1,10 +1,11 @@
-"""Facts about this machine that several commands need: free memory, a compiler, installed distributions"""
+"""What several commands need of this machine: free memory, a compiler, installed distributions, exits of processes"""
 
 import importlib.metadata
 import os
 import shutil
 import sysconfig
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import psutil
@@ -35,6 +36,17 @@ def free_memory(system: Path = Path("/sys")) -> int:
         kilobytes = {words[2]: int(words[3]) for words in lines}
         free.append(1024 * sum(kilobytes[name] for name in ("MemFree", "Active(file)", "Inactive(file)")))
     return min(free)
+
+
+def await_exits(processes: Iterable[psutil.Process], timeout: float) -> None:
+    """Wait until they have exited, at most so many seconds, and reap those that are this process's children."""
+    deadline = time.monotonic() + timeout
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            psutil.wait_procs(processes, timeout=left)
+            return
+        except (psutil.Error, OSError):  # Linux 6.15 has another error for one that is being reaped than psutil expects
+            time.sleep(min(left, 0.05))
 
 
 def can_compile(environ: Mapping[str, str]) -> bool:

@@ -34,6 +34,9 @@ def register() -> None:
         # A signal to the child must not wake the parent's event loop through the socket that both have.
         os.register_at_fork(after_in_child=_forget_the_loop)
         os.register_at_fork(after_in_child=gc.freeze)
+        from hunyuan_vllm.forked_engine import close_server_sockets  # as where `serve` forks its engine
+
+        os.register_at_fork(after_in_child=close_server_sockets)
         context: Any = _original("fork")
     else:
         context = _Context()

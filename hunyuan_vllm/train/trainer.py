@@ -262,12 +262,11 @@ def build_trainer(
 
 def _data(arguments: Arguments, base: BaseCheckpoint, say: Callable[[str], None]) -> tuple[Any, Any, Any]:
     """Collator, training data, held-out data."""
-    data, limit, known = arguments.data, arguments.data.max_seq_length, base.config.max_position_embeddings
-    # V1 files with alpha have the length of pretraining here, and the same RoPE beyond it.
-    if limit > known and not (base.config.is_v1 and "alpha" in base.config.rope_parameters):
+    data, limit, longest = arguments.data, arguments.data.max_seq_length, base.config.longest_context
+    if limit > longest:
         if "max_seq_length" in arguments.given:
-            raise UserError(f"--max_seq_length {limit}: this network has {known} positions")
-        limit = known
+            raise UserError(f"--max_seq_length {limit}: the model's longest context is {longest} tokens")
+        limit = longest
     pad = base.tokenizer.pad_token_id
     multiple = TENSOR_CORES if torch.cuda.is_available() else 1
     padding = partial(pad_batch, pad=pad, multiple=multiple)

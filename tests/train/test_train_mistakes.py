@@ -51,7 +51,9 @@ class TestMistakes:
         assert "invalid int value: 'many'" in mistake("--max_steps", "many")
         assert "--min_lr 1.0 is more than --learning_rate" in mistake("--min_lr", "1", "--learning_rate", "1e-4")
         assert "--report_to wandb: use tensorboard or none" in mistake("--report_to", "wandb")
-        assert "this network has 2048 positions" in mistake("--max_seq_length", "9999")
+        assert "--max_seq_length 9999: the model's longest context is 2048 tokens" in mistake(
+            "--max_seq_length", "9999"
+        )
 
     def test_of_another_process_than_the_first(self, mistake, monkeypatch: pytest.MonkeyPatch) -> None:
         waits: list[str] = []

@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import signal
 from multiprocessing import forkserver, resource_tracker
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.context import ForkContext, ForkProcess, ForkServerContext, ForkServerProcess
 from typing import Any
 
 SHARED = "FORKED_ENGINES_SERVER"  # the variable with a shared server's address
@@ -34,10 +34,7 @@ def register() -> None:
         # A signal to the child must not wake the parent's event loop through the socket that both have.
         os.register_at_fork(after_in_child=_forget_the_loop)
         os.register_at_fork(after_in_child=gc.freeze)
-        from hunyuan_vllm.forked_engine import close_server_sockets  # as where `serve` forks its engine
-
-        os.register_at_fork(after_in_child=close_server_sockets)
-        context: Any = _original("fork")
+        context: Any = _Forking()
     else:
         context = _Context()
         context.set_forkserver_preload(PRELOADED)
@@ -67,6 +64,19 @@ _original = multiprocessing.get_context
 
 def _forget_the_loop() -> None:
     signal.set_wakeup_fd(-1)
+
+
+class _Forked(ForkProcess):
+    def run(self) -> None:
+        if self.name.startswith("EngineCore"):  # as where `serve` forks it; several API servers share their sockets
+            from hunyuan_vllm.forked_engine import close_server_sockets
+
+            close_server_sockets()
+        super().run()
+
+
+class _Forking(ForkContext):
+    Process = _Forked
 
 
 class _Process(ForkServerProcess):

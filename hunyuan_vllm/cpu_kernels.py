@@ -80,8 +80,8 @@ TABLE = (
     ),
     Row(
         BF16, (ATTENTION,), (CPU.AVX512_BF16, CPU.AVX2), Kernel.OURS,
-        "cpu_kernels.py, on Zen 5, steps that only decode: 2.2–3.1 times vLLM's vector kernel; both for AVX2 there, by "
-        "hand: 1.3–1.7",
+        "cpu_kernels.py, steps that only decode: 2.2–3.1 times vLLM's vector kernel on Zen 5, 1.3–2.0 on Zen 4; both "
+        "for AVX2 on Zen 5, by hand: 1.3–1.7",
     ),
     Row(
         INT8_W8A8, BOTH, (CPU.AMX,), Kernel.AMX,

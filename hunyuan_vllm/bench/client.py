@@ -64,7 +64,7 @@ def connect(url: str, key: str | None) -> ServedModel:
 
 def _host(url: str) -> str:
     """The host of an http or https URL."""
-    with suppress(ValueError):  # of a bracket without its other, or of a port that is no number
+    with suppress(ValueError):  # raised for an unmatched bracket and for a port that is not a number
         parts = urlsplit(url)
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
             return parts.hostname

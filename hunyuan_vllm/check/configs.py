@@ -102,7 +102,7 @@ def _check_format(found: ConfigFile, directory: Path, section: Section) -> None:
 
 
 def _bad_ids(fields: Mapping[str, Any], rows: int | None) -> Iterator[tuple[str, str]]:
-    """(field, what is wrong) of each token id that is none of a vocabulary's `rows`, where these are known."""
+    """(field, what is wrong) of each token id outside a vocabulary's `rows`, where these are known."""
     known = "it is not an id" if rows is None else f"the vocabulary has {rows:,} ids"
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         for token in ids_of(fields.get(name)):

@@ -120,7 +120,7 @@ def _is_outdated(line: str, name: str, key: PublicKey) -> bool:
 
 
 def _names(field: str, name: str) -> bool:
-    """Whether the names of a line (its first field; a marker is no name) stand for the host `name`."""
+    """Whether the names of a line (its first field; a marker is not a name) stand for the host `name`."""
     if field.startswith("|"):
         try:
             return HostKeys.hash_host(name, field) == field

@@ -57,7 +57,7 @@ class SmoothQuant:
         return tensor
 
     def inputs(self, layer: int, projection: str) -> Tensor | None:
-        """What the inputs of a layer's linear are divided by, float32 `[in]`; None for what is no linear."""
+        """What the inputs of a layer's linear are divided by, float32 `[in]`; None for other modules."""
         stem, _, kind = projection.rpartition(".")
         if kind in ("q_proj", "k_proj", "v_proj"):
             return self._factors(layer, "input_layernorm")

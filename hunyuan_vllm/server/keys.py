@@ -70,7 +70,7 @@ class KeyRing:
             raise UserError(f"an API key is required but not set: set {KEY_FILE_VARIABLE} or VLLM_API_KEY")
 
     def owner(self, key: bytes) -> str | None:
-        """The name of `key`; None if it is no key. Takes the same time for every key and for none."""
+        """The name of `key`; None if it is not a key. Takes the same time for every key and for none."""
         digest, found = hashlib.sha256(key).digest(), None
         for name, known in self._digests.items():
             if secrets.compare_digest(digest, known):

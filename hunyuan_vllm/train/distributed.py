@@ -89,6 +89,9 @@ def read_deepspeed_config(given: str) -> dict[str, Any]:
     zero = config.get("zero_optimization") if isinstance(config, dict) else None
     if not isinstance(zero, dict) or zero.get("stage") not in (0, 1, 2, 3):
         raise UserError(f'--deepspeed {given}: "zero_optimization" needs a "stage", 0 to 3 {EXAMPLE}')
+    for name in OFFLOADS:
+        if not isinstance(zero.get(name), dict | None):
+            raise UserError(f'--deepspeed {given}: "{name}" is not an object such as {{"device": "cpu"}} {EXAMPLE}')
     if "train_micro_batch_size_per_gpu" not in config:
         raise UserError(f'--deepspeed {given} lacks "train_micro_batch_size_per_gpu": "auto" takes the flag {EXAMPLE}')
     if zero["stage"] == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):

@@ -86,17 +86,8 @@ def runs(tmp_path_factory) -> Runs:
     directory = tmp_path_factory.mktemp("batch")
     source, target, said = directory / "in.jsonl", directory / "out.jsonl", directory / "said"
     source.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in LINES.values()))
-    command = [
-        COMMAND,
-        "batch",
-        source,
-        target,
-        "--max-tokens",
-        "60",
-        "--params",
-        '{"seed": 11, "top_p": null}',
-        *FLAGS,
-    ]
+    sampling = ["--max-tokens", "60", "--params", '{"seed": 11, "top_p": null}']
+    command = [COMMAND, "batch", source, target, *sampling, *FLAGS]
     environ = {name: value for name, value in os.environ.items() if name != "MODEL_PATH"} | ENGINE_TOO
 
     def start() -> Program:

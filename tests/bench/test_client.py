@@ -86,7 +86,7 @@ def test_no_server() -> None:
 
 
 @pytest.mark.parametrize("url", ["localhost:8020", "http://", "http://[::1", "http://localhost:port", "ftp://a"])
-def test_a_url_that_is_none(url: str, home: Path) -> None:
+def test_a_malformed_url_is_refused(url: str, home: Path) -> None:
     made_by_serve(home)
     for ask in (lambda: connect(url, None), lambda: find_key(url, None, {"HOME": str(home)})):
         with pytest.raises(UserError, match="use the form http://127.0.0.1:8020"):

@@ -115,11 +115,10 @@ def test_the_user_s_flags_win() -> None:
 
 def test_no_room_for_the_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10_000}))
-    passages = [Passage([1, 2, 3, 4] * 200, list(range(1, 800)))]
+    passages, bf16 = [Passage([1, 2, 3, 4] * 200, list(range(1, 800)))], Variant.parse("bf16")
     for flags, size in (([], "3.3"), (["--dtype", "float32"], "6.5"), (["--dtype=float32"], "6.5")):
         with pytest.raises(UserError, match=f"logits of 799 tokens need {size} MB, .* has 0.0 MB free: .*--work"):
-            measure = compare.measure
-            measure(demo_model(), Variant.parse("bf16"), [Variant.parse("bf16")], passages, flags, tmp_path, SILENT)
+            compare.measure(demo_model(), bf16, [bf16], passages, flags, tmp_path, SILENT)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -115,6 +115,9 @@ class TestMistakes:
         broken = {
             "is not JSON": "{",
             'needs a "stage", 0 to 3': json.dumps({**whole, "zero_optimization": {"stage": 4}}),
+            '"offload_param" is not an object': json.dumps(
+                {**whole, "zero_optimization": {**zero, "offload_param": "cpu"}}
+            ),
             'lacks "train_micro_batch_size_per_gpu"': json.dumps({"zero_optimization": {"stage": 2}}),
             '"stage3_gather_16bit_weights_on_model_save": true': json.dumps(
                 {**whole, "zero_optimization": {**zero, "stage3_gather_16bit_weights_on_model_save": False}}
